@@ -1,0 +1,225 @@
+"""The contract: three nouns, and the pairs of pure functions that carry them.
+
+A **problem** is an inner loop, which says how the parameters θ are trained on the inner loss g, and an outer
+loss f, which says how the result is judged:
+
+    F(λ) = Σ_t w_t f(θ_t(λ), λ),    θ_{t+1}(λ) = update(θ_t, ∇θ g(θ_t, λ), λ).
+
+An **estimator** says how dF/dλ is estimated. A **task** is what training runs on. A **searcher** proposes λ where
+there is no gradient.
+
+Everything here is a plain `NamedTuple` of functions, or of arrays; there are no base classes. λ (`hyperparams`, or
+meta-parameters where they are a network's weights) is any pytree of floating-point arrays.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+PyTree = Any
+Params = PyTree  # θ
+HyperParams = PyTree  # λ
+Batch = PyTree
+Data = PyTree
+InnerState = PyTree
+EstimatorState = PyTree
+
+
+class Task(NamedTuple):
+    """What is trained on, and judged on: pytrees of arrays, masks among them.
+
+    A batch of tasks has one more leading axis, of the number of tasks, on every leaf. Test data are not part of a task: they stay
+    with the experiment, so that nothing can tune on them.
+
+    Attributes:
+      train: what the inner loss sees; few-shot learning calls it the support set.
+      valid: what the outer loss sees; few-shot learning calls it the query set.
+      features: what a predictor of λ sees: meta-features of the task, or None.
+    """
+
+    train: Data
+    valid: Data
+    features: PyTree = None
+
+
+class Context(NamedTuple):
+    """What a loss may need beside its arguments.
+
+    Attributes:
+      key: a fresh PRNG key at every step: dropout, Gumbel noise.
+      step: [] int32, the inner steps taken so far: temperature and penalty schedules.
+      model_state: what training changes without a gradient: batch statistics.
+    """
+
+    key: jax.Array
+    step: jax.Array
+    model_state: PyTree = None
+
+
+class InitFn(Protocol):
+    def __call__(self, key: jax.Array, hyperparams: HyperParams, data: Data) -> InnerState:
+        """Starts the training of one task; the inner parameters may come out of λ (MAML)."""
+        ...
+
+
+class BatchFn(Protocol):
+    def __call__(self, state: InnerState, data: Data) -> Batch:
+        """The batch of the step that `state` is about to take: pure, the order of the data lives in the state."""
+        ...
+
+
+class LossFn(Protocol):
+    def __call__(
+        self, params: Params, hyperparams: HyperParams, batch: Batch, context: Context
+    ) -> tuple[jax.Array, PyTree]:
+        """The inner loss g, a scalar, and the new model state."""
+        ...
+
+
+class UpdateFn(Protocol):
+    def __call__(
+        self, state: InnerState, grads: Params, model_state: PyTree, hyperparams: HyperParams
+    ) -> InnerState:
+        """One optimizer step, given the gradient of g."""
+        ...
+
+
+class InnerLoop(NamedTuple):
+    """How θ is trained; made by `inner.loop`, never by hand. A step is derived from it: `inner.step`."""
+
+    init: InitFn
+    batch: BatchFn
+    loss: LossFn
+    update: UpdateFn
+    params: Callable[[InnerState], Params]
+    context: Callable[[InnerState], Context]
+
+
+class OuterLossFn(Protocol):
+    def __call__(self, params: Params, hyperparams: HyperParams, batch: Batch, context: Context) -> jax.Array:
+        """The outer loss f, a scalar."""
+        ...
+
+
+class OuterBatchFn(Protocol):
+    def __call__(self, key: jax.Array, task: Task) -> Batch:
+        """What f is evaluated on: by default the whole of `task.valid`."""
+        ...
+
+
+class Problem(NamedTuple):
+    """An inner loop and the outer loss that judges it; made by `inner.problem`."""
+
+    loop: InnerLoop
+    outer_loss: OuterLossFn
+    outer_batch: OuterBatchFn
+
+
+class Estimate(NamedTuple):
+    """What one call of an estimator returns.
+
+    Attributes:
+      value: [] the outer loss F(λ).
+      hypergrad: dF/dλ, shaped like λ.
+      done: [] bool (one per task after `over_tasks`); the horizon ended, so the caller may give this slot a new task and a fresh state.
+      metrics: residuals, norms, counts; looked at, never carried.
+    """
+
+    value: jax.Array
+    hypergrad: HyperParams
+    done: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+class EstimatorInitFn(Protocol):
+    def __call__(self, key: jax.Array, hyperparams: HyperParams, task: Task) -> EstimatorState:
+        """Everything that is carried: inner state, adjoint, key."""
+        ...
+
+
+class EstimateFn(Protocol):
+    def __call__(
+        self, hyperparams: HyperParams, task: Task, state: EstimatorState
+    ) -> tuple[Estimate, EstimatorState]:
+        """One estimate of F and dF/dλ; the state afterwards."""
+        ...
+
+
+ESTIMATOR_KINDS = ("exact", "biased", "unbiased", "pseudo")
+
+
+class Estimator(NamedTuple):
+    """How dF/dλ is estimated.
+
+    Attributes:
+      init: `(key, hyperparams, task) -> state`.
+      estimate: `(hyperparams, task, state) -> (Estimate, state)`.
+      kind: what the hypergradient is, and so which test battery it must pass: "exact" (of the F that it reports),
+        "biased" (a truncation or an approximation), "unbiased" (right on average), "pseudo" (a direction that is
+        no gradient of F: Reptile).
+    """
+
+    init: EstimatorInitFn
+    estimate: EstimateFn
+    kind: str
+
+
+class Predictor(NamedTuple):
+    """g or h: maps a task to λ; its weights φ are meta-parameters.
+
+    Attributes:
+      init: `(key) -> meta_params`.
+      apply: `(meta_params, task) -> hyperparams`, for one task.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    apply: Callable[[PyTree, Task], HyperParams]
+
+
+class Record(NamedTuple):
+    """One trial: what was tried where, and what came of it.
+
+    Attributes:
+      task: the task's name.
+      configuration: λ, as plain values.
+      outcome: the loss, smaller is better; NaN where the trial failed.
+      fidelity: the fraction of the full budget, in (0, 1].
+      cost: seconds.
+      seed: the trial's seed.
+      status: "COMPLETE", "PRUNED" or "FAIL".
+    """
+
+    task: str
+    configuration: dict[str, Any]
+    outcome: float
+    fidelity: float = 1.0
+    cost: float = float("nan")
+    seed: int = 0
+    status: str = "COMPLETE"
+
+
+class SearcherInitFn(Protocol):
+    def __call__(self, key: jax.Array, space: PyTree) -> PyTree:
+        """A searcher's state before the first trial."""
+        ...
+
+
+class AskFn(Protocol):
+    def __call__(self, state: PyTree, num: int) -> tuple[list[HyperParams], PyTree]:
+        """`num` configurations to try next; the state that remembers having asked."""
+        ...
+
+
+class TellFn(Protocol):
+    def __call__(self, state: PyTree, records: Sequence[Record]) -> PyTree:
+        """The state after hearing what came of earlier trials."""
+        ...
+
+
+class Searcher(NamedTuple):
+    """Proposes λ where there is no gradient: a forest, a remote training run."""
+
+    init: SearcherInitFn
+    ask: AskFn
+    tell: TellFn

@@ -1,0 +1,11 @@
+"""Every test runs in float64, with rank promotion refused; warnings are errors (`pyproject.toml`)."""
+
+import os
+
+# Several JAX processes share the cores under `pytest -n auto`.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
