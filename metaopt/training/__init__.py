@@ -1,0 +1,6 @@
+"""Who runs it: the outer step and the outer loop around it, checkpoints, progress, several devices."""
+
+from metaopt.training._fit import FitResult, fit
+from metaopt.training._learner import Learner, LearnerState, learner
+
+__all__ = ["FitResult", "Learner", "LearnerState", "fit", "learner"]

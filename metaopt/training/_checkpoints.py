@@ -1,0 +1,182 @@
+"""Checkpoints of a run: arrays by orbax, with what identifies the run beside them, renamed into place at once.
+
+A checkpoint is a directory named after its step. It holds the arrays in a flat dictionary, by their path in the tree,
+with a checksum each, and a JSON file; nothing is pickled. PRNG keys are saved as their data.
+"""
+
+import os
+import warnings
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base
+
+FORMAT = 1
+
+
+class Saved(NamedTuple):
+    """What a checkpoint held.
+
+    Attributes:
+      step: whose checkpoint it is.
+      extra: the plain values saved with it.
+      arrays: path in the saved tree -> array, keys as their data.
+      impls: path -> the name of the PRNG implementation, for keys.
+      directory: where it lay.
+    """
+
+    step: int
+    extra: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    impls: dict[str, str]
+    directory: str
+
+    def tree(self, like: base.PyTree) -> base.PyTree:
+        """The saved arrays in the structure of `like`, as numpy arrays where it has those, else as JAX arrays.
+
+        Raises:
+          ValueError: the two differ in structure, shape or dtype.
+        """
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
+        names = [jax.tree_util.keystr(path) for path, _ in leaves]
+        for name in set(names).symmetric_difference(self.arrays):
+            where = "the checkpoint" if name in self.arrays else "this run"
+            raise ValueError(self._refusal(f"only {where} has the array `{name}`"))
+        restored = []
+        for name, (_, leaf) in zip(names, leaves, strict=True):
+            array = self.arrays[name]
+            if not isinstance(leaf, np.ndarray):
+                array = jnp.asarray(array)
+            if name in self.impls:
+                array = jax.random.wrap_key_data(jnp.asarray(array), impl=self.impls[name])
+            if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+                here, there = (f"{x.dtype}{list(x.shape)}" for x in (leaf, array))
+                raise ValueError(self._refusal(f"`{name}` is {there} in the checkpoint and {here} in this run"))
+            restored.append(array)
+        return jax.tree.unflatten(treedef, restored)
+
+    def _refusal(self, difference: str) -> str:
+        return _refusal(self.directory, self.step, difference)
+
+
+class Checkpoints:
+    """The newest two checkpoints of one run, in one directory.
+
+    Args:
+      directory: made where it is missing; one run each.
+      settings: plain values that the run depends on; a checkpoint made under others is refused.
+    """
+
+    def __init__(self, directory: str | os.PathLike, settings: dict[str, Any]):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self._directory = os.path.abspath(directory)
+        self._settings = {"format": FORMAT, **settings}
+        self._manager = self._open()
+
+    def _open(self):
+        options = self._ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        return self._ocp.CheckpointManager(self._directory, options=options)
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def save(self, step: int, tree: base.PyTree, extra: dict[str, Any]) -> None:
+        """Writes a checkpoint; when this returns it is on disk, and an interrupted one leaves the former intact."""
+        args = self._ocp.args
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        arrays, impls = {}, {}
+        for path, leaf in leaves:
+            name = jax.tree_util.keystr(path)
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                impls[name] = str(jax.random.key_impl(leaf))
+                leaf = jax.random.key_data(leaf)
+            arrays[name] = np.asarray(leaf)
+        described = {
+            name: {"shape": list(x.shape), "dtype": str(x.dtype), "crc32": _checksum(x)} for name, x in arrays.items()
+        }
+        run = {"settings": self._settings, "extra": extra, "impls": impls, "arrays": described}
+        # Orbax saves no empty arrays; `restore` makes them from their description.
+        full = {str(i): x for i, x in enumerate(arrays.values()) if x.size}
+        saved = args.Composite(arrays=args.StandardSave(full), run=args.JsonSave(run))
+        if not self._manager.save(step, args=saved, force=True):
+            raise RuntimeError(f"orbax did not save the checkpoint of step {step} in {self._directory}.")
+
+    def restore(self) -> Saved | None:
+        """The newest checkpoint that can be read, or None where there is none.
+
+        One that cannot be read is moved aside, with a warning.
+
+        Raises:
+          ValueError: the directory holds another run, or no checkpoint in it can be read.
+        """
+        unreadable = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                run = self._read(step, "run", self._ocp.args.JsonRestore())
+                saved = self._read_arrays(step, run)
+            except Exception as error:  # whatever damage raises: orbax, tensorstore, JSON, the checksum
+                unreadable.append(step)
+                reason = f"{type(error).__name__}: {str(error)[:200]}"
+                warnings.warn(
+                    f"The checkpoint of step {step} in {self._directory} cannot be read and is moved aside ({reason})",
+                    stacklevel=2,
+                )
+                continue
+            break
+        else:
+            if unreadable:
+                raise ValueError(
+                    f"No checkpoint in {self._directory} can be read (steps {unreadable}); remove the directory to "
+                    "start anew."
+                )
+            return None
+        for name in {**self._settings, **run["settings"]}:
+            here, there = self._settings.get(name), run["settings"].get(name)
+            if here != there:
+                raise ValueError(
+                    _refusal(self._directory, step, f"`{name}` is {there} in the checkpoint and {here} in this run")
+                )
+        self._move_aside(unreadable)
+        return saved
+
+    def _read(self, step: int, item: str, args: Any) -> Any:
+        return self._manager.restore(step, args=self._ocp.args.Composite(**{item: args}))[item]
+
+    def _read_arrays(self, step: int, run: dict[str, Any]) -> Saved:
+        described = run["arrays"]
+        empty = [np.empty(x["shape"], jnp.dtype(x["dtype"])) for x in described.values()]
+        target = {str(i): x for i, x in enumerate(empty) if x.size}
+        full = self._read(step, "arrays", self._ocp.args.StandardRestore(target))
+        arrays = {name: full.get(str(i), empty[i]) for i, name in enumerate(described)}
+        for name, array in arrays.items():
+            if _checksum(array) != described[name]["crc32"]:
+                raise ValueError(f"the checksum of `{name}` does not match")
+        return Saved(step, run["extra"], arrays, run["impls"], self._directory)
+
+    def _move_aside(self, steps: list[int]) -> None:
+        # Orbax silently skips saving a step that is not newer than every other.
+        if not steps:
+            return
+        self._manager.close()
+        for step in steps:
+            source = os.path.join(self._directory, str(step))
+            target = next(name for i in range(1000) if not os.path.exists(name := f"{source}.unreadable{i or ''}"))
+            os.rename(source, target)
+        self._manager = self._open()
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())
+
+
+def _refusal(directory: str, step: int, difference: str) -> str:
+    return (
+        f"{directory} holds the checkpoint (step {step}) of another run: {difference}. Give this run a directory of "
+        "its own, or continue the other with the arguments that it had."
+    )

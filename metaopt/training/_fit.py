@@ -1,0 +1,326 @@
+"""The outer loop: draws tasks, steps, judges, stops, and can be interrupted at any point and continued."""
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base
+from metaopt.training import _learner
+from metaopt.training._checkpoints import Checkpoints, Saved
+from metaopt.training._learner import Learner, LearnerState
+from metaopt.training._progress import progress_bar
+
+SampleTasksFn = Callable[[jax.Array], base.PyTree]  # key -> tasks
+EvaluateFn = Callable[[jax.Array, base.HyperParams], jax.Array]  # key, λ -> [] loss
+CallbackFn = Callable[[int, dict[str, Any]], None]  # step, metrics
+
+
+class FitResult(NamedTuple):
+    """What came of an outer loop.
+
+    Attributes:
+      hyperparams: λ after the last step.
+      state: the learner's, to go on from.
+      history: name -> [steps] float64, the scalar metrics of every step; NaN where a step had no such metric.
+      evaluations: [1 + steps // eval_every] float64, the held-out losses at steps 0, eval_every, 2 eval_every ...;
+        empty without `evaluate`.
+      best_hyperparams: λ with the smallest held-out loss; the last λ, without `evaluate`.
+      best_value: that loss; NaN without `evaluate`, or where no loss was below infinity.
+      stopped: why: "num_steps", "patience" or "signal".
+    """
+
+    hyperparams: base.HyperParams
+    state: LearnerState
+    history: dict[str, np.ndarray]
+    evaluations: np.ndarray
+    best_hyperparams: base.HyperParams
+    best_value: float
+    stopped: str
+
+
+class _Run(NamedTuple):
+    """All that the loop knows between two steps; with it, a continued run is the unbroken one."""
+
+    state: LearnerState
+    best_hyperparams: base.HyperParams
+    history: dict[str, list[float]]
+    evaluations: list[float]
+    step: int  # `state.step`, on the host
+    drawn: int  # the step that tasks were last drawn for
+
+
+def fit(
+    learner: Learner,
+    sample_tasks: SampleTasksFn,
+    *,
+    hyperparams: base.HyperParams,
+    num_steps: int,
+    key: jax.Array,
+    evaluate: EvaluateFn | None = None,
+    eval_every: int = 100,
+    patience: int | None = None,
+    callback: CallbackFn | None = None,
+    progress: bool | None = None,
+    checkpoint_dir: str | os.PathLike | None = None,
+    checkpoint_every: int = 100,
+) -> FitResult:
+    """Takes `num_steps` outer steps from `hyperparams`, or continues where a checkpoint left off.
+
+    Everything random follows from `key` and the step alone: the tasks drawn for step t are
+    `sample_tasks(fold_in(k, t))`, and every evaluation is `evaluate(k', λ)`, with k and k' split from `key`. So a run
+    that was killed and is started again with the same arguments ends in the same bits as one that was not, history,
+    best λ and patience included; it may also be continued to a larger `num_steps`. What functions compute
+    cannot be compared: a changed loss or optimizer is noticed only where it changes an array's shape or name.
+
+    The first SIGINT or SIGTERM ends the run after the current step: a checkpoint is left, and what there is comes
+    back with `stopped="signal"`. A second SIGINT raises `KeyboardInterrupt`. An error in one of the functions
+    given passes through, and leaves a checkpoint too. (Signals are handled in the main thread only.)
+
+    The step is compiled once for each shape of tasks, and the state that it is given is donated: memory holds one
+    state, beside the tasks drawn last. The metrics are read at every step, in one transfer.
+
+    Args:
+      learner: see `learner`.
+      sample_tasks: `(key) -> tasks`, on the host, without a memory of its own: an array or tree of arrays, of numpy
+        or JAX, as the estimator wants them. It is called before the first step and where a slot is done.
+        Shapes may differ from one call to the next, if all slots end together.
+      hyperparams: the initial λ; kept intact.
+      num_steps: outer steps in all, those of earlier, interrupted runs included; at least 0.
+      key: what everything random follows from.
+      evaluate: `(key, λ) -> []`, a loss on held-out tasks, smaller is better; called with the same key each time, so
+        that every λ is judged on the same draws. Compile it yourself.
+      eval_every: steps between evaluations; the first judges the initial λ.
+      patience: stop after so many evaluations in a row without a new best; None never does.
+      callback: `(step, metrics) -> None`, after every step, counted from 1; metrics are floats, and numpy arrays
+        where they are no scalars. After a resume, steps since the checkpoint are reported again.
+      progress: draw a progress bar; None draws one in a terminal or notebook only.
+      checkpoint_dir: where the newest two checkpoints are kept, one directory for each run; None keeps none.
+      checkpoint_every: steps between checkpoints; the end of the run leaves one too.
+
+    Returns:
+      A `FitResult`.
+
+    Raises:
+      ValueError: an argument is out of range; λ has an integer leaf; the tasks are empty; tasks of other shapes were
+        drawn while some slots were not done; `checkpoint_dir` holds another run.
+
+    Example:
+      >>> import optax
+      >>> from metaopt import training
+      >>> def estimate(hyperparams, task, state):
+      ...     value, hypergrad = jax.value_and_grad(lambda x: (x - task) ** 2)(hyperparams)
+      ...     return base.Estimate(value, hypergrad, jnp.array(True), {}), state
+      >>> quadratic = base.Estimator(lambda key, hyperparams, task: (), estimate, kind="exact")
+      >>> result = fit(
+      ...     training.learner(quadratic, optax.sgd(0.25)), lambda key: 1.0,
+      ...     hyperparams=3.0, num_steps=2, key=jax.random.key(0),
+      ... )
+      >>> print(result.hyperparams, result.history["value"], result.stopped)
+      1.5 [4. 1.] num_steps
+    """
+    _check_arguments(num_steps, evaluate, eval_every, patience, checkpoint_every)
+    hyperparams = _owned(_learner.check_hyperparams(hyperparams))
+    init_key, sample_key, eval_key = jax.random.split(key, 3)
+    init, step = jax.jit(learner.init), jax.jit(learner.step, donate_argnums=0)
+
+    def draw(at: int) -> base.PyTree:
+        return _learner.check_tasks(sample_tasks(jax.random.fold_in(sample_key, at)))
+
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(_signals())
+        checkpoints = saved = None
+        if checkpoint_dir is not None:
+            settings = _settings(key, hyperparams, None if evaluate is None else eval_every)
+            checkpoints = Checkpoints(checkpoint_dir, settings)
+            stack.callback(checkpoints.close)
+            saved = checkpoints.restore()
+        if saved is None:
+            tasks = draw(0)
+            state = _owned(init(init_key, hyperparams, tasks))
+            run = _Run(state, hyperparams, {}, [], step=0, drawn=0)
+        else:
+            if saved.step > num_steps:
+                raise ValueError(
+                    f"`num_steps` is {num_steps}, and {checkpoint_dir} holds a run of {saved.step} steps; ask for at "
+                    "least as many, or give this run a directory of its own."
+                )
+            # The same draw again has the carried tasks' shapes, and goes where none is done.
+            tasks = draw(saved.extra["drawn"])
+            run = _resumed(saved, jax.eval_shape(init, init_key, hyperparams, tasks), hyperparams)
+        saved_step = None if saved is None else saved.step
+        show = stack.enter_context(progress_bar(num_steps, run.step, progress))
+        any_done = bool(_learner.num_true(run.state.done))
+
+        try:
+            while True:
+                if evaluate is not None and run.step == len(run.evaluations) * eval_every:
+                    run = _evaluated(run, evaluate, eval_key)
+                if checkpoints and run.step > 0 and run.step % checkpoint_every == 0 and run.step != saved_step:
+                    _save(checkpoints, run)
+                    saved_step = run.step
+                stopped = _why_stop(run, num_steps, patience, signals)
+                if stopped:
+                    break
+                state, drawn = run.state, run.drawn
+                if any_done:
+                    tasks, drawn = draw(run.step), run.step
+                    if not _learner.same_types(tasks, state.tasks):
+                        _check_all_done(state, tasks)
+                        state = _owned(_learner.restart(init, state, tasks))
+                state, metrics = step(state, tasks)
+                metrics = {name: x.item() if x.ndim == 0 else x for name, x in jax.device_get(metrics).items()}
+                any_done = metrics["num_done"] > 0
+                _record(run.history, run.step, metrics)
+                run = run._replace(state=state, step=run.step + 1, drawn=drawn)
+                show(run.step, metrics)
+                if callback is not None:
+                    callback(run.step, metrics)
+        finally:
+            # An error inside the step itself leaves nothing to save: the state was donated.
+            if checkpoints and run.step != saved_step and _intact(run.state):
+                _save(checkpoints, run)
+
+    best = _best(run.evaluations)
+    return FitResult(
+        hyperparams=run.state.hyperparams,
+        state=run.state,
+        history=_columns(run),
+        evaluations=np.array(run.evaluations, np.float64),
+        best_hyperparams=run.state.hyperparams if evaluate is None else run.best_hyperparams,
+        best_value=math.nan if best is None else run.evaluations[best],
+        stopped=stopped,
+    )
+
+
+def _check_arguments(num_steps, evaluate, eval_every, patience, checkpoint_every):
+    if num_steps < 0:
+        raise ValueError(f"`num_steps` must be at least 0; got {num_steps}.")
+    for name, value in {"eval_every": eval_every, "checkpoint_every": checkpoint_every}.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {value}.")
+    if patience is not None and patience < 1:
+        raise ValueError(f"`patience` must be at least 1, or None; got {patience}.")
+    if patience is not None and evaluate is None:
+        raise ValueError("`patience` counts evaluations, and there are none: give `evaluate`, or no `patience`.")
+
+
+def _check_all_done(state: LearnerState, tasks: base.PyTree) -> None:
+    done = np.concatenate([np.atleast_1d(x).ravel() for x in jax.tree.leaves(jax.device_get(state.done))])
+    if not done.all():
+        drawn, carried = ([x.shape for x in jax.tree.leaves(tree)] for tree in (tasks, state.tasks))
+        raise ValueError(
+            f"`sample_tasks` returned tasks of shapes {drawn} where {carried} are carried, and "
+            f"slots {np.flatnonzero(~done).tolist()} of {done.size} are not done: their tasks and the inner training "
+            "carried for them would be lost. Pad every draw to the same shapes, or let all horizons end together."
+        )
+
+
+def _owned(tree: base.PyTree) -> base.PyTree:
+    """A copy that shares no buffer with the caller, nor between leaves: it can be donated."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _intact(tree: base.PyTree) -> bool:
+    return not any(x.is_deleted() for x in jax.tree.leaves(tree))
+
+
+def _why_stop(run: _Run, num_steps: int, patience: int | None, signals: list[int]) -> str:
+    if patience is not None and len(run.evaluations) - 1 - (_best(run.evaluations) or 0) >= patience:
+        return "patience"
+    if run.step >= num_steps:
+        return "num_steps"
+    return "signal" if signals else ""
+
+
+def _best(losses: list[float]) -> int | None:
+    """The index of the first smallest loss that is below infinity."""
+    best = min(losses, key=lambda loss: math.inf if math.isnan(loss) else loss, default=math.inf)
+    return losses.index(best) if best < math.inf else None
+
+
+def _evaluated(run: _Run, evaluate: EvaluateFn, key: jax.Array) -> _Run:
+    loss = evaluate(key, _owned(run.state.hyperparams))
+    if jnp.shape(loss) != ():
+        raise ValueError(f"`evaluate` must return a scalar; got shape {jnp.shape(loss)}.")
+    evaluations = [*run.evaluations, float(loss)]
+    is_best = _best(evaluations) == len(evaluations) - 1
+    best_hyperparams = _owned(run.state.hyperparams) if is_best else run.best_hyperparams
+    return run._replace(evaluations=evaluations, best_hyperparams=best_hyperparams)
+
+
+def _record(history: dict[str, list[float]], step: int, metrics: dict[str, Any]) -> None:
+    for name, value in metrics.items():
+        if np.ndim(value) == 0:
+            column = history.setdefault(name, [])
+            column.extend([math.nan] * (step - len(column)))
+            column.append(float(value))
+
+
+def _columns(run: _Run) -> dict[str, np.ndarray]:
+    columns = {}
+    for name, column in run.history.items():
+        columns[name] = np.full(run.step, math.nan)
+        columns[name][: len(column)] = column
+    return columns
+
+
+def _settings(key: jax.Array, hyperparams: base.HyperParams, eval_every: int | None) -> dict[str, Any]:
+    """What a run's bits depend on and can be compared."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    leaves = [np.asarray(x) for x in jax.tree.leaves(hyperparams)]
+    checksum = 0
+    for leaf in leaves:
+        checksum = zlib.crc32(leaf.tobytes(), checksum)
+    return {
+        "key": np.asarray(jax.random.key_data(key) if typed else key).tolist(),
+        "initial hyperparams": f"{len(leaves)} arrays of {sum(x.size for x in leaves)} entries, checksum {checksum}",
+        "eval_every": eval_every,
+    }
+
+
+def _save(checkpoints: Checkpoints, run: _Run) -> None:
+    lists = {"history": _columns(run), "evaluations": np.array(run.evaluations, np.float64)}
+    extra = {"drawn": run.drawn, "metrics": list(run.history), "num_evaluations": len(run.evaluations)}
+    checkpoints.save(run.step, (run.state, run.best_hyperparams, lists), extra)
+
+
+def _resumed(saved: Saved, state: LearnerState, hyperparams: base.HyperParams) -> _Run:
+    history = {name: np.empty(saved.step) for name in saved.extra["metrics"]}
+    lists = {"history": history, "evaluations": np.empty(saved.extra["num_evaluations"])}
+    state, best_hyperparams, lists = saved.tree((state, hyperparams, lists))
+    history = {name: column.tolist() for name, column in lists["history"].items()}
+    evaluations = lists["evaluations"].tolist()
+    return _Run(state, best_hyperparams, history, evaluations, saved.step, saved.extra["drawn"])
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Yields the list of SIGINT and SIGTERM received; a second SIGINT raises KeyboardInterrupt."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def receive(number, frame):
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    former = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # ignored on purpose: a job in the background
+                former[number] = signal.signal(number, receive)
+        yield received
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,239 @@
+"""The outer step: λ ← λ − optimizer(dF/dλ), with tasks and inner training carried from step to step.
+
+What one outer step does, for every slot of the batch of tasks:
+
+    where done:  task ← a fresh one,  estimator state ← init(λ, task)
+    F, dF/dλ, done, estimator state ← estimate(λ, task, estimator state)
+    λ ← λ + optimizer.update(dF/dλ)
+
+A slot is `done` when the horizon of its inner training has ended; other slots keep their task and go on training.
+Both functions are pure: jit them, scan them, vmap them over states.
+"""
+
+from typing import NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import base
+
+
+class LearnerState(NamedTuple):
+    """Everything that an outer loop carries, so that a checkpoint of it holds everything.
+
+    Attributes:
+      hyperparams: λ.
+      opt_state: of the outer optimizer.
+      estimator_state: inner states, adjoints, keys; leading axes as `done`.
+      tasks: what each slot trains on; leading axes as `done`.
+      done: [] bool, or [B] for a batch of tasks, or a tree of those over several batches: the slots that the next
+        step gives a fresh task and a fresh state.
+      step: [] int32, the outer steps taken.
+      key: what later steps draw from.
+    """
+
+    hyperparams: base.HyperParams
+    opt_state: optax.OptState
+    estimator_state: base.EstimatorState
+    tasks: base.PyTree
+    done: base.PyTree
+    step: jax.Array
+    key: jax.Array
+
+
+class LearnerInitFn(Protocol):
+    def __call__(self, key: jax.Array, hyperparams: base.HyperParams, tasks: base.PyTree) -> LearnerState:
+        """The state before the first outer step, in which no slot is done."""
+        ...
+
+
+class LearnerStepFn(Protocol):
+    def __call__(
+        self, state: LearnerState, fresh_tasks: base.PyTree = None
+    ) -> tuple[LearnerState, dict[str, jax.Array]]:
+        """One outer step; `fresh_tasks` go where a slot was done, and None restarts those on the task they had."""
+        ...
+
+
+class Learner(NamedTuple):
+    """An estimator and an outer optimizer, made one; see `learner`."""
+
+    init: LearnerInitFn
+    step: LearnerStepFn
+
+
+def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation) -> Learner:
+    """Makes an estimator and an outer optimizer into the two pure functions of an outer loop.
+
+    `init(key, hyperparams, tasks)` starts every slot. `step(state, fresh_tasks)` first renews the slots that the
+    previous estimate left `done`, at the current λ, then estimates, then updates λ. `fresh_tasks` are shaped as the
+    carried tasks; slots that are not done ignore theirs. Without `fresh_tasks`, done slots restart on the task that
+    they had, which is what tuning on one data set needs. Fresh tasks of other shapes or another structure (a batch
+    padded otherwise) cannot be mixed with the carried ones: then **every** slot is renewed, done or not.
+
+    An outer step whose hypergradient has a non-finite entry is skipped: λ and the optimizer's state stay, the
+    estimator's state advances, and `skipped` is 1.
+
+    Both functions work under `jit`, `vmap` and `lax.scan`; the gradient through them is what the estimator's own
+    functions allow. A donated state is safe (`jax.jit(step, donate_argnums=0)`), with the care that `fit` takes:
+    what `init` returns may share buffers with what it was given.
+
+    Args:
+      estimator: for one task (`done` is []), or wrapped by `hypergrad.over_tasks` for a batch of tasks with leading
+        axis B on every leaf ([B]), or for a tuple of such batches (a tuple of [B_i]). Each array in `done` must be a
+        prefix of the axes of the task and state leaves that it governs.
+      optimizer: any optax transform; it is given `value`, the outer loss F(λ), as an extra argument.
+
+    Returns:
+      A `Learner`. The metrics of its step are the estimator's, and over those `value` (F before the update),
+      `hypergrad_norm` (not finite where the step was skipped), `num_done` (slots that ended here) and `skipped`
+      (0 or 1).
+
+    Raises:
+      ValueError: at trace time, a leaf of λ is not floating-point, the tasks are empty, or `done` is no prefix of
+        the axes of a leaf. (AssertionError: the estimator broke its contract.)
+
+    Example:
+      >>> def estimate(hyperparams, task, state):
+      ...     value, hypergrad = jax.value_and_grad(lambda x: (x - task) ** 2)(hyperparams)
+      ...     return base.Estimate(value, hypergrad, jnp.array(True), {}), state
+      >>> quadratic = base.Estimator(lambda key, hyperparams, task: (), estimate, kind="exact")
+      >>> init, step = learner(quadratic, optax.sgd(0.25))
+      >>> state, metrics = step(init(jax.random.key(0), 3.0, 1.0))
+      >>> print(state.hyperparams, metrics["value"])
+      2.0 4.0
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init(key: jax.Array, hyperparams: base.HyperParams, tasks: base.PyTree) -> LearnerState:
+        hyperparams, tasks = check_hyperparams(hyperparams), check_tasks(tasks)
+        init_key, key = jax.random.split(key)
+        estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
+        estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
+        done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)
+        opt_state = _strong(optimizer.init(hyperparams))
+        return LearnerState(hyperparams, opt_state, estimator_state, tasks, done, jnp.zeros((), jnp.int32), key)
+
+    def step(state: LearnerState, fresh_tasks: base.PyTree = None) -> tuple[LearnerState, dict[str, jax.Array]]:
+        fresh_tasks = state.tasks if fresh_tasks is None else check_tasks(fresh_tasks)
+        if not same_types(fresh_tasks, state.tasks):
+            state = restart(init, state, fresh_tasks)
+        hyperparams, done = state.hyperparams, state.done
+        init_key, key = jax.random.split(state.key)
+
+        def renew(tasks, estimator_state):
+            fresh_state = _strong(estimator.init(init_key, hyperparams, fresh_tasks))
+            return _select(done, fresh_tasks, tasks), _select(done, fresh_state, estimator_state)
+
+        def keep(*carried):
+            return carried
+
+        tasks, estimator_state = jax.lax.cond(num_true(done) > 0, renew, keep, state.tasks, state.estimator_state)
+        estimate, new_estimator_state = estimator.estimate(hyperparams, tasks, estimator_state)
+        _check_estimate(estimate, hyperparams, new_estimator_state, estimator_state)
+
+        finite = all_finite(estimate.hypergrad)
+        # Zeros, so that the branch not taken puts no NaN into a gradient through this step.
+        hypergrad = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), estimate.hypergrad)
+        updates, opt_state = optimizer.update(hypergrad, state.opt_state, hyperparams, value=estimate.value)
+        updated = (optax.apply_updates(hyperparams, updates), opt_state)
+        hyperparams, opt_state = _select(finite, updated, (hyperparams, state.opt_state))
+        metrics = {
+            **estimate.metrics,
+            "value": estimate.value,
+            "hypergrad_norm": optax.tree.norm(estimate.hypergrad),
+            "num_done": num_true(estimate.done),
+            "skipped": jnp.logical_not(finite).astype(jnp.int32),
+        }
+        new_state = LearnerState(hyperparams, opt_state, new_estimator_state, tasks, estimate.done, state.step + 1, key)
+        return _strong(new_state), metrics
+
+    return Learner(init, step)
+
+
+def restart(init: LearnerInitFn, state: LearnerState, tasks: base.PyTree) -> LearnerState:
+    """`state` with every slot started afresh on `tasks`; λ and the outer optimizer stay."""
+    fresh = init(state.key, state.hyperparams, tasks)
+    return fresh._replace(opt_state=state.opt_state, step=state.step)
+
+
+def check_hyperparams(hyperparams: base.HyperParams) -> base.HyperParams:
+    """λ as arrays; ValueError where a leaf has no gradient."""
+    leaves = jax.tree_util.tree_leaves_with_path(hyperparams)
+    if not leaves:
+        raise ValueError("`hyperparams` has no leaves: there is nothing to tune.")
+    for path, leaf in leaves:
+        dtype = jnp.asarray(leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            name = f"hyperparams{jax.tree_util.keystr(path)}"
+            raise ValueError(
+                f"`{name}` has dtype {dtype}, and only floating-point leaves have a gradient; write it as a float if "
+                "it is to be tuned (1.0, not 1), and keep it out of λ, for instance in a closure, if it is not."
+            )
+    return _strong(hyperparams)
+
+
+def check_tasks(tasks: base.PyTree) -> base.PyTree:
+    """The tasks as arrays; ValueError where there are none."""
+    leaves = jax.tree_util.tree_leaves_with_path(tasks)
+    if not leaves:
+        raise ValueError(f"The tasks are empty: {tasks!r} has no arrays.")
+    for path, leaf in leaves:
+        if jnp.shape(leaf)[:1] == (0,):
+            name = f"tasks{jax.tree_util.keystr(path)}"
+            raise ValueError(f"`{name}` has shape {jnp.shape(leaf)}: a batch of no tasks, or a task of no data.")
+    return _strong(tasks)
+
+
+def same_types(a: base.PyTree, b: base.PyTree) -> bool:
+    """Whether two trees of arrays have one structure, and equal shapes and dtypes."""
+    types_a, types_b = ([(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (a, b))
+    return jax.tree.structure(a) == jax.tree.structure(b) and types_a == types_b
+
+
+def num_true(tree: base.PyTree) -> jax.Array:
+    """[] int32, the number of true entries in a tree of bool arrays."""
+    return sum((jnp.sum(x, dtype=jnp.int32) for x in jax.tree.leaves(tree)), start=jnp.zeros((), jnp.int32))
+
+
+def all_finite(tree: base.PyTree) -> jax.Array:
+    """[] bool, whether every entry of every leaf is finite."""
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def _strong(tree: base.PyTree) -> base.PyTree:
+    """Leaves as arrays without weak types, so that a carried tree keeps its types."""
+
+    def strong(leaf):
+        leaf = jnp.asarray(leaf)
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return leaf if is_key else jax.lax.convert_element_type(leaf, leaf.dtype)
+
+    return jax.tree.map(strong, tree)
+
+
+def _select(done: base.PyTree, new: base.PyTree, old: base.PyTree) -> base.PyTree:
+    """`new` in the slots that are done, `old` in the others; typed PRNG keys too."""
+
+    def select(mask, new_leaf, old_leaf):
+        if mask.shape != old_leaf.shape[: mask.ndim]:
+            raise ValueError(
+                f"`done` has shape {mask.shape}, and a leaf of the tasks or of the estimator's state has shape "
+                f"{old_leaf.shape}: what a slot carries must have the leading axes of `done`."
+            )
+        mask = mask.reshape(mask.shape + (1,) * (old_leaf.ndim - mask.ndim))
+        return jnp.where(mask, new_leaf, old_leaf)
+
+    def select_below(mask, new, old):
+        return jax.tree.map(lambda *leaves: select(mask, *leaves), new, old)
+
+    return jax.tree.map(select_below, done, new, old)
+
+
+def _check_estimate(estimate, hyperparams, new_state, old_state):
+    chex.assert_shape(estimate.value, ())
+    chex.assert_trees_all_equal_shapes(estimate.hypergrad, hyperparams)
+    chex.assert_type(jax.tree.leaves(estimate.done), bool)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, old_state)
