@@ -1,0 +1,246 @@
+"""Tasks of different sizes in one batch: padding, masks, and a few common shapes.
+
+A compiled program has one shape, and tables have many. Each is padded with zeros to the shape of its bucket; masks say
+what is real, and a loss that heeds them gives the same value and gradient as without padding:
+
+    g(θ) = Σ_i mask_i ℓ(y_i, f_θ(x_i) + log class_mask) / Σ_i mask_i.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base
+from metaopt.tasks._prepare import PreparedTable, Rows
+
+
+class TaskShape(NamedTuple):
+    """How large a task is, or what it is padded to."""
+
+    train_rows: int
+    valid_rows: int
+    features: int
+    classes: int
+
+
+class Buckets(NamedTuple):
+    """Attributes:
+    assignment: [T] int32, the bucket of each task.
+    shapes: what the tasks of each bucket are padded to.
+    """
+
+    assignment: np.ndarray
+    shapes: tuple[TaskShape, ...]
+
+
+def shape_of(prepared: PreparedTable) -> TaskShape:
+    """The smallest shape that a prepared table fits."""
+    return TaskShape(len(prepared.train.y), len(prepared.valid.y), prepared.num_features, prepared.num_classes)
+
+
+def to_task(
+    prepared: PreparedTable,
+    *,
+    rows: tuple[int, int],
+    num_features: int,
+    num_classes: int,
+    features: Any = None,
+) -> base.Task:
+    """Pads a prepared table to a given shape.
+
+    `train` (support) and `valid` (query) are dicts of NumPy arrays, N rows, D columns and C classes after padding:
+    "x" [N, D] float32, "y" [N] int32, "mask" [N] float32 (1 a real row, 0 padding), "feature_mask" [D] float32,
+    "class_mask" [C] float32, "num_features" [] float32, "num_rows" [] int32. Padding is zeros, at the end.
+
+    Args:
+      prepared: what to pad; its test rows stay out of it.
+      rows: of `train` and of `valid`, after padding.
+      num_features: columns after padding.
+      num_classes: classes after padding.
+      features: meta-features, taken over as they are.
+
+    Raises:
+      ValueError: the table does not fit, or has a NaN or an infinite value.
+    """
+    shape, padded = shape_of(prepared), TaskShape(*rows, num_features, num_classes)
+    if any(s > p for s, p in zip(shape, padded, strict=True)):
+        raise ValueError(f"task {prepared.name} does not fit: it has {shape}, and the padded shape is {padded}.")
+
+    def pad(part: Rows, num_rows: int):
+        x = np.zeros((num_rows, num_features), np.float32)
+        x[: len(part.x), : part.x.shape[1]] = part.x
+        y = np.zeros(num_rows, np.int32)
+        y[: len(part.y)] = part.y
+
+        def ones(real, total):
+            return (np.arange(total) < real).astype(np.float32)
+
+        return {
+            "x": x,
+            "y": y,
+            "mask": ones(len(part.y), num_rows),
+            "feature_mask": ones(prepared.num_features, num_features),
+            "class_mask": ones(prepared.num_classes, num_classes),
+            "num_features": np.float32(prepared.num_features),
+            "num_rows": np.int32(len(part.y)),
+        }
+
+    task = base.Task(pad(prepared.train, rows[0]), pad(prepared.valid, rows[1]), features)
+    _check_finite(task, prepared.name)
+    return task
+
+
+def bucket(shapes: Sequence[TaskShape], max_buckets: int = 6, *, width: int = 64) -> Buckets:
+    """Chooses few shapes for many tasks, so that little is computed on padding.
+
+    The cost of a task is that of one forward pass of a network with `width` hidden units, padded:
+    (train_rows + valid_rows) (features + width + classes). Tasks start in buckets of their own; the two whose merger
+    adds the least cost are merged until few enough are left; then every task moves to the cheapest bucket that it fits,
+    and buckets shrink to what is in them, until nothing changes. Neither phase is sure to find the optimum.
+
+    Args:
+      shapes: one a task; plain tuples will do.
+      max_buckets: at least 1; each costs one compilation.
+      width: of the hidden layers that the tasks are to be learned with.
+
+    Returns:
+      The bucket of every task, and the padded shape of every bucket, smallest cost first.
+
+    Raises:
+      ValueError: there is no shape, or `max_buckets` is below 1.
+    """
+    if not len(shapes):
+        raise ValueError("`shapes` must hold at least one shape; it is empty.")
+    if max_buckets < 1:
+        raise ValueError(f"`max_buckets` must be at least 1; got {max_buckets}.")
+
+    def cost(s):
+        return (s[..., 0] + s[..., 1]) * (s[..., 2] + width + s[..., 3]).astype(float)
+
+    real, inverse, counts = np.unique(np.array(shapes, np.int64), axis=0, return_inverse=True, return_counts=True)
+    inverse = inverse.reshape(-1)
+    merged, sizes, group = real.copy(), counts.astype(float), np.arange(len(real))
+    while len(merged) > max_buckets:
+        both = np.maximum(merged[:, None], merged[None])
+        own = sizes * cost(merged)
+        extra = (sizes[:, None] + sizes[None]) * cost(both) - own[:, None] - own[None]
+        extra[np.tril_indices(len(merged))] = np.inf
+        i, j = np.unravel_index(np.argmin(extra), extra.shape)  # i < j
+        merged[i], sizes[i] = both[i, j], sizes[i] + sizes[j]
+        merged, sizes = np.delete(merged, j, axis=0), np.delete(sizes, j)
+        group = np.where(group == j, i, group - (group > j))
+    while True:
+        fits = (real[:, None] <= merged[None]).all(axis=-1)
+        moved = np.argmin(np.where(fits, cost(merged)[None], np.inf), axis=1)
+        left, moved = np.unique(moved, return_inverse=True)
+        shrunk = np.stack([real[moved == k].max(axis=0) for k in range(len(left))])
+        if shrunk.shape == merged.shape and (shrunk == merged).all():
+            break
+        merged = shrunk
+    order = np.argsort(cost(merged), kind="stable")
+    place = np.argsort(order)
+    return Buckets(place[moved][inverse].astype(np.int32), tuple(TaskShape(*map(int, merged[k])) for k in order))
+
+
+def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> base.Task:
+    """A batch of tasks: one more leading axis on every leaf. Takes arrays with values: not for use under `jit`.
+
+    Args:
+      tasks: of one structure, one shape and one type a leaf.
+      names: what error messages call them; None: their places.
+
+    Raises:
+      ValueError: there is no task; structures, shapes or types differ; or a leaf has a NaN or an infinite value.
+    """
+    if not len(tasks):
+        raise ValueError("`tasks` must hold at least one task; it is empty.")
+    called = [f"task {i}" for i in range(len(tasks))] if names is None else [f"task {name}" for name in names]
+    first, structure = jax.tree_util.tree_flatten_with_path(tasks[0])
+    paths = ["task" + jax.tree_util.keystr(path) for path, _ in first]
+    rows = []
+    for name, task in zip(called, tasks, strict=True):
+        leaves, other = jax.tree.flatten(task)
+        if other != structure:
+            raise ValueError(
+                f"{name} and {called[0]} differ in structure, {other} and {structure}; tasks of a batch must have "
+                "the same entries (`features` of all of them, or of none)."
+            )
+        leaves = [np.asarray(leaf) for leaf in leaves]
+        for path, (_, reference), leaf in zip(paths, first, leaves, strict=True):
+            if leaf.shape != np.shape(reference):
+                raise ValueError(
+                    f"{path} has shape {leaf.shape} in {name} and {np.shape(reference)} in {called[0]}; pad them to "
+                    "one shape first: `bucket` chooses it, `to_task` pads."
+                )
+            if leaf.dtype != np.asarray(reference).dtype:
+                raise ValueError(
+                    f"{path} is {leaf.dtype} in {name} and {np.asarray(reference).dtype} in {called[0]}; "
+                    "make them one type."
+                )
+            _check_leaf(path, leaf, name)
+        rows.append(leaves)
+    return jax.tree.unflatten(structure, [jnp.asarray(np.stack(leaf)) for leaf in zip(*rows, strict=True)])
+
+
+def unstack(tasks: base.Task) -> list[base.Task]:
+    """The tasks of a batch, one by one."""
+    leaves, structure = jax.tree.flatten(tasks)
+    return [jax.tree.unflatten(structure, row) for row in zip(*leaves, strict=True)]
+
+
+def resplit(key: jax.Array, task: base.Task) -> base.Task:
+    """Draws training and validation rows anew from both together: the same numbers of each, padding still at the end.
+
+    A rotating split keeps λ from adapting to one choice of validation rows. Pure; works under `jit` and `vmap`; in
+    reverse mode gradients pass to the rows. Stratified: rows are ranked at random within their class, and those of
+    the lowest rank / (rows of the class) are trained on. So a class has its share of the training rows, rounded up
+    where it can be, and every class is trained on where there are at least as many training rows as classes.
+
+    Args:
+      key: consumed.
+      task: one task as `to_task` gives it; for a batch, `vmap` over keys and tasks. Entries but x, y and mask stay as
+        they are.
+    """
+    train, valid = task.train, task.valid
+
+    def join(name):
+        return jnp.concatenate([train[name], valid[name]])
+
+    real, y = join("mask") > 0, join("y")
+    total = y.shape[0]
+    tie_key, order_key = jax.random.split(key)
+    label = jnp.where(real, y, jnp.iinfo(y.dtype).max)
+    ordered = jnp.lexsort((jax.random.uniform(tie_key, (total,)), label))
+    grouped = label[ordered]
+    start = jnp.searchsorted(grouped, grouped, side="left")
+    count = jnp.searchsorted(grouped, grouped, side="right") - start
+    share = (jnp.arange(total) - start) / count
+    shuffle = jax.random.uniform(order_key, (total,))[ordered]
+    padding = ~real[ordered]
+    chosen = ordered[jnp.lexsort((shuffle, share, padding))]
+
+    def take(part: Mapping[str, jax.Array], offset) -> dict[str, jax.Array]:
+        size = part["y"].shape[0]
+        inside = jnp.arange(size) < part["num_rows"]
+        at = chosen[jnp.minimum(offset + jnp.arange(size), total - 1)]
+        x, y = join("x")[at], join("y")[at]
+        mask = inside.astype(part["mask"].dtype)
+        rows = {"x": jnp.where(inside[:, None], x, 0), "y": jnp.where(inside, y, 0), "mask": mask}
+        return {**part, **rows}
+
+    return task._replace(train=take(train, 0), valid=take(valid, train["num_rows"]))
+
+
+def _check_finite(task: base.Task, name: str) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(task)[0]:
+        _check_leaf("task" + jax.tree_util.keystr(path), np.asarray(leaf), f"task {name}")
+
+
+def _check_leaf(path: str, leaf: np.ndarray, name: str) -> None:
+    if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
+        raise ValueError(
+            f"{path} of {name} has NaN or infinite values; `prepare` fills gaps, `apply_scaling` features."
+        )

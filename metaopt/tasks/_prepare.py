@@ -1,0 +1,270 @@
+"""From a table to arrays that a network can be trained on: split, then encode by what the training rows tell.
+
+Nothing is fitted on validation or test rows: medians, quantiles, levels and the choice of columns come from training
+rows alone. The same rows are kept unencoded for learners that want them so (`Rows.raw`: forests).
+"""
+
+import functools
+import logging
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+from metaopt.tasks._tables import Table
+
+_log = logging.getLogger(__name__)
+
+SCALINGS = ("quantile", "standard")
+
+
+class Rows(NamedTuple):
+    """Some rows of a table. `D` encoded columns, `d` original ones.
+
+    Attributes:
+      x: [n, D] float32, encoded.
+      y: [n] int32 in 0..C-1.
+      raw: [n, d] float32: numbers as they were with medians in the gaps, categories as codes with -1 in the gaps.
+      index: [n] int64, which rows of the table these are.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    raw: np.ndarray
+    index: np.ndarray
+
+
+class PreparedTable(NamedTuple):
+    """A table that is split and encoded.
+
+    Attributes:
+      name: of the table.
+      family: of the table.
+      train: what the inner loss sees.
+      valid: what the outer loss sees.
+      test: what only the experiment sees.
+      num_features: D.
+      num_classes: C.
+      classes: [C] int32, the table's own number of each class.
+      categorical: [d] bool, of the columns of `raw`.
+    """
+
+    name: str
+    family: str
+    train: Rows
+    valid: Rows
+    test: Rows
+    num_features: int
+    num_classes: int
+    classes: np.ndarray
+    categorical: np.ndarray
+
+
+def prepare(
+    table: Table,
+    *,
+    seed: int = 0,
+    valid_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    max_rows: int = 5000,
+    max_classes: int | None = None,
+    max_features: int = 128,
+    max_levels: int = 10,
+    scaling: str = "quantile",
+) -> PreparedTable:
+    """Splits a table into training, validation and test rows, and encodes it.
+
+    The split is stratified: every class has its share in each part, to within a row, and at least one training row.
+    A numeric column becomes one column: gaps take the training median; then, by `scaling`,
+
+    * "quantile": Φ⁻¹(u), where u is the mid-rank of x among (at most 200) quantiles of the training rows, which makes
+      a normal variable of any continuous one; then zero mean and unit variance;
+    * "standard": zero mean and unit variance;
+
+    and, softly clipped, x / √(1 + (x / 3)²), which stays within (-3, 3). Where training rows have gaps, a second column
+    says so. A categorical column of two levels becomes one column of ∓1 (0 where neither); of up to `max_levels`, one
+    column a level (all zeros where none of them); of more, its `max_levels` - 1 most frequent levels and one column
+    for the others. Columns that are constant on the training rows are dropped.
+
+    Args:
+      table: what to prepare.
+      seed: of the split and of the subsampling; equal seeds give equal arrays.
+      valid_fraction: share of the rows, in (0, 1).
+      test_fraction: share of the rows, in [0, 1).
+      max_rows: a larger table is subsampled, stratified by class.
+      max_classes: where there are more, the rows of the rarest are dropped; None: all stay.
+      max_features: where encoding gives more columns, those with the largest F statistic of a one-way analysis of
+        variance between the classes stay, on training rows.
+      max_levels: at least 2.
+      scaling: "quantile" or "standard".
+
+    Raises:
+      ValueError: an argument is out of its range; or fewer than 2 classes or no column can be learned from.
+
+    Source: quantile transform, Gorishniy et al., NeurIPS 2021, https://arxiv.org/abs/2106.11959; soft clipping,
+      Holzmüller et al., NeurIPS 2024, https://arxiv.org/abs/2407.04491
+    """
+    if not 0 < valid_fraction < 1 or not 0 <= test_fraction < 1 or valid_fraction + test_fraction >= 1:
+        raise ValueError(
+            "`valid_fraction` and `test_fraction` must leave rows to train on; "
+            f"got {valid_fraction} and {test_fraction}."
+        )
+    if scaling not in SCALINGS:
+        raise ValueError(f"`scaling` must be one of {SCALINGS}; got {scaling!r}.")
+    for name, value, least in (
+        ("max_rows", max_rows, 3),
+        ("max_features", max_features, 1),
+        ("max_levels", max_levels, 2),
+        ("max_classes", 2 if max_classes is None else max_classes, 2),
+    ):
+        if value < least:
+            raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+    if np.isinf(table.x).any():
+        raise ValueError(f"table {table.name} has infinite values; missing ones are NaN.")
+
+    rng = np.random.default_rng(seed)
+    index = np.arange(len(table.y))
+    counts = np.bincount(table.y)
+    if max_classes is not None and (counts > 0).sum() > max_classes:
+        frequent = np.argsort(-counts, kind="stable")[:max_classes]
+        index = index[np.isin(table.y, frequent)]
+        _log.warning("table %s: only its %d most frequent classes are kept", table.name, max_classes)
+    if len(index) > max_rows:
+        index = _split(table.y, index, (1.0 - max_rows / len(index),), rng)[0]
+    train, valid, test = _split(table.y, index, (valid_fraction, test_fraction), rng)
+    classes = np.unique(table.y[train])
+    if len(classes) < 2:
+        raise ValueError(f"table {table.name} has fewer than 2 classes.")
+    lost = np.setdiff1d(np.flatnonzero(counts), classes)
+    if len(lost):
+        _log.warning("table %s: classes %s have no training row and are dropped", table.name, lost.tolist())
+        valid, test = (rows[np.isin(table.y[rows], classes)] for rows in (valid, test))
+
+    fit_y = np.searchsorted(classes, table.y[train])
+    blocks = []
+    raw = np.array(table.x, np.float32)
+    used = np.concatenate([train, valid, test])
+    for j, is_categorical in enumerate(table.categorical):
+        column = table.x[:, j].astype(np.float64)
+        if is_categorical:
+            block = _encode_levels(column[train], column[used], max_levels)
+            raw[np.isnan(raw[:, j]), j] = -1
+        else:
+            block = _encode_numbers(column[train], column[used], scaling)
+            seen = column[train][~np.isnan(column[train])]
+            raw[np.isnan(raw[:, j]), j] = np.median(seen) if len(seen) else 0.0
+        blocks.append(block)
+    x = np.concatenate(blocks, axis=1) if blocks else np.zeros((len(used), 0))
+    x = x[:, np.ptp(x[: len(train)], axis=0) > 0]
+    if not x.shape[1]:
+        raise ValueError(f"table {table.name} has no column that varies over its training rows.")
+    if x.shape[1] > max_features:
+        _log.info("table %s: %d of %d encoded columns are kept", table.name, max_features, x.shape[1])
+        statistic = _f_statistic(x[: len(train)], fit_y, len(classes))
+        x = x[:, np.sort(np.argsort(-statistic, kind="stable")[:max_features])]
+    x = x.astype(np.float32)
+
+    ends = np.cumsum([len(train), len(valid)])
+    rows = [
+        Rows(part, np.searchsorted(classes, table.y[at]).astype(np.int32), raw[at], at)
+        for part, at in zip(np.split(x, ends), (train, valid, test), strict=True)
+    ]
+    return PreparedTable(
+        name=table.name,
+        family=table.family,
+        train=rows[0],
+        valid=rows[1],
+        test=rows[2],
+        num_features=x.shape[1],
+        num_classes=len(classes),
+        classes=classes.astype(np.int32),
+        categorical=table.categorical,
+    )
+
+
+def _split(y: np.ndarray, index: np.ndarray, fractions: tuple[float, ...], rng) -> list[np.ndarray]:
+    """The rest, then one part a fraction, in random order; each class keeps a row in the rest, where it has one at all.
+
+    Rounding is done on counts summed over the classes in random order, so that the parts have the right sizes as well.
+    """
+    classes = rng.permutation(np.unique(y[index]))
+    members = [rng.permutation(index[y[index] == c]) for c in classes]
+    sizes = np.array([len(m) for m in members])
+    ends = np.round(np.cumsum(sizes)[:, None] * np.array(fractions)).astype(int)
+    wanted = np.diff(ends, axis=0, prepend=0)
+    parts: list[list[np.ndarray]] = [[] for _ in range(len(fractions) + 1)]
+    for member, take in zip(members, wanted, strict=True):
+        for k in reversed(range(len(take))):
+            take[k] -= max(0, min(take[k], take.sum() - (len(member) - 1)))
+        pieces = np.split(member, np.cumsum(take))
+        for k, piece in enumerate([pieces[-1], *pieces[:-1]]):
+            parts[k].append(piece)
+    return [rng.permutation(np.concatenate(part)) for part in parts]
+
+
+def _encode_numbers(train: np.ndarray, column: np.ndarray, scaling: str) -> np.ndarray:
+    missing = np.isnan(train)
+    seen = train[~missing]
+    if not len(seen):
+        return np.zeros((len(column), 0))
+
+    def fill(x):
+        return np.where(np.isnan(x), np.median(seen), x)
+
+    if scaling == "quantile":
+        levels = np.linspace(0.0, 1.0, min(200, len(seen)))
+        quantiles = np.quantile(seen, levels)
+
+        def transform(x):
+            return _normal_scores(fill(x), quantiles, levels)
+    else:
+        transform = fill
+    fitted = transform(train)
+    scale = fitted.std()
+    scaled = (transform(column) - fitted.mean()) / (scale if scale > 1e-12 * np.abs(fitted).max() else 1.0)
+    encoded = [scaled / np.sqrt(1.0 + (scaled / 3.0) ** 2)]
+    if missing.any():
+        encoded.append(np.isnan(column))
+    return np.stack(encoded, axis=1).astype(np.float64)
+
+
+def _normal_scores(x: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Φ⁻¹ of the mid-rank: where values repeat, halfway between the ranks of the first and of the last of them."""
+    first = np.searchsorted(quantiles, x, side="left")
+    last = np.searchsorted(quantiles, x, side="right") - 1
+    tied = last >= first
+    between = np.interp(x, quantiles, levels)
+    top = len(levels) - 1
+    rank = np.where(tied, (levels[np.minimum(first, top)] + levels[np.clip(last, 0, top)]) / 2, between)
+    edge = 0.5 / len(levels)
+    return np.interp(np.clip(rank, edge, 1.0 - edge), *_normal_table())
+
+
+@functools.cache
+def _normal_table() -> tuple[np.ndarray, np.ndarray]:
+    """u and Φ⁻¹(u), finely enough to interpolate."""
+    u = np.linspace(0.0, 1.0, 4001)[1:-1]
+    return u, np.array([NormalDist().inv_cdf(v) for v in u])
+
+
+def _encode_levels(train: np.ndarray, column: np.ndarray, max_levels: int) -> np.ndarray:
+    levels, counts = np.unique(train[~np.isnan(train)], return_counts=True)
+    missing = [np.isnan(column)] if np.isnan(train).any() else []
+    if len(levels) == 2:
+        return np.stack([1.0 * (column == levels[1]) - (column == levels[0]), *missing], axis=1)
+    others = []
+    if len(levels) > max_levels:
+        levels = np.sort(levels[np.argsort(-counts, kind="stable")[: max_levels - 1]])
+        others = [~np.isin(column, levels) & ~np.isnan(column)]
+    encoded = [column == level for level in levels] + others + missing
+    return np.stack(encoded, axis=1).astype(np.float64) if encoded else np.zeros((len(column), 0))
+
+
+def _f_statistic(x: np.ndarray, y: np.ndarray, num_classes: int) -> np.ndarray:
+    """[D] variance between the class means over variance within the classes, up to a constant."""
+    onehot = np.eye(num_classes)[y]
+    counts = onehot.sum(axis=0)
+    means = onehot.T @ x / counts[:, None]
+    between = counts @ (means - x.mean(axis=0)) ** 2
+    within = ((x - means[y]) ** 2).sum(axis=0)
+    return between / np.maximum(within, 1e-9 * (between + 1e-30))
