@@ -29,8 +29,8 @@ EstimatorState = PyTree
 class Task(NamedTuple):
     """What is trained on, and judged on: pytrees of arrays, masks among them.
 
-    A batch of tasks has one more leading axis, of the number of tasks, on every leaf. Test data are not part of a task: they stay
-    with the experiment, so that nothing can tune on them.
+    A batch of tasks has one more leading axis, of the number of tasks, on every leaf. Test data are not part of a task:
+    they stay with the experiment, so that nothing can tune on them.
 
     Attributes:
       train: what the inner loss sees; few-shot learning calls it the support set.
@@ -78,9 +78,7 @@ class LossFn(Protocol):
 
 
 class UpdateFn(Protocol):
-    def __call__(
-        self, state: InnerState, grads: Params, model_state: PyTree, hyperparams: HyperParams
-    ) -> InnerState:
+    def __call__(self, state: InnerState, grads: Params, model_state: PyTree, hyperparams: HyperParams) -> InnerState:
         """One optimizer step, given the gradient of g."""
         ...
 
@@ -122,7 +120,8 @@ class Estimate(NamedTuple):
     Attributes:
       value: [] the outer loss F(λ).
       hypergrad: dF/dλ, shaped like λ.
-      done: [] bool (one per task after `over_tasks`); the horizon ended, so the caller may give this slot a new task and a fresh state.
+      done: [] bool (one per task after `over_tasks`); the horizon ended, so the caller may give this slot a new task and
+        a fresh state.
       metrics: residuals, norms, counts; looked at, never carried.
     """
 
@@ -139,9 +138,7 @@ class EstimatorInitFn(Protocol):
 
 
 class EstimateFn(Protocol):
-    def __call__(
-        self, hyperparams: HyperParams, task: Task, state: EstimatorState
-    ) -> tuple[Estimate, EstimatorState]:
+    def __call__(self, hyperparams: HyperParams, task: Task, state: EstimatorState) -> tuple[Estimate, EstimatorState]:
         """One estimate of F and dF/dλ; the state afterwards."""
         ...
 
@@ -171,10 +168,12 @@ class Predictor(NamedTuple):
     Attributes:
       init: `(key) -> meta_params`.
       apply: `(meta_params, task) -> hyperparams`, for one task.
+      config: what it was built with, as plain values: enough to build it again (`predictors.save`).
     """
 
     init: Callable[[jax.Array], PyTree]
     apply: Callable[[PyTree, Task], HyperParams]
+    config: dict[str, Any] = {}
 
 
 class Record(NamedTuple):

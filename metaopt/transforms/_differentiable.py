@@ -70,11 +70,12 @@ def _pow(x, y, **_):
 
 
 def _div(x, y, *, drop, **_):
-    bad = y == 0
+    bad = (y == 0) | ~jnp.isfinite(x) | ~jnp.isfinite(y)  # a branch that `where` leaves out may hold anything
     if drop:
         bad |= (x == 0) & (jnp.abs(y) <= 1 / _STEEP)
     safe = jnp.where(bad, 1, y)
-    return (jnp.where(bad, 0, 1 / safe), jnp.where(bad, 0, -(x / safe) / safe))
+    x = jnp.where(bad, 0, x)
+    return (jnp.where(bad, 0, 1 / safe), -(x / safe) / safe)
 
 
 def _mul(x, y, *, drop, **_):
@@ -163,9 +164,7 @@ def _evaluate_while(closed: Callable, operands: list, params: dict) -> list:
         operands[num_cond + num_body :],
     )
     cond, body = closed(params["cond_jaxpr"]), closed(params["body_jaxpr"])
-    return list(
-        jax.lax.while_loop(lambda c: cond(*cond_consts, *c)[0], lambda c: body(*body_consts, *c), list(carry))
-    )
+    return list(jax.lax.while_loop(lambda c: cond(*cond_consts, *c)[0], lambda c: body(*body_consts, *c), list(carry)))
 
 
 def differentiable(

@@ -1,0 +1,20 @@
+"""How dF/dλ is estimated: one rule a file, and what carries a rule over seeds and tasks."""
+
+from metaopt.hypergrad._batching import over_seeds, over_tasks
+from metaopt.hypergrad._implicit import WarmImplicitState, refuse_unanswerable, used_leaves, warm_implicit
+from metaopt.hypergrad._lookahead import LookaheadState, lookahead
+from metaopt.hypergrad._unroll import checkpointed_scan, unroll, unrolled
+
+__all__ = [
+    "LookaheadState",
+    "WarmImplicitState",
+    "checkpointed_scan",
+    "lookahead",
+    "over_seeds",
+    "over_tasks",
+    "refuse_unanswerable",
+    "unroll",
+    "unrolled",
+    "used_leaves",
+    "warm_implicit",
+]

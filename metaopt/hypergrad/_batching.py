@@ -1,0 +1,193 @@
+"""One estimator over several seeds, and over a batch of tasks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import base
+
+
+def _is_finite(estimate: base.Estimate) -> jax.Array:
+    """[] bool: the value and every entry of the hypergradient are finite."""
+    leaves = [estimate.value, *jax.tree.leaves(estimate.hypergrad)]
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
+
+
+def _keep(finite: jax.Array, tree: Any) -> Any:
+    """`tree`, with zeros in the entries of the leading axis that are not finite: a NaN times zero is a NaN."""
+    return jax.tree.map(lambda x: jnp.where(finite.reshape(finite.shape + (1,) * (x.ndim - 1)), x, 0), tree)
+
+
+def _float(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.result_type(x, jnp.float32)), tree)
+
+
+def _sums(estimate: base.Estimate) -> dict[str, Any]:
+    """What a mean over tasks needs, summed over the leading axis of an estimate."""
+    finite = jax.vmap(_is_finite)(estimate)
+    hypergrad = _keep(finite, estimate.hypergrad)
+    sums = {
+        "value": estimate.value * 1.0,
+        "hypergrad": hypergrad,
+        "squared_norm": sum(jnp.sum(jnp.square(h), range(1, h.ndim)) for h in jax.tree.leaves(hypergrad)) + 0.0,
+        "metrics": _float(estimate.metrics),
+    }
+    sums = jax.tree.map(lambda x: x.sum(0), _keep(finite, sums))
+    return {**sums, "finite": finite.sum(), "tasks": jnp.array(finite.size)}
+
+
+def over_seeds(estimator: base.Estimator, num_seeds: int) -> base.Estimator:
+    """The mean of an estimate over S seeds on one task: S training runs that differ in their keys alone.
+
+    Divides the variance that initialization, the order of the data and noise bring by S; costs S times as much. Seeds
+    whose estimate is not finite are left out; where none is finite, the estimate is NaN.
+
+    Args:
+      estimator: for one task.
+      num_seeds: S, at least 1.
+
+    Returns:
+      An `Estimator` for one task, whose state has a leading axis of S; `done` where all seeds are.
+
+    Raises:
+      ValueError: `num_seeds` is below 1.
+    """
+    if num_seeds < 1:
+        raise ValueError(f"`num_seeds` must be at least 1; got {num_seeds}.")
+
+    def init(key, hyperparams, task):
+        return jax.vmap(estimator.init, in_axes=(0, None, None))(jax.random.split(key, num_seeds), hyperparams, task)
+
+    def estimate(hyperparams, task, state):
+        estimates, state = jax.vmap(estimator.estimate, in_axes=(None, None, 0))(hyperparams, task, state)
+        sums = _sums(estimates)
+        mean = jax.tree.map(lambda x: x / sums["finite"], {k: sums[k] for k in ("value", "hypergrad", "metrics")})
+        return base.Estimate(mean["value"], mean["hypergrad"], jnp.all(estimates.done), mean["metrics"]), state
+
+    return base.Estimator(init, estimate, estimator.kind)
+
+
+def _normalize(estimate: base.Estimate, max_norm: float | None, normalize: bool) -> base.Estimate:
+    norm = optax.tree.norm(estimate.hypergrad)
+    scale = jnp.ones_like(norm)
+    if normalize:
+        scale = 1 / jnp.where(norm == 0, 1, norm)
+    elif max_norm is not None:
+        scale = jnp.minimum(1, max_norm / jnp.where(norm == 0, 1, norm))
+    return estimate._replace(hypergrad=jax.tree.map(lambda h: (h * scale).astype(h.dtype), estimate.hypergrad))
+
+
+def over_tasks(
+    estimator: base.Estimator,
+    *,
+    task_chunk: int | None = None,
+    max_norm: float | None = None,
+    normalize: bool = False,
+) -> base.Estimator:
+    """The mean of an estimate over a batch of tasks.
+
+        F(λ) = 1/|finite| Σ_{tasks i finite} F_i(λ)
+
+    A task whose value or hypergradient is not finite is left out of the mean, counted, and `done`, so that its slot
+    gets a new task; where no task is finite, the mean is NaN.
+
+    Args:
+      estimator: for one task.
+      task_chunk: tasks that run at once under vmap; the chunks follow one another in a scan that accumulates the sums,
+        so that memory is that of one chunk. Must divide the number of tasks. None runs all at once.
+      max_norm: clips the norm of each task's hypergradient, before the mean.
+      normalize: scales each task's hypergradient to norm 1, before the mean.
+
+    Returns:
+      An `Estimator` of the same kind (clipped or normalized, it is "biased") for a batch of B tasks: its `init` and its
+      `estimate` take tasks whose leaves have a leading axis of B, or a tuple of such batches that differ in their padded
+      shapes and count as one. `done` is [B], or a tuple of them. Metrics: the inner ones' means, "num_tasks",
+      "num_finite", "num_nonfinite", and "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
+
+    Raises:
+      ValueError: an argument is out of range; at trace time, an empty batch, leaves that disagree on B, or a chunk that
+        does not divide B.
+    """
+    if task_chunk is not None and task_chunk < 1:
+        raise ValueError(f"`task_chunk` must be at least 1, or None; got {task_chunk}.")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"`max_norm` must be positive, or None; got {max_norm}.")
+    if normalize and max_norm is not None:
+        raise ValueError("`normalize` and `max_norm` exclude each other: a normalized hypergradient has norm 1.")
+
+    def is_ragged(tasks):
+        return isinstance(tasks, tuple) and not isinstance(tasks, base.Task)
+
+    def size(tasks):
+        sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tasks)}
+        if not sizes or sizes == {(0,)}:
+            raise ValueError("The batch of tasks is empty: it needs at least one task, stacked with `tasks.stack`.")
+        if len(sizes) > 1 or () in sizes:
+            raise ValueError(
+                "Every leaf of a batch of tasks must have the number of tasks as its leading axis; got leading axes "
+                f"{sorted(map(str, sizes))}. Stack tasks with `tasks.stack`."
+            )
+        return sizes.pop()[0]
+
+    def init(key, hyperparams, tasks):
+        if is_ragged(tasks):
+            keys = jax.random.split(key, len(tasks))
+            return tuple(init(k, hyperparams, batch) for k, batch in zip(keys, tasks, strict=True))
+        return jax.vmap(estimator.init, in_axes=(0, None, 0))(jax.random.split(key, size(tasks)), hyperparams, tasks)
+
+    def one(hyperparams, task, state):
+        estimate, state = estimator.estimate(hyperparams, task, state)
+        return _normalize(estimate, max_norm, normalize), state
+
+    def batch_sums(hyperparams, tasks, state):
+        def chunk_sums(tasks, state):
+            estimates, state = jax.vmap(one, in_axes=(None, 0, 0))(hyperparams, tasks, state)
+            return _sums(estimates), estimates.done | ~jax.vmap(_is_finite)(estimates), state
+
+        num_tasks = size(tasks)
+        if task_chunk is None or task_chunk >= num_tasks:
+            return chunk_sums(tasks, state)
+        if num_tasks % task_chunk:
+            raise ValueError(f"`task_chunk` must divide the number of tasks, {num_tasks}; got {task_chunk}.")
+
+        def fold(tree):
+            return jax.tree.map(lambda x: x.reshape(-1, task_chunk, *x.shape[1:]), tree)
+
+        def accumulate(total, chunk):
+            sums, done, state = chunk_sums(*chunk)
+            return jax.tree.map(jnp.add, total, sums), (done, state)
+
+        chunks = fold((tasks, state))
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(lambda c: chunk_sums(*c)[0], jax.tree.map(lambda x: x[0], chunks)),
+        )
+        total, outputs = jax.lax.scan(accumulate, zeros, chunks)
+        done, state = jax.tree.map(lambda x: x.reshape(num_tasks, *x.shape[2:]), outputs)
+        return total, done, state
+
+    def estimate(hyperparams, tasks, state):
+        if is_ragged(tasks):
+            parts = [batch_sums(hyperparams, *part) for part in zip(tasks, state, strict=True)]
+            if not parts:
+                raise ValueError("The batch of tasks is empty: it needs at least one task.")
+            sums = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *[p[0] for p in parts])
+            done, state = tuple(p[1] for p in parts), tuple(p[2] for p in parts)
+        else:
+            sums, done, state = batch_sums(hyperparams, tasks, state)
+        count = sums["finite"]
+        hypergrad = jax.tree.map(lambda x: (x / count).astype(x.dtype), sums["hypergrad"])
+        spread = sums["squared_norm"] - count * optax.tree.norm(hypergrad, squared=True)
+        metrics = {
+            **jax.tree.map(lambda x: x / count, sums["metrics"]),
+            "num_tasks": sums["tasks"],
+            "num_finite": count,
+            "num_nonfinite": sums["tasks"] - count,
+            "hypergrad_variance": spread / jnp.maximum(count - 1, 1),
+        }
+        return base.Estimate(sums["value"] / count, hypergrad, done, metrics), state
+
+    changed = normalize or max_norm is not None
+    return base.Estimator(init, estimate, "biased" if changed and estimator.kind == "exact" else estimator.kind)

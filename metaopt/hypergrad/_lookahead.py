@@ -1,0 +1,79 @@
+"""Lookahead hypergradients: commit steps at the current λ, then differentiate a few virtual ones and drop them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metaopt import base, inner
+from metaopt.hypergrad import _unroll
+
+
+class LookaheadState(NamedTuple):
+    inner: base.InnerState
+    key: jax.Array
+
+
+def lookahead(
+    problem: base.Problem,
+    *,
+    commit: int = 1,
+    num_steps: int = 1,
+    horizon: int | None = None,
+    remat: str = "none",
+    grad: Callable = jax.grad,
+) -> base.Estimator:
+    """Estimates dF/dλ by looking K steps ahead of a training run that goes on.
+
+        θ ← Φ^commit(θ, λ)  (no derivative),    F(λ) = f(Φ^K(θ, λ), λ)  with θ held constant.
+
+    One training run serves all outer steps. The hypergradient is exact for its own F, and short-sighted as an estimate
+    of what λ does to a whole training run: it leaves out how λ shaped θ so far (Wu et al., ICLR 2018, on rates).
+    `commit=1, num_steps=1` is DARTS (second order); `num_steps=0` is its first-order form.
+
+    Args:
+      problem: λ must enter the inner loss, the optimizer or the outer loss.
+      commit: steps of training per estimate, at least 0.
+      num_steps: K, virtual steps, at least 0.
+      horizon: `done` once so many steps are committed; None never ends.
+      remat: "none", "step" or "sqrt", over the virtual steps.
+      grad: what takes the inner gradient of the virtual steps; see `inner.step`.
+
+    Returns:
+      An `Estimator` of kind "exact" for the F above.
+
+    Raises:
+      ValueError: a count is negative, or `remat` is unknown.
+
+    Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 6; Luketina et al., ICML 2016.
+    """
+    if commit < 0:
+        raise ValueError(f"`commit` must be at least 0; got {commit}.")
+    if horizon is not None and horizon < 1:
+        raise ValueError(f"`horizon` must be at least 1, or None; got {horizon}.")
+    _unroll._check(num_steps, remat)
+    loop = problem.loop
+
+    def init(key, hyperparams, task):
+        init_key, key = jax.random.split(key)
+        return LookaheadState(loop.init(init_key, hyperparams, task.train), key)
+
+    def estimate(hyperparams, task, state):
+        outer_key, key = jax.random.split(state.key)
+        committed = jax.lax.fori_loop(0, commit, lambda _, s: inner.step(loop, s, hyperparams, task.train), state.inner)
+
+        def objective(hyperparams):
+            def step(s, _):
+                return inner.step(loop, s, hyperparams, task.train, grad=grad), None
+
+            ahead, _ = _unroll.checkpointed_scan(step, committed, None, length=num_steps, remat=remat)
+            batch = problem.outer_batch(outer_key, task)
+            return problem.outer_loss(loop.params(ahead), hyperparams, batch, loop.context(ahead))
+
+        value, hypergrad = jax.value_and_grad(objective)(hyperparams)
+        taken = loop.context(committed).step
+        done = jnp.array(False) if horizon is None else taken >= horizon
+        return base.Estimate(value, hypergrad, done, {"inner_steps": taken}), LookaheadState(committed, key)
+
+    return base.Estimator(init, estimate, kind="exact")

@@ -1,0 +1,184 @@
+"""Reverse-mode hypergradients through the whole of training.
+
+    θ_{t+1} = Φ(θ_t, λ),    dF/dλ = Σ_t w_t [∂f/∂λ + (∂f/∂θ_t) dθ_t/dλ],
+
+by differentiating the program that trains. Exact, for any λ that enters anywhere: the initialization, the loss, the
+optimizer, the outer loss. What it costs is memory, and checkpointing buys memory with recomputation.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base, inner
+
+REMAT = ("none", "step", "sqrt")
+
+
+def _check(num_steps: int, remat: str) -> None:
+    if num_steps < 0:
+        raise ValueError(f"`num_steps` must be at least 0; got {num_steps}.")
+    if remat not in REMAT:
+        raise ValueError(f"`remat` must be one of {', '.join(map(repr, REMAT))}; got {remat!r}.")
+
+
+def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat: str) -> tuple[Any, Any]:
+    """`jax.lax.scan` whose reverse pass stores less.
+
+    Args:
+      step: `(carry, x) -> (carry, y)`.
+      carry: where it starts.
+      xs: per-step inputs with a leading axis of `length`, or None.
+      length: T.
+      remat: "none" stores what every step computed; "step" stores each step's carry and recomputes within the step;
+        "sqrt" stores √T carries, and recomputes a stretch of √T steps at a time, each with its own steps recomputed.
+
+    Returns:
+      The last carry, and the stacked y.
+    """
+    if remat == "none":
+        return jax.lax.scan(step, carry, xs, length=length)
+    step = jax.checkpoint(step, prevent_cse=False)
+    if remat == "step" or length < 4:
+        return jax.lax.scan(step, carry, xs, length=length)
+    # T = stretches · size + rest; the rest is one shorter stretch.
+    size = math.ceil(math.sqrt(length))
+    stretches, rest = divmod(length, size)
+
+    def stretch(carry, xs, length):
+        return jax.lax.scan(step, carry, xs, length=length)
+
+    head = jax.tree.map(lambda x: x[: stretches * size].reshape(stretches, size, *x.shape[1:]), xs)
+    tail = jax.tree.map(lambda x: x[stretches * size :], xs)
+    full = jax.checkpoint(lambda carry, xs: stretch(carry, xs, size), prevent_cse=False)
+    carry, ys = jax.lax.scan(full, carry, head, length=stretches)
+    ys = jax.tree.map(lambda y: y.reshape(stretches * size, *y.shape[2:]), ys)
+    if rest:
+        carry, last = jax.checkpoint(lambda carry, xs: stretch(carry, xs, rest))(carry, tail)
+        ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, last)
+    return carry, ys
+
+
+def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str = "none", grad: Callable = jax.grad) -> Callable:
+    """Training as a plain differentiable function: jit it, vmap it, differentiate it, nest it.
+
+    Reverse mode stores, per step, everything ("none": about 2.75 times the time of plain training), the state alone
+    ("step": 3.7 times), or √T states ("sqrt": 4.7 times). Forward mode (`jax.jvp`, `jax.jacfwd`) works too, with memory
+    that does not depend on T, as do vmap and any nesting.
+
+    Args:
+      loop: how θ is trained.
+      num_steps: T, at least 0.
+      remat: "none", "step" or "sqrt".
+      grad: what takes the inner gradient; see `inner.step`.
+
+    Returns:
+      `(key, hyperparams, data) -> InnerState` after T steps; `loop.params` takes θ out of it.
+
+    Raises:
+      ValueError: `num_steps` is negative or `remat` is unknown.
+
+    >>> import jax, optax
+    >>> from metaopt import hypergrad, inner
+    >>> loop = inner.loop(
+    ...     lambda params, hp, data: (params - data) ** 2 / 2,
+    ...     lambda hp: optax.sgd(hp["rate"]),
+    ...     init=lambda key, hp, data: jax.numpy.zeros([]),
+    ... )
+    >>> solve = hypergrad.unroll(loop, num_steps=2)
+    >>> outer = lambda rate: loop.params(solve(jax.random.key(0), {"rate": rate}, jax.numpy.array(1.0)))
+    >>> print(round(float(jax.grad(outer)(0.25)), 4))  # θ_2 = 1 − (1 − rate)²
+    1.5
+    """
+    _check(num_steps, remat)
+
+    def solve(key, hyperparams, data):
+        def step(state, _):
+            return inner.step(loop, state, hyperparams, data, grad=grad), None
+
+        state = loop.init(key, hyperparams, data)
+        return checkpointed_scan(step, state, None, length=num_steps, remat=remat)[0]
+
+    return solve
+
+
+def unrolled(
+    problem: base.Problem,
+    *,
+    num_steps: int,
+    remat: str = "none",
+    outer: str | Sequence[float] | np.ndarray = "last",
+    grad: Callable = jax.grad,
+) -> base.Estimator:
+    """Estimates dF/dλ exactly, by reverse mode through T steps from a fresh start.
+
+        F(λ) = Σ_{t=1..T} w_t f(θ_t(λ), λ)
+
+    Every call starts anew, with a fresh key for the initialization, the order of the data and the noise; F is then a
+    sample of its mean over keys. Works under jit, vmap and further reverse or forward differentiation.
+
+    Args:
+      problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
+      num_steps: T, at least 1 (0 with `outer="last"`: f at the initialization, plain training of λ).
+      remat: "none", "step" or "sqrt"; time and memory in `unroll`.
+      outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T; steps of weight zero are not evaluated where
+        only the last has weight.
+      grad: what takes the inner gradient; see `inner.step`.
+
+    Returns:
+      An `Estimator` of kind "exact", `done` after every estimate; its state is a key.
+
+    Raises:
+      ValueError: `num_steps`, `remat` or the number of weights is wrong.
+
+    Source: Domke, AISTATS 2012; Maclaurin, Duvenaud & Adams, ICML 2015, https://arxiv.org/abs/1502.03492; Franceschi
+      et al., ICML 2017, https://arxiv.org/abs/1703.01785. MAML's per-step losses: Antoniou et al., ICLR 2019.
+    """
+    _check(num_steps, remat)
+    weights = None
+    if isinstance(outer, str):
+        if outer not in ("last", "mean"):
+            raise ValueError(f'`outer` must be "last", "mean" or {num_steps} weights; got {outer!r}.')
+        if outer == "mean":
+            weights = np.full(num_steps, 1 / max(num_steps, 1))
+    else:
+        weights = np.asarray(outer, float)
+        if weights.shape != (num_steps,):
+            raise ValueError(f"`outer` must have one weight per step, shape ({num_steps},); got {weights.shape}.")
+    if weights is not None and num_steps == 0:
+        raise ValueError('With `num_steps=0` there is no step to weigh: take `outer="last"`.')
+    loop = problem.loop
+
+    def objective(hyperparams, key, task):
+        train_key, outer_key = jax.random.split(key)
+
+        def outer_loss(state):
+            # The same validation batch for every step of one training.
+            batch = problem.outer_batch(outer_key, task)
+            return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
+
+        def step(state, weight):
+            state = inner.step(loop, state, hyperparams, task.train, grad=grad)
+            return state, (None if weight is None else weight * outer_loss(state))
+
+        state = loop.init(train_key, hyperparams, task.train)
+        if weights is None:
+            state, _ = checkpointed_scan(step, state, None, length=num_steps, remat=remat)
+            return outer_loss(state)
+        _, losses = checkpointed_scan(step, state, jnp.asarray(weights), length=num_steps, remat=remat)
+        return losses.sum()
+
+    def init(key, hyperparams, task):
+        del hyperparams, task
+        return key
+
+    def estimate(hyperparams, task, state):
+        run_key, key = jax.random.split(state)
+        value, hypergrad = jax.value_and_grad(objective)(hyperparams, run_key, task)
+        return base.Estimate(value, hypergrad, jnp.array(True), {}), key
+
+    return base.Estimator(init, estimate, kind="exact")

@@ -1,0 +1,21 @@
+"""How the inner parameters are trained: any loss, any optax factory, any module."""
+
+from metaopt.inner._loop import LoopState, loop, problem, run, step
+from metaopt.inner._modules import Model, from_linen, from_nnx
+from metaopt.inner._samplers import Sampler, full_batch, minibatch, num_rows, shuffled
+
+__all__ = [
+    "LoopState",
+    "Model",
+    "Sampler",
+    "from_linen",
+    "from_nnx",
+    "full_batch",
+    "loop",
+    "minibatch",
+    "num_rows",
+    "problem",
+    "run",
+    "shuffled",
+    "step",
+]

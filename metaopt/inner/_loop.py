@@ -1,0 +1,240 @@
+"""From a plain loss and any optax factory to an `InnerLoop`, and from there to a step, a training run, a `Problem`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import base, transforms
+from metaopt.inner import _samplers
+
+
+class LoopState(NamedTuple):
+    """What one training run carries.
+
+    Attributes:
+      params: θ.
+      opt_state: the optax state.
+      model_state: batch statistics and their like, or None.
+      key: the run's key; each step's keys are folded from it.
+      step: [] int32, the steps taken.
+    """
+
+    params: base.Params
+    opt_state: optax.OptState
+    model_state: base.PyTree
+    key: jax.Array
+    step: jax.Array
+
+
+def _check_scalar(value: Any, what: str) -> None:
+    shape = jnp.shape(value)
+    if shape != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(
+            f"The {what} must return a floating-point scalar; got shape {shape} and dtype {jnp.result_type(value)}. "
+            "Reduce it, for instance with `.mean()`."
+        )
+
+
+def _check_same_structure(new: base.PyTree, old: base.PyTree, what: str) -> None:
+    """A scan needs a carry that keeps its structure, shapes and dtypes: say which leaf does not."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            f"The {what} changed its structure in one step, from {jax.tree.structure(old)} to "
+            f"{jax.tree.structure(new)}: every step must return what it was given."
+        )
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True):
+        before, after = (jnp.shape(a), jnp.result_type(a)), (jnp.shape(b), jnp.result_type(b))
+        if before != after:
+            raise ValueError(
+                f"The {what} changed its leaf {jax.tree_util.keystr(path) or 'itself'} in one step, from shape and "
+                f"dtype {before} to {after}: every step must return what it was given."
+            )
+
+
+def loop(
+    loss: Callable,
+    optimizer: Callable[[base.HyperParams], optax.GradientTransformation],
+    *,
+    init: Callable,
+    sampler: _samplers.Sampler | None = None,
+    with_context: bool = False,
+    zero: str = "drop",
+) -> base.InnerLoop:
+    """Lifts a loss and an optax factory into an `InnerLoop`.
+
+    One step is u, s = optimizer(λ).update(∇θ g(θ, λ), s, θ); θ ← θ + u, differentiable in everything, with finite
+    derivatives where gradients are exactly zero (`transforms.differentiable`).
+
+    Args:
+      loss: g, `(params, hyperparams, batch) -> []`. With `with_context`, `(params, hyperparams, batch, context) -> []`
+        or `-> ([], model_state)`: `base.Context` has a fresh key, the step's number and the model state.
+      optimizer: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["lr"])`. Its state
+        must keep its structure, whatever λ.
+      init: `(key, hyperparams, data) -> params`; may take θ out of λ (MAML), or ignore its arguments. With
+        `with_context`, `-> (params, model_state)`.
+      sampler: which rows a step sees: `inner.full_batch()` (default), `inner.minibatch(64)`.
+      with_context: the loss and `init` are in their full form.
+      zero: the derivative of the optimizer at zero gradients, "drop" or "exact" (see `transforms.differentiable`).
+
+    Returns:
+      An `InnerLoop`.
+
+    Raises:
+      ValueError: at trace time: the loss is no scalar, the optimizer or the model changes its state's structure.
+
+    >>> import jax, optax
+    >>> from metaopt import inner
+    >>> quadratic = lambda params, hyperparams, batch: ((params - batch) ** 2).sum()
+    >>> train = inner.run(
+    ...     inner.loop(quadratic, lambda hp: optax.sgd(hp["rate"]), init=lambda key, hp, data: jax.numpy.zeros(2)),
+    ...     num_steps=50,
+    ... )
+    >>> print(train(jax.random.key(0), {"rate": 0.1}, jax.numpy.array([1.0, 2.0])).params.round(3))
+    [1. 2.]
+    """
+    sample = _samplers.full_batch() if sampler is None else sampler
+
+    def transform(hyperparams):
+        optimizer_ = optimizer(hyperparams)
+        if not (hasattr(optimizer_, "init") and hasattr(optimizer_, "update")):
+            raise ValueError(
+                "`optimizer` must be a factory `hyperparams -> optax.GradientTransformation`, such as "
+                f"`lambda hp: optax.adam(hp['lr'])`; it returned {type(optimizer_).__name__}."
+            )
+        return transforms.differentiable(optimizer_, zero=zero)
+
+    def init_state(key, hyperparams, data):
+        init_key, key = jax.random.split(key)
+        params = init(init_key, hyperparams, data)
+        params, model_state = params if with_context else (params, None)
+        # Strong types, so that the first step does not change them.
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
+        opt_state = jax.tree.map(jnp.asarray, transform(hyperparams).init(params))
+        return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
+
+    def context(state):
+        key = jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step)
+        return base.Context(key, state.step, state.model_state)
+
+    def batch(state, data):
+        return sample(jax.random.fold_in(state.key, 1), state.step, data)
+
+    def full_loss(params, hyperparams, batch, context):
+        if not with_context:
+            value = loss(params, hyperparams, batch)
+            _check_scalar(value, "inner loss")
+            return value, context.model_state
+        value = loss(params, hyperparams, batch, context)
+        value, model_state = value if isinstance(value, tuple) else (value, context.model_state)
+        _check_scalar(value, "inner loss")
+        return value, model_state
+
+    def update(state, grads, model_state, hyperparams):
+        updates, opt_state = transform(hyperparams).update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        _check_same_structure(opt_state, state.opt_state, "optimizer's state")
+        _check_same_structure(params, state.params, "parameters")
+        _check_same_structure(model_state, state.model_state, "model state")
+        return LoopState(params, opt_state, model_state, state.key, state.step + 1)
+
+    return base.InnerLoop(init_state, batch, full_loss, update, lambda state: state.params, context)
+
+
+def step(
+    loop: base.InnerLoop,
+    state: base.InnerState,
+    hyperparams: base.HyperParams,
+    data: base.Data,
+    *,
+    grad: Callable = jax.grad,
+) -> base.InnerState:
+    """One inner step: the batch, ∇θ g on it, the update.
+
+    Args:
+      loop: the inner loop.
+      state: where it stands.
+      hyperparams: λ.
+      data: the task's training data.
+      grad: what takes the gradient, called as `jax.grad(loss, has_aux=True)`. Rules that need another gradient (a
+        stopped one for first-order MAML, a penalized one, mixed mode) replace it and nothing else.
+
+    Returns:
+      The state after the step.
+    """
+    batch, context = loop.batch(state, data), loop.context(state)
+    grads, model_state = grad(loop.loss, has_aux=True)(loop.params(state), hyperparams, batch, context)
+    return loop.update(state, grads, model_state, hyperparams)
+
+
+def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callable | None = None) -> Callable:
+    """Training without differentiation through it: for evaluation, other lengths, baselines.
+
+    Args:
+      loop: the inner loop.
+      num_steps: the steps to take, at least 0; None to give them with each call, where they may be traced.
+      trace_fn: `(state) -> PyTree`, evaluated after every step; needs a static `num_steps`.
+
+    Returns:
+      `(key, hyperparams, data) -> InnerState`, or, with `trace_fn`, `-> (InnerState, trace)` whose leaves have a
+      leading axis of `num_steps`. With `num_steps=None`, `(key, hyperparams, data, num_steps)`. It passes no derivative on: a
+      gradient through it is zero; use `hypergrad.unroll` for that. Memory does not depend on the number of steps.
+
+    Raises:
+      ValueError: `num_steps` is negative, or not static where a trace is asked for.
+    """
+    if num_steps is not None and num_steps < 0:
+        raise ValueError(f"`num_steps` must be at least 0; got {num_steps}.")
+    if num_steps is None and trace_fn is not None:
+        raise ValueError("`trace_fn` needs `num_steps` to be given to `run`, since the trace has its length.")
+
+    def train(key, hyperparams, data, num_steps=num_steps):
+        hyperparams = jax.lax.stop_gradient(hyperparams)
+        state = jax.lax.stop_gradient(loop.init(key, hyperparams, data))
+
+        def next_state(state):
+            return step(loop, state, hyperparams, data)
+
+        if trace_fn is None:
+            return jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, lambda _, s: next_state(s), state))
+
+        def traced(state, _):
+            state = next_state(state)
+            return state, trace_fn(state)
+
+        return jax.lax.stop_gradient(jax.lax.scan(traced, state, length=num_steps))
+
+    return train
+
+
+def problem(
+    loop: base.InnerLoop,
+    outer_loss: Callable,
+    *,
+    outer_batch: base.OuterBatchFn | None = None,
+    with_context: bool = False,
+) -> base.Problem:
+    """An inner loop and the outer loss that judges what it trained.
+
+    Args:
+      loop: how θ is trained.
+      outer_loss: f, `(params, hyperparams, batch) -> []`, or with `with_context`
+        `(params, hyperparams, batch, context) -> []`, where the context is that of the trained state.
+      outer_batch: `(key, task) -> batch`; by default the whole of `task.valid`.
+      with_context: the outer loss is in its full form.
+
+    Returns:
+      A `Problem`.
+
+    Raises:
+      ValueError: at trace time, the outer loss is no scalar.
+    """
+
+    def full_outer_loss(params, hyperparams, batch, context):
+        value = outer_loss(params, hyperparams, batch, *([context] if with_context else []))
+        _check_scalar(value, "outer loss")
+        return value
+
+    return base.Problem(loop, full_outer_loss, outer_batch or (lambda key, task: task.valid))

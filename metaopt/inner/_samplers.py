@@ -1,0 +1,123 @@
+"""Samplers: which rows of the data a step sees, as a pure function of a key and the step's number."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from metaopt import base
+
+
+class Sampler(Protocol):
+    def __call__(self, key: jax.Array, step: jax.Array, data: base.Data) -> base.Batch:
+        """The batch of step number `step`; `key` is the same for all steps of one training."""
+        ...
+
+
+def full_batch() -> Sampler:
+    """Every step sees all of the data."""
+    return lambda key, step, data: data
+
+
+def num_rows(data: base.Data, shared: Sequence[str] = ()) -> int | jax.Array:
+    """The number of real rows N: `data["num_rows"]`, else the sum of `data["mask"]`, else the leading axis.
+
+    Real rows come first; padding follows them (`tasks.to_task` pads so).
+    """
+    if isinstance(data, dict) and "num_rows" in data:
+        return data["num_rows"]
+    if isinstance(data, dict) and "mask" in data:
+        return jnp.sum(data["mask"] > 0)
+    leaves = jax.tree.leaves({k: v for k, v in data.items() if k not in shared} if isinstance(data, dict) else data)
+    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(
+            "Every leaf of the data must have the rows as its leading axis; got leading axes "
+            f"{sorted(map(str, lengths))}. Name the entries that all batches share: `minibatch(..., shared=(name, ...))`."
+        )
+    return lengths.pop()
+
+
+def _hash(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 that mixes all bits (the finalizer of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def shuffled(key: jax.Array, epoch: jax.Array, position: jax.Array, size: int | jax.Array) -> jax.Array:
+    """The entries at `position` of a keyed permutation of 0..size-1, without building it.
+
+    A swap-or-not network: in each round x and (k − x) mod n trade places or not, by a hash of the larger one. It costs
+    a few integer operations per entry, whatever the size, and the size may differ between tasks under vmap.
+
+    Args:
+      key: the permutation's key.
+      epoch: [...] int, one permutation for each.
+      position: [...] int32, in [0, size).
+      size: n, an integer or [].
+
+    Returns:
+      [...] int32.
+
+    Source: Hoang, Morris & Rogaway, CRYPTO 2012, https://arxiv.org/abs/1208.1176
+    """
+    size = jnp.asarray(size, jnp.uint32)
+    seed = jax.random.bits(key, (2,), jnp.uint32)
+    # The network's rounds: the statistics of 64 rows among 5,000 are those of true permutations from 12 on; twice that.
+    rounds = jnp.arange(24, dtype=jnp.uint32)
+    salt = _hash(seed[0] ^ _hash(jnp.asarray(epoch).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
+    x = jnp.asarray(position).astype(jnp.uint32)
+
+    def swap_or_not(i, x):
+        round_salt = _hash(salt + rounds[i] * jnp.uint32(0x9E3779B9))
+        partner = (round_salt % size + size - x) % size
+        larger = jnp.maximum(x, partner)
+        return jnp.where(_hash(larger ^ round_salt ^ seed[1]) & 1, partner, x)
+
+    for i in range(len(rounds)):
+        x = swap_or_not(i, x)
+    return x.astype(jnp.int32)
+
+
+def minibatch(
+    batch_size: int,
+    *,
+    replace: bool = False,
+    shared: Sequence[str] = (),
+    num_rows: Callable[[base.Data], Any] | None = None,
+) -> Sampler:
+    """Minibatches of B rows: without replacement (each row once an epoch, reshuffled every epoch), or with.
+
+    Args:
+      batch_size: B, at least 1. May exceed the number of rows: a batch then spans epochs.
+      replace: draw rows independently.
+      shared: entries of a dict of data that have no axis of rows and that every batch carries whole.
+      num_rows: `data -> N`, the number of real rows, where padding follows them; by default `data["num_rows"]`, else
+        the sum of `data["mask"]`, else the leading axis. May differ between tasks: all share one compiled program.
+
+    Returns:
+      A `Sampler`; batches look like the data with B in the place of the axis of rows.
+
+    Raises:
+      ValueError: `batch_size` is below 1; at trace time, leaves of the data disagree on the number of rows.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
+    count = num_rows or (lambda data: globals()["num_rows"](data, shared))
+
+    def sample(key, step, data):
+        size = count(data)
+        if replace:
+            index = jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, size)
+        else:
+            place = jnp.asarray(step, jnp.int32) * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+            index = shuffled(key, place // size, place % size, size)
+        if not isinstance(data, dict):
+            return jax.tree.map(lambda leaf: leaf[index], data)
+        keep = {*shared, "num_rows"} & set(data)
+        rows = {name: v for name, v in data.items() if name not in keep}
+        return {**jax.tree.map(lambda leaf: leaf[index], rows), **{name: data[name] for name in keep}}
+
+    return sample

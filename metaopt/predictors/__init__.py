@@ -1,0 +1,7 @@
+"""What g and h are: networks that map a task to λ, and what makes an estimator tune their weights."""
+
+from metaopt.predictors._amortize import amortize
+from metaopt.predictors._files import SavedPredictor, load, save
+from metaopt.predictors._networks import dataset_embedding, from_config, mlp
+
+__all__ = ["SavedPredictor", "amortize", "dataset_embedding", "from_config", "load", "mlp", "save"]

@@ -1,0 +1,96 @@
+"""Predictors on disk: one file with what is needed to predict for a new task, and nothing that runs code."""
+
+import json
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base, spaces
+from metaopt.predictors import _networks
+
+VERSION = 1
+
+
+class SavedPredictor(NamedTuple):
+    """What `load` returns.
+
+    Attributes:
+      predictor: g or h.
+      meta_params: φ.
+      space: of λ: `spaces.to_constrained(space, predictor.apply(meta_params, task))` is λ.
+      scaling: how raw meta-features become `task.features` (`tasks.FeatureScaling`), as plain values, or None.
+    """
+
+    predictor: base.Predictor
+    meta_params: base.PyTree
+    space: base.PyTree
+    scaling: dict[str, Any] | None
+
+
+def save(
+    path: str | os.PathLike[str],
+    predictor: base.Predictor,
+    meta_params: base.PyTree,
+    *,
+    scaling: dict[str, Any] | None = None,
+) -> None:
+    """Writes a predictor with its weights, its space and its feature scaling as one `.npz` file, atomically.
+
+    Args:
+      path: the file.
+      predictor: made by a factory of this room.
+      meta_params: φ.
+      scaling: a JSON-serializable dict, such as `tasks.FeatureScaling.to_json()`.
+
+    Raises:
+      ValueError: the predictor carries no `config`, so that it could not be built again.
+    """
+    if not predictor.config:
+        raise ValueError(
+            "This predictor carries no `config` and could not be built again from a file: give `Predictor` the "
+            "options that it was made with, or save its weights yourself."
+        )
+    header = {"format": "metaopt.predictor", "version": VERSION, "config": predictor.config, "scaling": scaling}
+    arrays = {
+        jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(meta_params)
+    }
+    temporary = f"{os.fspath(path)}.tmp"
+    with open(temporary, "wb") as file:
+        np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
+    os.replace(temporary, path)
+
+
+def load(path: str | os.PathLike[str]) -> SavedPredictor:
+    """Reads what `save` wrote. Nothing in the file is executed.
+
+    Raises:
+      ValueError: the file is no predictor, of a newer version, or its weights do not fit its description.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(arrays.pop("header").tobytes())
+        format_, version = header["format"], header["version"]
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{os.fspath(path)} is no predictor that `predictors.save` wrote: {error}") from error
+    if format_ != "metaopt.predictor" or version > VERSION:
+        raise ValueError(
+            f"{os.fspath(path)} is of format {format_!r} version {version}; this metaopt reads 'metaopt.predictor' up to "
+            f"version {VERSION}. A newer metaopt reads it."
+        )
+    predictor = _networks.from_config(header["config"])
+    template = jax.eval_shape(predictor.init, jax.random.key(0))
+    leaves = []
+    for key, leaf in jax.tree_util.tree_leaves_with_path(template):
+        name = jax.tree_util.keystr(key)
+        if name not in arrays or arrays[name].shape != leaf.shape:
+            found = arrays[name].shape if name in arrays else "nothing"
+            raise ValueError(f"{os.fspath(path)}: the weights {name} should have shape {leaf.shape}; found {found}.")
+        leaves.append(jnp.asarray(arrays[name]))
+    meta_params = jax.tree.unflatten(jax.tree.structure(template), leaves)
+    return SavedPredictor(predictor, meta_params, spaces.from_json(header["config"]["space"]), header["scaling"])

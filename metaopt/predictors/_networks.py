@@ -1,0 +1,189 @@
+"""Networks that map a task to λ: from its meta-features, or from the data themselves.
+
+Both put out unconstrained coordinates z of a space, as one vector,
+
+    z = z₀ + A h + B tanh(C h + b),    h the task's features or its embedding,
+
+with A and B zero at the start: training begins at one λ for all tasks, z₀, and departs from it as far as the tasks tell.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from metaopt import base, spaces
+
+
+def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
+    """z₀ as a vector, and the way back from a vector to the unconstrained tree."""
+    hyperparams = spaces.default(space) if hyperparams is None else hyperparams
+    return ravel_pytree(spaces.to_unconstrained(space, hyperparams))
+
+
+def _init_head(key: jax.Array, num_features: int, num_hidden: int, center: jax.Array) -> dict[str, jax.Array]:
+    num_outputs = center.shape[0]
+    weights = jax.random.normal(key, (num_features, num_hidden), center.dtype) / np.sqrt(max(num_features, 1))
+    return {
+        "center": center,
+        "linear": jnp.zeros((num_features, num_outputs), center.dtype),
+        "hidden": weights,
+        "bias": jnp.zeros(num_hidden, center.dtype),
+        "out": jnp.zeros((num_hidden, num_outputs), center.dtype),
+    }
+
+
+def _apply_head(params: dict[str, jax.Array], features: jax.Array) -> jax.Array:
+    hidden = jnp.tanh(features @ params["hidden"] + params["bias"])
+    return params["center"] + features @ params["linear"] + hidden @ params["out"]
+
+
+def mlp(
+    space: base.PyTree,
+    num_features: int,
+    *,
+    num_hidden: int = 16,
+    hyperparams: base.HyperParams | None = None,
+) -> base.Predictor:
+    """g(t; φ) from the task's meta-features: one λ for all, plus a linear map, plus a hidden layer of tanh units.
+
+    Args:
+      space: of λ; its unconstrained coordinates are predicted.
+      num_features: F; `task.features` must be [F], standardized (`tasks.apply_scaling`).
+      num_hidden: tanh units; 0 leaves the linear map.
+      hyperparams: λ to start from, constrained; by default the space's.
+
+    Returns:
+      A `Predictor` whose φ is a dict: "center" [Z], "linear" [F, Z], "hidden" [F, H], "bias" [H], "out" [H, Z].
+
+    Raises:
+      ValueError: a size is negative; at trace time, the task's features are not [F].
+    """
+    if num_features < 0 or num_hidden < 0:
+        raise ValueError(f"`num_features` and `num_hidden` must not be negative; got {num_features}, {num_hidden}.")
+    center, unravel = _start(space, hyperparams)
+
+    def init(key):
+        return _init_head(key, num_features, num_hidden, center)
+
+    def apply(meta_params, task):
+        shape = jnp.shape(task.features)
+        if shape != (num_features,):
+            raise ValueError(
+                f"This predictor reads {num_features} features of a task, and `task.features` has shape {shape}. Give "
+                "tasks the features that it was built for, in the order of its scaling."
+            )
+        return unravel(_apply_head(meta_params, task.features))
+
+    config = {"kind": "mlp", "num_features": num_features, "num_hidden": num_hidden, "space": spaces.to_json(space)}
+    return base.Predictor(init, apply, config)
+
+
+def dataset_embedding(
+    space: base.PyTree,
+    *,
+    num_features: int = 0,
+    width: int = 16,
+    num_hidden: int = 16,
+    max_rows: int = 256,
+    hyperparams: base.HyperParams | None = None,
+) -> base.Predictor:
+    """g(t; φ) from the rows of a labelled table themselves: a learned embedding that no order of anything changes.
+
+        e(n, d) = relu(W₁ x_nd + b₁)                                  per entry
+        s(c, d) = relu(W₂ [mean_{n: y_n = c} e(n, d), mean_n e(n, d), share of c] + b₂)
+        h = [mean_d Σ_c share(c) W₃ s(c, d), task.features]
+
+    Permuting rows, columns or classes leaves h as it is, and padding does not enter: masks say what is real. It costs
+    N·D·width multiplications.
+
+    Args:
+      space: of λ.
+      num_features: F of `task.features` that are appended to the embedding; 0 ignores them.
+      width: of the embedding.
+      num_hidden: tanh units of the head.
+      max_rows: rows that are read, the first ones (rows of prepared tables are in random order).
+      hyperparams: λ to start from, constrained; by default the space's.
+
+    Returns:
+      A `Predictor`; `task.train` must be a dict like that of `tasks.to_task`.
+
+    Raises:
+      ValueError: a size is out of range.
+
+    Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
+      pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
+    """
+    if min(width, max_rows) < 1 or min(num_features, num_hidden) < 0:
+        raise ValueError(
+            "`width` and `max_rows` must be at least 1, `num_features` and `num_hidden` at least 0; got "
+            f"{width}, {max_rows}, {num_features}, {num_hidden}."
+        )
+    center, unravel = _start(space, hyperparams)
+
+    def init(key):
+        entry_key, pair_key, out_key, head_key = jax.random.split(key, 4)
+        dtype = center.dtype
+        pair_inputs = 2 * width + 1
+        return {
+            "entry": {"w": jax.random.normal(entry_key, (width,), dtype), "b": jnp.linspace(-2, 2, width, dtype=dtype)},
+            "pair": {
+                "w": jax.random.normal(pair_key, (pair_inputs, width), dtype) * np.sqrt(2 / pair_inputs),
+                "b": jnp.zeros(width, dtype),
+            },
+            "embedding": jax.random.normal(out_key, (width, width), dtype) / np.sqrt(width),
+            "head": _init_head(head_key, width + num_features, num_hidden, center),
+        }
+
+    def embed(meta_params, data):
+        x, y, mask = (data[name][:max_rows] for name in ("x", "y", "mask"))
+        entries = jax.nn.relu(x[..., None] * meta_params["entry"]["w"] + meta_params["entry"]["b"])  # [N, D, W]
+        member = jax.nn.one_hot(y, data["class_mask"].shape[0], dtype=x.dtype) * mask[:, None]  # [N, C]
+        count, total = member.sum(0), mask.sum()
+        by_class = jnp.einsum("nc,ndw->cdw", member, entries) / jnp.maximum(count, 1)[:, None, None]
+        overall = jnp.einsum("n,ndw->dw", mask, entries) / total
+        share = count / total
+        pairs = jnp.concatenate(
+            [
+                by_class,
+                jnp.broadcast_to(overall[None], by_class.shape),
+                jnp.broadcast_to(share[:, None, None], (*by_class.shape[:2], 1)),
+            ],
+            axis=-1,
+        )
+        hidden = jax.nn.relu(pairs @ meta_params["pair"]["w"] + meta_params["pair"]["b"]) @ meta_params["embedding"]
+        return jnp.einsum("c,d,cdw->w", share, data["feature_mask"] / data["feature_mask"].sum(), hidden)
+
+    def apply(meta_params, task):
+        embedding = embed(meta_params, task.train)
+        if num_features:
+            embedding = jnp.concatenate([embedding, task.features])
+        return unravel(_apply_head(meta_params["head"], embedding))
+
+    config = {
+        "kind": "dataset_embedding",
+        "num_features": num_features,
+        "width": width,
+        "num_hidden": num_hidden,
+        "max_rows": max_rows,
+        "space": spaces.to_json(space),
+    }
+    return base.Predictor(init, apply, config)
+
+
+_FACTORIES: dict[str, Any] = {"mlp": mlp, "dataset_embedding": dataset_embedding}
+
+
+def from_config(config: dict[str, Any]) -> base.Predictor:
+    """Builds the predictor that `config` describes; see `base.Predictor.config`.
+
+    Raises:
+      ValueError: the kind is unknown.
+    """
+    options = dict(config)
+    kind = options.pop("kind", None)
+    if kind not in _FACTORIES:
+        raise ValueError(f"Unknown kind of predictor {kind!r}; known are {', '.join(sorted(_FACTORIES))}.")
+    return _FACTORIES[kind](spaces.from_json(options.pop("space")), **options)
