@@ -1,0 +1,82 @@
+"""What is tuned: trees of bounded, positive, relaxed and fixed quantities, and the coordinates to tune them in.
+
+A **space** is any pytree whose leaves are made by the factories here. Each leaf is a bijection z ↦ λ from unconstrained
+coordinates, in which a gradient step of any size is valid, to where λ lives; a distribution to sample λ from; and
+the coordinate in [0, 1] in which that distribution is uniform.
+
+    real           λ = default + scale·z                              z ~ N(0, 1)
+    positive       λ = default·exp(scale·z)                           z ~ N(0, 1)
+    interval       λ = low + (high − low)·σ(z)                        λ ~ U(low, high)
+    interval, log  log λ = log low + (log high − log low)·σ(z)        log λ ~ U(log low, log high)
+    integer        the interval [low − ½, high + ½], rounded by `discretize`
+    simplex        λ = softmax(z)                                     λ ~ Dirichlet(1)
+    fixed          λ is the value; there is no z, and so no gradient
+
+The functions take the space first and are pure in everything else; `jax.jit`, `jax.vmap` and differentiation in
+either mode work on all but the space, which is static: close over it, or use `functools.partial`.
+
+Values outside a leaf's range never raise, because a traced value cannot: they are clipped into the interior.
+What does not fit the space in structure or shape raises a `ValueError` while tracing.
+
+Source for the bijections: Stan Reference Manual, "Constraint transforms",
+https://mc-stan.org/docs/reference-manual/transforms.html
+"""
+
+from metaopt.spaces._constrain import constrain
+from metaopt.spaces._json import from_json, to_json
+from metaopt.spaces._leaves import (
+    Fixed,
+    Integer,
+    Interval,
+    Leaf,
+    Positive,
+    Real,
+    Simplex,
+    fixed,
+    integer,
+    interval,
+    positive,
+    real,
+    simplex,
+    unit_interval,
+)
+from metaopt.spaces._tree import (
+    at_bounds,
+    default,
+    discretize,
+    encode,
+    names,
+    num_dims,
+    sample,
+    to_constrained,
+    to_unconstrained,
+)
+
+__all__ = [
+    "Fixed",
+    "Integer",
+    "Interval",
+    "Leaf",
+    "Positive",
+    "Real",
+    "Simplex",
+    "at_bounds",
+    "constrain",
+    "default",
+    "discretize",
+    "encode",
+    "fixed",
+    "from_json",
+    "integer",
+    "interval",
+    "names",
+    "num_dims",
+    "positive",
+    "real",
+    "sample",
+    "simplex",
+    "to_constrained",
+    "to_json",
+    "to_unconstrained",
+    "unit_interval",
+]

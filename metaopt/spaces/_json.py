@@ -1,0 +1,116 @@
+"""Spaces as JSON, for records that outlive the program that made them.
+
+A document is `{"version": 1, "space": node}`. A node is null, a container `{"type": "dict", "items": ...}` (or
+"list", "tuple"), or a leaf `{"type": kind, ...}` with the arguments of its factory.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base
+from metaopt.spaces import _leaves
+
+VERSION = 1
+
+_FACTORIES = {
+    "real": _leaves.real,
+    "positive": _leaves.positive,
+    "interval": _leaves.interval,
+    "integer": _leaves.integer,
+    "simplex": _leaves.simplex,
+}
+
+
+def to_json(space: base.PyTree) -> dict[str, Any]:
+    """A space of nested dicts, lists and tuples as plain data, for `json.dump`.
+
+    Args:
+      space: a tree of leaves.
+
+    Returns:
+      `{"version": 1, "space": ...}`, from which `from_json` makes an equal space.
+
+    Raises:
+      ValueError: a container is a NamedTuple or of another type, a key is not a string, or something is no leaf.
+
+    >>> import json
+    >>> from metaopt import spaces
+    >>> space = {"rate": spaces.positive(0.1), "momentum": spaces.fixed(0.9)}
+    >>> spaces.from_json(json.loads(json.dumps(spaces.to_json(space)))) == space
+    True
+    """
+    return {"version": VERSION, "space": _to_node(space, "space")}
+
+
+def from_json(document: dict[str, Any]) -> base.PyTree:
+    """The space that `to_json` wrote; every leaf is checked by its factory again.
+
+    Args:
+      document: what `to_json` returned, or `json.load` of it.
+
+    Returns:
+      A tree of leaves.
+
+    Raises:
+      ValueError: the version or the type of a node is not known, or an argument of a leaf is not valid.
+    """
+    if not isinstance(document, dict) or "version" not in document or "space" not in document:
+        raise ValueError(f"`document` must have `version` and `space`, as `to_json` writes; got {document!r}.")
+    if document["version"] != VERSION:
+        raise ValueError(f"`version` must be {VERSION}; got {document['version']!r}, of another metaopt release.")
+    return _from_node(document["space"], "space")
+
+
+def _to_node(space, path: str):
+    if space is None:
+        return None
+    if isinstance(space, _leaves.Fixed):
+        floating = jnp.issubdtype(space.value.dtype, jnp.floating)
+        value = space.value.astype(np.float64) if floating else space.value
+        return {"type": "fixed", "value": value.tolist(), "dtype": space.value.dtype.name}
+    if isinstance(space, _leaves.Leaf):
+        fields = {field.name: _lists(getattr(space, field.name)) for field in dataclasses.fields(space)}
+        return {"type": space.kind, **fields}
+    if type(space) is dict:
+        for key in space:
+            if not isinstance(key, str):
+                raise ValueError(f"Keys must be strings, as in JSON; got {key!r} in `{path}`.")
+        return {"type": "dict", "items": {key: _to_node(child, f"{path}.{key}") for key, child in space.items()}}
+    if type(space) in (list, tuple):
+        items = [_to_node(child, f"{path}.{index}") for index, child in enumerate(space)]
+        return {"type": type(space).__name__, "items": items}
+    if isinstance(space, tuple) and hasattr(space, "_fields"):
+        raise ValueError(
+            f"A NamedTuple cannot be written, because JSON does not hold its class; got {type(space).__name__} at "
+            f"`{path}`. Use a dict, `{path}._asdict()`, and rebuild the NamedTuple after reading."
+        )
+    raise ValueError(
+        f"A space of dicts, lists, tuples and leaves can be written; got {type(space).__name__} at `{path}`."
+    )
+
+
+def _from_node(node, path: str):
+    if node is None:
+        return None
+    kind = node.get("type") if isinstance(node, dict) else None
+    if kind not in ("dict", "list", "tuple", "fixed", *_FACTORIES):
+        raise ValueError(f"A node must be a container or a leaf with a known `type`; got {node!r} at `{path}`.")
+    arguments = {name: value for name, value in node.items() if name != "type"}
+    try:
+        if kind == "dict":
+            return {name: _from_node(child, f"{path}.{name}") for name, child in arguments["items"].items()}
+        if kind in ("list", "tuple"):
+            items = [_from_node(child, f"{path}.{i}") for i, child in enumerate(arguments["items"])]
+            return items if kind == "list" else tuple(items)
+        if kind == "fixed":
+            return _leaves.fixed(np.asarray(arguments["value"], jnp.dtype(arguments["dtype"])))
+        return _FACTORIES[kind](**arguments)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"The node of type {kind!r} at `{path}` cannot be read ({error}); got {node!r}.") from None
+
+
+def _lists(value):
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value

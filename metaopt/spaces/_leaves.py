@@ -1,0 +1,532 @@
+"""The kinds of leaves: a bijection, a distribution and a coordinate in [0, 1] for one tuned quantity.
+
+The classes hold plain Python numbers, so that a leaf is hashable, compares by value and is written to JSON as it is;
+the factories below them check, and make them.
+"""
+
+import abc
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# A number for every entry alike, or one per entry as nested tuples.
+Numbers = float | tuple
+
+_FLOAT32_EPS = float(np.finfo(np.float32).eps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf(abc.ABC):
+    """One quantity of a space; made by `real`, `positive`, `interval`, `integer`, `simplex` or `fixed`.
+
+    Not a pytree node: `jax.tree.map` over a space sees whole leaves. The methods take arrays of `value_shape`.
+
+    Attributes:
+      shape: of the quantity; a simplex has one more axis in its values.
+    """
+
+    shape: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The name of the factory, as `to_json` writes it."""
+        return type(self).__name__.lower()
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the leaf has unconstrained coordinates."""
+        return True
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """The shape of λ, and of z."""
+        return self.shape
+
+    @abc.abstractmethod
+    def default_value(self) -> jax.Array:
+        """λ to start from."""
+
+    @abc.abstractmethod
+    def sample(self, key: jax.Array) -> jax.Array:
+        """One random λ."""
+
+    @abc.abstractmethod
+    def to_constrained(self, z: jax.Array) -> jax.Array:
+        """λ from unconstrained coordinates."""
+
+    @abc.abstractmethod
+    def to_unconstrained(self, value: jax.Array) -> jax.Array:
+        """Unconstrained coordinates from λ; finite for every finite λ."""
+
+    @abc.abstractmethod
+    def encode(self, value: jax.Array) -> jax.Array:
+        """λ in [0, 1], in the coordinate that `sample` is uniform in."""
+
+    def discretize(self, value: jax.Array) -> jax.Array:
+        """The value that code without a gradient runs with."""
+        return value
+
+    def at_bounds(self, value: jax.Array, tol: float) -> jax.Array:
+        """[*shape] bool, whether λ is within `tol` of the range of a bound."""
+        return jnp.zeros(self.shape, bool)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Gaussian(Leaf):
+    """Unbounded leaves, whose z is standard normal."""
+
+    default: Numbers
+    scale: float
+
+    def default_value(self):
+        return jnp.broadcast_to(jnp.asarray(self.default, _default_float()), self.shape)
+
+    def sample(self, key):
+        return self.to_constrained(jax.random.normal(key, self.shape, _default_float()))
+
+    def encode(self, value):
+        return jax.scipy.special.ndtr(self.to_unconstrained(value))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Real(_Gaussian):
+    """Any real number; made by `real`."""
+
+    def to_constrained(self, z):
+        return jnp.asarray(self.default, z.dtype) + self.scale * z
+
+    def to_unconstrained(self, value):
+        return (value - jnp.asarray(self.default, value.dtype)) / self.scale
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Positive(_Gaussian):
+    """A positive number in log coordinates; made by `positive`."""
+
+    def to_constrained(self, z):
+        low, high = _log_limits(z.dtype)
+        log_default = np.log(self.default)
+        exponent = jnp.clip(
+            self.scale * z, jnp.asarray(low - log_default, z.dtype), jnp.asarray(high - log_default, z.dtype)
+        )
+        return jnp.asarray(self.default, z.dtype) * jnp.exp(exponent)
+
+    def to_unconstrained(self, value):
+        low, high = _log_limits(value.dtype)
+        log_value = jnp.log(jnp.clip(value, math.exp(low), math.exp(high)))
+        return (log_value - jnp.asarray(np.log(self.default), value.dtype)) / self.scale
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Bounded(Leaf):
+    """Leaves between two edges, linearly or in the logarithm, through a sigmoid."""
+
+    low: float
+    high: float
+    log: bool
+    default: Numbers
+
+    @property
+    def edges(self) -> tuple[float, float]:
+        """What λ lies between."""
+        return self.low, self.high
+
+    def default_value(self):
+        return jnp.broadcast_to(jnp.asarray(self.default, _default_float()), self.shape)
+
+    def sample(self, key):
+        above = jax.random.uniform(key, self.shape, _default_float())
+        return self._between(above, 1.0 - above)
+
+    def to_constrained(self, z):
+        return self._between(jax.nn.sigmoid(z), jax.nn.sigmoid(-z))
+
+    def to_unconstrained(self, value):
+        eps = float(jnp.finfo(value.dtype).eps)
+        return jax.scipy.special.logit(jnp.clip(_fraction(value, *self.edges, self.log), eps, 1.0 - eps))
+
+    def encode(self, value):
+        return _fraction(value, *self.edges, self.log)
+
+    def at_bounds(self, value, tol):
+        # Of [low, high] itself: a rounded integer sits at its bound, half a unit inside its edge.
+        fraction = _fraction(value, self.low, self.high, self.log)
+        return (fraction <= tol) | (fraction >= 1.0 - tol)
+
+    def _between(self, above, below):
+        """λ, the fraction `above` of the way up from the lower edge; `below` is 1 − `above`, without cancellation."""
+        low, high = self.edges
+        if self.log:
+            value = jnp.exp(above * math.log(high) + below * math.log(low))
+        else:
+            value = above * high + below * low
+        return jnp.clip(value, low, high)  # rounding may leave the range by an ulp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interval(_Bounded):
+    """A number between two bounds; made by `interval` or `unit_interval`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Integer(_Bounded):
+    """An integer between two bounds, relaxed to a real; made by `integer`."""
+
+    low: int
+    high: int
+
+    @property
+    def edges(self):
+        return self.low - 0.5, self.high + 0.5
+
+    def discretize(self, value):
+        return jnp.clip(jnp.round(value), self.low, self.high).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Simplex(Leaf):
+    """Nonnegative weights that sum to one; made by `simplex`."""
+
+    num: int
+    default: tuple
+
+    @property
+    def value_shape(self):
+        return (*self.shape, self.num)
+
+    def default_value(self):
+        return jnp.asarray(np.broadcast_to(self.default, self.value_shape), _default_float())
+
+    def sample(self, key):
+        # Independent exponentials, normalized, are Dirichlet(1).
+        weights = jax.random.exponential(key, self.value_shape, _default_float())
+        weights += float(jnp.finfo(weights.dtype).tiny)
+        return weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+    def to_constrained(self, z):
+        return jax.nn.softmax(z, axis=-1)
+
+    def to_unconstrained(self, value):
+        logits = jnp.log(jnp.maximum(value, float(jnp.finfo(value.dtype).eps)))
+        return logits - jnp.mean(logits, axis=-1, keepdims=True)
+
+    def encode(self, value):
+        return jnp.clip(value, 0.0, 1.0)
+
+    def discretize(self, value):
+        return jax.nn.one_hot(jnp.argmax(value, axis=-1), self.num, dtype=value.dtype)
+
+    def at_bounds(self, value, tol):
+        return jnp.max(value, axis=-1) >= 1.0 - tol
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Fixed(Leaf):
+    """A value that is not tuned; made by `fixed`.
+
+    Attributes:
+      value: a read-only array; compared by content and type.
+    """
+
+    value: np.ndarray
+
+    def __eq__(self, other):
+        return isinstance(other, Fixed) and self._content == other._content
+
+    def __hash__(self):
+        return hash(self._content)
+
+    @property
+    def _content(self):
+        return self.shape, self.value.dtype.name, self.value.tobytes()
+
+    @property
+    def tuned(self):
+        return False
+
+    def default_value(self):
+        return jnp.asarray(self.value)
+
+    def sample(self, key):
+        return self.default_value()
+
+    def to_constrained(self, z):
+        return self.default_value()
+
+    def to_unconstrained(self, value):
+        raise TypeError("A fixed leaf has no unconstrained coordinates.")
+
+    def encode(self, value):
+        raise TypeError("A fixed leaf has no dimension of the encoding.")
+
+    def discretize(self, value):
+        return self.default_value()
+
+
+def real(default: Any = 0.0, scale: float = 1.0, *, shape: Sequence[int] = ()) -> Real:
+    """Any real number: λ = default + scale·z, with z ~ N(0, 1).
+
+    Args:
+      default: λ at z = 0; a number, or an array of `shape`.
+      scale: λ per unit of z, positive: how far apart two plausible values are.
+      shape: of λ.
+
+    Returns:
+      A leaf whose samples are normal, and whose encoding is their cumulative distribution Φ(z).
+
+    Raises:
+      ValueError: an argument is not finite, `scale` is not positive, or `default` does not fit `shape`.
+    """
+    shape = _shape(shape)
+    return Real(default=_numbers("default", default, shape), scale=_scale(scale), shape=shape)
+
+
+def positive(default: Any = 1.0, scale: float = 1.0, *, shape: Sequence[int] = ()) -> Positive:
+    """A positive number in log coordinates: λ = default·exp(scale·z), with z ~ N(0, 1).
+
+    λ is kept between the floating-point type's smallest and largest normal number, each to the power 0.9 (7e-35 and
+    5e34 in float32), with a zero gradient beyond, so that neither λ nor a derivative overflows.
+
+    Args:
+      default: λ at z = 0, between 1e-30 and 1e30; a number, or an array of `shape`.
+      scale: natural-log units of λ per unit of z, positive.
+      shape: of λ.
+
+    Returns:
+      A leaf whose samples are log-normal, and whose encoding is their cumulative distribution Φ(z).
+
+    Raises:
+      ValueError: `default` is out of range or does not fit `shape`, or `scale` is not positive and finite.
+    """
+    shape = _shape(shape)
+    numbers_ = _numbers("default", default, shape)
+    if np.min(numbers_) < 1e-30 or np.max(numbers_) > 1e30:
+        raise ValueError(f"`default` must be positive, between 1e-30 and 1e30; got {default}.")
+    return Positive(default=numbers_, scale=_scale(scale), shape=shape)
+
+
+def interval(low: float, high: float, *, log: bool = False, default: Any = None, shape: Sequence[int] = ()) -> Interval:
+    """A number between two bounds: λ = low + (high − low)·σ(z), or the same for log λ; z = 0 is the middle.
+
+    In floating point λ reaches the bounds (beyond |z| = 17 in float32) and the gradient in z is zero there.
+    `to_unconstrained` therefore clips λ into the interior, by the type's eps of the (log) range: |z| is at most
+    16 in float32 and 37 in float64.
+
+    Args:
+      low: lower bound; positive where `log` is true.
+      high: upper bound, above `low`.
+      log: whether the sigmoid, the samples and the encoding act on log λ.
+      default: a number or an array of `shape`, inside the bounds; by default the middle, or with `log` the geometric
+        middle.
+      shape: of λ.
+
+    Returns:
+      A leaf whose samples are uniform in λ, or in log λ.
+
+    Raises:
+      ValueError: the bounds are not finite and ordered, `low` is not positive with `log`, or `default` lies at a
+        bound or outside, or does not fit `shape`.
+    """
+    shape, low, high = _shape(shape), _number("low", low), _number("high", high)
+    if not low < high:
+        raise ValueError(f"`high` must be above `low`; got low={low}, high={high}. For one value, use `fixed`.")
+    if log and low <= 0:
+        raise ValueError(f"`low` must be positive where `log` is true; got {low}.")
+    if default is None:
+        default = math.exp((math.log(low) + math.log(high)) / 2) if log else low + (high - low) / 2
+    numbers_ = _numbers("default", default, shape)
+    inside = np.maximum(numbers_, low)
+    fraction = np.log(inside / low) / math.log(high / low) if log else (inside - low) / (high - low)
+    if np.min(fraction) < _FLOAT32_EPS or np.max(fraction) > 1 - _FLOAT32_EPS:
+        raise ValueError(
+            f"`default` must lie inside ({low}, {high}), by {_FLOAT32_EPS:.1g} of the range: at a bound z is infinite; "
+            f"got {default}."
+        )
+    return Interval(low=low, high=high, log=bool(log), default=numbers_, shape=shape)
+
+
+def unit_interval(default: Any = 0.5, *, shape: Sequence[int] = ()) -> Interval:
+    """A number between 0 and 1, such as a rate of dropout or a momentum: `interval(0, 1)`.
+
+    Args:
+      default: a number or an array of `shape`, strictly between 0 and 1.
+      shape: of λ.
+
+    Returns:
+      A leaf λ = σ(z) whose samples are uniform.
+
+    Raises:
+      ValueError: `default` lies at a bound or outside, or does not fit `shape`.
+    """
+    return interval(0.0, 1.0, default=default, shape=shape)
+
+
+def integer(low: int, high: int, *, log: bool = False, default: Any = None, shape: Sequence[int] = ()) -> Integer:
+    """An integer from `low` to `high`, both included, relaxed to a real in [low − ½, high + ½] as by `interval`.
+
+    Differentiable code is given the relaxed, floating-point value. Code that needs a count calls `discretize`, which
+    rounds, clips and returns int32; every integer has a unit of the range (of λ, or on the log axis).
+
+    Args:
+      low: smallest value; at least 1 where `log` is true.
+      high: largest value, above `low`.
+      log: whether the sigmoid, the samples and the encoding act on log λ.
+      default: an integer or an array of integers of `shape`, from `low` to `high`; by default the (geometric) middle
+        of the relaxed range, rounded.
+      shape: of λ.
+
+    Returns:
+      A leaf whose samples are uniform in the relaxed λ, or in its logarithm.
+
+    Raises:
+      ValueError: the bounds are not integers in order, are beyond ±2²⁴ (where float32 skips integers), or are not
+        positive with `log`; or `default` is not an integer between them or does not fit `shape`.
+    """
+    shape = _shape(shape)
+    for name, bound in (("low", low), ("high", high)):
+        if _number(name, bound) % 1 or abs(bound) > 2**24:
+            raise ValueError(f"`{name}` must be an integer within ±2**24, which float32 holds exactly; got {bound}.")
+    low, high = int(low), int(high)
+    if not low < high:
+        raise ValueError(f"`high` must be above `low`; got low={low}, high={high}. For one value, use `fixed`.")
+    if log and low < 1:
+        raise ValueError(f"`low` must be at least 1 where `log` is true; got {low}.")
+    if default is None:
+        middle = math.sqrt((low - 0.5) * (high + 0.5)) if log else (low + high) / 2
+        default = min(max(round(middle), low), high)
+    numbers_ = _numbers("default", default, shape)
+    if np.any(np.asarray(numbers_) % 1) or np.min(numbers_) < low or np.max(numbers_) > high:
+        raise ValueError(f"`default` must be an integer from {low} to {high}; got {default}.")
+    return Integer(low=low, high=high, log=bool(log), default=numbers_, shape=shape)
+
+
+def simplex(num: int, *, default: Any = None, shape: Sequence[int] = ()) -> Simplex:
+    """`num` nonnegative weights that sum to one on the last axis: λ = softmax(z).
+
+    z has one coordinate more than λ has degrees of freedom. `to_unconstrained` returns the centered logarithms, which
+    sum to zero, of λ clipped to at least the type's eps: any λ is normalized, and a one-hot λ has finite z.
+
+    Args:
+      num: number of weights, at least 2.
+      default: positive weights that sum to one, of shape [num] or [*shape, num]; uniform by default.
+      shape: leading axes of λ: how many independent simplexes.
+
+    Returns:
+      A leaf of values [*shape, num]. Its samples are Dirichlet(1), uniform on the simplex; its encoding is its
+      `num` weights, each of them Beta(1, num − 1) and not uniform. `discretize` gives the one-hot of the largest.
+      `at_bounds` is true, [*shape], where one weight has all the mass.
+
+    Raises:
+      ValueError: `num` is below 2, or `default` does not fit, is not positive or does not sum to one.
+    """
+    shape = _shape(shape)
+    if not _is_integer(num) or num < 2:
+        raise ValueError(f"`num` must be an integer of at least 2; got {num}.")
+    num = int(num)
+    weights = _array("default", np.full(num, 1 / num) if default is None else default).astype(np.float64)
+    if weights.shape not in ((num,), (*shape, num)):
+        raise ValueError(
+            f"`default` must have shape {(num,)} or {(*shape, num)}, for `num` and `shape`; got shape {weights.shape}."
+        )
+    if not np.min(weights) >= _FLOAT32_EPS:
+        raise ValueError(f"`default` must be positive, by at least {_FLOAT32_EPS:.1g}; got {default}.")
+    if np.max(np.abs(np.sum(weights, axis=-1) - 1)) > 1e-5:
+        raise ValueError(f"`default` must sum to one on the last axis; got {default}.")
+    return Simplex(num=num, default=_tuples(weights.tolist()), shape=shape)
+
+
+def fixed(value: Any) -> Fixed:
+    """A quantity that is not tuned: λ is `value`, and its unconstrained coordinate is None, an empty subtree.
+
+    An optimizer, a perturbation or a gradient in unconstrained coordinates has nothing there, so that one space serves
+    to tune a part and to hold the rest. Replacing a leaf by `fixed` leaves the other leaves' samples as they were.
+
+    Args:
+      value: a number or an array, of floating-point numbers, integers or booleans. The type is kept; a Python number
+        has JAX's default type.
+
+    Returns:
+      A leaf without dimensions.
+
+    Raises:
+      ValueError: `value` is not an array of numbers, or is traced.
+    """
+    array = _array("value", value)
+    array.flags.writeable = False
+    return Fixed(value=array, shape=array.shape)
+
+
+def _default_float():
+    """float32, or float64 under `jax_enable_x64`."""
+    return jnp.result_type(float)
+
+
+def _log_limits(dtype) -> tuple[float, float]:
+    """The natural logarithms that a positive leaf is kept between, short of where 1/λ or λ·scale overflows."""
+    info = jnp.finfo(dtype)
+    return 0.9 * math.log(float(info.tiny)), 0.9 * math.log(float(info.max))
+
+
+def _fraction(value, low: float, high: float, log: bool):
+    """Where `value` lies between `low` and `high`, in [0, 1]."""
+    value = jnp.clip(value, low, high)
+    if log:
+        fraction = (jnp.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+    else:
+        fraction = (value - low) / (high - low)
+    return jnp.clip(fraction, 0.0, 1.0)  # the bounds themselves are rounded to the type of `value`
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _array(name: str, value) -> np.ndarray:
+    """A copy of `value`, which must be an array of real numbers or booleans."""
+    try:
+        array = np.array(value)
+    except (TypeError, ValueError):  # a tracer, a ragged list
+        array = np.array(None)
+    real_number = jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+    if not (real_number or array.dtype == bool):
+        raise ValueError(f"`{name}` must be a number or an array of real numbers, known before tracing; got {value!r}.")
+    return array
+
+
+def _numbers(name: str, value, shape: tuple[int, ...]) -> Numbers:
+    array = _array(name, value).astype(np.float64)
+    if array.shape not in ((), shape):
+        raise ValueError(f"`{name}` must be a number or have `shape` {shape}; got shape {array.shape}.")
+    if not np.all(np.isfinite(array)):
+        raise ValueError(f"`{name}` must be finite; got {value}.")
+    return _tuples(array.tolist())
+
+
+def _number(name: str, value) -> float:
+    array = _array(name, value).astype(np.float64)
+    if array.shape != () or not np.isfinite(array):
+        raise ValueError(f"`{name}` must be a finite number; got {value}.")
+    return float(array)
+
+
+def _scale(value) -> float:
+    scale = _number("scale", value)
+    if scale <= 0:
+        raise ValueError(f"`scale` must be positive; got {value}.")
+    return scale
+
+
+def _shape(value) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or not all(_is_integer(size) and size >= 1 for size in value):
+        raise ValueError(f"`shape` must be a tuple of integers of at least 1; got {value!r}.")
+    return tuple(int(size) for size in value)
+
+
+def _tuples(value):
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,345 @@
+"""What a space does as a whole: one function a verb, over every leaf of the tree.
+
+Unconstrained coordinates have the structure of the space with None in place of fixed leaves. Whatever tree comes in is
+matched with the space first, so that an error names the entry, what was expected there and what came.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base
+from metaopt.spaces._leaves import Leaf
+
+
+def sample(key: jax.Array, space: base.PyTree) -> base.HyperParams:
+    """Draws one λ, each leaf independently from its own distribution; `jax.vmap` over keys draws many.
+
+    Args:
+      key: consumed.
+      space: a tree of leaves.
+
+    Returns:
+      λ, of JAX's default floating-point type; integers are relaxed (see `discretize`), fixed leaves are their value.
+
+    Raises:
+      ValueError: the space has a leaf of another kind.
+
+    >>> import jax
+    >>> from metaopt import spaces
+    >>> space = {"rate": spaces.interval(1e-4, 1e-1, log=True), "momentum": spaces.fixed(0.9)}
+    >>> many = jax.vmap(lambda key: spaces.sample(key, space))(jax.random.split(jax.random.key(0), 5))
+    >>> many["rate"].shape, many["momentum"].shape
+    ((5,), (5,))
+    """
+    leaves, treedef = _flatten(space)
+    # One key a leaf, tuned or not: fixing a leaf leaves the others' draws unchanged.
+    keys = jax.random.split(key, max(1, len(leaves)))
+    return treedef.unflatten([leaf.sample(key) for (_, leaf), key in zip(leaves, keys, strict=False)])
+
+
+def default(space: base.PyTree) -> base.HyperParams:
+    """λ to start from: every leaf's default, of JAX's default floating-point type.
+
+    Args:
+      space: a tree of leaves.
+
+    Returns:
+      λ, like a sample.
+
+    Raises:
+      ValueError: the space has a leaf of another kind.
+
+    >>> from metaopt import spaces
+    >>> λ = spaces.default({"rate": spaces.interval(1e-4, 1e-2, log=True), "mix": spaces.simplex(4)})
+    >>> round(float(λ["rate"]), 6), λ["mix"].tolist()
+    (0.001, [0.25, 0.25, 0.25, 0.25])
+    """
+    leaves, treedef = _flatten(space)
+    return treedef.unflatten([leaf.default_value() for _, leaf in leaves])
+
+
+def to_constrained(space: base.PyTree, unconstrained: base.HyperParams) -> base.HyperParams:
+    """λ from unconstrained coordinates: the bijection of every leaf, applied entry by entry.
+
+    Differentiable in both modes, to any order; a saturated coordinate has a zero gradient, never NaN.
+
+    Args:
+      space: a tree of leaves.
+      unconstrained: z, structured like the space with None for fixed leaves; a leaf is [*value_shape].
+
+    Returns:
+      λ, structured like the space, of the types of z; fixed leaves are their value.
+
+    Raises:
+      ValueError: z does not fit the space.
+
+    >>> import jax
+    >>> from metaopt import spaces
+    >>> space = {"rate": spaces.positive(0.1), "dropout": spaces.unit_interval(), "epochs": spaces.fixed(3)}
+    >>> z = spaces.to_unconstrained(space, spaces.default(space))
+    >>> {name: value if value is None else float(value) for name, value in z.items()}
+    {'dropout': 0.0, 'epochs': None, 'rate': 0.0}
+    >>> grads = jax.grad(lambda z: spaces.to_constrained(space, z)["dropout"])(z)
+    >>> float(grads["dropout"]), grads["epochs"]
+    (0.25, None)
+    """
+    matched, treedef = _match(space, unconstrained, constrained=False)
+    return treedef.unflatten([leaf.to_constrained(z) for _, leaf, z in matched])
+
+
+def to_unconstrained(space: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParams:
+    """Unconstrained coordinates from λ, the inverse of `to_constrained`.
+
+    Values at a bound or outside are clipped into the interior (by the type's eps of the range), and so have finite
+    coordinates. A simplex comes back centered. The values of fixed leaves are not looked at, only their shapes.
+
+    Args:
+      space: a tree of leaves.
+      hyperparams: λ, structured like the space; integers may be relaxed or not.
+
+    Returns:
+      z, structured like the space with None for fixed leaves, of the types of λ where they are floating-point.
+
+    Raises:
+      ValueError: λ does not fit the space.
+    """
+    matched, treedef = _match(space, hyperparams)
+    return treedef.unflatten(
+        [leaf.to_unconstrained(_floating(value)) if leaf.tuned else None for _, leaf, value in matched]
+    )
+
+
+def discretize(space: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParams:
+    """What code without a gradient runs with: integers rounded to int32, simplexes to the one-hot of the largest.
+
+    Args:
+      space: a tree of leaves.
+      hyperparams: λ, structured like the space.
+
+    Returns:
+      λ, with integer leaves rounded, clipped to their bounds and int32; simplexes one-hot; fixed leaves their value;
+      the rest unchanged. It has no gradient in what was rounded.
+
+    Raises:
+      ValueError: λ does not fit the space.
+
+    >>> import jax.numpy as jnp
+    >>> from metaopt import spaces
+    >>> space = {"layers": spaces.integer(1, 8), "op": spaces.simplex(3)}
+    >>> λ = spaces.discretize(space, {"layers": 2.7, "op": jnp.array([0.2, 0.7, 0.1])})
+    >>> int(λ["layers"]), λ["op"].tolist()
+    (3, [0.0, 1.0, 0.0])
+    """
+    matched, treedef = _match(space, hyperparams)
+    return treedef.unflatten([leaf.discretize(value) for _, leaf, value in matched])
+
+
+def encode(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
+    """λ as one vector in the unit cube, in the coordinates that `sample` is uniform in: what surrogates look at.
+
+    Intervals are their fraction of the (log) range; `real` and `positive` are Φ(z), the normal cumulative distribution;
+    a simplex is its weights. Integers may be relaxed or rounded. Fixed leaves are left out.
+
+    Args:
+      space: a tree of leaves.
+      hyperparams: λ, structured like the space.
+
+    Returns:
+      [num_dims] in [0, 1], ordered like `names`.
+
+    Raises:
+      ValueError: λ does not fit the space.
+
+    >>> from metaopt import spaces
+    >>> space = {"rate": spaces.interval(1e-4, 1.0, log=True), "layers": spaces.integer(1, 4)}
+    >>> spaces.names(space), [round(x, 3) for x in spaces.encode(space, {"rate": 0.1, "layers": 1}).tolist()]
+    (('layers', 'rate'), [0.125, 0.75])
+    """
+    matched, _ = _match(space, hyperparams)
+    parts = [leaf.encode(_floating(value)) for _, leaf, value in matched if leaf.tuned]
+    if not parts:
+        return jnp.zeros((0,))
+    return jnp.concatenate([jnp.ravel(part) for part in parts])
+
+
+def num_dims(space: base.PyTree) -> int:
+    """The length of the encoding: entries of tuned leaves, where a simplex counts all of its weights.
+
+    Args:
+      space: a tree of leaves.
+
+    Returns:
+      A Python int.
+
+    Raises:
+      ValueError: the space has a leaf of another kind.
+    """
+    return sum(int(np.prod(leaf.value_shape)) for _, leaf in _flatten(space)[0] if leaf.tuned)
+
+
+def names(space: base.PyTree) -> tuple[str, ...]:
+    """A name for each dimension of the encoding: its path, and its index where the leaf has a shape.
+
+    Args:
+      space: a tree of leaves.
+
+    Returns:
+      `num_dims` strings, ordered like `encode`.
+
+    Raises:
+      ValueError: the space has a leaf of another kind.
+
+    >>> from metaopt import spaces
+    >>> spaces.names({"adam": {"rate": spaces.positive(1e-3)}, "mix": spaces.simplex(2), "seed": spaces.fixed(0)})
+    ('adam.rate', 'mix[0]', 'mix[1]')
+    """
+    result = []
+    for path, leaf in _flatten(space)[0]:
+        if leaf.tuned:
+            for index in np.ndindex(leaf.value_shape):
+                result.append(_name(path) + (f"[{','.join(map(str, index))}]" if index else ""))
+    return tuple(result)
+
+
+def at_bounds(space: base.PyTree, hyperparams: base.HyperParams, *, tol: float = 1e-2) -> base.PyTree:
+    """Says which bounded leaves sit at a bound: a range to widen, or a mixture that has collapsed.
+
+    Args:
+      space: a tree of leaves.
+      hyperparams: λ, structured like the space.
+      tol: how near, as a fraction of the (log) range; in [0, 0.5).
+
+    Returns:
+      Structured like the space, [*shape] bool: intervals and integers within `tol` of low or high; simplexes where one
+      weight is at least 1 − `tol`; false for unbounded and fixed leaves.
+
+    Raises:
+      ValueError: λ does not fit the space, or `tol` is out of range.
+
+    >>> from metaopt import spaces
+    >>> at = spaces.at_bounds({"rate": spaces.interval(1e-4, 1.0, log=True)}, {"rate": 0.99})
+    >>> bool(at["rate"])
+    True
+    """
+    if not 0 <= tol < 0.5:
+        raise ValueError(f"`tol` must lie in [0, 0.5); got {tol}.")
+    matched, treedef = _match(space, hyperparams)
+    return treedef.unflatten(
+        [leaf.at_bounds(_floating(value) if leaf.tuned else value, tol) for _, leaf, value in matched]
+    )
+
+
+def _flatten(space):
+    """[(path, leaf)] and the structure of a space; raises where a leaf is no `Leaf`."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(space)
+    for path, leaf in leaves:
+        if not isinstance(leaf, Leaf):
+            raise ValueError(
+                f"Every leaf of a space must be made by `real`, `positive`, `interval`, `unit_interval`, `integer`, "
+                f"`simplex` or `fixed`; got {leaf!r} at `{_name(path)}`. A value that is not tuned is `fixed(value)`."
+            )
+    return leaves, treedef
+
+
+def _match(space, tree, *, constrained: bool = True):
+    """[(path, leaf, array or None)] and the structure of the space; raises where `tree` does not fit.
+
+    Unconstrained trees have None for fixed leaves.
+    """
+    leaves, treedef = _flatten(space)
+    expected = space if constrained else jax.tree.map(lambda leaf: leaf if leaf.tuned else None, space)
+    if jax.tree.structure(tree) != jax.tree.structure(expected):
+        subject = "λ" if constrained else "The unconstrained λ"
+        found = _difference(space, expected, tree, ())
+        if found is None:
+            found = ((), f"expected {jax.tree.structure(expected)}, got {jax.tree.structure(tree)}")
+        path, text = found
+        source = "default(space)" if constrained else "to_unconstrained(space, default(space))"
+        raise ValueError(
+            f"{subject} does not fit the space at `{_name(path)}`: {text}. "
+            f"`spaces.{source}` has the structure that is needed."
+        )
+    values = iter(jax.tree.leaves(tree))
+    matched = []
+    for path, leaf in leaves:
+        value = next(values) if constrained or leaf.tuned else None
+        matched.append((path, leaf, value if value is None else _as_array(path, leaf, value, constrained)))
+    return matched, treedef
+
+
+def _as_array(path, leaf, value, constrained):
+    subject = "λ" if constrained else "The unconstrained λ"
+    expected = f"{subject} does not fit the space at `{_name(path)}`: expected {_expectation(leaf)}"
+    try:
+        array = jnp.asarray(value)
+        if jnp.issubdtype(array.dtype, jnp.complexfloating) or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+            raise TypeError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{expected}, got {value!r}. Give a number or an array of real numbers.") from None
+    if array.shape != leaf.value_shape:
+        raise ValueError(
+            f"{expected}, got shape {array.shape}. Give the leaf of the space another `shape`; or, where leading axes "
+            f"are a batch, call the function under `jax.vmap`."
+        )
+    return array if constrained else _floating(array)
+
+
+def _floating(array):
+    """Floating-point types are kept; integers and booleans become the default one."""
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.result_type(float))
+
+
+def _difference(space, expected, tree, path):
+    """(path, text) of the first difference in structure, or None; `space` is `expected` with its fixed leaves."""
+    if isinstance(space, Leaf):
+        if expected is None:
+            if tree is not None:
+                return (
+                    path,
+                    f"expected None, since a fixed leaf has no unconstrained coordinates, got {_describe(tree)}",
+                )
+            return None
+        if tree is None or not jax.tree_util.all_leaves([tree]):
+            hint = "; make it one array" if isinstance(tree, (list, tuple)) else ""
+            return path, f"expected {_expectation(space)}, got {_describe(tree)}{hint}"
+        return None
+    if type(space) is not type(tree):
+        return path, f"expected {_describe(space)}, got {_describe(tree)}"
+    spaces, expecteds, trees = _children(space), _children(expected), _children(tree)
+    for name, (key, child) in spaces.items():
+        if name not in trees:
+            wanted = _expectation(child) if isinstance(child, Leaf) else _describe(child)
+            return (*path, key), f"expected {wanted}, got nothing"
+        found = _difference(child, expecteds[name][1], trees[name][1], (*path, key))
+        if found is not None:
+            return found
+    for name, (key, child) in trees.items():
+        if name not in spaces:
+            return (*path, key), (
+                f"expected nothing, got {_describe(child)}; leave it out, or add it to the space, "
+                f"as `fixed(value)` where it is not tuned"
+            )
+    return None
+
+
+def _children(node) -> dict[Any, tuple]:
+    """One level of a tree: the printed key of each child, with the key and the child."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda other: other is not node)
+    return {jax.tree_util.keystr(path): (path[0], child) for path, child in pairs}
+
+
+def _expectation(leaf: Leaf) -> str:
+    return f"an array of shape {leaf.value_shape} ({leaf.kind})"
+
+
+def _describe(tree) -> str:
+    if hasattr(tree, "shape"):
+        return f"an array of shape {tuple(tree.shape)}"
+    return "None" if tree is None else type(tree).__name__
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "hyperparams"

@@ -1,0 +1,376 @@
+"""One battery over every kind of leaf, in both float types, against formulas that metaopt did not compute."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+from jax.test_util import check_grads
+
+from metaopt import spaces
+
+LEAVES = {
+    "real": spaces.real(2.0, 3.0),
+    "real_array": spaces.real([1.0, -2.0], 0.5, shape=(2,)),
+    "positive": spaces.positive(0.1, 1.5),
+    "positive_array": spaces.positive([[1.0, 2.0, 3.0]], shape=(1, 3)),
+    "interval": spaces.interval(-1.0, 3.0),
+    "interval_log": spaces.interval(1e-5, 1e-1, log=True),
+    "interval_array": spaces.interval(0.5, 0.75, default=[0.6, 0.7], shape=(2,)),
+    "unit_interval": spaces.unit_interval(0.9),
+    "integer": spaces.integer(-2, 5),
+    "integer_log": spaces.integer(1, 64, log=True),
+    "simplex": spaces.simplex(4),
+    "simplex_array": spaces.simplex(3, default=[0.2, 0.3, 0.5], shape=(2,)),
+}
+BOUNDED = [name for name in LEAVES if name.startswith(("interval", "unit", "integer"))]
+SIMPLEX = [name for name in LEAVES if name.startswith("simplex")]
+ALL = pytest.mark.parametrize("name", LEAVES)
+
+# λ from z in SciPy and NumPy.
+FORMULAS = {
+    "real": lambda z: 2 + 3 * z,
+    "real_array": lambda z: np.array([1.0, -2.0]) + 0.5 * z,
+    "positive": lambda z: np.exp(np.log(0.1) + 1.5 * z),
+    "positive_array": lambda z: np.array([[1.0, 2.0, 3.0]]) * np.exp(z),
+    "interval": lambda z: 1 + 2 * np.tanh(z / 2),
+    "interval_log": lambda z: 10 ** (-5 + 4 * scipy.special.expit(z)),
+    "interval_array": lambda z: 0.5 + 0.25 * scipy.special.expit(z),
+    "unit_interval": scipy.special.expit,
+    "integer": lambda z: -2.5 + 8 * scipy.special.expit(z),
+    "integer_log": lambda z: 0.5 * 129 ** scipy.special.expit(z),
+    "simplex": lambda z: scipy.special.softmax(z, axis=-1),
+    "simplex_array": lambda z: scipy.special.softmax(z, axis=-1),
+}
+
+# The distribution of one entry of a sample.
+DISTRIBUTIONS = {
+    "real": scipy.stats.norm(2, 3),
+    "real_array": scipy.stats.norm(1, 0.5),
+    "positive": scipy.stats.lognorm(1.5, scale=0.1),
+    "positive_array": scipy.stats.lognorm(1.0, scale=1.0),
+    "interval": scipy.stats.uniform(-1, 4),
+    "interval_log": scipy.stats.loguniform(1e-5, 1e-1),
+    "interval_array": scipy.stats.uniform(0.5, 0.25),
+    "unit_interval": scipy.stats.uniform(0, 1),
+    "integer": scipy.stats.uniform(-2.5, 8),
+    "integer_log": scipy.stats.loguniform(0.5, 64.5),
+    "simplex": scipy.stats.beta(1, 3),
+    "simplex_array": scipy.stats.beta(1, 2),
+}
+
+
+def coordinates(name, scale=1.5, dtype=float):
+    return scale * jax.random.normal(jax.random.key(7), LEAVES[name].value_shape, dtype)
+
+
+def samples(name, num=4_000):
+    keys = jax.random.split(jax.random.key(1), num)
+    return jax.jit(jax.vmap(lambda key: spaces.sample(key, LEAVES[name])))(keys)
+
+
+@ALL
+def test_to_constrained_is_the_formula(name):
+    z = coordinates(name)
+    chex.assert_trees_all_close(spaces.to_constrained(LEAVES[name], z), FORMULAS[name](np.asarray(z)), rtol=1e-12)
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_round_trips_both_ways_and_keeps_the_type(name, dtype):
+    leaf, z = LEAVES[name], coordinates(name, dtype=dtype)
+    tolerance = 1e-4 if dtype == jnp.float32 else 1e-11
+    value = spaces.to_constrained(leaf, z)
+    back = spaces.to_unconstrained(leaf, value)
+    if name in SIMPLEX:
+        z = z - z.mean(-1, keepdims=True)
+    assert value.dtype == back.dtype == dtype
+    assert value.shape == back.shape == leaf.value_shape
+    chex.assert_trees_all_close(back, z, rtol=tolerance, atol=tolerance)
+    chex.assert_trees_all_close(spaces.to_constrained(leaf, back), value, rtol=tolerance)
+    assert np.ptp(np.append(np.asarray(z), 0.0)) > 0.1  # something to come back from
+
+
+@ALL
+def test_default_survives_the_round_trip_and_is_z_zero_where_promised(name):
+    leaf = LEAVES[name]
+    value = spaces.default(leaf)
+    z = spaces.to_unconstrained(leaf, value)
+    chex.assert_trees_all_close(spaces.to_constrained(leaf, z), value, rtol=1e-12)
+    if name in ("real", "real_array", "positive", "positive_array", "interval", "interval_log", "simplex"):
+        chex.assert_trees_all_close(z, jnp.zeros(leaf.value_shape), atol=1e-12)
+
+
+@ALL
+def test_samples_follow_their_distribution(name):
+    first = np.asarray(samples(name)).reshape(4_000, -1)[:, 0]
+    assert scipy.stats.kstest(first, DISTRIBUTIONS[name].cdf).pvalue > 0.01
+
+
+@ALL
+def test_entries_of_a_sample_are_independent(name):
+    draws = np.asarray(samples(name)).reshape(4_000, -1)
+    ranks = scipy.stats.rankdata(draws, axis=0)
+    if draws.shape[1] > 1:
+        correlation = np.corrcoef(ranks[:, 0], ranks[:, -1])[0, 1]
+        expected = -1 / 3 if name == "simplex" else 0.0  # of Dirichlet(1), −1 / (num − 1)
+        assert abs(correlation - expected) < 0.06
+
+
+@ALL
+@pytest.mark.parametrize("x64", [False, True])
+def test_samples_and_defaults_lie_in_the_range_and_have_the_default_type(name, x64):
+    leaf = LEAVES[name]
+    with jax.enable_x64(x64):
+        draws, start = samples(name), spaces.default(leaf)
+        assert draws.dtype == start.dtype == (jnp.float64 if x64 else jnp.float32)
+        draws, start = np.asarray(draws), np.asarray(start)
+    assert draws.shape == (4_000, *leaf.value_shape) and start.shape == leaf.value_shape
+    for value in (draws, start):
+        assert np.all(np.isfinite(value))
+        if name in BOUNDED:
+            low, high = (value.dtype.type(edge) for edge in leaf.edges)
+            assert low <= value.min() and value.max() <= high
+        if name in SIMPLEX:
+            assert value.min() >= 0
+            np.testing.assert_allclose(value.sum(-1), 1, rtol=1e-6)
+        if name.startswith("positive"):
+            assert value.min() > 0
+
+
+@ALL
+@pytest.mark.parametrize("fn", [spaces.to_constrained, spaces.to_unconstrained, spaces.encode])
+def test_derivatives_equal_finite_differences(name, fn):
+    leaf, at = LEAVES[name], coordinates(name)
+    if fn is not spaces.to_constrained:
+        at = spaces.to_constrained(leaf, at)
+    at_scale = jnp.maximum(jnp.abs(at), 1e-3)
+    check_grads(lambda t: fn(leaf, at + at_scale * t), (jnp.zeros_like(at),), order=2, rtol=1e-4)
+    jacobian = jax.jacobian(lambda at: fn(leaf, at))(at)
+    assert np.abs(np.asarray(jacobian)).max() > 1e-3 or name == "interval_log"
+
+
+@ALL
+@pytest.mark.parametrize("at", [-50.0, 50.0, -1e4, 1e4])
+def test_extreme_coordinates_are_finite_with_finite_derivatives_in_float32(name, at):
+    leaf = LEAVES[name]
+    z = jnp.zeros(leaf.value_shape, jnp.float32)
+    z = z.at[..., 0].set(at) if z.ndim else z + at
+
+    def there(z):
+        return spaces.to_constrained(leaf, z)
+
+    def back(z):
+        return spaces.to_unconstrained(leaf, there(z))
+
+    def code(z):
+        return spaces.encode(leaf, there(z))
+
+    for fn in (there, back, code):
+        value, tangent = jax.jvp(fn, (z,), (jnp.ones_like(z),))
+        gradient = jax.grad(lambda z, fn=fn: fn(z).sum())(z)
+        assert value.dtype == jnp.float32
+        chex.assert_tree_all_finite((value, tangent, gradient))
+    chex.assert_tree_all_finite(jax.hessian(lambda z: there(z).sum())(z))
+    if name in BOUNDED:
+        low, high = np.float32(leaf.edges)
+        value = np.asarray(spaces.to_constrained(leaf, z))
+        assert low <= value.min() and value.max() <= high
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_values_outside_of_the_range_have_finite_coordinates(name, dtype):
+    leaf = LEAVES[name]
+    for value in (0.0, 1.0, -1.0, 1e6, float(jnp.finfo(dtype).tiny), *getattr(leaf, "edges", ())):
+        value = jnp.full(leaf.value_shape, value, dtype)
+        for fn in (spaces.to_unconstrained, spaces.encode):
+            out, tangent = jax.jvp(lambda x, fn=fn: fn(leaf, x), (value,), (jnp.ones_like(value),))
+            gradient = jax.grad(lambda x, fn=fn: fn(leaf, x).sum())(value)
+            chex.assert_tree_all_finite((out, tangent, gradient))
+
+
+@ALL
+def test_encoding_is_in_the_unit_interval_and_uniform_over_samples(name):
+    leaf = LEAVES[name]
+    codes = np.asarray(jax.vmap(lambda value: spaces.encode(leaf, value))(samples(name)))
+    assert codes.shape == (4_000, spaces.num_dims(leaf)) == (4_000, len(spaces.names(leaf)))
+    assert 0 <= codes.min() and codes.max() <= 1
+    law = DISTRIBUTIONS[name] if name in SIMPLEX else scipy.stats.uniform()
+    assert scipy.stats.kstest(codes[:, -1], law.cdf).pvalue > 0.01
+
+
+@ALL
+def test_encoding_is_the_cumulative_distribution(name):
+    value = spaces.to_constrained(LEAVES[name], coordinates(name))
+    expected = np.asarray(value) if name in SIMPLEX else None
+    if expected is None:
+        law = DISTRIBUTIONS[name]
+        if name == "real_array":
+            law = scipy.stats.norm([1.0, -2.0], 0.5)
+        if name == "positive_array":
+            law = scipy.stats.lognorm(1.0, scale=[[1.0, 2.0, 3.0]])
+        expected = law.cdf(np.asarray(value))
+    chex.assert_trees_all_close(spaces.encode(LEAVES[name], value), np.ravel(expected), rtol=1e-9)
+
+
+@ALL
+def test_discretized_values_are_valid(name):
+    leaf = LEAVES[name]
+    draws = samples(name, num=500)
+    values = jax.vmap(lambda value: spaces.discretize(leaf, value))(draws)
+    if name.startswith("integer"):
+        assert values.dtype == jnp.int32
+        assert set(np.unique(values)) <= set(range(leaf.low, leaf.high + 1))
+        assert np.abs(np.asarray(values - draws)).max() <= 0.5
+        edges = jnp.array([leaf.low - 0.5, leaf.high + 0.5, -1e9, 1e9])
+        clipped = jax.vmap(lambda value: spaces.discretize(leaf, value))(edges)
+        assert clipped.tolist() == [leaf.low, leaf.high, leaf.low, leaf.high]
+        assert 0 < spaces.encode(leaf, jnp.int32(leaf.low))[0] < spaces.encode(leaf, jnp.int32(leaf.high))[0] < 1
+    elif name in SIMPLEX:
+        assert np.array_equal(np.asarray(values).argmax(-1), np.asarray(draws).argmax(-1))
+        assert set(np.unique(values)) == {0.0, 1.0} and np.all(np.asarray(values).sum(-1) == 1)
+    else:
+        chex.assert_trees_all_equal(values, draws)
+
+
+def test_every_integer_is_equally_probable():
+    counts = np.bincount(
+        np.asarray(jax.vmap(lambda x: spaces.discretize(LEAVES["integer"], x))(samples("integer"))) + 2
+    )
+    assert len(counts) == 8 and scipy.stats.chisquare(counts).pvalue > 0.01
+
+
+@ALL
+def test_at_bounds(name):
+    leaf = LEAVES[name]
+
+    def at(value):
+        return np.asarray(spaces.at_bounds(leaf, value))
+
+    middle = at(spaces.default(leaf))
+    assert middle.shape == leaf.shape and middle.dtype == bool and not middle.any()
+    extreme = jnp.full(leaf.value_shape, 100.0)
+    if name in SIMPLEX:
+        extreme = extreme.at[..., 1:].set(0.0)
+    expected = name in SIMPLEX or name in BOUNDED
+    assert np.all(at(spaces.to_constrained(leaf, extreme)) == expected)
+    if name in BOUNDED:
+        assert np.all(at(jnp.full(leaf.shape, leaf.low)))
+        assert not np.any(at(spaces.to_constrained(leaf, jnp.full(leaf.shape, 0.5))))
+        near = leaf.low * (leaf.high / leaf.low) ** 0.05 if leaf.log else leaf.low + 0.05 * (leaf.high - leaf.low)
+        assert not np.any(at(jnp.full(leaf.shape, near)))
+        assert np.all(spaces.at_bounds(leaf, jnp.full(leaf.shape, near), tol=0.06))
+
+
+@ALL
+def test_json_round_trip(name):
+    document = spaces.to_json({"a": [LEAVES[name], None]})
+    assert document["version"] == 1
+    assert json.loads(json.dumps(document)) == document
+    assert spaces.from_json(json.loads(json.dumps(document))) == {"a": [LEAVES[name], None]}
+
+
+@ALL
+def test_leaves_are_hashable_compare_by_value_and_are_no_pytree_nodes(name):
+    leaf = LEAVES[name]
+    again = spaces.from_json(spaces.to_json(leaf))
+    assert again is not leaf and hash(again) == hash(leaf) and again == leaf
+    assert jax.tree.leaves(leaf) == [leaf]
+    assert sum(leaf == other for other in LEAVES.values()) == 1
+
+
+@ALL
+def test_vmap_and_jit_equal_one_at_a_time(name):
+    leaf = LEAVES[name]
+    z = jax.random.normal(jax.random.key(3), (5, *leaf.value_shape))
+    for fn in (spaces.to_constrained, lambda leaf, z: spaces.encode(leaf, spaces.to_constrained(leaf, z))):
+        many = jax.jit(jax.vmap(lambda z, fn=fn: fn(leaf, z)))(z)
+        chex.assert_trees_all_close(many, jnp.stack([fn(leaf, one) for one in z]), rtol=1e-12)
+
+
+@ALL
+def test_a_wrong_shape_is_refused_while_tracing(name):
+    leaf = LEAVES[name]
+    wrong = jnp.zeros((7, *leaf.value_shape))
+    for fn in (spaces.to_constrained, spaces.to_unconstrained, spaces.discretize, spaces.encode, spaces.at_bounds):
+        with pytest.raises(ValueError, match=r"at `hyperparams`: expected .* got shape \(7,.*jax.vmap"):
+            jax.jit(lambda value, fn=fn: fn(leaf, value))(wrong)
+
+
+@ALL
+def test_python_numbers_and_integers_become_the_default_float(name):
+    leaf = LEAVES[name]
+    ones = np.ones(leaf.value_shape, np.int32)
+    for fn in (spaces.to_constrained, spaces.to_unconstrained, spaces.encode):
+        chex.assert_trees_all_equal(fn(leaf, ones), fn(leaf, jnp.asarray(ones, float)))
+        assert fn(leaf, ones.tolist() if ones.ndim == 0 else ones).dtype == jnp.float64
+
+
+@pytest.mark.parametrize(
+    "factory, message",
+    [
+        (lambda: spaces.real(float("nan")), "`default` must be finite; got nan"),
+        (lambda: spaces.real("0.1"), "`default` must be a number or an array of real numbers.*got '0.1'"),
+        (lambda: spaces.real([1.0, 2.0]), r"`default` must be a number or have `shape` \(\); got shape \(2,\)"),
+        (lambda: spaces.real(0.0, 0.0), "`scale` must be positive; got 0.0"),
+        (lambda: spaces.real(0.0, [1.0]), r"`scale` must be a finite number; got \[1.0\]"),
+        (lambda: spaces.real(shape=3), "`shape` must be a tuple of integers of at least 1; got 3"),  # pyright: ignore
+        (lambda: spaces.real(shape=(0,)), r"`shape` must be .* got \(0,\)"),
+        (lambda: spaces.positive(0.0), "`default` must be positive, between 1e-30 and 1e30; got 0.0"),
+        (lambda: spaces.positive(1.0, -1.0), "`scale` must be positive; got -1.0"),
+        (lambda: spaces.interval(1.0, 1.0), "`high` must be above `low`; got low=1.0, high=1.0"),
+        (lambda: spaces.interval(0.0, float("inf")), "`high` must be a finite number; got inf"),
+        (lambda: spaces.interval(0.0, 1.0, log=True), "`low` must be positive where `log` is true; got 0.0"),
+        (lambda: spaces.interval(0.0, 1.0, default=1.0), r"`default` must lie inside \(0.0, 1.0\).*got 1.0"),
+        (lambda: spaces.interval(0.0, 1.0, default=1 - 1e-8), "`default` must lie inside"),
+        (lambda: spaces.interval(0.0, 1.0, default=-3.0), "`default` must lie inside .*got -3.0"),
+        (lambda: spaces.interval(0.1, 1.0, log=True, default=0.1), "`default` must lie inside"),
+        (lambda: spaces.interval(0.1, 1.0, log=True, default=-1.0), "`default` must lie inside"),
+        (lambda: spaces.unit_interval(0.0), "`default` must lie inside"),
+        (lambda: spaces.integer(1, 2.5), r"`high` must be an integer within ±2\*\*24.*got 2.5"),  # pyright: ignore
+        (lambda: spaces.integer(1, 10**9), r"`high` must be an integer within ±2\*\*24.*got 1000000000"),
+        (lambda: spaces.integer(3, 3), "`high` must be above `low`; got low=3, high=3. For one value, use `fixed`"),
+        (lambda: spaces.integer(0, 3, log=True), "`low` must be at least 1 where `log` is true; got 0"),
+        (lambda: spaces.integer(0, 3, default=4), "`default` must be an integer from 0 to 3; got 4"),
+        (lambda: spaces.integer(0, 3, default=1.5), "`default` must be an integer from 0 to 3; got 1.5"),
+        (lambda: spaces.simplex(1), "`num` must be an integer of at least 2; got 1"),
+        (lambda: spaces.simplex(3, default=[0.5, 0.5]), r"`default` must have shape \(3,\)"),
+        (lambda: spaces.simplex(2, default=[1.0, 0.0]), r"`default` must be positive.*got \[1.0, 0.0\]"),
+        (lambda: spaces.simplex(2, default=[0.5, 0.6]), "`default` must sum to one"),
+        (lambda: spaces.fixed("adam"), "`value` must be a number or an array of real numbers.*got 'adam'"),
+        (lambda: spaces.fixed(None), "`value` must be a number"),
+        (lambda: spaces.fixed(1j), "`value` must be a number"),
+        (lambda: jax.jit(spaces.fixed)(1.0), "`value` must be a number .* known before tracing"),
+        (lambda: jax.jit(spaces.real)(1.0), "`default` must be a number .* known before tracing"),
+    ],
+)
+def test_factories_refuse_by_name_and_value(factory, message):
+    with pytest.raises(ValueError, match=message):
+        factory()
+
+
+def test_an_integer_s_default_is_an_integer_in_the_middle():
+    assert float(spaces.default(spaces.integer(1, 9))) == 5
+    assert float(spaces.default(spaces.integer(1, 64, log=True))) == 6  # √(0.5 · 64.5) = 5.68
+    assert float(spaces.default(spaces.integer(1, 2, log=True))) == 1
+    assert float(spaces.default(spaces.interval(1e-4, 1.0, log=True))) == pytest.approx(1e-2)
+
+
+def test_fixed_keeps_its_type_and_cannot_be_changed_from_outside():
+    array = np.array([1.0, 2.0], np.float32)
+    leaf = spaces.fixed(array)
+    array[0] = 5.0
+    assert leaf == spaces.fixed(np.array([1.0, 2.0], np.float32)) != spaces.fixed(np.array([1.0, 2.0]))
+    assert hash(leaf) == hash(spaces.fixed(jnp.array([1.0, 2.0], jnp.float32)))
+    assert spaces.default(leaf).dtype == jnp.float32 and spaces.default(leaf).tolist() == [1.0, 2.0]
+    for value, dtype in ((3, jnp.int64), (0.5, jnp.float64), (True, bool), (jnp.bfloat16(0.5), jnp.bfloat16)):
+        leaf = spaces.fixed(value)
+        again = spaces.from_json(json.loads(json.dumps(spaces.to_json(leaf))))
+        assert again == leaf and spaces.default(again).dtype == dtype
+    with jax.enable_x64(False):
+        assert spaces.default(spaces.fixed(0.5)).dtype == jnp.float32
