@@ -2,5 +2,6 @@
 
 from metaopt.training._fit import FitResult, fit
 from metaopt.training._learner import Learner, LearnerState, learner
+from metaopt.training._shard import shard
 
-__all__ = ["FitResult", "Learner", "LearnerState", "fit", "learner"]
+__all__ = ["FitResult", "Learner", "LearnerState", "fit", "learner", "shard"]

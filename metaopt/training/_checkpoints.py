@@ -43,7 +43,7 @@ class Saved(NamedTuple):
         """
         leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
         names = [jax.tree_util.keystr(path) for path, _ in leaves]
-        for name in set(names).symmetric_difference(self.arrays):
+        for name in sorted(set(names).symmetric_difference(self.arrays)):
             where = "the checkpoint" if name in self.arrays else "this run"
             raise ValueError(self._refusal(f"only {where} has the array `{name}`"))
         restored = []

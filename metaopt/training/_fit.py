@@ -177,7 +177,7 @@ def fit(
                         _check_all_done(state, tasks)
                         state = _owned(_learner.restart(init, state, tasks))
                 state, metrics = step(state, tasks)
-                metrics = {name: x.item() if x.ndim == 0 else x for name, x in jax.device_get(metrics).items()}
+                metrics = {name: float(x) if x.ndim == 0 else x for name, x in jax.device_get(metrics).items()}
                 any_done = metrics["num_done"] > 0
                 _record(run.history, run.step, metrics)
                 run = run._replace(state=state, step=run.step + 1, drawn=drawn)

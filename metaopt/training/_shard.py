@@ -1,0 +1,106 @@
+"""A batch of tasks over several devices.
+
+Each device estimates on its share of the tasks. Devices may have left out different numbers of tasks (those that were
+not finite), so what is combined are sums and counts, not means of means:
+
+    F = Σ_d n_d F_d / Σ_d n_d,    dF/dλ = Σ_d n_d (dF/dλ)_d / Σ_d n_d,
+
+where n_d tasks entered the mean of device d.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from metaopt import base
+
+COUNTS = ("num_tasks", "num_finite", "num_nonfinite")  # of `over_tasks`; its other metrics are means over tasks
+
+
+def shard(estimator: base.Estimator, mesh: Mesh, axis_name: str = "tasks") -> base.Estimator:
+    """Spreads the batch of tasks of `estimator` over the devices of `mesh`.
+
+    λ is copied to every device. Tasks, states and `done` are split along their leading axis, and stay where they
+    are; what travels between devices is one sum of the size of λ in each step. The result is that of the
+    estimator without `shard`, up to rounding, and `init` gives the same bits.
+
+    Args:
+      estimator: wrapped by `hypergrad.over_tasks`: a mean over the leading axis of the tasks, with the metric
+        "num_finite", how many tasks entered it.
+      mesh: of the devices, for instance `jax.make_mesh((jax.device_count(),), ("tasks",))`.
+      axis_name: the mesh axis to split over; along others the same is computed repeatedly.
+
+    Returns:
+      An `Estimator` of the same kind. Metrics are combined too: the counts of `over_tasks` summed, its variance
+      pooled, the rest averaged like F. Means are NaN where no task entered any, and `learner` then skips the step.
+
+    Raises:
+      ValueError: the mesh has no such axis; at trace time, a batch of tasks does not split evenly, or "num_finite"
+        is missing.
+    """
+    if axis_name not in mesh.axis_names:
+        raise ValueError(f"`mesh` has no axis {axis_name!r}; its axes are {mesh.axis_names}.")
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    split, whole = PartitionSpec(axis_name), PartitionSpec()
+
+    def init(key, hyperparams, task):
+        _check_batch(task, mesh.shape[axis_name])
+        state = estimator.init(key, hyperparams, task)
+        return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, split))
+
+    def local_estimate(hyperparams, task, state):
+        estimate, state = estimator.estimate(hyperparams, task, state)
+        if "num_finite" not in estimate.metrics:
+            raise ValueError(
+                '`shard` needs the metric "num_finite", how many tasks entered the mean, to combine means; wrap the '
+                "estimator by `hypergrad.over_tasks` first."
+            )
+        num = estimate.metrics["num_finite"]
+        total = jax.lax.psum(num, axis_name)
+
+        def weighted_sum(x):
+            # A mean over no task may be NaN; it has no weight.
+            return jax.lax.psum(jnp.where(num > 0, x * num, 0), axis_name)
+
+        def mean(x):
+            dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.result_type(float)
+            return (weighted_sum(x) / total).astype(dtype)
+
+        hypergrad = jax.tree.map(mean, estimate.hypergrad)
+        metrics = {
+            name: jax.lax.psum(x, axis_name) if name in COUNTS else jax.tree.map(mean, x)
+            for name, x in estimate.metrics.items()
+        }
+        if "hypergrad_variance" in metrics:
+            # Σ over all tasks of ‖h_i − h‖²: within the devices, and between them.
+            within = estimate.metrics["hypergrad_variance"] * jnp.maximum(num - 1, 1) / jnp.maximum(num, 1)
+            between = optax.tree.norm(optax.tree.sub(estimate.hypergrad, hypergrad), squared=True)
+            metrics["hypergrad_variance"] = weighted_sum(within + between) / jnp.maximum(total - 1, 1)
+        return base.Estimate(mean(estimate.value), hypergrad, estimate.done, metrics), state
+
+    # Without the check of varying axes: with it, a gradient in λ taken inside would already be summed over devices.
+    sharded_estimate = jax.shard_map(
+        local_estimate,
+        mesh=mesh,
+        in_specs=(whole, split, split),
+        out_specs=(base.Estimate(whole, whole, split, whole), split),  # pyright: ignore[reportArgumentType]
+        check_vma=False,
+    )
+
+    def estimate(hyperparams, task, state):
+        _check_batch(task, mesh.shape[axis_name])
+        return sharded_estimate(hyperparams, task, state)
+
+    return base.Estimator(init, estimate, estimator.kind)
+
+
+def _check_batch(tasks: base.PyTree, num_devices: int) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
+        shape = jnp.shape(leaf)
+        if not shape or shape[0] % num_devices:
+            name = f"tasks{jax.tree_util.keystr(path)}"
+            raise ValueError(
+                f"`{name}` has shape {shape}, and its leading axis does not split evenly over {num_devices} devices; "
+                "draw a multiple of that number of tasks."
+            )

@@ -1,0 +1,240 @@
+"""A run that was interrupted, anywhere and in any way, and continued, ends in the bits of one that was not."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import small_estimators as small
+
+from metaopt import training
+
+LEARNER = training.learner(small.carried(), optax.adam(0.1))
+NUM_STEPS = 23
+
+
+def evaluate(key, hyperparams):
+    return (hyperparams["x"] - 1) ** 2 + jax.random.normal(key) / 10
+
+
+def fit(checkpoint_dir=None, learner=LEARNER, sample_tasks=small.sample, **kwargs):
+    defaults = {
+        "hyperparams": {"x": 0.5},
+        "num_steps": NUM_STEPS,
+        "key": jax.random.key(0),
+        "evaluate": evaluate,
+        "eval_every": 4,
+        "checkpoint_every": 5,
+    }
+    return training.fit(learner, sample_tasks, checkpoint_dir=checkpoint_dir, **(defaults | kwargs))
+
+
+@pytest.fixture(scope="module")
+def unbroken():
+    return fit()
+
+
+def same(a: training.FitResult, b: training.FitResult) -> bool:
+    return small.bits(a) == small.bits(b) and jax.tree.structure(a) == jax.tree.structure(b)
+
+
+class Interruption(Exception):
+    pass
+
+
+def interrupt_call(number, function):
+    """`function`, which raises when it is called for the `number`-th time."""
+    count = 0
+
+    def interrupted(*args):
+        nonlocal count
+        count += 1
+        if count == number:
+            raise Interruption
+        return function(*args)
+
+    return interrupted
+
+
+def steps_in(directory) -> list[int]:
+    return sorted(int(name) for name in os.listdir(directory) if name.isdigit())
+
+
+@pytest.mark.parametrize("what, number", [("sample_tasks", 3), ("evaluate", 3), ("callback", 9), ("callback", 20)])
+def test_an_error_leaves_a_checkpoint_and_the_resumed_run_equals_the_unbroken_one(tmp_path, unbroken, what, number):
+    functions = {"sample_tasks": small.sample, "evaluate": evaluate, "callback": lambda step, metrics: None}
+    with pytest.raises(Interruption):
+        fit(tmp_path, **functions | {what: interrupt_call(number, functions[what])})
+    if what == "callback":
+        assert steps_in(tmp_path)[-1] == number
+    if what == "evaluate":
+        assert steps_in(tmp_path)[-1] == 8
+    assert same(fit(tmp_path, **functions), unbroken)
+    assert len(steps_in(tmp_path)) <= 2
+
+
+def test_a_finished_run_is_read_and_can_be_continued_to_more_steps(tmp_path, unbroken):
+    fit(tmp_path, num_steps=11)
+    again = fit(tmp_path, num_steps=11, callback=interrupt_call(1, print))
+    assert again.state.step == 11
+    assert same(fit(tmp_path), unbroken)
+    with pytest.raises(ValueError, match="`num_steps` is 11, and .* holds a run of 23 steps"):
+        fit(tmp_path, num_steps=11)
+
+
+def test_patience_and_the_best_hyperparams_survive_an_interruption(tmp_path):
+    stop = {"num_steps": 50, "eval_every": 1, "patience": 6, "evaluate": lambda key, h: (h["x"] - 0.8) ** 2}
+    unbroken = fit(**stop)
+    assert unbroken.stopped == "patience" and 8 < unbroken.state.step < 30
+    at = int(unbroken.state.step) - 2
+    with pytest.raises(Interruption):
+        fit(tmp_path, **stop, callback=interrupt_call(at, lambda *_: None))
+    assert same(fit(tmp_path, **stop), unbroken)
+    assert same(fit(tmp_path, **stop), unbroken)
+
+
+def test_shapes_that_vary_survive_an_interruption(tmp_path):
+    learner = training.learner(small.quadratic(), optax.adam(0.1))
+
+    def sample_tasks(key):
+        return small.sample(key, 2 + int(jax.random.randint(key, (), 0, 3)))
+
+    several = {"learner": learner, "sample_tasks": sample_tasks, "hyperparams": 0.5, "evaluate": None}
+    unbroken = fit(**several)
+    for at in (6, 7, 8):
+        with pytest.raises(Interruption):
+            fit(tmp_path / str(at), **several, callback=interrupt_call(at, lambda *_: None))
+        assert same(fit(tmp_path / str(at), **several), unbroken)
+
+
+def test_every_kind_of_array_survives(tmp_path):
+    estimator = small.quadratic()
+
+    def init(key, hyperparams, task):
+        rbg = jax.random.key(3, impl="rbg")
+        num = len(task)
+        return {
+            "low": jnp.full(num, 0.1, jnp.bfloat16),
+            "none": None,
+            "empty": jnp.zeros((num, 0, 2)),
+            "keys": jax.random.split(rbg, num),
+            "counts": (jnp.arange(num, dtype=jnp.uint8), jnp.ones((num, 2), bool)),
+        }
+
+    def estimate(hyperparams, task, state):
+        out, _ = estimator.estimate(hyperparams["a"], task, ())
+        return out._replace(hypergrad={"a": out.hypergrad}), state
+
+    learner = training.learner(estimator._replace(init=init, estimate=estimate), optax.sgd(0.1))
+    arguments = {"learner": learner, "hyperparams": {"a": jnp.ones((), jnp.float32)}, "evaluate": None}
+    first = fit(tmp_path, **arguments)
+    again = fit(tmp_path, **arguments)
+    assert same(first, again)
+    types = lambda result: [(x.shape, x.dtype) for x in jax.tree.leaves(result.state)]  # noqa: E731
+    assert types(first) == types(again)
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"key": jax.random.key(1)}, "`key` is .* in the checkpoint and .* in this run"),
+        ({"hyperparams": {"x": 0.6}}, "`initial hyperparams` is 1 arrays of 1 entries"),
+        ({"eval_every": 3}, "`eval_every` is 4 in the checkpoint and 3 in this run"),
+        ({"evaluate": None}, "`eval_every` is 4 in the checkpoint and None in this run"),
+        (
+            {"sample_tasks": lambda key: small.sample(key, 5)},
+            r"is .*\[4.*\] in the checkpoint and .*\[5.*\] in this run",
+        ),
+        (
+            {"learner": training.learner(small.carried(), optax.sgd(0.1))},
+            "only the checkpoint has the array .*opt_state",
+        ),
+    ],
+)
+def test_refuses_the_checkpoint_of_another_run(tmp_path, other, message):
+    fit(tmp_path, num_steps=6)
+    with pytest.raises(ValueError, match=f"holds the checkpoint \\(step 6\\) of another run: .*{message}"):
+        fit(tmp_path, **other)
+    assert steps_in(tmp_path) == [5, 6]
+
+
+def damage_arrays(directory):
+    for path in (directory / "arrays").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:10])
+
+
+def damage_json(directory):
+    (directory / "run" / "metadata").write_text('{"settings": ')
+
+
+def damage_by_mixing(directory):
+    shutil.rmtree(directory / "arrays")
+    shutil.copytree(directory.parent / "5" / "arrays", directory / "arrays")
+
+
+# Where several reads fail, tensorstore tells the second one to an event loop that orbax has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [damage_arrays, damage_json, damage_by_mixing, lambda d: shutil.rmtree(d / "run")])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, unbroken, damage):
+    fit(tmp_path, num_steps=10)
+    damage(tmp_path / "10")
+    with pytest.warns(UserWarning, match="checkpoint of step 10 .* cannot be read and is moved aside"):
+        resumed = fit(tmp_path)
+    assert same(resumed, unbroken)
+    assert steps_in(tmp_path) == [20, 23] and (tmp_path / "10.unreadable").exists()
+
+
+def test_refuses_to_start_anew_where_no_checkpoint_can_be_read(tmp_path):
+    fit(tmp_path, num_steps=10)
+    for step in (5, 10):
+        damage_json(tmp_path / str(step))
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"No checkpoint .* can be read \(steps \[10, 5\]\)"),
+    ):
+        fit(tmp_path)
+    assert steps_in(tmp_path) == [5, 10]
+
+
+RUN = """
+    import sys, time
+    import jax
+    jax.config.update("jax_enable_x64", True)
+    import test_checkpoints as this
+
+    def callback(step, metrics):
+        print(step, flush=True)
+        time.sleep(0.01)
+
+    result = this.fit(sys.argv[1], num_steps=2_000, checkpoint_every=1, callback=callback)
+    print(result.stopped, result.state.step, len(result.history["value"]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_is_killed_can_be_continued(tmp_path, number):
+    command = [sys.executable, "-c", textwrap.dedent(RUN), str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == "8":
+                process.send_signal(number)
+                break
+        rest = process.stdout.read().split("\n")
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+    last = steps_in(tmp_path)[-1]
+    assert 7 <= last < 2_000
+    if number == signal.SIGTERM:
+        assert rest[-2] == f"signal {last} {last}"
+    more = {"num_steps": last + 5, "checkpoint_every": 1}
+    assert same(fit(tmp_path, **more), fit(**more))
+    assert steps_in(tmp_path) == [last + 4, last + 5]

@@ -1,0 +1,226 @@
+"""The outer loop: where it ends, what it reports, what it refuses, and what it leaves intact."""
+
+import os
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_estimators as small
+
+from metaopt import training
+
+KEY = jax.random.key(0)
+QUADRATIC = training.learner(small.quadratic(), optax.sgd(0.1))
+CARRIED = training.learner(small.carried(), optax.adam(0.1))
+TASKS = np.array([1.0, 2.0, 6.0])  # F = (λ − 3)² + var; sgd(0.1) multiplies λ − 3 by 0.8
+
+
+def fit(learner=QUADRATIC, sample_tasks=lambda key: TASKS, **kwargs):
+    return training.fit(learner, sample_tasks, **{"hyperparams": 7.0, "num_steps": 5, "key": KEY} | kwargs)
+
+
+def fit_carried(sample_tasks=small.sample, **kwargs):
+    return fit(CARRIED, sample_tasks, hyperparams={"x": 0.5}, **kwargs)
+
+
+def test_converges_to_the_closed_form_and_keeps_the_history():
+    result = fit(num_steps=60)
+    np.testing.assert_allclose(result.hyperparams, 3.0, atol=1e-5)
+    errors = 4 * 0.8 ** np.arange(60)
+    np.testing.assert_allclose(result.history["value"], errors**2 + TASKS.var(), rtol=1e-12)
+    np.testing.assert_allclose(result.history["hypergrad_norm"], 2 * errors, rtol=1e-9)
+    assert set(result.history) == {"value", "hypergrad_norm", "num_done", "skipped", "spread"}
+    assert (result.stopped, result.state.step) == ("num_steps", 60)
+    assert np.isnan(result.best_value) and result.best_hyperparams == result.hyperparams
+
+
+def test_equals_the_learners_own_steps_and_draws_only_where_a_slot_is_done():
+    drawn = []
+
+    def sample_tasks(key):
+        drawn.append(key)
+        return small.sample(key, 2)
+
+    result = fit_carried(sample_tasks, num_steps=12)
+    init, step = map(jax.jit, CARRIED)
+    init_key, sample_key, _ = jax.random.split(KEY, 3)
+    keys = [jax.random.fold_in(sample_key, 0)]
+    state = init(init_key, {"x": 0.5}, small.sample(keys[0], 2))
+    for t in range(12):
+        if state.done.any():
+            keys.append(jax.random.fold_in(sample_key, t))
+        state, _ = step(state, small.sample(keys[-1], 2))
+    assert small.bits(result.state) == small.bits(state)
+    assert small.bits(drawn) == small.bits(keys)
+    assert 1 < len(keys) < 12
+
+
+def test_zero_steps_return_the_initial_hyperparams():
+    result = fit(num_steps=0, evaluate=lambda key, x: (x - 3) ** 2)
+    assert (result.hyperparams, result.best_hyperparams, result.best_value) == (7.0, 7.0, 16.0)
+    assert (result.history, result.stopped) == ({}, "num_steps")
+
+
+def test_the_callback_is_given_floats_after_every_step():
+    seen = []
+    result = fit(callback=lambda step, metrics: seen.append((step, metrics)))
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
+    for name, column in result.history.items():
+        assert all(type(metrics[name]) is float for _, metrics in seen)
+        np.testing.assert_array_equal(column, [metrics[name] for _, metrics in seen])
+
+
+def test_metrics_that_are_no_scalars_reach_the_callback_alone():
+    estimator = small.quadratic()
+
+    def estimate(*args):
+        out, state = estimator.estimate(*args)
+        return out._replace(metrics={"tasks": args[1]}), state
+
+    seen = []
+    learner = training.learner(estimator._replace(estimate=estimate), optax.sgd(0.1))
+    result = fit(learner, num_steps=1, callback=lambda step, metrics: seen.append(metrics["tasks"]))
+    np.testing.assert_array_equal(seen, [TASKS])
+    assert "tasks" not in result.history
+
+
+def test_stops_early_and_keeps_the_best_hyperparams():
+    # λ falls from 7 to 3; the held-out optimum is at 5, passed between steps 3 (5.048) and 4 (4.638).
+    keys = []
+
+    def evaluate(key, x):
+        keys.append(key)
+        return (x - 5) ** 2
+
+    result = fit(num_steps=50, evaluate=evaluate, eval_every=1, patience=4)
+    path = 3 + 4 * 0.8 ** np.arange(8)
+    np.testing.assert_allclose(result.evaluations, (path - 5) ** 2, rtol=1e-9)
+    assert (result.stopped, result.state.step, len(result.history["value"])) == ("patience", 7, 7)
+    np.testing.assert_allclose(result.best_hyperparams, path[3], rtol=1e-12)
+    np.testing.assert_allclose(result.best_value, (path[3] - 5) ** 2, rtol=1e-9)
+    assert len(set(b"".join(small.bits(key)) for key in keys)) == 1
+    every_third = fit(num_steps=8, evaluate=evaluate, eval_every=3)
+    np.testing.assert_allclose(every_third.evaluations, ((path - 5) ** 2)[[0, 3, 6]], rtol=1e-9)
+    assert every_third.best_value == every_third.evaluations[1]
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best():
+    losses = iter([np.nan, 2.0, np.nan, 3.0, np.nan])
+    result = fit(num_steps=4, evaluate=lambda key, x: next(losses), eval_every=1)
+    assert result.best_value == 2.0
+    np.testing.assert_allclose(result.best_hyperparams, 3 + 4 * 0.8)
+    result = fit(num_steps=4, evaluate=lambda key, x: np.nan, eval_every=1, patience=2)
+    assert (result.stopped, result.best_hyperparams) == ("patience", 7.0) and np.isnan(result.best_value)
+
+
+def test_leaves_the_arrays_of_the_caller_intact():
+    lam, tasks = jnp.array(7.0), jnp.asarray(TASKS)
+    numpy_tasks = np.ones(1024)
+    estimator = small.quadratic()._replace(init=lambda key, hyperparams, task: hyperparams + jnp.zeros(task.shape))
+    maml = estimator._replace(init=lambda key, hyperparams, task: (hyperparams * jnp.ones(task.shape), task))
+    kept = []
+    for learner in (training.learner(e, optax.adam(0.1)) for e in (estimator, maml)):
+        for drawn in (tasks, numpy_tasks):
+            result = fit(
+                learner,
+                lambda key, drawn=drawn: drawn,
+                hyperparams=lam,
+                evaluate=lambda key, x: kept.append(x) or x,
+                eval_every=1,
+            )
+            assert result.best_hyperparams == min(kept[-6:])
+    np.testing.assert_array_equal(lam, 7.0)
+    np.testing.assert_array_equal(tasks, TASKS)
+    np.testing.assert_array_equal(numpy_tasks, 1.0)
+    np.testing.assert_array_equal(kept[0], 7.0)
+    assert not KEY.is_deleted()
+
+
+def test_compiles_once_for_each_shape_of_tasks():
+    estimator, traces = small.quadratic(), []
+
+    def estimate(hyperparams, task, state):
+        traces.append(task.shape)
+        return estimator.estimate(hyperparams, task, state)
+
+    learner = training.learner(estimator._replace(estimate=estimate), optax.adam(0.1))
+    sizes = []
+
+    def sample_tasks(key):
+        sizes.append(3 + len(sizes) % 2)
+        return np.ones(sizes[-1])
+
+    for _ in range(2):
+        sizes.clear()
+        result = fit(learner, sample_tasks, num_steps=9)
+        assert result.state.step == 9 and sizes[:4] == [3, 4, 3, 4]
+    # Once for its types at `init`, once for the step.
+    assert sorted(traces) == [(3,), (3,), (4,), (4,)]
+
+
+def test_refuses_other_shapes_while_slots_are_not_done():
+    sizes = iter([4, 5])
+    message = r"shapes \[\(5,\)\] where \[\(4,\)\] are carried, and slots \[.*\] of 4 are not done.*Pad every draw"
+    with pytest.raises(ValueError, match=message):
+        fit_carried(lambda key: small.sample(key, next(sizes)))
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"num_steps": -1}, "`num_steps` must be at least 0; got -1"),
+        ({"eval_every": 0}, "`eval_every` must be at least 1; got 0"),
+        ({"checkpoint_every": 0}, "`checkpoint_every` must be at least 1"),
+        ({"patience": 0, "evaluate": lambda key, x: x}, "`patience` must be at least 1"),
+        ({"patience": 3}, "give `evaluate`"),
+        ({"hyperparams": {"layers": 3}}, r"`hyperparams\['layers'\]` has dtype int64, and only floating-point"),
+        ({"sample_tasks": lambda key: None}, "The tasks are empty"),
+        ({"sample_tasks": lambda key: []}, "The tasks are empty"),
+        ({"sample_tasks": lambda key: np.ones((0, 2))}, "a batch of no tasks"),
+        ({"evaluate": lambda key, x: jnp.ones(2)}, r"`evaluate` must return a scalar; got shape \(2,\)"),
+    ],
+)
+def test_refuses_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        fit(**kwargs)
+
+
+def test_is_quiet_where_there_is_no_terminal(capfd):
+    fit()
+    fit(progress=False)
+    assert capfd.readouterr() == ("", "")
+    fit(progress=True)
+    out, err = capfd.readouterr()
+    assert out == "" and "5/5" in err and f"value {16 * 0.8**8 + TASKS.var():.4g}" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step(number):
+    former = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    result = fit(callback=lambda step, metrics: step == 2 and os.kill(os.getpid(), number))
+    assert (result.stopped, result.state.step, len(result.history["value"])) == ("signal", 2, 2)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == former
+
+
+def test_a_second_interrupt_raises_and_restores_the_handlers():
+    former = signal.getsignal(signal.SIGINT)
+
+    def interrupt_twice(step, metrics):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(callback=interrupt_twice)
+    assert signal.getsignal(signal.SIGINT) == former
+
+
+def test_runs_outside_the_main_thread():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(fit()))
+    thread.start()
+    thread.join()
+    assert small.bits(results[0].state) == small.bits(fit().state)

@@ -1,0 +1,117 @@
+"""Sharding over four (host) devices equals the same on one; the devices must be made before JAX starts."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import optax
+import pytest
+import small_estimators as small
+
+from metaopt import base, training
+
+RUN = """
+    import jax
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    import chex, numpy as np, optax
+    import small_estimators as small
+    from metaopt import base, training
+
+    assert jax.device_count() == 4
+    whole = small.carried()
+    split = training.shard(whole, jax.make_mesh((4,), ("tasks",)))
+    key, lam = jax.random.key(0), {"x": 0.5}
+
+    def close(a, b, rtol=1e-12):
+        chex.assert_trees_all_close(*(jax.tree.map(np.asarray, small.plain(t)) for t in (a, b)), rtol=rtol)
+
+    # Two tasks a device: all finite; one left out; a device with none left; unequal counts; none at all.
+    tasks = np.asarray(small.sample(key, 8))
+    for bad in ([], [3], [4, 5], [0, 2, 3, 7], range(8)):
+        drawn = tasks.copy()
+        drawn[list(bad)] = np.nan
+        (a, a_state), (b, b_state) = (
+            jax.jit(e.estimate)(lam, drawn, jax.jit(e.init)(key, lam, drawn)) for e in (whole, split)
+        )
+        assert a.metrics["num_finite"] == b.metrics["num_finite"] == 8 - len(bad)
+        close(a, b)
+        close(a_state, b_state)
+        assert b.done.sharding.num_devices == b_state.params.sharding.num_devices == 4
+
+    # The whole loop, resumed in the middle.
+    def fit(estimator, **kwargs):
+        learner = training.learner(estimator, optax.adam(0.1))
+        sample_tasks = lambda key: small.sample(key, 8)
+        arguments = {"hyperparams": lam, "num_steps": 7, "key": key} | kwargs
+        return training.fit(learner, sample_tasks, **arguments)
+
+    import tempfile
+    with tempfile.TemporaryDirectory() as directory:
+        unbroken = fit(split)
+        close(fit(whole), unbroken, rtol=1e-9)
+        fit(split, num_steps=4, checkpoint_dir=directory)
+        assert small.bits(fit(split, checkpoint_dir=directory)) == small.bits(unbroken)
+
+    # A tuple of batches, and a mesh with another axis, and outside jit.
+    mesh = jax.make_mesh((2, 2), ("other", "tasks"))
+    pair, pair_split = small.paired(whole), training.shard(small.paired(whole), mesh)
+    both = (tasks, tasks[:2] + 1)
+    outs = [e.estimate(lam, both, e.init(key, lam, both)) for e in (pair, pair_split)]
+    close(outs[0], outs[1])
+
+    try:
+        split.init(key, lam, tasks[:6])
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_equals_the_unsharded_estimator_with_nonfinite_tasks_and_unequal_counts():
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(pathlib.Path(__file__).parent),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(RUN)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "`tasks` has shape (6,), and its leading axis does not split evenly over 4 devices" in done.stdout
+
+
+def test_refuses_a_mesh_without_the_axis():
+    with pytest.raises(ValueError, match=r"no axis 'tasks'; its axes are \('data',\)"):
+        training.shard(small.carried(), jax.make_mesh((1,), ("data",)))
+
+
+def test_refuses_an_estimator_that_does_not_count():
+    sharded = training.shard(small.quadratic(), jax.make_mesh((1,), ("tasks",)))
+    with pytest.raises(ValueError, match='needs the metric "num_finite".*`hypergrad.over_tasks` first'):
+        sharded.estimate(1.0, np.ones(2), np.ones(2))
+
+
+def test_refuses_tasks_that_have_no_axis_to_split():
+    sharded = training.shard(small.carried(), jax.make_mesh((1,), ("tasks",)))
+    with pytest.raises(ValueError, match=r"`tasks` has shape \(\), and its leading axis does not split"):
+        sharded.init(jax.random.key(0), {"x": 0.5}, np.float64(1.0))
+
+
+def test_one_device_changes_nothing():
+    sharded = training.shard(small.carried(), jax.make_mesh((1,), ("tasks",)))
+    runs = [
+        training.fit(
+            training.learner(e, optax.adam(0.1)),
+            small.sample,
+            hyperparams={"x": 0.5},
+            num_steps=5,
+            key=jax.random.key(0),
+        )
+        for e in (small.carried(), sharded)
+    ]
+    np.testing.assert_allclose(runs[0].hyperparams["x"], runs[1].hyperparams["x"], rtol=1e-12)
+    assert isinstance(sharded, base.Estimator) and sharded.kind == "biased"
