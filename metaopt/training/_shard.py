@@ -76,7 +76,8 @@ def shard(estimator: base.Estimator, mesh: Mesh, axis_name: str = "tasks") -> ba
             # Σ over all tasks of ‖h_i − h‖²: within the devices, and between them.
             within = estimate.metrics["hypergrad_variance"] * jnp.maximum(num - 1, 1) / jnp.maximum(num, 1)
             between = optax.tree.norm(optax.tree.sub(estimate.hypergrad, hypergrad), squared=True)
-            metrics["hypergrad_variance"] = weighted_sum(within + between) / jnp.maximum(total - 1, 1)
+            degrees = jnp.where(total > 0, jnp.maximum(total - 1, 1), jnp.nan)
+            metrics["hypergrad_variance"] = weighted_sum(within + between) / degrees
         return base.Estimate(mean(estimate.value), hypergrad, estimate.done, metrics), state
 
     # Without the check of varying axes: with it, a gradient in λ taken inside would already be summed over devices.

@@ -63,7 +63,9 @@ def batched(single: base.Estimator) -> base.Estimator:
             "num_tasks": jnp.array(finite.size),
             "num_finite": num,
             "num_nonfinite": finite.size - num,
-            "hypergrad_variance": jnp.where(finite, squares, 0).sum() / jnp.maximum(num - 1, 1),
+            "hypergrad_variance": jnp.where(
+                num > 0, jnp.where(finite, squares, 0).sum() / jnp.maximum(num - 1, 1), jnp.nan
+            ),
             "age": mean(each.metrics["age"]),
         }
         return base.Estimate(mean(each.value), hypergrad, each.done | ~finite, metrics), state

