@@ -162,7 +162,8 @@ def _statistical(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
         "eigenvalues": np.linalg.eigvalsh(cov) if num_columns else sd,
     }
     counts = np.bincount(y)
-    centers = [x[y == k].mean(axis=0) for k in (np.argmax(counts), np.argmin(counts))]
+    least = len(counts) - 1 - np.argmin(counts[::-1])  # another class where all are as frequent
+    centers = [x[y == k].mean(axis=0) for k in (np.argmax(counts), least)]
     squared = _canonical_correlations(centered, sd, y) ** 2
     eigenvalues = squared / (1.0 - squared)
     some = len(squared) > 0

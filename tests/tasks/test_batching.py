@@ -1,0 +1,201 @@
+"""Padding that changes nothing, buckets that cost little, batches, and rotating splits."""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import tasks
+
+
+def prepared(rows=90, columns=4, classes=3, seed=0):
+    rng = np.random.default_rng(seed)
+    y = (np.arange(rows) % classes).astype(np.int32)
+    x = (rng.normal(size=(rows, columns)) + y[:, None] * rng.normal(size=columns)).astype(np.float32)
+    return tasks.prepare(tasks.Table(f"t{seed}", f"t{seed}", x, y, np.zeros(columns, bool)), seed=seed)
+
+
+def padded(one, rows=(80, 40), num_features=7, num_classes=5, features=None):
+    return tasks.to_task(one, rows=rows, num_features=num_features, num_classes=num_classes, features=features)
+
+
+def masked_loss(params, data):
+    w, b = params["w"] * data["feature_mask"][:, None], params["b"]
+    logits = data["x"] @ w + b[None] + jnp.log(data["class_mask"])[None]
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), data["y"][:, None], axis=1)[:, 0]
+    return jnp.sum(losses * data["mask"]) / jnp.sum(data["mask"])
+
+
+def test_padding_changes_neither_loss_nor_gradient():
+    one = prepared()
+    shape = tasks.shape_of(one)
+    tight = padded(one, shape[:2], shape.features, shape.classes)
+    loose = padded(one)
+    assert loose.train["x"].shape == (80, 7) and tight.train["x"].shape == (54, 4)
+    rng = np.random.default_rng(1)
+    params = {"w": rng.normal(size=(7, 5)), "b": rng.normal(size=5)}
+    small = {"w": params["w"][:4, :3], "b": params["b"][:3]}
+    for part in ("train", "valid"):
+        value, grads = jax.value_and_grad(masked_loss)(params, getattr(loose, part))
+        expected, expected_grads = jax.value_and_grad(masked_loss)(small, getattr(tight, part))
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        chex.assert_trees_all_close(
+            {"w": grads["w"][:4, :3], "b": grads["b"][:3]}, expected_grads, rtol=1e-5, atol=1e-8
+        )
+        np.testing.assert_array_equal(grads["w"][4:], np.zeros((3, 5)))
+        np.testing.assert_array_equal(grads["b"][3:], np.zeros(2))
+
+
+def test_task_entries():
+    one = prepared()
+    task = padded(one, features=np.ones(3, np.float32))
+    assert isinstance(task, tasks.Task) and task.features.shape == (3,)
+    for part, rows, total in ((task.train, one.train, 80), (task.valid, one.valid, 40)):
+        n = len(rows.y)
+        np.testing.assert_array_equal(part["x"][:n, :4], rows.x)
+        assert not part["x"][n:].any() and not part["x"][:, 4:].any()
+        np.testing.assert_array_equal(part["y"], np.concatenate([rows.y, np.zeros(total - n)]))
+        np.testing.assert_array_equal(part["mask"], np.arange(total) < n)
+        np.testing.assert_array_equal(part["feature_mask"], [1, 1, 1, 1, 0, 0, 0])
+        np.testing.assert_array_equal(part["class_mask"], [1, 1, 1, 0, 0])
+        assert part["num_features"] == 4 and part["num_rows"] == n
+        assert {k: v.dtype.name for k, v in part.items()} == {
+            "x": "float32",
+            "y": "int32",
+            "mask": "float32",
+            "feature_mask": "float32",
+            "class_mask": "float32",
+            "num_features": "float32",
+            "num_rows": "int32",
+        }
+
+
+def test_to_task_refuses_what_does_not_fit_and_what_is_not_finite():
+    one = prepared()
+    with pytest.raises(ValueError, match="task t0 does not fit"):
+        padded(one, num_features=3)
+    one.train.x[2, 1] = np.nan
+    with pytest.raises(ValueError, match=r"task\.train\['x'\] of task t0 has NaN"):
+        padded(one)
+    with pytest.raises(ValueError, match=r"task\.features of task t1 has NaN"):
+        padded(prepared(seed=1), features=np.array([np.inf]))
+
+
+def cost(shape, width=64):
+    return (shape[0] + shape[1]) * (shape[2] + width + shape[3])
+
+
+def total_cost(shapes, buckets):
+    return sum(cost(buckets.shapes[k]) for k in buckets.assignment)
+
+
+def test_every_task_fits_its_bucket_and_more_buckets_cost_less():
+    rng = np.random.default_rng(0)
+    shapes = [tuple(int(v) for v in np.exp(rng.uniform(1, 7, 4))) for _ in range(40)]
+    costs = []
+    for most in (1, 2, 4, 6, 40):
+        buckets = tasks.bucket(shapes, most)
+        assert len(buckets.shapes) <= most and buckets.assignment.shape == (40,)
+        for shape, k in zip(shapes, buckets.assignment, strict=True):
+            assert all(np.array(shape) <= np.array(buckets.shapes[k]))
+        for k, shape in enumerate(buckets.shapes):  # no bucket is larger than what is in it
+            inside = np.array([s for s, j in zip(shapes, buckets.assignment, strict=True) if j == k])
+            np.testing.assert_array_equal(inside.max(0), shape)
+        costs.append(total_cost(shapes, buckets))
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] == 40 * cost(np.max(shapes, 0)) and costs[-1] == sum(map(cost, shapes))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_buckets_are_near_the_optimum_by_enumeration(seed):
+    rng = np.random.default_rng(seed)
+    shapes = [tuple(int(v) for v in np.exp(rng.uniform(1, 6, 4))) for _ in range(7)]
+    best = np.inf
+    for labels in itertools.product(range(3), repeat=7):
+        groups = [[s for s, k in zip(shapes, labels, strict=True) if k == j] for j in set(labels)]
+        best = min(best, sum(len(g) * cost(np.max(g, 0)) for g in groups))
+    found = total_cost(shapes, tasks.bucket(shapes, 3))
+    assert best <= found <= 1.25 * best
+
+
+def test_bucket_refusals():
+    with pytest.raises(ValueError, match="it is empty"):
+        tasks.bucket([])
+    with pytest.raises(ValueError, match="`max_buckets` must be at least 1; got 0"):
+        tasks.bucket([(1, 1, 1, 1)], 0)
+
+
+def test_stack_and_unstack_are_inverse():
+    some = [padded(prepared(rows=60 + 10 * i, seed=i), features={"f": np.float32(i)}) for i in range(3)]
+    batch = tasks.stack(some)
+    assert batch.train["x"].shape == (3, 80, 7) and batch.features["f"].shape == (3,)
+    for one, other in zip(tasks.unstack(batch), some, strict=True):
+        chex.assert_trees_all_equal(one, other)
+        chex.assert_trees_all_equal_dtypes(one, other)
+
+
+def test_stack_names_what_is_wrong():
+    a, b = padded(prepared()), padded(prepared(seed=1))
+    with pytest.raises(ValueError, match="it is empty"):
+        tasks.stack([])
+    with pytest.raises(ValueError, match=r"task\.train\['feature_mask'\] has shape \(8,\) in task 1 .*pad them"):
+        tasks.stack([a, padded(prepared(seed=1), num_features=8)])
+    with pytest.raises(ValueError, match="task second and task first differ in structure"):
+        tasks.stack([a, b._replace(features=np.ones(2))], names=["first", "second"])
+    b.valid["x"][0, 0] = np.inf
+    with pytest.raises(ValueError, match=r"task\.valid\['x'\] of task 1 has NaN"):
+        tasks.stack([a, b])
+    b.valid["x"] = b.valid["x"].astype(np.float64)
+    with pytest.raises(ValueError, match=r"task\.valid\['x'\] is float64 in task 1"):
+        tasks.stack([a, b])
+
+
+def rows_of(part):
+    real = np.asarray(part["mask"]) > 0
+    return np.concatenate([np.asarray(part["x"])[real], np.asarray(part["y"])[real, None]], axis=1)
+
+
+def test_resplit_redraws_the_same_rows():
+    task = padded(prepared(rows=97, classes=4), features=np.ones(2))
+    new = jax.jit(tasks.resplit)(jax.random.key(0), task)
+    before = np.concatenate([rows_of(task.train), rows_of(task.valid)])
+    after = np.concatenate([rows_of(new.train), rows_of(new.valid)])
+    assert not np.array_equal(rows_of(new.valid), rows_of(task.valid))
+    order = lambda rows: rows[np.lexsort(rows.T)]
+    np.testing.assert_array_equal(order(before), order(after))
+    for part, old in ((new.train, task.train), (new.valid, task.valid)):
+        for name in ("mask", "feature_mask", "class_mask", "num_features", "num_rows"):
+            np.testing.assert_array_equal(part[name], old[name])
+        padding = np.asarray(part["mask"]) == 0
+        assert not np.asarray(part["x"])[padding].any() and not np.asarray(part["y"])[padding].any()
+        chex.assert_trees_all_equal_shapes_and_dtypes(part, jax.tree.map(jnp.asarray, old))
+    np.testing.assert_array_equal(new.features, task.features)
+    other = tasks.resplit(jax.random.key(1), task)
+    assert not np.array_equal(rows_of(new.valid), rows_of(other.valid))
+    chex.assert_trees_all_equal(tasks.resplit(jax.random.key(0), task), new)
+
+
+def test_resplit_is_stratified_and_every_row_gets_its_turn():
+    task = padded(prepared(rows=100, classes=4))
+    total = np.bincount(rows_of(task.train)[:, -1].astype(int)) + np.bincount(rows_of(task.valid)[:, -1].astype(int))
+    share = task.train["num_rows"] / (task.train["num_rows"] + task.valid["num_rows"])
+    draws = jax.vmap(tasks.resplit, in_axes=(0, None))(jax.random.split(jax.random.key(0), 300), task)
+    seen: dict = {}
+    for x, y, mask in zip(*(np.asarray(draws.valid[k]) for k in ("x", "y", "mask")), strict=True):
+        counts = total - np.bincount(y[mask > 0], minlength=4)
+        assert np.abs(counts - share * total).max() <= 1
+        for row in x[mask > 0]:
+            seen[row.tobytes()] = seen.get(row.tobytes(), 0) + 1
+    assert len(seen) == total.sum()
+    assert min(seen.values()) > 0.6 * 300 * (1 - share) and max(seen.values()) < 1.5 * 300 * (1 - share)
+
+
+def test_resplit_of_a_batch_is_that_of_each_task():
+    some = [padded(prepared(rows=60 + 20 * i, seed=i)) for i in range(3)]
+    keys = jax.random.split(jax.random.key(2), 3)
+    batch = jax.vmap(tasks.resplit)(keys, tasks.stack(some))
+    for key, one, new in zip(keys, some, tasks.unstack(batch), strict=True):
+        chex.assert_trees_all_equal(tasks.resplit(key, one), new)

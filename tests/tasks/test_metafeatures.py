@@ -1,0 +1,179 @@
+"""Meta-features against independent formulas on iris, their invariances, and their scaling."""
+
+import json
+
+import numpy as np
+import pytest
+
+from metaopt import tasks
+
+scipy_stats = pytest.importorskip("scipy.stats")
+pytest.importorskip("sklearn")
+
+ORDERLESS = ("simple", "statistical", "information_theoretic")
+
+
+@pytest.fixture(scope="module")
+def iris():
+    return tasks.from_sklearn()[0]
+
+
+@pytest.fixture(scope="module")
+def found(iris):
+    return tasks.metafeatures(iris)
+
+
+def both(name, values):
+    return {f"{name}.mean": np.mean(values), f"{name}.sd": np.std(values, ddof=1)}
+
+
+def test_simple_and_statistical_on_iris(iris, found):
+    x, y = iris.x.astype(np.float64), iris.y
+    cor = np.abs(np.corrcoef(x.T)[np.tril_indices(4, -1)])
+    cov = np.cov(x.T)
+    sd_correction = (149 / 150) ** 1.5, (149 / 150) ** 2  # scipy divides by the standard deviation with n
+    expected = {
+        "attr_to_inst": 4 / 150,
+        "inst_to_attr": 37.5,
+        "nr_attr": 4,
+        "nr_num": 4,
+        "nr_cat": 0,
+        "nr_bin": 0,
+        "cat_to_num": 0,
+        "nr_inst": 150,
+        "nr_class": 3,
+        "freq_class.mean": 1 / 3,
+        "freq_class.sd": 0,
+        "nr_cor_attr": np.mean(cor > 0.5),
+        "nr_outliers": 1,  # the widths of the sepals, as every box plot shows
+        "gravity": np.linalg.norm(x[y == 0].mean(0) - x[y == 2].mean(0)),
+        **both("mean", x.mean(0)),
+        **both("t_mean", scipy_stats.trim_mean(x, 0.2)),
+        **both("iq_range", scipy_stats.iqr(x, axis=0)),
+        **both("mad", scipy_stats.median_abs_deviation(x, axis=0, scale=1 / 1.4826)),
+        **both("skewness", scipy_stats.skew(x) * sd_correction[0]),
+        **both("kurtosis", (scipy_stats.kurtosis(x) + 3) * sd_correction[1] - 3),
+        **both("sparsity", [(150 / len(set(c)) - 1) / 149 for c in x.T.tolist()]),
+        **both("var", np.diag(cov)),
+        **both("cor", cor),
+        **both("cov", np.abs(cov[np.tril_indices(4, -1)])),
+        **both("eigenvalues", np.linalg.eigvals(cov)),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+    assert np.isnan(found["num_to_cat"])
+
+
+def test_canonical_correlations_on_iris(found):
+    # Fisher's iris: Wilks' lambda .0234, Pillai's trace 1.1919, Hotelling-Lawley 32.477, Roy 32.192 (R: summary(manova)).
+    np.testing.assert_allclose(found["w_lambda"], 0.023439, rtol=1e-4)
+    np.testing.assert_allclose(found["p_trace"], 1.1919, rtol=1e-4)
+    np.testing.assert_allclose(found["lh_trace"], 32.477, rtol=1e-4)
+    np.testing.assert_allclose(found["roy_root"], 32.192, rtol=1e-4)
+    np.testing.assert_allclose(found["can_cor.mean"], (0.984821 + 0.471197) / 2, rtol=1e-5)
+
+
+def test_information_on_categories_by_hand():
+    # x1 tells y; x2 is independent of it.
+    x1 = np.repeat([0, 1], 60)
+    x2 = np.tile([0, 1, 2], 40)
+    got = tasks.metafeatures((np.stack([x1, x2], 1), x1, np.array([True, True])), groups=["information_theoretic"])
+    entropy = [1.0, np.log2(3)]
+    expected = {
+        "class_ent": 1.0,
+        **both("attr_ent", entropy),
+        **both("joint_ent", [1.0, 1 + np.log2(3)]),
+        **both("mut_inf", [1.0, 0.0]),
+        "eq_num_attr": 2.0,
+        "ns_ratio": (np.mean(entropy) - 0.5) / 0.5,
+        **both("class_conc", [1.0, 0.0]),
+        **both("attr_conc", [0.0, 0.0]),
+    }
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, atol=1e-9, err_msg=name)
+
+
+def test_concentration_on_a_two_by_two_table():
+    # Goodman and Kruskal's tau from its definition: the share of errors of proportional prediction that x saves.
+    x, y = np.repeat([0, 0, 1, 1], [30, 10, 5, 55]), np.repeat([0, 1, 0, 1], [30, 10, 5, 55])
+    p = np.array([[0.30, 0.10], [0.05, 0.55]])
+    errors = 1 - (p.sum(0) ** 2).sum()
+    errors_given = sum(row.sum() * (1 - ((row / row.sum()) ** 2).sum()) for row in p)
+    got = tasks.metafeatures((x[:, None], y, np.array([True])), groups=["information_theoretic"])
+    np.testing.assert_allclose(got["class_conc.mean"], (errors - errors_given) / errors, rtol=1e-6)
+    assert np.isnan(got["attr_conc.mean"])
+
+
+def test_landmarkers_on_iris(found):
+    assert 0.93 < found["one_nn.mean"] < 0.98
+    assert 0.95 < found["linear_discr.mean"] <= 1.0
+    assert 0.93 < found["naive_bayes.mean"] < 0.98
+    assert 0.6 < found["best_node.mean"] < 0.68  # a stump tells one class of three from the others
+    assert found["worst_node.mean"] <= found["random_node.mean"] <= found["best_node.mean"]
+    assert 0.85 < found["elite_nn.mean"] < 0.97
+
+
+@pytest.mark.parametrize("what", ["rows", "columns"])
+def test_order_does_not_matter(iris, what):
+    rng = np.random.default_rng(0)
+    x = np.concatenate([iris.x, rng.integers(0, 4, (150, 2))], axis=1)
+    categorical = np.array([False] * 4 + [True] * 2)
+    rows, columns = np.arange(150), np.arange(6)
+    if what == "rows":
+        rows = rng.permutation(150)
+    else:
+        columns = rng.permutation(6)
+    before = tasks.metafeatures((x, iris.y, categorical), groups=ORDERLESS)
+    after = tasks.metafeatures((x[rows][:, columns], iris.y[rows], categorical[columns]), groups=ORDERLESS)
+    assert list(before) == list(after)
+    np.testing.assert_allclose(list(after.values()), list(before.values()), rtol=1e-9, atol=1e-12)
+
+
+def test_only_training_rows_are_seen(iris):
+    prepared = tasks.prepare(iris)
+    direct = tasks.metafeatures((prepared.train.raw, prepared.train.y, prepared.categorical))
+    prepared.test.raw[:] = np.nan
+    prepared.valid.raw[:] = np.nan
+    assert tasks.metafeatures(prepared) == pytest.approx(direct, nan_ok=True)
+    assert direct["nr_inst"] == 90
+
+
+def test_names_are_the_same_for_every_table(iris, found):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 40)
+    odd = {
+        "categories alone": (rng.integers(0, 3, (40, 2)), np.array([True, True])),
+        "one column": (rng.normal(size=(40, 1)), np.array([False])),
+        "constant and copied": (np.stack([np.ones(40), y, y], 1), np.array([False, False, False])),
+        "gaps": (np.where(rng.random((40, 3)) < 0.3, np.nan, rng.normal(size=(40, 3))), np.array([False, False, True])),
+        "huge": (rng.normal(size=(40, 3)) * 1e30, np.array([False, False, False])),
+    }
+    for name, (x, categorical) in odd.items():
+        got = tasks.metafeatures((x, y, categorical))
+        assert list(got) == list(found), name
+        assert not any(np.isinf(v) for v in got.values()), name
+    with pytest.raises(ValueError, match="got \\['model_based'\\]"):
+        tasks.metafeatures(iris, groups=["model_based"])
+
+
+def test_scaling_by_hand():
+    features = [{"even": float(v), "heavy": float(10.0**v), "same": 1.0, "gap": np.nan} for v in range(11)]
+    scaling = tasks.fit_scaling(features)
+    assert tuple(scaling.names) == ("even", "heavy") and tuple(scaling.log) == (False, True)
+    got = np.stack([tasks.apply_scaling(scaling, f) for f in features])
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got[:, 0], np.clip((np.arange(11) - 5) / (5 / 1.349), -3, 3), rtol=1e-6)
+    logs = np.log1p(10.0 ** np.arange(11))
+    quartile = np.quantile(logs, 0.75) - np.quantile(logs, 0.25)
+    np.testing.assert_allclose(got[:, 1], (logs - logs[5]) / (quartile / 1.349), rtol=1e-5)
+    far = tasks.apply_scaling(scaling, {"even": np.nan, "heavy": -1e30})
+    np.testing.assert_array_equal(far, [0, -3])
+    restored = tasks.FeatureScaling(**json.loads(json.dumps(scaling._asdict())))
+    np.testing.assert_array_equal(tasks.apply_scaling(restored, features[3]), got[3])
+    with pytest.raises(ValueError, match="\\['heavy'\\] are absent"):
+        tasks.apply_scaling(scaling, {"even": 1.0})
+    with pytest.raises(ValueError, match="it is empty"):
+        tasks.fit_scaling([])
+    named = tasks.fit_scaling(features, names=["same", "gap"])
+    np.testing.assert_array_equal(tasks.apply_scaling(named, {"same": 1.0, "gap": np.nan}), [0, 0])

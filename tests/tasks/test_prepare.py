@@ -1,0 +1,156 @@
+"""Splitting and encoding: stratified, deterministic, and fitted on training rows alone."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from metaopt import tasks
+
+
+def mixed(rows=400, seed=0):
+    """Two numeric columns (one skewed, with gaps), categories of 2, 4 and 30 levels, a constant; three classes."""
+    rng = np.random.default_rng(seed)
+    y = rng.choice(3, rows, p=(0.6, 0.3, 0.1)).astype(np.int32)
+    skewed = np.exp(rng.normal(size=rows) + y)
+    skewed[rng.random(rows) < 0.1] = np.nan
+    columns = [rng.normal(size=rows), skewed, *(rng.integers(0, k, rows) for k in (2, 4, 30)), np.full(rows, 7.0)]
+    categorical = np.array([False, False, True, True, True, False])
+    return tasks.Table("mixed", "mixed", np.stack(columns, 1).astype(np.float32), y, categorical)
+
+
+def parts(prepared):
+    return prepared.train, prepared.valid, prepared.test
+
+
+def test_the_split_is_stratified_disjoint_and_deterministic():
+    table = mixed()
+    prepared = tasks.prepare(table, seed=5, valid_fraction=0.2, test_fraction=0.3)
+    assert [len(p.y) for p in parts(prepared)] == [200, 80, 120]
+    np.testing.assert_array_equal(np.sort(np.concatenate([p.index for p in parts(prepared)])), np.arange(400))
+    for part, share in zip(parts(prepared), (0.5, 0.2, 0.3), strict=True):
+        np.testing.assert_array_equal(part.y, table.y[part.index])
+        assert np.abs(np.bincount(part.y) - share * np.bincount(table.y)).max() <= 2
+        assert part.x.dtype == np.float32 and part.y.dtype == np.int32
+        assert part.x.shape == (len(part.y), prepared.num_features) and part.raw.shape == (len(part.y), 6)
+    again = tasks.prepare(table, seed=5, valid_fraction=0.2, test_fraction=0.3)
+    for part, other in zip(parts(prepared), parts(again), strict=True):
+        np.testing.assert_array_equal(part.x, other.x)
+        np.testing.assert_array_equal(part.index, other.index)
+    assert set(tasks.prepare(table, seed=6).test.index) != set(tasks.prepare(table, seed=7).test.index)
+
+
+@pytest.mark.parametrize("scaling", ["quantile", "standard"])
+def test_nothing_but_training_rows_is_fitted(scaling):
+    table = mixed()
+    before = tasks.prepare(table, scaling=scaling, max_features=20)
+    x = table.x.copy()
+    held = np.concatenate([before.valid.index, before.test.index])
+    x[held, :2] = 1e6
+    x[held, 2:5] = 99  # levels that training rows do not have
+    after = tasks.prepare(table._replace(x=x), scaling=scaling, max_features=20)
+    np.testing.assert_array_equal(before.train.x, after.train.x)
+    np.testing.assert_array_equal(before.train.raw, after.train.raw)
+    assert np.isfinite(after.test.x).all() and np.abs(after.test.x).max() <= 3
+
+
+def test_encoding_column_by_column():
+    table = mixed()
+    prepared = tasks.prepare(table, max_levels=6)
+    train, index = prepared.train.x, prepared.train.index
+    # normal; skewed and its gaps; one for 2 levels; 4; 5 of 30 and the others; none for the constant.
+    assert prepared.num_features == 1 + 2 + 1 + 4 + 6 == train.shape[1]
+    raw = table.x[index]
+    np.testing.assert_array_equal(train[:, 2], np.isnan(raw[:, 1]))
+    np.testing.assert_array_equal(train[:, 3], 2 * raw[:, 2] - 1)
+    np.testing.assert_array_equal(train[:, 4:8], raw[:, 3][:, None] == np.arange(4))
+    np.testing.assert_array_equal(train[:, 8:].sum(1), np.ones(len(train)))
+    levels, counts = np.unique(raw[:, 4], return_counts=True)
+    assert train[:, 13].sum() == len(train) - np.sort(counts)[-5:].sum()
+    assert np.isnan(raw[:, 1]).any()
+    np.testing.assert_array_equal(
+        prepared.train.raw[:, 1], np.where(np.isnan(raw[:, 1]), np.nanmedian(raw[:, 1]), raw[:, 1])
+    )
+
+
+def test_unknown_levels_and_gaps_that_training_rows_do_not_have():
+    table = mixed()
+    first = tasks.prepare(table, max_levels=6)
+    x = table.x.copy()
+    at = first.test.index
+    x[at, 0], x[at, 2], x[at, 3], x[at, 4] = np.nan, 5, 9, 77
+    test = tasks.prepare(table._replace(x=x), max_levels=6).test.x
+    np.testing.assert_array_equal(test[:, 3:8], np.zeros((len(at), 5)))  # neither of 2, none of 4
+    np.testing.assert_array_equal(test[:, 13], np.ones(len(at)))  # the others of 30
+    np.testing.assert_allclose(test[:, 0], test[0, 0])
+    assert abs(test[0, 0]) < 0.1  # the median
+
+
+def test_the_quantile_transform_makes_a_lognormal_column_normal():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=4000)
+    table = tasks.Table(
+        "t", "t", np.exp(3 * z)[:, None].astype(np.float32), np.arange(4000, dtype=np.int32) % 2, np.zeros(1, bool)
+    )
+    part = tasks.prepare(table).test
+    expected = z[part.index] / np.sqrt(1 + (z[part.index] / 3) ** 2)
+    inner = np.abs(z[part.index]) < 2
+    np.testing.assert_allclose(part.x[inner, 0], expected[inner], atol=0.12)
+    assert np.corrcoef(part.x[:, 0], expected)[0, 1] > 0.998
+    standard = tasks.prepare(table, scaling="standard").test
+    assert np.corrcoef(standard.x[:, 0], expected)[0, 1] < 0.8
+
+
+def test_ties_take_their_mid_rank_and_order_is_kept():
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(1.0, 1000).astype(np.float32)
+    table = tasks.Table("t", "t", counts[:, None], np.arange(1000, dtype=np.int32) % 2, np.zeros(1, bool))
+    train = tasks.prepare(table).train
+    value = {float(k): set(train.x[train.raw[:, 0] == k, 0].tolist()) for k in np.unique(train.raw)}
+    assert all(len(v) == 1 for v in value.values())
+    ordered = [next(iter(value[k])) for k in sorted(value)]
+    assert ordered == sorted(ordered) and ordered[0] < -0.8
+
+
+def test_feature_cap_keeps_the_informative_columns(caplog):
+    rng = np.random.default_rng(0)
+    y = np.arange(300, dtype=np.int32) % 3
+    x = rng.normal(size=(300, 40))
+    x[:, [3, 17]] += 3 * y[:, None]
+    table = tasks.Table("wide", "wide", x.astype(np.float32), y, np.zeros(40, bool))
+    with caplog.at_level(logging.INFO):
+        prepared = tasks.prepare(table, max_features=2)
+    everything = tasks.prepare(table)
+    np.testing.assert_array_equal(prepared.train.x, everything.train.x[:, [3, 17]])
+    assert "2 of 40 encoded columns" in caplog.text
+
+
+def test_rare_classes_and_caps():
+    y = np.array([0] * 300 + [1] * 100 + [2] * 2 + [4] * 1, np.int32)  # 3 is empty
+    x = np.random.default_rng(0).normal(size=(403, 3)).astype(np.float32)
+    table = tasks.Table("rare", "rare", x, y, np.zeros(3, bool))
+    for seed in range(5):
+        prepared = tasks.prepare(table, seed=seed)
+        np.testing.assert_array_equal(prepared.classes, [0, 1, 2, 4])
+        assert (np.bincount(prepared.train.y, minlength=4) > 0).all()
+        small = tasks.prepare(table, seed=seed, max_rows=100)
+        assert sum(len(p.y) for p in parts(small)) == pytest.approx(100, abs=2) and small.num_classes == 4
+    few = tasks.prepare(table, max_classes=2)
+    np.testing.assert_array_equal(few.classes, [0, 1])
+    assert sum(len(p.y) for p in parts(few)) == 400
+
+
+def test_refusals():
+    table = mixed()
+    with pytest.raises(ValueError, match="must leave rows to train on; got 0.5 and 0.5"):
+        tasks.prepare(table, valid_fraction=0.5, test_fraction=0.5)
+    with pytest.raises(ValueError, match="`scaling` must be one of"):
+        tasks.prepare(table, scaling="none")
+    with pytest.raises(ValueError, match="`max_levels` must be at least 2; got 1"):
+        tasks.prepare(table, max_levels=1)
+    with pytest.raises(ValueError, match="table mixed has fewer than 2 classes"):
+        tasks.prepare(table._replace(y=np.zeros_like(table.y)))
+    with pytest.raises(ValueError, match="table mixed has no column that varies"):
+        tasks.prepare(table._replace(x=table.x[:, 5:], categorical=table.categorical[5:]))
+    with pytest.raises(ValueError, match="table mixed has infinite values"):
+        tasks.prepare(table._replace(x=np.where(table.x == 7, np.inf, table.x).astype(np.float32)))
