@@ -23,7 +23,7 @@ https://mc-stan.org/docs/reference-manual/transforms.html
 """
 
 from metaopt.spaces._constrain import constrain
-from metaopt.spaces._json import from_json, to_json
+from metaopt.spaces._serialize import from_json, to_json
 from metaopt.spaces._leaves import (
     Fixed,
     Integer,

@@ -366,6 +366,7 @@ def test_fixed_keeps_its_type_and_cannot_be_changed_from_outside():
     leaf = spaces.fixed(array)
     array[0] = 5.0
     assert leaf == spaces.fixed(np.array([1.0, 2.0], np.float32)) != spaces.fixed(np.array([1.0, 2.0]))
+    assert spaces.fixed(0.0) != spaces.fixed(0)
     assert hash(leaf) == hash(spaces.fixed(jnp.array([1.0, 2.0], jnp.float32)))
     assert spaces.default(leaf).dtype == jnp.float32 and spaces.default(leaf).tolist() == [1.0, 2.0]
     for value, dtype in ((3, jnp.int64), (0.5, jnp.float64), (True, bool), (jnp.bfloat16(0.5), jnp.bfloat16)):
@@ -374,3 +375,10 @@ def test_fixed_keeps_its_type_and_cannot_be_changed_from_outside():
         assert again == leaf and spaces.default(again).dtype == dtype
     with jax.enable_x64(False):
         assert spaces.default(spaces.fixed(0.5)).dtype == jnp.float32
+
+
+def test_rounding_does_not_leave_the_range():
+    # In float32, exp(log 1000) is above 1000.
+    for high in (30.0, 100.0, 1000.0):
+        value = spaces.to_constrained(spaces.interval(1e-6, high, log=True), jnp.float32(100.0))
+        assert 0.999 * high < value <= np.float32(high)
