@@ -23,7 +23,6 @@ https://mc-stan.org/docs/reference-manual/transforms.html
 """
 
 from metaopt.spaces._constrain import constrain
-from metaopt.spaces._serialize import from_json, to_json
 from metaopt.spaces._leaves import (
     Fixed,
     Integer,
@@ -40,6 +39,7 @@ from metaopt.spaces._leaves import (
     simplex,
     unit_interval,
 )
+from metaopt.spaces._serialize import from_json, to_json
 from metaopt.spaces._tree import (
     at_bounds,
     default,
