@@ -104,6 +104,8 @@ def test_every_task_fits_its_bucket_and_more_buckets_cost_less():
         for k, shape in enumerate(buckets.shapes):  # no bucket is larger than what is in it
             inside = np.array([s for s, j in zip(shapes, buckets.assignment, strict=True) if j == k])
             np.testing.assert_array_equal(inside.max(0), shape)
+        own = [cost(s) for s in buckets.shapes]
+        assert own == sorted(own)
         costs.append(total_cost(shapes, buckets))
     assert costs == sorted(costs, reverse=True)
     assert costs[0] == 40 * cost(np.max(shapes, 0)) and costs[-1] == sum(map(cost, shapes))
@@ -164,8 +166,7 @@ def test_resplit_redraws_the_same_rows():
     before = np.concatenate([rows_of(task.train), rows_of(task.valid)])
     after = np.concatenate([rows_of(new.train), rows_of(new.valid)])
     assert not np.array_equal(rows_of(new.valid), rows_of(task.valid))
-    order = lambda rows: rows[np.lexsort(rows.T)]
-    np.testing.assert_array_equal(order(before), order(after))
+    np.testing.assert_array_equal(before[np.lexsort(before.T)], after[np.lexsort(after.T)])
     for part, old in ((new.train, task.train), (new.valid, task.valid)):
         for name in ("mask", "feature_mask", "class_mask", "num_features", "num_rows"):
             np.testing.assert_array_equal(part[name], old[name])

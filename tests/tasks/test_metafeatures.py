@@ -65,7 +65,7 @@ def test_simple_and_statistical_on_iris(iris, found):
 
 
 def test_canonical_correlations_on_iris(found):
-    # Fisher's iris: Wilks' lambda .0234, Pillai's trace 1.1919, Hotelling-Lawley 32.477, Roy 32.192 (R: summary(manova)).
+    # What R's summary(manova(...)) says of iris: Wilks .023439, Pillai 1.1919, Hotelling-Lawley 32.477, Roy 32.192.
     np.testing.assert_allclose(found["w_lambda"], 0.023439, rtol=1e-4)
     np.testing.assert_allclose(found["p_trace"], 1.1919, rtol=1e-4)
     np.testing.assert_allclose(found["lh_trace"], 32.477, rtol=1e-4)

@@ -135,7 +135,7 @@ def test_data_folder_absent(tmp_path, monkeypatch):
         tasks.from_data_folder(tmp_path)
 
 
-# --- CSV files ---------------------------------------------------------------------------------------------------------
+# --- CSV files -------------------------------------------------------------------------------------------------------
 
 GOOD = "row,size,color,same,kind\n" + "".join(
     f'{i},{i % 7}.5,"{("red", "light, blue", "green")[i % 3]}",1,{"yes" if i % 2 else "no"}\n' for i in range(60)
