@@ -27,9 +27,11 @@ class TaskShape(NamedTuple):
 
 
 class Buckets(NamedTuple):
-    """Attributes:
-    assignment: [T] int32, the bucket of each task.
-    shapes: what the tasks of each bucket are padded to.
+    """Which tasks share a shape, and what the shapes are.
+
+    Attributes:
+      assignment: [T] int32, the bucket of each task.
+      shapes: what the tasks of each bucket are padded to.
     """
 
     assignment: np.ndarray
