@@ -120,14 +120,14 @@ class Estimate(NamedTuple):
     Attributes:
       value: [] the outer loss F(λ).
       hypergrad: dF/dλ, shaped like λ.
-      done: [] bool (one per task after `over_tasks`); the horizon ended, so the caller may give this slot a new task and
-        a fresh state.
+      done: [] bool (one per task after `over_tasks`); the horizon ended, so the caller may give this slot a new task
+        and a fresh state.
       metrics: residuals, norms, counts; looked at, never carried.
     """
 
     value: jax.Array
     hypergrad: HyperParams
-    done: jax.Array
+    done: PyTree
     metrics: dict[str, jax.Array]
 
 
