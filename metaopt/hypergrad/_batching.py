@@ -8,6 +8,8 @@ import optax
 
 from metaopt import base
 
+_EMPTY = "The batch of tasks is empty: it needs at least one task, stacked with `tasks.stack`."
+
 
 def _is_finite(estimate: base.Estimate) -> jax.Array:
     """[] bool: the value and every entry of the hypergradient are finite."""
@@ -102,8 +104,8 @@ def over_tasks(
 
     Returns:
       An `Estimator` of the same kind (clipped or normalized, it is "biased") for a batch of B tasks: its `init` and its
-      `estimate` take tasks whose leaves have a leading axis of B, or a tuple of such batches that differ in their padded
-      shapes and count as one. `done` is [B], or a tuple of them. Metrics: the inner ones' means, "num_tasks",
+      `estimate` take tasks whose leaves have a leading axis of B, or a tuple of such batches, which differ in padded
+      shape and count as one. `done` is [B], or a tuple of them. Metrics: the inner ones' means, "num_tasks",
       "num_finite", "num_nonfinite", and "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
 
     Raises:
@@ -118,12 +120,13 @@ def over_tasks(
         raise ValueError("`normalize` and `max_norm` exclude each other: a normalized hypergradient has norm 1.")
 
     def is_ragged(tasks):
-        return isinstance(tasks, tuple) and not isinstance(tasks, base.Task)
+        return type(tasks) is tuple  # a `Task`, or another NamedTuple, is one batch
 
     def size(tasks):
+        """The number of tasks in one batch; checks it."""
         sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tasks)}
         if not sizes or sizes == {(0,)}:
-            raise ValueError("The batch of tasks is empty: it needs at least one task, stacked with `tasks.stack`.")
+            raise ValueError(_EMPTY)
         if len(sizes) > 1 or () in sizes:
             raise ValueError(
                 "Every leaf of a batch of tasks must have the number of tasks as its leading axis; got leading axes "
@@ -131,11 +134,16 @@ def over_tasks(
             )
         return sizes.pop()[0]
 
-    def init(key, hyperparams, tasks):
-        if is_ragged(tasks):
-            keys = jax.random.split(key, len(tasks))
-            return tuple(init(k, hyperparams, batch) for k, batch in zip(keys, tasks, strict=True))
-        return jax.vmap(estimator.init, in_axes=(0, None, 0))(jax.random.split(key, size(tasks)), hyperparams, tasks)
+    def check_parts(tasks):
+        if not tasks:
+            raise ValueError(_EMPTY)
+
+    def init(key, hyperparams, task):
+        if is_ragged(task):
+            check_parts(task)
+            keys = jax.random.split(key, len(task))
+            return tuple(init(k, hyperparams, batch) for k, batch in zip(keys, task, strict=True))
+        return jax.vmap(estimator.init, in_axes=(0, None, 0))(jax.random.split(key, size(task)), hyperparams, task)
 
     def one(hyperparams, task, state):
         estimate, state = estimator.estimate(hyperparams, task, state)
@@ -168,15 +176,14 @@ def over_tasks(
         done, state = jax.tree.map(lambda x: x.reshape(num_tasks, *x.shape[2:]), outputs)
         return total, done, state
 
-    def estimate(hyperparams, tasks, state):
-        if is_ragged(tasks):
-            parts = [batch_sums(hyperparams, *part) for part in zip(tasks, state, strict=True)]
-            if not parts:
-                raise ValueError("The batch of tasks is empty: it needs at least one task.")
+    def estimate(hyperparams, task, state):
+        if is_ragged(task):
+            check_parts(task)
+            parts = [batch_sums(hyperparams, *part) for part in zip(task, state, strict=True)]
             sums = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *[p[0] for p in parts])
             done, state = tuple(p[1] for p in parts), tuple(p[2] for p in parts)
         else:
-            sums, done, state = batch_sums(hyperparams, tasks, state)
+            sums, done, state = batch_sums(hyperparams, task, state)
         count = sums["finite"]
         hypergrad = jax.tree.map(lambda x: (x / count).astype(x.dtype), sums["hypergrad"])
         spread = sums["squared_norm"] - count * optax.tree.norm(hypergrad, squared=True)
@@ -185,7 +192,7 @@ def over_tasks(
             "num_tasks": sums["tasks"],
             "num_finite": count,
             "num_nonfinite": sums["tasks"] - count,
-            "hypergrad_variance": spread / jnp.maximum(count - 1, 1),
+            "hypergrad_variance": jnp.maximum(spread, 0) / jnp.maximum(count - 1, 1),  # rounding may pass zero
         }
         return base.Estimate(sums["value"] / count, hypergrad, done, metrics), state
 

@@ -66,8 +66,8 @@ def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float)
     Memory does not depend on the number of steps. The estimate itself is not meant to be differentiated.
 
     Args:
-      problem: its `loop.loss` is g, its `outer_loss` is f; λ must enter through one of them. g should be strictly convex
-        in θ near its minimum.
+      problem: its `loop.loss` is g, its `outer_loss` is f; λ must enter through one of them. g should be strictly
+        convex in θ near its minimum.
       num_steps: inner steps, and adjoint steps, per estimate; at least 1.
       adjoint_rate: in 1/curvature, positive; v converges below 2 / λmax(∂²g/∂θ²).
 
@@ -75,8 +75,8 @@ def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float)
       An `Estimator` that never ends by itself; `hypergrad` is shaped like λ, in outer loss per unit of λ.
 
     Raises:
-      ValueError: `num_steps` is below 1, `adjoint_rate` is not positive; at trace time, a leaf of λ is used by `init` or
-        `update` alone.
+      ValueError: `num_steps` is below 1, `adjoint_rate` is not positive; at trace time, a leaf of λ is used by `init`
+        or `update` alone.
 
     Source: Arbel & Mairal, ICLR 2022, Alg. 1, https://arxiv.org/abs/2111.14580
     """

@@ -139,7 +139,7 @@ def unrolled(
       et al., ICML 2017, https://arxiv.org/abs/1703.01785. MAML's per-step losses: Antoniou et al., ICLR 2019.
     """
     _check(num_steps, remat)
-    weights = None
+    weights, last_weight = None, 1.0
     if isinstance(outer, str):
         if outer not in ("last", "mean"):
             raise ValueError(f'`outer` must be "last", "mean" or {num_steps} weights; got {outer!r}.')
@@ -151,6 +151,8 @@ def unrolled(
             raise ValueError(f"`outer` must have one weight per step, shape ({num_steps},); got {weights.shape}.")
     if weights is not None and num_steps == 0:
         raise ValueError('With `num_steps=0` there is no step to weigh: take `outer="last"`.')
+    if weights is not None and not weights[:-1].any():
+        weights, last_weight = None, float(weights[-1])
     loop = problem.loop
 
     def objective(hyperparams, key, task):
@@ -163,12 +165,15 @@ def unrolled(
 
         def step(state, weight):
             state = inner.step(loop, state, hyperparams, task.train, grad=grad)
-            return state, (None if weight is None else weight * outer_loss(state))
+            if weight is None:
+                return state, None
+            loss = outer_loss(state)
+            return state, weight.astype(loss.dtype) * loss
 
         state = loop.init(train_key, hyperparams, task.train)
         if weights is None:
             state, _ = checkpointed_scan(step, state, None, length=num_steps, remat=remat)
-            return outer_loss(state)
+            return last_weight * outer_loss(state)
         _, losses = checkpointed_scan(step, state, jnp.asarray(weights), length=num_steps, remat=remat)
         return losses.sum()
 

@@ -10,6 +10,11 @@ import optax
 from metaopt import base, transforms
 from metaopt.inner import _samplers
 
+_FACTORY = (
+    "`optimizer` must be a factory `hyperparams -> optax.GradientTransformation`, such as "
+    "`lambda hp: optax.adam(hp['lr'])`"
+)
+
 
 class LoopState(NamedTuple):
     """What one training run carries.
@@ -30,12 +35,24 @@ class LoopState(NamedTuple):
 
 
 def _check_scalar(value: Any, what: str) -> None:
-    shape = jnp.shape(value)
-    if shape != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    leaves, structure = jax.tree.flatten(value)
+    if not leaves or not jax.tree_util.treedef_is_leaf(structure):
         raise ValueError(
-            f"The {what} must return a floating-point scalar; got shape {shape} and dtype {jnp.result_type(value)}. "
+            f"The {what} must return a floating-point scalar; got {structure}. Return the loss alone"
+            + (", or a pair (loss, model state) with `with_context=True`." if what == "inner loss" else ".")
+        )
+    shape, dtype = jnp.shape(leaves[0]), jnp.result_type(leaves[0])
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"The {what} must return a floating-point scalar; got shape {shape} and dtype {dtype}. "
             "Reduce it, for instance with `.mean()`."
         )
+
+
+def _strong(leaf: Any) -> jax.Array:
+    """A leaf as an array without a weak type, so that a step does not change its type; typed PRNG keys as they are."""
+    leaf = jnp.asarray(leaf)
+    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.asarray(leaf, leaf.dtype)
 
 
 def _check_same_structure(new: base.PyTree, old: base.PyTree, what: str) -> None:
@@ -83,7 +100,8 @@ def loop(
       An `InnerLoop`.
 
     Raises:
-      ValueError: at trace time: the loss is no scalar, the optimizer or the model changes its state's structure.
+      ValueError: `optimizer` is no factory; at trace time: the loss is no scalar, `init` gives no pair where it should,
+        the optimizer or the model changes its state's structure.
 
     >>> import jax, optax
     >>> from metaopt import inner
@@ -96,23 +114,27 @@ def loop(
     [1. 2.]
     """
     sample = _samplers.full_batch() if sampler is None else sampler
+    if not callable(optimizer):
+        raise ValueError(f"{_FACTORY}; got {type(optimizer).__name__} itself.")
 
     def transform(hyperparams):
         optimizer_ = optimizer(hyperparams)
         if not (hasattr(optimizer_, "init") and hasattr(optimizer_, "update")):
-            raise ValueError(
-                "`optimizer` must be a factory `hyperparams -> optax.GradientTransformation`, such as "
-                f"`lambda hp: optax.adam(hp['lr'])`; it returned {type(optimizer_).__name__}."
-            )
+            raise ValueError(f"{_FACTORY}; it returned {type(optimizer_).__name__}.")
         return transforms.differentiable(optimizer_, zero=zero)
 
     def init_state(key, hyperparams, data):
         init_key, key = jax.random.split(key)
-        params = init(init_key, hyperparams, data)
-        params, model_state = params if with_context else (params, None)
-        # Strong types, so that the first step does not change them.
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
-        opt_state = jax.tree.map(jnp.asarray, transform(hyperparams).init(params))
+        params, model_state = init(init_key, hyperparams, data), None
+        if with_context:
+            if type(params) not in (tuple, list) or len(params) != 2:
+                raise ValueError(
+                    "With `with_context=True`, `init` must return a pair (params, model state), where the model state "
+                    f"may be None; got {type(params).__name__}."
+                )
+            params, model_state = params
+        params, model_state = jax.tree.map(_strong, (params, model_state))
+        opt_state = jax.tree.map(_strong, transform(hyperparams).init(params))
         return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
 
     def context(state):
@@ -179,8 +201,9 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
 
     Returns:
       `(key, hyperparams, data) -> InnerState`, or, with `trace_fn`, `-> (InnerState, trace)` whose leaves have a
-      leading axis of `num_steps`. With `num_steps=None`, `(key, hyperparams, data, num_steps)`. It passes no derivative on: a
-      gradient through it is zero; use `hypergrad.unroll` for that. Memory does not depend on the number of steps.
+      leading axis of `num_steps`. With `num_steps=None`, `(key, hyperparams, data, num_steps)`. It passes no
+      derivative on: a gradient through it is zero; use `hypergrad.unroll` for that. Memory does not depend on the
+      number of steps.
 
     Raises:
       ValueError: `num_steps` is negative, or not static where a trace is asked for.
@@ -191,7 +214,9 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
         raise ValueError("`trace_fn` needs `num_steps` to be given to `run`, since the trace has its length.")
 
     def train(key, hyperparams, data, num_steps=num_steps):
-        hyperparams = jax.lax.stop_gradient(hyperparams)
+        if num_steps is None:
+            raise ValueError("`num_steps` must be given, to `run` or with the call; got None.")
+        hyperparams, data = jax.lax.stop_gradient((hyperparams, data))
         state = jax.lax.stop_gradient(loop.init(key, hyperparams, data))
 
         def next_state(state):
@@ -199,10 +224,11 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
 
         if trace_fn is None:
             return jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, lambda _, s: next_state(s), state))
+        look = trace_fn  # not None
 
         def traced(state, _):
             state = next_state(state)
-            return state, trace_fn(state)
+            return state, look(state)
 
         return jax.lax.stop_gradient(jax.lax.scan(traced, state, length=num_steps))
 

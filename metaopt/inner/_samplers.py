@@ -1,5 +1,6 @@
 """Samplers: which rows of the data a step sees, as a pure function of a key and the step's number."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -24,19 +25,48 @@ def num_rows(data: base.Data, shared: Sequence[str] = ()) -> int | jax.Array:
     """The number of real rows N: `data["num_rows"]`, else the sum of `data["mask"]`, else the leading axis.
 
     Real rows come first; padding follows them (`tasks.to_task` pads so).
+
+    Args:
+      data: a tree of arrays with the rows as their leading axis.
+      shared: entries of a dict of data that have no axis of rows.
+
+    Raises:
+      ValueError: a leaf has another leading axis than the rest; `shared` names what is not there.
     """
+    padded = _check_rows(_split(data, shared)[0])
     if isinstance(data, dict) and "num_rows" in data:
         return data["num_rows"]
     if isinstance(data, dict) and "mask" in data:
         return jnp.sum(data["mask"] > 0)
-    leaves = jax.tree.leaves({k: v for k, v in data.items() if k not in shared} if isinstance(data, dict) else data)
-    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
-    if len(lengths) != 1 or None in lengths:
+    return padded
+
+
+def _split(data: base.Data, shared: Sequence[str]) -> tuple[base.Data, dict[str, Any]]:
+    """What has an axis of rows, and what every batch carries whole."""
+    if not isinstance(data, dict):
+        if shared:
+            raise ValueError(f"`shared` names entries of a dict; got data of type {type(data).__name__}.")
+        return data, {}
+    missing = sorted(set(shared) - set(data))
+    if missing:
+        raise ValueError(f"`shared` names {', '.join(missing)}, and the data have {', '.join(map(str, data))}.")
+    whole = {*shared, "num_rows"} & set(data)
+    return {k: v for k, v in data.items() if k not in whole}, {k: data[k] for k in whole}
+
+
+def _check_rows(rows: base.Data) -> int:
+    """The length of the leading axis, padding included; an index beyond another leaf's rows would not raise."""
+    shapes = {jax.tree_util.keystr(p) or "itself": jnp.shape(v) for p, v in jax.tree_util.tree_leaves_with_path(rows)}
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) != 1 or () in lengths or (0,) in lengths:
         raise ValueError(
-            "Every leaf of the data must have the rows as its leading axis; got leading axes "
-            f"{sorted(map(str, lengths))}. Name the entries that all batches share: `minibatch(..., shared=(name, ...))`."
+            f"Every leaf of the data must have the rows as its leading axis, at least one; got shapes {shapes}. Name "
+            "the entries that all batches share: `minibatch(..., shared=(name, ...))`."
         )
-    return lengths.pop()
+    return lengths.pop()[0]
+
+
+_num_rows = num_rows  # `minibatch` has an argument of that name
 
 
 def _hash(x: jax.Array) -> jax.Array:
@@ -76,9 +106,7 @@ def shuffled(key: jax.Array, epoch: jax.Array, position: jax.Array, size: int | 
         larger = jnp.maximum(x, partner)
         return jnp.where(_hash(larger ^ round_salt ^ seed[1]) & 1, partner, x)
 
-    for i in range(len(rounds)):
-        x = swap_or_not(i, x)
-    return x.astype(jnp.int32)
+    return jax.lax.fori_loop(0, len(rounds), swap_or_not, x).astype(jnp.int32)
 
 
 def minibatch(
@@ -101,23 +129,23 @@ def minibatch(
       A `Sampler`; batches look like the data with B in the place of the axis of rows.
 
     Raises:
-      ValueError: `batch_size` is below 1; at trace time, leaves of the data disagree on the number of rows.
+      ValueError: `batch_size` is below 1; at trace time, leaves of the data disagree on the number of rows, or `shared`
+        names what is not there.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
-    count = num_rows or (lambda data: globals()["num_rows"](data, shared))
+    count = num_rows or functools.partial(_num_rows, shared=shared)
 
     def sample(key, step, data):
+        rows, whole = _split(data, shared)
+        _check_rows(rows)
         size = count(data)
         if replace:
             index = jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, size)
         else:
             place = jnp.asarray(step, jnp.int32) * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
             index = shuffled(key, place // size, place % size, size)
-        if not isinstance(data, dict):
-            return jax.tree.map(lambda leaf: leaf[index], data)
-        keep = {*shared, "num_rows"} & set(data)
-        rows = {name: v for name, v in data.items() if name not in keep}
-        return {**jax.tree.map(lambda leaf: leaf[index], rows), **{name: data[name] for name in keep}}
+        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], rows)
+        return {**batch, **whole} if isinstance(data, dict) else batch
 
     return sample

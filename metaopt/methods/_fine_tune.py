@@ -11,11 +11,13 @@ from metaopt import base, training
 
 
 class FineTuned(NamedTuple):
-    """Attributes:
-    hyperparams: the λ with the smallest outer loss of all that were visited, the start among them.
-    value: [] its outer loss.
-    step: [] int32, the outer step at which it was met; 0 is the start.
-    values: [num_steps + 1] the outer loss at every λ visited.
+    """What fine-tuning found.
+
+    Attributes:
+      hyperparams: the λ with the smallest outer loss of all that were visited, the start among them.
+      value: [] its outer loss.
+      step: [] int32, the outer step at which it was met; 0 is the start.
+      values: [num_steps + 1] the outer loss at every λ visited.
     """
 
     hyperparams: base.HyperParams
@@ -67,7 +69,7 @@ def fine_tune(
         last_value = estimator.estimate(last, task, estimator.init(last_key, last, task))[0].value
         visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), visited, last)
         values = jnp.append(values, last_value)
-        best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+        best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf)).astype(jnp.int32)
         return FineTuned(jax.tree.map(lambda x: x[best], visited), values[best], best, values)
 
     return tune

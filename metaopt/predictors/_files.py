@@ -54,12 +54,13 @@ def save(
             "options that it was made with, or save its weights yourself."
         )
     header = {"format": "metaopt.predictor", "version": VERSION, "config": predictor.config, "scaling": scaling}
-    arrays = {
+    arrays: dict[str, Any] = {
         jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(meta_params)
     }
+    encoded = np.frombuffer(json.dumps(header).encode(), np.uint8)  # before there is a file: it may not be serializable
     temporary = f"{os.fspath(path)}.tmp"
     with open(temporary, "wb") as file:
-        np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
+        np.savez(file, header=encoded, **arrays)
     os.replace(temporary, path)
 
 
@@ -73,17 +74,18 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop("header").tobytes())
-        format_, version = header["format"], header["version"]
+        format_, version = header["format"], int(header["version"])
+        config, scaling = header["config"], header["scaling"]
     except FileNotFoundError:
         raise
     except Exception as error:
         raise ValueError(f"{os.fspath(path)} is no predictor that `predictors.save` wrote: {error}") from error
     if format_ != "metaopt.predictor" or version > VERSION:
         raise ValueError(
-            f"{os.fspath(path)} is of format {format_!r} version {version}; this metaopt reads 'metaopt.predictor' up to "
-            f"version {VERSION}. A newer metaopt reads it."
+            f"{os.fspath(path)} is of format {format_!r} version {version}; this metaopt reads 'metaopt.predictor' up "
+            f"to version {VERSION}. A newer metaopt reads it."
         )
-    predictor = _networks.from_config(header["config"])
+    predictor = _networks.from_config(config)
     template = jax.eval_shape(predictor.init, jax.random.key(0))
     leaves = []
     for key, leaf in jax.tree_util.tree_leaves_with_path(template):
@@ -91,6 +93,8 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
         if name not in arrays or arrays[name].shape != leaf.shape:
             found = arrays[name].shape if name in arrays else "nothing"
             raise ValueError(f"{os.fspath(path)}: the weights {name} should have shape {leaf.shape}; found {found}.")
-        leaves.append(jnp.asarray(arrays[name]))
+        leaves.append(jnp.asarray(arrays.pop(name)))
+    if arrays:
+        raise ValueError(f"{os.fspath(path)} has weights that its predictor does not: {', '.join(sorted(arrays))}.")
     meta_params = jax.tree.unflatten(jax.tree.structure(template), leaves)
-    return SavedPredictor(predictor, meta_params, spaces.from_json(header["config"]["space"]), header["scaling"])
+    return SavedPredictor(predictor, meta_params, spaces.from_json(config["space"]), scaling)

@@ -4,7 +4,7 @@ Both put out unconstrained coordinates z of a space, as one vector,
 
     z = z₀ + A h + B tanh(C h + b),    h the task's features or its embedding,
 
-with A and B zero at the start: training begins at one λ for all tasks, z₀, and departs from it as far as the tasks tell.
+with A and B zero at the start: training begins at one λ for all tasks, z₀, and departs from it as far as tasks tell.
 """
 
 from typing import Any
@@ -40,6 +40,16 @@ def _apply_head(params: dict[str, jax.Array], features: jax.Array) -> jax.Array:
     return params["center"] + features @ params["linear"] + hidden @ params["out"]
 
 
+def _check_features(task: base.Task, num_features: int) -> None:
+    shape = None if task.features is None else jnp.shape(task.features)
+    if shape != (num_features,):
+        raise ValueError(
+            f"This predictor reads {num_features} features of a task, and `task.features` "
+            f"{'is None' if shape is None else f'has shape {shape}'}. Give tasks the features that it was built for, "
+            "in the order of its scaling."
+        )
+
+
 def mlp(
     space: base.PyTree,
     num_features: int,
@@ -69,12 +79,7 @@ def mlp(
         return _init_head(key, num_features, num_hidden, center)
 
     def apply(meta_params, task):
-        shape = jnp.shape(task.features)
-        if shape != (num_features,):
-            raise ValueError(
-                f"This predictor reads {num_features} features of a task, and `task.features` has shape {shape}. Give "
-                "tasks the features that it was built for, in the order of its scaling."
-            )
+        _check_features(task, num_features)
         return unravel(_apply_head(meta_params, task.features))
 
     config = {"kind": "mlp", "num_features": num_features, "num_hidden": num_hidden, "space": spaces.to_json(space)}
@@ -111,7 +116,7 @@ def dataset_embedding(
       A `Predictor`; `task.train` must be a dict like that of `tasks.to_task`.
 
     Raises:
-      ValueError: a size is out of range.
+      ValueError: a size is out of range; at trace time, the task's features are not [F].
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
@@ -139,7 +144,8 @@ def dataset_embedding(
 
     def embed(meta_params, data):
         x, y, mask = (data[name][:max_rows] for name in ("x", "y", "mask"))
-        entries = jax.nn.relu(x[..., None] * meta_params["entry"]["w"] + meta_params["entry"]["b"])  # [N, D, W]
+        entry, pair = meta_params["entry"], meta_params["pair"]
+        entries = jax.nn.relu(x[..., None] * entry["w"][None, None] + entry["b"][None, None])  # [N, D, W]
         member = jax.nn.one_hot(y, data["class_mask"].shape[0], dtype=x.dtype) * mask[:, None]  # [N, C]
         count, total = member.sum(0), mask.sum()
         by_class = jnp.einsum("nc,ndw->cdw", member, entries) / jnp.maximum(count, 1)[:, None, None]
@@ -153,12 +159,13 @@ def dataset_embedding(
             ],
             axis=-1,
         )
-        hidden = jax.nn.relu(pairs @ meta_params["pair"]["w"] + meta_params["pair"]["b"]) @ meta_params["embedding"]
+        hidden = jax.nn.relu(pairs @ pair["w"] + pair["b"][None, None]) @ meta_params["embedding"]  # [C, D, W]
         return jnp.einsum("c,d,cdw->w", share, data["feature_mask"] / data["feature_mask"].sum(), hidden)
 
     def apply(meta_params, task):
         embedding = embed(meta_params, task.train)
         if num_features:
+            _check_features(task, num_features)
             embedding = jnp.concatenate([embedding, task.features])
         return unravel(_apply_head(meta_params["head"], embedding))
 

@@ -1,10 +1,10 @@
 """Differentiating through any optax transform without NaN.
 
-Adaptive optimizers divide by a root of a running mean of squares, u = m / (√v + ε). Where a parameter's gradient has always
-been exactly zero (a dead ReLU, an embedding row that no example used) v = 0, the chain rule meets (d√v/dv)·(dv/dg) = ∞ · 0,
-and one such entry turns the whole hypergradient into NaN. The update itself is well defined there; only its derivative has
-to be said. `differentiable` traces the transform's `update` and evaluates the same operations with the derivative of
-√, 1/√, powers and quotients defined as zero at their singularity. No value changes.
+Adaptive optimizers divide by a root of a running mean of squares, u = m / (√v + ε). Where a parameter's gradient has
+always been exactly zero (a dead ReLU, an embedding row that no example used) v = 0, the chain rule meets
+(d√v/dv)·(dv/dg) = ∞ · 0, and one such entry turns the whole hypergradient into NaN. The update itself is well defined
+there; only its derivative has to be said. `differentiable` traces the transform's `update` and evaluates the same
+operations with the derivative of √, 1/√, powers and quotients defined as zero at their singularity. No value changes.
 """
 
 import functools
@@ -172,11 +172,11 @@ def differentiable(
 ) -> optax.GradientTransformationExtraArgs:
     """Any optax transform, with the same values and a derivative that is finite at zero gradients.
 
-    The derivatives of √x, 1/√x, x^p (p < 1) and 1/x at x = 0 are defined as 0; everything else is the chain rule. At an entry
-    whose gradient has always been exactly zero, the first step of Adam has u = g / (|g| + ε), and so
+    The derivatives of √x, 1/√x, x^p (p < 1) and 1/x at x = 0 are defined as 0; everything else is the chain rule. At an
+    entry whose gradient has always been exactly zero, the first step of Adam has u = g / (|g| + ε), and so
 
         zero="exact":  ∂u/∂g = 1/ε      the true derivative: 1e8, which overflows float32 in a few steps;
-        zero="drop":   ∂u/∂g = 0        products and quotients of an exact zero whose slope is 1e3 or steeper pass nothing on.
+        zero="drop":   ∂u/∂g = 0        an exact zero times, or over, a slope of 1e3 or more passes nothing on.
 
     Where no perturbation of λ moves such a gradient off zero (a dead unit), both are exact; they differ where it would.
 

@@ -1,0 +1,95 @@
+"""Every exact estimator against ridge regression, whose θ*(λ) is a linear solve."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import problems
+import pytest
+from jax.test_util import check_grads
+
+from metaopt import hypergrad, inner, predictors, spaces
+
+ESTIMATORS = {
+    "unrolled": partial(hypergrad.unrolled, num_steps=400),
+    "unrolled_step": partial(hypergrad.unrolled, num_steps=400, remat="step"),
+    "unrolled_sqrt": partial(hypergrad.unrolled, num_steps=400, remat="sqrt"),
+    "lookahead": partial(hypergrad.lookahead, commit=20, num_steps=400),
+    "warm_implicit": partial(hypergrad.warm_implicit, num_steps=40, adjoint_rate=0.4),
+}
+KEY = jax.random.key(0)
+
+
+def converged(estimator, hyperparams, task, calls=10):
+    chex.clear_trace_counter()
+    estimate = jax.jit(chex.assert_max_traces(estimator.estimate, n=1))
+    state = estimator.init(KEY, hyperparams, task)
+    for _ in range(calls):
+        out, state = estimate(hyperparams, task, state)
+    return out
+
+
+def check(estimate, value_and_grad):
+    value, expected = value_and_grad
+    assert optax.tree.norm(expected) > 3e-3  # or else the test says nothing
+    chex.assert_trees_all_close(estimate.value, value, rtol=1e-9)
+    chex.assert_trees_all_close(estimate.hypergrad, expected, rtol=1e-6, atol=1e-9)
+    assert estimate.done.dtype == bool
+
+
+def test_the_closed_form_itself():
+    check_grads(problems.closed_form, (problems.LAM,), order=1, rtol=1e-6)
+    # θ* is where the gradient of the inner loss vanishes, and training arrives there.
+    theta = problems.solution(problems.LAM)
+    context = problems.RIDGE_LOOP.context(problems.RIDGE_LOOP.init(KEY, problems.LAM, problems.TASK.train))
+    grads = jax.grad(problems.RIDGE_LOOP.loss, has_aux=True)(theta, problems.LAM, problems.TASK.train, context)[0]
+    chex.assert_trees_all_close(grads, jnp.zeros_like(theta), atol=1e-14)
+    trained = inner.run(problems.RIDGE_LOOP, num_steps=400)(KEY, problems.LAM, problems.TASK.train)
+    chex.assert_trees_all_close(trained.params, theta, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_converges_to_the_closed_form(name):
+    estimator = ESTIMATORS[name](problems.RIDGE)
+    assert estimator.kind == "exact"
+    estimate = converged(estimator, problems.LAM, problems.TASK)
+    check(estimate, jax.value_and_grad(problems.closed_form)(problems.LAM))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_through_a_change_of_coordinates(name):
+    def closed_form(unconstrained):
+        penalty = spaces.to_constrained(problems.SPACE, unconstrained)["penalty"]
+        return problems.closed_form({"log_penalty": jnp.log(penalty)})
+
+    unconstrained = {"penalty": jnp.array([2.0, -1.0, 1.5, 0.5])}
+    estimator = ESTIMATORS[name](spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE))
+    estimate = converged(estimator, unconstrained, problems.TASK)
+    check(estimate, jax.value_and_grad(closed_form)(unconstrained))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_predicted_for_a_batch_of_tasks(name):
+    predictor = predictors.mlp({"log_penalty": spaces.real(-1.0, shape=(problems.NUM_FEATURES,))}, 2, num_hidden=3)
+    phi = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(KEY, x.shape), predictor.init(KEY))
+    tasks = [problems.regression_task(seed) for seed in range(3)]
+
+    def closed_form(phi):
+        return sum(problems.closed_form(predictor.apply(phi, task), task) for task in tasks) / len(tasks)
+
+    estimator = hypergrad.over_tasks(predictors.amortize(ESTIMATORS[name](problems.RIDGE), predictor))
+    estimate = converged(estimator, phi, problems.stack(tasks))
+    check(estimate, jax.value_and_grad(closed_form)(phi))
+    assert estimate.done.shape == (3,)
+    assert estimate.metrics["num_finite"] == 3
+
+
+@pytest.mark.parametrize("name", ["unrolled", "unrolled_sqrt"])
+def test_second_derivatives_through_an_estimator(name):
+    estimator = ESTIMATORS[name](problems.RIDGE)
+    hessian = jax.jit(jax.jacfwd(lambda lam: estimator.estimate(lam, problems.TASK, KEY)[0].hypergrad))(problems.LAM)
+    expected = jax.hessian(problems.closed_form)(problems.LAM)
+    assert optax.tree.norm(expected) > 1e-2
+    chex.assert_trees_all_close(hessian, expected, rtol=1e-6, atol=1e-9)

@@ -1,0 +1,312 @@
+"""Unrolled hypergradients: finite differences, forward and nested derivatives, checkpoints, weights, MAML."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from metaopt import hypergrad, inner
+
+KEY = jax.random.key(3)
+DATA = problems.TASK.train
+
+
+def everything_objective(num_steps=5, **options):
+    solve = hypergrad.unroll(problems.EVERYTHING_LOOP, num_steps=num_steps, **options)
+    loop = problems.EVERYTHING_LOOP
+
+    def objective(hyperparams):
+        state = solve(KEY, hyperparams, DATA)
+        return problems.EVERYTHING.outer_loss(loop.params(state), hyperparams, problems.TASK.valid, loop.context(state))
+
+    return jax.jit(objective)
+
+
+def numerical_gradient(function, tree, eps=1e-5):
+    """Central differences, entry by entry."""
+    flat, unravel = ravel_pytree(tree)
+    shifted = jax.vmap(lambda direction: function(unravel(flat + direction)))
+    basis = eps * jnp.eye(flat.size)
+    return unravel((shifted(basis) - shifted(-basis)) / (2 * eps))
+
+
+# Dropout, minibatches, running statistics and Adam; λ in the initialization, both losses and the optimizer.
+
+
+def test_equals_finite_differences_wherever_hyperparams_enter():
+    objective = everything_objective()
+    lam = problems.EVERYTHING_LAM
+    expected = numerical_gradient(objective, lam)
+    for name in lam._fields:  # every part has an influence, or else the test says nothing
+        assert optax.tree.norm(getattr(expected, name)) > 1e-3, name
+    chex.assert_trees_all_close(jax.jit(jax.grad(objective))(lam), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_the_estimator_equals_finite_differences_of_its_own_value():
+    estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=4, remat="step", outer="mean")
+    lam = problems.EVERYTHING_LAM
+    state = estimator.init(KEY, lam, problems.TASK)
+    estimate = jax.jit(lambda lam: estimator.estimate(lam, problems.TASK, state)[0])
+    expected = numerical_gradient(lambda lam: estimate(lam).value, lam)
+    chex.assert_trees_all_close(estimate(lam).hypergrad, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_forward_equals_reverse():
+    objective = everything_objective()
+    forward, reverse = (jax.jit(jac(objective))(problems.EVERYTHING_LAM) for jac in (jax.jacfwd, jax.grad))
+    chex.assert_trees_all_close(forward, reverse, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("remat", ["none", "sqrt"])
+def test_second_order_equals_finite_differences(remat):
+    grad = jax.jit(jax.grad(everything_objective(num_steps=3, remat=remat)))
+    lam = problems.EVERYTHING_LAM
+    leaves, structure = jax.tree.flatten(lam)
+    keys = jax.random.split(KEY, len(leaves))
+    v = structure.unflatten([jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+    eps = 1e-5
+    ahead, behind = (grad(optax.tree.add_scale(lam, sign * eps, v)) for sign in (1, -1))
+    expected = jax.tree.map(lambda a, b: (a - b) / (2 * eps), ahead, behind)
+    for part in expected:
+        assert optax.tree.norm(part) > 1e-3
+    forward_over_reverse = jax.jit(lambda lam: jax.jvp(grad, (lam,), (v,))[1])(lam)
+    reverse_over_reverse = jax.jit(jax.grad(lambda lam: optax.tree.vdot(grad(lam), v)))(lam)
+    chex.assert_trees_all_close(forward_over_reverse, expected, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(reverse_over_reverse, forward_over_reverse, rtol=1e-9, atol=1e-12)
+
+
+def test_three_levels_equal_the_closed_form():
+    # Level 1: θ ← θ − r(θ − a), so θ_3 = a (1 − (1 − r)³). Level 2: r ← r − s dF/dr, F = (θ_3 − b)²/2, two steps.
+    # Level 3: the derivative with respect to s of F at the end.
+    num_steps, outer_steps = 3, 2
+    loop = inner.loop(
+        lambda params, hyperparams, data: (params - data) ** 2 / 2,
+        lambda hyperparams: optax.sgd(hyperparams["rate"]),
+        init=lambda key, hyperparams, data: jnp.zeros([]),
+    )
+    a, b = 1.5, 0.9
+    solve = hypergrad.unroll(loop, num_steps=num_steps)
+
+    def level_2_loss(rate, hyperparams, data):
+        return (loop.params(solve(KEY, {"rate": rate}, data)) - b) ** 2 / 2
+
+    outer = inner.loop(
+        level_2_loss, lambda step_size: optax.sgd(step_size), init=lambda key, step_size, data: jnp.array(0.2)
+    )
+    solve_outer = hypergrad.unroll(outer, num_steps=outer_steps)
+
+    def nested(step_size):
+        return level_2_loss(solve_outer(KEY, step_size, jnp.array(a)).params, None, jnp.array(a))
+
+    def by_hand(step_size):
+        theta = lambda rate: a * (1 - (1 - rate) ** num_steps)  # noqa: E731
+        slope = lambda rate: (theta(rate) - b) * a * num_steps * (1 - rate) ** (num_steps - 1)  # noqa: E731
+        rate = 0.2
+        for _ in range(outer_steps):
+            rate = rate - step_size * slope(rate)
+        return (theta(rate) - b) ** 2 / 2
+
+    for order in (jax.grad, lambda f: jax.grad(jax.grad(f)), lambda f: jax.jacfwd(jax.grad(f))):
+        expected = order(by_hand)(0.1)
+        assert abs(expected) > 1e-2
+        np.testing.assert_allclose(jax.jit(order(nested))(0.1), expected, rtol=1e-11)
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 5, 16, 17])
+def test_checkpointing_changes_nothing(num_steps):
+    def results(remat):
+        return jax.jit(jax.value_and_grad(everything_objective(num_steps, remat=remat)))(problems.EVERYTHING_LAM)
+
+    expected = results("none")
+    for remat in ("step", "sqrt"):  # the same operations, fused otherwise: equal to rounding
+        chex.assert_trees_all_close(results(remat), expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("remat", ["none", "step", "sqrt"])
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 9, 11])
+def test_checkpointed_scan_keeps_the_order_of_its_steps(length, remat):
+    xs = {"x": jnp.arange(1.0, length + 1), "unused": None}
+
+    def step(carry, x):
+        carry = 3 * carry + x["x"]
+        return carry, {"carry": carry, "none": None}
+
+    carry, ys = hypergrad.checkpointed_scan(step, jnp.array(1.0), xs, length=length, remat=remat)
+    expected = [1.0]
+    for x in range(1, length + 1):
+        expected.append(3 * expected[-1] + x)
+    assert carry == expected[-1]
+    np.testing.assert_array_equal(ys["carry"], expected[1:])
+
+
+@pytest.mark.parametrize(("remat", "most"), [("none", 200), ("step", 64), ("sqrt", 16)])
+def test_what_is_stored_between_the_passes(remat, most):
+    # The residuals of the reverse pass of 64 steps, in copies of a carry of 100 numbers that a step uses three times.
+    def step(carry, _):
+        return jnp.sin(jnp.cos(jnp.tanh(carry))), None
+
+    def objective(carry):
+        return hypergrad.checkpointed_scan(step, carry, None, length=64, remat=remat)[0].sum()
+
+    _, pullback = jax.vjp(objective, jnp.ones(100))
+    stored = sum(leaf.size for leaf in jax.tree.leaves(pullback)) / 100
+    assert most / 2 <= stored <= most + 2
+
+
+# Weights of the outer loss.
+
+
+def weighted_by_hand(hyperparams, weights, key):
+    """A Python loop over steps."""
+    train_key, _ = jax.random.split(jax.random.split(key)[0])
+    loop = problems.EVERYTHING_LOOP
+    state = loop.init(train_key, hyperparams, DATA)
+    total = 0.0
+    step = jax.jit(inner.step, static_argnums=0)  # compiled once
+    for weight in weights:
+        state = step(loop, state, hyperparams, DATA)
+        loss = problems.EVERYTHING.outer_loss(loop.params(state), hyperparams, problems.TASK.valid, loop.context(state))
+        total = total + weight * loss
+    return total
+
+
+@pytest.mark.parametrize("remat", ["none", "sqrt"])
+@pytest.mark.parametrize(
+    ("outer", "weights"),
+    [("last", [0, 0, 0, 1]), ("mean", [0.25] * 4), ([0.5, 2, 0, -1], None), ([0, 0, 0, 3], None)],
+)
+def test_outer_weights_equal_a_loop_over_steps(outer, weights, remat):
+    weights = outer if weights is None else weights
+    estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=4, outer=outer, remat=remat)
+    estimate, _ = jax.jit(estimator.estimate)(problems.EVERYTHING_LAM, problems.TASK, KEY)
+    expected = jax.value_and_grad(lambda lam: weighted_by_hand(lam, weights, KEY))(problems.EVERYTHING_LAM)
+    chex.assert_trees_all_close((estimate.value, estimate.hypergrad), expected, rtol=1e-8, atol=1e-12)
+    assert estimate.done
+
+
+def test_a_one_hot_weight_at_the_last_step_is_the_last_step():
+    estimates = [
+        jax.jit(hypergrad.unrolled(problems.EVERYTHING, num_steps=3, outer=outer).estimate)(
+            problems.EVERYTHING_LAM, problems.TASK, KEY
+        )
+        for outer in ("last", [0, 0, 1.0])
+    ]
+    chex.assert_trees_all_equal(*estimates)
+
+
+def test_steps_of_weight_zero_before_the_last_are_not_evaluated():
+    # At the first step the outer loss is infinite, and infinity times zero would be NaN.
+    problem = inner.problem(
+        problems.RIDGE_LOOP,
+        lambda params, hyperparams, batch, context: problems.mean_squares(params, batch) / (context.step - 1),
+        with_context=True,
+    )
+    estimate, _ = hypergrad.unrolled(problem, num_steps=3, outer=[0, 0, 1]).estimate(problems.LAM, problems.TASK, KEY)
+    assert jnp.isfinite(estimate.value)
+
+
+# MAML.
+
+
+def maml_parts():
+    def loss(params, data):
+        return ((jnp.tanh(data["x"] @ params["w"] + params["b"][None]) @ params["out"] - data["y"]) ** 2).mean()
+
+    loop = inner.loop(
+        lambda params, hyperparams, batch: loss(params, batch),
+        lambda hyperparams: optax.sgd(0.1),
+        init=lambda key, hyperparams, data: hyperparams,
+    )
+    return loss, loop, inner.problem(loop, lambda params, hyperparams, batch: loss(params, batch))
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_maml_equals_its_definition(num_steps):
+    loss, _, problem = maml_parts()
+
+    def maml(start):
+        adapted = start
+        for _ in range(num_steps):
+            grads = jax.grad(loss)(adapted, DATA)
+            adapted = jax.tree.map(lambda p, g: p - 0.1 * g, adapted, grads)
+        return loss(adapted, problems.TASK.valid)
+
+    start = problems.EVERYTHING_LAM.start
+    estimate, _ = jax.jit(hypergrad.unrolled(problem, num_steps=num_steps).estimate)(start, problems.TASK, KEY)
+    expected = jax.value_and_grad(maml)(start)
+    chex.assert_trees_all_close((estimate.value, estimate.hypergrad), expected, rtol=1e-10, atol=1e-13)
+
+
+def test_first_order_maml_is_the_gradient_at_the_adapted_parameters():
+    loss, loop, problem = maml_parts()
+
+    def stopped_grad(function, **options):
+        gradient = jax.grad(function, **options)
+        return lambda *args: jax.lax.stop_gradient(gradient(*args))
+
+    start = problems.EVERYTHING_LAM.start
+    estimator = hypergrad.unrolled(problem, num_steps=3, grad=stopped_grad)
+    estimate, _ = jax.jit(estimator.estimate)(start, problems.TASK, KEY)
+    adapted = inner.run(loop, num_steps=3)(KEY, start, DATA).params
+    expected = jax.value_and_grad(loss)(adapted, problems.TASK.valid)
+    chex.assert_trees_all_close((estimate.value, estimate.hypergrad), expected, rtol=1e-10, atol=1e-13)
+    exact, _ = jax.jit(hypergrad.unrolled(problem, num_steps=3).estimate)(start, problems.TASK, KEY)
+    assert optax.tree.norm(optax.tree.sub(exact.hypergrad, expected[1])) > 1e-2
+
+
+def test_zero_inner_steps_are_plain_training():
+    loss, _, problem = maml_parts()
+    start = problems.EVERYTHING_LAM.start
+    estimate, _ = hypergrad.unrolled(problem, num_steps=0).estimate(start, problems.TASK, KEY)
+    expected = jax.value_and_grad(loss)(start, problems.TASK.valid)
+    chex.assert_trees_all_close((estimate.value, estimate.hypergrad), expected, rtol=1e-12)
+
+
+# Keys.
+
+
+def test_every_estimate_draws_afresh_and_repeats_with_its_key():
+    estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=2)
+    estimate = jax.jit(estimator.estimate)
+    first, state = estimate(problems.EVERYTHING_LAM, problems.TASK, estimator.init(KEY, None, None))
+    second, _ = estimate(problems.EVERYTHING_LAM, problems.TASK, state)
+    again, _ = estimate(problems.EVERYTHING_LAM, problems.TASK, estimator.init(KEY, None, None))
+    assert first.value != second.value
+    chex.assert_trees_all_equal(first, again)
+
+
+def test_the_outer_batch_is_drawn_from_the_task():
+    def half(key, task):
+        rows = jax.random.permutation(key, 15)[:7]
+        return jax.tree.map(lambda leaf: leaf[rows], task.valid)
+
+    problem = inner.problem(problems.RIDGE_LOOP, problems.RIDGE.outer_loss, outer_batch=half, with_context=True)
+    estimator = hypergrad.unrolled(problem, num_steps=2)
+    values = [estimator.estimate(problems.LAM, problems.TASK, jax.random.key(seed))[0].value for seed in (0, 1)]
+    whole = hypergrad.unrolled(problems.RIDGE, num_steps=2).estimate(problems.LAM, problems.TASK, KEY)[0].value
+    assert len({*map(float, values), float(whole)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": -1}, "`num_steps` must be at least 0; got -1"),
+        ({"num_steps": 1, "remat": "all"}, "`remat` must be one of 'none', 'step', 'sqrt'; got 'all'"),
+        ({"num_steps": 2, "outer": "first"}, '`outer` must be "last", "mean" or 2 weights; got \'first\''),
+        ({"num_steps": 2, "outer": [1.0]}, r"`outer` must have one weight per step, shape \(2,\); got \(1,\)"),
+        ({"num_steps": 0, "outer": "mean"}, "With `num_steps=0` there is no step to weigh"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        hypergrad.unrolled(problems.RIDGE, **options)
+    if "outer" not in options:
+        with pytest.raises(ValueError, match=message):
+            hypergrad.unroll(problems.RIDGE_LOOP, **options)

@@ -1,0 +1,283 @@
+"""The loop: steps, contexts, training runs, and what it says about a loss, an optimizer or an init that does not fit."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+from metaopt import base, hypergrad, inner
+
+KEY = jax.random.key(0)
+DATA = problems.TASK.train
+LAM = {"rate": jnp.array(0.1), "penalty": jnp.full(problems.NUM_FEATURES, 0.2)}
+
+
+def numbers(state):
+    """A state without typed keys, which cannot be compared."""
+    return state._replace(key=jax.random.key_data(state.key))
+
+
+def make(loss=problems.penalized, optimizer=lambda hp: optax.adam(hp["rate"]), init=problems.zeros, **options):
+    return inner.loop(loss, optimizer, init=init, **options)
+
+
+def test_steps_equal_a_plain_optax_loop():
+    loop = make(sampler=inner.minibatch(6))
+    state = loop.init(KEY, LAM, DATA)
+    params = jnp.zeros(problems.NUM_FEATURES)
+    optimizer = optax.adam(0.1)
+    opt_state = optimizer.init(params)
+    for t in range(7):
+        assert state.step == t and loop.context(state).step == t
+        batch = loop.batch(state, DATA)
+        grads = jax.grad(problems.penalized)(params, LAM, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        state = inner.step(loop, state, LAM, DATA)
+        chex.assert_trees_all_close((loop.params(state), state.opt_state), (params, opt_state), rtol=1e-12)
+
+
+def test_context_has_fresh_keys_the_step_and_the_model_state():
+    def loss(params, hyperparams, batch, context):
+        assert isinstance(context, base.Context)
+        noise = jax.random.normal(context.key)
+        return params * noise, {"seen": context.model_state["seen"].at[context.step].set(noise)}
+
+    def init(key, hyperparams, data):
+        return jnp.array(0.0), {"seen": jnp.zeros(6)}
+
+    loop = make(loss, lambda hp: optax.sgd(0.1), init, with_context=True)
+    state = inner.run(loop, num_steps=6)(KEY, LAM, DATA)
+    assert len(set(state.model_state["seen"].tolist())) == 6
+    # θ is minus the sum of what the loss saw: the gradient was taken at the same key.
+    np.testing.assert_allclose(state.params, -0.1 * state.model_state["seen"].sum(), rtol=1e-12)
+    other = inner.run(loop, num_steps=6)(jax.random.key(1), LAM, DATA)
+    assert not set(state.model_state["seen"].tolist()) & set(other.model_state["seen"].tolist())
+
+
+def test_a_full_loss_may_leave_the_model_state_out():
+    loop = make(
+        lambda params, hyperparams, batch, context: problems.penalized(params, hyperparams, batch),
+        init=lambda key, hyperparams, data: (problems.zeros(key, hyperparams, data), {"count": jnp.array(3)}),
+        with_context=True,
+    )
+    state = inner.step(loop, loop.init(KEY, LAM, DATA), LAM, DATA)
+    assert state.model_state == {"count": 3}
+
+
+def test_the_gradient_is_an_argument_of_the_step():
+    loop = make(optimizer=lambda hp: optax.sgd(1.0))
+    state = loop.init(KEY, LAM, DATA)
+
+    def ones(function, has_aux):
+        assert has_aux
+        return lambda params, *args: (jnp.ones_like(params), function(params, *args)[1])
+
+    after = inner.step(loop, state, LAM, DATA, grad=ones)
+    chex.assert_trees_all_close(after.params, -jnp.ones(problems.NUM_FEATURES))
+
+
+# Training runs.
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 5])
+def test_run_equals_unroll(num_steps):
+    loop, lam = problems.EVERYTHING_LOOP, problems.EVERYTHING_LAM
+    expected = jax.jit(hypergrad.unroll(loop, num_steps=num_steps))(KEY, lam, DATA)
+    trained = jax.jit(inner.run(loop, num_steps=num_steps))(KEY, lam, DATA)
+    chex.assert_trees_all_close(numbers(trained), numbers(expected), rtol=1e-12, atol=1e-14)
+    traced = jax.jit(inner.run(loop))(KEY, lam, DATA, jnp.int32(num_steps))
+    chex.assert_trees_all_close(numbers(traced), numbers(expected), rtol=1e-12, atol=1e-14)
+    assert trained.step == num_steps
+
+
+def test_run_traces_every_step():
+    loop = make()
+    state, trace = jax.jit(inner.run(loop, num_steps=4, trace_fn=lambda s: {"params": s.params, "step": s.step}))(
+        KEY, LAM, DATA
+    )
+    np.testing.assert_array_equal(trace["step"], [1, 2, 3, 4])
+    for t in (1, 4):
+        expected = inner.run(loop, num_steps=t)(KEY, LAM, DATA).params
+        chex.assert_trees_all_close(trace["params"][t - 1], expected, rtol=1e-12)
+    chex.assert_trees_all_equal(trace["params"][-1], state.params)
+
+
+@pytest.mark.parametrize("kind", ["static", "traced", "trace_fn"])
+def test_no_derivative_passes_through_run(kind):
+    loop = make(init=lambda key, hyperparams, data: hyperparams["penalty"])
+
+    def objective(hyperparams, data):
+        if kind == "trace_fn":
+            state, trace = inner.run(loop, num_steps=3, trace_fn=lambda s: s.params)(KEY, hyperparams, data)
+            return state.params.sum() + trace.sum()
+        train = inner.run(loop, num_steps=3) if kind == "static" else partial(inner.run(loop), num_steps=jnp.int32(3))
+        return train(KEY, hyperparams, data).params.sum()
+
+    grads = jax.grad(objective, argnums=(0, 1))(LAM, DATA)
+    chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, (LAM, DATA)))
+    tangents = jax.tree.map(jnp.ones_like, (LAM, DATA))
+    assert jax.jvp(objective, (LAM, DATA), tangents)[1] == 0
+
+
+def test_run_over_a_batch_of_keys_and_hyperparams():
+    loop = problems.EVERYTHING_LOOP
+    train = inner.run(loop, num_steps=3)
+    keys = jax.random.split(KEY, 3)
+    lams = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), problems.EVERYTHING_LAM)
+    batched = jax.jit(jax.vmap(train, (0, 0, None)))(keys, lams, DATA).params
+    for i in range(3):
+        one = train(keys[i], jax.tree.map(lambda x, i=i: x[i], lams), DATA).params
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], batched), one, rtol=1e-9, atol=1e-12)
+
+
+# Dtypes.
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_float32_training_stays_float32(x64):
+    with jax.enable_x64(x64):
+        data = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), DATA)
+        lam = {"rate": np.float32(0.1), "penalty": np.full(problems.NUM_FEATURES, 0.2, np.float32)}
+        for optimizer in (optax.adamw, partial(optax.sgd, momentum=0.9)):
+            loop = make(optimizer=lambda hp, make=optimizer: make(hp["rate"]), sampler=inner.minibatch(4))
+            state = jax.jit(inner.run(loop, num_steps=3))(KEY, lam, data)
+            assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+            state = inner.step(loop, loop.init(KEY, lam, data), lam, data)
+            floating = [leaf for leaf in jax.tree.leaves(state.opt_state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            assert {leaf.dtype for leaf in floating} == {np.dtype(np.float32)}
+
+            def objective(lam, loop=loop):
+                return hypergrad.unroll(loop, num_steps=3, remat="sqrt")(KEY, lam, data).params.sum()
+
+            grads = jax.jit(jax.grad(objective))(lam)
+            chex.assert_tree_all_finite(grads)
+            assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_weak_types_of_an_init_become_strong(x64):
+    with jax.enable_x64(x64):
+        loop = make(
+            lambda params, hp, batch, context: ((params["w"] - 1) ** 2, {"count": context.model_state["count"] + 1}),
+            lambda hp: optax.sgd(hp["rate"]),
+            lambda key, hp, data: ({"w": 0.5}, {"count": 0.0}),  # Python numbers
+            with_context=True,
+        )
+        state = loop.init(KEY, {"rate": 0.1}, None)
+        assert not any(jnp.asarray(leaf).weak_type for leaf in jax.tree.leaves((state.params, state.model_state)))
+        after = jax.jit(inner.run(loop, num_steps=2))(KEY, {"rate": 0.1}, jnp.zeros(1))
+        assert after.params["w"].dtype == jnp.result_type(float)
+        assert after.model_state["count"] == 2
+
+
+# Messages.
+
+
+def first_step(loop, lam=LAM):
+    return inner.step(loop, loop.init(KEY, lam, DATA), lam, DATA)
+
+
+def run_jitted(loop, lam=LAM):
+    return jax.jit(inner.run(loop, num_steps=2))(KEY, lam, DATA)
+
+
+def changes_structure(key, value):
+    def update(updates, state, params=None):
+        return updates, value(state)
+
+    return optax.GradientTransformation(lambda params: {key: jnp.zeros(2)}, update)
+
+
+BAD_LOOPS = {
+    "loss_vector": (
+        dict(loss=lambda params, hp, batch: (batch["x"] @ params - batch["y"]) ** 2),
+        r"The inner loss must return a floating-point scalar; got shape \(20,\) and dtype float64. Reduce it",
+    ),
+    "loss_integer": (
+        dict(loss=lambda params, hp, batch: jnp.int32(1)),
+        r"The inner loss must return a floating-point scalar; got shape \(\) and dtype int32",
+    ),
+    "loss_pair_without_context": (
+        dict(loss=lambda params, hp, batch: (params.sum(), None)),
+        "The inner loss must return a floating-point scalar; got .*with_context=True",
+    ),
+    "loss_none": (
+        dict(loss=lambda params, hp, batch: None),
+        "The inner loss must return a floating-point scalar; got PyTreeDef",
+    ),
+    "optimizer_not_from_a_factory": (
+        dict(optimizer=lambda hp: 0.1),
+        "`optimizer` must be a factory .*it returned float",
+    ),
+    "optimizer_state_structure": (
+        dict(optimizer=lambda hp: changes_structure("a", lambda state: {"b": state["a"]})),
+        "The optimizer's state changed its structure in one step, from .*'a'.*to.*'b'",
+    ),
+    "optimizer_state_shape": (
+        dict(optimizer=lambda hp: changes_structure("a", lambda state: {"a": jnp.zeros(3)})),
+        r"The optimizer's state changed its leaf \['a'\] in one step, from shape and dtype \(\(2,\)",
+    ),
+    "optimizer_state_dtype": (
+        dict(optimizer=lambda hp: changes_structure("a", lambda state: {"a": state["a"].astype(jnp.float32)})),
+        r"The optimizer's state changed its leaf \['a'\] in one step.*float64.*float32",
+    ),
+    "model_state_structure": (
+        dict(
+            loss=lambda params, hp, batch, context: (params.sum(), {"mean": 0.0, "var": 1.0}),
+            init=lambda key, hp, data: (jnp.zeros(2), {"mean": 0.0}),
+            with_context=True,
+        ),
+        "The model state changed its structure in one step.*'mean'.*to.*'var'",
+    ),
+    "model_state_shape": (
+        dict(
+            loss=lambda params, hp, batch, context: (params.sum(), {"mean": jnp.zeros(3)}),
+            init=lambda key, hp, data: (jnp.zeros(2), {"mean": jnp.zeros(2)}),
+            with_context=True,
+        ),
+        r"The model state changed its leaf \['mean'\] in one step",
+    ),
+    "init_without_a_model_state": (
+        dict(
+            loss=lambda params, hp, batch, context: params["w"].sum(),
+            init=lambda key, hp, data: {"w": jnp.zeros(2)},
+            with_context=True,
+        ),
+        r"With `with_context=True`, `init` must return a pair \(params, model state\).*; got dict",
+    ),
+}
+
+
+@pytest.mark.parametrize("run", [first_step, run_jitted])
+@pytest.mark.parametrize("name", BAD_LOOPS)
+def test_messages(name, run):
+    options, message = BAD_LOOPS[name]
+    with pytest.raises(ValueError, match=message):
+        run(make(**options))
+
+
+def test_an_optimizer_instead_of_a_factory():
+    with pytest.raises(ValueError, match="`optimizer` must be a factory .*got GradientTransformation"):
+        make(optimizer=optax.adam(0.1))
+
+
+@pytest.mark.parametrize("value", [lambda p: p, lambda p: (p.sum(), None), lambda p: {"loss": p.sum()}])
+def test_the_outer_loss_is_a_scalar(value):
+    problem = inner.problem(make(), lambda params, hyperparams, batch: value(params))
+    with pytest.raises(ValueError, match="The outer loss must return a floating-point scalar"):
+        hypergrad.unrolled(problem, num_steps=1).estimate(LAM, problems.TASK, KEY)
+
+
+def test_run_arguments():
+    with pytest.raises(ValueError, match="`num_steps` must be at least 0; got -1"):
+        inner.run(make(), num_steps=-1)
+    with pytest.raises(ValueError, match="`trace_fn` needs `num_steps`"):
+        inner.run(make(), trace_fn=lambda state: state.step)
+    with pytest.raises(ValueError, match="`num_steps` must be given"):
+        inner.run(make())(KEY, LAM, DATA)

@@ -1,0 +1,165 @@
+"""Samplers: permutations, epochs, padding, tasks of different sizes in one program."""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import inner
+
+KEY = jax.random.key(0)
+
+
+def permutation(size, epoch=0, key=KEY):
+    return inner.shuffled(key, jnp.full(size, epoch), jnp.arange(size), size)
+
+
+def test_shuffled_is_a_permutation_for_every_size_and_epoch():
+    padded = 40
+
+    def entries(size, epoch):  # one program for every size
+        return inner.shuffled(KEY, epoch, jnp.arange(padded) % size, size)
+
+    sizes = jnp.arange(1, padded + 1)
+    for epoch in (0, 1, 2**31 - 1):
+        for size, row in zip(sizes, jax.jit(jax.vmap(entries, (0, None)))(sizes, jnp.int32(epoch)), strict=True):
+            np.testing.assert_array_equal(np.sort(row[:size]), np.arange(size))
+    for size in (1000, 65_537):
+        np.testing.assert_array_equal(np.sort(permutation(size)), np.arange(size))
+
+
+def test_shuffled_depends_on_key_and_epoch_alone():
+    assert permutation(50).dtype == jnp.int32
+    np.testing.assert_array_equal(permutation(50), permutation(50))
+    assert np.mean(permutation(50) == permutation(50, epoch=1)) < 0.2
+    assert np.mean(permutation(50) == permutation(50, key=jax.random.key(1))) < 0.2
+    assert int(inner.shuffled(KEY, jnp.int32(3), jnp.int32(7), 50)) == int(permutation(50, epoch=3)[7])
+
+
+def chi_square(counts):
+    expected = counts.sum() / counts.size
+    return ((counts - expected) ** 2 / expected).sum()
+
+
+def test_shuffled_is_uniform():
+    # Over 24,000 keys: all 24 orders of 4 entries, and where each of 10 entries goes. The bounds are the 99.99 % points.
+    keys = jax.random.split(KEY, 24_000)
+    orders = np.asarray(jax.jit(jax.vmap(lambda key: permutation(4, key=key)))(keys))
+    index = {order: i for i, order in enumerate(itertools.permutations(range(4)))}
+    counts = np.bincount([index[tuple(order)] for order in orders.tolist()], minlength=24)
+    assert chi_square(counts) < 58.6  # 23 degrees of freedom
+    places = np.asarray(jax.jit(jax.vmap(lambda key: permutation(10, key=key)))(keys[:10_000]))
+    table = np.stack([np.bincount(column, minlength=10) for column in places.T])
+    assert chi_square(table) < 144.0  # 81 degrees of freedom
+    # And over epochs of one key.
+    epochs = jnp.arange(24_000)
+    orders = np.asarray(jax.jit(jax.vmap(lambda epoch: permutation(4, epoch)))(epochs))
+    counts = np.bincount([index[tuple(order)] for order in orders.tolist()], minlength=24)
+    assert chi_square(counts) < 58.6
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(12, 4), (10, 4), (5, 5), (3, 7), (1, 2)])
+def test_minibatches_cover_each_row_once_an_epoch(size, batch_size):
+    sample = jax.jit(inner.minibatch(batch_size))
+    data = {"x": jnp.arange(size), "y": 10 * jnp.arange(size)}
+    num_epochs = batch_size  # so that the steps divide evenly
+    batches = [sample(KEY, jnp.int32(step), data) for step in range(size * num_epochs // batch_size)]
+    for batch in batches:
+        chex.assert_shape(batch["x"], (batch_size,))
+        np.testing.assert_array_equal(batch["y"], 10 * batch["x"])
+    rows = np.concatenate([batch["x"] for batch in batches]).reshape(num_epochs, size)
+    np.testing.assert_array_equal(np.sort(rows, axis=1), np.tile(np.arange(size), (num_epochs, 1)))
+    if size >= 10:
+        assert len({tuple(row) for row in rows.tolist()}) == num_epochs  # reshuffled every epoch
+
+
+def test_with_replacement_rows_are_independent_and_uniform():
+    sample = inner.minibatch(20, replace=True)
+    draws = jax.jit(jax.vmap(lambda step: sample(KEY, step, jnp.arange(10))))(jnp.arange(500))
+    assert chi_square(np.bincount(np.ravel(draws), minlength=10)) < 33.7  # 9 degrees of freedom
+    assert all(len(set(row)) < 20 for row in draws.tolist())
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("how", ["num_rows", "mask", "callable"])
+def test_padding_is_never_drawn_and_sizes_share_one_program(how, replace):
+    sizes, padded = jnp.array([3, 8, 5]), 8
+    real = jnp.arange(padded)[None] < sizes[:, None]
+    data = {"x": jnp.where(real, jnp.arange(padded)[None], -1)}
+    count = None
+    if how == "num_rows":
+        data["num_rows"] = sizes
+    elif how == "mask":
+        data["mask"] = real.astype(float)
+    else:
+        count = lambda data: (data["x"] >= 0).sum()  # noqa: E731
+    sample = chex.assert_max_traces(inner.minibatch(4, replace=replace, num_rows=count), n=1)
+    chex.clear_trace_counter()
+    draw = jax.jit(jax.vmap(jax.vmap(sample, (None, 0, None)), (None, None, 0)))
+    batches = draw(KEY, jnp.arange(40), data)
+    assert batches["x"].shape == (3, 40, 4)
+    for size, rows in zip(sizes.tolist(), batches["x"], strict=True):
+        assert set(np.ravel(rows).tolist()) == set(range(size))
+    if how == "num_rows":
+        np.testing.assert_array_equal(batches["num_rows"][:, 0], sizes)
+
+
+def test_padding_changes_no_batch():
+    data = {"x": jnp.arange(6.0), "num_rows": jnp.int32(6)}
+    padded = {"x": jnp.pad(data["x"], (0, 4)), "num_rows": jnp.int32(6)}
+    for step in range(4):
+        chex.assert_trees_all_equal(*(inner.minibatch(4)(KEY, step, d) for d in (data, padded)))
+
+
+def test_shared_entries_are_carried_whole():
+    data = {"x": jnp.arange(6.0), "names": {"scale": jnp.arange(3.0)}, "width": jnp.array(2.0)}
+    batch = inner.minibatch(2, shared=("names", "width"))(KEY, 0, data)
+    chex.assert_trees_all_equal({**batch, "x": None}, {**data, "x": None})
+    assert batch["x"].shape == (2,)
+    assert inner.num_rows(data, ("names", "width")) == 6
+
+
+def test_data_of_any_structure():
+    x, y = jnp.arange(12.0).reshape(6, 2), jnp.arange(6)
+    for data in ((x, y), [x, {"y": y}], {"x": x, "nested": (y, None)}):
+        batch = inner.minibatch(3)(KEY, 0, data)
+        assert jax.tree.structure(batch) == jax.tree.structure(data)
+        assert [leaf.shape[0] for leaf in jax.tree.leaves(batch)] == [3, 3]
+    assert inner.minibatch(3)(KEY, 0, y).shape == (3,)
+    assert inner.minibatch(3)(KEY, 0, np.arange(6)).shape == (3,)  # NumPy arrays too
+
+
+def test_full_batch_is_the_data():
+    data = {"x": jnp.arange(3.0)}
+    assert inner.full_batch()(KEY, 5, data) is data
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"x": np.zeros(3), "y": np.zeros(4)}, r"rows as its leading axis.*\['y'\].*\(4,\).*shared="),
+        ({"x": np.zeros(3), "scale": np.zeros([])}, r"rows as its leading axis.*'scale'.*\(\)"),
+        # With a count, too: an index past the end of the other leaf would be clipped, not raise.
+        ({"x": np.zeros(8), "classes": np.zeros(3), "num_rows": 8}, r"rows as its leading axis.*'classes'"),
+        ({"x": np.zeros(8), "classes": np.zeros(3), "mask": np.ones(8)}, r"rows as its leading axis.*'classes'"),
+        ({"x": np.zeros((0, 2))}, "at least one"),
+        ({}, "at least one"),
+    ],
+)
+def test_leaves_that_disagree_on_the_rows(data, message):
+    with pytest.raises(ValueError, match=message):
+        inner.minibatch(2)(KEY, 0, data)
+    with pytest.raises(ValueError, match=message):
+        inner.num_rows(data)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1; got 0"):
+        inner.minibatch(0)
+    with pytest.raises(ValueError, match="`shared` names scales, and the data have x"):
+        inner.minibatch(2, shared=("scales",))(KEY, 0, {"x": jnp.zeros(3)})
+    with pytest.raises(ValueError, match="`shared` names entries of a dict; got data of type tuple"):
+        inner.minibatch(2, shared=("x",))(KEY, 0, (jnp.zeros(3),))
