@@ -17,13 +17,30 @@ from metaopt import base, inner
 
 
 class WarmImplicitState(NamedTuple):
+    """What `warm_implicit` carries.
+
+    Attributes:
+      inner: the inner loop's state.
+      adjoint: v, shaped like θ.
+      key: what later estimates draw from.
+    """
+
     inner: base.InnerState
-    adjoint: base.Params  # v, shaped like the inner params θ
+    adjoint: base.Params
     key: jax.Array
 
 
 def used_leaves(function: Callable, hyperparams: base.HyperParams, *args: Any) -> list[bool]:
-    """Which leaves of λ `function(hyperparams, *args)` depends on, by dead-code elimination of its jaxpr."""
+    """Which leaves of λ `function(hyperparams, *args)` depends on, by dead-code elimination of its jaxpr.
+
+    Args:
+      function: any traceable function.
+      hyperparams: λ.
+      *args: its further arguments.
+
+    Returns:
+      One bool for each leaf of λ.
+    """
     closed = jax.make_jaxpr(function)(hyperparams, *args)
     _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     return list(used[: len(jax.tree.leaves(hyperparams))])
@@ -34,6 +51,12 @@ def refuse_unanswerable(problem: base.Problem, state: base.InnerState, hyperpara
 
     A minimum does not know which rate or which initialization led to it: the implicit hypergradient there would be
     zero, and wrong.
+
+    Args:
+      problem: what the implicit rule is for.
+      state: of the inner loop; only its shapes matter.
+      hyperparams: λ.
+      task: likewise.
     """
     loop = problem.loop
 

@@ -11,6 +11,13 @@ from metaopt.hypergrad import _unroll
 
 
 class LookaheadState(NamedTuple):
+    """What `lookahead` carries.
+
+    Attributes:
+      inner: the inner loop's state, after the committed steps.
+      key: what later estimates draw from.
+    """
+
     inner: base.InnerState
     key: jax.Array
 

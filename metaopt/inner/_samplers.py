@@ -17,7 +17,11 @@ class Sampler(Protocol):
 
 
 def full_batch() -> Sampler:
-    """Every step sees all of the data."""
+    """Every step sees all of the data.
+
+    Returns:
+      A `Sampler`.
+    """
     return lambda key, step, data: data
 
 
@@ -29,6 +33,9 @@ def num_rows(data: base.Data, shared: Sequence[str] = ()) -> int | jax.Array:
     Args:
       data: a tree of arrays with the rows as their leading axis.
       shared: entries of a dict of data that have no axis of rows.
+
+    Returns:
+      An int, or [] where it is an array in the data.
 
     Raises:
       ValueError: a leaf has another leading axis than the rest; `shared` names what is not there.

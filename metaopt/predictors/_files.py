@@ -43,7 +43,7 @@ def save(
       path: the file.
       predictor: made by a factory of this room.
       meta_params: φ.
-      scaling: a JSON-serializable dict, such as `tasks.FeatureScaling.to_json()`.
+      scaling: a JSON-serializable dict, such as `_asdict()` of a `tasks.FeatureScaling`.
 
     Raises:
       ValueError: the predictor carries no `config`, so that it could not be built again.
@@ -66,6 +66,12 @@ def save(
 
 def load(path: str | os.PathLike[str]) -> SavedPredictor:
     """Reads what `save` wrote. Nothing in the file is executed.
+
+    Args:
+      path: the file.
+
+    Returns:
+      A `SavedPredictor`.
 
     Raises:
       ValueError: the file is no predictor, of a newer version, or its weights do not fit its description.

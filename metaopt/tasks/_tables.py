@@ -108,6 +108,12 @@ SYNTHETIC_FAMILIES = frozenset(
 def family_name(name: str) -> str:
     """The family that a table of this name belongs to, as far as the name tells: lower case, hyphens, then an alias.
 
+    Args:
+      name: of a table.
+
+    Returns:
+      The family's name.
+
     >>> family_name("Australian"), family_name("my_own_table")
     ('credit-approval', 'my-own-table')
     """
