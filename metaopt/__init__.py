@@ -1,7 +1,12 @@
 """metaopt: gradient-based meta-optimization in JAX."""
 
+from typing import TYPE_CHECKING
+
 from metaopt import base, hypergrad, inner, methods, predictors, spaces, tasks, training, transforms
 from metaopt.base import Context, Estimate, Estimator, InnerLoop, Predictor, Problem, Record, Searcher, Task
+
+if TYPE_CHECKING:
+    from metaopt import plots
 
 __version__ = "0.1.0"
 
@@ -19,9 +24,19 @@ __all__ = [
     "hypergrad",
     "inner",
     "methods",
+    "plots",
     "predictors",
     "spaces",
     "tasks",
     "training",
     "transforms",
 ]
+
+
+def __getattr__(name: str):
+    """`metaopt.plots` is imported when it is first asked for."""
+    if name == "plots":
+        import importlib
+
+        return importlib.import_module("metaopt.plots")
+    raise AttributeError(f"module 'metaopt' has no attribute {name!r}")

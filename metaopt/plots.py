@@ -1,0 +1,148 @@
+"""Pictures: a learning curve, λ over the outer steps, methods compared. They need the extra `examples`.
+
+Every function draws on the axes that it is given, or makes a figure, and returns the axes: what else a picture needs is
+matplotlib's business. Matplotlib is imported when a function is called.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from metaopt import base
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def learning_curve(history: Mapping[str, Any], *, axes: "Axes | None" = None, label: str | None = None) -> "Axes":
+    """The outer loss F over the outer steps.
+
+    Args:
+      history: of a `training.FitResult`, or any mapping whose "value" is [T].
+      axes: where to draw; None makes a figure.
+      label: of the line.
+
+    Returns:
+      The axes. Steps whose loss is not finite are gaps.
+
+    Raises:
+      ValueError: `history` has no "value", or it is not [T].
+      ImportError: matplotlib is not installed.
+    """
+    values = np.asarray(history["value"], float) if "value" in history else None
+    if values is None or values.ndim != 1:
+        found = f"{list(history)}" if values is None else f"shape {values.shape}"
+        raise ValueError(f'`history` must have "value", the outer loss of every step, as one axis; got {found}.')
+    axes = _axes(axes)
+    axes.plot(np.arange(len(values)), np.where(np.isfinite(values), values, np.nan), label=label)
+    axes.set_xlabel("outer step")
+    axes.set_ylabel("outer loss F(λ)")
+    return axes
+
+
+def hyperparameter_trace(
+    trace: Sequence[base.HyperParams] | base.HyperParams, *, log: bool = True, axes: "Axes | None" = None
+) -> "Axes":
+    """λ over the outer steps, one line an entry, named by its path.
+
+    Args:
+      trace: a list of T λ, such as a callback of `training.fit` collects, or one λ whose leaves have a leading axis of
+        T, as a scan stacks them.
+      log: draw λ on a logarithmic axis, where every entry is positive.
+      axes: where to draw; None makes a figure.
+
+    Returns:
+      The axes, with a legend of up to 12 lines.
+
+    Raises:
+      ValueError: there is nothing to draw, or the leaves disagree on T.
+      ImportError: matplotlib is not installed.
+    """
+    if isinstance(trace, list):
+        if not trace:
+            raise ValueError("`trace` must hold at least one λ; it is empty.")
+        trace = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trace)
+    lines: dict[str, np.ndarray] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trace):
+        leaf = np.asarray(leaf, float)
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "λ"
+        for index in np.ndindex(leaf.shape[1:]):
+            suffix = f"[{','.join(map(str, index))}]" if index else ""
+            lines[name + suffix] = leaf[(slice(None), *index)] if leaf.ndim else leaf
+    if len({line.shape for line in lines.values()}) != 1 or () in {line.shape for line in lines.values()}:
+        shapes = {name: line.shape for name, line in lines.items()}
+        raise ValueError(f"Every leaf of `trace` must have the outer steps as its leading axis; got {shapes}.")
+    axes = _axes(axes)
+    for name, line in lines.items():
+        axes.plot(np.arange(len(line)), line, label=name)
+    if log and all((line > 0).all() for line in lines.values()):
+        axes.set_yscale("log")
+    if len(lines) <= 12:
+        axes.legend(fontsize="small")
+    axes.set_xlabel("outer step")
+    axes.set_ylabel("λ")
+    return axes
+
+
+def comparison(
+    scores: Mapping[str, Any],
+    *,
+    errors: Mapping[str, Any] | None = None,
+    axes: "Axes | None" = None,
+    xlabel: str = "mean over tasks",
+    highlight: Sequence[str] = (),
+) -> "Axes":
+    """A dot plot: one row a method, with its mean and an interval.
+
+    Args:
+      scores: method -> [tasks], of which the mean and the normal 95 % interval ±1.96 s/√n are drawn; or method -> a
+        mean, with `errors`. The first method is drawn at the top.
+      errors: method -> the half-width of its interval, where the interval was computed otherwise (paired, clustered).
+      axes: where to draw; None makes a figure.
+      xlabel: what the scores are.
+      highlight: methods in a color of their own.
+
+    Returns:
+      The axes. Scores that are not finite are left out of the mean.
+
+    Raises:
+      ValueError: there is no method, one has no finite score, or `errors` and `highlight` name others.
+      ImportError: matplotlib is not installed.
+    """
+    if not scores:
+        raise ValueError("`scores` must hold at least one method; it is empty.")
+    unknown = sorted((set(errors or {}) | set(highlight)) - set(scores))
+    if unknown:
+        raise ValueError(
+            f"`errors` and `highlight` must name methods of `scores`; {unknown} are not in {list(scores)}."
+        )
+    means, widths = [], []
+    for name, values in scores.items():
+        values = np.atleast_1d(np.asarray(values, float))
+        values = values[np.isfinite(values)]
+        if not len(values):
+            raise ValueError(f"`scores` must have a finite score for every method; {name!r} has none.")
+        means.append(values.mean())
+        width = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+        widths.append(float((errors or {}).get(name, width)))
+    axes = _axes(axes, height=0.8 + 0.35 * len(scores))
+    for row, (name, mean, width) in enumerate(zip(scores, means, widths, strict=True)):
+        color = "C1" if name in highlight else "C0"
+        axes.errorbar(mean, row, xerr=None if np.isnan(width) else width, fmt="o", color=color, capsize=3)
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(xlabel)
+    return axes
+
+
+def _axes(axes: "Axes | None", height: float = 3.2) -> "Axes":
+    if axes is not None:
+        return axes
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError('plots need matplotlib; install it with `pip install "metaopt-jax[examples]"`.') from error
+    return pyplot.subplots(figsize=(5.5, height), layout="constrained")[1]

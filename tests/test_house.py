@@ -1,0 +1,226 @@
+"""What holds for the whole tree: imports point down, public names say what they do, and the files agree."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVELS = [
+    {"base"},
+    {"spaces", "transforms"},
+    {"tasks", "inner", "nas"},
+    {"hypergrad", "predictors"},
+    {"training"},
+    {"methods"},
+    {"integrations", "plots"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+MODULES = sorted((ROOT / "metaopt").rglob("*.py"))
+ROOMS = sorted(p.parent.name for p in MODULES if p.name == "__init__.py" and p.parent.name != "metaopt")
+
+
+def name_of(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(tree):
+    """The dotted names that a module's `import` statements bring in, wherever they stand."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def faults_of_imports(name, source):
+    """What is wrong with the imports of module `name`, in words."""
+    room = name.split(".")[1]
+    faults = []
+    for target in imports(ast.parse(source)):
+        package, *path = target.split(".")
+        if package != "metaopt":
+            continue
+        if not path or path[0] not in LEVEL:
+            faults.append(f"{name} imports {target}, which is no room")
+        elif path[0] != room and LEVEL[path[0]] >= LEVEL[room]:
+            faults.append(f"{name} imports {target}, which is not below it")
+        elif path[0] != room and any(part.startswith("_") for part in path[1:]):
+            faults.append(f"{name} imports {target}, a private file of another room")
+    return faults
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in MODULES if f.parent.name != "metaopt" or f.stem != "__init__"], ids=name_of
+)
+def test_imports_point_down(file):
+    assert faults_of_imports(name_of(file), file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("from metaopt import training", "not below"),
+        ("from metaopt import predictors", "not below"),
+        ("def f():\n    import metaopt.training", "not below"),
+        ("from metaopt.inner import _loop", "private"),
+        ("from metaopt.inner._loop import step", "private"),
+        ("import metaopt", "no room"),
+        ("from metaopt import utils", "no room"),
+    ],
+)
+def test_imports_that_do_not_point_down_are_seen(source, fault):
+    (found,) = faults_of_imports("metaopt.hypergrad._new", source)
+    assert fault in found
+
+
+def public_names():
+    for room in [*ROOMS, "plots"]:
+        module = importlib.import_module(f"metaopt.{room}")
+        names = getattr(
+            module, "__all__", [n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"]
+        )
+        for name in names:
+            value = getattr(module, name)
+            if inspect.isroutine(value) and not inspect.getmodule(value).__name__.startswith(f"metaopt.{room}"):
+                continue  # typing's and others', in a module without `__all__`
+            yield pytest.param(value, id=f"{room}.{name}")
+
+
+def faults_of_docstring(value):
+    if not callable(value):
+        return []  # a constant: a comment beside it says what it is
+    text = inspect.getdoc(value) or ""
+    if inspect.isclass(value):
+        generated = text.startswith(f"{value.__name__}(")  # what a NamedTuple without one gets
+        return ["no docstring"] if generated or not text or text == inspect.getdoc(tuple) else []
+    signature = inspect.signature(value)
+    faults = [] if text else ["no docstring"]
+    for parameter in signature.parameters.values():
+        if "Args:" not in text or not re.search(rf"^ *\*{{0,2}}{parameter.name}: ", text, re.MULTILINE):
+            faults.append(f"`{parameter.name}` is not under Args")
+    if signature.return_annotation not in (None, signature.empty) and "Returns:" not in text:
+        faults.append("what it returns is not under Returns")
+    return faults
+
+
+@pytest.mark.parametrize("value", list(public_names()))
+def test_every_public_name_has_a_docstring(value):
+    assert faults_of_docstring(value) == []
+
+
+def test_docstrings_that_lack_something_are_seen():
+    def nothing(x: int) -> int:
+        return x
+
+    def half(x: int, y: int) -> int:
+        """Adds.
+
+        Args:
+          x: one.
+        """
+        return x + y
+
+    assert faults_of_docstring(nothing) == [
+        "no docstring",
+        "`x` is not under Args",
+        "what it returns is not under Returns",
+    ]
+    assert faults_of_docstring(half) == ["`y` is not under Args", "what it returns is not under Returns"]
+
+
+def run_python(code, **kwargs):
+    """In a fresh process, as a person has it: float32, without this suite's settings."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_metaopt_loads_no_extra_and_nothing_slow():
+    slow = ("tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "pandas", "orbax", "optuna", "metaopt.plots")
+    assert run_python(f"import metaopt, sys; print([m for m in {slow} if m in sys.modules])").strip() == "[]"
+    # Nor does what draws, until it draws.
+    assert (
+        run_python("import metaopt, sys; metaopt.plots.comparison; print('matplotlib' in sys.modules)").strip()
+        == "False"
+    )
+
+
+def test_the_python_blocks_of_the_readme_run(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    printed = run_python("\n".join(blocks), cwd=tmp_path)
+    assert "'rate': Array(" in printed and "nan" not in printed
+
+
+def test_the_readme_has_the_places_that_others_fill():
+    text = (ROOT / "README.md").read_text()
+    for name in ("run", "test", "auto_tune", "benchmark"):
+        start, end = (f"<!-- {name}:{edge} -->" for edge in ("start", "end"))
+        assert text.count(start) == text.count(end) == 1 and text.index(start) < text.index(end)
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_version_is_one():
+    import metaopt
+
+    assert metaopt.__version__ == project()["project"]["version"]
+
+
+def test_the_wheel_says_that_it_is_typed():
+    # hatchling takes every file below the packages that git does not ignore.
+    wheel = project()["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["metaopt"] and not {"exclude", "only-include"} & set(wheel)
+    assert (ROOT / "metaopt" / "py.typed").is_file()
+    assert "py.typed" not in (ROOT / ".gitignore").read_text()
+
+
+# Written so that they do not find themselves.
+FORBIDDEN = {
+    "a path of one machine": r"(?<![\w.:/])/(?:home|root|work|Users|tmp|mnt|opt)/\w",
+    "pickle": r"pickle\.load|import pickle|allow_pickle\s*=\s*Tru[e]",
+    "the host of a package registry": r"pypi\.(?:org|python)|pythonhosted\.or[g]|anaconda\.or[g]",
+}
+
+
+def faults_of_text(text):
+    return [what for what, pattern in FORBIDDEN.items() if re.search(pattern, text)]
+
+
+def text_files():
+    for folder in ("metaopt", "tests", "experiments", "colab", ".ci", "."):
+        pattern = "*" if folder == "." else "**/*"
+        for file in sorted((ROOT / folder).glob(pattern)):
+            if file.is_file() and file.suffix in {"", ".py", ".md", ".toml", ".ipynb", ".csv", ".json", ".sh"}:
+                yield file
+
+
+def test_no_machine_paths_no_pickle():
+    files = list(text_files())
+    assert {"run", "README.md", "base.py"} <= {file.name for file in files}
+    faults = {str(file.relative_to(ROOT)): faults_of_text(file.read_text()) for file in files if file != Path(__file__)}
+    assert {name: found for name, found in faults.items() if found} == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "open('/home/me/x')",
+        'DATA = "/work/data"',
+        "np.load(f, allow_pickle=True)",
+        "pickle.load(f)",
+        "https://pypi.org/x",
+    ],
+)
+def test_machine_paths_and_pickles_are_seen(text):
+    assert faults_of_text(text)

@@ -1,0 +1,76 @@
+"""What is drawn is what was given."""
+
+import sys
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from metaopt import plots
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    pyplot.close("all")
+
+
+def test_a_learning_curve_has_a_gap_where_the_loss_is_not_finite():
+    axes = plots.learning_curve({"value": np.array([3.0, np.inf, 1.0]), "skipped": np.zeros(3)}, label="F")
+    (line,) = axes.lines
+    np.testing.assert_array_equal(line.get_ydata(), [3.0, np.nan, 1.0])
+    assert line.get_label() == "F" and "outer loss" in axes.get_ylabel()
+    assert plots.learning_curve({"value": [1.0]}, axes=axes) is axes and len(axes.lines) == 2
+
+
+def test_a_trace_has_a_line_an_entry_and_both_forms_agree():
+    steps = [{"decay": jnp.array([1e-3, 2e-3]) * t, "rate": 0.1 * t} for t in (1.0, 2.0, 3.0)]
+    stacked = {"decay": np.outer([1, 2, 3], [1e-3, 2e-3]), "rate": 0.1 * np.arange(1, 4)}
+    for trace in (steps, stacked):
+        axes = plots.hyperparameter_trace(trace)
+        drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+        assert list(drawn) == ["decay[0]", "decay[1]", "rate"] and axes.get_yscale() == "log"
+        np.testing.assert_allclose(drawn["decay[1]"], [2e-3, 4e-3, 6e-3], rtol=1e-6)
+    assert plots.hyperparameter_trace({"z": np.array([-1.0, 1.0])}).get_yscale() == "linear"
+
+
+def test_a_comparison_draws_the_mean_and_the_interval_of_the_mean():
+    scores = np.array([1.0, 2.0, 3.0, 4.0, np.nan])
+    axes = plots.comparison({"default": scores, "learned": [1.5]}, errors={"learned": 0.25}, highlight=["learned"])
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["default", "learned"]
+    assert axes.yaxis_inverted()  # the first at the top
+    spans = []
+    for bar in axes.containers:
+        points, _, (segments,) = bar.lines
+        ((low, _), (high, _)) = segments.get_segments()[0]
+        spans.append((points.get_xdata()[0], low, high))
+    half = 1.96 * np.std([1, 2, 3, 4], ddof=1) / 2  # n = 4
+    np.testing.assert_allclose(spans, [(2.5, 2.5 - half, 2.5 + half), (1.5, 1.25, 1.75)])
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: plots.learning_curve({"loss": [1.0]}), r'`history` must have "value".*\[\'loss\'\]'),
+        (lambda: plots.learning_curve({"value": 1.0}), r"got shape \(\)"),
+        (lambda: plots.hyperparameter_trace([]), "`trace` must hold at least one"),
+        (lambda: plots.hyperparameter_trace({"a": np.ones(2), "b": np.ones(3)}), "leading axis; got"),
+        (lambda: plots.hyperparameter_trace({"a": 1.0}), "leading axis; got"),
+        (lambda: plots.comparison({}), "`scores` must hold at least one method"),
+        (lambda: plots.comparison({"a": [np.nan]}), "'a' has none"),
+        (lambda: plots.comparison({"a": [1.0]}, highlight=["b"]), r"\['b'\] are not in \['a'\]"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()
+
+
+def test_the_absence_of_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"metaopt-jax\[examples\]"):
+        plots.learning_curve({"value": [1.0]})
