@@ -1,0 +1,39 @@
+"""The notebook runs from top to bottom, and its gradient steps improve what they should."""
+
+import json
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+NOTEBOOK = Path(__file__).parents[1] / "colab" / "start_here.ipynb"
+
+CHECK = """
+import json
+spread = float(np.ptp(np.log(predicted["rate"])))
+finite = all(bool(jnp.isfinite(loss).all()) for loss in losses.values())
+found = {"values": values.tolist(), "steps": len(result.history["value"]), "spread": spread, "finite": finite}
+print(json.dumps(found))
+"""
+
+
+def test_is_stored_without_outputs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+
+
+@pytest.mark.filterwarnings("default")  # the notebook server's libraries are not ours
+def test_runs_with_small_settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("METAOPT_SMALL", "1")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(CHECK))
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    found = json.loads(notebook.cells[-1].outputs[0].text)
+    assert found["values"][-1] < 0.9 * found["values"][0]  # λ was tuned
+    assert found["steps"] == 5 and found["spread"] > 0 and found["finite"]  # g's predictions differ between tables
