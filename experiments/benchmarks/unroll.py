@@ -1,0 +1,222 @@
+"""What a hypergradient through training costs, in time and memory.
+
+An MLP with Adam on scikit-learn's digits, 64 rows a step; λ is the learning rate and a penalty for each layer. For
+every number of inner steps T and every checkpoint policy:
+
+* time over that of plain training: `hypergrad.unroll` under `value_and_grad` against `inner.run` and the same outer
+  loss, both compiled, called in turns, medians;
+* temporary memory as the compiler states it, which has no noise, and its ratio to `remat="none"` of the same T.
+
+And tasks per second: `hypergrad.over_tasks`, all at once and in chunks, against a Python loop over one compiled task.
+
+    python experiments/benchmarks/unroll.py            # minutes; writes experiments/results/unroll.md
+    python experiments/benchmarks/unroll.py --readme   # and puts the tables into README.md
+    python experiments/benchmarks/unroll.py --smoke    # seconds; prints only
+"""
+
+import argparse
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import metaopt
+from metaopt import hypergrad, inner, tasks
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "experiments" / "results" / "unroll.md"
+REMAT = ("none", "step", "sqrt")
+SHARED = ("feature_mask", "class_mask", "num_features")
+HYPERPARAMS = {"rate": 3e-3, "decay": {"in": 1e-4, "hidden": 1e-4, "out": 1e-4}}
+
+
+def digits() -> tasks.Task:
+    """scikit-learn's digits as one task."""
+    table = tasks.prepare({table.name: table for table in tasks.from_sklearn()}["digits"])
+    shape = tasks.shape_of(table)
+    return tasks.to_task(table, rows=shape[:2], num_features=shape.features, num_classes=shape.classes)
+
+
+def make_problem(width: int):
+    """An MLP of two hidden layers, trained by Adam on minibatches of 64 rows."""
+
+    def init(key, hp, data):
+        sizes = (data["x"].shape[1], width, width, data["class_mask"].shape[0])
+        keys = jax.random.split(key, 3)
+        layers = zip(("in", "hidden", "out"), keys, sizes[:-1], sizes[1:], strict=True)
+        return {name: jax.random.normal(key, (n, m)) / np.sqrt(n) for name, key, n, m in layers}
+
+    def valid_loss(params, hp, batch):
+        hidden = jax.nn.relu(jax.nn.relu(batch["x"] @ params["in"]) @ params["hidden"])
+        nll = optax.losses.softmax_cross_entropy_with_integer_labels(hidden @ params["out"], batch["y"])
+        return (batch["mask"] * nll).sum() / batch["mask"].sum()
+
+    def train_loss(params, hp, batch):
+        return valid_loss(params, hp, batch) + sum(hp["decay"][name] * (w**2).sum() for name, w in params.items())
+
+    sampler = inner.minibatch(64, shared=SHARED)
+    return inner.problem(
+        inner.loop(train_loss, lambda hp: optax.adam(hp["rate"]), init=init, sampler=sampler), valid_loss
+    )
+
+
+def compiled(function, *args):
+    """The compiled program, and the seconds that tracing and compiling it took."""
+    start = time.perf_counter()
+    program = jax.jit(function).lower(*args).compile()
+    return program, time.perf_counter() - start
+
+
+def temporary_mib(program) -> float:
+    return program.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def medians(calls: dict, repetitions: int) -> dict[str, float]:
+    """Median seconds of every call, in turns, so that a slow minute is shared by all; the first turn is dropped."""
+    seconds = {name: [] for name in calls}
+    for _ in range(repetitions + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def time_and_memory(problem, task, num_steps: int, repetitions: int) -> list[list[str]]:
+    """Rows of the first table, for one T."""
+    loop, key = problem.loop, jax.random.key(0)
+
+    def outer_loss(state, hp):
+        return problem.outer_loss(loop.params(state), hp, task.valid, loop.context(state))
+
+    def plain(key, hp):
+        return outer_loss(inner.run(loop, num_steps)(key, hp, task.train), hp)
+
+    def hypergradient(remat):
+        solve = hypergrad.unroll(loop, num_steps=num_steps, remat=remat)
+        return lambda key, hp: jax.value_and_grad(lambda hp: outer_loss(solve(key, hp, task.train), hp))(hp)
+
+    functions = {"plain training": plain, **{f'`"{remat}"`': hypergradient(remat) for remat in REMAT}}
+    programs = {name: compiled(function, key, HYPERPARAMS) for name, function in functions.items()}
+    calls = {name: lambda program=program: program(key, HYPERPARAMS) for name, (program, _) in programs.items()}
+    seconds = medians(calls, repetitions)
+    stored = temporary_mib(programs['`"none"`'][0])
+    return [
+        [
+            str(num_steps),
+            name,
+            f"{1e3 * seconds[name]:.1f}",
+            f"{seconds[name] / seconds['plain training']:.2f}",
+            f"{temporary_mib(program):.2f}",
+            f"{temporary_mib(program) / stored:.4f}",
+            f"{compile_seconds:.1f}",
+        ]
+        for name, (program, compile_seconds) in programs.items()
+    ]
+
+
+def tasks_per_second(problem, task, num_tasks: int, num_steps: int, repetitions: int) -> list[list[str]]:
+    """Rows of the second table: hypergradients of a batch of tasks, which are random splits of the digits."""
+    keys = jax.random.split(jax.random.key(1), num_tasks)
+    batch = jax.jit(jax.vmap(tasks.resplit, in_axes=(0, None)))(keys, task)
+    single = hypergrad.unrolled(problem, num_steps=num_steps, remat="step")
+    programs, calls = {}, {}
+    for name, chunk in (("all at once (vmap)", None), (f"chunks of {num_tasks // 4}", num_tasks // 4)):
+        estimator = hypergrad.over_tasks(single, task_chunk=chunk)
+        state = estimator.init(jax.random.key(2), HYPERPARAMS, batch)
+        programs[name] = compiled(estimator.estimate, HYPERPARAMS, batch, state)
+        calls[name] = lambda program=programs[name][0], state=state: program(HYPERPARAMS, batch, state)[0].hypergrad
+
+    name, alone = "Python loop over one compiled task", tasks.unstack(batch)
+    states = [single.init(key, HYPERPARAMS, one) for key, one in zip(keys, alone, strict=True)]
+    programs[name] = compiled(single.estimate, HYPERPARAMS, alone[0], states[0])
+
+    def python_loop():
+        program = programs[name][0]
+        found = [program(HYPERPARAMS, *args)[0].hypergrad for args in zip(alone, states, strict=True)]
+        return jax.tree.map(lambda *leaves: sum(leaves) / num_tasks, *found)
+
+    calls[name] = python_loop
+    seconds = medians(calls, repetitions)
+    return [
+        [
+            name,
+            f"{num_tasks / seconds[name]:.1f}",
+            f"{seconds['Python loop over one compiled task'] / seconds[name]:.2f}",
+            f"{temporary_mib(program):.2f}",
+            f"{compile_seconds:.1f}",
+        ]
+        for name, (program, compile_seconds) in programs.items()
+    ]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def report(options: argparse.Namespace) -> str:
+    """Runs everything; the report in Markdown."""
+    problem, task = make_problem(options.width), jax.tree.map(jnp.asarray, digits())
+    first, repetitions = [], options.repetitions
+    for num_steps in options.num_steps:
+        first += time_and_memory(problem, task, num_steps, repetitions)
+    second = tasks_per_second(problem, task, options.num_tasks, options.task_steps, repetitions)
+    header = ["T", "`remat`", "ms", "time / plain", "temporary MiB", "memory / `none`", "compile s"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
+    return "\n\n".join(
+        [
+            f"An MLP of 61, {options.width}, {options.width} and 10 units with Adam on scikit-learn's digits, 64 rows "
+            f"a step, float32; medians of {repetitions} calls in turns.",
+            table(header, first),
+            f'Hypergradients of {options.num_tasks} tasks of {options.task_steps} steps, `remat="step"`:',
+            table(["tasks", "tasks a second", "against the loop", "temporary MiB", "compile s"], second),
+            f"`python experiments/benchmarks/unroll.py{options.flags}` with Python {platform.python_version()}, "
+            + ", ".join(f"{name} {version}" for name, version in versions.items())
+            + f"; {jax.default_backend()}, {cores} cores. Memory is what the compiler states: compare ratios within "
+            "one JAX version.",
+        ]
+    )
+
+
+def put_into_readme(text: str) -> None:
+    """Replaces what is between the benchmark's markers in README.md."""
+    readme = ROOT / "README.md"
+    start, end = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
+    pattern = re.compile(f"{re.escape(start)}.*{re.escape(end)}", re.DOTALL)
+    readme.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", readme.read_text(), count=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="small sizes, one repetition; writes no result")
+    parser.add_argument("--readme", action="store_true", help="put the tables into README.md as well")
+    parser.add_argument("--repetitions", type=int, default=None, help="of every measurement; 9 by default")
+    options = parser.parse_args()
+    if options.smoke and options.readme:
+        parser.error("--readme is for the full run, not for --smoke.")
+    if options.repetitions is not None and options.repetitions < 1:
+        parser.error(f"--repetitions must be at least 1; got {options.repetitions}.")
+    options.flags = "".join(f" {argument}" for argument in sys.argv[1:] if argument != "--readme")
+    sizes = (8, (16,), 4, 4, 1) if options.smoke else (64, (16, 256, 1024), 16, 100, 9)
+    options.width, options.num_steps, options.num_tasks, options.task_steps, default = sizes
+    options.repetitions = options.repetitions or default
+    text = report(options)
+    print(text)
+    if not options.smoke:
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        RESULT.write_text(f"# What a hypergradient costs\n\n{text}\n")
+    if options.readme:
+        put_into_readme(text)
+
+
+if __name__ == "__main__":
+    main()
