@@ -27,6 +27,7 @@ def test_is_stored_without_outputs():
 @pytest.mark.filterwarnings("default")  # the notebook server's libraries are not ours
 def test_runs_with_small_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("METAOPT_SMALL", "1")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the seconds of compiling
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(CHECK))
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
