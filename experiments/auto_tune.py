@@ -75,7 +75,7 @@ FEATURES = (
 class Config:
     """What is run. Sizes of the network and of one training run are the same in all presets but `smoke`."""
 
-    num_steps: int = 150  # of one training run
+    num_steps: int = 100  # of one training run
     batch_size: int = 64
     num_members: int = 4
     num_hidden: int = 32
@@ -85,7 +85,7 @@ class Config:
     max_rows: int = 5000
     max_features: int = 64
     max_buckets: int = 3
-    meta_batch: int = 12
+    meta_batch: int = 10
     global_steps: int = 60
     meta_steps: int = 60
     global_rate: float = 0.1
@@ -95,7 +95,7 @@ class Config:
     fine_tune_rate: float = 0.1
     trials: tuple[int, ...] = (5, 20, 50)
     tree_trials: int = 3
-    chunk: int = 8  # tables that train at once
+    chunk: int = 4  # tables that train at once
 
 
 PRESETS = {
@@ -119,11 +119,9 @@ PRESETS = {
     "full": Config(
         folds=(0, 1, 2, 3, 4),
         num_seeds=3,
-        max_features=128,
-        max_buckets=6,
-        meta_batch=16,
-        global_steps=120,
-        meta_steps=200,
+        max_buckets=5,
+        global_steps=80,
+        meta_steps=140,
         fine_tune_steps=(5, 15),
         trials=(5, 20, 50, 100),
         tree_trials=10,
@@ -722,6 +720,8 @@ def main(argv=None) -> list[dict]:
         phi = predictor.init(phi_key)
         phi["center"] = jax.flatten_util.ravel_pytree(first.hyperparams)[0]
         second = training.fit(meta_learner, sample_tasks, hyperparams=phi, num_steps=config.meta_steps, key=second_key)
+        if "signal" in (first.stopped, second.stopped):
+            sys.exit("stopped by a signal")
         clock[f"meta-training, fold {fold}"] = time.perf_counter() - start
         histories[fold] = (first.history["value"], second.history["value"])
         z_global[fold] = first.hyperparams

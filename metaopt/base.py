@@ -122,7 +122,7 @@ class Estimate(NamedTuple):
       hypergrad: dF/dλ, shaped like λ.
       done: [] bool (one per task after `over_tasks`); the horizon ended, so the caller may give this slot a new task
         and a fresh state.
-      metrics: residuals, norms, counts; looked at, never carried.
+      metrics: a flat dict of residuals, norms, counts; looked at, never carried.
     """
 
     value: jax.Array
@@ -152,9 +152,9 @@ class Estimator(NamedTuple):
     Attributes:
       init: `(key, hyperparams, task) -> state`.
       estimate: `(hyperparams, task, state) -> (Estimate, state)`.
-      kind: what the hypergradient is, and so which test battery it must pass: "exact" (of the F that it reports),
-        "biased" (a truncation or an approximation), "unbiased" (right on average), "pseudo" (a direction that is
-        no gradient of F: Reptile).
+      kind: what the hypergradient is, and so which test battery it must pass: "exact" (the derivative of `value`, from
+        the same state), "biased" (a truncation or an approximation, or exact only in a limit; the docstring says which),
+        "unbiased" (right on average), "pseudo" (a direction that is no gradient of F: Reptile).
     """
 
     init: EstimatorInitFn
@@ -177,25 +177,29 @@ class Predictor(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One trial: what was tried where, and what came of it.
+    """One trial: what was tried where, and what came of it; or, with status "WAITING", what is to be tried.
 
     Attributes:
       task: the task's name.
-      configuration: λ, as plain values.
-      outcome: the loss, smaller is better; NaN where the trial failed.
+      configuration: λ as plain values, by path (`spaces.names`).
+      outcome: the loss, smaller is better; NaN where there is none.
       fidelity: the fraction of the full budget, in (0, 1].
       cost: seconds.
       seed: the trial's seed.
-      status: "COMPLETE", "PRUNED" or "FAIL".
+      status: "WAITING", "RUNNING", "COMPLETE", "PRUNED" or "FAIL".
+      trial: the trial's number in its search; one trial may have records at several fidelities.
+      reason: why it failed: a time limit, a signal, an exception's text.
     """
 
     task: str
     configuration: dict[str, Any]
-    outcome: float
+    outcome: float = float("nan")
     fidelity: float = 1.0
     cost: float = float("nan")
     seed: int = 0
     status: str = "COMPLETE"
+    trial: int = 0
+    reason: str = ""
 
 
 class SearcherInitFn(Protocol):
@@ -205,8 +209,8 @@ class SearcherInitFn(Protocol):
 
 
 class AskFn(Protocol):
-    def __call__(self, state: PyTree, num: int) -> tuple[list[HyperParams], PyTree]:
-        """`num` configurations to try next; the state that remembers having asked."""
+    def __call__(self, state: PyTree, num: int) -> tuple[list[Record], PyTree]:
+        """At most `num` trials to run next, "WAITING", with fidelity and seed; the state that remembers having asked."""
         ...
 
 

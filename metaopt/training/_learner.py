@@ -74,7 +74,7 @@ def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation) 
     padded otherwise) cannot be mixed with the carried ones: then **every** slot is renewed, done or not.
 
     An outer step whose hypergradient has a non-finite entry is skipped: λ and the optimizer's state stay, the
-    estimator's state advances, and `skipped` is 1.
+    estimator's state advances, and `skipped` is 1. Where there is one task, it starts afresh at the next step.
 
     Both functions work under `jit`, `vmap` and `lax.scan`; the gradient through them is what the estimator's own
     functions allow. A donated state is safe (`jax.jit(step, donate_argnums=0)`), with the care that `fit` takes:
@@ -140,14 +140,18 @@ def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation) 
         updates, opt_state = optimizer.update(hypergrad, state.opt_state, hyperparams, value=estimate.value)
         updated = (optax.apply_updates(hyperparams, updates), opt_state)
         hyperparams, opt_state = _select(finite, updated, (hyperparams, state.opt_state))
+        # A single task that diverged would never recover by itself; over a batch, `over_tasks` ends such slots.
+        ended = estimate.done
+        if isinstance(ended, jax.Array) and ended.ndim == 0:
+            ended = ended | ~finite | ~jnp.isfinite(estimate.value)
         metrics = {
             **estimate.metrics,
             "value": estimate.value,
             "hypergrad_norm": optax.tree.norm(estimate.hypergrad),
-            "num_done": num_true(estimate.done),
+            "num_done": num_true(ended),
             "skipped": jnp.logical_not(finite).astype(jnp.int32),
         }
-        new_state = LearnerState(hyperparams, opt_state, new_estimator_state, tasks, estimate.done, state.step + 1, key)
+        new_state = LearnerState(hyperparams, opt_state, new_estimator_state, tasks, ended, state.step + 1, key)
         return _strong(new_state), metrics
 
     return Learner(init, step)
