@@ -77,7 +77,7 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
       ValueError: the file is no predictor, of a newer version, or its weights do not fit its description.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop("header").tobytes())
         format_, version = header["format"], int(header["version"])
@@ -91,7 +91,10 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
             f"{os.fspath(path)} is of format {format_!r} version {version}; this metaopt reads 'metaopt.predictor' up "
             f"to version {VERSION}. A newer metaopt reads it."
         )
-    predictor = _networks.from_config(config)
+    try:
+        predictor, space = _networks.from_config(config), spaces.from_json(config["space"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{os.fspath(path)} does not describe its predictor as it should: {error!r}.") from error
     template = jax.eval_shape(predictor.init, jax.random.key(0))
     leaves = []
     for key, leaf in jax.tree_util.tree_leaves_with_path(template):
@@ -103,4 +106,4 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
     if arrays:
         raise ValueError(f"{os.fspath(path)} has weights that its predictor does not: {', '.join(sorted(arrays))}.")
     meta_params = jax.tree.unflatten(jax.tree.structure(template), leaves)
-    return SavedPredictor(predictor, meta_params, spaces.from_json(config["space"]), scaling)
+    return SavedPredictor(predictor, meta_params, space, scaling)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.extend import core
 
@@ -20,86 +21,84 @@ from jax.extend import core
 _STEEP = 1e3
 
 
-def _zero_safe(operation: Callable, derivatives: Callable) -> Callable:
-    """`operation` with partial derivatives given by `derivatives(*primals, **params)`, one per primal, or None."""
+def _zero_safe(operation: Callable, form: Callable, drop: bool) -> Callable:
+    """`operation`, to be differentiated as `form(operation, *operands, drop=drop)`, which has the same values.
 
-    def bind(*primals, **params):
-        function = jax.custom_jvp(functools.partial(operation, **params))
-
-        @function.defjvp
-        def jvp(primals, tangents):
-            partials = derivatives(*primals, **params)
-            terms = [d * t for d, t in zip(partials, tangents, strict=True) if d is not None]
-            return function(*primals), functools.reduce(jnp.add, terms)
-
-        return function(*primals)
-
-    return bind
+    What is not differentiated stays as it is, to the bit. The rule is `form` itself, and not a formula for its first
+    derivative, since a scan that is differentiated in reverse forgets such rules, and is then differentiated once more.
+    """
+    function = jax.custom_jvp(operation)
+    function.defjvp(lambda primals, tangents: jax.jvp(functools.partial(form, operation, drop=drop), primals, tangents))
+    return function
 
 
-def _guarded(bad: jax.Array, x: jax.Array, derivative: Callable) -> jax.Array:
-    """`derivative(x)`, and 0 where `bad`; evaluated at 1 there, so that its own derivative is finite too."""
-    return jnp.where(bad, 0, derivative(jnp.where(bad, 1, x)))
+def _constant_where(bad: jax.Array, operation: Callable, *operands: jax.Array) -> jax.Array:
+    """`operation(*operands)`, a constant where `bad`; evaluated at ones there, so that all derivatives are finite."""
+    constant = operation(*map(jax.lax.stop_gradient, operands))
+    return jnp.where(bad, constant, operation(*[jnp.where(bad, jnp.ones_like(x), x) for x in operands]))
 
 
-def _sqrt(x, **_):
-    return (_guarded(x <= 0, x, lambda x: 0.5 / jnp.sqrt(x)),)
+def _sqrt(operation, x, *, drop):
+    return _constant_where(x <= 0, operation, x)
 
 
-def _rsqrt(x, **_):
-    return (_guarded(x <= 0, x, lambda x: -0.5 * jax.lax.rsqrt(x) / x),)
+def _rsqrt(operation, x, *, drop):
+    return _constant_where(x <= jnp.finfo(x.dtype).tiny ** (2 / 3), operation, x)  # below, x^(-3/2) overflows
 
 
-def _cbrt(x, **_):
-    return (_guarded(x == 0, x, lambda x: jnp.cbrt(x) / (3 * x)),)
+def _cbrt(operation, x, *, drop):
+    return _constant_where(x == 0, operation, x)
 
 
-def _integer_pow(x, *, y, **_):
-    if y >= 1:
-        return (y * jax.lax.integer_pow(x, y - 1),)
-    return (_guarded(x == 0, x, lambda x: y * jax.lax.integer_pow(x, y - 1)),)
+def _pow(operation, x, y, *, drop):
+    slope = jnp.power(jnp.abs(x), y.astype(x.dtype) - 1)  # 0 to a negative power, or an overflow
+    return _constant_where(~jnp.isfinite(jax.lax.stop_gradient(slope)), operation, x, y)
 
 
-def _pow(x, y, **_):
-    exponent = y.astype(x.dtype)
-    singular = (x == 0) & (exponent < 1)
-    by_base = jnp.where(singular, 0, exponent * jnp.power(jnp.where(singular, 1, x), exponent - 1))
-    if not jnp.issubdtype(y.dtype, jnp.floating):
-        return (by_base, None)
-    return (by_base, _guarded(x <= 0, x, lambda x: jnp.log(x) * jnp.power(x, exponent)))
-
-
-def _div(x, y, *, drop, **_):
-    bad = (y == 0) | ~jnp.isfinite(x) | ~jnp.isfinite(y)  # a branch that `where` leaves out may hold anything
+def _div(operation, x, y, *, drop):
+    # The derivative divides by y². A branch that `where` leaves out may hold anything.
+    bad = (jnp.abs(y) < jnp.finfo(y.dtype).tiny ** 0.5) | ~jnp.isfinite(x) | ~jnp.isfinite(y)
     if drop:
         bad |= (x == 0) & (jnp.abs(y) <= 1 / _STEEP)
-    safe = jnp.where(bad, 1, y)
-    x = jnp.where(bad, 0, x)
-    return (jnp.where(bad, 0, 1 / safe), -(x / safe) / safe)
+    return _constant_where(bad, operation, x, y)
 
 
-def _mul(x, y, *, drop, **_):
-    bad_x = ~jnp.isfinite(y)  # 0 · (1/√0): the partial derivative itself is infinite
-    bad_y = ~jnp.isfinite(x)
+def _mul(operation, x, y, *, drop):
+    bad = ~jnp.isfinite(x) | ~jnp.isfinite(y)  # 0 · (1/√0): the derivative itself is infinite
     if drop:
-        bad_x |= (x == 0) & (jnp.abs(y) >= _STEEP)
-        bad_y |= (y == 0) & (jnp.abs(x) >= _STEEP)
-    return (jnp.where(bad_x, 0, y), jnp.where(bad_y, 0, x))
+        steep_in_x, steep_in_y = (x == 0) & (jnp.abs(y) >= _STEEP), (y == 0) & (jnp.abs(x) >= _STEEP)
+        x = jnp.where(steep_in_x, jax.lax.stop_gradient(x), x)
+        y = jnp.where(steep_in_y, jax.lax.stop_gradient(y), y)
+    return _constant_where(bad, operation, x, y)
 
 
-_DERIVATIVES: dict[str, Callable] = {
+# `(operation, *operands, drop) -> output`, for the operations whose derivative can be infinite.
+_FORMS: dict[str, Callable] = {
     "sqrt": _sqrt,
     "rsqrt": _rsqrt,
     "cbrt": _cbrt,
-    "integer_pow": _integer_pow,
+    "integer_pow": _cbrt,
     "pow": _pow,
     "div": _div,
     "mul": _mul,
 }
 
 
+def _is_tame(equation: Any) -> bool:
+    """Whether the derivative is finite and not steep whatever the operands, as for a product with a small constant."""
+    name, invars = equation.primitive.name, equation.invars
+    if not jnp.issubdtype(invars[0].aval.dtype, jnp.floating):
+        return True
+    if name == "integer_pow":
+        return equation.params["y"] >= 0
+    constants = [abs(float(v.val)) if isinstance(v, core.Literal) and np.ndim(v.val) == 0 else None for v in invars]
+    if name == "mul":
+        return any(c is not None and c < _STEEP for c in constants)
+    return name == "div" and constants[1] is not None and constants[1] > 1 / _STEEP
+
+
 def _evaluate(jaxpr: Any, consts: Any, args: Any, drop: bool) -> list:
-    """Evaluates a jaxpr, with the primitives of `_DERIVATIVES` in their zero-safe form."""
+    """Evaluates a jaxpr, with the operations of `_FORMS` in their zero-safe form."""
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
 
@@ -109,12 +108,9 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any, drop: bool) -> list:
     for equation in jaxpr.eqns:
         operands = [v.val if isinstance(v, core.Literal) else values[v] for v in equation.invars]
         name, params = equation.primitive.name, equation.params
-        floating = all(jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in operands[:1])
-        if name in _DERIVATIVES and floating:
-            derivatives = _DERIVATIVES[name]
-            if name in ("div", "mul"):
-                derivatives = functools.partial(derivatives, drop=drop)
-            outputs = _zero_safe(equation.primitive.bind, derivatives)(*map(jnp.asarray, operands), **params)
+        if name in _FORMS and not _is_tame(equation):
+            operation = functools.partial(equation.primitive.bind, **params)
+            outputs = _zero_safe(operation, _FORMS[name], drop)(*map(jnp.asarray, operands))
         elif name in ("pjit", "jit", "closed_call"):  # nested calls of jnp functions
             inner = params.get("jaxpr", params.get("call_jaxpr"))
             outputs = closed(inner)(*operands)

@@ -9,7 +9,7 @@ import problems
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from metaopt import hypergrad, inner
+from metaopt import base, hypergrad, inner
 
 KEY = jax.random.key(3)
 DATA = problems.TASK.train
@@ -37,46 +37,39 @@ def numerical_gradient(function, tree, eps=1e-5):
 # Dropout, minibatches, running statistics and Adam; λ in the initialization, both losses and the optimizer.
 
 
-def test_equals_finite_differences_wherever_hyperparams_enter():
-    objective = everything_objective()
+def test_forward_and_reverse_equal_finite_differences_wherever_hyperparams_enter():
+    objective = everything_objective(num_steps=4)
     lam = problems.EVERYTHING_LAM
-    expected = numerical_gradient(objective, lam)
+    expected = jax.jit(lambda lam: numerical_gradient(objective, lam))(lam)
     for name in lam._fields:  # every part has an influence, or else the test says nothing
         assert optax.tree.norm(getattr(expected, name)) > 1e-3, name
-    chex.assert_trees_all_close(jax.jit(jax.grad(objective))(lam), expected, rtol=1e-5, atol=1e-8)
-
-
-def test_the_estimator_equals_finite_differences_of_its_own_value():
-    estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=4, remat="step", outer="mean")
-    lam = problems.EVERYTHING_LAM
-    state = estimator.init(KEY, lam, problems.TASK)
-    estimate = jax.jit(lambda lam: estimator.estimate(lam, problems.TASK, state)[0])
-    expected = numerical_gradient(lambda lam: estimate(lam).value, lam)
-    chex.assert_trees_all_close(estimate(lam).hypergrad, expected, rtol=1e-5, atol=1e-8)
-
-
-def test_forward_equals_reverse():
-    objective = everything_objective()
-    forward, reverse = (jax.jit(jac(objective))(problems.EVERYTHING_LAM) for jac in (jax.jacfwd, jax.grad))
+    forward, reverse = (jax.jit(jac(objective))(lam) for jac in (jax.jacfwd, jax.grad))
+    chex.assert_trees_all_close(reverse, expected, rtol=1e-5, atol=1e-8)
     chex.assert_trees_all_close(forward, reverse, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("remat", ["none", "sqrt"])
-def test_second_order_equals_finite_differences(remat):
-    grad = jax.jit(jax.grad(everything_objective(num_steps=3, remat=remat)))
+def test_the_estimator_equals_finite_differences_of_its_own_value():
+    estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=3, remat="step", outer="mean")
+    lam = problems.EVERYTHING_LAM
+    value = jax.jit(lambda lam: estimator.estimate(lam, problems.TASK, KEY)[0].value)
+    expected = jax.jit(lambda lam: numerical_gradient(value, lam))(lam)
+    estimate, _ = jax.jit(estimator.estimate)(lam, problems.TASK, KEY)
+    chex.assert_trees_all_close(estimate.hypergrad, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_second_order_equals_finite_differences():
+    grad = jax.jit(jax.grad(everything_objective(num_steps=2)))
     lam = problems.EVERYTHING_LAM
     leaves, structure = jax.tree.flatten(lam)
     keys = jax.random.split(KEY, len(leaves))
     v = structure.unflatten([jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
-    eps = 1e-5
+    eps = 1e-6
     ahead, behind = (grad(optax.tree.add_scale(lam, sign * eps, v)) for sign in (1, -1))
     expected = jax.tree.map(lambda a, b: (a - b) / (2 * eps), ahead, behind)
     for part in expected:
         assert optax.tree.norm(part) > 1e-3
     forward_over_reverse = jax.jit(lambda lam: jax.jvp(grad, (lam,), (v,))[1])(lam)
-    reverse_over_reverse = jax.jit(jax.grad(lambda lam: optax.tree.vdot(grad(lam), v)))(lam)
     chex.assert_trees_all_close(forward_over_reverse, expected, rtol=1e-5, atol=1e-7)
-    chex.assert_trees_all_close(reverse_over_reverse, forward_over_reverse, rtol=1e-9, atol=1e-12)
 
 
 def test_three_levels_equal_the_closed_form():
@@ -112,21 +105,61 @@ def test_three_levels_equal_the_closed_form():
 
     for order in (jax.grad, lambda f: jax.grad(jax.grad(f)), lambda f: jax.jacfwd(jax.grad(f))):
         expected = order(by_hand)(0.1)
-        assert abs(expected) > 1e-2
+        assert abs(expected) > 1e-3
         np.testing.assert_allclose(jax.jit(order(nested))(0.1), expected, rtol=1e-11)
 
 
-# Checkpoints.
+# Checkpoints and weights, on a problem that compiles fast: noise, statistics, momentum, a schedule.
+
+
+def _small_loss(params, hyperparams, batch, context):
+    noise = jax.random.normal(context.key, params.shape)
+    stats = 0.5 * context.model_state + 0.5 * params
+    return (
+        jnp.tanh(params + 0.1 * noise - hyperparams["target"]) ** 2 + 0.1 * params * context.model_state
+    ).sum(), stats
+
+
+SMALL = inner.problem(
+    inner.loop(
+        _small_loss,
+        lambda hyperparams: optax.sgd(hyperparams["rate"], momentum=0.5),
+        init=lambda key, hyperparams, data: (jnp.array([0.3, -0.2]), jnp.zeros(2)),
+        with_context=True,
+    ),
+    lambda params, hyperparams, batch, context: (jnp.sin(params) ** 2 + context.model_state**2).sum() * context.step,
+    with_context=True,
+)
+SMALL_LAM = {"rate": jnp.array(0.2), "target": jnp.array([1.0, -0.5])}
+SMALL_TASK = base.Task(None, None)
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 5, 16, 17])
 def test_checkpointing_changes_nothing(num_steps):
     def results(remat):
-        return jax.jit(jax.value_and_grad(everything_objective(num_steps, remat=remat)))(problems.EVERYTHING_LAM)
+        def objective(lam):
+            state = hypergrad.unroll(SMALL.loop, num_steps=num_steps, remat=remat)(KEY, lam, None)
+            return (jnp.sin(state.params) ** 2 + state.model_state**2).sum()
+
+        return jax.jit(jax.value_and_grad(objective))(SMALL_LAM)
 
     expected = results("none")
+    assert num_steps == 0 or optax.tree.norm(expected[1]) > 1e-2
     for remat in ("step", "sqrt"):  # the same operations, fused otherwise: equal to rounding
-        chex.assert_trees_all_close(results(remat), expected, rtol=1e-8, atol=1e-12)
+        chex.assert_trees_all_close(results(remat), expected, rtol=1e-11, atol=1e-14)
+
+
+def test_orders_of_nesting_agree():
+    def hessian(outer, remat):
+        def objective(lam):
+            return jnp.sin(hypergrad.unroll(SMALL.loop, num_steps=5, remat=remat)(KEY, lam, None).params).sum()
+
+        return jax.jit(outer(jax.grad(objective)))(SMALL_LAM)
+
+    expected = hessian(jax.jacfwd, "none")
+    assert optax.tree.norm(expected) > 1e-2
+    for outer, remat in ((jax.jacfwd, "sqrt"), (jax.jacrev, "none"), (jax.jacrev, "step"), (jax.jacrev, "sqrt")):
+        chex.assert_trees_all_close(hessian(outer, remat), expected, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("remat", ["none", "step", "sqrt"])
@@ -146,7 +179,7 @@ def test_checkpointed_scan_keeps_the_order_of_its_steps(length, remat):
     np.testing.assert_array_equal(ys["carry"], expected[1:])
 
 
-@pytest.mark.parametrize(("remat", "most"), [("none", 200), ("step", 64), ("sqrt", 16)])
+@pytest.mark.parametrize(("remat", "most"), [("none", 256), ("step", 64), ("sqrt", 16)])
 def test_what_is_stored_between_the_passes(remat, most):
     # The residuals of the reverse pass of 64 steps, in copies of a carry of 100 numbers that a step uses three times.
     def step(carry, _):
@@ -160,42 +193,40 @@ def test_what_is_stored_between_the_passes(remat, most):
     assert most / 2 <= stored <= most + 2
 
 
-# Weights of the outer loss.
-
-
 def weighted_by_hand(hyperparams, weights, key):
     """A Python loop over steps."""
     train_key, _ = jax.random.split(jax.random.split(key)[0])
-    loop = problems.EVERYTHING_LOOP
-    state = loop.init(train_key, hyperparams, DATA)
+    loop = SMALL.loop
+    state = loop.init(train_key, hyperparams, None)
     total = 0.0
-    step = jax.jit(inner.step, static_argnums=0)  # compiled once
     for weight in weights:
-        state = step(loop, state, hyperparams, DATA)
-        loss = problems.EVERYTHING.outer_loss(loop.params(state), hyperparams, problems.TASK.valid, loop.context(state))
-        total = total + weight * loss
+        state = inner.step(loop, state, hyperparams, None)
+        total = total + weight * SMALL.outer_loss(loop.params(state), hyperparams, None, loop.context(state))
     return total
 
 
 @pytest.mark.parametrize("remat", ["none", "sqrt"])
 @pytest.mark.parametrize(
     ("outer", "weights"),
-    [("last", [0, 0, 0, 1]), ("mean", [0.25] * 4), ([0.5, 2, 0, -1], None), ([0, 0, 0, 3], None)],
+    [
+        ("last", [0, 0, 0, 0, 1]),
+        ("mean", [0.2] * 5),
+        ([0.5, 2, 0, 1, -1], [0.5, 2, 0, 1, -1]),
+        ([0, 0, 0, 0, 3], [0, 0, 0, 0, 3]),
+        ([1, 0, 0, 0, 0], [1, 0, 0, 0, 0]),
+    ],
 )
 def test_outer_weights_equal_a_loop_over_steps(outer, weights, remat):
-    weights = outer if weights is None else weights
-    estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=4, outer=outer, remat=remat)
-    estimate, _ = jax.jit(estimator.estimate)(problems.EVERYTHING_LAM, problems.TASK, KEY)
-    expected = jax.value_and_grad(lambda lam: weighted_by_hand(lam, weights, KEY))(problems.EVERYTHING_LAM)
-    chex.assert_trees_all_close((estimate.value, estimate.hypergrad), expected, rtol=1e-8, atol=1e-12)
+    estimator = hypergrad.unrolled(SMALL, num_steps=5, outer=outer, remat=remat)
+    estimate, _ = jax.jit(estimator.estimate)(SMALL_LAM, SMALL_TASK, KEY)
+    expected = jax.jit(jax.value_and_grad(lambda lam: weighted_by_hand(lam, weights, KEY)))(SMALL_LAM)
+    chex.assert_trees_all_close((estimate.value, estimate.hypergrad), expected, rtol=1e-11, atol=1e-14)
     assert estimate.done
 
 
 def test_a_one_hot_weight_at_the_last_step_is_the_last_step():
     estimates = [
-        jax.jit(hypergrad.unrolled(problems.EVERYTHING, num_steps=3, outer=outer).estimate)(
-            problems.EVERYTHING_LAM, problems.TASK, KEY
-        )
+        jax.jit(hypergrad.unrolled(SMALL, num_steps=3, outer=outer).estimate)(SMALL_LAM, SMALL_TASK, KEY)[0]
         for outer in ("last", [0, 0, 1.0])
     ]
     chex.assert_trees_all_equal(*estimates)
@@ -273,11 +304,11 @@ def test_zero_inner_steps_are_plain_training():
 
 
 def test_every_estimate_draws_afresh_and_repeats_with_its_key():
-    estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=2)
+    estimator = hypergrad.unrolled(SMALL, num_steps=2)
     estimate = jax.jit(estimator.estimate)
-    first, state = estimate(problems.EVERYTHING_LAM, problems.TASK, estimator.init(KEY, None, None))
-    second, _ = estimate(problems.EVERYTHING_LAM, problems.TASK, state)
-    again, _ = estimate(problems.EVERYTHING_LAM, problems.TASK, estimator.init(KEY, None, None))
+    first, state = estimate(SMALL_LAM, SMALL_TASK, estimator.init(KEY, None, None))
+    second, _ = estimate(SMALL_LAM, SMALL_TASK, state)
+    again, _ = estimate(SMALL_LAM, SMALL_TASK, estimator.init(KEY, None, None))
     assert first.value != second.value
     chex.assert_trees_all_equal(first, again)
 

@@ -1,4 +1,4 @@
-"""The loop: steps, contexts, training runs, and what it says about a loss, an optimizer or an init that does not fit."""
+"""The loop: steps, contexts, training runs, and what it says where a loss, an optimizer or an init does not fit."""
 
 from functools import partial
 

@@ -45,7 +45,7 @@ def chi_square(counts):
 
 
 def test_shuffled_is_uniform():
-    # Over 24,000 keys: all 24 orders of 4 entries, and where each of 10 entries goes. The bounds are the 99.99 % points.
+    # Over 24,000 keys: all 24 orders of 4 entries, and where each of 10 goes. The bounds are the 99.99 % points.
     keys = jax.random.split(KEY, 24_000)
     orders = np.asarray(jax.jit(jax.vmap(lambda key: permutation(4, key=key)))(keys))
     index = {order: i for i, order in enumerate(itertools.permutations(range(4)))}

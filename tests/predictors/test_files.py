@@ -1,0 +1,132 @@
+"""Predictors on disk: the same bits come back, and nothing else is accepted."""
+
+import json
+import pickle
+import zipfile
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from metaopt import base, predictors, spaces
+
+KEY = jax.random.key(0)
+SPACE = {"rate": spaces.interval(1e-3, 1.0, log=True), "nested": [spaces.simplex(3), spaces.fixed(0.5)]}
+MAKE = {
+    "mlp": lambda: predictors.mlp(SPACE, 2, num_hidden=3, hyperparams=None),
+    "dataset_embedding": lambda: predictors.dataset_embedding(SPACE, num_features=2, width=4, max_rows=7),
+}
+
+
+def weights(predictor):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(size=x.shape), x.dtype), predictor.init(KEY))
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_round_trip_returns_the_same_bits(name, x64, tmp_path):
+    with jax.enable_x64(x64):
+        predictor = MAKE[name]()
+        phi, scaling = weights(predictor), {"mean": [0.1, -2.5], "names": ["log_n", "entropy"]}
+        predictors.save(tmp_path / "g.npz", predictor, phi, scaling=scaling)
+        loaded = predictors.load(tmp_path / "g.npz")
+    chex.assert_trees_all_equal(loaded.meta_params, phi)
+    assert [x.dtype for x in jax.tree.leaves(loaded.meta_params)] == [x.dtype for x in jax.tree.leaves(phi)]
+    assert loaded.space == SPACE
+    assert loaded.scaling == scaling
+    assert loaded.predictor.config == predictor.config
+    data = {"x": np.ones((5, 2)), "y": np.arange(5) % 2, "mask": np.ones(5)}
+    task = base.Task({**data, "feature_mask": np.ones(2), "class_mask": np.ones(2)}, None, np.array([0.3, 0.1]))
+    task = jax.tree.map(jax.numpy.asarray, task)
+    chex.assert_trees_all_equal(loaded.predictor.apply(loaded.meta_params, task), predictor.apply(phi, task))
+    assert [path.name for path in tmp_path.iterdir()] == ["g.npz"]  # no temporary file is left
+
+
+def saved(path):
+    predictor = MAKE["mlp"]()
+    predictors.save(path, predictor, weights(predictor))
+    with np.load(path) as file:
+        arrays = dict(file)
+    return arrays, json.loads(arrays.pop("header").tobytes())
+
+
+def rewrite(path, arrays, header):
+    np.savez(path, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
+
+
+def test_nothing_in_the_file_is_pickled(tmp_path):
+    path = tmp_path / "g.npz"
+    arrays, header = saved(path)
+    assert header["format"] == "metaopt.predictor" and header["version"] == 1
+    assert all(array.dtype != object for array in arrays.values())
+    # A file with a pickle in it is refused, not executed.
+    np.savez(path, header=np.array([object()], dtype=object))
+    with pytest.raises(ValueError, match="is no predictor that `predictors.save` wrote"):
+        predictors.load(path)
+
+
+def test_garbage(tmp_path):
+    path = tmp_path / "g.npz"
+    saved(path)
+    whole = path.read_bytes()
+    for content in (b"", b"not a file of this kind", whole[: len(whole) // 2], pickle.dumps({"a": 1})):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no predictor that `predictors.save` wrote"):
+            predictors.load(path)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match="is no predictor"):
+        predictors.load(path)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="is no predictor"):
+        predictors.load(tmp_path / "array.npy")
+    with pytest.raises(FileNotFoundError):
+        predictors.load(tmp_path / "absent.npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2; this metaopt reads 'metaopt.predictor' up to version 1"),
+        ({"format": "other"}, "is of format 'other' version 1"),
+        ({"version": "new"}, "is no predictor"),
+        ({"config": None}, "does not describe its predictor as it should"),
+        ({"config": {"kind": "mlp"}}, "does not describe its predictor as it should"),
+        ({"config": {"kind": "forest"}}, "Unknown kind of predictor 'forest'"),
+    ],
+)
+def test_other_headers(change, message, tmp_path):
+    path = tmp_path / "g.npz"
+    arrays, header = saved(path)
+    rewrite(path, arrays, {**header, **change})
+    with pytest.raises(ValueError, match=message):
+        predictors.load(path)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    path = tmp_path / "g.npz"
+    arrays, header = saved(path)
+    name = "['linear']"
+    rewrite(path, {**arrays, name: arrays[name][:1]}, header)
+    with pytest.raises(ValueError, match=r"the weights \['linear'\] should have shape \(2, 4\); found \(1, 4\)"):
+        predictors.load(path)
+    rewrite(path, {k: v for k, v in arrays.items() if k != name}, header)
+    with pytest.raises(ValueError, match=r"the weights \['linear'\] should have shape \(2, 4\); found nothing"):
+        predictors.load(path)
+    rewrite(path, {**arrays, "['more']": np.zeros(2)}, header)
+    with pytest.raises(ValueError, match=r"has weights that its predictor does not: \['more'\]"):
+        predictors.load(path)
+
+
+def test_what_cannot_be_saved_leaves_the_old_file(tmp_path):
+    path = tmp_path / "g.npz"
+    saved(path)
+    before = path.read_bytes()
+    predictor = MAKE["mlp"]()
+    with pytest.raises(TypeError):
+        predictors.save(path, predictor, weights(predictor), scaling={"mean": object()})
+    with pytest.raises(ValueError, match="carries no `config`"):
+        predictors.save(path, predictor._replace(config={}), weights(predictor))
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,173 @@
+"""Networks that map a task to λ: where they start, what does not change them, the chain rule."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+
+from metaopt import base, hypergrad, predictors, spaces
+
+KEY = jax.random.key(0)
+SPACE = {
+    "rate": spaces.interval(1e-3, 1.0, log=True),
+    "penalty": spaces.positive(0.1, shape=(2,)),
+    "mix": spaces.simplex(3),
+    "held": spaces.fixed(0.5),
+}
+START = {"rate": jnp.array(0.03), "penalty": jnp.array([0.2, 0.5]), "mix": jnp.array([0.5, 0.3, 0.2]), "held": 0.5}
+
+
+def table(seed=0, rows=12, columns=3, classes=3):
+    rng = np.random.default_rng(seed)
+    return {
+        "x": rng.normal(size=(rows, columns)),
+        "y": rng.permutation(np.arange(rows) % classes),
+        "mask": np.ones(rows),
+        "feature_mask": np.ones(columns),
+        "class_mask": np.ones(classes),
+    }
+
+
+def task(seed=0, **options):
+    return base.Task(jax.tree.map(jnp.asarray, table(seed, **options)), None, jnp.array([0.3, -1.2]) * (seed + 1))
+
+
+MAKE = {
+    "mlp": lambda **options: predictors.mlp(SPACE, 2, **options),
+    "dataset_embedding": lambda **options: predictors.dataset_embedding(SPACE, width=5, num_hidden=4, **options),
+    "embedding_and_features": lambda **options: predictors.dataset_embedding(SPACE, num_features=2, width=5, **options),
+}
+
+
+def random_weights(predictor, scale=0.5):
+    params = predictor.init(KEY)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.map(jnp.add, params, structure.unflatten(noise))
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_starts_at_one_given_lambda_for_every_task(name):
+    for start, options in ((START, {"hyperparams": START}), (spaces.default(SPACE), {})):
+        predictor = MAKE[name](**options)
+        for seed in range(3):
+            lam = spaces.to_constrained(SPACE, predictor.apply(predictor.init(KEY), task(seed)))
+            chex.assert_trees_all_close(lam, jax.tree.map(jnp.asarray, start), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_departs_from_it_as_tasks_tell(name):
+    predictor = MAKE[name]()
+    phi = random_weights(predictor)
+    a, b = (predictor.apply(phi, task(seed)) for seed in range(2))
+    assert a["held"] is None
+    assert all(np.abs(x - y).max() > 1e-3 for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    # And can: at the start the gradient moves the head, for every output.
+    grads = jax.grad(lambda phi: sum(leaf.sum() for leaf in jax.tree.leaves(predictor.apply(phi, task()))))(
+        predictor.init(KEY)
+    )
+    head = grads["head"] if "head" in grads else grads
+    assert (jnp.abs(head["linear"]).max(0) > 0).all() and (jnp.abs(head["out"]).max(0) > 0).all()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_tasks_batch(name):
+    predictor = MAKE[name]()
+    phi = random_weights(predictor)
+    tasks = [task(seed) for seed in range(3)]
+    batched = jax.jit(jax.vmap(predictor.apply, (None, 0)))(phi, problems.stack(tasks))
+    expected = problems.stack([predictor.apply(phi, one) for one in tasks])
+    chex.assert_trees_all_close(batched, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("what", ["rows", "columns", "classes", "padding"])
+def test_the_embedding_does_not_change(what):
+    predictor = MAKE["embedding_and_features"]()
+    phi = random_weights(predictor)
+    data = table(rows=11)
+    changed = dict(data)
+    rng = np.random.default_rng(3)
+    if what == "rows":
+        order = rng.permutation(11)
+        changed |= {name: data[name][order] for name in ("x", "y", "mask")}
+    elif what == "columns":
+        changed["x"] = data["x"][:, [2, 0, 1]]
+    elif what == "classes":
+        changed["y"] = np.array([1, 2, 0])[data["y"]]
+    else:
+        changed = {
+            "x": np.pad(data["x"], ((0, 4), (0, 2)), constant_values=7.0),
+            "y": np.pad(data["y"], (0, 4)),
+            "mask": np.pad(data["mask"], (0, 4)),
+            "feature_mask": np.pad(data["feature_mask"], (0, 2)),
+            "class_mask": np.pad(data["class_mask"], (0, 3)),
+        }
+
+    def apply(data):
+        return predictor.apply(phi, base.Task(jax.tree.map(jnp.asarray, data), None, jnp.ones(2)))
+
+    chex.assert_trees_all_close(apply(changed), apply(data), rtol=1e-10)
+    other = {**data, "y": np.roll(data["y"], 1)}
+    assert np.abs(apply(other)["rate"] - apply(data)["rate"]) > 1e-6
+
+
+def test_the_embedding_reads_no_more_than_max_rows():
+    predictor = MAKE["dataset_embedding"](max_rows=5)
+    phi = random_weights(predictor)
+    data = table()
+    changed = {**data, "x": np.concatenate([data["x"][:5], data["x"][5:] + 1])}
+    a, b = (predictor.apply(phi, base.Task(jax.tree.map(jnp.asarray, d), None)) for d in (data, changed))
+    chex.assert_trees_all_equal(a, b)
+
+
+@pytest.mark.parametrize("num_hidden", [0, 3])
+def test_amortize_is_the_chain_rule(num_hidden):
+    space = {"log_penalty": spaces.real(-1.0, shape=(problems.NUM_FEATURES,))}
+    predictor = predictors.mlp(space, 2, num_hidden=num_hidden)
+    phi = random_weights(predictor)
+    estimator = hypergrad.unrolled(problems.RIDGE, num_steps=4)
+    amortized = predictors.amortize(estimator, predictor)
+    assert amortized.kind == "exact"
+    state = amortized.init(KEY, phi, problems.TASK)
+    estimate, _ = jax.jit(amortized.estimate)(phi, problems.TASK, state)
+    lam = predictor.apply(phi, problems.TASK)
+    plain, _ = jax.jit(estimator.estimate)(lam, problems.TASK, state)
+    jacobian = jax.jacfwd(lambda phi: predictor.apply(phi, problems.TASK)["log_penalty"])(phi)
+    expected = jax.tree.map(lambda j: jnp.tensordot(plain.hypergrad["log_penalty"], j, 1), jacobian)
+    chex.assert_trees_all_close((estimate.value, estimate.hypergrad), (plain.value, expected), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_float32_stays_float32(name):
+    with jax.enable_x64(False):
+        predictor = MAKE[name]()
+        one = jax.tree.map(lambda x: np.asarray(x, np.float32 if x.dtype == float else np.int32), task())
+        phi = predictor.init(KEY)
+        z = jax.jit(predictor.apply)(phi, one)
+        assert {leaf.dtype for leaf in jax.tree.leaves((phi, z))} == {np.dtype(np.float32)}
+        assert not any(leaf.weak_type for leaf in jax.tree.leaves((phi, z)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: predictors.mlp(SPACE, -1), "must not be negative; got -1, 16"),
+        (lambda: predictors.dataset_embedding(SPACE, width=0), "`width` and `max_rows` must be at least 1"),
+        (lambda: predictors.from_config({"kind": "forest"}), "Unknown kind of predictor 'forest'; known are"),
+        (lambda: predictors.from_config({}), "Unknown kind of predictor None"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", ["mlp", "embedding_and_features"])
+@pytest.mark.parametrize(("features", "found"), [(jnp.ones(3), r"has shape \(3,\)"), (None, "is None")])
+def test_other_features_than_it_was_built_for(name, features, found):
+    predictor = MAKE[name]()
+    with pytest.raises(ValueError, match=f"reads 2 features of a task, and `task.features` {found}"):
+        predictor.apply(predictor.init(KEY), task()._replace(features=features))

@@ -1,0 +1,184 @@
+"""Any optax transform: the same values, and a derivative that is finite where gradients are exactly zero."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import transforms
+
+
+def clipped(make):
+    return lambda rate: optax.chain(optax.clip_by_global_norm(0.5), make(rate))
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd,
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "nesterov": lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True),
+    "adam": optax.adam,
+    "adamw": lambda rate: optax.adamw(rate, weight_decay=rate),
+    "nadam": optax.nadam,
+    "nadamw": optax.nadamw,
+    "radam": optax.radam,
+    "amsgrad": optax.amsgrad,
+    "adamax": optax.adamax,
+    "adabelief": optax.adabelief,
+    "adadelta": optax.adadelta,
+    "adagrad": optax.adagrad,
+    "adafactor": lambda rate: optax.adafactor(rate, min_dim_size_to_factor=2),
+    "rmsprop": optax.rmsprop,
+    "rmsprop_centered": lambda rate: optax.rmsprop(rate, centered=True, momentum=0.5),
+    "lamb": optax.lamb,
+    "lars": optax.lars,
+    "lion": optax.lion,
+    "novograd": optax.novograd,
+    "yogi": optax.yogi,
+    "sm3": optax.sm3,
+    "clipped_sgd": clipped(optax.sgd),
+    "clipped_adam": clipped(optax.adam),
+}
+NUM_STEPS = 2
+# A matrix with a dead row and a dead entry, a vector that is dead as a whole, a vector that lives.
+ALIVE = {
+    "matrix": np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0]]),
+    "dead": np.zeros(2),
+    "vector": np.ones(2),
+}
+START = {
+    "matrix": np.array([[0.5, -1.0, 0.3], [0.4, 0.2, -0.7], [-0.6, 0.8, 1.1]]),
+    "dead": np.array([0.5, -0.5]),
+    "vector": np.array([1.2, -0.4]),
+}
+
+
+def loss(params, scale, alive):
+    return sum(
+        (mask * jnp.sin(scale * leaf + 0.3)).sum()
+        for leaf, mask in zip(jax.tree.leaves(params), jax.tree.leaves(alive), strict=True)
+    )
+
+
+def train(optimizer, lam, alive, wrap=transforms.differentiable, num_steps=NUM_STEPS):
+    """θ_T and the optimizer's state; λ: the rate, and a scale within the loss."""
+    params = jax.tree.map(lambda x: jnp.asarray(x, lam["rate"].dtype), START)
+    transform = wrap(optimizer(lam["rate"]))
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = transform.update(jax.grad(loss)(params, lam["scale"], alive), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, transform.init(params)), length=num_steps)[0]
+
+
+def objective(optimizer, lam, alive=ALIVE):
+    return loss(train(optimizer, lam, alive)[0], 1.3, jax.tree.map(np.ones_like, START))
+
+
+LAM = {"rate": jnp.array(0.05), "scale": jnp.array(0.9)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_values_are_equal_to_the_bit(name):
+    expected, values = (
+        jax.jit(lambda lam, wrap=wrap: train(OPTIMIZERS[name], lam, ALIVE, wrap))(LAM)
+        for wrap in (lambda optimizer: optimizer, transforms.differentiable)
+    )
+    chex.assert_trees_all_equal(values, expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_derivatives_with_dead_entries(name):
+    # One program: value and gradient, differentiated forward along λ itself, for two λ at once.
+    value_and_grad = jax.value_and_grad(lambda lam: objective(OPTIMIZERS[name], lam))
+    program = jax.jit(jax.vmap(lambda lam: jax.jvp(value_and_grad, (lam,), (lam,))))
+
+    def at(*lams):
+        return program(jax.tree.map(lambda *xs: jnp.stack(xs), *lams))
+
+    (_, reverse), (forward, nested) = jax.tree.map(lambda x: x[0], at(LAM, LAM))
+    chex.assert_tree_all_finite((reverse, forward, nested))
+    assert abs(reverse["rate"]) > 1e-3
+    np.testing.assert_allclose(forward, optax.tree.vdot(reverse, LAM), rtol=1e-8)
+    # Dead entries stay dead for every λ, so that the derivatives are those of the training as a whole.
+    eps = 1e-6
+    values, grads = at(*(optax.tree.scale(1 + sign * eps, LAM) for sign in (1, -1)))[0]
+    np.testing.assert_allclose(forward, (values[0] - values[1]) / (2 * eps), rtol=2e-5, atol=1e-7)
+    expected = jax.tree.map(lambda g: (g[0] - g[1]) / (2 * eps), grads)
+    chex.assert_trees_all_close(nested, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("adamw", jnp.float32), ("adafactor", jnp.float32), ("clipped_adam", jnp.bfloat16)]
+)
+def test_other_dtypes(name, dtype):
+    lam = jax.tree.map(lambda x: x.astype(dtype), LAM)
+
+    def function(lam):
+        params, state = train(OPTIMIZERS[name], lam, ALIVE, num_steps=2)
+        return loss(params, 1.0, ALIVE).astype(jnp.float32), (params, state)
+
+    grads, (params, _) = jax.jit(jax.grad(function, has_aux=True))(lam)
+    chex.assert_tree_all_finite(grads)
+    assert {leaf.dtype for leaf in jax.tree.leaves((grads, params))} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize(("zero", "expected"), [("exact", -0.1 / 1e-8), ("drop", 0.0)])
+def test_the_first_step_of_adam_at_a_zero_gradient(zero, expected):
+    def first_step(grad):
+        adam = transforms.differentiable(optax.adam(0.1), zero=zero)
+        return adam.update(grad, adam.init(grad), grad)[0]
+
+    np.testing.assert_allclose(jax.grad(first_step)(0.0), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(first_step, (0.0,), (1.0,))[1], expected, rtol=1e-6)
+    # Away from zero there is nothing to define, and both are the plain derivative.
+    plain = jax.grad(lambda g: optax.adam(0.1, eps=0.5).update(g, optax.adam(0.1).init(g), g)[0])(0.3)
+    safe = transforms.differentiable(optax.adam(0.1, eps=0.5), zero=zero)
+    np.testing.assert_allclose(jax.grad(lambda g: safe.update(g, safe.init(g), g)[0])(0.3), plain, rtol=1e-12)
+
+
+def test_without_it_adam_gives_nan():
+    # Or else this room has nothing to do any more.
+    def plain(lam):
+        return loss(train(optax.adam, lam, ALIVE, lambda optimizer: optimizer)[0], 1.3, ALIVE)
+
+    assert jnp.isnan(jax.grad(plain)(LAM)["scale"])
+
+
+def test_control_flow_and_custom_derivatives_within_a_transform():
+    def update(updates, state, params=None):
+        def body(i, x):
+            return x / (jnp.sqrt(x**2) + 1e-3)
+
+        looped = jax.lax.fori_loop(0, 2, body, updates)  # a scan
+        chosen = jax.lax.cond(state > 0, lambda x: x / jnp.sqrt(jnp.abs(x)), lambda x: 2 * x, looped)
+        _, scanned = jax.lax.scan(lambda c, x: (c, jax.nn.relu(x) + jnp.cbrt(x)), 0.0, chosen)
+        counted = jax.lax.while_loop(lambda c: c < 3, lambda c: c + 1, state)
+        return jnp.where(updates == 0, 0.0, scanned), counted
+
+    transform = optax.GradientTransformation(lambda params: jnp.array(1), update)
+    safe = transforms.differentiable(transform)
+    grads = jnp.array([0.5, 0.0, -0.3])
+    for state in (jnp.array(1), jnp.array(0)):
+        chex.assert_trees_all_close(safe.update(grads, state), transform.update(grads, state), rtol=1e-12)
+        slopes = jax.grad(lambda g, state=state: safe.update(g, state)[0].sum())(grads)
+        chex.assert_tree_all_finite(slopes)
+        plain = jax.grad(lambda g, state=state: transform.update(g, state)[0].sum())(grads)
+        chex.assert_trees_all_close(slopes[jnp.array([0, 2])], plain[jnp.array([0, 2])], rtol=1e-9)
+
+
+def test_extra_arguments_reach_the_transform():
+    def update(updates, state, params=None, *, value, value_fn, tree):
+        return jax.tree.map(lambda u: u * value * tree["a"] + value_fn(params), updates), state
+
+    safe = transforms.differentiable(optax.GradientTransformationExtraArgs(lambda params: (), update))
+    updates, _ = safe.update(2.0, (), 1.0, value=jnp.array(3.0), value_fn=lambda p: p + 1, tree={"a": np.array(5.0)})
+    assert updates == 2 * 3 * 5 + 2
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match='`zero` must be "drop" or "exact"; got \'keep\''):
+        transforms.differentiable(optax.sgd(0.1), zero="keep")
