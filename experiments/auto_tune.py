@@ -118,18 +118,16 @@ PRESETS = {
     ),
     "full": Config(
         folds=(0, 1, 2, 3, 4),
-        num_seeds=3,
         max_buckets=5,
         global_steps=80,
         meta_steps=140,
-        fine_tune_steps=(5, 15),
         trials=(5, 20, 50, 100),
-        tree_trials=10,
+        tree_trials=6,
     ),
 }
 
 
-# ---- The training run that is tuned ---------------------------------------------------------------------------------
+# ---- The training run that is tuned --------------------------------------------------------------------------------
 
 
 def make_space() -> dict[str, spaces.Leaf]:
@@ -167,11 +165,12 @@ def random_signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 HINGES = (-0.67, 0.0, 0.67)  # the quartiles of a standard normal
 
 
-def make_problem(config: Config) -> base.Problem:
+def make_problem(config: Config):
     """An ensemble of small networks with a linear part, Adam with decoupled decay, and validation log loss.
 
     The linear part sees each column and its hinges at the quartiles, and so is an additive model of piecewise linear
-    functions; the hidden layers see the columns. The members share the batch and each minimizes its own loss; their probabilities are averaged.
+    functions; the hidden layers see the columns. The members share the batch and each minimizes its own loss; their
+    probabilities are averaged.
     """
     members, hidden, num_steps = config.num_members, config.num_hidden, config.num_steps
 
@@ -251,7 +250,7 @@ def make_problem(config: Config) -> base.Problem:
     return inner.problem(loop, outer_loss), scores
 
 
-# ---- Tasks: one per table and seed -----------------------------------------------------------------------------------
+# ---- Tasks: one per table and seed ---------------------------------------------------------------------------------
 
 
 class Unit(NamedTuple):
@@ -325,13 +324,15 @@ def make_sampler(buckets: list[Bucket], rows: list[np.ndarray], meta_batch: int)
     """
     total = sum(map(len, rows))
     kept = [
-        (b.task, r, min(len(r), max(1, round(meta_batch * len(r) / total)))) for b, r in zip(buckets, rows) if len(r)
+        (b.task, r, min(len(r), max(1, round(meta_batch * len(r) / total))))
+        for b, r in zip(buckets, rows, strict=True)
+        if len(r)
     ]
 
     @jax.jit
     def draw(key, kept_tasks, kept_rows):
         batches = []
-        for k, (task, row, (_, _, count)) in enumerate(zip(kept_tasks, kept_rows, kept)):
+        for k, (task, row, (_, _, count)) in enumerate(zip(kept_tasks, kept_rows, kept, strict=True)):
             pick_key, split_key = jax.random.split(jax.random.fold_in(key, k))
             at = row[jax.random.choice(pick_key, row.shape[0], (count,), replace=False)]
             batch = jax.tree.map(lambda x, at=at: x[at], task)
@@ -341,7 +342,7 @@ def make_sampler(buckets: list[Bucket], rows: list[np.ndarray], meta_batch: int)
     return lambda key: draw(key, [k[0] for k in kept], [jnp.asarray(k[1]) for k in kept])
 
 
-# ---- Trials: one training run on every unit at once ---------------------------------------------------------------------
+# ---- Trials: one training run on every unit at once ----------------------------------------------------------------
 
 
 class Trials:
@@ -369,7 +370,7 @@ class Trials:
         return time.perf_counter() - start
 
     def __call__(self, key, z) -> np.ndarray:
-        """z: a tree with a leading axis over `self.units`. Returns [units, 3]: validation loss, test loss, test error."""
+        """z: a tree with a leading axis over `self.units`. [units, 3]: validation loss, test loss, test error."""
         outputs, start = [], 0
         for k, b in enumerate(self.buckets):
             n = len(b.units)
@@ -410,7 +411,7 @@ def tpe_search(key, trials: Trials, space, num: int, progress) -> np.ndarray:
         hyperparams = {name: np.array([t.params[name] for t in asked], np.float32) for name in space}
         z = jax.vmap(lambda hp: spaces.to_unconstrained(space, hp))(jax.tree.map(jnp.asarray, hyperparams))
         outcome = trials(jax.random.fold_in(key, i), z)
-        for study, trial, row in zip(studies, asked, outcome):
+        for study, trial, row in zip(studies, asked, outcome, strict=True):
             study.tell(trial, float(row[0]) if np.isfinite(row[0]) else 1e6)
         outcomes.append(outcome)
         progress.advance(progress.task_ids[-1])
@@ -423,7 +424,7 @@ def incumbent(outcomes: np.ndarray, num: int) -> np.ndarray:
     return outcomes[best, np.arange(outcomes.shape[1]), 1:]
 
 
-# ---- What people use instead of a network -----------------------------------------------------------------------------
+# ---- What people use instead of a network --------------------------------------------------------------------------
 
 
 def _tree_unit(prepared: tasks.PreparedTable, seed: int, num_trials: int) -> dict[str, tuple]:
@@ -493,7 +494,7 @@ def trees(units: list[Unit], which: np.ndarray, num_trials: int) -> dict[str, np
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-# ---- Costs ---------------------------------------------------------------------------------------------------------------
+# ---- Costs ---------------------------------------------------------------------------------------------------------
 
 
 def matmul_flops(function, *args) -> float:
@@ -517,7 +518,7 @@ def matmul_flops(function, *args) -> float:
     return count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-# ---- The table -------------------------------------------------------------------------------------------------------------
+# ---- The table -----------------------------------------------------------------------------------------------------
 
 
 def report(scores: dict[str, np.ndarray], costs: dict[str, tuple], unit_table, families, reference: str, seed=0):
@@ -593,7 +594,7 @@ def plot(rows, histories, predicted, path: Path, reference: str) -> None:
     left.set(title="one λ for all tables, then g(t)", xlabel="outer step", ylabel="validation log loss (smoothed)")
     left.legend(frameon=False)
     order = np.arange(len(rows))[::-1]
-    for y, r in zip(order, rows):
+    for y, r in zip(order, rows, strict=True):
         color = "C3" if r["method"].startswith("g(t')") else "C0"
         middle.plot([r["low"], r["high"]], [y, y], color=color)
         middle.plot(r["difference"], y, "o", color=color)
@@ -610,7 +611,7 @@ def plot(rows, histories, predicted, path: Path, reference: str) -> None:
     plt.close(figure)
 
 
-# ---- The main job --------------------------------------------------------------------------------------------------------
+# ---- The main job --------------------------------------------------------------------------------------------------
 
 
 def main(argv=None) -> list[dict]:
@@ -622,6 +623,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--target", metavar="COLUMN", help="the column to predict in them")
     parser.add_argument("--packaged", action="store_true", help="leave METAOPT_DATA out")
     parser.add_argument("--out", metavar="FOLDER", default="results_local", help="where results go")
+    parser.add_argument("--merge", metavar="JSON", nargs="+", help="make one table of runs over different folds")
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folds", type=int, nargs="+", choices=range(5), help="which fifths to hold out, in turn")
@@ -640,6 +642,8 @@ def main(argv=None) -> list[dict]:
     config = dataclasses.replace(PRESETS[name], **changed)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    if args.merge:
+        return finish([json.loads(Path(p).read_text()) for p in args.merge], out)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     console = Console()
     begin = time.perf_counter()
@@ -796,19 +800,20 @@ def main(argv=None) -> list[dict]:
             )
         )
 
-        def tune_all(key, batch=batch):
-            parts, at = [], 0
-            for k, b in enumerate(held_out):
-                n = len(b.units)
-                z = jax.tree.map(lambda x, at=at, n=n: x[at : at + n], z_g)
-                parts.append(batch(jax.random.split(jax.random.fold_in(key, k), n), z, b.task))
-                at += n
+        arguments, at = [], 0
+        tune_key, run_key = jax.random.split(next(keys))
+        for k, b in enumerate(held_out):
+            n = len(b.units)
+            z = jax.tree.map(lambda x, at=at, n=n: x[at : at + n], z_g)
+            arguments.append((jax.random.split(jax.random.fold_in(tune_key, k), n), z, b.task))
+            at += n
+        compiled = [batch.lower(*a).compile() for a in arguments]  # so that seconds are those of running
+
+        def tune_all(compiled=compiled, arguments=arguments):
+            parts = [f(*a) for f, a in zip(compiled, arguments, strict=True)]
             return jax.block_until_ready(jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts))
 
-        tune_key, run_key = jax.random.split(next(keys))
-        if steps == config.fine_tune_steps[0]:
-            _, compile_seconds = timed(tune_all, tune_key)  # compiled here, timed below
-        z_tuned, tune_seconds = timed(tune_all, tune_key)
+        z_tuned, tune_seconds = timed(tune_all)
         outcome, seconds = timed(trials, run_key, z_tuned)
         label = f"g(t') + {steps} hypergradient steps"
         scores[label] = outcome[:, 1:]
@@ -830,36 +835,88 @@ def main(argv=None) -> list[dict]:
             costs[label] = (None, values[:, 2].mean())
         say("forests and boosting")
 
-    rows = report(scores, costs, unit_table[order], families, reference)
-    title = f"auto_tune --{name}: {len(np.unique(unit_table[order]))} held-out tables, {config.num_seeds} seeds each"
-    markdown = to_markdown(rows, title, reference)
-    command = "python experiments/auto_tune.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    markdown += (
-        f"\nCommand: `{command.strip()}`. JAX {jax.__version__}, Python {platform.python_version()}, "
-        f"{os.cpu_count()} cores, {time.perf_counter() - begin:.0f} s in all. Lower is better throughout. Seconds are per "
-        "table and seed, without compilation; runs of many tables are batched. A training run here is "
-        f"{config.num_steps} steps of {config.batch_size} rows; a hypergradient step costs {ratio:.2f} of them.\n"
-    )
-    (out / f"auto_tune_{name}.md").write_text(markdown)
-    unit = [
-        spaces.encode(space, spaces.to_constrained(space, jax.tree.map(lambda x, i=i: x[i], z_g))) for i in range(num)
-    ]
-    predicted = dict(zip(spaces.names(space), np.asarray(jnp.stack(unit)).T))
-    plot(rows, histories, predicted, out / f"auto_tune_{name}.png", reference)
+    z_axis = jax.vmap(lambda z: spaces.encode(space, spaces.to_constrained(space, z)))(z_g)
     details = {
-        "command": command,
-        "rows": rows,
-        "seconds": clock,
+        "command": "python experiments/auto_tune.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "preset": name,
+        "num_seeds": config.num_seeds,
+        "training_run": f"{config.num_steps} steps of {config.batch_size} rows",
+        "hypergradient_cost": ratio,
+        "seconds": time.perf_counter() - begin,
+        "seconds_of": clock,
+        "reference": reference,
         "tables": [tables[unit_table[u]].name for u in order],
+        "families": [families[unit_table[u]] for u in order],
         "seeds": [units[u].seed for u in order],
         "scores": {n: s.tolist() for n, s in scores.items()},
+        "costs": costs,
+        "predicted": dict(zip(spaces.names(space), np.asarray(z_axis).T.tolist(), strict=True)),
+        "histories": {str(fold): [h.tolist() for h in pair] for fold, pair in histories.items()},
     }
-    (out / f"auto_tune_{name}.json").write_text(json.dumps(details))
-    print(markdown)
+    rows = finish([details], out)
     if name != "full" and COMMITTED.exists():
         print("For comparison, the committed table of the full run, which this run did not compute:\n")
         print(COMMITTED.read_text())
-    say(f"results in {out}/auto_tune_{name}.md, .png and .json")
+    return rows
+
+
+def merge(parts: list[dict]) -> dict:
+    """One set of results from runs over different folds: `--folds 0 1` here, `--folds 2 3 4` there, then `--merge`."""
+    if len(parts) == 1:
+        return parts[0]
+    for field in ("preset", "num_seeds", "training_run", "reference"):
+        if len({json.dumps(p[field]) for p in parts}) > 1:
+            raise ValueError(f"The results to merge differ in {field!r}: {[p[field] for p in parts]}.")
+    pairs = [pair for p in parts for pair in zip(p["tables"], p["seeds"], strict=True)]
+    if len(set(pairs)) < len(pairs):
+        raise ValueError("The results to merge share tables: merge runs over different folds.")
+    share = np.array([len(p["tables"]) for p in parts]) / len(pairs)
+    names = parts[0]["scores"]
+    return {
+        **parts[0],
+        "command": "; ".join(p["command"] for p in parts),
+        "hypergradient_cost": float(share @ [p["hypergradient_cost"] for p in parts]),
+        "seconds": sum(p["seconds"] for p in parts),
+        **{f: [x for p in parts for x in p[f]] for f in ("tables", "families", "seeds")},
+        "scores": {n: [row for p in parts for row in p["scores"][n]] for n in names},
+        "costs": {
+            n: (
+                None if parts[0]["costs"][n][0] is None else float(share @ [p["costs"][n][0] for p in parts]),
+                float(share @ [p["costs"][n][1] for p in parts]),
+            )
+            for n in names
+        },
+        "predicted": {n: [x for p in parts for x in p["predicted"][n]] for n in parts[0]["predicted"]},
+        "histories": {fold: pair for p in parts for fold, pair in p["histories"].items()},
+    }
+
+
+def finish(parts: list[dict], out: Path) -> list[dict]:
+    """Writes and prints the table and the picture."""
+    details = merge(parts)
+    names, unit_table = np.unique(details["tables"], return_inverse=True)
+    families = [details["families"][details["tables"].index(n)] for n in names]
+    scores = {n: np.array(s) for n, s in details["scores"].items()}
+    reference, preset = details["reference"], details["preset"]
+    rows = report(scores, details["costs"], unit_table, families, reference)
+    markdown = to_markdown(
+        rows,
+        f"auto_tune, {preset}: {len(names)} held-out tables of {len(set(families))} families, "
+        f"{details['num_seeds']} seeds each",
+        reference,
+    )
+    markdown += (
+        f"\nCommand: `{details['command'].strip()}`. JAX {jax.__version__}, Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores, {details['seconds']:.0f} s in all. Lower is better throughout. Seconds are per table "
+        "and seed, without compilation; runs of many tables are batched. A training run is "
+        f"{details['training_run']}; a hypergradient step costs {details['hypergradient_cost']:.2f} of them, in "
+        "matrix products.\n"
+    )
+    (out / f"auto_tune_{preset}.md").write_text(markdown)
+    (out / f"auto_tune_{preset}.json").write_text(json.dumps({**details, "rows": rows}))
+    plot(rows, details["histories"], details["predicted"], out / f"auto_tune_{preset}.png", reference)
+    print(markdown)
+    print(f"Results in {out}/auto_tune_{preset}.md, .png and .json\n")
     return rows
 
 

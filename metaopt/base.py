@@ -153,7 +153,7 @@ class Estimator(NamedTuple):
       init: `(key, hyperparams, task) -> state`.
       estimate: `(hyperparams, task, state) -> (Estimate, state)`.
       kind: what the hypergradient is, and so which test battery it must pass: "exact" (the derivative of `value`, from
-        the same state), "biased" (a truncation or an approximation, or exact only in a limit; the docstring says which),
+        the same state), "biased" (a truncation or an approximation, or exact only in a limit that the docstring states),
         "unbiased" (right on average), "pseudo" (a direction that is no gradient of F: Reptile).
     """
 
@@ -210,7 +210,7 @@ class SearcherInitFn(Protocol):
 
 class AskFn(Protocol):
     def __call__(self, state: PyTree, num: int) -> tuple[list[Record], PyTree]:
-        """At most `num` trials to run next, "WAITING", with fidelity and seed; the state that remembers having asked."""
+        """At most `num` trials to run next, "WAITING", with fidelity and seed; the state that remembers them."""
         ...
 
 

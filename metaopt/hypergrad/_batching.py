@@ -44,14 +44,16 @@ def over_seeds(estimator: base.Estimator, num_seeds: int) -> base.Estimator:
     """The mean of an estimate over S seeds on one task: S training runs that differ in their keys alone.
 
     Divides the variance that initialization, the order of the data and noise bring by S; costs S times as much. Seeds
-    whose estimate is not finite are left out; where none is finite, the estimate is NaN.
+    whose estimate is not finite are left out, counted, and end the slot, so that all S start afresh; where none is
+    finite, the estimate is NaN.
 
     Args:
       estimator: for one task.
       num_seeds: S, at least 1.
 
     Returns:
-      An `Estimator` for one task, whose state has a leading axis of S; `done` where all seeds are.
+      An `Estimator` for one task, whose state has a leading axis of S; `done` where all seeds are or one is not finite.
+      Metrics: the inner ones' means, and "num_finite_seeds".
 
     Raises:
       ValueError: `num_seeds` is below 1.
@@ -66,18 +68,23 @@ def over_seeds(estimator: base.Estimator, num_seeds: int) -> base.Estimator:
         estimates, state = jax.vmap(estimator.estimate, in_axes=(None, None, 0))(hyperparams, task, state)
         sums = _sums(estimates)
         mean = jax.tree.map(lambda x: x / sums["finite"], {k: sums[k] for k in ("value", "hypergrad", "metrics")})
-        return base.Estimate(mean["value"], mean["hypergrad"], jnp.all(estimates.done), mean["metrics"]), state
+        done = jnp.all(estimates.done) | (sums["finite"] < num_seeds)
+        metrics = {**mean["metrics"], "num_finite_seeds": sums["finite"]}
+        return base.Estimate(mean["value"], mean["hypergrad"], done, metrics), state
 
     return base.Estimator(init, estimate, estimator.kind)
 
 
 def _normalize(estimate: base.Estimate, max_norm: float | None, normalize: bool) -> base.Estimate:
-    norm = optax.tree.norm(estimate.hypergrad)
-    scale = jnp.ones_like(norm)
-    if normalize:
-        scale = 1 / jnp.where(norm == 0, 1, norm)
-    elif max_norm is not None:
-        scale = jnp.minimum(1, max_norm / jnp.where(norm == 0, 1, norm))
+    if not normalize and max_norm is None:
+        return estimate
+    # Relative to the largest entry, whose square may overflow.
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(h), initial=0) for h in jax.tree.leaves(estimate.hypergrad)]))
+    largest = jnp.where(largest == 0, 1, largest)
+    norm = optax.tree.norm(jax.tree.map(lambda h: h / largest, estimate.hypergrad))
+    norm = jnp.where(norm == 0, 1, norm)
+    scale = 1 / norm if normalize else jnp.minimum(largest, max_norm / norm)
+    estimate = estimate._replace(hypergrad=jax.tree.map(lambda h: h / largest, estimate.hypergrad))
     return estimate._replace(hypergrad=jax.tree.map(lambda h: (h * scale).astype(h.dtype), estimate.hypergrad))
 
 
@@ -93,12 +100,12 @@ def over_tasks(
         F(λ) = 1/|finite| Σ_{tasks i finite} F_i(λ)
 
     A task whose value or hypergradient is not finite is left out of the mean, counted, and `done`, so that its slot
-    gets a new task; where no task is finite, the mean is NaN.
+    gets a new task; where no task is finite, the mean is NaN. (Differentiated itself, the mean is NaN where a task is.)
 
     Args:
       estimator: for one task.
       task_chunk: tasks that run at once under vmap; the chunks follow one another in a scan that accumulates the sums,
-        so that memory is that of one chunk. Must divide the number of tasks. None runs all at once.
+        so that memory is that of one chunk; a rest that does not fill one is a shorter chunk. None runs all at once.
       max_norm: clips the norm of each task's hypergradient, before the mean.
       normalize: scales each task's hypergradient to norm 1, before the mean.
 
@@ -109,8 +116,7 @@ def over_tasks(
       "num_finite", "num_nonfinite", and "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
 
     Raises:
-      ValueError: an argument is out of range; at trace time, an empty batch, leaves that disagree on B, or a chunk that
-        does not divide B.
+      ValueError: an argument is out of range; at trace time, an empty batch, or leaves that disagree on B.
     """
     if task_chunk is not None and task_chunk < 1:
         raise ValueError(f"`task_chunk` must be at least 1, or None; got {task_chunk}.")
@@ -120,7 +126,7 @@ def over_tasks(
         raise ValueError("`normalize` and `max_norm` exclude each other: a normalized hypergradient has norm 1.")
 
     def is_ragged(tasks):
-        return type(tasks) is tuple  # a `Task`, or another NamedTuple, is one batch
+        return type(tasks) is tuple and all(isinstance(part, base.Task) for part in tasks)
 
     def size(tasks):
         """The number of tasks in one batch; checks it."""
@@ -157,24 +163,23 @@ def over_tasks(
         num_tasks = size(tasks)
         if task_chunk is None or task_chunk >= num_tasks:
             return chunk_sums(tasks, state)
-        if num_tasks % task_chunk:
-            raise ValueError(f"`task_chunk` must divide the number of tasks, {num_tasks}; got {task_chunk}.")
-
-        def fold(tree):
-            return jax.tree.map(lambda x: x.reshape(-1, task_chunk, *x.shape[1:]), tree)
+        whole = num_tasks - num_tasks % task_chunk
 
         def accumulate(total, chunk):
             sums, done, state = chunk_sums(*chunk)
             return jax.tree.map(jnp.add, total, sums), (done, state)
 
-        chunks = fold((tasks, state))
+        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, task_chunk, *x.shape[1:]), (tasks, state))
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
             jax.eval_shape(lambda c: chunk_sums(*c)[0], jax.tree.map(lambda x: x[0], chunks)),
         )
         total, outputs = jax.lax.scan(accumulate, zeros, chunks)
-        done, state = jax.tree.map(lambda x: x.reshape(num_tasks, *x.shape[2:]), outputs)
-        return total, done, state
+        outputs = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), outputs)
+        if whole < num_tasks:
+            total, rest = accumulate(total, jax.tree.map(lambda x: x[whole:], (tasks, state)))
+            outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, rest)
+        return total, *outputs
 
     def estimate(hyperparams, task, state):
         if is_ragged(task):

@@ -48,7 +48,8 @@ def lookahead(
       grad: what takes the inner gradient of the virtual steps; see `inner.step`.
 
     Returns:
-      An `Estimator` of kind "exact" for the F above.
+      An `Estimator`: the hypergradient is that of the F above, with the committed θ held constant, though it depends on
+      λ too; so its kind is "biased", and "exact" with `commit=0`.
 
     Raises:
       ValueError: a count is negative, or `remat` is unknown.
@@ -83,4 +84,4 @@ def lookahead(
         done = jnp.array(False) if horizon is None else taken >= horizon
         return base.Estimate(value, hypergrad, done, {"inner_steps": taken}), LookaheadState(committed, key)
 
-    return base.Estimator(init, estimate, kind="exact")
+    return base.Estimator(init, estimate, kind="exact" if commit == 0 else "biased")

@@ -55,6 +55,31 @@ def _strong(leaf: Any) -> jax.Array:
     return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.asarray(leaf, leaf.dtype)
 
 
+def _check_floating(params: base.Params) -> base.Params:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (int, float)):
+            problem = f"of type {type(leaf).__name__}"
+        elif not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            problem = f"of dtype {jnp.result_type(leaf)}"
+        else:
+            continue
+        raise ValueError(
+            f"The parameters must be floating-point arrays; the leaf {jax.tree_util.keystr(path) or 'itself'} is "
+            f"{problem}. Keep what is not trained out of them: in the loss's closure (`equinox.partition`), or in the model state."
+        )
+    return params
+
+
+def _like(new: base.PyTree, old: base.PyTree) -> base.PyTree:
+    """`new` with the floating-point precision of `old`: λ in float32 does not widen a state in bfloat16."""
+
+    def cast(new, old):
+        both = all(jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in (new, old))
+        return new.astype(old.dtype) if both else new
+
+    return jax.tree.map(cast, new, old) if jax.tree.structure(new) == jax.tree.structure(old) else new
+
+
 def _check_same_structure(new: base.PyTree, old: base.PyTree, what: str) -> None:
     """A scan needs a carry that keeps its structure, shapes and dtypes: say which leaf does not."""
     if jax.tree.structure(new) != jax.tree.structure(old):
@@ -89,7 +114,7 @@ def loop(
       loss: g, `(params, hyperparams, batch) -> []`. With `with_context`, `(params, hyperparams, batch, context) -> []`
         or `-> ([], model_state)`: `base.Context` has a fresh key, the step's number and the model state.
       optimizer: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["lr"])`. Its state
-        must keep its structure, whatever λ.
+        must keep its structure, whatever λ. (`optax.inject_hyperparams` freezes λ into the state: not here.)
       init: `(key, hyperparams, data) -> params`; may take θ out of λ (MAML), or ignore its arguments. With
         `with_context`, `-> (params, model_state)`.
       sampler: which rows a step sees: `inner.full_batch()` (default), `inner.minibatch(64)`.
@@ -118,7 +143,10 @@ def loop(
         raise ValueError(f"{_FACTORY}; got {type(optimizer).__name__} itself.")
 
     def transform(hyperparams):
-        optimizer_ = optimizer(hyperparams)
+        try:
+            optimizer_ = optimizer(hyperparams)
+        except TypeError as error:
+            raise ValueError(f"{_FACTORY}; called with λ it raised: {error}") from error
         if not (hasattr(optimizer_, "init") and hasattr(optimizer_, "update")):
             raise ValueError(f"{_FACTORY}; it returned {type(optimizer_).__name__}.")
         return transforms.differentiable(optimizer_, zero=zero)
@@ -133,7 +161,8 @@ def loop(
                     f"may be None; got {type(params).__name__}."
                 )
             params, model_state = params
-        params, model_state = jax.tree.map(_strong, (params, model_state))
+        params, model_state = _check_floating(params), jax.tree.map(_strong, model_state)
+        params = jax.tree.map(_strong, params)
         opt_state = jax.tree.map(_strong, transform(hyperparams).init(params))
         return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
 
@@ -150,6 +179,8 @@ def loop(
             _check_scalar(value, "inner loss")
             return value, context.model_state
         value = loss(params, hyperparams, batch, context)
+        if isinstance(value, tuple) and len(value) != 2:
+            raise ValueError(f"The inner loss must return [] or ([], model_state); got {len(value)} things.")
         value, model_state = value if isinstance(value, tuple) else (value, context.model_state)
         _check_scalar(value, "inner loss")
         return value, model_state
@@ -157,6 +188,7 @@ def loop(
     def update(state, grads, model_state, hyperparams):
         updates, opt_state = transform(hyperparams).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        opt_state, model_state = _like(opt_state, state.opt_state), _like(model_state, state.model_state)
         _check_same_structure(opt_state, state.opt_state, "optimizer's state")
         _check_same_structure(params, state.params, "parameters")
         _check_same_structure(model_state, state.model_state, "model state")
