@@ -64,12 +64,9 @@ def _div(operation, x, y, *, drop):
 
 
 def _mul(operation, x, y, *, drop):
-    bad = ~jnp.isfinite(x) | ~jnp.isfinite(y)  # 0 · (1/√0): the derivative itself is infinite
-    if drop:
-        steep_in_x, steep_in_y = (x == 0) & (jnp.abs(y) >= _STEEP), (y == 0) & (jnp.abs(x) >= _STEEP)
-        x = jnp.where(steep_in_x, jax.lax.stop_gradient(x), x)
-        y = jnp.where(steep_in_y, jax.lax.stop_gradient(y), y)
-    return _constant_where(bad, operation, x, y)
+    # 0 · (1/√0): the derivative itself is infinite. A steep product passes its derivative on, since the exact zero may be
+    # λ itself: a rate, a momentum.
+    return _constant_where(~jnp.isfinite(x) | ~jnp.isfinite(y), operation, x, y)
 
 
 # `(operation, *operands, drop) -> output`, for the operations whose derivative can be infinite.
@@ -93,7 +90,7 @@ def _is_tame(equation: Any) -> bool:
         return equation.params["y"] >= 0
     constants = [abs(float(v.val)) if isinstance(v, core.Literal) and np.ndim(v.val) == 0 else None for v in invars]
     if name == "mul":
-        return any(c is not None and c < _STEEP for c in constants)
+        return any(c is not None and np.isfinite(c) for c in constants)
     return name == "div" and constants[1] is not None and constants[1] > 1 / _STEEP
 
 
@@ -118,9 +115,11 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any, drop: bool) -> list:
             index, *rest = operands
             outputs = jax.lax.switch(index, [closed(b) for b in params["branches"]], *rest)
         elif name == "scan":
-            outputs = _evaluate_scan(closed(params["jaxpr"]), operands, params)
+            params = {**params, "jaxpr": _retrace(params["jaxpr"], drop)}
+            outputs = equation.primitive.bind(*operands, **params)
         elif name == "while":
-            outputs = _evaluate_while(closed, operands, params)
+            params = {**params, **{k: _retrace(params[k], drop) for k in ("cond_jaxpr", "body_jaxpr")}}
+            outputs = equation.primitive.bind(*operands, **params)
         else:
             outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
         if not isinstance(outputs, (list, tuple)):
@@ -129,38 +128,10 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any, drop: bool) -> list:
     return [v.val if isinstance(v, core.Literal) else values[v] for v in jaxpr.outvars]
 
 
-def _evaluate_scan(body: Callable, operands: list, params: dict) -> list:
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
-    consts, carry, xs = (
-        operands[:num_consts],
-        operands[num_consts : num_consts + num_carry],
-        operands[num_consts + num_carry :],
-    )
-
-    def step(carry, x):
-        out = body(*consts, *carry, *x)
-        return out[:num_carry], out[num_carry:]
-
-    carry, ys = jax.lax.scan(
-        step,
-        list(carry),
-        list(xs),
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
-    )
-    return [*carry, *ys]
-
-
-def _evaluate_while(closed: Callable, operands: list, params: dict) -> list:
-    num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
-    cond_consts, body_consts, carry = (
-        operands[:num_cond],
-        operands[num_cond : num_cond + num_body],
-        operands[num_cond + num_body :],
-    )
-    cond, body = closed(params["cond_jaxpr"]), closed(params["body_jaxpr"])
-    return list(jax.lax.while_loop(lambda c: cond(*cond_consts, *c)[0], lambda c: body(*body_consts, *c), list(carry)))
+def _retrace(closed: Any, drop: bool) -> Any:
+    """The jaxpr of a loop's body in its zero-safe form; the loop keeps its own layout of operands."""
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in closed.in_avals]
+    return jax.make_jaxpr(lambda *operands: _evaluate(closed.jaxpr, closed.consts, operands, drop))(*shapes)
 
 
 def differentiable(
@@ -172,7 +143,7 @@ def differentiable(
     entry whose gradient has always been exactly zero, the first step of Adam has u = g / (|g| + ε), and so
 
         zero="exact":  ∂u/∂g = 1/ε      the true derivative: 1e8, which overflows float32 in a few steps;
-        zero="drop":   ∂u/∂g = 0        an exact zero times, or over, a slope of 1e3 or more passes nothing on.
+        zero="drop":   ∂u/∂g = 0        a quotient of an exact zero and at most 1e-3 passes nothing on.
 
     Where no perturbation of λ moves such a gradient off zero (a dead unit), both are exact; they differ where it would.
 

@@ -182,3 +182,46 @@ def test_extra_arguments_reach_the_transform():
 def test_bad_arguments():
     with pytest.raises(ValueError, match='`zero` must be "drop" or "exact"; got \'keep\''):
         transforms.differentiable(optax.sgd(0.1), zero="keep")
+
+
+def scanning():
+    """A transform with a scan and a while loop inside: a running root of squares."""
+
+    def update(updates, state, params=None):
+        del params
+
+        def accumulate(total, u):
+            return 0.9 * total + jnp.sqrt(u * u), total
+
+        total, _ = jax.lax.scan(accumulate, jnp.zeros([], updates.dtype), updates)
+        count, _ = jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.sqrt(c[1])), (0, updates[0] ** 2))
+        return updates / (total + 1e-8) * count, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def test_loops_inside_a_transform():
+    safe, plain = transforms.differentiable(scanning()), scanning()
+    grads = jnp.array([0.0, 1.0, 2.0])
+    np.testing.assert_array_equal(jax.jit(safe.update)(grads, ())[0], jax.jit(plain.update)(grads, ())[0])
+    weights = jnp.array([1.0, -2.0, 3.0])
+    tangent = jnp.array([0.0, 0.3, -0.5])
+    _, forward = jax.jvp(lambda g: weights @ safe.update(g, ())[0], (grads,), (tangent,))
+    step = 1e-6
+    ends = [weights @ plain.update(grads + s * tangent, ())[0] for s in (step, -step)]
+    np.testing.assert_allclose(forward, (ends[0] - ends[1]) / (2 * step), rtol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0])
+def test_a_zero_that_is_a_hyperparameter_keeps_its_derivative(momentum):
+    def trained(hyperparams, wrap):
+        optimizer = wrap(optax.sgd(hyperparams["rate"], hyperparams["momentum"] if momentum is not None else None))
+        params, state = jnp.array(0.0), optimizer.init(jnp.array(0.0))
+        for gradient in (2000.0, 3000.0):
+            updates, state = optimizer.update(jnp.array(gradient), state, params)
+            params = params + updates
+        return params
+
+    at = {"rate": 0.0 if momentum is None else 0.1, "momentum": 0.0}
+    safe, plain = (jax.grad(trained)(at, wrap) for wrap in (transforms.differentiable, lambda o: o))
+    assert safe["rate"] == plain["rate"] == -5000 and safe["momentum"] == plain["momentum"]
