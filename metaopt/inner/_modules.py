@@ -28,6 +28,10 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
     `nnx.Param` variables are θ; everything else (batch statistics, rng counts) is the model state. Each call merges
     fresh copies, so a traced step leaves the caller's module alone.
 
+    `nnx.BatchNorm` stops the gradient of its running statistics, so that a hypergradient through an outer loss in
+    evaluation mode leaves out how λ moved them. Let the outer loss take the statistics of its batch (`train=True`), or
+    use a Linen module, where nothing is stopped.
+
     Args:
       make: `(nnx.Rngs) -> nnx.Module`, such as `lambda rngs: Net(rngs=rngs)`. It may be called several times.
 
@@ -39,19 +43,14 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
     def split(module):
         return nnx.split(module, nnx.Param, ...)
 
-    def graph():
-        # The graph definition is the same for every key; it is taken without computing any weight.
-        return split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[0]
-
     def init(key, hyperparams, data):
         del hyperparams, data
         _, params, rest = split(make(nnx.Rngs(key)))
         return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
     def apply(params, context, *inputs, train=False, **options):
-        definition = graph()
-        abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-        _, params_state, rest_state = split(abstract)
+        # The graph and its places are the same for every key; no weight is computed here.
+        definition, params_state, rest_state = split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
         nnx.replace_by_pure_dict(params_state, params)
         nnx.replace_by_pure_dict(rest_state, context.model_state)
         module = nnx.merge(definition, params_state, rest_state, copy=True)

@@ -244,7 +244,6 @@ def test_bad_batches(options, tasks, message):
         estimator.estimate(LAM, tasks, () if tasks == () else {"count": jnp.zeros(4, jnp.int32)})
 
 
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -23,7 +23,8 @@ def committed(num_steps):
 
 
 def test_one_step_equals_second_order_darts():
-    # Liu et al., Eq. 7: ∂f/∂α(w') − ξ (∂²g/∂α∂w)(w) ∂f/∂w(w'), w' = w − ξ ∇w g(w), with the exact product; w after a step.
+    # Liu et al., Eq. 7, with the exact product, at w after a step:
+    # ∂f/∂α(w') − ξ (∂²g/∂α∂w)(w) ∂f/∂w(w'), w' = w − ξ ∇w g(w).
     train, valid, xi = problems.TASK.train, problems.TASK.valid, 0.1
     w = committed(1)
     ahead = w - xi * jax.grad(problems.penalized)(w, LAM, train)

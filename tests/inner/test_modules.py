@@ -129,7 +129,8 @@ def test_trains_within_scan_vmap_and_grad(name):
 
     def outer(lam, key):
         state = solve(key, lam, DATA)
-        predicted, after = model.apply(loop.params(state), loop.context(state), DATA["x"])
+        # `nnx.BatchNorm` stops the gradient of its running statistics: there the batch's are taken.
+        predicted, after = model.apply(loop.params(state), loop.context(state), DATA["x"], train=name == "nnx")
         assert jax.tree.structure(after) == jax.tree.structure(state.model_state)
         return ((predicted - DATA["y"]) ** 2).mean(), state
 
@@ -142,7 +143,7 @@ def test_trains_within_scan_vmap_and_grad(name):
     shifted = jax.jit(jax.vmap(lambda rate: outer({"rate": rate}, KEY)[0]))(LAM["rate"] + jnp.array([eps, -eps, 0.0]))
     np.testing.assert_allclose(shifted[2], value, rtol=1e-4)
     assert abs(grads["rate"]) > 1e-2
-    np.testing.assert_allclose(grads["rate"], (shifted[0] - shifted[1]) / (2 * eps), rtol=3e-2)
+    np.testing.assert_allclose(grads["rate"], (shifted[0] - shifted[1]) / (2 * eps), rtol=3e-3)
 
 
 @pytest.mark.parametrize("name", MODELS)
