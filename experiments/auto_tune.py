@@ -89,7 +89,8 @@ class Config:
     global_steps: int = 60
     meta_steps: int = 60
     global_rate: float = 0.1
-    meta_rate: float = 0.02
+    meta_rate: float = 0.01
+    max_norm: float = 0.3  # of each task's hypergradient, which have heavy tails
     meta_decay: float = 0.1
     fine_tune_steps: tuple[int, ...] = (5,)
     fine_tune_rate: float = 0.1
@@ -119,8 +120,7 @@ PRESETS = {
     "full": Config(
         folds=(0, 1, 2, 3, 4),
         max_buckets=5,
-        global_steps=80,
-        meta_steps=140,
+        meta_steps=120,
         trials=(5, 20, 50, 100),
         tree_trials=6,
     ),
@@ -624,6 +624,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--packaged", action="store_true", help="leave METAOPT_DATA out")
     parser.add_argument("--out", metavar="FOLDER", default="results_local", help="where results go")
     parser.add_argument("--merge", metavar="JSON", nargs="+", help="make one table of runs over different folds")
+    parser.add_argument("--resume", action="store_true", help="keep checkpoints in --out, and continue from them")
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folds", type=int, nargs="+", choices=range(5), help="which fifths to hold out, in turn")
@@ -688,13 +689,14 @@ def main(argv=None) -> list[dict]:
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(rate, steps)))
 
     global_learner = training.learner(
-        hypergrad.over_tasks(estimator), outer_optimizer(config.global_rate, config.global_steps)
+        hypergrad.over_tasks(estimator, max_norm=config.max_norm),
+        outer_optimizer(config.global_rate, config.global_steps),
     )
     predictor = predictors.mlp(space, len(FEATURES))
     decay_mask = {"center": False, "linear": True, "hidden": True, "bias": False, "out": True}
     schedule = optax.cosine_decay_schedule(config.meta_rate, config.meta_steps)
     meta_learner = training.learner(
-        hypergrad.over_tasks(predictors.amortize(estimator, predictor)),
+        hypergrad.over_tasks(predictors.amortize(estimator, predictor), max_norm=config.max_norm),
         optax.chain(
             optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.meta_decay, mask=decay_mask)
         ),
@@ -719,11 +721,25 @@ def main(argv=None) -> list[dict]:
         first_key, second_key, phi_key = jax.random.split(key, 3)
         start = time.perf_counter()
         first = training.fit(
-            global_learner, sample_tasks, hyperparams=default_z, num_steps=config.global_steps, key=first_key
+            global_learner,
+            sample_tasks,
+            hyperparams=default_z,
+            num_steps=config.global_steps,
+            key=first_key,
+            checkpoint_dir=out / "checkpoints" / f"{name}_fold{fold}_global" if args.resume else None,
+            checkpoint_every=20,
         )
         phi = predictor.init(phi_key)
         phi["center"] = jax.flatten_util.ravel_pytree(first.hyperparams)[0]
-        second = training.fit(meta_learner, sample_tasks, hyperparams=phi, num_steps=config.meta_steps, key=second_key)
+        second = training.fit(
+            meta_learner,
+            sample_tasks,
+            hyperparams=phi,
+            num_steps=config.meta_steps,
+            key=second_key,
+            checkpoint_dir=out / "checkpoints" / f"{name}_fold{fold}_meta" if args.resume else None,
+            checkpoint_every=20,
+        )
         if "signal" in (first.stopped, second.stopped):
             sys.exit("stopped by a signal")
         clock[f"meta-training, fold {fold}"] = time.perf_counter() - start
@@ -842,6 +858,7 @@ def main(argv=None) -> list[dict]:
         "num_seeds": config.num_seeds,
         "training_run": f"{config.num_steps} steps of {config.batch_size} rows",
         "hypergradient_cost": ratio,
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "seconds": time.perf_counter() - begin,
         "seconds_of": clock,
         "reference": reference,
@@ -907,8 +924,8 @@ def finish(parts: list[dict], out: Path) -> list[dict]:
     )
     markdown += (
         f"\nCommand: `{details['command'].strip()}`. JAX {jax.__version__}, Python {platform.python_version()}, "
-        f"{os.cpu_count()} cores, {details['seconds']:.0f} s in all. Lower is better throughout. Seconds are per table "
-        "and seed, without compilation; runs of many tables are batched. A training run is "
+        f"{details['num_cores']} core(s), {details['seconds']:.0f} s in all. Lower is better throughout. Seconds are "
+        "per table and seed, without compilation; runs of many tables are batched. A training run is "
         f"{details['training_run']}; a hypergradient step costs {details['hypergradient_cost']:.2f} of them, in "
         "matrix products.\n"
     )

@@ -64,8 +64,8 @@ def _div(operation, x, y, *, drop):
 
 
 def _mul(operation, x, y, *, drop):
-    # 0 · (1/√0): the derivative itself is infinite. A steep product passes its derivative on, since the exact zero may be
-    # λ itself: a rate, a momentum.
+    # 0 · (1/√0): the derivative itself is infinite. A steep product passes its derivative on, since the exact zero may
+    # be λ itself: a rate, a momentum.
     return _constant_where(~jnp.isfinite(x) | ~jnp.isfinite(y), operation, x, y)
 
 
