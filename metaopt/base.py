@@ -153,7 +153,7 @@ class Estimator(NamedTuple):
       init: `(key, hyperparams, task) -> state`.
       estimate: `(hyperparams, task, state) -> (Estimate, state)`.
       kind: what the hypergradient is, and so which test battery it must pass: "exact" (the derivative of `value`, from
-        the same state), "biased" (a truncation or an approximation, or exact only in a limit that the docstring states),
+        the same state), "biased" (a truncation, an approximation, or exact only in a limit; the docstring says which),
         "unbiased" (right on average), "pseudo" (a direction that is no gradient of F: Reptile).
     """
 

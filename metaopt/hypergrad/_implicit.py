@@ -89,8 +89,10 @@ def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float)
     Memory does not depend on the number of steps. The estimate itself is not meant to be differentiated.
 
     Args:
-      problem: its `loop.loss` is g, its `outer_loss` is f; λ must enter through one of them. g should be strictly
-        convex in θ near its minimum.
+      problem: its `loop.loss` is g, its `outer_loss` is f; λ must enter through one of them, leaf by leaf (a rate and a
+        penalty in one array count as one leaf: keep them apart). g should be strictly convex in θ near its minimum, and
+        the optimizer must rest where ∇θ g does: penalties belong in g, not in a decoupled decay. On minibatches, the
+        Hessian is that of the next batch.
       num_steps: inner steps, and adjoint steps, per estimate; at least 1.
       adjoint_rate: in 1/curvature, positive; v converges below 2 / λmax(∂²g/∂θ²).
 

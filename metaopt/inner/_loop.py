@@ -65,7 +65,8 @@ def _check_floating(params: base.Params) -> base.Params:
             continue
         raise ValueError(
             f"The parameters must be floating-point arrays; the leaf {jax.tree_util.keystr(path) or 'itself'} is "
-            f"{problem}. Keep what is not trained out of them: in the loss's closure (`equinox.partition`), or in the model state."
+            f"{problem}. Keep what is not trained out of them: in the loss's closure (`equinox.partition`), or in the "
+            "model state."
         )
     return params
 

@@ -17,7 +17,7 @@ class FineTuned(NamedTuple):
       hyperparams: the λ with the smallest outer loss of all that were visited, the start among them.
       value: [] its outer loss.
       step: [] int32, the outer step at which it was met; 0 is the start.
-      values: [num_steps + 1] the outer loss at every λ visited.
+      values: [num_steps + 1] the outer loss at every λ visited; NaN where no horizon ended.
     """
 
     hyperparams: base.HyperParams
@@ -41,7 +41,9 @@ def fine_tune(
     K + 1 values is optimistic as an estimate of the outer loss: judge on data that took no part.
 
     Args:
-      estimator: for one task, in unconstrained coordinates (`spaces.constrain`), so that λ stays inside its space.
+      estimator: for one task, in unconstrained coordinates (`spaces.constrain`), so that λ stays inside its space. Of
+        rules that carry training from estimate to estimate only those values are compared that ended a horizon: before,
+        F falls because θ is trained, and not because λ is better. Where none did, the last λ is returned.
       num_steps: K, at least 0; 0 returns the start.
       optimizer: any optax transform; `optax.adam(0.1)` by default.
 
@@ -61,7 +63,8 @@ def fine_tune(
         def step(state, _):
             visited = state.hyperparams
             state, metrics = learner.step(state)
-            return state, (visited, metrics["value"])
+            whole = metrics["num_done"] > 0
+            return state, (visited, jnp.where(whole, metrics["value"], jnp.nan))
 
         state, (visited, values) = jax.lax.scan(step, learner.init(init_key, hyperparams, task), length=num_steps)
         last = state.hyperparams

@@ -101,8 +101,8 @@ def dataset_embedding(
         s(c, d) = relu(W₂ [mean_{n: y_n = c} e(n, d), mean_n e(n, d), share of c] + b₂)
         h = [mean_d Σ_c share(c) W₃ s(c, d), task.features]
 
-    Permuting rows, columns or classes leaves h as it is, and padding does not enter: masks say what is real. It costs
-    N·D·width multiplications.
+    Permuting the rows that are read, columns or classes leaves h as it is, and padding does not enter: masks say what
+    is real. It costs N·D·width multiplications.
 
     Args:
       space: of λ.

@@ -166,6 +166,19 @@ def test_each_tasks_hypergradient_is_clipped_or_normalized(options):
     np.testing.assert_allclose([*hypergrad_["u"], hypergrad_["v"]], (grads * scale).mean(0), rtol=1e-12)
 
 
+def test_a_norm_whose_square_overflows():
+    tasks = base.Task(jnp.ones(1, int), jnp.array([[1e200, 1e200, 2.0]]))
+    problem = linear()._replace(
+        estimate=lambda hyperparams, task, state: (
+            base.Estimate(jnp.array(1.0), {"u": task.valid[:2], "v": task.valid[2]}, jnp.array(True), {}),
+            state,
+        )
+    )
+    for options in ({"max_norm": 1.0}, {"normalize": True}):
+        hypergrad_ = run(hypergrad.over_tasks(problem, **options), tasks)[0].hypergrad
+        np.testing.assert_allclose(hypergrad_["u"], np.sqrt([0.5, 0.5]), rtol=1e-12)
+
+
 def test_a_zero_hypergradient_stays_zero_when_normalized():
     tasks = base.Task(jnp.ones(2, int), jnp.tile(jnp.array([0.5, -1.0, 2.0]), (2, 1)))
     estimate, _ = run(hypergrad.over_tasks(linear(), normalize=True), tasks)

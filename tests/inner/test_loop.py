@@ -224,8 +224,28 @@ BAD_LOOPS = {
         r"The optimizer's state changed its leaf \['a'\] in one step, from shape and dtype \(\(2,\)",
     ),
     "optimizer_state_dtype": (
-        dict(optimizer=lambda hp: changes_structure("a", lambda state: {"a": state["a"].astype(jnp.float32)})),
-        r"The optimizer's state changed its leaf \['a'\] in one step.*float64.*float32",
+        dict(optimizer=lambda hp: changes_structure("a", lambda state: {"a": state["a"].astype(int)})),
+        r"The optimizer's state changed its leaf \['a'\] in one step.*float64.*int64",
+    ),
+    "optimizer_that_raises": (
+        dict(optimizer=lambda hp: optax.adam()),
+        "`optimizer` must be a factory .*called with λ it raised: .*learning_rate",
+    ),
+    "loss_of_three": (
+        dict(
+            loss=lambda params, hp, batch, context: (params.sum(), None, None),
+            init=lambda key, hp, data: (jnp.zeros(2), None),
+            with_context=True,
+        ),
+        r"The inner loss must return \[\] or \(\[\], model_state\); got 3 things",
+    ),
+    "integer_parameters": (
+        dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "n": jnp.zeros(2, int)}),
+        r"The parameters must be floating-point arrays; the leaf \['n'\] is of dtype int64",
+    ),
+    "parameters_of_another_type": (
+        dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "activation": jnp.tanh}),
+        r"The parameters must be floating-point arrays; the leaf \['activation'\] is of type",
     ),
     "model_state_structure": (
         dict(
@@ -281,3 +301,20 @@ def test_run_arguments():
         inner.run(make(), trace_fn=lambda state: state.step)
     with pytest.raises(ValueError, match="`num_steps` must be given"):
         inner.run(make())(KEY, LAM, DATA)
+
+
+def test_a_learned_momentum_does_not_widen_a_narrow_state():
+    """θ in bfloat16, λ in float32: the state keeps its precision, and λ its gradient."""
+
+    def trained(momentum):
+        loop = make(
+            loss=lambda params, hp, batch: ((params - 1) ** 2).mean(),
+            optimizer=lambda hp: optax.sgd(0.1, momentum=hp["momentum"]),
+            init=lambda key, hp, data: jnp.zeros(2, jnp.bfloat16),
+        )
+        state = hypergrad.unroll(loop, num_steps=5)(KEY, {"momentum": momentum}, DATA)
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state))} == {jnp.dtype(jnp.bfloat16)}
+        return state.params.astype(jnp.float32).sum()
+
+    value, slope = jax.jit(jax.value_and_grad(trained))(jnp.float32(0.5))
+    assert 0 < value < 2.5 and 0.5 < slope < 5

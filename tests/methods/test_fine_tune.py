@@ -95,3 +95,12 @@ def test_float32_stays_float32():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`num_steps` must be at least 0; got -1"):
         methods.fine_tune(quadratic(), num_steps=-1)
+
+
+def test_a_rule_that_carries_training_returns_its_last_lambda():
+    """Its values fall because θ is trained: they say nothing about which λ is best."""
+    estimator = hypergrad.lookahead(problems.RIDGE, commit=1, num_steps=1)
+    start = {"log_penalty": jnp.full(problems.NUM_FEATURES, 3.0)}
+    tuned = jax.jit(methods.fine_tune(estimator, num_steps=4))(KEY, start, problems.TASK)
+    assert np.isnan(tuned.values).tolist() == [True] * 4 + [False] and tuned.step == 4
+    assert (jnp.abs(tuned.hyperparams["log_penalty"] - 3.0) > 0.1).all()
