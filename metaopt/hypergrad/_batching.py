@@ -78,14 +78,16 @@ def over_seeds(estimator: base.Estimator, num_seeds: int) -> base.Estimator:
 def _normalize(estimate: base.Estimate, max_norm: float | None, normalize: bool) -> base.Estimate:
     if not normalize and max_norm is None:
         return estimate
+    bound = 1.0 if max_norm is None else max_norm
     # Relative to the largest entry, whose square may overflow.
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(h), initial=0) for h in jax.tree.leaves(estimate.hypergrad)]))
     largest = jnp.where(largest == 0, 1, largest)
     norm = optax.tree.norm(jax.tree.map(lambda h: h / largest, estimate.hypergrad))
     norm = jnp.where(norm == 0, 1, norm)
-    scale = 1 / norm if normalize else jnp.minimum(largest, max_norm / norm)
-    estimate = estimate._replace(hypergrad=jax.tree.map(lambda h: h / largest, estimate.hypergrad))
-    return estimate._replace(hypergrad=jax.tree.map(lambda h: (h * scale).astype(h.dtype), estimate.hypergrad))
+    scale = bound / norm if normalize else jnp.minimum(largest, bound / norm)
+    return estimate._replace(
+        hypergrad=jax.tree.map(lambda h: (h / largest * scale).astype(h.dtype), estimate.hypergrad)
+    )
 
 
 def over_tasks(
