@@ -1,11 +1,14 @@
 """The experiments run from end to end, in a process of their own (they run in float32)."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -50,6 +53,60 @@ def test_auto_tune_smoke(tmp_path):
     z = saved.predictor.apply(saved.meta_params, base.Task(None, None, features))
     hyperparams = spaces.to_constrained(saved.space, z)
     assert set(hyperparams) == set(saved.space) and 3e-4 < hyperparams["rate"] < 1e-1
+
+
+def load_auto_tune():
+    spec = importlib.util.spec_from_file_location("auto_tune", ROOT / "experiments" / "auto_tune.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["auto_tune"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def part(names, a, b, seconds):
+    """Results of two methods on tables of one seed: test loss and error."""
+    return {
+        "command": "run",
+        "preset": "full",
+        "num_seeds": 1,
+        "training_run": "2 steps",
+        "hypergradient_cost": 4.0,
+        "num_cores": 1,
+        "seconds": seconds,
+        "reference": "a",
+        "tables": names,
+        "families": names,
+        "seeds": [0] * len(names),
+        "scores": {"a": [[x, 0.1] for x in a], "b": [[x, 0.2] for x in b]},
+        "costs": {"a": [1.0, 2.0], "b": [None, 4.0 * seconds]},
+        "predicted": {"rate": [0.5] * len(names)},
+        "histories": {names[0]: [[1.0, 0.5], [0.4]]},
+    }
+
+
+def test_runs_over_different_folds_are_merged(tmp_path):
+    auto_tune = load_auto_tune()
+    first, second = part(["t", "u"], [0.1, 0.2], [0.3, 0.1], 1.0), part(["v"], [0.6], [0.9], 2.0)
+    a, b = auto_tune.finish([first, second], tmp_path)
+    assert (a["test_nll"], b["test_nll"]) == pytest.approx((0.3, 1.3 / 3))
+    assert (a["mean_rank"], b["mean_rank"]) == pytest.approx((4 / 3, 5 / 3))
+    assert (b["difference"], b["wins"]) == pytest.approx((0.4 / 3, 1 / 3))
+    assert b["low"] <= b["difference"] <= b["high"] and a["low"] == a["high"] == 0
+    assert b["seconds"] == pytest.approx(4 * (2 / 3) + 8 / 3) and b["trainings"] is None
+    assert (tmp_path / "auto_tune_full.png").exists()
+    with pytest.raises(ValueError, match="share tables"):
+        auto_tune.merge([first, first])
+    with pytest.raises(ValueError, match="differ in 'training_run'"):
+        auto_tune.merge([first, {**second, "training_run": "3 steps"}])
+
+
+def test_products_are_counted_with_the_lengths_of_scans():
+    auto_tune = load_auto_tune()
+
+    def function(x):
+        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ x), None), x, length=7)[0] @ x[:, :3]
+
+    assert auto_tune.matmul_flops(function, jnp.ones((5, 5))) == 7 * 2 * 5**3 + 2 * 5 * 5 * 3
 
 
 @pytest.mark.slow
