@@ -100,7 +100,7 @@ class Config:
 
 
 PRESETS = {
-    "default": Config(max_rows=2000),
+    "default": Config(max_rows=2000, max_buckets=2, global_steps=50, meta_steps=50),
     "smoke": Config(
         num_steps=12,
         num_members=2,
