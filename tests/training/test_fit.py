@@ -198,14 +198,33 @@ def test_is_quiet_where_there_is_no_terminal(capfd):
     assert out == "" and "5/5" in err and f"value {16 * 0.8**8 + TASKS.var():.4g}" in err
 
 
+@pytest.fixture
+def interruptible():
+    """A job that a shell starts in the background ignores SIGINT, and `fit` respects that."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_the_step(number):
     former = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    result = fit(callback=lambda step, metrics: step == 2 and os.kill(os.getpid(), number))
+    result = fit(callback=lambda step, metrics: step == 2 and signal.raise_signal(number))
     assert (result.stopped, result.state.step, len(result.history["value"])) == ("signal", 2, 2)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == former
 
 
+def test_an_ignored_interrupt_stays_ignored():
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        result = fit(callback=lambda step, metrics: signal.raise_signal(signal.SIGINT))
+        assert result.stopped == "num_steps" and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_raises_and_restores_the_handlers():
     former = signal.getsignal(signal.SIGINT)
 
