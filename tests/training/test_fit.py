@@ -1,6 +1,5 @@
 """The outer loop: where it ends, what it reports, what it refuses, and what it leaves intact."""
 
-import os
 import signal
 import threading
 
