@@ -189,7 +189,7 @@ def test_the_wheel_says_that_it_is_typed():
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w.:/])/(?:home|root|work|Users|tmp|mnt|opt)/\w",
     "pickle": r"pickle\.load|allow_pickle\s*=\s*Tru[e]",
-    "the host of a package registry": r"pypi\.(?:org|python)|pythonhosted\.or[g]|anaconda\.or[g]",
+    "the host of a package registry": r"pyp[i]\.(?:org|python)|python(?:hosted)\.or[g]|anacond[a]\.or[g]",
 }
 
 
@@ -215,11 +215,11 @@ def test_no_machine_paths_no_pickle():
 @pytest.mark.parametrize(
     "text",
     [
-        "open('/home/me/x')",
-        'DATA = "/work/data"',
+        "open('/" + "home/me/x')",
+        'DATA = "/' + 'work/data"',
         "np.load(f, allow_pickle=True)",
         "pickle.load(f)",
-        "https://pypi.org/x",
+        "https://" + "pypi" + ".org/x",
     ],
 )
 def test_machine_paths_and_pickles_are_seen(text):
