@@ -3,6 +3,7 @@
 from metaopt.hypergrad._batching import over_seeds, over_tasks
 from metaopt.hypergrad._implicit import WarmImplicitState, refuse_unanswerable, used_leaves, warm_implicit
 from metaopt.hypergrad._lookahead import LookaheadState, lookahead
+from metaopt.hypergrad._mixed import mixed_grad
 from metaopt.hypergrad._unroll import checkpointed_scan, unroll, unrolled
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "WarmImplicitState",
     "checkpointed_scan",
     "lookahead",
+    "mixed_grad",
     "over_seeds",
     "over_tasks",
     "refuse_unanswerable",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import base, inner
-from metaopt.hypergrad import _unroll
+from metaopt.hypergrad import _mixed, _unroll
 
 
 class LookaheadState(NamedTuple):
@@ -29,7 +29,7 @@ def lookahead(
     num_steps: int = 1,
     horizon: int | None = None,
     remat: str = "none",
-    grad: Callable = jax.grad,
+    grad: Callable = _mixed.mixed_grad,
 ) -> base.Estimator:
     """Estimates dF/dλ by looking K steps ahead of a training run that goes on.
 

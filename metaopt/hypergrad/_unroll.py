@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import base, inner
+from metaopt.hypergrad import _mixed
 
 REMAT = ("none", "step", "sqrt")
 
@@ -36,13 +37,16 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
       length: T.
       remat: "none" stores what every step computed; "step" stores each step's carry and recomputes within the step;
         "sqrt" stores √T carries, and recomputes a stretch of √T steps at a time, each with its own steps recomputed.
+        Within "step", and within a stretch, the gradients that `mixed_grad` returns are stored too.
 
     Returns:
       The last carry, and the stacked y.
     """
     if remat == "none":
         return jax.lax.scan(step, carry, xs, length=length)
-    step = jax.checkpoint(step, prevent_cse=False)
+    # What `mixed_grad` returns is kept: its reverse rule does not need the forward pass again.
+    policy = jax.checkpoint_policies.save_only_these_names(_mixed.GRADS)
+    step = jax.checkpoint(step, prevent_cse=False, policy=policy)
     if remat == "step" or length < 4:
         return jax.lax.scan(step, carry, xs, length=length)
     # T = stretches · size + rest; the rest is one shorter stretch.
@@ -74,7 +78,8 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str = "none", grad: C
       loop: how θ is trained.
       num_steps: T, at least 0.
       remat: "none", "step" or "sqrt".
-      grad: what takes the inner gradient; see `inner.step`.
+      grad: what takes the inner gradient; see `inner.step`. `hypergrad.mixed_grad` saves time and memory where only
+        reverse mode is needed.
 
     Returns:
       `(key, hyperparams, data) -> InnerState` after T steps; `loop.params` takes θ out of it.
@@ -112,14 +117,16 @@ def unrolled(
     num_steps: int,
     remat: str = "none",
     outer: str | Sequence[float] | np.ndarray = "last",
-    grad: Callable = jax.grad,
+    grad: Callable = _mixed.mixed_grad,
 ) -> base.Estimator:
     """Estimates dF/dλ exactly, by reverse mode through T steps from a fresh start.
 
         F(λ) = Σ_{t=1..T} w_t f(θ_t(λ), λ)
 
     Every call starts anew, with a fresh key for the initialization, the order of the data and the noise; F is then a
-    sample of its mean over keys. Works under jit, vmap and further reverse or forward differentiation.
+    sample of its mean over keys. Works under jit, vmap and further reverse differentiation; under forward
+    differentiation
+    with `grad=jax.grad` alone.
 
     Args:
       problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
@@ -127,7 +134,7 @@ def unrolled(
       remat: "none", "step" or "sqrt"; time and memory in `unroll`.
       outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T; steps of weight zero are not evaluated where
         only the last has weight.
-      grad: what takes the inner gradient; see `inner.step`.
+      grad: what takes the inner gradient; see `inner.step`. `mixed_grad` says where `jax.grad` is to be taken instead.
 
     Returns:
       An `Estimator` of kind "exact", `done` after every estimate; its state is a key.

@@ -15,70 +15,99 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import custom_derivatives
 from jax.extend import core
 
 # An exact zero whose slope is steeper than this is what an ε in a denominator makes of an entry without a gradient.
 _STEEP = 1e3
 
 
-def _zero_safe(operation: Callable, form: Callable, drop: bool) -> Callable:
-    """`operation`, to be differentiated as `form(operation, *operands, drop=drop)`, which has the same values.
+def _zero_safe(operation: Callable, rule: Callable, drop: bool) -> Callable:
+    """`operation`, with the derivative that `rule(operands, tangents, output, drop=drop)` gives.
 
-    What is not differentiated stays as it is, to the bit. The rule is `form` itself, and not a formula for its first
-    derivative, since a scan that is differentiated in reverse forgets such rules, and is then differentiated once more.
+    The rule's own operations are finite, and zero where the derivative is infinite, so that derivatives of any order
+    are. A tangent that is known to be zero is None.
     """
     function = jax.custom_jvp(operation)
-    function.defjvp(lambda primals, tangents: jax.jvp(functools.partial(form, operation, drop=drop), primals, tangents))
+
+    def jvp(primals, tangents):
+        output = function(*primals)  # itself, and not `operation`: a scan keeps the rule for the next derivative
+        known = [None if isinstance(t, custom_derivatives.SymbolicZero) else t for t in tangents]
+        return output, rule(primals, known, output, drop=drop)
+
+    function.defjvp(jvp, symbolic_zeros=True)
     return function
 
 
-def _constant_where(bad: jax.Array, operation: Callable, *operands: jax.Array) -> jax.Array:
-    """`operation(*operands)`, a constant where `bad`; evaluated at ones there, so that all derivatives are finite."""
-    constant = operation(*map(jax.lax.stop_gradient, operands))
-    return jnp.where(bad, constant, operation(*[jnp.where(bad, jnp.ones_like(x), x) for x in operands]))
+def _sum(*terms: Any) -> Any:
+    """The sum of the terms that are not None; one of them is not."""
+    return functools.reduce(jnp.add, [term for term in terms if term is not None])
 
 
-def _sqrt(operation, x, *, drop):
-    return _constant_where(x <= 0, operation, x)
+def _sqrt(operands, tangents, out, *, drop):
+    bad = operands[0] <= 0
+    return jnp.where(bad, 0, tangents[0]) * (0.5 / jnp.where(bad, 1, out))
 
 
-def _rsqrt(operation, x, *, drop):
-    return _constant_where(x <= jnp.finfo(x.dtype).tiny ** (2 / 3), operation, x)  # below, x^(-3/2) overflows
+def _rsqrt(operands, tangents, out, *, drop):
+    x = operands[0]
+    bad = x <= jnp.finfo(x.dtype).tiny ** (2 / 3)  # below, x^(-3/2) overflows
+    return jnp.where(bad, 0, tangents[0]) * (-0.5 * jnp.where(bad, 1, out) / jnp.where(bad, 1, x))
 
 
-def _cbrt(operation, x, *, drop):
-    return _constant_where(x == 0, operation, x)
+def _cbrt(operands, tangents, out, *, drop):
+    x = operands[0]
+    return jnp.where(x == 0, 0, tangents[0]) * (out / (3 * jnp.where(x == 0, 1, x)))
 
 
-def _pow(operation, x, y, *, drop):
-    slope = jnp.power(jnp.abs(x), y.astype(x.dtype) - 1)  # 0 to a negative power, or an overflow
-    return _constant_where(~jnp.isfinite(jax.lax.stop_gradient(slope)), operation, x, y)
+def _power_of(exponent: int) -> Callable:
+    def rule(operands, tangents, out, *, drop):
+        bad = (operands[0] == 0) | ~jnp.isfinite(out)
+        return jnp.where(bad, 0, tangents[0]) * (exponent * jnp.where(bad, 0, out) / jnp.where(bad, 1, operands[0]))
+
+    return rule
 
 
-def _div(operation, x, y, *, drop):
+def _pow(operands, tangents, out, *, drop):
+    x, y = operands[0], jnp.asarray(operands[1])
+    exponent = y.astype(x.dtype)
+    # 0 to a negative power, or an overflow. (Evaluated at 1 there.)
+    bad = ~jnp.isfinite(jnp.power(jnp.abs(x), exponent - 1))
+    x, keep = jnp.where(bad, 1, x), lambda t: None if t is None else jnp.where(bad, 0, t)
+    by_x, by_y = keep(tangents[0]), None if y.dtype != x.dtype else keep(tangents[1])
+    if by_x is not None:
+        by_x = by_x * exponent * jnp.power(x, exponent - 1)
+    if by_y is not None:
+        by_y = by_y * jnp.where(bad, 0, out) * jnp.log(jnp.where(x > 0, x, 1))
+    return _sum(by_x, by_y, jnp.zeros_like(out) if by_x is None and by_y is None else None)
+
+
+def _div(operands, tangents, out, *, drop):
+    x, y = operands
     # The derivative divides by y². A branch that `where` leaves out may hold anything.
-    bad = (jnp.abs(y) < jnp.finfo(y.dtype).tiny ** 0.5) | ~jnp.isfinite(x) | ~jnp.isfinite(y)
+    size = jnp.abs(y)
+    bad = ~((size >= jnp.finfo(y.dtype).tiny ** 0.5) & jnp.isfinite(y) & jnp.isfinite(x))
     if drop:
-        bad |= (x == 0) & (jnp.abs(y) <= 1 / _STEEP)
-    return _constant_where(bad, operation, x, y)
+        bad |= (x == 0) & (size <= 1 / _STEEP)
+    by_x, by_y = tangents
+    if by_y is not None:
+        by_y = -jnp.where(bad, 0, out) * by_y
+    return jnp.where(bad, 0, _sum(by_x, by_y)) / jnp.where(bad, 1, y)
 
 
-def _mul(operation, x, y, *, drop):
+def _mul(operands, tangents, out, *, drop):
     # 0 · (1/√0): the derivative itself is infinite. A steep product passes its derivative on, since the exact zero may
     # be λ itself: a rate, a momentum.
-    return _constant_where(~jnp.isfinite(x) | ~jnp.isfinite(y), operation, x, y)
+    x, y = operands
+    bad = ~(jnp.isfinite(x) & jnp.isfinite(y))
+    by_x, by_y = tangents
+    by_x = None if by_x is None else by_x * jnp.where(bad, 0, y)
+    by_y = None if by_y is None else jnp.where(bad, 0, x) * by_y
+    return _sum(by_x, by_y)
 
 
-# `(operation, *operands, drop) -> output`, for the operations whose derivative can be infinite.
-_FORMS: dict[str, Callable] = {
-    "sqrt": _sqrt,
-    "rsqrt": _rsqrt,
-    "cbrt": _cbrt,
-    "integer_pow": _cbrt,
-    "pow": _pow,
-    "div": _div,
-    "mul": _mul,
-}
+# `(operands, tangents, output, drop) -> tangent`, for the operations whose derivative can be infinite.
+_RULES: dict[str, Callable] = {"sqrt": _sqrt, "rsqrt": _rsqrt, "cbrt": _cbrt, "pow": _pow, "div": _div, "mul": _mul}
 
 
 def _is_tame(equation: Any) -> bool:
@@ -95,7 +124,7 @@ def _is_tame(equation: Any) -> bool:
 
 
 def _evaluate(jaxpr: Any, consts: Any, args: Any, drop: bool) -> list:
-    """Evaluates a jaxpr, with the operations of `_FORMS` in their zero-safe form."""
+    """Evaluates a jaxpr, with the operations of `_RULES` in their zero-safe form."""
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
 
@@ -105,9 +134,10 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any, drop: bool) -> list:
     for equation in jaxpr.eqns:
         operands = [v.val if isinstance(v, core.Literal) else values[v] for v in equation.invars]
         name, params = equation.primitive.name, equation.params
-        if name in _FORMS and not _is_tame(equation):
+        if (name in _RULES or name == "integer_pow") and not _is_tame(equation):
             operation = functools.partial(equation.primitive.bind, **params)
-            outputs = _zero_safe(operation, _FORMS[name], drop)(*map(jnp.asarray, operands))
+            rule = _power_of(params["y"]) if name == "integer_pow" else _RULES[name]
+            outputs = _zero_safe(operation, rule, drop)(*map(jnp.asarray, operands))
         elif name in ("pjit", "jit", "closed_call"):  # nested calls of jnp functions
             inner = params.get("jaxpr", params.get("call_jaxpr"))
             outputs = closed(inner)(*operands)

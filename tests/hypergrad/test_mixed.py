@@ -1,0 +1,157 @@
+"""Mixed mode: the same numbers as reverse over reverse, in every way in which it is used."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+from jax.test_util import check_grads
+
+from metaopt import hypergrad, inner
+
+KEY = jax.random.key(0)
+
+
+def layer(x, w):
+    return jnp.tanh(x @ w), None
+
+
+def loss(params, hyperparams, batch, remat=False):
+    """Two layers in a scan, a penalty for each, integer indices among the data."""
+    step = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+    x, _ = jax.lax.scan(step, params["in"][batch["index"]], params["hidden"])
+    penalty = (jnp.exp(hyperparams["log_penalty"]) * (params["hidden"] ** 2).sum((1, 2))).sum()
+    return ((x.sum(1) - hyperparams["scale"] * batch["y"]) ** 2).mean() + penalty
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    params = {"in": rng.normal(size=(5, 3)), "hidden": rng.normal(size=(2, 3, 3))}
+    hyperparams = {"log_penalty": np.array([-2.0, -1.0]), "scale": np.array(0.7)}
+    batch = {"index": np.array([0, 4, 4, 2]), "y": rng.normal(size=4)}
+    return jax.tree.map(jnp.asarray, (params, hyperparams, batch))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_value_and_pullback_are_those_of_reverse_over_reverse(remat):
+    params, hyperparams, batch = inputs()
+    g = functools.partial(loss, remat=remat)
+    v = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+
+    def pulled_back(grad):
+        def of(params, hyperparams, y):
+            return grad(g)(params, hyperparams, {**batch, "y": y})
+
+        value, pullback = jax.vjp(of, params, hyperparams, batch["y"])
+        return value, pullback(v)
+
+    chex.assert_trees_all_close(
+        jax.jit(pulled_back, static_argnums=0)(hypergrad.mixed_grad),
+        jax.jit(pulled_back, static_argnums=0)(jax.grad),
+        rtol=1e-12,
+    )
+
+
+def test_auxiliary_outputs_pass_their_cotangent_on():
+    # a = (a float that depends on everything, a count): the state of a model.
+    def with_aux(params, hyperparams, batch):
+        value = loss(params, hyperparams, batch)
+        return value, {"mean": hyperparams["scale"] * params["in"].mean() ** 2, "count": batch["index"].sum()}
+
+    params, hyperparams, batch = inputs()
+
+    def objective(params, hyperparams, grad):
+        grads, aux = grad(with_aux, has_aux=True)(params, hyperparams, batch)
+        return sum((leaf**3).sum() for leaf in jax.tree.leaves(grads)) + jnp.sin(aux["mean"]) + aux["count"]
+
+    found, expected = (
+        jax.grad(functools.partial(objective, grad=grad), argnums=(0, 1))(params, hyperparams)
+        for grad in (hypergrad.mixed_grad, jax.grad)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("remat", ["none", "step", "sqrt"])
+def test_everything_through_training(remat):
+    # Dropout, minibatches, running statistics, Adam; λ enters everywhere.
+    def estimate(grad):
+        estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=5, remat=remat, grad=grad)
+        return jax.jit(estimator.estimate)(problems.EVERYTHING_LAM, problems.TASK, KEY)[0]
+
+    mixed, reverse = estimate(hypergrad.mixed_grad), estimate(jax.grad)
+    chex.assert_trees_all_close(mixed.value, reverse.value, rtol=1e-13)
+    chex.assert_trees_all_close(mixed.hypergrad, reverse.hypergrad, rtol=1e-9, atol=1e-12)
+
+
+def test_finite_differences_and_a_second_derivative():
+    # Reverse over reverse over mixed: the outer loss's own curvature in λ.
+    solve = hypergrad.unroll(problems.RIDGE_LOOP, num_steps=3, grad=hypergrad.mixed_grad)
+
+    def outer(log_penalty):
+        params = solve(KEY, {"log_penalty": log_penalty}, problems.TASK.train).params
+        return problems.mean_squares(params, problems.TASK.valid)
+
+    check_grads(outer, (problems.LAM["log_penalty"],), order=2, modes=["rev"], rtol=1e-5)
+
+
+def test_tasks_under_vmap():
+    tasks = problems.stack([problems.regression_task(seed) for seed in range(3)])
+    solve = hypergrad.unroll(problems.RIDGE_LOOP, num_steps=3, remat="step", grad=hypergrad.mixed_grad)
+
+    def hypergradient(task):
+        return jax.grad(lambda hp: problems.mean_squares(solve(KEY, hp, task.train).params, task.valid))(problems.LAM)
+
+    alone = problems.stack([hypergradient(jax.tree.map(lambda x, i=i: x[i], tasks)) for i in range(3)])
+    chex.assert_trees_all_close(jax.vmap(hypergradient)(tasks), alone, rtol=1e-12)
+
+
+def test_what_a_loss_closes_over_is_differentiated():
+    def outer(scale, grad):
+        loop = inner.loop(
+            lambda params, hyperparams, batch: ((params - scale * batch) ** 2).sum(),
+            lambda hyperparams: optax.sgd(hyperparams),
+            init=lambda key, hyperparams, data: jnp.zeros(2),
+        )
+        solve = hypergrad.unroll(loop, num_steps=3, grad=grad)
+        return solve(KEY, jnp.array(0.1), jnp.array([1.0, 2.0])).params.sum()
+
+    # θ_T = scale · batch · (1 − (1 − 2 rate)^T)
+    np.testing.assert_allclose(jax.grad(outer)(2.0, hypergrad.mixed_grad), 3.0 * (1 - 0.8**3), rtol=1e-12)
+
+
+def test_no_activation_is_kept_across_steps():
+    # The residuals of reverse over reverse hold activations of every step; those of mixed mode do not: a batch ten
+    # times as large adds nothing per step.
+    def memory(grad, rows):
+        loop = inner.loop(
+            lambda params, hyperparams, batch: (jnp.tanh(jnp.tanh(batch @ params) @ params) ** 2).mean(),
+            lambda hyperparams: optax.sgd(hyperparams),
+            init=lambda key, hyperparams, data: jnp.eye(8),
+        )
+        solve = hypergrad.unroll(loop, num_steps=50, grad=grad)
+        outer = lambda rate, data: solve(KEY, rate, data).params.sum()
+        compiled = jax.jit(jax.grad(outer)).lower(0.1, jnp.ones((rows, 8))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    grown = {grad: memory(grad, 1000) - memory(grad, 100) for grad in (hypergrad.mixed_grad, jax.grad)}
+    assert grown[hypergrad.mixed_grad] < 0.2 * grown[jax.grad]
+
+
+def test_a_custom_vjp_in_the_loss():
+    @jax.custom_vjp
+    def square(x):
+        return x**2
+
+    square.defvjp(lambda x: (x**2, x), lambda x, ct: (2 * x * ct,))
+    loop = inner.loop(
+        lambda params, hyperparams, batch: square(params).sum(),
+        lambda hyperparams: optax.sgd(hyperparams),
+        init=lambda key, hyperparams, data: jnp.ones(2),
+    )
+    problem = inner.problem(loop, lambda params, hyperparams, batch: params.sum())
+    estimate, _ = hypergrad.unrolled(problem, num_steps=2).estimate(jnp.array(0.1), problems.TASK, KEY)
+    np.testing.assert_allclose(estimate.hypergrad, 2 * 2 * 0.8 * -2, rtol=1e-12)  # d/dr 2 (1 − 2r)²
