@@ -143,6 +143,7 @@ def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float)
         metrics = {
             "adjoint_residual": optax.tree.norm(residual(v)),
             "inner_grad_norm": optax.tree.norm(g_params),
+            "outer_grad_norm": optax.tree.norm(f_params),
         }
         return base.Estimate(f, hypergrad, jnp.array(False), metrics), WarmImplicitState(trained, v, key)
 

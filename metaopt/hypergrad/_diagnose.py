@@ -1,0 +1,236 @@
+"""Why does a hypergradient go wrong? One training run with the numbers that tell, and what to change."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metaopt import base, inner, spaces
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong.
+
+    Attributes:
+      what: what was found, with its number.
+      advice: what to change.
+    """
+
+    what: str
+    advice: str
+
+
+class Diagnosis(NamedTuple):
+    """What `diagnose` returns; printed, it is a report.
+
+    Attributes:
+      findings: the most serious first; empty where nothing was found.
+      growth: mean log growth of a perturbation of θ per step; above 0 products of Jacobians explode.
+      products: [T] log norm of the product of Jacobians up to each step, along a random direction.
+      inner_loss: [T].
+      inner_grad_norm: [T] ‖∇θ g‖ on each step's batch.
+    """
+
+    findings: list[Finding]
+    growth: float
+    products: np.ndarray
+    inner_loss: np.ndarray
+    inner_grad_norm: np.ndarray
+
+    def __str__(self) -> str:
+        found = [f"* {f.what}\n  {f.advice}" for f in self.findings] or ["Nothing was found."]
+        return "\n".join(found)
+
+
+def diagnose(
+    problem: base.Problem,
+    hyperparams: base.HyperParams,
+    task: base.Task,
+    *,
+    num_steps: int,
+    key: jax.Array | None = None,
+    space: base.PyTree | None = None,
+    estimator: base.Estimator | None = None,
+    num_estimates: int = 5,
+) -> Diagnosis:
+    """Says why tuning goes wrong: training itself, its derivative, the linear solve, or λ.
+
+    One training run carries a random perturbation δ of θ along, δ_{t+1} = (∂θ_{t+1}/∂θ_t) δ_t (forward mode, one pass),
+    so that the growth of the products of Jacobians, which a hypergradient through training consists of, is seen step
+    by step. With optimizer state, δ is that of the whole inner state.
+
+    Args:
+      problem: what is tuned. Its inner loss must be differentiable in forward mode.
+      hyperparams: λ as the problem takes it (unconstrained, after `spaces.constrain`).
+      task: one task.
+      num_steps: T, at least 2.
+      key: a fixed one by default.
+      space: the space that λ was constrained by: leaves at a bound are named.
+      estimator: a rule for this problem: what it reports of residuals and hypergradients is looked at too.
+      num_estimates: estimates of that rule at λ.
+
+    Returns:
+      A `Diagnosis`; print it.
+
+    Raises:
+      ValueError: `num_steps` is below 2.
+
+    Source: chaos and its cure by smaller steps: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180.
+    """
+    if num_steps < 2:
+        raise ValueError(f"`num_steps` must be at least 2; got {num_steps}.")
+    key = jax.random.key(0) if key is None else key
+    loop = problem.loop
+    start_key, noise_key, estimator_key = jax.random.split(key, 3)
+
+    def run(hyperparams):
+        state = loop.init(start_key, hyperparams, task.train)
+        leaves, structure = jax.tree.flatten(state)
+        moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+        def join(floats, state):
+            floats = iter(floats)
+            return structure.unflatten(
+                [next(floats) if m else x for m, x in zip(moves, jax.tree.leaves(state), strict=True)]
+            )
+
+        def floats_of(state):
+            return [x for m, x in zip(moves, jax.tree.leaves(state), strict=True) if m]
+
+        noise = [
+            jax.random.normal(jax.random.fold_in(noise_key, i), x.shape, x.dtype)
+            for i, x in enumerate(leaves)
+            if moves[i]
+        ]
+        # Only θ is perturbed; optimizer states follow.
+        is_param = {id(x) for x in jax.tree.leaves(loop.params(state))}
+        noise = [n if id(x) in is_param else jnp.zeros_like(n) for n, x in zip(noise, floats_of(state), strict=True)]
+        noise = jax.tree.map(lambda n: n / optax.tree.norm(noise), noise)
+
+        def step(carry, _):
+            state, delta = carry
+            context, batch = loop.context(state), loop.batch(state, task.train)
+            value, grads = jax.value_and_grad(loop.loss, has_aux=True)(loop.params(state), hyperparams, batch, context)
+
+            def advance(floats):
+                new = inner.step(loop, join(floats, state), hyperparams, task.train)
+                return floats_of(new), new
+
+            _, delta, new = jax.jvp(advance, (floats_of(state),), (delta,), has_aux=True)
+            size = optax.tree.norm(delta)
+            delta = jax.tree.map(lambda d: d / jnp.where(size > 0, size, 1), delta)
+            return (new, delta), (value[0], optax.tree.norm(grads), jnp.log(size))
+
+        (state, _), trace = jax.lax.scan(step, (state, noise), length=num_steps)
+        batch = problem.outer_batch(start_key, task)
+        return trace, problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
+
+    (loss, grad_norm, growth), outer = jax.tree.map(np.asarray, jax.jit(run)(hyperparams))
+    findings: list[Finding] = []
+    bad = np.flatnonzero(~np.isfinite(loss) | ~np.isfinite(grad_norm))
+    if bad.size:
+        findings.append(
+            Finding(
+                f"Training diverges: the inner loss or its gradient is not finite from step {bad[0]} of {num_steps} "
+                "on.",
+                "Start at a smaller rate, bound it by the space, or clip gradients in the optimizer.",
+            )
+        )
+    elif not np.isfinite(outer):
+        findings.append(Finding("The outer loss is not finite after training.", "Look for log(0) or 0/0 in it."))
+    kept = growth[: bad[0]] if bad.size else growth
+    # The perturbation needs some steps to turn into the direction that grows.
+    settled = kept[len(kept) // 5 :]
+    rate = float(np.mean(settled)) if settled.size else math.nan
+    if rate * num_steps > math.log(1e3):
+        findings.append(
+            Finding(
+                f"Products of Jacobians explode: a perturbation of θ grows by exp({rate:.3f}) a step, and by "
+                f"exp({rate * num_steps:.0f}) over {num_steps}: training is chaotic, and its hypergradient is noise.",
+                "A smaller inner rate is the cure; else fewer steps, `truncated`, `persistent_es`, or clipping per "
+                "task (`over_tasks(max_norm=...)`).",
+            )
+        )
+    elif float(np.max(settled, initial=-math.inf)) > math.log(3):
+        worst = int(np.argmax(kept))
+        findings.append(
+            Finding(
+                f"The step is chaotic in places: at step {worst} a perturbation grows by {math.exp(kept[worst]):.1f}.",
+                "Clip gradients in the optimizer, or warm the rate up.",
+            )
+        )
+    if not bad.size:
+        tenth = max(1, num_steps // 10)
+        before, after, first = loss[-2 * tenth : -tenth].mean(), loss[-tenth:].mean(), loss[:tenth].mean()
+        if after >= first:
+            findings.append(
+                Finding(
+                    f"The inner loss does not fall: {first:.4g} at first, {after:.4g} at the end.",
+                    "The rate is too small or too large for this many steps.",
+                )
+            )
+        elif num_steps >= 20 and before - after > 0.05 * (first - after):
+            findings.append(
+                Finding(
+                    "The inner loop has not converged: the last tenth of the steps still lowered g by "
+                    f"{before - after:.3g} of {first - after:.3g} in all; ‖∇θ g‖ = {grad_norm[-1]:.3g}.",
+                    "An implicit rule is biased here: train longer, or take `unrolled`, which needs no convergence.",
+                )
+            )
+    if space is not None:
+        at = spaces.at_bounds(space, spaces.to_constrained(space, hyperparams))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(at):
+            if np.any(leaf):
+                findings.append(
+                    Finding(
+                        f"λ{jax.tree_util.keystr(path)} sits at a bound of its range ({int(np.sum(leaf))} entries).",
+                        "Widen the range, or fix the leaf.",
+                    )
+                )
+    if estimator is not None:
+        findings += _of_estimator(estimator, estimator_key, hyperparams, task, num_estimates)
+    return Diagnosis(findings, rate, np.cumsum(growth), loss, grad_norm)
+
+
+def _of_estimator(estimator, key, hyperparams, task, num_estimates) -> list[Finding]:
+    """What an estimator's own numbers tell."""
+
+    def again(state, _):
+        estimate, state = estimator.estimate(hyperparams, task, state)
+        return state, estimate
+
+    run = jax.jit(lambda state: jax.lax.scan(again, state, length=num_estimates)[1])
+    estimates = jax.tree.map(np.asarray, run(estimator.init(key, hyperparams, task)))
+    findings = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(estimates.hypergrad):
+        name = f"λ{jax.tree_util.keystr(path)}"
+        if not np.isfinite(leaf).all():
+            findings.append(
+                Finding(
+                    f"The hypergradient of {name} is not finite.",
+                    "Look at the finding on training above; a NaN in the loss at zero (√0, 0/0) has this effect too.",
+                )
+            )
+        elif not leaf.any():
+            findings.append(
+                Finding(
+                    f"The hypergradient of {name} is zero in {num_estimates} estimates.",
+                    "Is it used? `hypergrad.check` tells whether the outer loss depends on it.",
+                )
+            )
+    for name, values in estimates.metrics.items():
+        if not name.endswith("residual"):
+            continue
+        scale = float(estimates.metrics.get("outer_grad_norm", np.ones(1))[-1])
+        if not float(values[-1]) < 0.1 * scale:
+            findings.append(
+                Finding(
+                    f"The linear solve is not done: {name} = {float(values[-1]):.3g} of {scale:.3g} after "
+                    f"{num_estimates} estimates.",
+                    "More solver steps, a warm start, damping, or (Neumann, adjoint steps) a rate below 2 / λmax.",
+                )
+            )
+    return findings

@@ -1,0 +1,141 @@
+"""The check tells right from wrong, on estimators whose faults are known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+from metaopt import base, hypergrad, inner
+
+CHECK = functools.partial(hypergrad.check, num_directions=3, num_estimates=30, num_samples=16)
+UNROLLED = hypergrad.unrolled(problems.RIDGE, num_steps=5)
+
+
+def broken(estimator, change, kind=None):
+    """An estimator whose hypergradient goes through `change`."""
+
+    def estimate(hyperparams, task, state):
+        out, state = estimator.estimate(hyperparams, task, state)
+        return out._replace(hypergrad=change(out.hypergrad)), state
+
+    return base.Estimator(estimator.init, estimate, kind or estimator.kind)
+
+
+def test_a_right_hypergradient_passes_wherever_lambda_enters():
+    estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=3)
+    report = CHECK(estimator, problems.EVERYTHING_LAM, problems.TASK)
+    assert report.passed and [leaf.status for leaf in report.leaves] == ["right"] * 6
+    assert report.cosine > 0.999999 and max(leaf.relative_error for leaf in report.leaves) < 1e-6
+    assert "right" in str(report) and str(report).startswith("passed")
+
+
+def test_what_is_given_in_float32_is_checked_in_float64():
+    with jax.enable_x64(False):
+        lam, task = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (problems.LAM, problems.TASK))
+        report = CHECK(UNROLLED, lam, task)
+    assert report.passed and report.float32_constants == [] and report.leaves[0].relative_error < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        (lambda h: jax.tree.map(lambda x: 1.01 * x, h), "wrong"),
+        (lambda h: jax.tree.map(jnp.zeros_like, h), "dead"),
+        (lambda h: jax.tree.map(lambda x: x.at[0].set(jnp.nan), h), "not finite"),
+        (lambda h: jax.tree.map(lambda x: -x, h), "wrong"),
+    ],
+)
+def test_a_wrong_one_fails(change, status):
+    report = CHECK(broken(UNROLLED, change), problems.LAM, problems.TASK)
+    assert not report.passed and [leaf.status for leaf in report.leaves] == [status]
+    assert report.message != "Nothing to remark."
+
+
+def test_a_leaf_that_nothing_uses_is_zero_and_no_fault():
+    problem = problems.RIDGE._replace(
+        outer_loss=lambda params, hp, batch, context: problems.mean_squares(params, batch) + 0 * hp["log_penalty"].sum()
+    )
+    estimator = hypergrad.unrolled(problem, num_steps=0)  # zero steps: only f sees λ, times 0
+    report = CHECK(estimator, problems.LAM, problems.TASK)
+    assert report.passed and report.leaves[0].status == "zero" and "does not depend on" in report.message
+
+
+def test_arrays_held_in_float32_are_named():
+    target = np.linspace(0, 1, problems.NUM_FEATURES, dtype=np.float32)
+
+    def loss(params, hyperparams, batch):
+        return ((params - target) ** 2 * jnp.exp(hyperparams)).sum()
+
+    def init(key, hyperparams, data):
+        return {"wide": jnp.zeros(problems.NUM_FEATURES), "narrow": jnp.zeros(2, jnp.float32)}
+
+    loop = inner.loop(
+        lambda params, hp, batch: loss(params["wide"], hp, batch) + (params["narrow"] ** 2).sum().astype(float),
+        lambda hp: optax.sgd(0.1),
+        init=init,
+    )
+    problem = inner.problem(loop, lambda params, hp, batch: (params["wide"] ** 2).sum())
+    report = CHECK(hypergrad.unrolled(problem, num_steps=2), jnp.array(0.1), problems.TASK)
+    assert report.passed
+    # The estimator carries a key alone: what `init` makes is seen in the loop's own rule.
+    assert any("target" in name and "float32[4]" in name for name in report.float32_constants), report
+    carried = CHECK(hypergrad.lookahead(problem, commit=0), jnp.array(0.1), problems.TASK)
+    assert any("narrow" in name for name in carried.float32_constants)
+
+
+def test_a_biased_rule_is_measured_against_what_it_stands_for():
+    converged = hypergrad.warm_implicit(problems.RIDGE, num_steps=20, adjoint_rate=0.4)
+    report = CHECK(converged, problems.LAM, problems.TASK)
+    assert report.passed and report.leaves[0].status == "right"
+    early = hypergrad.warm_implicit(problems.RIDGE, num_steps=1, adjoint_rate=0.01)
+    report = hypergrad.check(early, problems.LAM, problems.TASK, num_estimates=2, num_directions=3)
+    assert report.leaves[0].status == "wrong" and report.leaves[0].relative_error > 0.1
+    # Uphill, though: that is all that its kind promises.
+    assert report.passed == (report.cosine > 0)
+
+
+def test_an_unbiased_rule_is_judged_by_its_own_spread():
+    def noisy(bias):
+        def estimate(hyperparams, task, state):
+            out, state = UNROLLED.estimate(hyperparams, task, state)
+            noise = 0.1 * jax.random.normal(state, hyperparams["log_penalty"].shape)
+            return out._replace(hypergrad=jax.tree.map(lambda h: h + noise + bias, out.hypergrad)), state
+
+        return base.Estimator(UNROLLED.init, estimate, "unbiased")
+
+    assert CHECK(noisy(0.0), problems.LAM, problems.TASK).passed
+    report = CHECK(noisy(0.3), problems.LAM, problems.TASK)
+    assert not report.passed and report.leaves[0].standard_error > 0
+
+
+def test_metasmoothness_falls_where_the_slope_does_not_last():
+    def estimator(frequency):
+        def init(key, hyperparams, task):
+            return key
+
+        def estimate(hyperparams, task, state):
+            value, slope = jax.value_and_grad(lambda h: jnp.sin(frequency * h).sum() + h.sum())(hyperparams)
+            return base.Estimate(value, slope, jnp.array(True), {}), state
+
+        return base.Estimator(init, estimate, "exact")
+
+    smooth, rough = (hypergrad.check(estimator(f), jnp.linspace(1.0, 2.0, 5), problems.TASK) for f in (0.1, 500.0))
+    assert smooth.passed and smooth.metasmoothness > 0.99
+    assert rough.metasmoothness < 0.5 and "rough" in rough.message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_directions": 0}, "`num_directions` must be at least 1; got 0"),
+        ({"num_samples": 1}, "`num_samples` must be at least 2; got 1"),
+        ({"epsilon": 0.0}, "`epsilon` and `radius` must be positive"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        hypergrad.check(UNROLLED, problems.LAM, problems.TASK, **options)

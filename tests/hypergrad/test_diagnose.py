@@ -1,0 +1,80 @@
+"""Every finding is made where its cause was put, and not where it was not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+from metaopt import hypergrad, inner, spaces
+
+
+def quadratic(rate, curvature=1.0):
+    loop = inner.loop(
+        lambda params, hp, batch: curvature * (params**2).sum() / 2 * jnp.exp(hp),
+        lambda hp: optax.sgd(rate),
+        init=lambda key, hp, data: jnp.ones(3),
+    )
+    return inner.problem(loop, lambda params, hp, batch: (params**2).sum())
+
+
+def words(diagnosis):
+    return " ".join(f"{f.what} {f.advice}" for f in diagnosis.findings)
+
+
+def test_a_healthy_run_has_no_finding():
+    diagnosis = hypergrad.diagnose(quadratic(0.2), jnp.array(0.0), problems.TASK, num_steps=50)
+    assert diagnosis.findings == [] and str(diagnosis) == "Nothing was found."
+    # θ ← (1 − rate) θ: the growth is exact.
+    np.testing.assert_allclose(diagnosis.growth, np.log(0.8), rtol=1e-9)
+    np.testing.assert_allclose(diagnosis.products, np.log(0.8) * np.arange(1, 51), rtol=1e-9)
+
+
+def test_exploding_products_and_a_loss_that_does_not_fall():
+    diagnosis = hypergrad.diagnose(quadratic(2.5), jnp.array(0.0), problems.TASK, num_steps=50)
+    np.testing.assert_allclose(diagnosis.growth, np.log(1.5), rtol=1e-9)
+    assert "Products of Jacobians explode" in words(diagnosis) and "does not fall" in words(diagnosis)
+
+
+def test_divergence_names_the_step():
+    diagnosis = hypergrad.diagnose(quadratic(1e10), jnp.array(0.0), problems.TASK, num_steps=50)
+    first = int(np.flatnonzero(~np.isfinite(diagnosis.inner_loss))[0])
+    assert 0 < first < 50 and f"from step {first} of 50 on" in words(diagnosis)
+
+
+def test_an_unconverged_inner_loop():
+    diagnosis = hypergrad.diagnose(quadratic(0.01), jnp.array(0.0), problems.TASK, num_steps=50)
+    assert "has not converged" in words(diagnosis) and "implicit" in words(diagnosis)
+
+
+def test_lambda_at_a_bound():
+    space = spaces.interval(1e-3, 1.0, log=True)
+    for start, found in ((0.9999, True), (0.1, False)):
+        lam = spaces.to_unconstrained(space, jnp.array(start))
+        diagnosis = hypergrad.diagnose(quadratic(0.2), lam, problems.TASK, num_steps=30, space=space)
+        assert ("sits at a bound" in words(diagnosis)) == found
+
+
+def test_an_unfinished_solve_and_a_dead_leaf():
+    estimator = hypergrad.warm_implicit(problems.RIDGE, num_steps=5, adjoint_rate=1e-4)
+    found = hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, num_steps=60, estimator=estimator)
+    assert "The linear solve is not done: adjoint_residual" in words(found)
+    better = hypergrad.warm_implicit(problems.RIDGE, num_steps=20, adjoint_rate=0.4)
+    found = hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, num_steps=60, estimator=better)
+    assert "linear solve" not in words(found)
+
+    stopped = problems.RIDGE._replace(outer_loss=lambda params, hp, batch, context: jax.lax.stop_gradient(params).sum())
+    dead = hypergrad.unrolled(stopped, num_steps=2)
+    found = hypergrad.diagnose(stopped, problems.LAM, problems.TASK, num_steps=60, estimator=dead)
+    assert "The hypergradient of λ['log_penalty'] is zero" in words(found)
+
+
+def test_optimizer_states_and_noise_are_carried():
+    diagnosis = hypergrad.diagnose(problems.EVERYTHING, problems.EVERYTHING_LAM, problems.TASK, num_steps=12)
+    assert np.isfinite(diagnosis.growth) and diagnosis.inner_loss.shape == (12,)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="`num_steps` must be at least 2; got 1"):
+        hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, num_steps=1)
