@@ -3,6 +3,7 @@
 from metaopt.hypergrad._batching import over_seeds, over_tasks
 from metaopt.hypergrad._check import Check, LeafCheck, check
 from metaopt.hypergrad._diagnose import Diagnosis, Finding, diagnose
+from metaopt.hypergrad._flops import flops
 from metaopt.hypergrad._implicit import WarmImplicitState, refuse_unanswerable, used_leaves, warm_implicit
 from metaopt.hypergrad._lookahead import LookaheadState, lookahead
 from metaopt.hypergrad._mixed import mixed_grad
@@ -18,6 +19,7 @@ __all__ = [
     "check",
     "checkpointed_scan",
     "diagnose",
+    "flops",
     "lookahead",
     "mixed_grad",
     "over_seeds",

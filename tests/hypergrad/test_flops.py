@@ -1,0 +1,29 @@
+"""Counts against programs whose operations are known."""
+
+import jax
+import jax.numpy as jnp
+
+from metaopt import hypergrad
+
+
+def test_flops_of_products_scans_and_branches():
+    a, b, x = jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones(5)
+    assert hypergrad.flops(jnp.matmul, a, b) == 2 * 2 * 3 * 4
+    assert hypergrad.flops(lambda a, b: (a @ b, 3 * a)[0], a, b) == 48  # what no output needs is not counted
+    batched = lambda a, b: jnp.einsum("nij,njk->nik", a, b)
+    assert hypergrad.flops(batched, jnp.ones((7, 2, 3)), jnp.ones((7, 3, 4))) == 7 * 48
+    assert hypergrad.flops(lambda x: jnp.sum(x * x), x) == 5 + 5
+    looped = lambda a, b: jax.lax.scan(lambda c, _: (c @ b, None), a, length=10)[0]
+    assert hypergrad.flops(looped, jnp.ones((2, 3)), jnp.ones((3, 3))) == 10 * 2 * 2 * 3 * 3
+    branch = lambda p, a: jax.lax.cond(p, lambda a: a @ a.T, lambda a: jnp.zeros((2, 2)), a)
+    assert 24 <= hypergrad.flops(branch, True, a) < 24 + 10
+
+
+def test_flops_of_convolutions():
+    # [1, 6, 6, 2] * [3, 3, 2, 5] -> [1, 4, 4, 5], each entry 3·3·2 products; and depthwise, where each is 3·3.
+    image, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 2, 5))
+    convolve = lambda x, k, groups: jax.lax.conv_general_dilated(
+        x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+    assert hypergrad.flops(lambda x, k: convolve(x, k, 1), image, kernel) == 2 * 80 * 18
+    assert hypergrad.flops(lambda x, k: convolve(x, k, 2), image, jnp.ones((3, 3, 1, 4))) == 2 * 64 * 9
