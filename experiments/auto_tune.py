@@ -494,28 +494,43 @@ def trees(units: list[Unit], which: np.ndarray, num_trials: int) -> dict[str, np
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-# ---- Costs ---------------------------------------------------------------------------------------------------------
+def baselines(keys, trials: Trials, space, units, config: Config, console, with_trees: bool, say):
+    """What one would have done instead: (label, ([units, 2] test loss and error, (training runs, seconds)))."""
+    most, num = max(config.trials), len(trials.units)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for label, search in (("random search", random_search), ("Optuna TPE", tpe_search)):
+            progress.add_task(label, total=most)
+            start = time.perf_counter()
+            outcomes = search(next(keys), trials, space, most, progress)
+            seconds = (time.perf_counter() - start) / num
+            for t in config.trials:
+                yield f"{label}, {t} trials", (incumbent(outcomes, t), (float(t), seconds * t / most))
+            say(f"{label}: {most} trials on each of {num} held-out tasks")
+    if with_trees:
+        for label, values in trees(units, trials.units, config.tree_trials).items():
+            yield label, (values[:, :2], (None, values[:, 2].mean()))
+        say("forests and boosting")
 
 
-def matmul_flops(function, *args) -> float:
-    """Multiplications and additions of the matrix products in a function, with the lengths of scans counted."""
-
-    def count(jaxpr) -> float:
-        total = 0.0
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                (contracted, _), _ = equation.params["dimension_numbers"]
-                depth = np.prod([equation.invars[0].aval.shape[d] for d in contracted])
-                total += 2 * depth * np.prod(equation.outvars[0].aval.shape)
-            repeat = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-            for value in equation.params.values():
-                for inner_jaxpr in value if isinstance(value, (list, tuple)) else [value]:
-                    inner_jaxpr = getattr(inner_jaxpr, "jaxpr", inner_jaxpr)
-                    if hasattr(inner_jaxpr, "eqns"):
-                        total += repeat * count(inner_jaxpr)
-        return total
-
-    return count(jax.make_jaxpr(function)(*args).jaxpr)
+def earlier_baselines(path: Path, defaults: np.ndarray, tables, units: list[Unit], order: np.ndarray):
+    """The same from a file of results; the scores of training with the defaults say whether the runs agree."""
+    earlier = json.loads(path.read_text())
+    row_of = {pair: i for i, pair in enumerate(zip(earlier["tables"], earlier["seeds"], strict=True))}
+    pairs = [(tables[units[u].table].name, units[u].seed) for u in order]
+    missing = [pair for pair in pairs if pair not in row_of]
+    if missing:
+        raise ValueError(
+            f"{path} holds no result for {missing[0]} and {len(missing) - 1} more: run without --baselines."
+        )
+    rows = [row_of[pair] for pair in pairs]
+    if not np.allclose(np.array(earlier["scores"]["defaults"])[rows], defaults, rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"Training with the defaults does not give what {path} holds: the runs differ in their splits, seeds or "
+            "training. Run without --baselines."
+        )
+    for label, values in earlier["scores"].items():
+        if label.startswith(("random search", "Optuna", "random forest", "gradient boosting")):
+            yield label, (np.array(values)[rows], tuple(earlier["costs"][label]))
 
 
 # ---- The table -----------------------------------------------------------------------------------------------------
@@ -625,6 +640,11 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--out", metavar="FOLDER", default="results_local", help="where results go")
     parser.add_argument("--merge", metavar="JSON", nargs="+", help="make one table of runs over different folds")
     parser.add_argument("--resume", action="store_true", help="keep checkpoints in --out, and continue from them")
+    parser.add_argument(
+        "--baselines",
+        metavar="JSON",
+        help="take the scores of trials and trees from an earlier run with the same seed, which g has no part in",
+    )
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folds", type=int, nargs="+", choices=range(5), help="which fifths to hold out, in turn")
@@ -799,10 +819,10 @@ def main(argv=None) -> list[dict]:
     scores[reference], costs[reference] = outcome[:, 1:], (1.0, seconds + clock["metafeatures"])
     say("predicted λ for held-out tables and trained with it")
 
-    # What a hypergradient costs, in the matrix products of plain training with its validation.
+    # What a hypergradient costs, in the operations of plain training with its validation.
     one = jax.tree.map(lambda x: x[0], held_out[0].task)
-    plain = matmul_flops(lambda z: train_and_validate(problem, space, config, z, one), default_z)
-    with_gradient = matmul_flops(
+    plain = hypergrad.flops(lambda z: train_and_validate(problem, space, config, z, one), default_z)
+    with_gradient = hypergrad.flops(
         lambda z: estimator.estimate(z, one, estimator.init(jax.random.key(0), z, one))[0].hypergrad, default_z
     )
     ratio = with_gradient / plain
@@ -836,20 +856,13 @@ def main(argv=None) -> list[dict]:
         costs[label] = (steps * ratio + 2, tune_seconds + seconds + clock["metafeatures"])
         say(f"fine-tuned by {steps} steps; one hypergradient costs {ratio:.2f} plain training runs")
 
-    most = max(config.trials)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for label, search in (("random search", random_search), ("Optuna TPE", tpe_search)):
-            progress.add_task(label, total=most)
-            outcomes, seconds = timed(search, next(keys), trials, space, most, progress)
-            for t in config.trials:
-                scores[f"{label}, {t} trials"] = incumbent(outcomes, t)
-                costs[f"{label}, {t} trials"] = (float(t), seconds * t / most)
-            say(f"{label}: {most} trials on each of {num} held-out tasks")
-    if not args.no_trees:
-        for label, values in trees(units, order, config.tree_trials).items():
-            scores[label] = values[:, :2]
-            costs[label] = (None, values[:, 2].mean())
-        say("forests and boosting")
+    if args.baselines:
+        for label, (values, cost) in earlier_baselines(Path(args.baselines), scores["defaults"], tables, units, order):
+            scores[label], costs[label] = values, cost
+        say(f"trials and trees from {args.baselines}")
+    else:
+        for label, (values, cost) in baselines(keys, trials, space, units, config, console, not args.no_trees, say):
+            scores[label], costs[label] = values, cost
 
     z_axis = jax.vmap(lambda z: spaces.encode(space, spaces.to_constrained(space, z)))(z_g)
     details = {
@@ -927,7 +940,7 @@ def finish(parts: list[dict], out: Path) -> list[dict]:
         f"{details['num_cores']} core(s), {details['seconds']:.0f} s in all. Lower is better throughout. Seconds are "
         "per table and seed, without compilation; runs of many tables are batched. A training run is "
         f"{details['training_run']}; a hypergradient step costs {details['hypergradient_cost']:.2f} of them, in "
-        "matrix products.\n"
+        "operations.\n"
     )
     (out / f"auto_tune_{preset}.md").write_text(markdown)
     (out / f"auto_tune_{preset}.json").write_text(json.dumps({**details, "rows": rows}))

@@ -7,12 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import base, predictors, spaces
+from metaopt import base, predictors, spaces, tasks
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,13 +98,31 @@ def test_runs_over_different_folds_are_merged(tmp_path):
         auto_tune.merge([first, {**second, "training_run": "3 steps"}])
 
 
-def test_products_are_counted_with_the_lengths_of_scans():
+def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree(tmp_path):
     auto_tune = load_auto_tune()
-
-    def function(x):
-        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ x), None), x, length=7)[0] @ x[:, :3]
-
-    assert auto_tune.matmul_flops(function, jnp.ones((5, 5))) == 7 * 2 * 5**3 + 2 * 5 * 5 * 3
+    earlier = part(["t", "u"], [0.1, 0.2], [0.3, 0.1], 1.0)
+    earlier["scores"] = {"defaults": earlier["scores"]["a"], "random search, 2 trials": earlier["scores"]["b"]}
+    earlier["costs"] = {"defaults": [1.0, 2.0], "random search, 2 trials": [2.0, 4.0]}
+    path = tmp_path / "earlier.json"
+    table = lambda name: tasks.Table(name, name, np.zeros((4, 1)), np.zeros(4, int), np.zeros(1, bool))
+    path.write_text(json.dumps(earlier))
+    tables = [
+        table("u"),
+        table("t"),
+    ]
+    units = [auto_tune.Unit(0, 0, None), auto_tune.Unit(1, 0, None)]
+    order = np.array([1, 0])  # t, u
+    take = lambda defaults, units=units: dict(
+        auto_tune.earlier_baselines(path, np.array(defaults), tables, units, order)
+    )
+    found = take([[0.1, 0.1], [0.2, 0.1]])
+    assert list(found) == ["random search, 2 trials"]
+    np.testing.assert_array_equal(found["random search, 2 trials"][0], [[0.3, 0.2], [0.1, 0.2]])
+    assert found["random search, 2 trials"][1] == (2.0, 4.0)
+    with pytest.raises(ValueError, match="does not give what"):
+        take([[0.2, 0.1], [0.1, 0.1]])
+    with pytest.raises(ValueError, match="holds no result for"):
+        take([[0.1, 0.1], [0.2, 0.1]], [auto_tune.Unit(0, 1, None), auto_tune.Unit(1, 0, None)])
 
 
 @pytest.mark.slow
