@@ -1,20 +1,33 @@
 """How dF/dλ is estimated: one rule a file, and what carries a rule over seeds and tasks."""
 
 from metaopt.hypergrad._batching import over_seeds, over_tasks
+from metaopt.hypergrad._finite_difference import darts_fd
+from metaopt.hypergrad._first_order import F2saState, bome, f2sa
+from metaopt.hypergrad._hypergradient_descent import HypergradientDescentState, hypergradient_descent
 from metaopt.hypergrad._implicit import WarmImplicitState, refuse_unanswerable, used_leaves, warm_implicit
 from metaopt.hypergrad._lookahead import LookaheadState, lookahead
+from metaopt.hypergrad._sama import sama
 from metaopt.hypergrad._unroll import checkpointed_scan, unroll, unrolled
+from metaopt.hypergrad._weighted_grad import weighted_grad
 
 __all__ = [
+    "F2saState",
+    "HypergradientDescentState",
     "LookaheadState",
     "WarmImplicitState",
+    "bome",
     "checkpointed_scan",
+    "darts_fd",
+    "f2sa",
+    "hypergradient_descent",
     "lookahead",
     "over_seeds",
     "over_tasks",
     "refuse_unanswerable",
+    "sama",
     "unroll",
     "unrolled",
     "used_leaves",
     "warm_implicit",
+    "weighted_grad",
 ]
