@@ -8,7 +8,6 @@ from metaopt.hypergrad._implicit import WarmImplicitState, refuse_unanswerable, 
 from metaopt.hypergrad._lookahead import LookaheadState, lookahead
 from metaopt.hypergrad._sama import sama
 from metaopt.hypergrad._unroll import checkpointed_scan, unroll, unrolled
-from metaopt.hypergrad._weighted_grad import weighted_grad
 
 __all__ = [
     "F2saState",
@@ -29,5 +28,4 @@ __all__ = [
     "unrolled",
     "used_leaves",
     "warm_implicit",
-    "weighted_grad",
 ]

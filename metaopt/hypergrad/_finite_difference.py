@@ -19,9 +19,9 @@ from metaopt.hypergrad import _refusals
 from metaopt.hypergrad._lookahead import LookaheadState
 
 
-def check(epsilon: float, horizon: int | None) -> None:
-    if not epsilon > 0:
-        raise ValueError(f"`epsilon` must be positive; got {epsilon}.")
+def check(epsilon: float | None, horizon: int | None) -> None:
+    if epsilon is not None and not epsilon > 0:
+        raise ValueError(f"`epsilon` must be positive, or None; got {epsilon}.")
     if horizon is not None and horizon < 1:
         raise ValueError(f"`horizon` must be at least 1, or None; got {horizon}.")
 
@@ -47,8 +47,10 @@ def start(problem: base.Problem, rule: str) -> base.EstimatorInitFn:
     return init
 
 
-def central_difference(function, params, direction, epsilon):
-    """The derivative of `function` at `params` along `direction`, from two points at a distance of ε; error O(ε²)."""
+def derivative_along(function, params, direction, epsilon):
+    """The derivative of `function` at `params` along `direction`: from two points at a distance of ε, or exactly."""
+    if epsilon is None:
+        return jax.jvp(function, (params,), (direction,))[1]
     norm = optax.tree.norm(direction)
     size = epsilon / jnp.where(norm == 0, 1, norm)
     ahead, behind = (function(optax.tree.add_scale(params, s, direction)) for s in (size, -size))
@@ -64,7 +66,7 @@ def one_step(problem, state, hyperparams, task, key, *, epsilon, around):
       hyperparams: λ.
       task: its training data give the step's batch.
       key: for the outer batch.
-      epsilon: the distance ε in θ.
+      epsilon: the distance ε in θ; None takes the product exactly.
       around: where the mixed product is taken: "before" the step, as the chain rule has it, or "after" it.
     """
     loop = problem.loop
@@ -85,7 +87,7 @@ def one_step(problem, state, hyperparams, task, key, *, epsilon, around):
     def hyper_grad(params):
         return jax.grad(lambda hyperparams: loop.loss(params, hyperparams, batch, context)[0])(hyperparams)
 
-    mixed = central_difference(hyper_grad, params if around == "before" else loop.params(ahead), u, epsilon)
+    mixed = derivative_along(hyper_grad, params if around == "before" else loop.params(ahead), u, epsilon)
     parts = (direct, through_model_state, mixed)
     hypergrad = jax.tree.map(lambda h, *rest: sum(rest, h).astype(h.dtype), *parts)
     return value, hypergrad, ahead, optax.tree.norm(u)
@@ -98,7 +100,7 @@ def finish(value, hypergrad, loop, state, horizon, norm) -> base.Estimate:
 
 
 def darts_fd(
-    problem: base.Problem, *, commit: int = 1, epsilon: float = 0.01, horizon: int | None = None
+    problem: base.Problem, *, commit: int = 1, epsilon: float | None = 0.01, horizon: int | None = None
 ) -> base.Estimator:
     """Estimates dF/dλ one step ahead without second derivatives: DARTS's finite difference, for any optimizer.
 
@@ -110,12 +112,15 @@ def darts_fd(
     float32 rounding adds an error of about 1e-7 |∇λ g| ‖u‖/ε, so that ε must not be small.
 
     Costs, beside the committed steps, four gradients (∇θ g, ∇θ f, two ∇λ g), one more pullback where there is a model
-    state, and memory for one of them. The estimate itself is not meant to be differentiated.
+    state, and memory for one of them. Where λ only weighs examples (`inner.weighted`) a ∇λ g is one forward pass, and
+    `epsilon=None` takes the product exactly by one Jacobian-vector product of it. The estimate itself is not meant to
+    be differentiated.
 
     Args:
       problem: λ must enter the inner loss, the optimizer or the outer loss. Both points see the same batch and noise.
       commit: steps of training per estimate, at least 0.
-      epsilon: ε, the distance in θ at which ∇λ g is evaluated, positive, in units of θ.
+      epsilon: ε, the distance in θ at which ∇λ g is evaluated, positive, in units of θ; None differentiates ∇λ g in
+        forward mode instead, exactly, so that it is `lookahead`.
       horizon: `done` once so many steps are committed; None never ends.
 
     Returns:

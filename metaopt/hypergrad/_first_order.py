@@ -52,10 +52,10 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
         z ← z − rate · ∇θ g(z, λ),    y ← y − rate · (∇θ g(y, λ) + ∇θ f(y, λ)/μ),    `num_steps` times,
         hypergrad = ∇λ f(y, λ) + μ (∇λ g(y, λ) − ∇λ g(z, λ)).
 
-    (y descends f + μ g, divided by μ, so that the loop's optimizer suits both.) Both runs go on from one estimate to the
-    next. At their minima it is the gradient of min_y f + μ (g − min_z g), whose distance from dF/dλ is O(1/μ); before,
-    an error e of y or z adds μ |∂²g/∂λ∂θ| e. So μ grows while they converge. On minibatches both runs see the same
-    batches and noise, since μ multiplies their difference; the variance still grows with μ.
+    (y descends f + μ g, divided by μ, so that the loop's optimizer suits both.) Both runs go on from one estimate to
+    the next. At their minima it is the gradient of min_y f + μ (g − min_z g), whose distance from dF/dλ is O(1/μ);
+    before, an error e of y or z adds μ |∂²g/∂λ∂θ| e. So μ grows while they converge. On minibatches both runs see the
+    same batches and noise, since μ multiplies their difference; the variance still grows with μ.
 
     Costs three gradients an inner step, three ∇λ an estimate, and memory for one of them and two inner states.
 
@@ -63,8 +63,8 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
       problem: its `loop.loss` is g, strictly convex in θ near its minimum; its `outer_loss` is f, smooth in θ. λ must
         enter one of them, leaf by leaf. The optimizer must rest where its gradient vanishes.
       num_steps: inner steps per estimate, at least 1.
-      multiplier: μ, positive, in units of f over units of g; or a schedule `count -> μ` of the estimates so far, such as
-        `lambda count: 10.0 + count`.
+      multiplier: μ, positive, in units of f over units of g; or a schedule `count -> μ` of the estimates so far, such
+        as `lambda count: 10.0 + count`.
 
     Returns:
       An `Estimator` of kind "biased" that never ends by itself; its value is f(z, λ). Metrics: "multiplier", and "gap",
@@ -139,15 +139,15 @@ def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base
         μ = max(0, η − ⟨∇f, ∇q⟩/‖∇q‖²),    θ ← θ − rate · (∇θ f + μ ∇θ q),    hypergrad = ∇λ f + μ ∇λ q.
 
     μ is the least multiplier with which the step lowers q at the rate η‖∇q‖², so no penalty is tuned. The hypergradient
-    has the form of `f2sa`'s, with θ in the place of y: it approaches dF/dλ as θ follows λ near the inner minimum, where μ
-    grows like ‖∇f‖/‖∇q‖. What is left is an error of the order of the step sizes, of the inner optimizer and the outer:
-    let both decay. The rule is a pair of steps, and is stated for an outer step of plain gradient descent.
+    has the form of `f2sa`'s, with θ in the place of y. With constant step sizes θ circles around the inner minimum,
+    μ is about their inverse, and the bias is of their order: let the inner rate and the outer one decay. z must be near
+    the inner minimum, so that `num_steps` grows as the rate falls.
 
     Costs, per estimate, `num_steps` gradients, one of f and one of g over (θ, λ), one ∇λ g, and memory for one of them.
 
     Args:
-      problem: its `loop.loss` is g, its `outer_loss` is f; λ must enter one of them, leaf by leaf. Plain SGD is what the
-        paper has; a momentum carries ∇f into z's steps.
+      problem: its `loop.loss` is g, its `outer_loss` is f; λ must enter one of them, leaf by leaf. Plain SGD is what
+        the paper has; a momentum carries ∇f into z's steps.
       num_steps: inner steps from θ to z, at least 1.
       barrier: η, positive: larger follows the inner minimum more closely.
 

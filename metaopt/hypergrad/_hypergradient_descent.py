@@ -25,13 +25,13 @@ class HypergradientDescentState(NamedTuple):
 
 
 def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) -> base.Estimator:
-    """Estimates how the inner loss of the next batch changes with the λ of the optimizer: one step of a running training.
+    """Estimates how the inner loss of the next batch changes with the optimizer's λ, one step of training at a time.
 
         θ_{t+1} = Φ(θ_t, G_t, λ),    G_t = ∇θ g(θ_t; batch t),    hypergrad = (∂Φ/∂λ)ᵀ G_{t+1}
 
     with θ_t, G_t and the optimizer's state held constant; for the rate of SGD it is −G_{t+1}·G_t. That is the exact
-    one-step hypergradient with the inner loss in the place of the outer one, which is not looked at. It is short-sighted
-    (Wu et al., ICLR 2018): it knows of no later step, nor of validation data.
+    one-step hypergradient with the inner loss in the place of the outer one, which is not looked at. It is
+    short-sighted (Wu et al., ICLR 2018): it knows of no later step, nor of validation data.
 
     Costs nothing beside training, but for a pullback through the optimizer's operations and one more copy of the
     gradient, which is carried. The estimate itself is not meant to be differentiated.

@@ -42,7 +42,8 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
     """
     if remat == "none":
         return jax.lax.scan(step, carry, xs, length=length)
-    step = jax.checkpoint(step, prevent_cse=False)
+    # XLA inlines a loop of one step, and would there share what is to be computed anew.
+    step = jax.checkpoint(step, prevent_cse=length == 1)
     if remat == "step" or length < 4:
         return jax.lax.scan(step, carry, xs, length=length)
     # T = stretches · size + rest; the rest is one shorter stretch.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 NORMALIZE = ("count", "weights", "none")
@@ -16,8 +15,9 @@ def weighted(
         g(θ, λ) = 1/N Σ_i w_i(λ) ℓ_i(θ)
 
     Since ℓ does not see λ and w does not see θ, the mixed product is a Jacobian-vector product of the losses' forward
-    pass, (∂²g/∂λ∂θ)ᵀ v = 1/N (∂w/∂λ)ᵀ (∂ℓ/∂θ) v: no backward pass, and nothing stored. Rules that take
-    `grad=hypergrad.weighted_grad` compute it so.
+    pass, (∂²g/∂λ∂θ)ᵀ v = 1/N (∂w/∂λ)ᵀ (∂ℓ/∂θ) v. Automatic differentiation finds that by itself: under jit it takes 3
+    forward passes' operations and less memory than a gradient, wherever the product with the Hessian is not asked for
+    along with it: in the one-step rules, and in the implicit ones after their solve.
 
     Args:
       per_example_loss: ℓ, `(params, batch) -> [B]`: one loss an example, or one a term. With `with_context`,
