@@ -88,8 +88,7 @@ def one_step(problem, state, hyperparams, task, key, *, epsilon, around):
         return jax.grad(lambda hyperparams: loop.loss(params, hyperparams, batch, context)[0])(hyperparams)
 
     mixed = derivative_along(hyper_grad, params if around == "before" else loop.params(ahead), u, epsilon)
-    parts = (direct, through_model_state, mixed)
-    hypergrad = jax.tree.map(lambda h, *rest: sum(rest, h).astype(h.dtype), *parts)
+    hypergrad = jax.tree.map(lambda h, m, x: (h + m + x).astype(h.dtype), direct, through_model_state, mixed)
     return value, hypergrad, ahead, optax.tree.norm(u)
 
 

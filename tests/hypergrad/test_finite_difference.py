@@ -42,7 +42,7 @@ def problem(optimizer=optax.adam, outer_loss=_outer_loss, init=None):
 
 
 def estimated(estimator, lam=LAM, task=TASK):
-    return jax.jit(estimator.estimate)(lam, task, estimator.init(KEY, lam, task))
+    return jax.jit(estimator.estimate)(lam, task, jax.jit(estimator.init)(KEY, lam, task))
 
 
 @pytest.fixture(scope="module")

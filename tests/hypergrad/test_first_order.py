@@ -86,7 +86,9 @@ def test_f2sa_takes_the_steps_of_its_algorithm():
 
 def test_both_runs_of_f2sa_see_the_same_batches():
     # An outer loss that θ does not enter penalizes nothing: whatever the multiplier, the runs are one.
-    blind = ridge(sampler=inner.minibatch(3), outer_loss=lambda params, lam, batch: (lam["log_penalty"] ** 2).sum())
+    blind = ridge(
+        sampler=inner.minibatch(3, replace=True), outer_loss=lambda params, lam, batch: (lam["log_penalty"] ** 2).sum()
+    )
     estimator = hypergrad.f2sa(blind, num_steps=4, multiplier=1e6)
     estimate, state = jax.jit(estimator.estimate)(LAM, problems.TASK, estimator.init(KEY, LAM, problems.TASK))
     np.testing.assert_array_equal(state.penalized.params, state.inner.params)

@@ -19,7 +19,7 @@ def problem(optimizer, loss=problems.penalized):
 
 
 def estimated(estimator, lam=LAM):
-    return jax.jit(estimator.estimate)(lam, problems.TASK, estimator.init(KEY, lam, problems.TASK))
+    return jax.jit(estimator.estimate)(lam, problems.TASK, jax.jit(estimator.init)(KEY, lam, problems.TASK))
 
 
 @pytest.mark.parametrize("epsilon", [0.5, None])
