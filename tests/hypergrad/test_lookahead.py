@@ -76,22 +76,22 @@ def test_the_gradient_is_an_argument_of_the_virtual_steps():
 
 def test_one_step_recomputes_too():
     # XLA inlines a loop of one step; what it computed must not be kept all the same.
-    def loss(params, hyperparams, batch):
+    def losses(params, batch):
         x = batch["x"]
-        for w, scale in zip(params, hyperparams, strict=True):
-            x = jnp.tanh(scale * (x @ w))
-        return ((x.mean(1) - batch["y"]) ** 2).mean()
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return (x.mean(1) - batch["y"]) ** 2
 
-    weights = [jnp.eye(32)] * 8
-    data = {"x": jnp.ones((512, 32)), "y": jnp.ones(512)}
-    loop = inner.loop(loss, lambda hyperparams: optax.sgd(0.1), init=lambda key, hyperparams, data: weights)
-    memory, task, lam = {}, base.Task(data, data), [jnp.array(1.0)] * 8
+    loss = inner.weighted(losses, lambda hyperparams, batch: jax.nn.sigmoid(hyperparams))
+    loop = inner.loop(loss, lambda hyperparams: optax.sgd(0.1), init=lambda *_: [jnp.eye(32)] * 16)
+    problem = inner.problem(loop, lambda params, hyperparams, batch: losses(params, batch).mean())
+    data, lam, memory = {"x": jnp.ones((512, 32)), "y": jnp.ones(512)}, jnp.zeros(512), {}
     for remat in ("none", "step"):
-        estimator = hypergrad.lookahead(inner.problem(loop, loss), commit=0, remat=remat)
-        state = jax.eval_shape(estimator.init, KEY, lam, task)
-        program = jax.jit(estimator.estimate).lower(lam, task, state).compile()
+        estimator = hypergrad.lookahead(problem, commit=0, remat=remat)
+        state = jax.eval_shape(estimator.init, KEY, lam, base.Task(data, data))
+        program = jax.jit(estimator.estimate).lower(lam, base.Task(data, data), state).compile()
         memory[remat] = program.memory_analysis().temp_size_in_bytes
-    assert memory["step"] < 0.8 * memory["none"]
+    assert memory["step"] < 0.9 * memory["none"]
 
 
 @pytest.mark.parametrize(
