@@ -15,7 +15,12 @@ UNROLLED = hypergrad.unrolled(problems.RIDGE, num_steps=1)
 MLP = predictors.mlp(SPACE, 2)
 ESTIMATORS = {
     "unrolled": UNROLLED,
+    "bome": hypergrad.bome(problems.RIDGE, num_steps=1),
+    "darts_fd": hypergrad.darts_fd(problems.RIDGE),
+    "f2sa": hypergrad.f2sa(problems.RIDGE, num_steps=1, multiplier=1.0),
+    "hypergradient_descent": hypergrad.hypergradient_descent(problems.RIDGE),
     "lookahead": hypergrad.lookahead(problems.RIDGE),
+    "sama": hypergrad.sama(problems.RIDGE),
     "warm_implicit": hypergrad.warm_implicit(problems.RIDGE, num_steps=1, adjoint_rate=0.1),
     "amortize": predictors.amortize(UNROLLED, MLP),
     "over_seeds": hypergrad.over_seeds(UNROLLED, 2),
@@ -103,7 +108,7 @@ def test_contexts_and_estimates_have_the_fields_of_the_contract():
     state = problems.RIDGE_LOOP.init(jax.random.key(0), problems.LAM, problems.TASK.train)
     context = problems.RIDGE_LOOP.context(state)
     assert isinstance(context, base.Context) and context.step.dtype == jnp.int32
-    for name in ("unrolled", "lookahead", "warm_implicit", "over_seeds"):
+    for name in ("unrolled", "lookahead", "warm_implicit", "over_seeds", "bome", "darts_fd", "f2sa", "sama"):
         estimator = ESTIMATORS[name]
         carried = estimator.init(jax.random.key(0), problems.LAM, problems.TASK)
         estimate, after = jax.eval_shape(estimator.estimate, problems.LAM, problems.TASK, carried)

@@ -3,28 +3,39 @@
 from metaopt.hypergrad._batching import over_seeds, over_tasks
 from metaopt.hypergrad._check import Check, LeafCheck, check
 from metaopt.hypergrad._diagnose import Diagnosis, Finding, diagnose
+from metaopt.hypergrad._finite_difference import darts_fd
+from metaopt.hypergrad._first_order import F2saState, bome, f2sa
 from metaopt.hypergrad._flops import flops
+from metaopt.hypergrad._hypergradient_descent import HypergradientDescentState, hypergradient_descent
 from metaopt.hypergrad._implicit import WarmImplicitState, refuse_unanswerable, used_leaves, warm_implicit
 from metaopt.hypergrad._lookahead import LookaheadState, lookahead
 from metaopt.hypergrad._mixed import mixed_grad
+from metaopt.hypergrad._sama import sama
 from metaopt.hypergrad._unroll import checkpointed_scan, unroll, unrolled
 
 __all__ = [
     "Check",
     "Diagnosis",
+    "F2saState",
     "Finding",
+    "HypergradientDescentState",
     "LeafCheck",
     "LookaheadState",
     "WarmImplicitState",
+    "bome",
     "check",
     "checkpointed_scan",
+    "darts_fd",
     "diagnose",
+    "f2sa",
     "flops",
+    "hypergradient_descent",
     "lookahead",
     "mixed_grad",
     "over_seeds",
     "over_tasks",
     "refuse_unanswerable",
+    "sama",
     "unroll",
     "unrolled",
     "used_leaves",

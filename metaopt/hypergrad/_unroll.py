@@ -44,9 +44,10 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
     """
     if remat == "none":
         return jax.lax.scan(step, carry, xs, length=length)
-    # What `mixed_grad` returns is kept: its reverse rule does not need the forward pass again.
+    # What `mixed_grad` returns is kept: its reverse rule does not need the forward pass again. XLA inlines a loop of one
+    # step, and would there share what is to be computed anew.
     policy = jax.checkpoint_policies.save_only_these_names(_mixed.GRADS)
-    step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+    step = jax.checkpoint(step, prevent_cse=length == 1, policy=policy)
     if remat == "step" or length < 4:
         return jax.lax.scan(step, carry, xs, length=length)
     # T = stretches · size + rest; the rest is one shorter stretch.

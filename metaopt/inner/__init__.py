@@ -3,6 +3,7 @@
 from metaopt.inner._loop import LoopState, loop, problem, run, step
 from metaopt.inner._modules import Model, from_linen, from_nnx
 from metaopt.inner._samplers import Sampler, full_batch, minibatch, num_rows, shuffled
+from metaopt.inner._weighted import weighted
 
 __all__ = [
     "LoopState",
@@ -18,4 +19,5 @@ __all__ = [
     "run",
     "shuffled",
     "step",
+    "weighted",
 ]

@@ -1,0 +1,43 @@
+"""Where a leaf of λ enters a problem: a rule refuses the leaves that it would answer with a wrong zero."""
+
+import jax
+
+from metaopt import base
+from metaopt.hypergrad import _implicit
+
+
+def entering(
+    problem: base.Problem, state: base.InnerState, hyperparams: base.HyperParams, task: base.Task, *places: str
+) -> dict[str, bool]:
+    """Which leaves of λ enter at least one of `places`.
+
+    Args:
+      problem: where they enter, or not.
+      state: of the inner loop; only its shapes matter.
+      hyperparams: λ.
+      task: likewise.
+      *places: of "inner" (∇θ g), "model_state" (what the inner loss gives beside g), "update", "outer" (f).
+
+    Returns:
+      For each leaf of λ, by path, whether it does.
+    """
+    loop = problem.loop
+
+    def inner_grad(hyperparams, state, task):
+        batch, context = loop.batch(state, task.train), loop.context(state)
+        return jax.grad(loop.loss, has_aux=True)(loop.params(state), hyperparams, batch, context)[0]
+
+    def model_state(hyperparams, state, task):
+        return loop.loss(loop.params(state), hyperparams, loop.batch(state, task.train), loop.context(state))[1]
+
+    def update(hyperparams, state, task):
+        return loop.update(state, loop.params(state), loop.context(state).model_state, hyperparams)
+
+    def outer_loss(hyperparams, state, task):
+        batch = problem.outer_batch(jax.random.key(0), task)
+        return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
+
+    functions = {"inner": inner_grad, "model_state": model_state, "update": update, "outer": outer_loss}
+    used = [_implicit.used_leaves(functions[place], hyperparams, state, task) for place in places]
+    paths = [jax.tree_util.keystr(path) or "itself" for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
+    return {path: any(flags) for path, *flags in zip(paths, *used, strict=True)}

@@ -1,0 +1,167 @@
+"""DARTS's finite difference: written out by hand, and against lookahead, whose product it estimates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+from metaopt import base, hypergrad, inner
+
+KEY = jax.random.key(0)
+
+# λ in the loss, in what the loss gives beside its value, in the optimizer and in the outer loss; noise, a count.
+
+
+def _loss(params, hyperparams, batch, context):
+    noise = 0.1 * jax.random.normal(context.key, params.shape)
+    stats, count = context.model_state
+    value = (jnp.tanh(params + noise - hyperparams["target"]) ** 2 + 0.1 * params * stats).sum()
+    return value, (0.5 * stats + hyperparams["target"] * params, count + 1)
+
+
+def _outer_loss(params, hyperparams, batch, context):
+    stats, count = context.model_state
+    return (jnp.sin(params) ** 2 + hyperparams["scale"] * stats**2).sum() * count
+
+
+LAM = {"rate": jnp.array(0.2), "scale": jnp.array(0.3), "target": jnp.array([1.0, -0.5])}
+TASK = base.Task(None, None)
+
+
+def problem(optimizer=optax.adam, outer_loss=_outer_loss, init=None):
+    start = (jnp.array([0.3, -0.2]), (jnp.zeros(2), jnp.array(0)))
+    loop = inner.loop(
+        _loss,
+        lambda hyperparams: optimizer(hyperparams["rate"]),
+        init=init or (lambda key, hyperparams, data: start),
+        with_context=True,
+    )
+    return inner.problem(loop, outer_loss, with_context=True)
+
+
+def estimated(estimator, lam=LAM, task=TASK):
+    return jax.jit(estimator.estimate)(lam, task, jax.jit(estimator.init)(KEY, lam, task))
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return estimated(hypergrad.lookahead(problem(), commit=2))
+
+
+@pytest.fixture(scope="module")
+def error(exact):
+    """The largest relative error over the leaves that the difference approximates, by ε."""
+
+    @jax.jit
+    def hypergrad_at(epsilon, state):
+        # A traced ε: one program for all.
+        step = hypergrad._finite_difference.one_step
+        return step(problem(), state, LAM, TASK, KEY, epsilon=epsilon, around="before")[1]
+
+    state = exact[1].inner
+    expected = estimated_by_lookahead(state)
+    return lambda epsilon: jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), hypergrad_at(epsilon, state), expected
+    )
+
+
+def estimated_by_lookahead(state):
+    """Without commitment, from `state`, with the outer batch's key of no effect."""
+    estimator = hypergrad.lookahead(problem(), commit=0)
+    return estimator.estimate(LAM, TASK, hypergrad.LookaheadState(state, KEY))[0].hypergrad
+
+
+def test_the_error_is_of_second_order_in_the_distance(error):
+    errors = [error(epsilon) for epsilon in (0.1, 0.05, 0.025, 1e-5)]
+    assert errors[0]["target"] > 1e-5
+    for coarse, fine in zip(errors[:2], errors[1:3], strict=True):
+        assert 3.8 < coarse["target"] / fine["target"] < 4.2
+    assert errors[3]["target"] < 1e-7
+    # What enters the optimizer or the outer loss alone is exact at every distance.
+    assert max(max(e["rate"], e["scale"]) for e in errors) < 1e-12
+
+
+def test_without_a_distance_it_is_lookahead(exact):
+    estimate, state = estimated(hypergrad.darts_fd(problem(), commit=2, epsilon=None))
+    expected, expected_state = exact
+    assert min(float(jnp.abs(leaf).min()) for leaf in jax.tree.leaves(expected.hypergrad)) > 1e-2
+    np.testing.assert_allclose(estimate.value, expected.value, rtol=1e-13)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11), estimate.hypergrad, expected.hypergrad)
+    assert estimate.metrics["inner_steps"] == 2
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), state, expected_state))  # the same is carried
+
+
+def test_equals_darts_by_hand():
+    # Liu et al., Eq. 7 and 8: ∂f/∂α(w') − ξ (∇α g(w+) − ∇α g(w−))/2ε, w± = w ± ε v, v = ∂f/∂w', ε = 0.01/|v|.
+    loop = inner.loop(problems.penalized, lambda hyperparams: optax.sgd(0.1), init=problems.zeros)
+    ridge = inner.problem(
+        loop,
+        lambda params, hyperparams, batch: (
+            problems.mean_squares(params, batch) + 0.1 * (hyperparams["penalty"] ** 2).sum()
+        ),
+    )
+    lam, xi = {"penalty": jnp.array([0.5, 0.1, 0.3, 0.8])}, 0.1
+    w = inner.run(loop, num_steps=3)(KEY, lam, problems.TASK.train).params
+    ahead = w - xi * jax.grad(problems.penalized)(w, lam, problems.TASK.train)
+    v = jax.grad(problems.mean_squares)(ahead, problems.TASK.valid)
+    epsilon = 0.01 / np.sqrt((v**2).sum())
+    plus, minus = w + epsilon * v, w - epsilon * v
+    mixed = (plus**2 / 2 - minus**2 / 2) / (2 * epsilon)  # ∇α g = w²/2
+    estimate, _ = estimated(hypergrad.darts_fd(ridge, commit=3), lam, problems.TASK)
+    assert jnp.abs(mixed).min() > 1e-4
+    np.testing.assert_allclose(estimate.hypergrad["penalty"], 0.2 * lam["penalty"] - xi * mixed, rtol=1e-10)
+    np.testing.assert_allclose(estimate.metrics["direction_norm"], xi * np.sqrt((v**2).sum()), rtol=1e-12)
+
+
+def test_where_the_outer_loss_does_not_see_the_parameters():
+    flat = problem(outer_loss=lambda params, hyperparams, batch, context: hyperparams["scale"] ** 2)
+    estimate, _ = estimated(hypergrad.darts_fd(flat))
+    np.testing.assert_allclose(estimate.hypergrad["scale"], 0.6, rtol=1e-14)
+    assert (estimate.hypergrad["target"] == 0).all() and estimate.hypergrad["rate"] == 0  # and not NaN
+
+
+@pytest.mark.parametrize("name", ["darts_fd", "sama"])
+def test_refuses_an_initialization_by_name(name):
+    started = problem(init=lambda key, hyperparams, data: (hyperparams["start"], (jnp.zeros(2), jnp.array(0))))
+    lam = {**LAM, "start": jnp.zeros(2)}
+    with pytest.raises(ValueError, match=rf"`{name}` cannot answer for the leaves \['start'\] of λ.*unrolled"):
+        getattr(hypergrad, name)(started).init(KEY, lam, TASK)
+
+
+def test_answers_for_what_enters_the_model_state_alone():
+    def loss(params, hyperparams, batch, context):
+        return ((params - 1) ** 2).sum(), context.model_state + jnp.exp(hyperparams)
+
+    loop = inner.loop(
+        loss, lambda hp: optax.sgd(0.1), init=lambda key, hp, data: (jnp.zeros(2), jnp.zeros([])), with_context=True
+    )
+    moved = inner.problem(
+        loop, lambda params, hp, batch, context: context.model_state * (params**2).sum(), with_context=True
+    )
+    lam = jnp.array(0.3)
+    estimate, _ = estimated(hypergrad.darts_fd(moved, commit=0), lam)
+    np.testing.assert_allclose(estimate.hypergrad, np.exp(0.3) * 2 * 0.2**2, rtol=1e-12)
+
+
+def test_the_horizon_ends_once_so_many_steps_are_committed():
+    estimator = hypergrad.darts_fd(problem(), commit=2, horizon=4)
+    once, state, done = jax.jit(estimator.estimate), estimator.init(KEY, LAM, TASK), []
+    for _ in range(2):
+        estimate, state = once(LAM, TASK, state)
+        done.append(bool(estimate.done))
+    assert done == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"commit": -1}, "`commit` must be at least 0; got -1"),
+        ({"epsilon": 0.0}, "`epsilon` must be positive, or None; got 0.0"),
+        ({"horizon": 0}, "`horizon` must be at least 1, or None; got 0"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        hypergrad.darts_fd(problem(), **options)
