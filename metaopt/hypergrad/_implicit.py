@@ -28,7 +28,8 @@ class ImplicitState(NamedTuple):
 
     Attributes:
       inner: the inner loop's state; None without a warm start.
-      adjoint: v, shaped like θ; None without a warm start.
+      adjoint: v, shaped like θ (with `condition="step"`, the floating-point leaves of `inner`); None without a warm
+        start.
       key: what later estimates draw from.
     """
 
@@ -96,7 +97,8 @@ def refuse_unanswerable(
         return problem.outer_loss(loop.params(state), hyperparams, problem.outer_batch(key, task), loop.context(state))
 
     def at_rest(hyperparams, state, data):
-        return _residual_fn(loop, state, data, loop.batch(state, data), condition)(loop.params(state), hyperparams)
+        x, put = _unknown(loop, state, condition)
+        return _residual_fn(loop, put, state, data, loop.batch(state, data), condition)(x, hyperparams)
 
     in_inner = used_leaves(at_rest, hyperparams, state, task.train)
     in_outer = used_leaves(outer_loss, hyperparams, state, jax.random.key(0), task)
@@ -122,27 +124,39 @@ def _draw(batch: Any, key: jax.Array, loop: base.InnerLoop, state: base.InnerSta
     return data if batch == "full" else loop.batch(state, data)
 
 
-def _with_params(loop: base.InnerLoop, state: base.InnerState, params: base.Params) -> base.InnerState:
-    """`state` with other θ in the places that `loop.params` reads."""
+def _unknown(loop: base.InnerLoop, state: base.InnerState, condition: str) -> tuple[Any, Callable]:
+    """x, what comes to rest, and `x -> state` with x in its places.
+
+    With the condition "gradient" x is θ, in the leaves of the state that `loop.params` reads. With "step" it is all
+    leaves that have a derivative: θ, momentum, running statistics.
+    """
     leaves, structure = jax.tree.flatten(state)
-    places = jax.tree.leaves(loop.params(structure.unflatten(range(len(leaves)))))
-    for place, leaf in zip(places, jax.tree.leaves(params), strict=True):
-        leaves[place] = leaf
-    return structure.unflatten(leaves)
+    if condition == "gradient":
+        places = jax.tree.leaves(loop.params(structure.unflatten(range(len(leaves)))))
+        x = loop.params(state)
+    else:
+        places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        x = [leaves[place] for place in places]
+
+    def put(x):
+        filled = dict(enumerate(leaves)) | dict(zip(places, jax.tree.leaves(x), strict=True))
+        return structure.unflatten(filled[i] for i in range(len(leaves)))
+
+    return x, put
 
 
 def _residual_fn(
-    loop: base.InnerLoop, state: base.InnerState, data: base.Data, batch: base.Batch, condition: str
+    loop: base.InnerLoop, put: Callable, state: base.InnerState, data: base.Data, batch: base.Batch, condition: str
 ) -> Callable:
-    """R(θ, λ), which is zero where training rests; all that is not θ stays as in `state`."""
+    """R(x, λ), which is zero where training rests."""
     if condition == "gradient":
         context = loop.context(state)
         return lambda params, hyperparams: jax.grad(loop.loss, has_aux=True)(params, hyperparams, batch, context)[0]
     loop_on_batch = loop._replace(batch=lambda state, data: batch)
 
-    def displacement(params, hyperparams):
-        after = inner.step(loop_on_batch, _with_params(loop, state, params), hyperparams, data)
-        return optax.tree.sub(params, loop.params(after))
+    def displacement(x, hyperparams):
+        after = inner.step(loop_on_batch, put(x), hyperparams, data)
+        return optax.tree.sub(x, _unknown(loop, after, condition)[0])
 
     return displacement
 
@@ -164,7 +178,7 @@ def implicit(
         dF/dλ = ∂f/∂λ − (∂R/∂λ)ᵀ v,    (A + δI) v = ∂f/∂θ,
 
         condition="gradient":  R = ∇θ g,            A = ∂²g/∂θ²
-        condition="step":      R = θ − Φ(θ, λ),     A = I − (∂Φ/∂θ)ᵀ        Φ: a training step
+        condition="step":      R = θ − Φ(θ, λ),     A = I − (∂Φ/∂θ)ᵀ        Φ: a training step; θ: all it changes
 
     Exact at a strict minimum (a fixed point), with δ = 0 and v solved for. What is biased otherwise:
 
@@ -185,9 +199,9 @@ def implicit(
       problem: its `loop.loss` is g, its `outer_loss` is f; λ must enter through one of them, leaf by leaf (a rate and a
         penalty in one array count as one leaf: keep them apart). With the condition "gradient" the optimizer must rest
         where ∇θ g is zero: a penalty belongs in g. With "step" it may rest elsewhere (a decoupled weight decay, a
-        projection), its own state is held constant, and λ may enter through its update; so is answered for a rate, by
-        the zero that is true at a fixed point and of no use before. Φ should be a contraction: gradient descent, with
-        momentum or without, not Adam.
+        projection), and λ may enter through its update; a rate's hypergradient is then the zero that is true at a fixed
+        point. θ stands there for all floating-point leaves of the inner state, momentum and running statistics among
+        them. Φ should be a contraction: gradient descent, with momentum or without, not Adam.
       num_steps: inner steps before the solve, at least 1.
       solver: of the linear system, `hypergrad.cg` by default (with the condition "step", 20 steps of `neumann` at a
         rate of 1: the fixed-point rule); A is symmetric with the condition "gradient".
@@ -231,29 +245,34 @@ def implicit(
         refuse_unanswerable(problem, state, hyperparams, task, condition=condition)
         if not warm_start:
             return ImplicitState(None, None, key)
-        return ImplicitState(state, optax.tree.zeros_like(loop.params(state)), key)
+        return ImplicitState(state, optax.tree.zeros_like(_unknown(loop, state, condition)[0]), key)
 
     def estimate(hyperparams, task, state):
         init_key, outer_key, batch_key, solver_key, key = jax.random.split(state.key, 5)
         start = state.inner if warm_start else loop.init(init_key, hyperparams, task.train)
         trained = jax.lax.fori_loop(0, num_steps, lambda _, s: inner.step(loop, s, hyperparams, task.train), start)
-        at, context = (loop.params(trained), hyperparams), loop.context(trained)  # (θ, λ)
-        outer = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))
-        f, (f_params, f_hyper) = outer(*at, problem.outer_batch(outer_key, task), context)
-        rows = _draw(batch, batch_key, loop, trained, task.train)
-        residual, pullback = jax.vjp(_residual_fn(loop, trained, task.train, rows, condition), *at)
+        x, put = _unknown(loop, trained, condition)
+        rows, outer_rows = _draw(batch, batch_key, loop, trained, task.train), problem.outer_batch(outer_key, task)
+
+        def outer_loss(x, hyperparams):
+            state = put(x)
+            return problem.outer_loss(loop.params(state), hyperparams, outer_rows, loop.context(state))
+
+        f, (f_x, f_hyper) = jax.value_and_grad(outer_loss, argnums=(0, 1))(x, hyperparams)
+        residual_fn = _residual_fn(loop, put, trained, task.train, rows, condition)
+        residual, pullback = jax.vjp(residual_fn, x, hyperparams)
         if gauss_newton is None:
             product = lambda v: pullback(v)[0]
         else:
-            product = _gauss_newton_product(*gauss_newton, *at, rows, context)
+            product = _gauss_newton_product(*gauss_newton, x, hyperparams, rows, loop.context(trained))
         matvec = lambda v: optax.tree.add_scale(product(v), damping, v)
-        guess = state.adjoint if warm_start else optax.tree.zeros_like(f_params)
-        v, num_products = solver(matvec, f_params, guess, key=solver_key)
+        guess = state.adjoint if warm_start else optax.tree.zeros_like(f_x)
+        v, num_products = solver(matvec, f_x, guess, key=solver_key)
         hypergrad = optax.tree.sub(f_hyper, pullback(v)[1])
         taken = loop.context(trained).step
         done = jnp.array(not warm_start) if horizon is None else taken >= horizon
         metrics = {
-            "adjoint_residual": optax.tree.norm(optax.tree.sub(matvec(v), f_params)),
+            "adjoint_residual": optax.tree.norm(optax.tree.sub(matvec(v), f_x)),
             {"gradient": "inner_grad_norm", "step": "inner_step_norm"}[condition]: optax.tree.norm(residual),
             "num_products": jnp.asarray(num_products),
         }
@@ -388,15 +407,16 @@ def implicit_solve(
             state = loop.init(key, hyperparams, data)
             return jax.lax.fori_loop(0, num_steps, lambda _, s: inner.step(loop, s, hyperparams, data), state)
 
-        def rest(state, hyperparams, key, data):
-            residual = _residual_fn(loop, state, data, _draw(batch, key, loop, state, data), condition)
-            return lambda params: residual(params, hyperparams)
+        def rest(state, key, data):
+            x, put = _unknown(loop, state, condition)
+            return x, put, _residual_fn(loop, put, state, data, _draw(batch, key, loop, state, data), condition)
 
         def one_step(hyperparams, key, data):
             return loop.params(train(hyperparams, key, data, num_steps=1))
 
         def at_rest(hyperparams, state, key, data):
-            return rest(state, hyperparams, key, data)(loop.params(state))
+            x, _, residual = rest(state, key, data)
+            return residual(x, hyperparams)
 
         trained = _shield(lambda: train(hyperparams, train_key, data))
         in_training = used_leaves(one_step, hyperparams, train_key, data)
@@ -416,8 +436,8 @@ def implicit_solve(
             symmetric = condition == "gradient"
             return jax.lax.custom_linear_solve(matvec, y, solve_linear, solve_linear, symmetric=symmetric)
 
-        residual = rest(trained, hyperparams, batch_key, data)
-        params = jax.lax.custom_root(residual, loop.params(trained), lambda f, x: x, tangent_solve)
-        return _with_params(loop, trained, params)
+        x, put, residual = rest(trained, batch_key, data)
+        solve_again = lambda f, x: x  # training did
+        return put(jax.lax.custom_root(lambda x: residual(x, hyperparams), x, solve_again, tangent_solve))
 
     return solve
