@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.custom_derivatives import SymbolicZero
+from jax.extend import core
 from jax.interpreters import partial_eval
 
 from metaopt import base, inner
@@ -329,11 +330,14 @@ def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float)
 
 
 def _shield(function: Callable) -> Any:
-    """`function()` without a derivative, also with regard to what it closes over, and without the cost of one."""
-    # A root of x = 0, which depends on nothing; what matters is beside it.
-    identity = lambda x: x
-    solve = lambda f, x: (x, function())
-    return jax.lax.custom_root(identity, jnp.zeros([]), solve, lambda linear, y: y, has_aux=True)[1]
+    """`function()` without a derivative, also with regard to what it closes over, and without the cost of one.
+
+    Stopping the gradient of what comes out would leave the tangents of all its steps to be computed, or stored.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)()
+    consts = jax.lax.stop_gradient(closed.consts)
+    leaves = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))()
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def _refuse_derivative(leaf: jax.Array, message: str) -> jax.Array:

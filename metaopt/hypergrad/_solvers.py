@@ -181,7 +181,7 @@ def bicgstab(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
     def solve(matvec, b, initial, *, key):
         del key
         r = optax.tree.sub(b, matvec(initial))
-        atol = tol * jnp.sqrt(_vdot(b, b))
+        atol: Any = tol * jnp.sqrt(_vdot(b, b))
         change, _ = linalg.bicgstab(matvec, r, tol=0.0, atol=atol, maxiter=num_steps)
         return optax.tree.add(initial, change), 2 * num_steps + 2
 
