@@ -335,8 +335,7 @@ def _shield(function: Callable) -> Any:
     Stopping the gradient of what comes out would leave the tangents of all its steps to be computed, or stored.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)()
-    consts = jax.lax.stop_gradient(closed.consts)
-    leaves = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))()
+    leaves = core.jaxpr_as_fun(closed.replace(consts=jax.lax.stop_gradient(closed.consts)))()
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 

@@ -46,49 +46,6 @@ def estimated(estimator, hyperparams, task, calls=1):
     return jax.tree.map(np.asarray, out)
 
 
-# Logistic regression with a penalty per feature, p = exp(λ), by Newton's method and the implicit function theorem:
-# g = mean log(1 + exp(−y xᵀθ)) + Σ p_d θ_d²/2,  f = the same mean on the validation rows + 0.1 Σ λ_d².
-
-
-def logistic_task(seed=0):
-    task = problems.regression_task(seed, num_train=40)
-    return jax.tree.map(lambda part: jnp.where(part > 0, 1.0, -1.0) if part.ndim == 1 else part, task)
-
-
-LOGISTIC_TASK = logistic_task()
-
-
-def log_loss(params, data):
-    return jnp.logaddexp(0.0, -data["y"] * (data["x"] @ params)).mean()
-
-
-LOGISTIC = inner.problem(
-    inner.loop(
-        lambda params, hp, batch: log_loss(params, batch) + (jnp.exp(hp["log_penalty"]) * params**2).sum() / 2,
-        lambda hp: optax.sgd(1.0, momentum=0.5),
-        init=problems.zeros,
-    ),
-    lambda params, hp, batch: log_loss(params, batch) + 0.1 * (hp["log_penalty"] ** 2).sum(),
-)
-
-
-def logistic_answer(lam, task=LOGISTIC_TASK):
-    """θ* to 1e-12, the Hessian there, ∂f/∂θ, the mixed product's diagonal, and dF/dλ."""
-    x, y, penalty = np.asarray(task.train["x"]), np.asarray(task.train["y"]), np.exp(np.asarray(lam["log_penalty"]))
-    theta = np.zeros(x.shape[1])
-    for _ in range(50):
-        odds = 1 / (1 + np.exp(y * (x @ theta)))  # of being wrong
-        grad = -x.T @ (y * odds) / len(y) + penalty * theta
-        hessian = x.T @ ((odds * (1 - odds))[:, None] * x) / len(y) + np.diag(penalty)
-        theta = theta - np.linalg.solve(hessian, grad)
-    assert np.linalg.norm(grad) < 1e-12
-    xv, yv = np.asarray(task.valid["x"]), np.asarray(task.valid["y"])
-    f_theta = -xv.T @ (yv / (1 + np.exp(yv * (xv @ theta)))) / len(yv)
-    mixed = penalty * theta  # ∂²g/∂λ∂θ is diagonal
-    hypergradient = 0.2 * np.asarray(lam["log_penalty"]) - mixed * np.linalg.solve(hessian, f_theta)
-    return theta, hessian, f_theta, mixed, hypergradient
-
-
 def logistic_outputs(params, hyperparams, batch, context):
     return {"logits": batch["x"] @ params, "params": params}
 
@@ -121,12 +78,12 @@ RULES = {
 
 @pytest.mark.parametrize("name", RULES)
 def test_logistic_regression(name):
-    _, hessian, f_theta, mixed, expected = logistic_answer(problems.LAM)
+    _, hessian, f_theta, mixed, expected = problems.logistic_answer(problems.LAM)
     assert np.linalg.norm(expected) > 0.01
     if name == "nystrom":
         expected = expected + damping_bias(0.3, hessian, f_theta, mixed)
-    estimator = hypergrad.implicit(LOGISTIC, num_steps=300, **RULES[name])
-    estimate = estimated(estimator, problems.LAM, LOGISTIC_TASK)
+    estimator = hypergrad.implicit(problems.LOGISTIC, num_steps=300, **RULES[name])
+    estimate = estimated(estimator, problems.LAM, problems.LOGISTIC_TASK)
     np.testing.assert_allclose(estimate.hypergrad["log_penalty"], expected, rtol=1e-9, atol=1e-12)
     at_rest = estimate.metrics["inner_step_norm" if "step" in name.split("_")[:1] else "inner_grad_norm"]
     assert at_rest < 1e-13 and (name == "nystrom" or estimate.metrics["adjoint_residual"] < 1e-10)
@@ -137,10 +94,10 @@ def damping_bias(damping, hessian, f_theta, mixed):
 
 
 def test_damping_has_the_stated_bias():
-    _, hessian, f_theta, mixed, exact = logistic_answer(problems.LAM)
+    _, hessian, f_theta, mixed, exact = problems.logistic_answer(problems.LAM)
     damping = 0.3
-    estimator = hypergrad.implicit(LOGISTIC, num_steps=300, damping=damping, solver=hypergrad.dense())
-    estimate = estimated(estimator, problems.LAM, LOGISTIC_TASK)
+    estimator = hypergrad.implicit(problems.LOGISTIC, num_steps=300, damping=damping, solver=hypergrad.dense())
+    estimate = estimated(estimator, problems.LAM, problems.LOGISTIC_TASK)
     bias = damping_bias(damping, hessian, f_theta, mixed)
     assert np.linalg.norm(bias) > 1e-3
     np.testing.assert_allclose(estimate.hypergrad["log_penalty"] - exact, bias, rtol=1e-9)
@@ -148,11 +105,11 @@ def test_damping_has_the_stated_bias():
 
 
 def test_an_adjoint_that_is_not_solved_for_has_the_stated_bias():
-    _, hessian, f_theta, mixed, exact = logistic_answer(problems.LAM)
+    _, hessian, f_theta, mixed, exact = problems.logistic_answer(problems.LAM)
     num_steps, rate = 3, 0.8
     solver = hypergrad.neumann(num_steps=num_steps, rate=rate)
-    estimator = hypergrad.implicit(LOGISTIC, num_steps=300, solver=solver, warm_start=False)
-    estimate = estimated(estimator, problems.LAM, LOGISTIC_TASK)
+    estimator = hypergrad.implicit(problems.LOGISTIC, num_steps=300, solver=solver, warm_start=False)
+    estimate = estimated(estimator, problems.LAM, problems.LOGISTIC_TASK)
     v = rate * sum(np.linalg.matrix_power(np.eye(4) - rate * hessian, k) for k in range(num_steps)) @ f_theta
     residual = hessian @ v - f_theta
     np.testing.assert_allclose(estimate.metrics["adjoint_residual"], np.linalg.norm(residual), rtol=1e-9)
@@ -163,9 +120,9 @@ def test_an_adjoint_that_is_not_solved_for_has_the_stated_bias():
 
 def test_a_sampled_hessian_has_the_bias_of_the_mean_of_inverses():
     # Every pair of rows of a small task: θ at rest on all rows, the system on two of them.
-    task = logistic_task()
+    task = problems.logistic_task()
     task = task._replace(train=jax.tree.map(lambda leaf: leaf[:6], task.train))
-    theta, hessian, f_theta, mixed, exact = logistic_answer(problems.LAM, task)
+    theta, hessian, f_theta, mixed, exact = problems.logistic_answer(problems.LAM, task)
     x, y = np.asarray(task.train["x"]), np.asarray(task.train["y"])
     odds = 1 / (1 + np.exp(y * (x @ theta)))
     pairs = np.array(list(itertools.combinations(range(6), 2)))
@@ -178,7 +135,9 @@ def test_a_sampled_hessian_has_the_bias_of_the_mean_of_inverses():
         rows = jnp.asarray(pairs)[jax.random.randint(key, (), 0, len(pairs))]
         return jax.tree.map(lambda leaf: leaf[rows], data)
 
-    estimator = hypergrad.implicit(LOGISTIC, num_steps=300, solver=hypergrad.dense(), batch=pair, warm_start=False)
+    estimator = hypergrad.implicit(
+        problems.LOGISTIC, num_steps=300, solver=hypergrad.dense(), batch=pair, warm_start=False
+    )
 
     @jax.jit
     def draw(keys):
@@ -225,9 +184,9 @@ def test_batches():
 
 
 def test_the_hessian_is_linearized_once():
-    estimator = hypergrad.implicit(LOGISTIC, num_steps=2)
-    state = estimator.init(KEY, problems.LAM, LOGISTIC_TASK)
-    jaxpr = jax.make_jaxpr(estimator.estimate)(problems.LAM, LOGISTIC_TASK, state).jaxpr
+    estimator = hypergrad.implicit(problems.LOGISTIC, num_steps=2)
+    state = estimator.init(KEY, problems.LAM, problems.LOGISTIC_TASK)
+    jaxpr = jax.make_jaxpr(estimator.estimate)(problems.LAM, problems.LOGISTIC_TASK, state).jaxpr
     (solve,) = [e.params["body_jaxpr"] for e in jaxpr.eqns if e.primitive.name == "while"]
     whole, products = (re.findall(r" = (\w+)", str(part)) for part in (jaxpr, solve))
     assert "exp" in whole and "exp" not in products
@@ -336,15 +295,17 @@ def test_imaml():
 
 def test_a_warm_start_helps_along_a_moving_path():
     few = {"num_steps": 2, "solver": hypergrad.cg(num_steps=1, tol=0.0)}
-    warm, cold = (hypergrad.implicit(LOGISTIC, **few, warm_start=w, horizon=9 if w else None) for w in (True, False))
+    warm, cold = (
+        hypergrad.implicit(problems.LOGISTIC, **few, warm_start=w, horizon=9 if w else None) for w in (True, False)
+    )
     residuals, ends = {}, {}
     for name, estimator in {"warm": warm, "cold": cold}.items():
-        state = estimator.init(KEY, problems.LAM, LOGISTIC_TASK)
+        state = estimator.init(KEY, problems.LAM, problems.LOGISTIC_TASK)
         estimate = jax.jit(estimator.estimate)
-        outs = [estimate(problems.LAM, LOGISTIC_TASK, state)]
+        outs = [estimate(problems.LAM, problems.LOGISTIC_TASK, state)]
         for i in range(1, 6):
             lam = jax.tree.map(lambda x, i=i: x + 1e-4 * i, problems.LAM)
-            outs.append(estimate(lam, LOGISTIC_TASK, outs[-1][1]))
+            outs.append(estimate(lam, problems.LOGISTIC_TASK, outs[-1][1]))
         residuals[name] = np.array([[o.metrics[m] for m in ("adjoint_residual", "inner_grad_norm")] for o, _ in outs])
         ends[name] = [bool(o.done) for o, _ in outs]
     np.testing.assert_allclose(residuals["warm"][0], residuals["cold"][0], rtol=1e-9)
@@ -354,8 +315,8 @@ def test_a_warm_start_helps_along_a_moving_path():
 
 
 def test_over_tasks_equals_a_loop():
-    estimator = hypergrad.implicit(LOGISTIC, num_steps=20, solver=hypergrad.cg(tol=0.05))
-    tasks = [logistic_task(seed) for seed in range(3)]
+    estimator = hypergrad.implicit(problems.LOGISTIC, num_steps=20, solver=hypergrad.cg(tol=0.05))
+    tasks = [problems.logistic_task(seed) for seed in range(3)]
     each = [estimated(estimator, problems.LAM, task) for task in tasks]
     counts = {int(out.metrics["num_products"]) for out in each}
     together = estimated(hypergrad.over_tasks(estimator), problems.LAM, problems.stack(tasks))
@@ -366,9 +327,9 @@ def test_over_tasks_equals_a_loop():
 
 
 def test_float32_is_exact_to_its_precision_times_the_condition():
-    _, hessian, *_, expected = logistic_answer(problems.LAM)
-    lam, task = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (problems.LAM, LOGISTIC_TASK))
-    estimate = estimated(hypergrad.implicit(LOGISTIC, num_steps=300), lam, task)
+    _, hessian, *_, expected = problems.logistic_answer(problems.LAM)
+    lam, task = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (problems.LAM, problems.LOGISTIC_TASK))
+    estimate = estimated(hypergrad.implicit(problems.LOGISTIC, num_steps=300), lam, task)
     error = np.linalg.norm(estimate.hypergrad["log_penalty"] - expected) / np.linalg.norm(expected)
     assert 0 < error < np.finfo(np.float32).eps * np.linalg.cond(hessian)
 
