@@ -173,3 +173,46 @@ def masked_problem(sampler=None) -> base.Problem:
 
     loop = inner.loop(loss, lambda hyperparams: optax.adam(0.1), init=zeros, sampler=sampler)
     return inner.problem(loop, lambda params, hyperparams, batch: masked_squares(params, batch))
+
+
+# Logistic regression with a penalty per feature, p = exp(λ), by Newton's method and the implicit function theorem:
+# g = mean log(1 + exp(−y xᵀθ)) + Σ p_d θ_d²/2,  f = the same mean on the validation rows + 0.1 Σ λ_d².
+
+
+def logistic_task(seed=0):
+    task = regression_task(seed, num_train=40)
+    return jax.tree.map(lambda part: jnp.where(part > 0, 1.0, -1.0) if part.ndim == 1 else part, task)
+
+
+LOGISTIC_TASK = logistic_task()
+
+
+def log_loss(params, data):
+    return jnp.logaddexp(0.0, -data["y"] * (data["x"] @ params)).mean()
+
+
+LOGISTIC = inner.problem(
+    inner.loop(
+        lambda params, hp, batch: log_loss(params, batch) + (jnp.exp(hp["log_penalty"]) * params**2).sum() / 2,
+        lambda hp: optax.sgd(1.0, momentum=0.5),
+        init=zeros,
+    ),
+    lambda params, hp, batch: log_loss(params, batch) + 0.1 * (hp["log_penalty"] ** 2).sum(),
+)
+
+
+def logistic_answer(lam, task=LOGISTIC_TASK):
+    """θ* to 1e-12, the Hessian there, ∂f/∂θ, the mixed product's diagonal, and dF/dλ."""
+    x, y, penalty = np.asarray(task.train["x"]), np.asarray(task.train["y"]), np.exp(np.asarray(lam["log_penalty"]))
+    theta = np.zeros(x.shape[1])
+    for _ in range(50):
+        odds = 1 / (1 + np.exp(y * (x @ theta)))  # of being wrong
+        grad = -x.T @ (y * odds) / len(y) + penalty * theta
+        hessian = x.T @ ((odds * (1 - odds))[:, None] * x) / len(y) + np.diag(penalty)
+        theta = theta - np.linalg.solve(hessian, grad)
+    assert np.linalg.norm(grad) < 1e-12
+    xv, yv = np.asarray(task.valid["x"]), np.asarray(task.valid["y"])
+    f_theta = -xv.T @ (yv / (1 + np.exp(yv * (xv @ theta)))) / len(yv)
+    mixed = penalty * theta  # ∂²g/∂λ∂θ is diagonal
+    hypergradient = 0.2 * np.asarray(lam["log_penalty"]) - mixed * np.linalg.solve(hessian, f_theta)
+    return theta, hessian, f_theta, mixed, hypergradient

@@ -21,6 +21,7 @@ ESTIMATORS = {
     "hypergradient_descent": hypergrad.hypergradient_descent(problems.RIDGE),
     "lookahead": hypergrad.lookahead(problems.RIDGE),
     "sama": hypergrad.sama(problems.RIDGE),
+    "implicit": hypergrad.implicit(problems.RIDGE, num_steps=1),
     "warm_implicit": hypergrad.warm_implicit(problems.RIDGE, num_steps=1, adjoint_rate=0.1),
     "amortize": predictors.amortize(UNROLLED, MLP),
     "over_seeds": hypergrad.over_seeds(UNROLLED, 2),
@@ -93,9 +94,26 @@ def test_predictors(predictor):
 
 def test_functions_of_training():
     assert names(hypergrad.unroll(problems.RIDGE_LOOP, num_steps=1)) == ["key", "hyperparams", "data"]
+    assert names(hypergrad.implicit_solve(problems.RIDGE_LOOP, num_steps=1)) == ["key", "hyperparams", "data"]
     assert names(inner.run(problems.RIDGE_LOOP, num_steps=1)) == ["key", "hyperparams", "data"]
     for sampler in (inner.full_batch(), inner.minibatch(2)):
         assert names(sampler) == stated(inner.Sampler)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        hypergrad.bicgstab(),
+        hypergrad.cg(),
+        hypergrad.dense(),
+        hypergrad.gmres(),
+        hypergrad.neumann(num_steps=1, rate=1.0),
+        hypergrad.normal_cg(),
+        hypergrad.nystrom(rank=1, damping=1.0),
+    ],
+)
+def test_solvers(solver):
+    assert names(solver) == stated(hypergrad.Solver)
 
 
 def test_learner():
@@ -108,7 +126,17 @@ def test_contexts_and_estimates_have_the_fields_of_the_contract():
     state = problems.RIDGE_LOOP.init(jax.random.key(0), problems.LAM, problems.TASK.train)
     context = problems.RIDGE_LOOP.context(state)
     assert isinstance(context, base.Context) and context.step.dtype == jnp.int32
-    for name in ("unrolled", "lookahead", "warm_implicit", "over_seeds", "bome", "darts_fd", "f2sa", "sama"):
+    for name in (
+        "unrolled",
+        "lookahead",
+        "implicit",
+        "warm_implicit",
+        "over_seeds",
+        "bome",
+        "darts_fd",
+        "f2sa",
+        "sama",
+    ):
         estimator = ESTIMATORS[name]
         carried = estimator.init(jax.random.key(0), problems.LAM, problems.TASK)
         estimate, after = jax.eval_shape(estimator.estimate, problems.LAM, problems.TASK, carried)

@@ -7,10 +7,18 @@ from metaopt.hypergrad._finite_difference import darts_fd
 from metaopt.hypergrad._first_order import F2saState, bome, f2sa
 from metaopt.hypergrad._flops import flops
 from metaopt.hypergrad._hypergradient_descent import HypergradientDescentState, hypergradient_descent
-from metaopt.hypergrad._implicit import WarmImplicitState, refuse_unanswerable, used_leaves, warm_implicit
+from metaopt.hypergrad._implicit import (
+    ImplicitState,
+    implicit,
+    implicit_solve,
+    refuse_unanswerable,
+    used_leaves,
+    warm_implicit,
+)
 from metaopt.hypergrad._lookahead import LookaheadState, lookahead
 from metaopt.hypergrad._mixed import mixed_grad
 from metaopt.hypergrad._sama import sama
+from metaopt.hypergrad._solvers import Matvec, Solver, bicgstab, cg, dense, gmres, lineax, neumann, normal_cg, nystrom
 from metaopt.hypergrad._unroll import checkpointed_scan, unroll, unrolled
 
 __all__ = [
@@ -19,19 +27,31 @@ __all__ = [
     "F2saState",
     "Finding",
     "HypergradientDescentState",
+    "ImplicitState",
     "LeafCheck",
     "LookaheadState",
-    "WarmImplicitState",
+    "Matvec",
+    "Solver",
+    "bicgstab",
     "bome",
+    "cg",
     "check",
     "checkpointed_scan",
     "darts_fd",
+    "dense",
     "diagnose",
     "f2sa",
     "flops",
+    "gmres",
     "hypergradient_descent",
+    "implicit",
+    "implicit_solve",
+    "lineax",
     "lookahead",
     "mixed_grad",
+    "neumann",
+    "normal_cg",
+    "nystrom",
     "over_seeds",
     "over_tasks",
     "refuse_unanswerable",

@@ -17,6 +17,10 @@ ESTIMATORS = {
     "unrolled_step": partial(hypergrad.unrolled, num_steps=400, remat="step"),
     "unrolled_sqrt": partial(hypergrad.unrolled, num_steps=400, remat="sqrt"),
     "lookahead": partial(hypergrad.lookahead, commit=20, num_steps=400),
+    "implicit": partial(hypergrad.implicit, num_steps=40, solver=hypergrad.cg(tol=1e-10)),
+    "implicit_step": partial(
+        hypergrad.implicit, num_steps=40, condition="step", solver=hypergrad.neumann(num_steps=40, rate=1.0)
+    ),
     "warm_implicit": partial(hypergrad.warm_implicit, num_steps=40, adjoint_rate=0.4),
 }
 KEY = jax.random.key(0)

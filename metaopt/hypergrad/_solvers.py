@@ -1,0 +1,312 @@
+"""Linear solvers for implicit hypergradients: A v = b, with A known by its products alone.
+
+A is the Hessian of the inner loss (positive definite at a strict minimum), its Gauss–Newton approximation, or I − Jᵀ of
+a training step's Jacobian J, which is not symmetric. Each factory returns a `Solver`; any function of its form will do.
+With κ = λmax/λmin of A and machine precision ε, no solver's v is more accurate than about κε relative to its norm.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jax.scipy.sparse import linalg
+
+from metaopt import base
+
+
+class Matvec(Protocol):
+    def __call__(self, v: base.Params) -> base.Params:
+        """The product A v, linear in v; both are shaped like θ."""
+        ...
+
+
+class Solver(Protocol):
+    def __call__(
+        self, matvec: Matvec, b: base.Params, initial: base.Params, *, key: jax.Array
+    ) -> tuple[base.Params, Any]:
+        """v with A v ≈ b from the guess `initial`, and the number of products with A that it took; traceable."""
+        ...
+
+
+def _vdot(x: base.Params, y: base.Params) -> jax.Array:
+    """⟨x, y⟩ as a sum in float32 or better: a dot product loses precision on some accelerators."""
+
+    def leaf(x, y):
+        dtype = jnp.result_type(x, jnp.float32)
+        return jnp.sum(x.astype(dtype) * y.astype(dtype))
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf, x, y)), jnp.zeros([], jnp.float32))
+
+
+def _add_scaled(x: base.Params, scale: jax.Array, y: base.Params) -> base.Params:
+    """x + scale · y in the precision of x."""
+    return jax.tree.map(lambda x, y: x + scale.astype(x.dtype) * y, x, y)
+
+
+def _check(num_steps: int, tol: float = 0.0) -> None:
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
+    if not tol >= 0:
+        raise ValueError(f"`tol` must be at least 0; got {tol}.")
+
+
+def cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
+    """Conjugate gradients, for symmetric positive definite A: the standard choice at a minimum of the inner loss.
+
+    After k steps the error in the norm of A is at most 2((√κ − 1)/(√κ + 1))^k of the guess's, and as many steps as θ
+    has entries give the solution up to rounding. Before a direction of negative curvature it stops and returns what it
+    has. (JAX's own goes on through it, and does not say how many products it took.)
+
+    Args:
+      num_steps: at most so many steps, a product each; at least 1.
+      tol: stops once ‖Av − b‖ ≤ tol ‖b‖, by the residual that the recurrence carries; 0 to take all steps.
+
+    Returns:
+      A `Solver` that starts from the guess; four vectors like θ in memory.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Source: Hestenes & Stiefel, 1952; for hypergradients Pedregosa, ICML 2016, https://arxiv.org/abs/1602.02355
+
+    >>> import jax, jax.numpy as jnp
+    >>> from metaopt import hypergrad
+    >>> b = jnp.array([2.0, 6.0])
+    >>> v, num_products = hypergrad.cg()(lambda v: jnp.array([1.0, 2.0]) * v, b, 0 * b, key=jax.random.key(0))
+    >>> print(v.round(3), num_products)
+    [2. 3.] 3
+    """
+    _check(num_steps, tol)
+
+    def solve(matvec, b, initial, *, key):
+        del key
+        enough = tol**2 * _vdot(b, b)
+        r = optax.tree.sub(b, matvec(initial))
+
+        def unfinished(carry):
+            *_, rr, k = carry
+            return (rr > enough) & (k < num_steps)
+
+        def step(carry):
+            v, r, p, rr, k = carry
+            ap = matvec(p)
+            curvature = _vdot(p, ap)
+            stays = ~(curvature > 0)
+            rate = jnp.where(stays, 0, rr / jnp.where(stays, 1, curvature))
+            v, r = _add_scaled(v, rate, p), _add_scaled(r, -rate, ap)
+            new_rr = jnp.where(stays, 0, _vdot(r, r))  # zero ends the loop
+            return v, r, _add_scaled(r, new_rr / rr, p), new_rr, k + 1
+
+        v, *_, k = jax.lax.while_loop(unfinished, step, (initial, r, r, _vdot(r, r), 0))
+        return v, k + 1
+
+    return solve
+
+
+def normal_cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
+    """Conjugate gradients on AᵀA v = Aᵀb: for any nonsingular A, indefinite Hessians among them.
+
+    The price is the square of the condition number, and two products per step.
+
+    Args:
+      num_steps: at most so many steps, two products each; at least 1.
+      tol: stops once ‖Aᵀ(Av − b)‖ ≤ tol ‖Aᵀb‖.
+
+    Returns:
+      A `Solver` that starts from the guess. Its products with Aᵀ are transposed by JAX.
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+    solve_normal = cg(num_steps=num_steps, tol=tol)
+
+    def solve(matvec, b, initial, *, key):
+        transpose = jax.linear_transpose(matvec, b)
+        v, k = solve_normal(lambda v: transpose(matvec(v))[0], transpose(b)[0], initial, key=key)
+        return v, 2 * k + 1
+
+    return solve
+
+
+def gmres(*, num_steps: int = 20) -> Solver:
+    """GMRES (JAX's): the smallest residual over a Krylov space, for any nonsingular A.
+
+    Args:
+      num_steps: the dimension of the space, a product each, at least 1; there are no restarts.
+
+    Returns:
+      A `Solver` that starts from the guess; `num_steps` vectors like θ in memory.
+
+    Raises:
+      ValueError: `num_steps` is below 1.
+
+    Source: Saad & Schultz, 1986; for hypergradients Blondel et al., NeurIPS 2022, https://arxiv.org/abs/2105.15183
+    """
+    _check(num_steps)
+
+    def solve(matvec, b, initial, *, key):
+        del key
+        # For the correction from zero: JAX's tolerance divides by ‖b‖, which may be 0 where the guess is not.
+        r = optax.tree.sub(b, matvec(initial))
+        dim = min(num_steps, sum(leaf.size for leaf in jax.tree.leaves(b)))
+        # "incremental" is the one that does not square the condition number.
+        change, _ = linalg.gmres(matvec, r, tol=0.0, restart=dim, maxiter=1, solve_method="incremental")
+        return optax.tree.add(initial, change), dim + 3
+
+    return solve
+
+
+def bicgstab(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
+    """BiCGSTAB (JAX's), for any nonsingular A, in the memory of a few vectors; its residual may go up and down.
+
+    Args:
+      num_steps: at most so many steps, two products each; at least 1.
+      tol: stops once ‖Av − b‖ ≤ tol ‖b‖; positive.
+
+    Returns:
+      A `Solver` that starts from the guess; its number of products is what all steps take, since JAX does not say how
+      many it took.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Source: van der Vorst, 1992.
+    """
+    _check(num_steps, tol)
+    if tol == 0:
+        raise ValueError("`tol` must be positive: after exact convergence, a further step divides 0 by 0.")
+
+    def solve(matvec, b, initial, *, key):
+        del key
+        r = optax.tree.sub(b, matvec(initial))
+        atol: Any = tol * jnp.sqrt(_vdot(b, b))
+        change, _ = linalg.bicgstab(matvec, r, tol=0.0, atol=atol, maxiter=num_steps)
+        return optax.tree.add(initial, change), 2 * num_steps + 2
+
+    return solve
+
+
+def neumann(*, num_steps: int, rate: float) -> Solver:
+    """K steps of v ← v − rate (A v − b); from a guess of zero, the truncated Neumann series
+
+        v_K = rate Σ_{k<K} (I − rate A)^k b,    v_K − v = (I − rate A)^K (v_0 − v).
+
+    Converges where the spectral radius of I − rate A is below 1: for a symmetric A, rate < 2 / λmax. With
+    `condition="step"` of `implicit` and a rate of 1 this is the fixed-point rule, v ← (∂Φ/∂θ)ᵀ v + ∂f/∂θ, which
+    converges wherever training does, at the same speed.
+
+    Args:
+      num_steps: K, a product each; at least 1.
+      rate: in 1/curvature, positive.
+
+    Returns:
+      A `Solver` that starts from the guess.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Source: Lorraine, Vicol & Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590
+    """
+    _check(num_steps)
+    if not rate > 0:
+        raise ValueError(f"`rate` must be positive; got {rate}.")
+
+    def solve(matvec, b, initial, *, key):
+        del key
+        rate_ = jnp.asarray(rate)
+
+        def step(_, v):
+            return _add_scaled(v, -rate_, optax.tree.sub(matvec(v), b))
+
+        return jax.lax.fori_loop(0, num_steps, step, initial), num_steps
+
+    return solve
+
+
+def nystrom(*, rank: int, damping: float) -> Solver:
+    """Nyström approximation of a positive semidefinite A by k of its columns, inverted by Woodbury's formula:
+
+        v = (A_k + ρI)⁻¹ b,    A_k = C W⁺ Cᵀ = B Bᵀ,    C = A[:, K],  W = A[K, K],    K random,
+
+        (B Bᵀ + ρI)⁻¹ b = (b − B (ρI + BᵀB)⁻¹ Bᵀ b) / ρ.
+
+    Neither iterations nor rates. At full rank A_k = A, and what remains is ρ's bias, v − A⁻¹b = −ρ (A + ρI)⁻¹ A⁻¹b.
+    Below, directions that A_k misses count as having curvature ρ. Eigenvalues of W that are negative count as 0.
+
+    Args:
+      rank: k, columns and products, at least 1; all columns, where θ has fewer entries.
+      damping: ρ, in curvature, positive.
+
+    Returns:
+      A `Solver` that draws its columns by the key and needs no guess; k vectors like θ in memory.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Source: Hataya & Yamada, AISTATS 2023, https://arxiv.org/abs/2302.09726
+    """
+    if rank < 1:
+        raise ValueError(f"`rank` must be at least 1; got {rank}.")
+    if not damping > 0:
+        raise ValueError(f"`damping` must be positive; got {damping}.")
+
+    def solve(matvec, b, initial, *, key):
+        del initial
+        flat, unravel = ravel_pytree(b)
+        columns = jax.random.choice(key, flat.size, (min(rank, flat.size),), replace=False)
+
+        def column(i):
+            return ravel_pytree(matvec(unravel(jnp.zeros_like(flat).at[i].set(1))))[0]
+
+        c = jax.lax.map(column, columns)  # [k, n]: one product at a time
+        w = c[:, columns]
+        eigenvalues, q = jnp.linalg.eigh((w + w.T) / 2)
+        positive = eigenvalues > len(columns) * jnp.finfo(flat.dtype).eps * eigenvalues[-1]
+        scale = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, eigenvalues, 1)), 0)
+        with jax.default_matmul_precision("highest"):
+            bt = scale[:, None] * (q.T @ c)  # Bᵀ: a factor, since W + CᵀC/ρ has the square of its condition number
+            inner = jnp.linalg.solve(bt @ bt.T + damping * jnp.eye(len(columns), dtype=flat.dtype), bt @ flat)
+            return unravel((flat - bt.T @ inner) / damping), len(columns)
+
+    return solve
+
+
+def dense() -> Solver:
+    """The whole matrix, and a direct solve: for θ of up to some thousand entries, and to check other solvers by.
+
+    Returns:
+      A `Solver` that takes n products at once and n² numbers of memory, and needs no guess.
+    """
+
+    def solve(matvec, b, initial, *, key):
+        del initial, key
+        flat, unravel = ravel_pytree(b)
+        rows = jax.vmap(lambda e: ravel_pytree(matvec(unravel(e)))[0])(jnp.eye(flat.size, dtype=flat.dtype))
+        return unravel(jnp.linalg.solve(rows.T, flat)), flat.size
+
+    return solve
+
+
+def lineax(solver: Any, *, tags: Any = ()) -> Solver:
+    """Any solver of lineax (`pip install "metaopt-jax[lineax]"`), such as `lineax.CG(rtol=1e-6, atol=0)`.
+
+    Args:
+      solver: a `lineax.AbstractLinearSolver`.
+      tags: what is promised of A, such as `lineax.positive_semidefinite_tag`, which CG and Cholesky ask for.
+
+    Returns:
+      A `Solver`. Iterative ones start from the guess; where they do not converge, the result is what they have. Its
+      number of products is lineax's count of steps, or the entries of θ where it builds the matrix.
+    """
+    import lineax as lx
+
+    def solve(matvec, b, initial, *, key):
+        del key
+        operator = lx.FunctionLinearOperator(matvec, jax.eval_shape(lambda: b), tags)
+        solution = lx.linear_solve(operator, b, solver, options={"y0": initial}, throw=False)
+        size = sum(leaf.size for leaf in jax.tree.leaves(b))
+        return solution.value, solution.stats.get("num_steps", size)
+
+    return solve
