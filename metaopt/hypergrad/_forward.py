@@ -42,10 +42,11 @@ def forward(
 
         F(λ) = Σ_{t=1..T} w_t f(θ_t(λ), λ)
 
-    The estimate of `unrolled` with the same key. Each step is linearized once, and all n entries of λ are pushed through
-    that one linear map: a step costs one plain step and n tangents of it, at most twice a plain step each (less where
-    the rows of data or elementwise updates weigh much). Memory is n + 1 times that of the state, whatever T. Works
-    under jit, vmap and further forward differentiation; reverse differentiation of it would store every step.
+    The estimate of `unrolled` with the same key. Each step is linearized once, and all n entries of λ are pushed
+    through that one linear map. In products of matrices, a tangent of a layer costs twice the layer's plain step, and
+    of the first layer, whose inputs have no tangent, as much as its plain step. Memory is n + 1 times that of the
+    state, whatever T. Works under jit, vmap and further forward differentiation; reverse differentiation of it would
+    store every step.
 
     Hyperparameter schedules over a long horizon, with a value for each window of steps (non-greedy, as FDS), are
     `forward(inner.piecewise(problem, num_windows, num_steps=T), num_steps=T)`.
@@ -55,7 +56,7 @@ def forward(
       num_steps: T, at least 1 (0 with `outer="last"`).
       outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T. Steps with weight cost a gradient of f each.
       chunk: tangents that are pushed through a step at once, one chunk after another, which bounds what a step needs
-        beside the carried tangents; None pushes all at once.
+        beside the carried tangents; None pushes all at once. On a CPU 1 is often fastest.
       grad: what takes the inner gradient; see `inner.step`. It must be forward-differentiable, as `jax.grad` is.
 
     Returns:
@@ -100,8 +101,8 @@ def forward(
                 return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
 
             value, (by_state, direct) = jax.value_and_grad(outer_loss, argnums=(0, 1))(floats, hyperparams)
-            through = jax.vmap(lambda tangent: optax.tree.vdot(tangent, by_state))(tangents)
-            return value, optax.tree.add(direct, unravel(through.astype(flat.dtype)))
+            through = jax.vmap(lambda tangent: jnp.asarray(optax.tree.vdot(tangent, by_state), flat.dtype))(tangents)
+            return value, optax.tree.add(direct, unravel(through))
 
         def step(carry, weight):
             state, tangents, total = carry
@@ -126,6 +127,7 @@ def forward(
         (state, tangents, total), _ = jax.lax.scan(step, (*start, total), xs, length=num_steps)
         if weights is None:
             total = jax.tree.map(lambda x: last_weight * x, judge(state, tangents))
-        return base.Estimate(*total, jnp.array(True), {}), key
+        value, hypergrad = total
+        return base.Estimate(value, hypergrad, jnp.array(True), {}), key
 
     return base.Estimator(init, estimate, kind="exact")

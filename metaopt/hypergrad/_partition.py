@@ -100,8 +100,8 @@ def partition(
             found = jax.tree.leaves(tree)
         if set(found) != set(estimators):
             raise ValueError(
-                f"`labels` and `estimators` must have the same labels; the leaves of λ have {sorted(set(found))}, and "
-                f"the estimators {sorted(estimators)}."
+                "`labels` and `estimators` must have the same labels; the leaves of λ have "
+                f"{sorted(set(map(str, found)))}, and the estimators {sorted(estimators)}."
             )
         return found
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from metaopt import base, inner
 from metaopt.hypergrad import _unroll
@@ -116,8 +115,8 @@ def t1t2(problem: base.Problem, *, num_steps: int, grad: Callable = jax.grad) ->
 
         θ ← Φ(θ, λ) (T1),    dF/dλ = ∂f/∂λ + (∂f/∂θ) ∂Φ/∂λ (T2)
 
-    λ and θ are trained side by side. The paper's product (∂f/∂θ) ∂Φ/∂λ has the Hessian of later steps replaced by the
-    identity; Φ is the whole optimizer here, and the paper's is SGD's.
+    λ and θ are trained side by side. For SGD of rate η, as in the paper, the second part is −η (∂f/∂θ) ∂²g/∂θ∂λ; here Φ
+    is any optimizer.
 
     Args:
       problem: λ should enter the inner loss or the outer loss; rates are best tuned over longer windows.

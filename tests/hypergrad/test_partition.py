@@ -52,7 +52,7 @@ def test_each_leaf_has_its_closed_form_at_the_current_value_of_the_others():
             out, state = estimate(lam, problems.TASK, state)
         value, unrolled = jax.value_and_grad(outer_of(trained))(lam)
         implicit = jax.grad(outer_of(solution))(lam)
-        assert abs(unrolled["rate"]) > 1e-4 and optax.tree.norm(implicit["penalty"]) > 1e-2
+        assert abs(unrolled["rate"]) > 1e-4 and optax.tree.norm(implicit["penalty"]) > 1e-3
         # What the other rule would have said is something else.
         assert optax.tree.norm(optax.tree.sub(unrolled, implicit)["penalty"]) > 1e-4
         np.testing.assert_allclose(out.value, value, rtol=1e-10)
