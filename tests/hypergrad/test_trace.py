@@ -58,12 +58,11 @@ def test_each_contribution_equals_finite_differences_of_its_hyperparams_alone():
     np.testing.assert_allclose(jax.vmap(lambda v: optax.tree.vdot(found, v))(directions), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["none", "sqrt"])
-def test_the_sum_is_the_hypergradient(remat):
+def test_the_sum_is_the_hypergradient():
     # Over a batch of tasks, at the unrolled estimator's keys.
     batch = problems.stack([problems.regression_task(seed) for seed in range(2)])
     keys = jax.random.split(KEY, 2)
-    options = {"num_steps": 5, "remat": remat}
+    options = {"num_steps": 5, "remat": "sqrt"}
 
     @jax.jit
     def both(lam):

@@ -33,8 +33,7 @@ def window_by_hand(lam, start, weights):
     return value, (by_theta * -k * left ** (k - 1) * (start - A)).sum(), (by_theta * left**k).sum(), theta[-1]
 
 
-@pytest.mark.parametrize(("outer", "weights"), [("last", [0, 0, 1]), ("mean", [1 / 3] * 3)])
-@pytest.mark.parametrize("remat", ["none", "step"])
+@pytest.mark.parametrize(("outer", "weights", "remat"), [("last", [0, 0, 1], "none"), ("mean", [1 / 3] * 3, "step")])
 def test_every_window_equals_its_closed_form_while_hyperparams_move(outer, weights, remat):
     estimator = hypergrad.truncated(PROBLEM, num_steps=9, truncation_length=3, outer=outer, remat=remat)
     estimate = jax.jit(estimator.estimate)
