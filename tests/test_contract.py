@@ -22,6 +22,10 @@ ESTIMATORS = {
     "lookahead": hypergrad.lookahead(problems.RIDGE),
     "sama": hypergrad.sama(problems.RIDGE),
     "implicit": hypergrad.implicit(problems.RIDGE, num_steps=1),
+    "forward": hypergrad.forward(problems.RIDGE, num_steps=1),
+    "truncated": hypergrad.truncated(problems.RIDGE, num_steps=2, truncation_length=1),
+    "t1t2": hypergrad.t1t2(problems.RIDGE, num_steps=2),
+    "partition": hypergrad.partition(problems.RIDGE, {"a": lambda p: hypergrad.unrolled(p, num_steps=1)}, "a"),
     "warm_implicit": hypergrad.warm_implicit(problems.RIDGE, num_steps=1, adjoint_rate=0.1),
     "amortize": predictors.amortize(UNROLLED, MLP),
     "over_seeds": hypergrad.over_seeds(UNROLLED, 2),
@@ -126,17 +130,7 @@ def test_contexts_and_estimates_have_the_fields_of_the_contract():
     state = problems.RIDGE_LOOP.init(jax.random.key(0), problems.LAM, problems.TASK.train)
     context = problems.RIDGE_LOOP.context(state)
     assert isinstance(context, base.Context) and context.step.dtype == jnp.int32
-    for name in (
-        "unrolled",
-        "lookahead",
-        "implicit",
-        "warm_implicit",
-        "over_seeds",
-        "bome",
-        "darts_fd",
-        "f2sa",
-        "sama",
-    ):
+    for name in set(ESTIMATORS) - {"amortize", "over_tasks"}:  # λ and tasks of another form
         estimator = ESTIMATORS[name]
         carried = estimator.init(jax.random.key(0), problems.LAM, problems.TASK)
         estimate, after = jax.eval_shape(estimator.estimate, problems.LAM, problems.TASK, carried)

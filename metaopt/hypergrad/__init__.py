@@ -6,6 +6,7 @@ from metaopt.hypergrad._diagnose import Diagnosis, Finding, diagnose
 from metaopt.hypergrad._finite_difference import darts_fd
 from metaopt.hypergrad._first_order import F2saState, bome, f2sa
 from metaopt.hypergrad._flops import flops
+from metaopt.hypergrad._forward import forward
 from metaopt.hypergrad._hypergradient_descent import HypergradientDescentState, hypergradient_descent
 from metaopt.hypergrad._implicit import (
     ImplicitState,
@@ -17,12 +18,16 @@ from metaopt.hypergrad._implicit import (
 )
 from metaopt.hypergrad._lookahead import LookaheadState, lookahead
 from metaopt.hypergrad._mixed import mixed_grad
+from metaopt.hypergrad._partition import PartitionState, partition
 from metaopt.hypergrad._sama import sama
 from metaopt.hypergrad._solvers import Matvec, Solver, bicgstab, cg, dense, gmres, lineax, neumann, normal_cg, nystrom
+from metaopt.hypergrad._trace import Contributions, trace
+from metaopt.hypergrad._truncated import TruncatedState, t1t2, truncated
 from metaopt.hypergrad._unroll import checkpointed_scan, unroll, unrolled
 
 __all__ = [
     "Check",
+    "Contributions",
     "Diagnosis",
     "F2saState",
     "Finding",
@@ -31,7 +36,9 @@ __all__ = [
     "LeafCheck",
     "LookaheadState",
     "Matvec",
+    "PartitionState",
     "Solver",
+    "TruncatedState",
     "bicgstab",
     "bome",
     "cg",
@@ -42,6 +49,7 @@ __all__ = [
     "diagnose",
     "f2sa",
     "flops",
+    "forward",
     "gmres",
     "hypergradient_descent",
     "implicit",
@@ -54,8 +62,12 @@ __all__ = [
     "nystrom",
     "over_seeds",
     "over_tasks",
+    "partition",
     "refuse_unanswerable",
     "sama",
+    "t1t2",
+    "trace",
+    "truncated",
     "unroll",
     "unrolled",
     "used_leaves",

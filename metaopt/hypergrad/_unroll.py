@@ -68,6 +68,42 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
     return carry, ys
 
 
+def _weights(outer: str | Sequence[float] | np.ndarray, num_steps: int) -> tuple[np.ndarray | None, float]:
+    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ); or None, and w_T, where only the last step has weight."""
+    if isinstance(outer, str):
+        if outer not in ("last", "mean"):
+            raise ValueError(f'`outer` must be "last", "mean" or {num_steps} weights; got {outer!r}.')
+        if outer == "last":
+            return None, 1.0
+        weights = np.full(num_steps, 1 / max(num_steps, 1))
+    else:
+        weights = np.asarray(outer, float)
+        if weights.shape != (num_steps,):
+            raise ValueError(f"`outer` must have one weight per step, shape ({num_steps},); got {weights.shape}.")
+    if num_steps == 0:
+        raise ValueError('With `num_steps=0` there is no step to weigh: take `outer="last"`.')
+    return (weights, 1.0) if weights[:-1].any() else (None, float(weights[-1]))
+
+
+def _weighted_scan(
+    step: Callable, outer_loss: Callable, state: Any, xs: Any, *, weights: tuple, num_steps: int, remat: str
+) -> tuple[jax.Array, Any]:
+    """Σ_t w_t outer_loss(state_t) along a checkpointed scan of `step`, `(state, x) -> state`; and the last state."""
+    each, last = weights
+
+    def weighted(state, x):
+        weight, x = x
+        state = step(state, x)
+        if weight is None:
+            return state, None
+        loss = outer_loss(state)
+        return state, weight.astype(loss.dtype) * loss
+
+    each = None if each is None else jnp.asarray(each)
+    state, losses = checkpointed_scan(weighted, state, (each, xs), length=num_steps, remat=remat)
+    return (last * outer_loss(state) if losses is None else losses.sum()), state
+
+
 def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str = "none", grad: Callable = jax.grad) -> Callable:
     """Training as a plain differentiable function: jit it, vmap it, differentiate it, nest it.
 
@@ -147,20 +183,7 @@ def unrolled(
       et al., ICML 2017, https://arxiv.org/abs/1703.01785. MAML's per-step losses: Antoniou et al., ICLR 2019.
     """
     _check(num_steps, remat)
-    weights, last_weight = None, 1.0
-    if isinstance(outer, str):
-        if outer not in ("last", "mean"):
-            raise ValueError(f'`outer` must be "last", "mean" or {num_steps} weights; got {outer!r}.')
-        if outer == "mean":
-            weights = np.full(num_steps, 1 / max(num_steps, 1))
-    else:
-        weights = np.asarray(outer, float)
-        if weights.shape != (num_steps,):
-            raise ValueError(f"`outer` must have one weight per step, shape ({num_steps},); got {weights.shape}.")
-    if weights is not None and num_steps == 0:
-        raise ValueError('With `num_steps=0` there is no step to weigh: take `outer="last"`.')
-    if weights is not None and not weights[:-1].any():
-        weights, last_weight = None, float(weights[-1])
+    weights = _weights(outer, num_steps)
     loop = problem.loop
 
     def objective(hyperparams, key, task):
@@ -171,19 +194,12 @@ def unrolled(
             batch = problem.outer_batch(outer_key, task)
             return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
 
-        def step(state, weight):
-            state = inner.step(loop, state, hyperparams, task.train, grad=grad)
-            if weight is None:
-                return state, None
-            loss = outer_loss(state)
-            return state, weight.astype(loss.dtype) * loss
+        def step(state, _):
+            return inner.step(loop, state, hyperparams, task.train, grad=grad)
 
         state = loop.init(train_key, hyperparams, task.train)
-        if weights is None:
-            state, _ = checkpointed_scan(step, state, None, length=num_steps, remat=remat)
-            return last_weight * outer_loss(state)
-        _, losses = checkpointed_scan(step, state, jnp.asarray(weights), length=num_steps, remat=remat)
-        return losses.sum()
+        scan = _weighted_scan(step, outer_loss, state, None, weights=weights, num_steps=num_steps, remat=remat)
+        return scan[0]
 
     def init(key, hyperparams, task):
         del hyperparams, task

@@ -2,6 +2,7 @@
 
 from metaopt.inner._loop import LoopState, loop, problem, run, step
 from metaopt.inner._modules import Model, from_linen, from_nnx
+from metaopt.inner._piecewise import piecewise
 from metaopt.inner._samplers import Sampler, full_batch, minibatch, num_rows, shuffled
 from metaopt.inner._weighted import weighted
 
@@ -15,6 +16,7 @@ __all__ = [
     "loop",
     "minibatch",
     "num_rows",
+    "piecewise",
     "problem",
     "run",
     "shuffled",

@@ -45,7 +45,7 @@ class LearnerState(NamedTuple):
 
 class LearnerInitFn(Protocol):
     def __call__(self, key: jax.Array, hyperparams: base.HyperParams, tasks: base.PyTree) -> LearnerState:
-        """The state before the first outer step, in which no slot is done."""
+        """The state before the first outer step."""
         ...
 
 
@@ -64,7 +64,7 @@ class Learner(NamedTuple):
     step: LearnerStepFn
 
 
-def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation) -> Learner:
+def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation, *, stagger: int = 1) -> Learner:
     """Makes an estimator and an outer optimizer into the two pure functions of an outer loop.
 
     `init(key, hyperparams, tasks)` starts every slot. `step(state, fresh_tasks)` first renews the slots that the
@@ -85,6 +85,9 @@ def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation) 
         axis B on every leaf ([B]), or for a tuple of such batches (a tuple of [B_i]). Each array in `done` must be a
         prefix of the axes of the task and state leaves that it governs.
       optimizer: any optax transform; it is given `value`, the outer loss F(λ), as an extra argument.
+      stagger: E, at least 1: `init` takes slot i of B ahead by ⌊i E / B⌋ estimates, at the initial λ, so that slots
+        whose horizon is E estimates (`truncated`: T / K) do not end together, and every horizon is whole. It costs
+        E − 1 estimates at the start; 1 starts all slots alike.
 
     Returns:
       A `Learner`. The metrics of its step are the estimator's, and over those `value` (F before the update),
@@ -92,8 +95,8 @@ def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation) 
       (0 or 1).
 
     Raises:
-      ValueError: at trace time, a leaf of λ is not floating-point, the tasks are empty, or `done` is no prefix of
-        the axes of a leaf. (AssertionError: the estimator broke its contract.)
+      ValueError: `stagger` is below 1; at trace time, a leaf of λ is not floating-point, the tasks are empty, or
+        `done` is no prefix of the axes of a leaf. (AssertionError: the estimator broke its contract.)
 
     Example:
       >>> def estimate(hyperparams, task, state):
@@ -105,7 +108,26 @@ def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation) 
       >>> print(state.hyperparams, metrics["value"])
       2.0 4.0
     """
+    if stagger < 1:
+        raise ValueError(f"`stagger` must be at least 1; got {stagger}.")
     optimizer = optax.with_extra_args_support(optimizer)
+
+    def spread(hyperparams, tasks, estimator_state, done):
+        """Slots ahead of one another. Only here is a first start known from a renewal, which starts at the start."""
+
+        def advance(i, carry):
+            estimator_state, done = carry
+            estimate, new_state = estimator.estimate(hyperparams, tasks, estimator_state)
+
+            def moves(done):
+                ahead = jnp.arange(done.size) * stagger // done.size
+                return (i < ahead.reshape(done.shape)) & ~done
+
+            moving = jax.tree.map(moves, done)
+            ended = jax.tree.map(lambda done, moving, ends: done | (moving & ends), done, moving, estimate.done)
+            return _select(moving, _strong(new_state), estimator_state), ended
+
+        return jax.lax.fori_loop(0, stagger - 1, advance, (estimator_state, done))
 
     def init(key: jax.Array, hyperparams: base.HyperParams, tasks: base.PyTree) -> LearnerState:
         hyperparams, tasks = check_hyperparams(hyperparams), check_tasks(tasks)
@@ -113,6 +135,8 @@ def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation) 
         estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
         estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
         done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)
+        if stagger > 1:
+            estimator_state, done = spread(hyperparams, tasks, estimator_state, done)
         opt_state = _strong(optimizer.init(hyperparams))
         return LearnerState(hyperparams, opt_state, estimator_state, tasks, done, jnp.zeros((), jnp.int32), key)
 

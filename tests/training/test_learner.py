@@ -151,6 +151,41 @@ def test_python_numbers_do_not_make_it_trace_twice():
         state, _ = step(state, np.ones(2))
 
 
+def young():
+    """`small.carried`, where every start is a whole horizon before its end."""
+    single = small.carried_single()
+
+    def init(key, hyperparams, task):
+        state = single.init(key, hyperparams, task)
+        return state._replace(age=jnp.zeros_like(state.age))
+
+    return small.batched(single._replace(init=init))
+
+
+def test_staggered_slots_end_one_after_another():
+    init, step = map(jax.jit, training.learner(young(), optax.sgd(0.1), stagger=small.HORIZON))
+    state, ends = init(KEY, LAM, small.sample(KEY, 6)), []
+    np.testing.assert_array_equal(state.estimator_state.age, [0, 0, 1, 1, 2, 2])
+    assert not state.done.any()
+    for _ in range(2 * small.HORIZON):
+        state, _ = step(state)
+        ends.append(state.done)
+    np.testing.assert_array_equal(ends, np.tile(np.repeat(np.eye(3, dtype=bool)[::-1], 2, axis=1), (2, 1)))
+
+
+def test_a_slot_that_ends_while_others_go_ahead_waits_for_its_renewal():
+    init, _ = training.learner(small.paired(young()), optax.sgd(0.1), stagger=2 * small.HORIZON)
+    state = init(KEY, LAM, (small.sample(KEY, 6), small.sample(KEY, 1)))
+    for part, done, ages in zip(state.estimator_state, state.done, ([0, 1, 2, 3, 3, 3], [0]), strict=True):
+        np.testing.assert_array_equal(part.age, ages)
+        np.testing.assert_array_equal(done, np.array(ages) == small.HORIZON)
+
+
+def test_stagger_must_be_positive():
+    with pytest.raises(ValueError, match="`stagger` must be at least 1; got 0"):
+        training.learner(small.carried(), optax.sgd(0.1), stagger=0)
+
+
 @pytest.mark.parametrize(
     "hyperparams, tasks, message",
     [

@@ -1,0 +1,133 @@
+"""Forward-mode hypergradients: the derivative of the inner state is carried beside it.
+
+    Z_{t+1} = (∂Φ/∂θ) Z_t + ∂Φ/∂λ,    dF/dλ = Σ_t w_t [∂f/∂λ + (∂f/∂θ_t) Z_t],    Z_t = dθ_t/dλ.
+
+Nothing is stored from step to step, so memory does not depend on T; time and memory grow with the entries of λ.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+from metaopt import base, inner
+from metaopt.hypergrad import _unroll
+
+
+def _split(state: base.InnerState) -> tuple[base.PyTree, base.PyTree]:
+    """What has a tangent, and what has none (counts, PRNG keys), each with None in the place of the other."""
+
+    def only(floating):
+        return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) == floating else None, state)
+
+    return only(True), only(False)
+
+
+def _merge(floats: base.PyTree, rest: base.PyTree) -> base.InnerState:
+    return jax.tree.map(lambda x, y: y if x is None else x, floats, rest, is_leaf=lambda x: x is None)
+
+
+def forward(
+    problem: base.Problem,
+    *,
+    num_steps: int,
+    outer: str | Sequence[float] | np.ndarray = "last",
+    chunk: int | None = None,
+    grad: Callable = jax.grad,
+) -> base.Estimator:
+    """Estimates dF/dλ exactly, by forward mode through T steps from a fresh start: few λ, any number of steps.
+
+        F(λ) = Σ_{t=1..T} w_t f(θ_t(λ), λ)
+
+    The estimate of `unrolled` with the same key. Each step is linearized once, and all n entries of λ are pushed
+    through that one linear map. In products of matrices, a tangent of a layer costs twice the layer's plain step, and
+    of the first layer, whose inputs have no tangent, as much as its plain step. Memory is n + 1 times that of the
+    state, whatever T. Works under jit, vmap and further forward differentiation; reverse differentiation of it would
+    store every step.
+
+    Hyperparameter schedules over a long horizon, with a value for each window of steps (non-greedy, as FDS), are
+    `forward(inner.piecewise(problem, num_windows, num_steps=T), num_steps=T)`.
+
+    Args:
+      problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
+      num_steps: T, at least 1 (0 with `outer="last"`).
+      outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T. Steps with weight cost a gradient of f each.
+      chunk: tangents that are pushed through a step at once, one chunk after another, which bounds what a step needs
+        beside the carried tangents; None pushes all at once. On a CPU 1 is often fastest.
+      grad: what takes the inner gradient; see `inner.step`. It must be forward-differentiable, as `jax.grad` is.
+
+    Returns:
+      An `Estimator` of kind "exact", `done` after every estimate; its state is a key.
+
+    Raises:
+      ValueError: `num_steps`, `chunk` or the number of weights is wrong.
+
+    Source: Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785, Alg. 2; Micaelli & Storkey, NeurIPS 2021,
+      https://arxiv.org/abs/2007.07869, for long horizons.
+    """
+    if num_steps < 0:
+        raise ValueError(f"`num_steps` must be at least 0; got {num_steps}.")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"`chunk` must be at least 1, or None; got {chunk}.")
+    weights, last_weight = _unroll._weights(outer, num_steps)
+    loop = problem.loop
+
+    def push(linear, *tangents):
+        """A linear map applied to each of n tangents."""
+        if chunk is None:
+            return jax.vmap(linear)(*tangents)
+        return jax.lax.map(lambda tangent: linear(*tangent), tangents, batch_size=chunk)
+
+    def init(key, hyperparams, task):
+        del hyperparams, task
+        return key
+
+    def estimate(hyperparams, task, state):
+        run_key, key = jax.random.split(state)
+        train_key, outer_key = jax.random.split(run_key)
+        batch = problem.outer_batch(outer_key, task)
+        flat, unravel = ravel_pytree(hyperparams)
+        basis = jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype))  # dλ/dλ, a row for each entry
+
+        def judge(state, tangents):
+            """f, and its total derivative: one reverse pass of f serves all tangents."""
+            floats, rest = _split(state)
+
+            def outer_loss(floats, hyperparams):
+                state = _merge(floats, rest)
+                return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
+
+            value, (by_state, direct) = jax.value_and_grad(outer_loss, argnums=(0, 1))(floats, hyperparams)
+            through = jax.vmap(lambda tangent: jnp.asarray(optax.tree.vdot(tangent, by_state), flat.dtype))(tangents)
+            return value, optax.tree.add(direct, unravel(through))
+
+        def step(carry, weight):
+            state, tangents, total = carry
+            floats, rest = _split(state)
+
+            def advance(floats, hyperparams):
+                return _split(inner.step(loop, _merge(floats, rest), hyperparams, task.train, grad=grad))
+
+            # The rest has no tangent, and the linear map holds what the step computed: nothing is computed n times.
+            floats, linear, rest = jax.linearize(advance, floats, hyperparams, has_aux=True)
+            state, tangents = _merge(floats, rest), push(linear, tangents, basis)
+            if weight is not None:
+                total = jax.tree.map(lambda t, x: t + weight.astype(x.dtype) * x, total, judge(state, tangents))
+            return (state, tangents, total), None
+
+        floats, linear, rest = jax.linearize(
+            lambda hyperparams: _split(loop.init(train_key, hyperparams, task.train)), hyperparams, has_aux=True
+        )
+        start = _merge(floats, rest), push(linear, basis)
+        total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(judge, *start))
+        xs = None if weights is None else jnp.asarray(weights)
+        (state, tangents, total), _ = jax.lax.scan(step, (*start, total), xs, length=num_steps)
+        if weights is None:
+            total = jax.tree.map(lambda x: last_weight * x, judge(state, tangents))
+        value, hypergrad = total
+        return base.Estimate(value, hypergrad, jnp.array(True), {}), key
+
+    return base.Estimator(init, estimate, kind="exact")

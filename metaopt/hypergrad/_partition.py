@@ -1,0 +1,155 @@
+"""Several estimators in one, each for some leaves of λ."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metaopt import base
+
+
+class PartitionState(NamedTuple):
+    """What `partition` carries.
+
+    Attributes:
+      states: of each estimator, by label.
+      done: [] bool by label: the estimator's horizon ended, so the next estimate starts it afresh.
+      key: what those starts draw from.
+    """
+
+    states: dict[str, base.EstimatorState]
+    done: dict[str, jax.Array]
+    key: jax.Array
+
+
+def _restricted(problem: base.Problem, complete: Callable) -> base.Problem:
+    """The problem as a function of some leaves of λ; `complete` adds the others."""
+    loop = problem.loop
+
+    def init(key, hyperparams, data):
+        return loop.init(key, complete(hyperparams), data)
+
+    def loss(params, hyperparams, batch, context):
+        return loop.loss(params, complete(hyperparams), batch, context)
+
+    def update(state, grads, model_state, hyperparams):
+        return loop.update(state, grads, model_state, complete(hyperparams))
+
+    def outer_loss(params, hyperparams, batch, context):
+        return problem.outer_loss(params, complete(hyperparams), batch, context)
+
+    return problem._replace(loop=loop._replace(init=init, loss=loss, update=update), outer_loss=outer_loss)
+
+
+def partition(
+    problem: base.Problem, estimators: Mapping[str, Callable[[base.Problem], base.Estimator]], labels: Any
+) -> base.Estimator:
+    """Estimates dF/dλ leaf by leaf, with the estimator that suits the leaf: rates by unrolling, penalties implicitly.
+
+    Each estimator is made for the problem as a function of its own leaves alone; the others have their current value
+    and are constants. So an implicit rule is not asked for the rate that an unrolled one answers for. The cost is that
+    of all estimators together: each has a training run of its own.
+
+    Args:
+      problem: in all of λ; where λ is constrained, in unconstrained coordinates.
+      estimators: by label, `problem -> Estimator` for one task, such as
+        `lambda problem: hypergrad.unrolled(problem, num_steps=100)`. They are called while an estimate is traced.
+      labels: whose leaf it is: a tree of labels, a prefix of λ; or `path -> label`, where the path is written as
+        "layers/0/rate".
+
+    Returns:
+      An `Estimator`. `value` is that of the first estimator, whose F the others should share: the kind is "exact" if
+      all are (and then the hypergradient is that of `value` if they run the same training), else the least certain of
+      theirs. `done` where all are; an estimator whose horizon ends before is started afresh on the same task.
+      Metrics: those of each estimator as "label/name", and "label/value".
+
+    Raises:
+      ValueError: there are no estimators; at trace time, a label has no estimator, or an estimator no leaf.
+
+    >>> import jax, optax
+    >>> from metaopt import base, hypergrad, inner
+    >>> loop = inner.loop(
+    ...     lambda params, hp, data: (params - data) ** 2 / 2 + hp["penalty"] * params**2 / 2,
+    ...     lambda hp: optax.sgd(hp["rate"]),
+    ...     init=lambda key, hp, data: jax.numpy.zeros([]),
+    ... )
+    >>> estimator = hypergrad.partition(
+    ...     inner.problem(loop, lambda params, hp, data: (params - data) ** 2),
+    ...     {
+    ...         "unrolled": lambda problem: hypergrad.unrolled(problem, num_steps=5),
+    ...         "implicit": lambda problem: hypergrad.warm_implicit(problem, num_steps=5, adjoint_rate=0.5),
+    ...     },
+    ...     {"rate": "unrolled", "penalty": "implicit"},
+    ... )
+    >>> lam, task = {"rate": 0.5, "penalty": 0.1}, base.Task(jax.numpy.array(1.0), jax.numpy.array(0.8))
+    >>> estimate, _ = estimator.estimate(lam, task, estimator.init(jax.random.key(0), lam, task))
+    >>> sorted(estimate.hypergrad)
+    ['penalty', 'rate']
+    """
+    if not estimators:
+        raise ValueError("`estimators` must have at least one entry, label -> (problem -> Estimator).")
+
+    def spread(hyperparams):
+        """The label of each leaf."""
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
+        if callable(labels):
+            found = [labels(jax.tree_util.keystr(path, simple=True, separator="/")) for path in paths]
+        else:
+            tree = jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), labels, hyperparams)
+            found = jax.tree.leaves(tree)
+        if set(found) != set(estimators):
+            raise ValueError(
+                "`labels` and `estimators` must have the same labels; the leaves of λ have "
+                f"{sorted(set(map(str, found)))}, and the estimators {sorted(estimators)}."
+            )
+        return found
+
+    def parts(hyperparams):
+        """For every label: its estimator, and its leaves, with None in the place of the others'."""
+        leaves, structure = jax.tree.flatten(hyperparams)
+        found = spread(hyperparams)
+
+        def complete(label, own):
+            own = iter(jax.tree.leaves(own))
+            return structure.unflatten([next(own) if f == label else x for f, x in zip(found, leaves, strict=True)])
+
+        for label, make in estimators.items():
+            restricted = _restricted(problem, lambda own, label=label: complete(label, own))
+            own = structure.unflatten([x if f == label else None for f, x in zip(found, leaves, strict=True)])
+            yield label, make(restricted), own
+
+    def start(key, hyperparams, task):
+        # One key for all: rules that train from the same key see the same F.
+        return {label: estimator.init(key, own, task) for label, estimator, own in parts(hyperparams)}
+
+    def init(key, hyperparams, task):
+        start_key, key = jax.random.split(key)
+        done = {label: jnp.array(False) for label in estimators}
+        return PartitionState(start(start_key, hyperparams, task), done, key)
+
+    def estimate(hyperparams, task, state):
+        start_key, key = jax.random.split(state.key)
+        estimates, states = {}, {}
+        for label, estimator, own in parts(hyperparams):
+            carried = jax.lax.cond(
+                state.done[label],
+                lambda estimator=estimator, own=own: estimator.init(start_key, own, task),
+                lambda label=label: state.states[label],
+            )
+            estimates[label], states[label] = estimator.estimate(own, task, carried)
+        own = {label: iter(jax.tree.leaves(each.hypergrad)) for label, each in estimates.items()}
+        hypergrad = jax.tree.structure(hyperparams).unflatten([next(own[label]) for label in spread(hyperparams)])
+        metrics = {
+            f"{label}/{name}": metric
+            for label, each in estimates.items()
+            for name, metric in {"value": each.value, **each.metrics}.items()
+        }
+        done = {label: each.done for label, each in estimates.items()}
+        first = estimates[next(iter(estimators))]
+        all_done = jnp.all(jnp.stack(list(done.values())))
+        return base.Estimate(first.value, hypergrad, all_done, metrics), PartitionState(states, done, key)
+
+    kinds = {make(problem).kind for make in estimators.values()}
+    kind = next(kind for kind in ("pseudo", "biased", "unbiased", "exact") if kind in kinds)
+    return base.Estimator(init, estimate, kind)

@@ -1,0 +1,95 @@
+"""Where a hypergradient comes from: the part of every inner step in it."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base, inner
+from metaopt.hypergrad import _unroll
+
+
+class Contributions(NamedTuple):
+    """The parts of dF/dλ, by the place where λ enters; their sum (`steps` over its leading axis) is dF/dλ.
+
+    Attributes:
+      start: through the initialization; like λ.
+      steps: ∂F/∂λ_t, where step t alone (its inner loss and its update) sees λ_t; like λ with a leading axis of T.
+      outer: through the outer loss itself, ∂f/∂λ; like λ.
+    """
+
+    start: base.HyperParams
+    steps: base.HyperParams
+    outer: base.HyperParams
+
+
+def trace(
+    problem: base.Problem,
+    *,
+    num_steps: int,
+    outer: str | Sequence[float] | np.ndarray = "last",
+    remat: str = "none",
+    grad: Callable = jax.grad,
+) -> Callable:
+    """Takes the hypergradient of `unrolled` apart into the contribution of every inner step, to plot or to debug.
+
+        dF/dλ = ∂F/∂λ_start + Σ_{t=1..T} ∂F/∂λ_t + ∂F/∂λ_outer
+
+    where each place at which λ enters has a λ of its own, all of one value. Contributions that grow as t falls are an
+    exploding product of Jacobians; those that vanish say how short a truncation would do. Time and memory of
+    `unrolled`, and T copies of λ. Works under jit, vmap and further differentiation.
+
+    Args:
+      problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
+      num_steps: T, at least 0.
+      outer: as in `unrolled`: "last", "mean", or T weights.
+      remat: "none", "step" or "sqrt"; see `unroll`.
+      grad: what takes the inner gradient; see `inner.step`.
+
+    Returns:
+      `(key, hyperparams, task) -> Contributions`, in outer loss per unit of λ, for the training that
+      `unrolled(...).estimate` runs from the state `key`.
+
+    Raises:
+      ValueError: `num_steps`, `remat` or the number of weights is wrong.
+
+    >>> import jax, optax
+    >>> from metaopt import base, hypergrad, inner
+    >>> loop = inner.loop(
+    ...     lambda params, hp, data: (params - data) ** 2 / 2,
+    ...     lambda hp: optax.sgd(hp["rate"]),
+    ...     init=lambda key, hp, data: jax.numpy.zeros([]),
+    ... )
+    >>> problem = inner.problem(loop, lambda params, hp, data: params)
+    >>> task = base.Task(jax.numpy.array(1.0), None)
+    >>> parts = hypergrad.trace(problem, num_steps=2)(jax.random.key(0), {"rate": 0.25}, task)
+    >>> print(parts.steps["rate"].round(4))  # θ_2 = 1 − (1 − rate_1)(1 − rate_2)
+    [0.75 0.75]
+    """
+    _unroll._check(num_steps, remat)
+    weights = _unroll._weights(outer, num_steps)
+    loop = problem.loop
+
+    def contributions(key, hyperparams, task):
+        run_key, _ = jax.random.split(key)  # as an estimate of `unrolled` does
+        train_key, outer_key = jax.random.split(run_key)
+        batch = problem.outer_batch(outer_key, task)
+
+        def objective(at):
+            def step(state, hyperparams):
+                return inner.step(loop, state, hyperparams, task.train, grad=grad)
+
+            def outer_loss(state):
+                return problem.outer_loss(loop.params(state), at.outer, batch, loop.context(state))
+
+            state = loop.init(train_key, at.start, task.train)
+            return _unroll._weighted_scan(
+                step, outer_loss, state, at.steps, weights=weights, num_steps=num_steps, remat=remat
+            )[0]
+
+        steps = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_steps, *jnp.shape(x))), hyperparams)
+        return jax.grad(objective)(Contributions(hyperparams, steps, hyperparams))
+
+    return contributions

@@ -1,0 +1,134 @@
+"""Truncated backpropagation: a training run goes on between outer steps, and each looks back over a window of it.
+
+θ_{s+K} = Φ^K(θ_s, λ),    F(λ) = Σ_{t=s+1..s+K} w_t f(θ_t(λ), λ)  with θ_s held constant.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from metaopt import base, inner
+from metaopt.hypergrad import _unroll
+
+
+class TruncatedState(NamedTuple):
+    """What `truncated` carries.
+
+    Attributes:
+      inner: the inner loop's state, where the next window starts.
+      start_key: what the inner loop was initialized with.
+      key: what later estimates draw from.
+    """
+
+    inner: base.InnerState
+    start_key: jax.Array
+    key: jax.Array
+
+
+def truncated(
+    problem: base.Problem,
+    *,
+    num_steps: int,
+    truncation_length: int,
+    outer: str = "last",
+    remat: str = "none",
+    grad: Callable = jax.grad,
+) -> base.Estimator:
+    """Estimates dF/dλ by reverse mode through the next K steps of a training run of T, which goes on from there.
+
+        F(λ) = Σ_{t=1..K} w_t f(θ_{s+t}(λ), λ)  with θ_s held constant
+
+    λ is updated T/K times in one training run, and an estimate costs K steps. It is exact for its own F, and leaves out
+    how λ shaped θ_s: short windows favor what pays off at once, such as small rates (Wu et al.). The window that starts
+    the run differentiates the initialization too, so that λ may enter there; later windows have no part in it.
+    K = T is `unrolled`, K = 1 is `t1t2`; `lookahead` looks ahead of its run instead, and drops what it looked at.
+
+    All runs that start together end together: `training.learner(..., stagger=T // K)` spreads the slots of a batch.
+
+    Args:
+      problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
+      num_steps: T, the horizon, at least 1; `done` once T steps are taken.
+      truncation_length: K, at least 1; divides T.
+      outer: "last" judges the window's last step, "mean" the mean over its steps.
+      remat: "none", "step" or "sqrt", over the window; time and memory as in `unroll`, with K for T.
+      grad: what takes the inner gradient; see `inner.step`.
+
+    Returns:
+      An `Estimator`; its kind is "biased", and "exact" where K = T. Metrics: "inner_steps", the steps taken.
+
+    Raises:
+      ValueError: a count is below 1, K does not divide T, or `outer` or `remat` is unknown.
+
+    Source: Shaban et al., AISTATS 2019, https://arxiv.org/abs/1810.10667; the bias: Wu et al., ICLR 2018,
+      https://arxiv.org/abs/1803.02021.
+    """
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
+    if truncation_length < 1:
+        raise ValueError(f"`truncation_length` must be at least 1; got {truncation_length}.")
+    if num_steps % truncation_length:
+        raise ValueError(
+            f"`truncation_length` must divide `num_steps`, so that all windows are full; got {truncation_length} and "
+            f"{num_steps}."
+        )
+    if outer not in ("last", "mean"):
+        raise ValueError(f'`outer` must be "last" or "mean"; got {outer!r}.')
+    _unroll._check(truncation_length, remat)
+    weights = _unroll._weights(outer, truncation_length)
+    loop = problem.loop
+
+    def init(key, hyperparams, task):
+        start_key, key = jax.random.split(key)
+        return TruncatedState(loop.init(start_key, hyperparams, task.train), start_key, key)
+
+    def estimate(hyperparams, task, state):
+        outer_key, key = jax.random.split(state.key)
+        batch = problem.outer_batch(outer_key, task)
+        first = loop.context(state.inner).step == 0
+
+        def objective(hyperparams):
+            def step(state, _):
+                return inner.step(loop, state, hyperparams, task.train, grad=grad)
+
+            def outer_loss(state):
+                return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
+
+            # The same start again, as a function of λ.
+            start = jax.lax.cond(
+                first, lambda: loop.init(state.start_key, hyperparams, task.train), lambda: state.inner
+            )
+            return _unroll._weighted_scan(
+                step, outer_loss, start, None, weights=weights, num_steps=truncation_length, remat=remat
+            )
+
+        (value, after), hypergrad = jax.value_and_grad(objective, has_aux=True)(hyperparams)
+        taken = loop.context(after).step
+        estimate = base.Estimate(value, hypergrad, taken >= num_steps, {"inner_steps": taken})
+        return estimate, TruncatedState(after, state.start_key, key)
+
+    return base.Estimator(init, estimate, kind="exact" if truncation_length == num_steps else "biased")
+
+
+def t1t2(problem: base.Problem, *, num_steps: int, grad: Callable = jax.grad) -> base.Estimator:
+    """Estimates dF/dλ after every single step of training: `truncated` with K = 1.
+
+        θ ← Φ(θ, λ) (T1),    dF/dλ = ∂f/∂λ + (∂f/∂θ) ∂Φ/∂λ (T2)
+
+    λ and θ are trained side by side. For SGD of rate η, as in the paper, the second part is −η (∂f/∂θ) ∂²g/∂θ∂λ; here Φ
+    is any optimizer.
+
+    Args:
+      problem: λ should enter the inner loss or the outer loss; rates are best tuned over longer windows.
+      num_steps: T, the horizon, at least 1; `done` once T steps are taken.
+      grad: what takes the inner gradient; see `inner.step`.
+
+    Returns:
+      An `Estimator`; its kind is "biased" (T = 1: "exact").
+
+    Raises:
+      ValueError: `num_steps` is below 1.
+
+    Source: Luketina et al., ICML 2016, https://arxiv.org/abs/1511.06727.
+    """
+    return truncated(problem, num_steps=num_steps, truncation_length=1, grad=grad)

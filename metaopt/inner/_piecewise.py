@@ -1,0 +1,80 @@
+"""Hyperparameters that differ from one window of training to the next."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metaopt import base
+
+
+def piecewise(problem: base.Problem, windows: Any, *, num_steps: int) -> base.Problem:
+    """The same problem with a schedule for λ: one value for each of W equal windows of the T steps.
+
+        λ_t = λ[⌊t W / T⌋],    t = 0..T−1
+
+    Step t, its inner loss and its update, sees λ_t; the initialization sees the first value, the outer loss that of the
+    last step before it; steps beyond T keep the last value. The hypergradient of an entry is summed over its window,
+    which averages noise over the window, and reaches to the end of training, which is not greedy. Any rule serves:
+    `hypergrad.forward` where T is long, `hypergrad.unrolled` where λ has many entries.
+
+    Args:
+      problem: in λ.
+      windows: W, at least 1; or a tree of them, a prefix of λ, with 0 for a leaf that is to stay constant.
+      num_steps: T, at least W.
+
+    Returns:
+      A problem whose λ has a leading axis of W on every leaf (none where W is 0).
+
+    Raises:
+      ValueError: a W is negative or above T, or is 0 everywhere; at trace time, a leaf of λ has no such axis.
+
+    Source: Micaelli & Storkey, NeurIPS 2021, https://arxiv.org/abs/2007.07869.
+
+    >>> import jax, optax
+    >>> from metaopt import inner
+    >>> loop = inner.loop(
+    ...     lambda params, hp, data: params, lambda hp: optax.sgd(hp["rate"]), init=lambda key, hp, data: 0.0
+    ... )
+    >>> problem = inner.piecewise(inner.problem(loop, lambda params, hp, data: params), 2, num_steps=6)
+    >>> rates = {"rate": jax.numpy.array([0.5, 0.125])}
+    >>> print(inner.run(problem.loop, num_steps=6)(jax.random.key(0), rates, None).params)
+    -1.875
+    """
+    counts = jax.tree.leaves(windows)
+    for count in counts:
+        if not 0 <= count <= num_steps:
+            raise ValueError(f"`windows` must be between 0 and `num_steps`, which is {num_steps}; got {count}.")
+    if not any(counts):
+        raise ValueError(f"`windows` must be at least 1 for a leaf of λ; got {windows}.")
+    loop = problem.loop
+
+    def at(step, hyperparams):
+        """λ_t, with t = step."""
+
+        def value(path, leaf, count):
+            if not count:
+                return leaf
+            if jnp.shape(leaf)[:1] != (count,):
+                raise ValueError(
+                    f"λ{jax.tree_util.keystr(path)} must have a leading axis of {count}, one value for each window; "
+                    f"got shape {jnp.shape(leaf)}."
+                )
+            return jnp.asarray(leaf)[jnp.clip(step, 0, num_steps - 1) * count // num_steps]
+
+        spread = jax.tree.map(lambda count, part: jax.tree.map(lambda _: count, part), windows, hyperparams)
+        return jax.tree_util.tree_map_with_path(value, hyperparams, spread)
+
+    def init(key, hyperparams, data):
+        return loop.init(key, at(0, hyperparams), data)
+
+    def loss(params, hyperparams, batch, context):
+        return loop.loss(params, at(context.step, hyperparams), batch, context)
+
+    def update(state, grads, model_state, hyperparams):
+        return loop.update(state, grads, model_state, at(loop.context(state).step, hyperparams))
+
+    def outer_loss(params, hyperparams, batch, context):
+        return problem.outer_loss(params, at(context.step - 1, hyperparams), batch, context)
+
+    return problem._replace(loop=loop._replace(init=init, loss=loss, update=update), outer_loss=outer_loss)
