@@ -114,6 +114,37 @@ class Problem(NamedTuple):
     outer_batch: OuterBatchFn
 
 
+def reparametrized(problem: Problem, hyperparams_fn: Callable[[HyperParams, Any], HyperParams]) -> Problem:
+    """The same problem as a function of other quantities μ, λ_t = `hyperparams_fn(μ, t)`.
+
+    λ enters a problem in four places, `init`, `loss`, `update` and `outer_loss`; the function is composed into each,
+    so that gradients obey the chain rule and rules that perturb do so in μ. t counts inner steps from 0; the
+    initialization sees λ_0, and the outer loss the λ of the last step taken.
+
+    Args:
+      problem: in λ.
+      hyperparams_fn: `(hyperparams, step) -> hyperparams`.
+
+    Returns:
+      A problem in μ.
+    """
+    loop = problem.loop
+
+    def init(key, hyperparams, data):
+        return loop.init(key, hyperparams_fn(hyperparams, 0), data)
+
+    def loss(params, hyperparams, batch, context):
+        return loop.loss(params, hyperparams_fn(hyperparams, context.step), batch, context)
+
+    def update(state, grads, model_state, hyperparams):
+        return loop.update(state, grads, model_state, hyperparams_fn(hyperparams, loop.context(state).step))
+
+    def outer_loss(params, hyperparams, batch, context):
+        return problem.outer_loss(params, hyperparams_fn(hyperparams, context.step - 1), batch, context)
+
+    return problem._replace(loop=loop._replace(init=init, loss=loss, update=update), outer_loss=outer_loss)
+
+
 class Estimate(NamedTuple):
     """What one call of an estimator returns.
 

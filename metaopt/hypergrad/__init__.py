@@ -19,6 +19,7 @@ from metaopt.hypergrad._implicit import (
 from metaopt.hypergrad._lookahead import LookaheadState, lookahead
 from metaopt.hypergrad._mixed import mixed_grad
 from metaopt.hypergrad._partition import PartitionState, partition
+from metaopt.hypergrad._recommend import Cost, Recommendation, recommend
 from metaopt.hypergrad._sama import sama
 from metaopt.hypergrad._solvers import Matvec, Solver, bicgstab, cg, dense, gmres, lineax, neumann, normal_cg, nystrom
 from metaopt.hypergrad._trace import Contributions, trace
@@ -28,6 +29,7 @@ from metaopt.hypergrad._unroll import checkpointed_scan, unroll, unrolled
 __all__ = [
     "Check",
     "Contributions",
+    "Cost",
     "Diagnosis",
     "F2saState",
     "Finding",
@@ -37,6 +39,7 @@ __all__ = [
     "LookaheadState",
     "Matvec",
     "PartitionState",
+    "Recommendation",
     "Solver",
     "TruncatedState",
     "bicgstab",
@@ -63,6 +66,7 @@ __all__ = [
     "over_seeds",
     "over_tasks",
     "partition",
+    "recommend",
     "refuse_unanswerable",
     "sama",
     "t1t2",

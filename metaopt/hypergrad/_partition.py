@@ -23,25 +23,6 @@ class PartitionState(NamedTuple):
     key: jax.Array
 
 
-def _restricted(problem: base.Problem, complete: Callable) -> base.Problem:
-    """The problem as a function of some leaves of λ; `complete` adds the others."""
-    loop = problem.loop
-
-    def init(key, hyperparams, data):
-        return loop.init(key, complete(hyperparams), data)
-
-    def loss(params, hyperparams, batch, context):
-        return loop.loss(params, complete(hyperparams), batch, context)
-
-    def update(state, grads, model_state, hyperparams):
-        return loop.update(state, grads, model_state, complete(hyperparams))
-
-    def outer_loss(params, hyperparams, batch, context):
-        return problem.outer_loss(params, complete(hyperparams), batch, context)
-
-    return problem._replace(loop=loop._replace(init=init, loss=loss, update=update), outer_loss=outer_loss)
-
-
 def partition(
     problem: base.Problem, estimators: Mapping[str, Callable[[base.Problem], base.Estimator]], labels: Any
 ) -> base.Estimator:
@@ -115,7 +96,7 @@ def partition(
             return structure.unflatten([next(own) if f == label else x for f, x in zip(found, leaves, strict=True)])
 
         for label, make in estimators.items():
-            restricted = _restricted(problem, lambda own, label=label: complete(label, own))
+            restricted = base.reparametrized(problem, lambda own, step, label=label: complete(label, own))
             own = structure.unflatten([x if f == label else None for f, x in zip(found, leaves, strict=True)])
             yield label, make(restricted), own
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import base, inner
-from metaopt.hypergrad import _unroll
+from metaopt.hypergrad import _mixed, _unroll
 
 
 class Contributions(NamedTuple):
@@ -31,7 +31,7 @@ def trace(
     num_steps: int,
     outer: str | Sequence[float] | np.ndarray = "last",
     remat: str = "none",
-    grad: Callable = jax.grad,
+    grad: Callable = _mixed.mixed_grad,
 ) -> Callable:
     """Takes the hypergradient of `unrolled` apart into the contribution of every inner step, to plot or to debug.
 

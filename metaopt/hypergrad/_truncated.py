@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from metaopt import base, inner
-from metaopt.hypergrad import _unroll
+from metaopt.hypergrad import _mixed, _unroll
 
 
 class TruncatedState(NamedTuple):
@@ -33,7 +33,7 @@ def truncated(
     truncation_length: int,
     outer: str = "last",
     remat: str = "none",
-    grad: Callable = jax.grad,
+    grad: Callable = _mixed.mixed_grad,
 ) -> base.Estimator:
     """Estimates dF/dλ by reverse mode through the next K steps of a training run of T, which goes on from there.
 
@@ -110,7 +110,7 @@ def truncated(
     return base.Estimator(init, estimate, kind="exact" if truncation_length == num_steps else "biased")
 
 
-def t1t2(problem: base.Problem, *, num_steps: int, grad: Callable = jax.grad) -> base.Estimator:
+def t1t2(problem: base.Problem, *, num_steps: int, grad: Callable = _mixed.mixed_grad) -> base.Estimator:
     """Estimates dF/dλ after every single step of training: `truncated` with K = 1.
 
         θ ← Φ(θ, λ) (T1),    dF/dλ = ∂f/∂λ + (∂f/∂θ) ∂Φ/∂λ (T2)

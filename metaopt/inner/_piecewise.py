@@ -47,9 +47,8 @@ def piecewise(problem: base.Problem, windows: Any, *, num_steps: int) -> base.Pr
             raise ValueError(f"`windows` must be between 0 and `num_steps`, which is {num_steps}; got {count}.")
     if not any(counts):
         raise ValueError(f"`windows` must be at least 1 for a leaf of λ; got {windows}.")
-    loop = problem.loop
 
-    def at(step, hyperparams):
+    def at(hyperparams, step):
         """λ_t, with t = step."""
 
         def value(path, leaf, count):
@@ -65,16 +64,4 @@ def piecewise(problem: base.Problem, windows: Any, *, num_steps: int) -> base.Pr
         spread = jax.tree.map(lambda count, part: jax.tree.map(lambda _: count, part), windows, hyperparams)
         return jax.tree_util.tree_map_with_path(value, hyperparams, spread)
 
-    def init(key, hyperparams, data):
-        return loop.init(key, at(0, hyperparams), data)
-
-    def loss(params, hyperparams, batch, context):
-        return loop.loss(params, at(context.step, hyperparams), batch, context)
-
-    def update(state, grads, model_state, hyperparams):
-        return loop.update(state, grads, model_state, at(loop.context(state).step, hyperparams))
-
-    def outer_loss(params, hyperparams, batch, context):
-        return problem.outer_loss(params, at(context.step - 1, hyperparams), batch, context)
-
-    return problem._replace(loop=loop._replace(init=init, loss=loss, update=update), outer_loss=outer_loss)
+    return base.reparametrized(problem, at)

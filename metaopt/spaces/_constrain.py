@@ -38,21 +38,4 @@ def constrain(problem: base.Problem, space: base.PyTree) -> base.Problem:
     """
     if num_dims(space) == 0:
         raise ValueError(f"`space` must have a leaf that is tuned; got {space}.")
-    loop = problem.loop
-
-    def init(key, hyperparams, data):
-        return loop.init(key, to_constrained(space, hyperparams), data)
-
-    def loss(params, hyperparams, batch, context):
-        return loop.loss(params, to_constrained(space, hyperparams), batch, context)
-
-    def update(state, grads, model_state, hyperparams):
-        return loop.update(state, grads, model_state, to_constrained(space, hyperparams))
-
-    def outer_loss(params, hyperparams, batch, context):
-        return problem.outer_loss(params, to_constrained(space, hyperparams), batch, context)
-
-    return problem._replace(
-        loop=loop._replace(init=init, loss=loss, update=update),
-        outer_loss=outer_loss,
-    )
+    return base.reparametrized(problem, lambda hyperparams, step: to_constrained(space, hyperparams))
