@@ -17,6 +17,12 @@ ESTIMATORS = {
     "unrolled": UNROLLED,
     "lookahead": hypergrad.lookahead(problems.RIDGE),
     "warm_implicit": hypergrad.warm_implicit(problems.RIDGE, num_steps=1, adjoint_rate=0.1),
+    "direct": hypergrad.direct(lambda hyperparams, task, key: problems.closed_form(hyperparams, task)),
+    "evolution": hypergrad.evolution(problems.RIDGE, num_steps=1, sigma=0.1, num_pairs=1),
+    "persistent_es": hypergrad.persistent_es(problems.RIDGE, num_steps=2, truncation_length=1, sigma=0.1, num_pairs=1),
+    "es_single": hypergrad.es_single(problems.RIDGE, num_steps=2, truncation_length=1, sigma=0.1, num_pairs=1),
+    "truncated_es": hypergrad.truncated_es(problems.RIDGE, num_steps=2, truncation_length=1, sigma=0.1, num_pairs=1),
+    "mix_with_es": hypergrad.mix_with_es(UNROLLED, sigma=0.1, num_pairs=3),
     "amortize": predictors.amortize(UNROLLED, MLP),
     "over_seeds": hypergrad.over_seeds(UNROLLED, 2),
     "over_tasks": hypergrad.over_tasks(UNROLLED),
@@ -103,7 +109,7 @@ def test_contexts_and_estimates_have_the_fields_of_the_contract():
     state = problems.RIDGE_LOOP.init(jax.random.key(0), problems.LAM, problems.TASK.train)
     context = problems.RIDGE_LOOP.context(state)
     assert isinstance(context, base.Context) and context.step.dtype == jnp.int32
-    for name in ("unrolled", "lookahead", "warm_implicit", "over_seeds"):
+    for name in set(ESTIMATORS) - {"amortize", "over_tasks"}:  # φ, and a batch of tasks
         estimator = ESTIMATORS[name]
         carried = estimator.init(jax.random.key(0), problems.LAM, problems.TASK)
         estimate, after = jax.eval_shape(estimator.estimate, problems.LAM, problems.TASK, carried)

@@ -97,7 +97,8 @@ def mean_and_metrics(each: base.HyperParams) -> tuple[base.HyperParams, dict[str
     mean = jax.tree.map(lambda x: x.mean(0), each)
     if num < 2:
         return mean, {}
-    return mean, {"sampling_variance": optax.tree.sum(jax.tree.map(lambda x: x.var(0, ddof=1).sum() / num, each))}
+    variances = [x.var(0, ddof=1).sum() / num for x in jax.tree.leaves(each)]
+    return mean, {"sampling_variance": jnp.stack(variances).sum()}
 
 
 def _particles(problem, window, sigma, num_pairs, renew):
