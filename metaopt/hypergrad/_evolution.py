@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base
+from metaopt import base, inner
 from metaopt.hypergrad import _unroll
 
 
@@ -101,6 +101,24 @@ def mean_and_metrics(each: base.HyperParams) -> tuple[base.HyperParams, dict[str
     return mean, {"sampling_variance": jnp.stack(variances).sum()}
 
 
+def _window(problem, num_steps, outer):
+    """`(state, hyperparams, task, outer_key) -> (Σ_t w_t f(θ_t, λ), state)`, with one validation batch for all steps."""
+    _unroll._check(num_steps, "none")
+    loop, weights = problem.loop, _unroll._weights(outer, num_steps)
+
+    def window(state, hyperparams, task, outer_key):
+        def outer_loss(state):
+            batch = problem.outer_batch(outer_key, task)
+            return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
+
+        def step(state, _):
+            return inner.step(loop, state, hyperparams, task.train)
+
+        return _unroll._weighted_scan(step, outer_loss, state, None, weights=weights, num_steps=num_steps, remat="none")
+
+    return window
+
+
 def _particles(problem, window, sigma, num_pairs, renew):
     """`init`, and `(hyperparams, task, state) -> (Estimate, state)` of one window, never done.
 
@@ -143,7 +161,7 @@ def _windowed(problem, num_steps, truncation_length, sigma, num_pairs, renew, ki
             f"`num_steps` must be a positive multiple of `truncation_length`, {truncation_length}, so that all windows "
             f"have one length; got {num_steps}."
         )
-    window = _unroll.outer_stretch(problem, num_steps=truncation_length, outer="mean")
+    window = _window(problem, truncation_length, "mean")
     init, one_window = _particles(problem, window, sigma, num_pairs, renew)
 
     def estimate(hyperparams, task, state):
@@ -196,8 +214,9 @@ def evolution(
       https://arxiv.org/abs/1810.10180.
     """
     check_pairs(sigma, num_pairs)
-    whole = _unroll.outer_stretch(problem, num_steps=num_steps, outer=outer)
-    start, one_window = _particles(problem, whole, sigma, num_pairs, lambda epsilon, fresh, score: (epsilon, score))
+    start, one_window = _particles(
+        problem, _window(problem, num_steps, outer), sigma, num_pairs, lambda epsilon, fresh, score: (epsilon, score)
+    )
 
     def init(key, hyperparams, task):
         del hyperparams, task

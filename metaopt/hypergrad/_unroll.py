@@ -63,6 +63,42 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
     return carry, ys
 
 
+def _weights(outer: str | Sequence[float] | np.ndarray, num_steps: int) -> tuple[np.ndarray | None, float]:
+    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ); or None, and w_T, where only the last step has weight."""
+    if isinstance(outer, str):
+        if outer not in ("last", "mean"):
+            raise ValueError(f'`outer` must be "last", "mean" or {num_steps} weights; got {outer!r}.')
+        if outer == "last":
+            return None, 1.0
+        weights = np.full(num_steps, 1 / max(num_steps, 1))
+    else:
+        weights = np.asarray(outer, float)
+        if weights.shape != (num_steps,):
+            raise ValueError(f"`outer` must have one weight per step, shape ({num_steps},); got {weights.shape}.")
+    if num_steps == 0:
+        raise ValueError('With `num_steps=0` there is no step to weigh: take `outer="last"`.')
+    return (weights, 1.0) if weights[:-1].any() else (None, float(weights[-1]))
+
+
+def _weighted_scan(
+    step: Callable, outer_loss: Callable, state: Any, xs: Any, *, weights: tuple, num_steps: int, remat: str
+) -> tuple[jax.Array, Any]:
+    """Σ_t w_t outer_loss(state_t) along a checkpointed scan of `step`, `(state, x) -> state`; and the last state."""
+    each, last = weights
+
+    def weighted(state, x):
+        weight, x = x
+        state = step(state, x)
+        if weight is None:
+            return state, None
+        loss = outer_loss(state)
+        return state, weight.astype(loss.dtype) * loss
+
+    each = None if each is None else jnp.asarray(each)
+    state, losses = checkpointed_scan(weighted, state, (each, xs), length=num_steps, remat=remat)
+    return (last * outer_loss(state) if losses is None else losses.sum()), state
+
+
 def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str = "none", grad: Callable = jax.grad) -> Callable:
     """Training as a plain differentiable function: jit it, vmap it, differentiate it, nest it.
 
@@ -106,68 +142,6 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str = "none", grad: C
     return solve
 
 
-def outer_stretch(
-    problem: base.Problem,
-    *,
-    num_steps: int,
-    outer: str | Sequence[float] | np.ndarray = "last",
-    remat: str = "none",
-    grad: Callable = jax.grad,
-) -> Callable:
-    """T inner steps and their part of F, as a plain differentiable function.
-
-    Args:
-      problem: its loop trains, its outer loss is f.
-      num_steps: T, at least 1 (0 with `outer="last"`).
-      outer: "last", "mean" or T weights; see `unrolled`.
-      remat: "none", "step" or "sqrt".
-      grad: what takes the inner gradient; see `inner.step`.
-
-    Returns:
-      `(state, hyperparams, task, outer_key) -> (Σ_t w_t f(θ_t, λ), state after T steps)`; one validation batch, drawn
-      with `outer_key`, serves all T.
-
-    Raises:
-      ValueError: `num_steps`, `remat` or the number of weights is wrong.
-    """
-    _check(num_steps, remat)
-    weights, last_weight = None, 1.0
-    if isinstance(outer, str):
-        if outer not in ("last", "mean"):
-            raise ValueError(f'`outer` must be "last", "mean" or {num_steps} weights; got {outer!r}.')
-        if outer == "mean":
-            weights = np.full(num_steps, 1 / max(num_steps, 1))
-    else:
-        weights = np.asarray(outer, float)
-        if weights.shape != (num_steps,):
-            raise ValueError(f"`outer` must have one weight per step, shape ({num_steps},); got {weights.shape}.")
-    if weights is not None and num_steps == 0:
-        raise ValueError('With `num_steps=0` there is no step to weigh: take `outer="last"`.')
-    if weights is not None and not weights[:-1].any():
-        weights, last_weight = None, float(weights[-1])
-    loop = problem.loop
-
-    def stretch(state, hyperparams, task, outer_key):
-        def outer_loss(state):
-            batch = problem.outer_batch(outer_key, task)
-            return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
-
-        def step(state, weight):
-            state = inner.step(loop, state, hyperparams, task.train, grad=grad)
-            if weight is None:
-                return state, None
-            loss = outer_loss(state)
-            return state, weight.astype(loss.dtype) * loss
-
-        if weights is None:
-            state, _ = checkpointed_scan(step, state, None, length=num_steps, remat=remat)
-            return last_weight * outer_loss(state), state
-        state, losses = checkpointed_scan(step, state, jnp.asarray(weights), length=num_steps, remat=remat)
-        return losses.sum(), state
-
-    return stretch
-
-
 def unrolled(
     problem: base.Problem,
     *,
@@ -200,11 +174,24 @@ def unrolled(
     Source: Domke, AISTATS 2012; Maclaurin, Duvenaud & Adams, ICML 2015, https://arxiv.org/abs/1502.03492; Franceschi
       et al., ICML 2017, https://arxiv.org/abs/1703.01785. MAML's per-step losses: Antoniou et al., ICLR 2019.
     """
-    stretch, loop = outer_stretch(problem, num_steps=num_steps, outer=outer, remat=remat, grad=grad), problem.loop
+    _check(num_steps, remat)
+    weights = _weights(outer, num_steps)
+    loop = problem.loop
 
     def objective(hyperparams, key, task):
         train_key, outer_key = jax.random.split(key)
-        return stretch(loop.init(train_key, hyperparams, task.train), hyperparams, task, outer_key)[0]
+
+        def outer_loss(state):
+            # The same validation batch for every step of one training.
+            batch = problem.outer_batch(outer_key, task)
+            return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
+
+        def step(state, _):
+            return inner.step(loop, state, hyperparams, task.train, grad=grad)
+
+        state = loop.init(train_key, hyperparams, task.train)
+        scan = _weighted_scan(step, outer_loss, state, None, weights=weights, num_steps=num_steps, remat=remat)
+        return scan[0]
 
     def init(key, hyperparams, task):
         del hyperparams, task
