@@ -3,6 +3,8 @@
 from metaopt.hypergrad._batching import over_seeds, over_tasks
 from metaopt.hypergrad._check import Check, LeafCheck, check
 from metaopt.hypergrad._diagnose import Diagnosis, Finding, diagnose
+from metaopt.hypergrad._direct import direct
+from metaopt.hypergrad._evolution import ParticlesState, es_single, evolution, persistent_es, truncated_es
 from metaopt.hypergrad._finite_difference import darts_fd
 from metaopt.hypergrad._first_order import F2saState, bome, f2sa
 from metaopt.hypergrad._flops import flops
@@ -17,6 +19,7 @@ from metaopt.hypergrad._implicit import (
     warm_implicit,
 )
 from metaopt.hypergrad._lookahead import LookaheadState, lookahead
+from metaopt.hypergrad._mix_with_es import MixState, mix_with_es
 from metaopt.hypergrad._mixed import mixed_grad
 from metaopt.hypergrad._partition import PartitionState, partition
 from metaopt.hypergrad._recommend import Cost, Recommendation, recommend
@@ -38,6 +41,8 @@ __all__ = [
     "LeafCheck",
     "LookaheadState",
     "Matvec",
+    "MixState",
+    "ParticlesState",
     "PartitionState",
     "Recommendation",
     "Solver",
@@ -50,6 +55,9 @@ __all__ = [
     "darts_fd",
     "dense",
     "diagnose",
+    "direct",
+    "es_single",
+    "evolution",
     "f2sa",
     "flops",
     "forward",
@@ -59,6 +67,7 @@ __all__ = [
     "implicit_solve",
     "lineax",
     "lookahead",
+    "mix_with_es",
     "mixed_grad",
     "neumann",
     "normal_cg",
@@ -66,12 +75,14 @@ __all__ = [
     "over_seeds",
     "over_tasks",
     "partition",
+    "persistent_es",
     "recommend",
     "refuse_unanswerable",
     "sama",
     "t1t2",
     "trace",
     "truncated",
+    "truncated_es",
     "unroll",
     "unrolled",
     "used_leaves",
