@@ -10,8 +10,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from metaopt import base
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Rows of text in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
 
 
 class LeafCheck(NamedTuple):
@@ -61,15 +69,13 @@ class Check(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        rows = [("leaf", "|hypergradient|", "slope", "finite difference", "relative error", "")]
+        rows: list[tuple[str, ...]] = [("leaf", "|hypergradient|", "slope", "finite difference", "relative error", "")]
         for leaf in self.leaves:
             numbers = (leaf.norm, leaf.hypergrad, leaf.finite_difference, leaf.relative_error)
             rows.append((leaf.path, *(f"{x:.3e}" for x in numbers), leaf.status))
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         head = f"{'passed' if self.passed else 'FAILED'}: {self.kind} estimator at F = {self.value:.6g}"
         tail = f"cosine {self.cosine:.4f}, metasmoothness {self.metasmoothness:.3f}. {self.message}"
-        return "\n".join([head, *lines, tail])
+        return "\n".join([head, aligned(rows), tail])
 
 
 def _widen(tree: Any) -> Any:
@@ -89,7 +95,7 @@ def _held_arrays(thing: Any, name: str, seen: set[int]) -> list[tuple[str, np.nd
     seen.add(id(thing))
     if isinstance(thing, (jax.Array, np.ndarray)):
         is_key = jnp.issubdtype(thing.dtype, jax.dtypes.prng_key)
-        return [] if is_key or isinstance(thing, jax.core.Tracer) else [(name, np.asarray(thing))]
+        return [] if is_key or isinstance(thing, Tracer) else [(name, np.asarray(thing))]
     parts: list[tuple[str, Any]] = []
     if isinstance(thing, functools.partial):
         parts = [(name, part) for part in (thing.func, *thing.args, *thing.keywords.values())]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from metaopt import base, inner
-from metaopt.hypergrad import _flops, _forward, _implicit, _lookahead, _truncated, _unroll
+from metaopt.hypergrad import _check, _flops, _forward, _implicit, _lookahead, _truncated, _unroll
 
 
 class Cost(NamedTuple):
@@ -44,14 +44,12 @@ class Recommendation(NamedTuple):
     why: str
 
     def __str__(self) -> str:
-        rows = [("rule", "kind", "MiB", "FLOPs / training")]
+        rows: list[tuple[str, ...]] = [("rule", "kind", "MiB", "FLOPs / training")]
         for c in self.costs:
             figures = (f"{c.memory:.2f}", f"{c.flops:.2f}") if not c.refused else ("refused", "")
             rows.append((("* " if c.name == self.take else "  ") + c.name, c.kind, *figures))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         notes = [f"{c.name}: {c.refused}" for c in self.costs if c.refused]
-        return "\n".join([*lines, f"Take {self.take}: {self.why}", *notes])
+        return "\n".join([_check.aligned(rows), f"Take {self.take}: {self.why}", *notes])
 
 
 def candidates(problem: base.Problem, hyperparams: base.HyperParams, num_steps: int) -> dict[str, base.Estimator]:
@@ -119,9 +117,10 @@ def recommend(
         except ValueError as error:
             costs.append(Cost(name, rule.kind, math.nan, math.nan, str(error)))
             continue
-        memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        stats = compiled.memory_analysis()
+        memory = stats.temp_size_in_bytes / 2**20 if stats else math.nan  # not every backend says
         costs.append(Cost(name, rule.kind, memory, _flops.flops(rule.estimate, hyperparams, task, state) / training))
-    fitting = [c for c in costs if not c.refused and (max_memory is None or c.memory <= max_memory)]
+    fitting = [c for c in costs if not c.refused and (max_memory is None or not c.memory > max_memory)]
     if not fitting:
         raise ValueError(
             f"No rule answers within `max_memory` = {max_memory} MiB:\n{Recommendation(costs, 'none', 'none fits.')}"
