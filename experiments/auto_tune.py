@@ -121,6 +121,7 @@ PRESETS = {
         folds=(0, 1, 2, 3, 4),
         max_buckets=5,
         meta_steps=120,
+        fine_tune_steps=(3, 5),
         trials=(5, 20, 50, 100),
         tree_trials=6,
     ),
