@@ -102,7 +102,7 @@ def mean_and_metrics(each: base.HyperParams) -> tuple[base.HyperParams, dict[str
 
 
 def _window(problem, num_steps, outer):
-    """`(state, hyperparams, task, outer_key) -> (Σ_t w_t f(θ_t, λ), state)`, one validation batch for all."""
+    """`(state, hyperparams, task, outer_key) -> (Σ_t w_t f(θ_t, λ), state)`; one validation batch serves all steps."""
     _unroll._check(num_steps, "none")
     loop, weights = problem.loop, _unroll._weights(outer, num_steps)
 
