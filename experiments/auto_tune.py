@@ -630,7 +630,8 @@ def plot(rows, histories, predicted, path: Path, reference: str) -> None:
 # ---- The main job --------------------------------------------------------------------------------------------------
 
 
-def main(argv=None) -> list[dict]:
+def parse(argv) -> tuple[argparse.Namespace, str, Config]:
+    """The arguments, the preset's name, and the configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--smoke", action="store_true", help="a few tables and steps")
@@ -661,7 +662,93 @@ def main(argv=None) -> list[dict]:
     }
     if args.folds:
         changed["folds"] = tuple(args.folds)
-    config = dataclasses.replace(PRESETS[name], **changed)
+    return args, name, dataclasses.replace(PRESETS[name], **changed)
+
+
+def make_units(tables: list[tasks.Table], config: Config, seed: int) -> list[Unit]:
+    """Every table under every seed; those that cannot be split are named and left out."""
+    units = []
+    for t, table in enumerate(tables):
+        for s in range(config.num_seeds):
+            try:
+                prepared = tasks.prepare(
+                    table, seed=1000 * seed + s, max_rows=config.max_rows, max_features=config.max_features
+                )
+            except ValueError as error:
+                logging.warning("left out: %s", error)
+                continue
+            units.append(Unit(t, s, prepared))
+    return units
+
+
+def outer_optimizer(rate: float, steps: int) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(rate, steps)))
+
+
+def make_learners(estimator: base.Estimator, predictor: base.Predictor, config: Config):
+    """The learner of one λ for all tables, and that of g."""
+    first = training.learner(
+        hypergrad.over_tasks(estimator, max_norm=config.max_norm),
+        outer_optimizer(config.global_rate, config.global_steps),
+    )
+    decay_mask = {"center": False, "linear": True, "hidden": True, "bias": False, "out": True}
+    schedule = optax.cosine_decay_schedule(config.meta_rate, config.meta_steps)
+    second = training.learner(
+        hypergrad.over_tasks(predictors.amortize(estimator, predictor), max_norm=config.max_norm),
+        optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.meta_decay, mask=decay_mask)
+        ),
+    )
+    return first, second
+
+
+def meta_train(learners, predictor, start_z, sample_tasks, key, config: Config, checkpoints: Path | None):
+    """One λ for all tasks, then g on top of it: (λ, φ, the two histories of validation losses)."""
+    keys = jax.random.split(key, 3)
+
+    def fit(which, hyperparams, num_steps):
+        result = training.fit(
+            learners[which],
+            sample_tasks,
+            hyperparams=hyperparams,
+            num_steps=num_steps,
+            key=keys[which],
+            checkpoint_dir=checkpoints / ("global", "meta")[which] if checkpoints else None,
+            checkpoint_every=20,
+        )
+        if result.stopped == "signal":
+            sys.exit("stopped by a signal")
+        return result
+
+    first = fit(0, start_z, config.global_steps)
+    phi = predictor.init(keys[2])
+    phi["center"] = jax.flatten_util.ravel_pytree(first.hyperparams)[0]
+    second = fit(1, phi, config.meta_steps)
+    return first.hyperparams, second.hyperparams, (first.history["value"], second.history["value"])
+
+
+def fine_tune(estimator: base.Estimator, num_steps: int, key, z, buckets: list[Bucket], config: Config):
+    """λ of every unit after `num_steps` hypergradient steps from `z`, and the seconds for all, without compilation."""
+    tune = methods.fine_tune(
+        estimator, num_steps=num_steps, optimizer=outer_optimizer(config.fine_tune_rate, num_steps + 1)
+    )
+    batch = jax.jit(
+        lambda keys, z, task: jax.lax.map(lambda a: tune(*a).hyperparams, (keys, z, task), batch_size=config.chunk)
+    )
+    arguments, at = [], 0
+    for k, b in enumerate(buckets):
+        n = len(b.units)
+        part = jax.tree.map(lambda x, at=at, n=n: x[at : at + n], z)
+        arguments.append((jax.random.split(jax.random.fold_in(key, k), n), part, b.task))
+        at += n
+    compiled = [batch.lower(*a).compile() for a in arguments]
+    start = time.perf_counter()
+    parts = jax.block_until_ready([f(*a) for f, a in zip(compiled, arguments, strict=True)])
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), time.perf_counter() - start
+
+
+def main(argv=None) -> list[dict]:
+    args, name, config = parse(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if args.merge:
@@ -681,17 +768,7 @@ def main(argv=None) -> list[dict]:
         tables = tables[: config.max_tables]
     families = [t.family for t in tables]
     folds = tasks.split_by_family(tables, num_folds=5, seed=args.seed)
-    units = []
-    for t, table in enumerate(tables):
-        for seed in range(config.num_seeds):
-            try:
-                prepared = tasks.prepare(
-                    table, seed=1000 * args.seed + seed, max_rows=config.max_rows, max_features=config.max_features
-                )
-            except ValueError as error:
-                logging.warning("left out: %s", error)
-                continue
-            units.append(Unit(t, seed, prepared))
+    units = make_units(tables, config, args.seed)
     unit_table = np.array([u.table for u in units])
     unit_fold = folds[unit_table]
     start = time.perf_counter()
@@ -699,37 +776,17 @@ def main(argv=None) -> list[dict]:
     clock["metafeatures"] = (time.perf_counter() - start) / len(units)
     say(f"{len(tables)} tables of {len(set(families))} families, {config.num_seeds} seed(s); meta-features")
 
+    # 2. One λ for all tables; then g on top of it. The learners are shared by the folds: one compilation.
     space = make_space()
     problem, scores_fn = make_problem(config)
-    constrained = spaces.constrain(problem, space)
-    estimator = hypergrad.unrolled(constrained, num_steps=config.num_steps, remat="step")
+    estimator = hypergrad.unrolled(spaces.constrain(problem, space), num_steps=config.num_steps, remat="step")
     default_z = spaces.to_unconstrained(space, spaces.default(space))
-
-    # One λ for all tables; then g on top of it. The estimators are shared by the folds: one compilation.
-    def outer_optimizer(rate, steps):
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(rate, steps)))
-
-    global_learner = training.learner(
-        hypergrad.over_tasks(estimator, max_norm=config.max_norm),
-        outer_optimizer(config.global_rate, config.global_steps),
-    )
     predictor = predictors.mlp(space, len(FEATURES))
-    decay_mask = {"center": False, "linear": True, "hidden": True, "bias": False, "out": True}
-    schedule = optax.cosine_decay_schedule(config.meta_rate, config.meta_steps)
-    meta_learner = training.learner(
-        hypergrad.over_tasks(predictors.amortize(estimator, predictor), max_norm=config.max_norm),
-        optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.meta_decay, mask=decay_mask)
-        ),
-    )
-
-    eval_units = np.flatnonzero(np.isin(unit_fold, config.folds))
+    learners = make_learners(estimator, predictor, config)
     scaled = np.zeros((len(units), len(FEATURES)), np.float32)
     # Buckets are formed once, over all units, so that every fold runs the same programs.
     all_buckets = stack_buckets(units, scaled, np.arange(len(units)), config)
-    z_global = {}
-    z_predicted = {}
-    histories = {}
+    z_global, z_predicted, histories = {}, {}, {}
     for fold in config.folds:
         train_units = np.flatnonzero(unit_fold != fold)
         # Scaling is fitted on the training tables of the fold alone.
@@ -737,58 +794,35 @@ def main(argv=None) -> list[dict]:
         features = np.stack([np.asarray(tasks.apply_scaling(scaling, d), np.float32) for d in described])
         buckets = [b._replace(task=b.task._replace(features=jnp.asarray(features[b.units]))) for b in all_buckets]
         rows = [np.flatnonzero(np.isin(b.units, train_units)) for b in buckets]
-        sample_tasks = make_sampler(buckets, rows, config.meta_batch)
-        key = jax.random.fold_in(jax.random.key(args.seed), fold)
-        first_key, second_key, phi_key = jax.random.split(key, 3)
         start = time.perf_counter()
-        first = training.fit(
-            global_learner,
-            sample_tasks,
-            hyperparams=default_z,
-            num_steps=config.global_steps,
-            key=first_key,
-            checkpoint_dir=out / "checkpoints" / f"{name}_fold{fold}_global" if args.resume else None,
-            checkpoint_every=20,
+        z_global[fold], phi, histories[fold] = meta_train(
+            learners,
+            predictor,
+            default_z,
+            make_sampler(buckets, rows, config.meta_batch),
+            jax.random.fold_in(jax.random.key(args.seed), fold),
+            config,
+            out / "checkpoints" / f"{name}_fold{fold}" if args.resume else None,
         )
-        phi = predictor.init(phi_key)
-        phi["center"] = jax.flatten_util.ravel_pytree(first.hyperparams)[0]
-        second = training.fit(
-            meta_learner,
-            sample_tasks,
-            hyperparams=phi,
-            num_steps=config.meta_steps,
-            key=second_key,
-            checkpoint_dir=out / "checkpoints" / f"{name}_fold{fold}_meta" if args.resume else None,
-            checkpoint_every=20,
-        )
-        if "signal" in (first.stopped, second.stopped):
-            sys.exit("stopped by a signal")
         clock[f"meta-training, fold {fold}"] = time.perf_counter() - start
-        histories[fold] = (first.history["value"], second.history["value"])
-        z_global[fold] = first.hyperparams
         apply = jax.jit(jax.vmap(lambda phi, f: predictor.apply(phi, base.Task(None, None, f)), in_axes=(None, 0)))
-        z_predicted[fold] = apply(second.hyperparams, jnp.asarray(features))
-        predictors.save(
-            out / f"auto_tune_fold{fold}.npz", predictor, second.hyperparams, scaling=scaling_to_json(scaling)
-        )
+        z_predicted[fold] = apply(phi, jnp.asarray(features))
+        predictors.save(out / f"auto_tune_fold{fold}.npz", predictor, phi, scaling=scaling_to_json(scaling))
         tail = max(1, config.meta_steps // 5)
+        one_history, g_history = histories[fold]
         say(
-            f"fold {fold}: validation loss {first.history['value'][:tail].mean():.3f} → "
-            f"{first.history['value'][-tail:].mean():.3f} (one λ) → {second.history['value'][-tail:].mean():.3f} (g)"
+            f"fold {fold}: validation loss {one_history[:tail].mean():.3f} → "
+            f"{one_history[-tail:].mean():.3f} (one λ) → {g_history[-tail:].mean():.3f} (g)"
         )
 
-    # 2. – 4. Prediction, fine-tuning and the alternatives, on the units of the held-out folds.
+    # 3. Prediction, on the units of the held-out folds.
+    eval_units = np.flatnonzero(np.isin(unit_fold, config.folds))
     held_out = []
     for b in all_buckets:
         keep = np.flatnonzero(np.isin(b.units, eval_units))
         if len(keep):
-            held_out.append(
-                Bucket(
-                    b.units[keep],
-                    jax.tree.map(lambda x, keep=keep: x[keep], b.task),
-                    jax.tree.map(lambda x, keep=keep: x[keep], b.test),
-                )
-            )
+            take = lambda x, keep=keep: x[keep]
+            held_out.append(Bucket(b.units[keep], jax.tree.map(take, b.task), jax.tree.map(take, b.test)))
     trials = Trials(problem, scores_fn, space, held_out, config)
     order = trials.units
     num = len(order)
@@ -803,24 +837,19 @@ def main(argv=None) -> list[dict]:
     z_g = by_fold(z_predicted, True)
     clock["compile trials"] = trials.compile(broadcast(default_z))
     scores, costs = {}, {}
-    key = jax.random.fold_in(jax.random.key(args.seed), 10_000)
-    keys = iter(jax.random.split(key, 16))
-
-    def timed(function, *arguments):
-        start = time.perf_counter()
-        result = function(*arguments)
-        return result, (time.perf_counter() - start) / num
-
-    outcome, one_run = timed(trials, next(keys), broadcast(default_z))
-    scores["defaults"], costs["defaults"] = outcome[:, 1:], (1.0, one_run)
-    outcome, seconds = timed(trials, next(keys), by_fold(z_global, False))
-    scores["one global λ"], costs["one global λ"] = outcome[:, 1:], (1.0, seconds)
-    outcome, seconds = timed(trials, next(keys), z_g)
+    keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(args.seed), 10_000), 16))
     reference = "g(t'), no trial"
-    scores[reference], costs[reference] = outcome[:, 1:], (1.0, seconds + clock["metafeatures"])
+    for label, z, extra in (
+        ("defaults", broadcast(default_z), 0.0),
+        ("one global λ", by_fold(z_global, False), 0.0),
+        (reference, z_g, clock["metafeatures"]),
+    ):
+        start = time.perf_counter()
+        scores[label] = trials(next(keys), z)[:, 1:]
+        costs[label] = (1.0, (time.perf_counter() - start) / num + extra)
     say("predicted λ for held-out tables and trained with it")
 
-    # What a hypergradient costs, in the operations of plain training with its validation.
+    # 4. Fine-tuning. What a hypergradient costs, in the operations of plain training with its validation:
     one = jax.tree.map(lambda x: x[0], held_out[0].task)
     plain = hypergrad.flops(lambda z: train_and_validate(problem, space, config, z, one), default_z)
     with_gradient = hypergrad.flops(
@@ -828,42 +857,22 @@ def main(argv=None) -> list[dict]:
     )
     ratio = with_gradient / plain
     for steps in config.fine_tune_steps:
-        tune = methods.fine_tune(
-            estimator, num_steps=steps, optimizer=outer_optimizer(config.fine_tune_rate, steps + 1)
-        )
-        batch = jax.jit(
-            lambda keys, z, task, tune=tune: jax.lax.map(
-                lambda args: tune(*args).hyperparams, (keys, z, task), batch_size=config.chunk
-            )
-        )
-
-        arguments, at = [], 0
         tune_key, run_key = jax.random.split(next(keys))
-        for k, b in enumerate(held_out):
-            n = len(b.units)
-            z = jax.tree.map(lambda x, at=at, n=n: x[at : at + n], z_g)
-            arguments.append((jax.random.split(jax.random.fold_in(tune_key, k), n), z, b.task))
-            at += n
-        compiled = [batch.lower(*a).compile() for a in arguments]  # so that seconds are those of running
-
-        def tune_all(compiled=compiled, arguments=arguments):
-            parts = [f(*a) for f, a in zip(compiled, arguments, strict=True)]
-            return jax.block_until_ready(jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts))
-
-        z_tuned, tune_seconds = timed(tune_all)
-        outcome, seconds = timed(trials, run_key, z_tuned)
+        z_tuned, seconds = fine_tune(estimator, steps, tune_key, z_g, held_out, config)
+        start = time.perf_counter()
         label = f"g(t') + {steps} hypergradient steps"
-        scores[label] = outcome[:, 1:]
-        costs[label] = (steps * ratio + 2, tune_seconds + seconds + clock["metafeatures"])
+        scores[label] = trials(run_key, z_tuned)[:, 1:]
+        seconds = (seconds + time.perf_counter() - start) / num + clock["metafeatures"]
+        costs[label] = (steps * ratio + 2, seconds)
         say(f"fine-tuned by {steps} steps; one hypergradient costs {ratio:.2f} plain training runs")
 
+    # What one would have done instead.
     if args.baselines:
-        for label, (values, cost) in earlier_baselines(Path(args.baselines), scores["defaults"], tables, units, order):
-            scores[label], costs[label] = values, cost
-        say(f"trials and trees from {args.baselines}")
+        others = earlier_baselines(Path(args.baselines), scores["defaults"], tables, units, order)
     else:
-        for label, (values, cost) in baselines(keys, trials, space, units, config, console, not args.no_trees, say):
-            scores[label], costs[label] = values, cost
+        others = baselines(keys, trials, space, units, config, console, not args.no_trees, say)
+    for label, (values, cost) in others:
+        scores[label], costs[label] = values, cost
 
     z_axis = jax.vmap(lambda z: spaces.encode(space, spaces.to_constrained(space, z)))(z_g)
     details = {
