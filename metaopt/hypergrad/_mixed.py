@@ -9,12 +9,33 @@ starts from (θ, λ, batch) alone: no activation is kept from the forward pass f
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
 
-GRADS = "metaopt_inner_grads"  # what checkpoint policies call the result, so that they can keep it
+# How many checkpointed loops are being traced, one within the other: each keeps the gradients of its own level.
+_depth: ContextVar[int] = ContextVar("depth", default=0)
+
+
+def keeping(step: Callable) -> tuple[Callable, Callable]:
+    """A loop's step, and the checkpoint policy that keeps the gradients which `mixed_grad` returns in it."""
+    depth = _depth.get() + 1
+
+    def named(*args):
+        token = _depth.set(depth)
+        try:
+            return step(*args)
+        finally:
+            _depth.reset(token)
+
+    return named, jax.checkpoint_policies.save_only_these_names(_name(depth))
+
+
+def _name(depth: int) -> str:
+    return f"metaopt_inner_grads_{depth}"
 
 
 def _is_float(leaf) -> bool:
@@ -43,60 +64,79 @@ def mixed_grad(loss: Callable, has_aux: bool = False) -> Callable:
     Returns:
       `(params, *rest) -> gradient`, or `-> (gradient, aux)`: what `inner.step(..., grad=hypergrad.mixed_grad)` expects.
 
+    Raises:
+      ValueError: at trace time, a leaf of the parameters is not floating-point.
+
     Source: Kemaev et al., Scalable Meta-Learning via Mixed-Mode Differentiation, ICML 2025,
       https://arxiv.org/abs/2505.00793; Pearlmutter, Neural Computation 1994, for the product.
     """
 
     def grads_and_aux(params, *rest):
-        leaves, structure = jax.tree.flatten((params, rest))
+        name = _name(_depth.get())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if not _is_float(leaf):
+                raise ValueError(
+                    "The parameters must be floating-point arrays; the leaf "
+                    f"{jax.tree_util.keystr(path) or 'itself'} is of dtype {jnp.result_type(leaf)}."
+                )
+        leaves, structure = jax.tree.flatten(rest)
         is_float = [_is_float(leaf) for leaf in leaves]
-        is_param = [True] * len(jax.tree.leaves(params)) + [False] * len(jax.tree.leaves(rest))
-        floats = [leaf for leaf, f in zip(leaves, is_float, strict=True) if f]
-        fixed = [leaf for leaf, f in zip(leaves, is_float, strict=True) if not f]  # indices, keys
 
-        def flat_loss(floats, fixed):
+        def split(leaves, is_float):
+            pairs = list(zip(leaves, is_float, strict=True))
+            return [x for x, f in pairs if f], [x for x, f in pairs if not f]
+
+        def join(floats, fixed, is_float):
             floats, fixed = iter(floats), iter(fixed)
-            params, rest = jax.tree.unflatten(structure, [next(floats if f else fixed) for f in is_float])
-            out = loss(params, *rest)
+            return [next(floats if f else fixed) for f in is_float]
+
+        def whole_loss(params, leaves):
+            out = loss(params, *jax.tree.unflatten(structure, leaves))
             return out if has_aux else (out, None)
 
-        # What the loss closes over may be differentiated too, on another level of nesting.
-        flat_loss, captured = jax.closure_convert(flat_loss, floats, fixed)
-        num_params = sum(is_param)
+        # What the loss closes over becomes an argument too: it may be differentiated on another level of nesting, and a
+        # custom rule must not hold what is being traced.
+        closed, shapes = jax.make_jaxpr(whole_loss, return_shape=True)(params, leaves)
+        is_float_const = [_is_float(c) for c in closed.consts]
+        is_float = is_float_const + is_float
+        floats, fixed = split([*closed.consts, *leaves], is_float)  # fixed: indices, keys
+        num_consts = len(closed.consts)
 
-        def first_order(floats, captured, fixed):
-            def of_params(params):
-                return flat_loss(params + floats[num_params:], fixed, *captured)
+        def flat_loss(params, floats, fixed):
+            values = join(floats, fixed, is_float)
+            function = core.jaxpr_as_fun(closed.replace(consts=values[:num_consts]))
+            out = function(*jax.tree.leaves(params), *values[num_consts:])
+            return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
-            grads, aux = jax.grad(of_params, has_aux=True)(floats[:num_params])
-            return checkpoint_name(grads, GRADS), aux
+        def first_order(params, floats, fixed):
+            grads, aux = jax.grad(flat_loss, has_aux=True)(params, floats, fixed)
+            return checkpoint_name(grads, name), aux
 
         mixed = jax.custom_vjp(first_order)
 
-        def forward(floats, captured, fixed):
-            return first_order(floats, captured, fixed), (floats, captured, fixed)
+        def forward(params, floats, fixed):
+            return first_order(params, floats, fixed), (params, floats, fixed)
 
         def backward(residuals, cotangents):
-            floats, captured, fixed = residuals
+            params, floats, fixed = residuals
             v, w = cotangents
             # Auxiliary outputs that are no floats (counters, keys) have no cotangent.
             float_w = [c for c in jax.tree.leaves(w) if c.dtype != jax.dtypes.float0]
 
             def pulled_back(params, w):
-                def floats_of(floats, captured):
-                    value, aux = flat_loss(floats, fixed, *captured)
+                def floats_of(params, floats):
+                    value, aux = flat_loss(params, floats, fixed)
                     return value, [leaf for leaf in jax.tree.leaves(aux) if _is_float(leaf)]
 
-                (value, _), pullback = jax.vjp(floats_of, params + floats[num_params:], captured)
+                (value, _), pullback = jax.vjp(floats_of, params, floats)
                 return pullback((jnp.ones_like(value), w))
 
             zeros = [jnp.zeros_like(c) for c in float_w]
-            _, tangent = jax.jvp(pulled_back, (floats[:num_params], zeros), (v, float_w))
+            _, tangent = jax.jvp(pulled_back, (params, zeros), (v, float_w))
             return *tangent, None
 
         mixed.defvjp(forward, backward)
-        grads, aux = mixed(floats, captured, fixed)
-        grads = jax.tree.unflatten(jax.tree.structure(params), grads)
+        grads, aux = mixed(params, floats, fixed)
         return (grads, aux) if has_aux else grads
 
     return grads_and_aux

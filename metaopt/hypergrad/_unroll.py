@@ -46,7 +46,7 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
         return jax.lax.scan(step, carry, xs, length=length)
     # What `mixed_grad` returns is kept: its reverse rule does not need the forward pass again. A loop of one step is
     # inlined by XLA, which would there share what is to be computed anew.
-    policy = jax.checkpoint_policies.save_only_these_names(_mixed.GRADS)
+    step, policy = _mixed.keeping(step)
     step = jax.checkpoint(step, prevent_cse=length == 1, policy=policy)
     if remat == "step" or length < 4:
         return jax.lax.scan(step, carry, xs, length=length)

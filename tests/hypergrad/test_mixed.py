@@ -154,3 +154,65 @@ def test_a_custom_vjp_in_the_loss():
     problem = inner.problem(loop, lambda params, hyperparams, batch: params.sum())
     estimate, _ = hypergrad.unrolled(problem, num_steps=2).estimate(jnp.array(0.1), problems.TASK, KEY)
     np.testing.assert_allclose(estimate.hypergrad, 2 * 2 * 0.8 * -2, rtol=1e-12)  # d/dr 2 (1 − 2r)²
+
+
+def closing_over(labels, scale, key):
+    """A hypergradient by the rate, through a loss that holds an index, a key and a float of its surroundings."""
+
+    def loss(params, hyperparams, batch):
+        noise = jax.random.normal(key, params.shape)
+        return ((params * scale + noise - batch[labels]) ** 2).sum()
+
+    def solve(grad):
+        loop = inner.loop(loss, lambda hp: optax.sgd(hp), init=lambda key, hp, data: jnp.zeros(2))
+        train = hypergrad.unroll(loop, num_steps=3, remat="step", grad=grad)
+        return jax.grad(lambda rate: (train(KEY, rate, jnp.array([1.0, 2.0, 4.0])).params ** 2).sum())(0.1)
+
+    return solve
+
+
+@pytest.mark.parametrize("transform", ["jit", "vmap of grad", "grad of vmap", "scan"])
+def test_traced_indices_keys_and_floats_that_a_loss_closes_over(transform):
+    labels, scales = jnp.array([[0, 1], [2, 0]]), jnp.array([0.5, 2.0])
+    keys = jax.random.split(jax.random.key(1), 2)
+
+    def result(grad):
+        one = lambda labels, scale, key: closing_over(labels, scale, key)(grad)
+        if transform == "jit":
+            return jax.jit(one)(labels[0], scales[0], keys[0])
+        if transform == "vmap of grad":
+            return jax.vmap(jax.grad(one, argnums=1))(labels, scales, keys)
+        if transform == "grad of vmap":
+            return jax.grad(lambda s: jax.vmap(one)(labels, s, keys).sum())(scales)
+        loop = lambda s: jax.lax.scan(lambda c, x: (c + one(x[0], s, x[1]), None), 0.0, (labels, keys))[0]
+        return jax.grad(loop)(0.7)
+
+    np.testing.assert_allclose(result(hypergrad.mixed_grad), result(jax.grad), rtol=1e-10)
+
+
+def test_an_outer_loop_does_not_keep_the_gradients_of_an_inner_one():
+    size = 200
+
+    def memory(num_outer, grad):
+        inner_loop = inner.loop(
+            lambda params, hp, batch: ((params - hp) ** 2).sum(),
+            lambda hp: optax.sgd(0.1),
+            init=lambda key, hp, data: jnp.zeros(size),
+        )
+        solve = hypergrad.unroll(inner_loop, num_steps=20, remat="step", grad=grad)
+        outer_loop = inner.loop(
+            lambda params, hp, batch: (solve(KEY, params, batch).params ** 3).sum() * hp,
+            lambda hp: optax.sgd(0.01),
+            init=lambda key, hp, data: jnp.ones(size),
+        )
+        train = hypergrad.unroll(outer_loop, num_steps=num_outer, remat="step")
+        program = jax.jit(jax.grad(lambda hp: train(KEY, hp, 0.0).params.sum())).lower(1.0).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    # A step of the outer loop stores its own state and gradient, not the 20 gradients within it.
+    assert (memory(80, hypergrad.mixed_grad) - memory(20, hypergrad.mixed_grad)) / 60 < 5 * size * 8
+
+
+def test_parameters_that_are_no_floats_are_named():
+    with pytest.raises(ValueError, match=r"the leaf \['count'\] is of dtype int"):
+        hypergrad.mixed_grad(lambda params: params["x"] ** 2)({"x": 1.0, "count": jnp.array(1)})
