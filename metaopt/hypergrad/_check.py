@@ -5,6 +5,7 @@ fixed, and compared with the hypergradient along d.
 """
 
 import functools
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,8 @@ class LeafCheck(NamedTuple):
       finite_difference: the same, by finite differences.
       relative_error: |difference| / max of the two, above what the finite difference itself is uncertain by.
       standard_error: of a stochastic rule's mean slope; 0 for others.
-      status: "right", "wrong", "zero" (both are), "dead" (the hypergradient is zero, F is not flat), "not finite".
+      status: "right", "wrong", "zero" (both are), "dead" (the hypergradient is zero, F is not flat), "uncertain" (F is
+        too rough at ε for finite differences to tell), "not finite".
     """
 
     path: str
@@ -105,6 +107,8 @@ def _held_arrays(thing: Any, name: str, seen: set[int]) -> list[tuple[str, np.nd
         parts = [(f"{name}[{i}]", part) for i, part in enumerate(thing)]
     elif hasattr(thing, "__wrapped__"):
         parts = [(name, thing.__wrapped__)]
+    elif hasattr(thing, "__func__"):  # a method
+        parts = [(name, thing.__self__), (name, thing.__func__)]
     elif hasattr(thing, "__code__"):
         code, scope = thing.__code__, thing.__globals__
         for variable, cell in zip(code.co_freevars, thing.__closure__ or (), strict=False):
@@ -112,17 +116,35 @@ def _held_arrays(thing: Any, name: str, seen: set[int]) -> list[tuple[str, np.nd
                 parts.append((variable, cell.cell_contents))
             except ValueError:  # not assigned yet
                 continue
+        defaults = thing.__defaults__ or ()
+        parts += zip(code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount], defaults, strict=True)
         parts += [(variable, scope[variable]) for variable in code.co_names if variable in scope]
         # The globals that are followed are data and the user's functions, not whole libraries.
         libraries = ("jax", "optax", "numpy", "flax", "chex")
         parts = [p for p in parts if not (getattr(p[1], "__module__", None) or "").startswith(libraries)]
+    elif hasattr(thing, "__dict__") and not isinstance(thing, (type, types.ModuleType)):  # an object
+        parts = [(f"{name}.{field}", part) for field, part in vars(thing).items()]
     return [found for label, part in parts for found in _held_arrays(part, label, seen)]
+
+
+def _narrow(closed: Any) -> tuple[list[np.ndarray], int]:
+    """The float32 constants of a program and of all its parts, and how often it casts float64 to float32."""
+    constants = [np.asarray(c) for c in getattr(closed, "consts", []) if getattr(c, "dtype", None) == np.float32]
+    casts = 0
+    for equation in getattr(closed, "jaxpr", closed).eqns:
+        if equation.primitive.name == "convert_element_type" and equation.params["new_dtype"] == np.float32:
+            casts += equation.invars[0].aval.dtype == np.float64
+        for value in equation.params.values():
+            for part in value if isinstance(value, (list, tuple)) else [value]:
+                if hasattr(getattr(part, "jaxpr", part), "eqns"):
+                    more, count = _narrow(part)
+                    constants, casts = constants + more, casts + count
+    return constants, casts
 
 
 def _float32(estimator: base.Estimator, hyperparams: Any, task: Any, state: Any) -> list[str]:
     """What stays in float32 although everything given is in float64, by name."""
-    constants = jax.make_jaxpr(estimator.estimate)(hyperparams, task, state).consts
-    narrow = [np.asarray(c) for c in constants if getattr(c, "dtype", None) == np.float32]
+    narrow, casts = _narrow(jax.make_jaxpr(estimator.estimate)(hyperparams, task, state))
     names = {}
     if narrow:
         held = _held_arrays(estimator.estimate, "", set())
@@ -133,6 +155,8 @@ def _float32(estimator: base.Estimator, hyperparams: Any, task: Any, state: Any)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if getattr(leaf, "dtype", None) == np.float32:
             out.append(f"state{jax.tree_util.keystr(path)}, made in float32 by `init`")
+    if casts and not out:
+        out.append("a cast of float64 to float32 inside the problem")
     return sorted(set(out))
 
 
@@ -155,11 +179,11 @@ def check(
     |D(ε/2) − D(ε)| and rounding, is not held against the estimator. What is compared depends on the estimator's kind:
 
     * "exact": F is the estimate's value from the state after `init`; passes where every leaf's slope agrees to `rtol`.
-    * "biased": F(λ) is the value of the `num_estimates`-th estimate of a run that stays at λ, which is what a user
-      means by it; passes where the hypergradient points uphill (cosine > 0) and no leaf is dead. The errors say how
-      large the bias is.
-    * "unbiased": the mean of `num_samples` estimates with different keys, against F averaged over the same keys; passes
-      where the slopes agree within 3 standard errors (and `rtol`).
+    * "biased": F(λ) is the value of the last estimate of a run that stays at λ until it is `done`, or for
+      `num_estimates`, which is what a user means by it; passes where the hypergradient points uphill (cosine > 0) and
+      no leaf is dead. The errors say how large the bias is.
+    * "unbiased": the mean over the estimates of such a run, and over `num_samples` runs with different keys, against
+      the mean of the values with the same keys; passes where the slopes agree within 3 standard errors (or `rtol`).
     * "pseudo": passes where it is finite; the cosine is reported.
 
     Args:
@@ -171,7 +195,7 @@ def check(
       epsilon: in units of each leaf's largest entry (1 where the leaf is zero).
       radius: likewise; the distance for metasmoothness, about one outer step.
       rtol: the relative error that passes.
-      num_estimates: see "biased"; at least 1.
+      num_estimates: the most estimates of one run of a "biased" or "unbiased" rule; at least 1.
       num_samples: see "unbiased"; at least 2.
 
     Returns:
@@ -217,13 +241,24 @@ def _check(
             estimate, _ = estimator.estimate(hyperparams, task, state)
             return estimate.value, estimate.hypergrad
 
-        def again(state, _):
+        def again(carry, _):
+            state, ended = carry
             estimate, state = estimator.estimate(hyperparams, task, state)
-            return state, (estimate.value, estimate.hypergrad)
+            done = jnp.all(jnp.stack([jnp.all(d) for d in jax.tree.leaves(estimate.done)]))
+            return (state, ended | done), (estimate.value, estimate.hypergrad, ~ended)
 
-        count = 1 if kind == "unbiased" else num_estimates
-        _, out = jax.lax.scan(again, estimator.init(key, hyperparams, task), length=count)
-        return jax.tree.map(lambda x: x[-1], out)
+        start = (estimator.init(key, hyperparams, task), jnp.array(False))
+        _, (values, grads, counted) = jax.lax.scan(again, start, length=num_estimates)
+        if kind == "unbiased":
+            weights = counted / counted.sum()
+        else:  # the last one before the end
+            weights = jnp.arange(num_estimates) == counted.sum() - 1
+
+        def mean(x):
+            counts = (weights > 0).reshape(-1, *[1] * (x.ndim - 1))
+            return jnp.tensordot(weights.astype(x.dtype), jnp.where(counts, x, 0), 1)  # after the end, anything may be
+
+        return jax.tree.map(mean, (values, grads))
 
     run = jax.jit(run)
 
@@ -276,6 +311,8 @@ def _check(
             status = "not finite"
         elif norm == 0:
             status = "zero" if abs(expected) <= 2 * uncertain else "dead"
+        elif gap == 0 and standard_error == 0 and uncertain > rtol * max(abs(found), abs(expected)):
+            status = "uncertain"
         else:
             status = "right" if error <= rtol or gap <= 3 * standard_error else "wrong"
         rows.append(LeafCheck(path, norm, found, expected, error, standard_error, status))
@@ -295,8 +332,10 @@ def _check(
     broken = [r.path for r in rows if r.status in ("not finite", "dead")]
     if kind in ("exact", "unbiased"):
         passed = not bad
+    elif kind == "pseudo":
+        passed = all(r.status != "not finite" for r in rows)
     else:
-        passed = not broken and (kind == "pseudo" or cosine > 0)
+        passed = not broken and cosine > 0
     return Check(
         kind, passed, value, rows, cosine, metasmoothness, narrow, _advice(kind, rows, bad, metasmoothness, narrow)
     )
@@ -315,6 +354,11 @@ def _advice(kind, rows, bad, metasmoothness, narrow) -> str:
     zero = [r.path for r in rows if r.status == "zero"]
     if zero:
         words.append(f"F does not depend on {', '.join(zero)} here.")
+    rough = [r.path for r in rows if r.status == "uncertain"]
+    if rough:
+        words.append(
+            f"F is too rough for finite differences along {', '.join(rough)}: another `epsilon`, or see `diagnose`."
+        )
     if kind in ("exact", "unbiased") and any(r.status == "wrong" for r in rows):
         words.append(f"It is not the derivative of F: {', '.join(bad)}.")
     if metasmoothness < 0.5:

@@ -60,7 +60,7 @@ def diagnose(
 
     One training run carries a random perturbation δ of θ along, δ_{t+1} = (∂θ_{t+1}/∂θ_t) δ_t (forward mode, one pass),
     so that the growth of the products of Jacobians, which a hypergradient through training consists of, is seen step
-    by step. With optimizer state, δ is that of the whole inner state.
+    by step. It starts in θ alone and is then carried through the optimizer's state as well; its norm is that of both.
 
     Args:
       problem: what is tuned. Its inner loss must be differentiable in forward mode.
@@ -105,9 +105,11 @@ def diagnose(
             for i, x in enumerate(leaves)
             if moves[i]
         ]
-        # Only θ is perturbed; optimizer states follow.
-        is_param = {id(x) for x in jax.tree.leaves(loop.params(state))}
-        noise = [n if id(x) in is_param else jnp.zeros_like(n) for n, x in zip(noise, floats_of(state), strict=True)]
+        # Only θ is perturbed; optimizer states follow. Its places: where `params` takes a state of indices from.
+        indices = structure.unflatten(list(range(len(leaves))))
+        is_param = set(jax.tree.leaves(loop.params(indices)))
+        at = [i for i, m in enumerate(moves) if m]
+        noise = [n if i in is_param else jnp.zeros_like(n) for n, i in zip(noise, at, strict=True)]
         noise = jax.tree.map(lambda n: n / optax.tree.norm(noise), noise)
 
         def step(carry, _):
@@ -155,7 +157,7 @@ def diagnose(
             )
         )
     elif float(np.max(settled, initial=-math.inf)) > math.log(3):
-        worst = int(np.argmax(kept))
+        worst = len(kept) - len(settled) + int(np.argmax(settled))
         findings.append(
             Finding(
                 f"The step is chaotic in places: at step {worst} a perturbation grows by {math.exp(kept[worst]):.1f}.",

@@ -188,7 +188,9 @@ def implicit(
     - damping, by δ (∂R/∂λ)ᵀ (A + δI)⁻¹ A⁻¹ ∂f/∂θ: it hides what flat directions contribute. It serves where A is nearly
       singular, or where θ is not at rest and A has negative eigenvalues above −δ;
     - a sampled A, since the mean of an inverse is not the inverse of the mean: to second order in Δ = A_batch − A the
-      mean of v is too large by A⁻¹ E[Δ A⁻¹ Δ] v. Averaging over estimates does not remove it; larger batches do.
+      mean of v is too large by A⁻¹ E[Δ A⁻¹ Δ] v. Averaging over estimates does not remove it; larger batches do;
+    - with `condition="gradient"`, model state (batch statistics) that the outer loss reads: how it depends on θ and λ
+      is left out; `condition="step"` has it.
 
     R is linearized once per estimate, and each product with A is a run of that linear program: about as much as two
     gradients of g less their nonlinear part. Memory is that of one second-order gradient and what the solver needs,

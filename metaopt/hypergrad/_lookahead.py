@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import base, inner
-from metaopt.hypergrad import _mixed, _unroll
+from metaopt.hypergrad import _mixed, _refusals, _unroll
 
 
 class LookaheadState(NamedTuple):
@@ -52,7 +52,8 @@ def lookahead(
       λ too; so its kind is "biased", and "exact" with `commit=0`.
 
     Raises:
-      ValueError: a count is negative, or `remat` is unknown.
+      ValueError: a count is negative, or `remat` is unknown; at trace time, a leaf of λ enters neither a virtual step
+        nor the outer loss.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 6; Luketina et al., ICML 2016.
     """
@@ -65,7 +66,17 @@ def lookahead(
 
     def init(key, hyperparams, task):
         init_key, key = jax.random.split(key)
-        return LookaheadState(loop.init(init_key, hyperparams, task.train), key)
+        state = loop.init(init_key, hyperparams, task.train)
+        places = ("outer", "inner", "model_state", "update") if num_steps else ("outer",)
+        entering = _refusals.entering(problem, state, hyperparams, task, *places)
+        refused = [path for path, enters in entering.items() if not enters]
+        if refused:
+            raise ValueError(
+                f"`lookahead` cannot answer for the leaves {', '.join(refused)} of λ: the {num_steps} virtual steps "
+                "and the outer loss do not depend on them. Use `hypergrad.unrolled` for what training starts from, "
+                "more virtual steps for what enters them, or fix the leaves (`spaces.fixed`)."
+            )
+        return LookaheadState(state, key)
 
     def estimate(hyperparams, task, state):
         outer_key, key = jax.random.split(state.key)

@@ -19,7 +19,8 @@ class Cost(NamedTuple):
       name: the rule.
       kind: the estimator's.
       memory: MiB of temporary memory of one compiled estimate, as the compiler states it; NaN where refused.
-      flops: of one estimate, relative to plain training of `num_steps` with one evaluation of the outer loss.
+      flops: of one estimate, relative to plain training of `num_steps` with one evaluation of the outer loss; a lower
+        bound where a solver iterates until it has converged (`cg`), since one iteration is counted.
       refused: why the rule cannot answer, or "".
     """
 
@@ -55,7 +56,8 @@ class Recommendation(NamedTuple):
 def candidates(problem: base.Problem, hyperparams: base.HyperParams, num_steps: int) -> dict[str, base.Estimator]:
     """The rules that `recommend` compares by default, each for T inner steps."""
     num_hyperparams = sum(np.size(leaf) for leaf in jax.tree.leaves(hyperparams))
-    window = max(1, math.isqrt(num_steps))
+    # The largest divisor of T that is at most √T; a prime has none but 1.
+    window = max(k for k in range(1, math.isqrt(num_steps) + 1) if num_steps % k == 0)
     rules = {
         **{f'unrolled, remat="{r}"': _unroll.unrolled(problem, num_steps=num_steps, remat=r) for r in _unroll.REMAT},
         f"truncated, {window} steps": _truncated.truncated(problem, num_steps=num_steps, truncation_length=window),
@@ -114,7 +116,7 @@ def recommend(
         try:
             state = jax.eval_shape(functools.partial(rule.init, key), hyperparams, task)
             compiled = jax.jit(rule.estimate).lower(hyperparams, task, state).compile()
-        except ValueError as error:
+        except (ValueError, TypeError, NotImplementedError) as error:
             costs.append(Cost(name, rule.kind, math.nan, math.nan, str(error)))
             continue
         stats = compiled.memory_analysis()

@@ -254,11 +254,12 @@ def nystrom(*, rank: int, damping: float) -> Solver:
 
     def solve(matvec, b, initial, *, key):
         del initial
-        flat, unravel = ravel_pytree(b)
+        narrow, unravel = ravel_pytree(b)
+        flat = narrow.astype(jnp.promote_types(narrow.dtype, jnp.float32))  # factorizations need as much
         columns = jax.random.choice(key, flat.size, (min(rank, flat.size),), replace=False)
 
         def column(i):
-            return ravel_pytree(matvec(unravel(jnp.zeros_like(flat).at[i].set(1))))[0]
+            return ravel_pytree(matvec(unravel(jnp.zeros_like(narrow).at[i].set(1))))[0].astype(flat.dtype)
 
         c = jax.lax.map(column, columns)  # [k, n]: one product at a time
         w = c[:, columns]
@@ -268,7 +269,7 @@ def nystrom(*, rank: int, damping: float) -> Solver:
         with jax.default_matmul_precision("highest"):
             bt = scale[:, None] * (q.T @ c)  # Bᵀ: a factor, since W + CᵀC/ρ has the square of its condition number
             inner = jnp.linalg.solve(bt @ bt.T + damping * jnp.eye(len(columns), dtype=flat.dtype), bt @ flat)
-            return unravel((flat - bt.T @ inner) / damping), len(columns)
+            return unravel(((flat - bt.T @ inner) / damping).astype(narrow.dtype)), len(columns)
 
     return solve
 
@@ -284,7 +285,9 @@ def dense() -> Solver:
         del initial, key
         flat, unravel = ravel_pytree(b)
         rows = jax.vmap(lambda e: ravel_pytree(matvec(unravel(e)))[0])(jnp.eye(flat.size, dtype=flat.dtype))
-        return unravel(jnp.linalg.solve(rows.T, flat)), flat.size
+        wide = jnp.promote_types(flat.dtype, jnp.float32)  # factorizations need as much
+        v = jnp.linalg.solve(rows.T.astype(wide), flat.astype(wide))
+        return unravel(v.astype(flat.dtype)), flat.size
 
     return solve
 

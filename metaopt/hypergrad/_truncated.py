@@ -41,7 +41,8 @@ def truncated(
 
     λ is updated T/K times in one training run, and an estimate costs K steps. It is exact for its own F, and leaves out
     how λ shaped θ_s: short windows favor what pays off at once, such as small rates (Wu et al.). The window that starts
-    the run differentiates the initialization too, so that λ may enter there; later windows have no part in it.
+    the run differentiates the initialization too, so that λ may enter there; later windows have no part in it. (Under
+    vmap a branch that is not taken is computed too: over tasks, every window pays for an initialization.)
     K = T is `unrolled`, K = 1 is `t1t2`; `lookahead` looks ahead of its run instead, and drops what it looked at.
 
     All runs that start together end together: `training.learner(..., stagger=T // K)` spreads the slots of a batch.

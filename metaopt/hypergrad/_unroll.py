@@ -108,7 +108,8 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str = "none", grad: C
     """Training as a plain differentiable function: jit it, vmap it, differentiate it, nest it.
 
     Reverse mode stores, per step, everything ("none": about 2.75 times the time of plain training), the state alone
-    ("step": 3.7 times), or √T states ("sqrt": 4.7 times). Forward mode (`jax.jvp`, `jax.jacfwd`) works too, with memory
+    ("step": 3.7 times), or √T states ("sqrt": 4.7 times); with `mixed_grad` the gradients of the steps whose states
+    are stored too, which saves a recomputation. Forward mode (`jax.jvp`, `jax.jacfwd`) works too, with memory
     that does not depend on T, as do vmap and any nesting.
 
     Args:
@@ -161,9 +162,8 @@ def unrolled(
         F(λ) = Σ_{t=1..T} w_t f(θ_t(λ), λ)
 
     Every call starts anew, with a fresh key for the initialization, the order of the data and the noise; F is then a
-    sample of its mean over keys. Works under jit, vmap and further reverse differentiation; under forward
-    differentiation
-    with `grad=jax.grad` alone.
+    sample of its mean over keys. Works under jit and vmap. The estimate may be differentiated again: its hypergradient
+    in either mode, its value in reverse mode (in forward mode with `grad=jax.grad`).
 
     Args:
       problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.

@@ -25,8 +25,8 @@ def weighted(
       weight_fn: w, `(hyperparams, batch) -> [B]`, or with `with_context` `(hyperparams, batch, context) -> [B]`: a
         network of the example's features, or `lambda hp, batch: jax.nn.sigmoid(hp["weight"][batch["index"]])`.
       normalize: what N is. "count": B, so that a weight of zero takes its example's share of the gradient away;
-        "weights": Σ_i w_i, so that only ratios of weights count; "none": 1, for sums and for weights that are
-        normalized already (by `batch["mask"].sum()`, say).
+        "weights": Σ_i w_i, which must not be zero, so that only ratios of weights count; "none": 1, for sums and for
+        weights that are normalized already (by `batch["mask"].sum()`, say).
       with_context: the functions are in their full form.
 
     Returns:
@@ -57,7 +57,7 @@ def weighted(
                 f"{jnp.shape(losses)} and {jnp.shape(weights)}."
             )
         divisor = {"count": losses.size, "weights": jnp.sum(weights), "none": 1}[normalize]
-        value = jnp.vdot(weights, losses) / divisor
+        value = jnp.sum(weights * losses) / divisor  # a dot product loses precision on some accelerators
         return value if model_state is None else (value, model_state)
 
     if with_context:

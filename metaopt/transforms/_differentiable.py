@@ -25,8 +25,9 @@ _STEEP = 1e3
 def _zero_safe(operation: Callable, rule: Callable, drop: bool) -> Callable:
     """`operation`, with the derivative that `rule(operands, tangents, output, drop=drop)` gives.
 
-    The rule's own operations are finite, and zero where the derivative is infinite, so that derivatives of any order
-    are. A tangent that is known to be zero is None.
+    The rule's own operations are finite, and zero where the derivative is infinite, and so are their derivatives.
+    (A power between 1 and 2 has an infinite second derivative at zero, which is left as it is.) A tangent that is known
+    to be zero is None.
     """
     function = jax.custom_jvp(operation)
 
@@ -176,6 +177,9 @@ def differentiable(
         zero="drop":   ∂u/∂g = 0        a quotient of an exact zero and at most 1e-3 passes nothing on.
 
     Where no perturbation of λ moves such a gradient off zero (a dead unit), both are exact; they differ where it would.
+
+    In float16, whose smallest normal number is 6e-5, quotients by less than .008 count as singular too; float32 and
+    bfloat16 have the range for what they are.
 
     Reverse, forward, nested and batched differentiation work, and cost what they cost without it. A `while_loop` inside
     the transform (a line search) remains forward-differentiable only, as everywhere in JAX.

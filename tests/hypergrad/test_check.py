@@ -95,7 +95,9 @@ def test_a_biased_rule_is_measured_against_what_it_stands_for():
     report = hypergrad.check(early, problems.LAM, problems.TASK, num_estimates=2, num_directions=3)
     assert report.leaves[0].status == "wrong" and report.leaves[0].relative_error > 0.1
     # Uphill, though: that is all that its kind promises.
-    assert report.passed == (report.cosine > 0)
+    assert report.passed and report.cosine > 0
+    downhill = broken(early, lambda h: jax.tree.map(lambda x: -x, h))
+    assert not hypergrad.check(downhill, problems.LAM, problems.TASK, num_estimates=2, num_directions=3).passed
 
 
 def test_an_unbiased_rule_is_judged_by_its_own_spread():
@@ -110,6 +112,74 @@ def test_an_unbiased_rule_is_judged_by_its_own_spread():
     assert CHECK(noisy(0.0), problems.LAM, problems.TASK).passed
     report = CHECK(noisy(0.3), problems.LAM, problems.TASK)
     assert not report.passed and report.leaves[0].standard_error > 0
+
+
+ROLLED = {"num_steps": 6, "truncation_length": 2, "sigma": 0.1, "num_pairs": 4}
+
+
+def test_an_unbiased_rule_is_judged_over_its_whole_episode():
+    # In the first window these are the same rule; what comes later tells them apart.
+    persistent = hypergrad.persistent_es(problems.RIDGE, **ROLLED)
+    assert CHECK(persistent, problems.LAM, problems.TASK).passed
+
+    def late(hyperparams, task, state):
+        out, after = persistent.estimate(hyperparams, task, state)
+        scale = jnp.where(out.metrics["inner_steps"] > 2, 100.0, 1.0)
+        return out._replace(hypergrad=jax.tree.map(lambda h: scale * h, out.hypergrad)), after
+
+    assert not CHECK(base.Estimator(persistent.init, late, "unbiased"), problems.LAM, problems.TASK).passed
+
+
+def test_a_biased_rule_ends_with_its_horizon():
+    # After the full horizon the whole run counts, and nothing of the next: a window of all steps is exact.
+    whole = hypergrad.truncated(problems.RIDGE, num_steps=4, truncation_length=4)._replace(kind="biased")
+    report = CHECK(whole, problems.LAM, problems.TASK)
+    assert report.leaves[0].status == "right" and report.leaves[0].relative_error < 1e-6
+    value = (
+        hypergrad.unrolled(problems.RIDGE, num_steps=4)
+        .estimate(problems.LAM, problems.TASK, jax.random.key(0))[0]
+        .value
+    )
+    np.testing.assert_allclose(report.value, value, rtol=1e-12)
+
+
+def test_a_pseudo_gradient_has_to_be_finite():
+    zero = broken(UNROLLED, lambda h: jax.tree.map(jnp.zeros_like, h), "pseudo")
+    assert CHECK(zero, problems.LAM, problems.TASK).passed
+    infinite = broken(UNROLLED, lambda h: jax.tree.map(lambda x: x / 0, h), "pseudo")
+    assert not CHECK(infinite, problems.LAM, problems.TASK).passed
+
+
+def test_roughness_at_the_scale_of_the_differences_is_not_held_right():
+    def estimate(hyperparams, task, state):
+        value = jnp.sin(1e5 * hyperparams).sum()
+        return base.Estimate(value, jnp.full_like(hyperparams, 1e-9), jnp.array(True), {}), state
+
+    rough = base.Estimator(lambda key, hyperparams, task: key, estimate, "exact")
+    report = hypergrad.check(rough, jnp.array([0.3]), problems.TASK)
+    assert not report.passed and report.leaves[0].status in ("uncertain", "wrong")
+
+
+def test_float32_in_compiled_functions_objects_and_casts_is_named():
+    frozen = np.ones(problems.NUM_FEATURES, np.float32)
+
+    class Model:
+        def __init__(self):
+            self.weights = frozen + 1
+
+        def loss(self, params):
+            return (params * self.weights).sum()
+
+    model, compiled = Model(), jax.jit(lambda params: (params * frozen).sum())
+    cases = {
+        "frozen": lambda params: compiled(params),
+        "weights": lambda params: model.loss(params),
+        "a cast of float64": lambda params: params.astype(jnp.float32).sum(),
+    }
+    for name, loss in cases.items():
+        problem = problems.RIDGE._replace(outer_loss=lambda params, hp, batch, context, loss=loss: loss(params) * 1.0)
+        report = CHECK(hypergrad.unrolled(problem, num_steps=2), problems.LAM, problems.TASK)
+        assert any(name in found for found in report.float32_constants), (name, report.float32_constants)
 
 
 def test_metasmoothness_falls_where_the_slope_does_not_last():

@@ -10,6 +10,7 @@ import problems
 import pytest
 
 from metaopt import hypergrad, inner
+from metaopt.hypergrad import _recommend
 
 
 def network():
@@ -62,6 +63,11 @@ def test_the_default_rules():
     found = hypergrad.recommend(problems.RIDGE, problems.LAM, problems.TASK, num_steps=9)
     assert {c.name for c in found.costs} >= {'unrolled, remat="none"', "forward", "implicit", "truncated, 3 steps"}
     assert not any(c.refused for c in found.costs)
+
+
+@pytest.mark.parametrize(("num_steps", "window"), [(10, 2), (7, 1), (16, 4)])
+def test_the_default_window_divides_the_horizon(num_steps, window):
+    assert f"truncated, {window} steps" in _recommend.candidates(problems.RIDGE, problems.LAM, num_steps)
 
 
 def test_bad_arguments():
