@@ -120,7 +120,7 @@ def make_judge(config, fixed: bool):
 
 
 def distill(config, seed: int, fixed: bool, learner, judge, real, valid):
-    """The best z by validation accuracy."""
+    """The best z by validation accuracy, and that accuracy."""
     start_key, image_key, fit_key, valid_key = jax.random.split(jax.random.key(seed), 4)
     data = {"y": jnp.arange(10), "key": start_key}
     sample = jax.jit(lambda key: inner.minibatch(config.outer_batch, replace=True)(key, 0, real))
@@ -135,7 +135,9 @@ def distill(config, seed: int, fixed: bool, learner, judge, real, valid):
         evaluate=lambda key, z: -judge(z, keys, start_key, valid).mean(),
         eval_every=max(1, config.outer_steps // 10),
     )
-    return result.best_hyperparams, result
+    if result.stopped == "signal":
+        sys.exit("stopped by a signal")
+    return result.best_hyperparams, -result.best_value
 
 
 def real_images(rows, seed: int) -> dict:
@@ -169,11 +171,11 @@ def run_seed(seed: int, config, programs, data, say):
     results, images = {}, {}
     for fixed in (True, False):
         name = f"{'fixed' if fixed else 'random'} initialization"
-        z, result = distill(config, seed, fixed, learners[fixed], judges[fixed], real, valid)
+        z, best = distill(config, seed, fixed, learners[fixed], judges[fixed], real, valid)
         keys = test_keys[:1] if fixed else test_keys
         results[f"{name}, 10 distilled images"] = judges[fixed](z, keys, start_key, test)
         images[name] = spaces.to_constrained(space(config), z)["images"]
-        say(f"{name}: validation {result.best_value:.2f} (negative accuracy)")
+        say(f"{name}: validation accuracy {best:.2f} %")
         if fixed:
             results["images of the fixed one, from random ones"] = judges[False](z, test_keys, start_key, test)
     valid_keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2), config.num_networks)

@@ -1,8 +1,8 @@
 """Weight decay for each layer of a small transformer language model, learned by gradient, against one tuned decay.
 
-A decoder of two layers reads characters of Shakespeare; there is little text to train on, so that decay matters. λ is the
-peak learning rate and a decoupled decay (AdamW's) for each of six groups of weights: embeddings, attention and MLP of
-both layers, and the output.
+A decoder of two layers reads characters of Shakespeare; there is little text to train on, so that decay matters. λ is
+the peak learning rate and a decoupled decay (AdamW's) for each of six groups of weights: embeddings, attention and MLP
+of both layers, and the output.
 
 * `hypergrad.unrolled` differentiates the validation loss at the end of training through all steps, in mixed mode with
   `remat="step"`;
@@ -10,8 +10,8 @@ both layers, and the output.
 * a grid of one rate and one decay for all layers is the usual alternative. All three get the same compute: that of the
   outer steps of the first, in operations (`hypergrad.flops`).
 
-Every choice is made on validation text. What was chosen is trained anew from fresh initializations, and the test text is
-read once. Losses are in nats per character.
+Every choice is made on validation text. What was chosen is trained anew from fresh initializations, and the test text
+is read once. Losses are in nats per character.
 
     python experiments/layer_decay.py            # minutes; writes experiments/results/layer_decay.md and .png
     python experiments/layer_decay.py --smoke    # seconds; prints only
@@ -46,17 +46,19 @@ SPACE = {
     "decay": {group: spaces.interval(1e-3, 10.0, log=True, default=1e-1) for group in GROUPS},
 }
 HEADS = 2
+GRID = "one decay, best of a grid"
+NUM_CHARACTERS = 65
 
 
 def load(seed: int, config):
-    """A task of rows of `context` + 1 characters; the test rows; the size of the alphabet.
+    """A task of rows of `context` + 1 characters; the test rows.
 
     Training, validation and test text follow one another with gaps, at a place that the seed chooses.
     """
     path = Path(os.environ.get("METAOPT_DATA", "")) / "tiny_shakespeare.txt.gz"
     if not path.is_file():
         sys.exit("METAOPT_DATA names no folder with tiny_shakespeare.txt.gz: set it to the folder of the data.")
-    alphabet, codes = np.unique(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8), return_inverse=True)
+    _, codes = np.unique(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8), return_inverse=True)
     length, gap = config.context + 1, 10_000
     sizes = [config.num_train, config.num_valid, config.num_test]
     needed = sum(sizes) * length + len(sizes) * gap
@@ -65,7 +67,7 @@ def load(seed: int, config):
     for size in sizes:
         parts.append(jnp.asarray(codes[at : at + size * length].reshape(size, length), jnp.int32))
         at += size * length + gap
-    return base.Task(parts[0], parts[1]), parts[2], len(alphabet)
+    return base.Task(parts[0], parts[1]), parts[2]
 
 
 def normalize(x):
@@ -93,15 +95,15 @@ def mean_loss(params, hyperparams, rows):
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits(params, rows[:, :-1]), rows[:, 1:]).mean()
 
 
-def make_problem(config, num_characters: int) -> base.Problem:
+def make_problem(config) -> base.Problem:
     width = config.width
 
     def init(key, hyperparams, data):
-        shapes = {"embed": {"characters": (num_characters, width), "positions": (config.context, width)}}
+        shapes = {"embed": {"characters": (NUM_CHARACTERS, width), "positions": (config.context, width)}}
         for layer in (1, 2):
             shapes[f"attention {layer}"] = {"in": (width, 3 * width), "out": (width, width)}
             shapes[f"mlp {layer}"] = {"in": (width, 4 * width), "out": (4 * width, width)}
-        shapes["output"] = {"out": (width, num_characters)}
+        shapes["output"] = {"out": (width, NUM_CHARACTERS)}
         leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
         keys = jax.random.split(key, len(leaves))
         weights = [jax.random.normal(k, shape) / math.sqrt(shape[0]) for k, shape in zip(keys, leaves, strict=True)]
@@ -126,85 +128,102 @@ def make_problem(config, num_characters: int) -> base.Problem:
     return inner.problem(loop, mean_loss)
 
 
-def train_and_judge(problem, task, config, test=None):
-    """`(keys, a batch of z) -> losses`, one training for each key and z: validation, and test where it is given."""
-    loop = spaces.constrain(problem, SPACE).loop
+def make_judge(config):
+    """`(keys, a batch of z, task, test) -> [n, 2]`: validation and test loss of one training for each key and z."""
+    loop = spaces.constrain(make_problem(config), SPACE).loop
     train = inner.run(loop, config.num_steps)
 
-    def one(args):
-        key, z = args
-        params = train(key, z, task.train).params
-        return jnp.stack([mean_loss(params, None, rows) for rows in (task.valid, test) if rows is not None])
+    @jax.jit
+    def judge(keys, z, task, test):
+        def one(args):
+            params = train(*args, task.train).params
+            return jnp.stack([mean_loss(params, None, rows) for rows in (task.valid, test)])
 
-    return jax.jit(lambda keys, z: jax.lax.map(one, (keys, z)))
+        return jax.lax.map(one, (keys, z))
+
+    return judge
+
+
+def make_learners(config) -> dict:
+    """{name: (learner, outer steps)}; both see as many inner steps, the one in few steps of λ, the other in many."""
+    problem, steps = spaces.constrain(make_problem(config), SPACE), config.num_steps
+    windows = steps // config.window
+    plans = {
+        "unrolled": (hypergrad.unrolled(problem, num_steps=steps, remat="step"), 1),
+        "truncated": (
+            hypergrad.truncated(problem, num_steps=steps, truncation_length=config.window, remat="step"),
+            windows,
+        ),
+    }
+    learners = {}
+    for name, (estimator, times) in plans.items():
+        rate = optax.cosine_decay_schedule(config.outer_rate / times**0.5, config.outer_steps * times)
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.9))
+        learners[f"a decay a layer, {name}"] = training.learner(estimator, optimizer), config.outer_steps * times
+    return learners
+
+
+def relative_cost(config, task) -> float:
+    """What an unrolled hypergradient costs, in training runs with their validation, by operations."""
+    problem, z, key = spaces.constrain(make_problem(config), SPACE), start(), jax.random.key(0)
+    estimator = hypergrad.unrolled(problem, num_steps=config.num_steps, remat="step")
+
+    def plain(z):
+        train = inner.run(problem.loop, config.num_steps, trace_fn=lambda state: ())  # a scan, whose length counts
+        return mean_loss(train(key, z, task.train)[0].params, None, task.valid)
+
+    with_gradient = hypergrad.flops(lambda z: estimator.estimate(z, task, key)[0].hypergrad, z)
+    return with_gradient / hypergrad.flops(plain, z)
+
+
+def start():
+    return spaces.to_unconstrained(SPACE, spaces.default(SPACE))
 
 
 def repeated(z, num: int):
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *jnp.shape(x))), z)
 
 
-def run_seed(seed: int, config, say):
-    """Losses, chosen λ and compute of one seed."""
-    task, test, num_characters = load(seed, config)
-    problem = make_problem(config, num_characters)
-    constrained = spaces.constrain(problem, SPACE)
+def run_seed(seed: int, config, judge, learners, say):
+    """{name: [validation, test loss]} and {name: λ} of one seed."""
+    task, test = load(seed, config)
     select_key, learn_key, test_key = jax.random.split(jax.random.key(seed), 3)
-    validate = train_and_judge(problem, task, config)
-    start = spaces.to_unconstrained(SPACE, spaces.default(SPACE))
     select_keys = jax.random.split(select_key, config.repeats)
-    chosen = {"the start": start}
+    chosen = {"the start": start()}
 
-    unrolled = hypergrad.unrolled(constrained, num_steps=config.num_steps, remat="step")
-    windows = config.num_steps // config.window
-    truncated = hypergrad.truncated(
-        constrained, num_steps=config.num_steps, truncation_length=config.window, remat="step"
-    )
-    # Both see as many inner steps; the one takes few steps of λ, the other `windows` times as many smaller ones.
-    plans = {
-        "a decay a layer, unrolled": (unrolled, config.outer_steps, config.outer_rate),
-        "a decay a layer, truncated": (truncated, config.outer_steps * windows, config.outer_rate / windows**0.5),
-    }
-    for name, (estimator, steps, rate) in plans.items():
-        optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.9)
-        )
+    def validate(z):
+        """The mean validation loss of a few trainings; test rows stay out."""
+        return judge(select_keys, repeated(z, config.repeats), task, task.valid)[:, 0].mean()
+
+    for name, (learner, steps) in learners.items():
         result = training.fit(
-            training.learner(estimator, optimizer),
+            learner,
             lambda key: task,
-            hyperparams=start,
+            hyperparams=start(),
             num_steps=steps,
             key=learn_key,
-            evaluate=lambda key, z: validate(select_keys, repeated(z, config.repeats)).mean(),
-            eval_every=max(1, steps // 4),
+            evaluate=lambda key, z: validate(z),
+            eval_every=max(1, steps // 5),
         )
+        if result.stopped == "signal":
+            sys.exit("stopped by a signal")
         chosen[name] = result.best_hyperparams
-        say(f"{name}: validation {result.evaluations[0]:.4f} → {result.best_value:.4f}")
+        say(f"{name}: validation {np.round(result.evaluations, 4)}")
 
-    # What the outer steps cost, in plain training runs, is what the grid may spend.
-    def plain(z):
-        state, _ = inner.run(constrained.loop, config.num_steps, trace_fn=lambda state: ())(learn_key, z, task.train)
-        return mean_loss(state.params, None, task.valid)
-
-    with_gradient = hypergrad.flops(lambda z: unrolled.estimate(z, task, learn_key)[0].hypergrad, start)
-    ratio = with_gradient / hypergrad.flops(plain, start)
-    side = math.ceil(math.sqrt(config.outer_steps * ratio))
-    fractions = np.linspace(0.05, 0.95, side)
-    points = np.array([(a, b) for a in fractions for b in fractions])
-    grid = {"rate": jnp.asarray(points[:, 0]), "decay": {group: jnp.asarray(points[:, 1]) for group in GROUPS}}
-    grid = jax.tree.map(lambda u: jnp.log(u / (1 - u)).astype(jnp.float32), grid)  # z of a fraction of the log range
-    values = np.nan_to_num(np.asarray(validate(jax.random.split(select_key, len(points)), grid))[:, 0], nan=np.inf)
+    fractions = np.linspace(0.05, 0.95, config.side)
+    points = np.array([(a, b) for a in fractions for b in fractions], np.float32)
+    z = np.log(points / (1 - points))  # of a fraction of the log range
+    grid = {"rate": jnp.asarray(z[:, 0]), "decay": {group: jnp.asarray(z[:, 1]) for group in GROUPS}}
+    values = judge(jax.random.split(select_key, len(points)), grid, task, task.valid)[:, 0]
     # The best few are judged again: the best of many single trainings is partly luck.
-    best = np.argsort(values)[: config.finalists]
-    again = [validate(select_keys, repeated(jax.tree.map(lambda x, i=i: x[i], grid), config.repeats)) for i in best]
-    winner = best[int(np.argmin([np.mean(v) for v in again]))]
-    chosen["one decay, best of a grid"] = jax.tree.map(lambda x: x[winner], grid)
-    say(f"grid of {side} × {side}: validation {np.min([np.mean(v) for v in again]):.4f}")
+    best = np.argsort(np.nan_to_num(np.asarray(values), nan=np.inf))[: config.finalists]
+    finalists = [jax.tree.map(lambda x, i=i: x[i], grid) for i in best]
+    chosen[GRID] = min(finalists, key=lambda z: float(validate(z)))
+    say(f"grid: validation {float(validate(chosen[GRID])):.4f}")
 
-    judge = train_and_judge(problem, task, config, test)
     keys = jax.random.split(test_key, config.test_repeats)
-    losses = {name: np.asarray(judge(keys, repeated(z, len(keys)))).mean(0) for name, z in chosen.items()}
-    hyperparams = {name: spaces.to_constrained(SPACE, z) for name, z in chosen.items()}
-    return losses, hyperparams, ratio, side
+    losses = {n: np.asarray(judge(keys, repeated(z, len(keys)), task, test)).mean(0) for n, z in chosen.items()}
+    return losses, {name: spaces.to_constrained(SPACE, z) for name, z in chosen.items()}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -224,7 +243,7 @@ def plot(runs, path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(8, 4))
     for k, name in enumerate(runs[0][1]):
-        for i, (_, hyperparams, _, _) in enumerate(runs):
+        for i, (_, hyperparams) in enumerate(runs):
             decays = [float(hyperparams[name]["decay"][group]) for group in GROUPS]
             axis.plot(GROUPS, decays, "o-", color=f"C{k}", alpha=0.7, label=None if i else name)
     axis.set(yscale="log", ylabel="weight decay (one line a seed)")
@@ -242,41 +261,44 @@ def main() -> None:
     config = parser.parse_args()
     small = config.smoke
     config.seeds = 1 if small else config.seeds
-    config.context, config.width, config.batch = (8, 4, 2) if small else (32, 24, 8)
-    config.num_train, config.num_valid, config.num_test = (20, 10, 10) if small else (125, 125, 500)
-    config.num_steps, config.window = (4, 2) if small else (160, 20)
-    config.outer_steps, config.outer_rate = (1, 0.4) if small else (16, 0.6)
+    config.context, config.width, config.batch = (8, 4, 2) if small else (24, 16, 8)
+    config.num_train, config.num_valid, config.num_test = (20, 10, 10) if small else (150, 150, 600)
+    config.num_steps, config.window = (4, 2) if small else (120, 20)
+    config.outer_steps, config.outer_rate = (1, 0.4) if small else (15, 0.6)
     config.repeats, config.finalists, config.test_repeats = (1, 1, 1) if small else (3, 3, 5)
-    begin = time.perf_counter()
 
     def say(text):
-        print(f"[{time.perf_counter() - begin:5.0f} s] {text}", flush=True)
+        print(f"[{time.process_time():5.0f} s] {text}", flush=True)
 
-    runs = [run_seed(seed, config, say) for seed in range(config.seeds)]
+    judge, learners = make_judge(config), make_learners(config)
+    config.cost = relative_cost(config, load(0, config)[0])
+    config.side = math.ceil(math.sqrt(config.outer_steps * config.cost))  # the grid may spend what the outer steps do
+    runs = [run_seed(seed, config, judge, learners, say) for seed in range(config.seeds)]
     names = list(runs[0][0])
     rows = []
     for name in names:
-        valid, test = ([losses[name][i] for losses, _, _, _ in runs] for i in (0, 1))
-        reference = [losses["one decay, best of a grid"][1] for losses, _, _, _ in runs]
-        gap = "" if name.startswith("one") else spread(np.subtract(test, reference))
+        valid, test = ([losses[name][i] for losses, _ in runs] for i in (0, 1))
+        reference = [losses[GRID][1] for losses, _ in runs]
+        gap = "" if name == GRID else spread(np.subtract(test, reference))
         rows.append([name, spread(valid), spread(test), gap])
     text = table(["λ", "validation loss", "test loss", "test loss − the grid's"], rows)
     text += "\n\nWhat was chosen (medians over seeds):\n\n"
-    middle = lambda name, get: f"{np.median([float(get(h[name])) for _, h, _, _ in runs]):.3g}"
+    middle = lambda name, get: f"{np.median([float(get(h[name])) for _, h in runs]):.3g}"
     chosen = [
         [n, middle(n, lambda h: h["rate"]), *(middle(n, lambda h, g=g: h["decay"][g]) for g in GROUPS)] for n in names
     ]
     text += table(["λ", "rate", *GROUPS], chosen)
-    _, _, ratio, side = runs[0]
+    windows = config.num_steps // config.window
     text += (
-        f"\n\nAn unrolled hypergradient costs {ratio:.1f} training runs in operations; {config.outer_steps} of them, or "
-        f"{config.outer_steps * config.num_steps // config.window} truncated ones over {config.window} steps, against a "
-        f"grid of {side} × {side}. A run is {config.num_steps} steps of {config.batch} rows of {config.context} "
-        f"characters; {config.num_train} rows to train on."
+        f"\n\nAn unrolled hypergradient costs {config.cost:.1f} training runs in operations: {config.outer_steps} of them, "
+        f"or {config.outer_steps * windows} truncated ones over {config.window} steps, against a grid of {config.side} "
+        f"rates × {config.side} decays. A run is {config.num_steps} steps of {config.batch} rows of {config.context} "
+        f"characters, of {config.num_train} rows; width {config.width}. The test loss is a mean of "
+        f"{config.test_repeats} trainings."
     )
     versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
     command = " ".join(["python experiments/layer_decay.py", *sys.argv[1:]])
-    text += f"\n\n`{command}`, {config.seeds} seeds (mean ± standard deviation), {time.perf_counter() - begin:.0f} s; "
+    text += f"\n\n`{command}`, {config.seeds} seeds (mean ± standard deviation), {time.process_time():.0f} processor seconds; "
     text += f"Python {platform.python_version()}, "
     text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     print(text)

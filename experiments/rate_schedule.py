@@ -4,8 +4,8 @@ One rate for each of W windows of a whole training run (`inner.piecewise`, the s
 2021, https://arxiv.org/abs/2007.07869), of a small network on MNIST trained by SGD with momentum:
 
 * F(λ) is the validation loss at the end of training, differentiated through all of its T steps, by forward mode
-  (`hypergrad.forward`: memory does not depend on T) and by reverse mode (`hypergrad.unrolled`, `remat="sqrt"`). Both are
-  exact: the script shows their difference, and what each costs;
+  (`hypergrad.forward`: memory does not depend on T) and by reverse mode (`hypergrad.unrolled`, `remat="sqrt"`). Both
+  are exact: the script shows their difference, and what each costs;
 * greedy rules tune one rate while the network trains, and see a few steps ahead at most: `hypergrad.t1t2` (one step),
   `hypergrad.lookahead` (ten) and `hypergrad.hypergradient_descent` (the next training batch). Wu et al., ICLR 2018,
   https://arxiv.org/abs/1803.02021, show why their rates are too small: what pays off at once is to stop the noise;
@@ -205,6 +205,8 @@ def run_seed(seed: int, config, programs, say) -> tuple[dict, dict]:
         evaluate=lambda key, z: judge(select_keys, per_step(rates_of(z), steps)[None], task, task.valid)[0, 0],
         eval_every=5,
     )
+    if result.stopped == "signal":
+        sys.exit("stopped by a signal")
     found[f"{config.windows} windows, whole horizon"] = per_step(rates_of(result.best_hyperparams), steps)
     say(f"{config.windows} windows: validation {np.round(result.evaluations, 4)}")
 
