@@ -1,15 +1,15 @@
 """Data distillation: ten synthetic images, one for each digit, that train a network in a few steps.
 
-λ is the images themselves and the rate of each of T steps of gradient descent on them; F(λ) is the loss of the network so
-trained on real training images, and `hypergrad.unrolled` differentiates it. Wang et al., 2018
+λ is the images themselves and the rate of each of T steps of gradient descent on them; F(λ) is the loss on real images
+of the network so trained, and `hypergrad.unrolled` differentiates it. Wang et al., 2018
 (https://arxiv.org/abs/1811.10959); learned training data by gradients through training: Maclaurin, Duvenaud & Adams,
 ICML 2015 (https://arxiv.org/abs/1502.03492).
 
 * fixed initialization: the images are learned for one network, whose first weights are known;
-* random initialization: for networks drawn anew at every outer step, several at a time (`hypergrad.over_seeds`), and
-  judged on networks that took no part;
-* alternatives, trained the same way at the best constant rate of a grid: one real image of each digit, the mean image of
-  each digit; and all real images, trained as usual, for what the network can do.
+* random initialization: for networks drawn anew at every outer step (`hypergrad.over_seeds`), and judged on networks
+  that took no part;
+* alternatives, trained the same way at the best constant rate of a grid: one real image of each digit, and the mean
+  image of each digit; and all real images, trained as usual, for what the network can do.
 
 Iterates and rates are chosen on validation rows; the test rows are read once.
 

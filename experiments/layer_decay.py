@@ -290,15 +290,16 @@ def main() -> None:
     text += table(["λ", "rate", *GROUPS], chosen)
     windows = config.num_steps // config.window
     text += (
-        f"\n\nAn unrolled hypergradient costs {config.cost:.1f} training runs in operations: {config.outer_steps} of them, "
-        f"or {config.outer_steps * windows} truncated ones over {config.window} steps, against a grid of {config.side} "
-        f"rates × {config.side} decays. A run is {config.num_steps} steps of {config.batch} rows of {config.context} "
+        f"\n\nAn unrolled hypergradient costs {config.cost:.1f} training runs in operations: {config.outer_steps} of "
+        f"them, or {config.outer_steps * windows} truncated ones over {config.window} steps, against a grid of "
+        f"{config.side} rates × {config.side} decays. A run is {config.num_steps} steps of {config.batch} rows of {config.context} "
         f"characters, of {config.num_train} rows; width {config.width}. The test loss is a mean of "
         f"{config.test_repeats} trainings."
     )
     versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
     command = " ".join(["python experiments/layer_decay.py", *sys.argv[1:]])
-    text += f"\n\n`{command}`, {config.seeds} seeds (mean ± standard deviation), {time.process_time():.0f} processor seconds; "
+    text += f"\n\n`{command}`, {config.seeds} seeds (mean ± standard deviation), "
+    text += f"{time.process_time():.0f} processor seconds; "
     text += f"Python {platform.python_version()}, "
     text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     print(text)
