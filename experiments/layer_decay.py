@@ -292,8 +292,8 @@ def main() -> None:
     text += (
         f"\n\nAn unrolled hypergradient costs {config.cost:.1f} training runs in operations: {config.outer_steps} of "
         f"them, or {config.outer_steps * windows} truncated ones over {config.window} steps, against a grid of "
-        f"{config.side} rates × {config.side} decays. A run is {config.num_steps} steps of {config.batch} rows of {config.context} "
-        f"characters, of {config.num_train} rows; width {config.width}. The test loss is a mean of "
+        f"{config.side} rates × {config.side} decays. A run is {config.num_steps} steps of "
+        f"{config.batch} rows of {config.context} characters, of {config.num_train} rows; width {config.width}. The test loss is a mean of "
         f"{config.test_repeats} trainings."
     )
     versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}

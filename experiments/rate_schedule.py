@@ -322,7 +322,8 @@ def main() -> None:
         f"of 196, {HIDDEN} and 10 units, SGD with momentum 0.9, {BATCH} rows a step, T = {config.num_steps}. The grids "
         f"have {config.grid} rates, of {config.repeats} trainings each. Outer rates were chosen on validation rows: of "
         f"{', '.join(map(str, config.greedy_rates))} for greedy rules, and of "
-        f"{', '.join(map(str, config.outer_rates))} for the windows, which took {config.outer_steps} hypergradients each time. Micaelli & Storkey report that "
+        f"{', '.join(map(str, config.outer_rates))} for the windows, which took {config.outer_steps} hypergradients "
+        "each time. Micaelli & Storkey report that "
         "schedules learned so beat greedy ones on CIFAR-10 over 10⁴ steps; their networks are larger, and no figure of "
         "theirs compares with these."
     )
