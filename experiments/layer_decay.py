@@ -293,8 +293,8 @@ def main() -> None:
         f"\n\nAn unrolled hypergradient costs {config.cost:.1f} training runs in operations: {config.outer_steps} of "
         f"them, or {config.outer_steps * windows} truncated ones over {config.window} steps, against a grid of "
         f"{config.side} rates × {config.side} decays. A run is {config.num_steps} steps of "
-        f"{config.batch} rows of {config.context} characters, of {config.num_train} rows; width {config.width}. The test loss is "
-        f"a mean of {config.test_repeats} trainings."
+        f"{config.batch} rows of {config.context} characters, of {config.num_train} rows; width {config.width}. "
+        f"The test loss is a mean of {config.test_repeats} trainings."
     )
     versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
     command = " ".join(["python experiments/layer_decay.py", *sys.argv[1:]])

@@ -65,3 +65,10 @@ def test_layer_decay(tmp_path):
     rows = smoke("layer_decay", tmp_path)
     for name in ("the start", "a decay a layer, unrolled", "a decay a layer, truncated", "one decay, best of a grid"):
         assert number(rows[name][0]) > 0
+
+
+@has_data("spoken_digits.npz")
+def test_loss_weights(tmp_path):
+    rows = smoke("loss_weights", tmp_path)
+    for name in ("no auxiliary task", "all weights 1", "one weight, best of a grid", "a weight a task, hypergradient"):
+        assert 0 < number(rows[name][0]) < 10  # the second table: the rate, and the weights found
