@@ -241,8 +241,9 @@ def main() -> None:
     text += (
         f"\n\n{config.num_train} rows to train on, {config.num_valid} to validate, {config.num_test} to test, all "
         f"speakers in each; {config.hidden} hidden units, Adam, {config.num_steps} steps of {config.batch} rows; "
-        f"every choice is a mean of {config.repeats} trainings, and so is every figure. "
-        f"The grid has {config.grid_rates} rates × {len(config.grid_weights)} weights; the hypergradient took {config.outer_steps} outer steps of two trainings."
+        f"every choice is a mean of {config.repeats} trainings, and so is every figure. The grid has "
+        f"{config.grid_rates} rates × {len(config.grid_weights)} weights; the hypergradient took {config.outer_steps} "
+        "outer steps of two trainings."
     )
     versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
     command = " ".join(["python experiments/loss_weights.py", *sys.argv[1:]])
