@@ -1,8 +1,8 @@
 """Loss weights of a multi-task network, learned by gradient, against equal weights and a grid.
 
-A network hears spoken digits (spectrograms of 28 × 28) and has few labels to learn from. It shares its hidden layer
-with four auxiliary tasks on the same rows: who speaks, whether the digit is odd, the spectrogram at half its
-resolution, and a control that cannot help, a class drawn at random for each row. The inner loss is
+A network hears spoken digits (spectrograms of 14 × 14) and has few labels to learn from. It shares its hidden layer
+with four auxiliary tasks on the same rows: who speaks, whether the digit is odd, the spectrogram itself, and a control
+that cannot help, a class drawn at random for each row. The inner loss is
 
     g = digit loss + Σ_i w_i (auxiliary loss i),    λ = (the learning rate, w_1, ..., w_4),
 
@@ -37,7 +37,7 @@ from metaopt import base, hypergrad, inner, spaces, training
 RESULTS = Path(__file__).parent / "results"
 AUXILIARY = ("speaker", "odd", "reconstruction", "random classes")
 SPACE = {
-    "rate": spaces.interval(3e-4, 3e-2, log=True, default=3e-3),
+    "rate": spaces.interval(1e-4, 3e-2, log=True, default=2e-3),
     "weights": {name: spaces.interval(1e-3, 10.0, log=True, default=0.1) for name in AUXILIARY},
 }
 NUM_CLASSES = {"digit": 10, "speaker": 6, "odd": 2, "random classes": 10}
@@ -51,17 +51,18 @@ def load(seed: int, config):
     with np.load(path, allow_pickle=False) as data:
         images, digit, speaker = data["images"], data["label"], data["group"]
     rng = np.random.default_rng(seed)
-    half = images.reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(len(images), -1) / 255
+    order = rng.permutation(len(images))
+    train, valid = config.num_train, config.num_train + config.num_valid
+    x = images.reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(len(images), -1)
+    x = ((x - x[order[:train]].mean(0)) / x[order[:train]].std()).astype(np.float32)
     rows = {
-        "x": (images.reshape(len(images), -1) / 255 - 0.5).astype(np.float32),
+        "x": x,
         "digit": digit.astype(np.int32),
         "speaker": speaker.astype(np.int32),
         "odd": (digit % 2).astype(np.int32),
-        "reconstruction": half.astype(np.float32),
+        "reconstruction": x,
         "random classes": rng.integers(0, 10, len(images)).astype(np.int32),
     }
-    order = rng.permutation(len(images))
-    train, valid = config.num_train, config.num_train + config.num_valid
     part = lambda at: {name: jnp.asarray(x[at]) for name, x in rows.items()}
     return base.Task(part(order[:train]), part(order[train:valid])), part(order[valid : valid + config.num_test])
 
@@ -89,7 +90,7 @@ def train_loss(params, hyperparams, rows):
     for name in ("digit", *AUXILIARY):
         predicted, target = head(params, name, h), rows[name]
         if name == "reconstruction":
-            loss = 10 * ((predicted - target) ** 2).mean()  # about 1 at the start, as the others
+            loss = ((predicted - target) ** 2).mean()
         else:
             loss = optax.losses.softmax_cross_entropy_with_integer_labels(predicted, target).mean()
         total += loss if name == "digit" else hyperparams["weights"][name] * loss
@@ -98,7 +99,7 @@ def train_loss(params, hyperparams, rows):
 
 def make_problem(config) -> base.Problem:
     def init(key, hyperparams, data):
-        sizes = {"hidden": (784, config.hidden), "reconstruction": (config.hidden, 196)}
+        sizes = {"hidden": (196, config.hidden), "reconstruction": (config.hidden, 196)}
         sizes |= {name: (config.hidden, num) for name, num in NUM_CLASSES.items()}
         keys = jax.random.split(key, len(sizes))
         return {
@@ -145,7 +146,7 @@ def run_seed(seed: int, config, judge, learner, say):
     task, test = load(seed, config)
     select_key, learn_key, test_key = jax.random.split(jax.random.key(seed), 3)
     select_keys, test_keys = (jax.random.split(key, config.repeats) for key in (select_key, test_key))
-    rates = np.geomspace(5e-4, 2e-2, config.grid_rates)
+    rates = np.geomspace(3e-4, 2e-2, config.grid_rates)
     chosen = {}
     plans = {"no auxiliary task": (0.0,), "all weights 1": (1.0,), "one weight, best of a grid": config.grid_weights}
     for name, weights in plans.items():
@@ -218,8 +219,9 @@ def main() -> None:
     problem = spaces.constrain(make_problem(config), SPACE)
     # Two trainings an estimate: the hypergradient of one follows its own noise.
     estimator = hypergrad.over_seeds(hypergrad.unrolled(problem, num_steps=config.num_steps, remat="step"), 2)
+    # The norm is 0.06 as a rule, and 40 times that now and then, at rates where training is unstable.
     outer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(0.4, config.outer_steps), b2=0.9)
+        optax.clip_by_global_norm(0.1), optax.adam(optax.cosine_decay_schedule(0.2, config.outer_steps), b2=0.9)
     )
     judge, learner = make_judge(config), training.learner(estimator, outer)
     runs = [run_seed(seed, config, judge, learner, say) for seed in range(config.seeds)]
