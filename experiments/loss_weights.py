@@ -40,6 +40,7 @@ SPACE = {
     "rate": spaces.interval(1e-4, 3e-2, log=True, default=2e-3),
     "weights": {name: spaces.interval(1e-3, 10.0, log=True, default=0.1) for name in AUXILIARY},
 }
+GRID = "one weight, best of a grid"
 NUM_CLASSES = {"digit": 10, "speaker": 6, "odd": 2, "random classes": 10}
 
 
@@ -148,7 +149,7 @@ def run_seed(seed: int, config, judge, learner, say):
     select_keys, test_keys = (jax.random.split(key, config.repeats) for key in (select_key, test_key))
     rates = np.geomspace(3e-4, 2e-2, config.grid_rates)
     chosen = {}
-    plans = {"no auxiliary task": (0.0,), "all weights 1": (1.0,), "one weight, best of a grid": config.grid_weights}
+    plans = {"no auxiliary task": (0.0,), "all weights 1": (1.0,), GRID: config.grid_weights}
     for name, weights in plans.items():
         candidates = [common(rate, weight) for rate in rates for weight in weights]
         values = np.asarray(judge(select_keys, stack(candidates), task, task.valid))[:, 0]
@@ -229,8 +230,10 @@ def main() -> None:
     rows = []
     for name in names:
         values = np.array([results[name] for results, _ in runs])
-        rows.append([name, spread(values[:, 0]), spread(values[:, 1]), spread(values[:, 2], 2)])
-    text = table(["weights", "validation loss", "test loss", "test error, %"], rows)
+        grid = np.array([results[GRID] for results, _ in runs])
+        gap = "" if name == GRID else spread(values[:, 1] - grid[:, 1])
+        rows.append([name, spread(values[:, 0]), spread(values[:, 1]), gap, spread(values[:, 2], 2)])
+    text = table(["weights", "validation loss", "test loss", "test loss − the grid's", "test error, %"], rows)
     text += "\n\nWhat was chosen (medians over seeds):\n\n"
     middle = lambda name, get: f"{np.median([float(get(chosen[name])) for _, chosen in runs]):.3g}"
     text += table(
