@@ -213,10 +213,10 @@ def report(scores: dict, options: argparse.Namespace) -> str:
     lines += [
         "",
         f"Fashion-MNIST at 14 × 14 pixels, {NUM_TRAIN} training images, 5,000 test images; mean ± standard deviation "
-        f"over {options.seeds} seeds, each with its own images and initialization. Two convolutions (8 and 16 channels) "
-        f"and a dense layer, {NUM_PARAMETERS:,} parameters. {NUM_OUTER} outer steps of {NUM_INNER} inner steps and as "
-        'many Hessian products. The first scores are of the net trained along with λ, "again" those of a net trained '
-        "with the λ found from another initialization, by as many inner steps.",
+        f"over {options.seeds} seeds, each with its own images and initialization. Two convolutions of 8 and 16 "
+        f"channels and a dense layer, {NUM_PARAMETERS:,} parameters. {NUM_OUTER} outer steps of {NUM_INNER} inner "
+        'steps and as many Hessian products. The first scores are of the net trained along with λ, "again" those of a '
+        "net trained with the λ found from another initialization, by as many inner steps.",
         "",
         "Paper: Lorraine et al., AISTATS 2020, https://arxiv.org/abs/1911.02590, Sect. 5.1, fits 50 validation images "
         "of MNIST and CIFAR-10 with a decay for each parameter, of models up to ResNet44; its curves have no table, so "
