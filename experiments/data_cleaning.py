@@ -9,7 +9,12 @@ The setting of Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785, S
 the end is a model trained on the rows that were kept (λ_i > ½) together with the validation rows, against an oracle
 that knows which rows are corrupted, and a baseline that keeps all. Four rules do the same work: `unrolled` (mixed mode,
 through the whole training), `implicit` (warm-started conjugate gradients), and two without second derivatives, `f2sa`
-and `darts_fd`. Nothing is chosen by the test rows.
+and `darts_fd`. Nothing is chosen by the test rows; numbers of outer steps were chosen by other rows, which are in no
+result.
+
+To see in the committed results: the rules agree, 93 % of the corrupted rows are found, and 2.2 of the 2.7 points that
+corruption costs are won back, as in the paper. But so much is also won by the validation rows alone: beside as many
+clean rows, what is left of the noisy ones adds little to softmax regression, even to the oracle.
 
     python experiments/data_cleaning.py             minutes; writes experiments/results/data_cleaning.md and .png
     python experiments/data_cleaning.py --smoke     seconds; prints only
