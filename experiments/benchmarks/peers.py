@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from turns import medians
 
-B1, B2, EPS = 0.9, 0.999, 1e-8
-COMPILED_STEPS = 16  # torch.compile unrolls the loop: the seconds that it takes grow with T
+B1, B2 = 0.9, 0.999  # every library's defaults
+COMPILED_STEPS = 4  # torch.compile unrolls the loop: the seconds that it takes grow with T
 
 
 def mlp(params, batch):
@@ -62,7 +62,7 @@ class Problem:
     def __init__(self, model: str, file: str):
         trees = {"params": {}, "train": {}, "valid": {}, "decay": {}}
         saved = np.load(file)
-        for name in set(saved) - {"order", "rate"}:
+        for name in set(saved) - {"order", "rate", "eps"}:
             tree, _, leaf = name.partition("/")
             value = saved[name]
             if model == "conv" and value.ndim == 4:  # to torch's layout
@@ -72,6 +72,7 @@ class Problem:
         self.loss = LOSSES[model]
         self.params, self.train, self.valid, self.decay = trees.values()
         self.names = sorted(self.params)
+        self.eps = float(saved["eps"])
         self.rate = torch.tensor(float(saved["rate"]))
         self.order = torch.tensor(saved["order"]).long()
 
@@ -111,14 +112,14 @@ class Net(torch.nn.Module):
         return self.problem.train_loss(params, hyperparams, batch)
 
 
-def adam(state: list, grads: list, rate: torch.Tensor, count: int) -> list:
+def adam(state: list, grads: list, rate: torch.Tensor, count, eps: float) -> list:
     """One step of [*params, *mu, *nu] by hand; gradients are nowhere exactly zero, thanks to the penalties."""
     n = len(grads)
     params, mu, nu = state[:n], state[n : 2 * n], state[2 * n :]
     mu = [B1 * m + (1 - B1) * g for m, g in zip(mu, grads, strict=True)]
     nu = [B2 * v + (1 - B2) * g**2 for v, g in zip(nu, grads, strict=True)]
     c1, c2 = 1 - B1**count, 1 - B2**count
-    moved = [p - rate * (m / c1) / ((v / c2).sqrt() + EPS) for p, m, v in zip(params, mu, nu, strict=True)]
+    moved = [p - rate * (m / c1) / ((v / c2).sqrt() + eps) for p, m, v in zip(params, mu, nu, strict=True)]
     return [*moved, *mu, *nu]
 
 
@@ -132,7 +133,7 @@ def plain_optim(problem):
 
     def call():
         weights = problem.weights()
-        optimizer = torch.optim.Adam(weights, lr=float(problem.rate), betas=(B1, B2), eps=EPS)
+        optimizer = torch.optim.Adam(weights, lr=float(problem.rate), eps=problem.eps)
         for t in range(len(problem.order)):
             optimizer.zero_grad()
             problem.train_loss(weights, hyperparams, problem.batch(t)).backward()
@@ -151,7 +152,7 @@ def by_func(problem):
         n = len(problem.names)
         for t in range(len(problem.order)):
             grads = torch.func.grad(problem.train_loss)(state[:n], hyperparams, problem.batch(t))
-            state = adam(state, grads, hyperparams[0], t + 1)
+            state = adam(state, grads, hyperparams[0], t + 1, problem.eps)
         return problem.valid_loss(state[:n])
 
     return objective
@@ -168,20 +169,28 @@ def with_func(problem):
     return call
 
 
-def _check_compiled(problem):
-    if len(problem.order) > COMPILED_STEPS:
-        raise NotImplementedError(f"the loop is unrolled: not compiled above T = {COMPILED_STEPS}")
-
-
 def plain_compiled(problem):
-    _check_compiled(problem)
-    leaves = [leaf.detach() for leaf in problem.hyperparams()]
-    objective = torch.compile(by_func(problem))
-    return lambda: (objective(leaves), None)
+    """Training alone, by hand: one step compiled."""
+    hyperparams = [leaf.detach() for leaf in problem.hyperparams()]
+    n = len(problem.names)
+
+    @torch.compile
+    def step(state, batch, count):
+        grads = torch.func.grad(problem.train_loss)(state[:n], hyperparams, batch)
+        return adam(state, grads, hyperparams[0], count, problem.eps)
+
+    def call():
+        state = start([problem.params[name] for name in problem.names])
+        for t in range(len(problem.order)):
+            state = step(state, problem.batch(t), torch.tensor(t + 1.0))
+        return problem.valid_loss(state[:n]), None
+
+    return call
 
 
 def with_compile(problem):
-    _check_compiled(problem)
+    if len(problem.order) > COMPILED_STEPS:
+        raise NotImplementedError(f"the loop is unrolled: not compiled above T = {COMPILED_STEPS}")
     leaves = [leaf.detach() for leaf in problem.hyperparams()]
     both = torch.compile(torch.func.grad_and_value(by_func(problem)))
 
@@ -197,7 +206,7 @@ def with_torchopt(problem):
 
     def call():
         net, hyperparams = Net(problem), problem.hyperparams()
-        optimizer = torchopt.MetaAdam(net, lr=hyperparams[0], betas=(B1, B2), eps=EPS)
+        optimizer = torchopt.MetaAdam(net, lr=hyperparams[0], eps=problem.eps)
         for t in range(len(problem.order)):
             optimizer.step(net(hyperparams, problem.batch(t)))
         value = net()
@@ -211,11 +220,11 @@ def with_higher(problem):
 
     def call():
         net, hyperparams = Net(problem), problem.hyperparams()
-        optimizer = torch.optim.Adam(net.parameters(), lr=float(problem.rate), betas=(B1, B2), eps=EPS)
+        optimizer = torch.optim.Adam(net.parameters(), lr=float(problem.rate), eps=problem.eps)
         with higher.innerloop_ctx(net, optimizer, override={"lr": [hyperparams[0]]}) as (trained, step):
             for t in range(len(problem.order)):
                 # Its ε is added before the bias correction: scaled, it is everybody else's Adam.
-                scaled = {"eps": [EPS * math.sqrt(1 - B2 ** (t + 1))]}
+                scaled = {"eps": [problem.eps * math.sqrt(1 - B2 ** (t + 1))]}
                 step.step(trained(hyperparams, problem.batch(t)), override=scaled)
             value = trained()
             return value, torch.autograd.grad(value, hyperparams)
@@ -234,7 +243,7 @@ def with_hypertorch(problem):
         def step(state, hyperparams, create_graph=True):
             loss = problem.train_loss(state[:n], hyperparams, problem.batch(t))
             grads = torch.autograd.grad(loss, state[:n], create_graph=create_graph)
-            return adam(state, grads, hyperparams[0], t + 1)
+            return adam(state, grads, hyperparams[0], t + 1, problem.eps)
 
         return step
 

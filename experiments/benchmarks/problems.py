@@ -14,6 +14,7 @@ import optax
 
 from metaopt import base, inner
 
+EPS = 1e-4  # Adam's ε: below it rounding errors of float32 grow in training, and no two programs agree after 64 steps
 FEW = {"rate": 1e-3, "decay": 1e-4}  # λ of all problems, with one penalty for all layers
 
 
@@ -45,7 +46,7 @@ def problem_of(case: Case, layerwise: bool = False) -> base.Problem:
     loss = case.layerwise if layerwise else case.loss
     loop = inner.loop(
         lambda params, hp, batch: loss(params, batch) + penalty(params, hp["decay"]),
-        lambda hp: optax.adam(hp["rate"]),
+        lambda hp: optax.adam(hp["rate"], eps=EPS),
         init=lambda key, hp, data: data["params"],
         sampler=lambda key, step, data: jax.tree.map(lambda x: x[data["order"][step]], data["rows"]),
     )

@@ -39,8 +39,8 @@ TOLERANCE = 1e-3  # of hypergradients, in float32
 FLOORS = {"none": 2.75, "step": 3.7, "sqrt": 4.7}
 PLAIN, LAYERWISE = "plain training", "each layer recomputed"
 FULL = [
-    (problems.mlp(), (1, 16, 256, 1024)),
-    (problems.conv(), (1, 16, 64, 256)),
+    (problems.mlp(), (1, 4, 64, 1024)),
+    (problems.conv(), (1, 4, 64, 256)),
     (problems.transformer(), (1, 4)),
     (problems.transformer(layers=2, width=64, batch_size=8), (16, 64)),
 ]
@@ -117,7 +117,7 @@ def by_hand(case: problems.Case, num_steps: int, remat: str) -> Callable:
             def move(param, m, n):
                 n = n / (1 - 0.999**count)
                 root = jnp.where(n > 0, jnp.sqrt(jnp.where(n > 0, n, 1)), 0)
-                return param - hyperparams["rate"] * (m / (1 - 0.9**count)) / (root + 1e-8)
+                return param - hyperparams["rate"] * (m / (1 - 0.9**count)) / (root + problems.EPS)
 
             return (jax.tree.map(move, params, mu, nu), mu, nu, count), None
 
@@ -161,15 +161,9 @@ def estimate(rule: Rule, case: problems.Case, num_steps: int) -> Callable:
     return program
 
 
-def error(found: dict, expected: dict, num_steps: int) -> float:
-    """The largest relative error of a leaf of the hypergradient.
-
-    Adam's first step is as long whatever the gradient's size: at T = 1 penalties have a derivative of zero, but for
-    rounding, and the rate alone is compared.
-    """
-    if num_steps == 1:
-        found, expected = ({"rate": tree["rate"]} for tree in (found, expected))
-    elif not isinstance(found["decay"], dict):  # one penalty for all: the sum of theirs
+def error(found: dict, expected: dict) -> float:
+    """The largest relative error of a leaf of the hypergradient."""
+    if not isinstance(found["decay"], dict):  # one penalty for all: the sum of theirs
         expected = {**expected, "decay": sum(np.sum(leaf) for leaf in expected["decay"].values())}
     relative = jax.tree.map(lambda a, b: np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b), found, expected)
     return float(np.max(jax.tree.leaves(relative)))  # NaN where there is one
@@ -224,7 +218,7 @@ def ours(case: problems.Case, num_steps: int, options: argparse.Namespace) -> tu
                 rule.floor if rule else None,
                 f"by hand: {rule.by_hand}" if rule and not rule.layerwise else None,
                 mib[name],
-                error(found[name][1], expected, num_steps) if is_hypergradient else None,
+                error(found[name][1], expected) if is_hypergradient else None,
                 compile_seconds,
                 "" if name in fits else f"not run: above {options.mib} MiB",
             )
@@ -239,7 +233,7 @@ def peers(case: problems.Case, num_steps: int, options: argparse.Namespace, expe
     arrays = {f"{tree}/{name}": leaf for tree, leaves in trees.items() for name, leaf in leaves.items()}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "problem.npz"
-        np.savez(file, order=task.train["order"], rate=np.float32(case.hyperparams["rate"]), **arrays)
+        np.savez(file, order=task.train["order"], rate=case.hyperparams["rate"], eps=problems.EPS, **arrays)
         command = [options.peers, str(HERE / "peers.py"), case.name.rstrip("0123456789"), str(file)]
         command += [str(num_cores()), str(options.repetitions), str(options.seconds)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -250,7 +244,7 @@ def peers(case: problems.Case, num_steps: int, options: argparse.Namespace, expe
     rows = []
     for row in answer["rows"]:
         found = row.pop("hypergrad", None)
-        rows.append(Row(**row, error=error(found, expected, num_steps) if found else None))
+        rows.append(Row(**row, error=error(found, expected) if found else None))
     return rows, answer["versions"]
 
 
@@ -292,7 +286,7 @@ def report(options: argparse.Namespace) -> tuple[str, list[str]]:
         if options.problems and case.name not in options.problems:
             continue
         printed = []
-        for num_steps in steps:
+        for num_steps in options.num_steps or steps:
             rows, expected = ours(case, num_steps, options)
             if options.peers and num_steps <= options.peer_steps:
                 others, versions = peers(case, num_steps, options, expected)
@@ -316,6 +310,7 @@ def main() -> None:
     parser.add_argument(
         "--problems", nargs="+", help=f"some of {', '.join(case.name for case, _ in FULL)}; prints only"
     )
+    parser.add_argument("--num-steps", nargs="+", type=int, help="T instead of the usual ones; prints only")
     parser.add_argument("--peers", metavar="PYTHON", help="of the environment that install_peers.sh made")
     parser.add_argument("--peer-steps", type=int, default=256, help="the largest T for other libraries")
     parser.add_argument("--repetitions", type=int, default=9, help="of every measurement, where seconds allow")
@@ -328,7 +323,7 @@ def main() -> None:
     options.flags = " --peers PYTHON" if options.peers else ""
     text, wrong = report(options)
     print(text)
-    if not (options.smoke or options.problems):
+    if not (options.smoke or options.problems or options.num_steps):
         RESULT.parent.mkdir(parents=True, exist_ok=True)
         RESULT.write_text(f"# What every rule costs\n\n{text}\n")
     if wrong:
