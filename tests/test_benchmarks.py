@@ -1,4 +1,4 @@
-"""The benchmark runs, and its tables say what was measured."""
+"""The benchmarks run, and their tables say what was measured."""
 
 import importlib.util
 import os
@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "experiments" / "benchmarks" / "unroll.py"
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "experiments" / "benchmarks"
 
 
 def rows(text):
@@ -16,30 +19,93 @@ def rows(text):
     ]
 
 
-def test_smoke():
+def smoke(script, *arguments):
+    """What `script --smoke` prints."""
     # Half the seconds of compiling; memory is ordered as it is with all optimizations.
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--smoke"], capture_output=True, text=True, timeout=300, env=environment
-    )
+    command = [sys.executable, str(FOLDER / script), "--smoke", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    cost = {row[1]: row for row in rows(done.stdout) if row[0] == "16"}
+    return done.stdout
+
+
+def load(script, monkeypatch):
+    """A script as a module; its neighbors are found, as they are when it runs."""
+    monkeypatch.syspath_prepend(FOLDER)
+    spec = importlib.util.spec_from_file_location(f"benchmark_{script}", FOLDER / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_smoke_of_unroll():
+    printed = smoke("unroll.py")
+    cost = {row[1]: row for row in rows(printed) if row[0] == "16"}
     assert list(cost) == ["plain training", '`"none"`', '`"step"`', '`"sqrt"`']
     memory = {name: float(row[4]) for name, row in cost.items()}
     assert memory['`"none"`'] > memory['`"step"`'] > memory['`"sqrt"`'] > memory["plain training"] > 0
     assert float(cost['`"none"`'][5]) == 1 and float(cost["plain training"][3]) == 1
-    speed = {row[0]: float(row[1]) for row in rows(done.stdout) if row[0].split()[0] in ("all", "chunks", "Python")}
+    speed = {row[0]: float(row[1]) for row in rows(printed) if row[0].split()[0] in ("all", "chunks", "Python")}
     assert len(speed) == 3 and min(speed.values()) > 0
-    assert "--smoke` with Python" in done.stdout
+    assert "--smoke` with Python" in printed
 
 
 def test_the_table_goes_between_the_markers_of_the_readme(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("unroll_benchmark", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load("unroll", monkeypatch)
     monkeypatch.setattr(script, "ROOT", tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- benchmark:start -->\nold\n<!-- benchmark:end -->\nafter\n")
     for _ in range(2):
         script.put_into_readme(r"new \1")
         assert readme.read_text() == ("before\n<!-- benchmark:start -->\nnew \\1\n<!-- benchmark:end -->\nafter\n")
+
+
+def test_smoke_of_rules():
+    # This environment has no torch: the table says why there are no numbers of other libraries.
+    printed = smoke("rules.py", "--peers", sys.executable)
+    cost = {row[1]: row for row in rows(printed) if row[0] == "4"}
+    names = ["plain training", "by hand: step", "reverse, none", "mixed, step", "forward, two λ"]
+    reason = "other libraries (failed: ModuleNotFoundError: No module named 'torch')"
+    assert list(cost) == [*names, reason] and set(cost[reason][2:]) == {""}
+    ms, mib = ({name: float(cost[name][column]) for name in names} for column in (2, 7))
+    assert min(ms.values()) > 0 and mib["reverse, none"] > mib["mixed, step"] > mib["plain training"] > 0
+    assert cost["mixed, step"][4].startswith("3.7 ") and cost["forward, two λ"][4].startswith("4.5 ")
+    assert float(cost["reverse, none"][8]) == 1 and float(cost["plain training"][3]) == 1
+    assert float(cost["by hand: step"][9]) == 0 and 0 < float(cost["mixed, step"][9]) < 1e-3
+    assert "; all below 0.001." in printed and "--peers PYTHON` with Python" in printed
+
+
+def test_hypergradients_that_disagree_are_seen(monkeypatch):
+    script = load("rules", monkeypatch)
+    expected = {"rate": np.float32(100), "decay": {"in": np.array([1.0, 2.0]), "out": np.float32(-1)}}
+    off = {**expected, "decay": {**expected["decay"], "out": np.float32(-1.01)}}
+    assert script.error(expected, expected) == 0
+    assert script.error(off, expected) == pytest.approx(0.01, rel=1e-3)
+    assert np.isnan(script.error({**expected, "rate": np.nan}, expected))
+    assert script.error({"rate": 100.0, "decay": 2.0}, expected) == 0  # one penalty for all
+
+    rows = [script.Row("plain training", 1.0, mib=1.0), script.Row("wrong", 2.0, error=np.nan)]
+    monkeypatch.setattr(script, "ours", lambda *args: (rows, expected))
+    monkeypatch.setattr(script, "lines", lambda num_steps, rows: [])
+    monkeypatch.setattr(sys, "argv", ["rules.py", "--smoke"])
+    with pytest.raises(SystemExit, match="T=4, wrong: nan"):
+        script.main()
+
+
+def test_the_table_says_which_floors_are_reached(monkeypatch):
+    script = load("rules", monkeypatch)
+    rows = [
+        script.Row("plain training", 10.0, mib=1.0),
+        script.Row("by hand: step", 20.0, mib=2.0, error=0.0),
+        script.Row("reverse, none", 30.0, floor=2.75, mib=8.0, error=1e-6),
+        script.Row("mixed, step", 44.0, floor=3.7, by_hand="by hand: step", mib=2.0, error=1e-6),
+        script.Row("torch", 20.0, "torch", error=None),
+        script.Row("higher", 88.0, "torch", error=1e-5),
+        script.Row("TorchOpt", reason="failed"),
+    ]
+    printed = {line[1]: line[2:] for line in script.lines(64, rows)}
+    assert printed["reverse, none"] == ["30.0", "3.00", "2.75 reached", "", "", "8.00", "1.000", "1e-06", ""]
+    assert printed["mixed, step"] == ["44.0", "4.40", "3.7 no", "2.20", "", "2.00", "0.250", "1e-06", ""]
+    assert printed["by hand: step"][4] == "0.45"
+    assert printed["higher"] == ["88.0", "4.40", "", "", "2.00", "", "", "1e-05", ""]
+    assert printed["TorchOpt (failed)"] == [""] * 9

@@ -15,20 +15,17 @@ And tasks per second: `hypergrad.over_tasks`, all at once and in chunks, against
 """
 
 import argparse
-import os
-import platform
 import re
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from timing import circumstances, compiled, table, temporary_mib
+from turns import medians
 
-import metaopt
 from metaopt import hypergrad, inner, tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,28 +65,6 @@ def make_problem(width: int):
     )
 
 
-def compiled(function, *args):
-    """The compiled program, and the seconds that tracing and compiling it took."""
-    start = time.perf_counter()
-    program = jax.jit(function).lower(*args).compile()
-    return program, time.perf_counter() - start
-
-
-def temporary_mib(program) -> float:
-    return program.memory_analysis().temp_size_in_bytes / 2**20
-
-
-def medians(calls: dict, repetitions: int) -> dict[str, float]:
-    """Median seconds of every call, in turns, so that a slow minute is shared by all; the first turn is dropped."""
-    seconds = {name: [] for name in calls}
-    for _ in range(repetitions + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
 def time_and_memory(problem, task, num_steps: int, repetitions: int) -> list[list[str]]:
     """Rows of the first table, for one T."""
     loop, key = problem.loop, jax.random.key(0)
@@ -106,7 +81,10 @@ def time_and_memory(problem, task, num_steps: int, repetitions: int) -> list[lis
 
     functions = {"plain training": plain, **{f'`"{remat}"`': hypergradient(remat) for remat in REMAT}}
     programs = {name: compiled(function, key, HYPERPARAMS) for name, function in functions.items()}
-    calls = {name: lambda program=program: program(key, HYPERPARAMS) for name, (program, _) in programs.items()}
+    calls = {
+        name: lambda program=program: jax.block_until_ready(program(key, HYPERPARAMS))
+        for name, (program, _) in programs.items()
+    }
     seconds = medians(calls, repetitions)
     stored = temporary_mib(programs['`"none"`'][0])
     return [
@@ -133,7 +111,9 @@ def tasks_per_second(problem, task, num_tasks: int, num_steps: int, repetitions:
         estimator = hypergrad.over_tasks(single, task_chunk=chunk)
         state = estimator.init(jax.random.key(2), HYPERPARAMS, batch)
         programs[name] = compiled(estimator.estimate, HYPERPARAMS, batch, state)
-        calls[name] = lambda program=programs[name][0], state=state: program(HYPERPARAMS, batch, state)[0].hypergrad
+        calls[name] = lambda program=programs[name][0], state=state: jax.block_until_ready(
+            program(HYPERPARAMS, batch, state)[0].hypergrad
+        )
 
     name, alone = "Python loop over one compiled task", tasks.unstack(batch)
     states = [single.init(key, HYPERPARAMS, one) for key, one in zip(keys, alone, strict=True)]
@@ -142,7 +122,7 @@ def tasks_per_second(problem, task, num_tasks: int, num_steps: int, repetitions:
     def python_loop():
         program = programs[name][0]
         found = [program(HYPERPARAMS, *args)[0].hypergrad for args in zip(alone, states, strict=True)]
-        return jax.tree.map(lambda *leaves: sum(leaves) / num_tasks, *found)
+        return jax.block_until_ready(jax.tree.map(lambda *leaves: sum(leaves) / num_tasks, *found))
 
     calls[name] = python_loop
     seconds = medians(calls, repetitions)
@@ -158,10 +138,6 @@ def tasks_per_second(problem, task, num_tasks: int, num_steps: int, repetitions:
     ]
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
 def report(options: argparse.Namespace) -> str:
     """Runs everything; the report in Markdown."""
     problem, task = make_problem(options.width), jax.tree.map(jnp.asarray, digits())
@@ -170,8 +146,6 @@ def report(options: argparse.Namespace) -> str:
         first += time_and_memory(problem, task, num_steps, repetitions)
     second = tasks_per_second(problem, task, options.num_tasks, options.task_steps, repetitions)
     header = ["T", "`remat`", "ms", "time / plain", "temporary MiB", "memory / `none`", "compile s"]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
     return "\n\n".join(
         [
             f"An MLP of 61, {options.width}, {options.width} and 10 units with Adam on scikit-learn's digits, 64 rows "
@@ -179,10 +153,7 @@ def report(options: argparse.Namespace) -> str:
             table(header, first),
             f'Hypergradients of {options.num_tasks} tasks of {options.task_steps} steps, `remat="step"`:',
             table(["tasks", "tasks a second", "against the loop", "temporary MiB", "compile s"], second),
-            f"`python experiments/benchmarks/unroll.py{options.flags}` with Python {platform.python_version()}, "
-            + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + f"; {jax.default_backend()}, {cores} cores. Memory is what the compiler states: compare ratios within "
-            "one JAX version.",
+            circumstances(f"python experiments/benchmarks/unroll.py{options.flags}"),
         ]
     )
 

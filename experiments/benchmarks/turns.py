@@ -1,0 +1,22 @@
+"""Timing in turns; no library is needed, so that every environment can use it."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+
+def medians(calls: dict[str, Callable], repetitions: int, seconds: float = float("inf")) -> dict[str, float]:
+    """Median seconds of every call, in turns, so that a slow minute is shared by all; the first turn is dropped.
+
+    A call returns when its work is done. After three turns no other begins once `seconds` are over.
+    """
+    taken = {name: [] for name in calls}
+    begin = time.perf_counter()
+    for turn in range(repetitions + 1):
+        if turn > 3 and time.perf_counter() - begin > seconds:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in taken.items()}
