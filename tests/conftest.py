@@ -13,7 +13,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def bounded_memory():
-    """Compiled programs of one file are of no use to the next, and add up to gigabytes."""
+def quick_and_small(request):
+    """Compiled programs of one file are of no use to the next, and add up to gigabytes.
+
+    The rules' tests spend their time in the compiler: they do with less of its optimizations. Tests of values to the
+    bit, in the other rooms, have all of them.
+    """
+    jax.config.update("jax_disable_most_optimizations", request.path.parent.name == "hypergrad")
     yield
+    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
