@@ -6,7 +6,7 @@
 # FOLDER: where the environment goes; its FOLDER/bin/python is what `rules.py --peers` takes.
 # HYPERTORCH: a checkout of the repository prolearner/hypertorch, which no package index carries: on them "hypertorch" and
 # "hypergrad" are other packages. Without it the tables say that it is not installed.
-# PYTHON: the interpreter, python3 by default; TorchOpt 0.7.3 has wheels for Python up to 3.11. 
+# PYTHON: the interpreter, python3 by default; TorchOpt 0.7.3 has wheels for Python up to 3.11.
 set -eu
 folder=$1
 "${PYTHON:-python3.11}" -m venv "$folder"
