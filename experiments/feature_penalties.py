@@ -14,6 +14,10 @@ the way are bad once training converges. Against them stands what most people do
 and the same single penalty by hypergradient. Messages that occur twice are dropped before the split, features are
 fitted on training messages, penalties are chosen by validation messages, and test messages are read once.
 
+To see in the committed results: conjugate gradients, which the paper ranks first, reach the least validation loss. All
+rules are ahead of a single penalty on test messages, by less than the validation loss promises: with 5,000 λ and 1,551
+messages it is overfitted. Trained again on both parts, the single penalty has caught up.
+
     python experiments/feature_penalties.py             minutes; writes experiments/results/feature_penalties.md
     python experiments/feature_penalties.py --smoke     seconds; prints only
 
@@ -27,6 +31,9 @@ import platform
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__" and "--smoke" in sys.argv:
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # less time to compile
 
 import jax
 import jax.numpy as jnp
