@@ -29,6 +29,9 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__" and "--smoke" in sys.argv:
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # less time to compile
+
 import jax
 import jax.numpy as jnp
 import numpy as np

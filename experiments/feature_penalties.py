@@ -14,6 +14,10 @@ the way are bad once training converges. Against them stands what most people do
 and the same single penalty by hypergradient. Messages that occur twice are dropped before the split, features are
 fitted on training messages, penalties are chosen by validation messages, and test messages are read once.
 
+To see in the committed results: conjugate gradients, which the paper ranks first, reach the least validation loss, and
+all rules beat a single penalty on test messages (a log loss of .021 to .025 against .033), by less than the validation
+loss promises, since 5,000 λ overfit 1,551 messages. Trained again on both parts, the single penalty nearly catches up.
+
     python experiments/feature_penalties.py             minutes; writes experiments/results/feature_penalties.md
     python experiments/feature_penalties.py --smoke     seconds; prints only
 
@@ -28,6 +32,9 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__" and "--smoke" in sys.argv:
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # less time to compile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +44,7 @@ import metaopt
 from metaopt import base, hypergrad, inner, spaces, training
 
 RESULTS = Path(__file__).parent / "results"
-LOW, HIGH = 1e-5, 1e-1  # of a penalty; the largest curvature of g is about .3
+LOW, HIGH = 1e-6, 1e-1  # of a penalty: below, 4,000 steps make no difference; the largest curvature of g is about .3
 
 
 def load(seed: int, num_features: int, num_messages: int | None) -> dict[str, dict]:
@@ -192,7 +199,7 @@ def report(scores: dict, plain_seconds: list[float], options: argparse.Namespace
         f'words and pairs of words. Mean ± standard deviation over {options.seeds} splits. "both": trained '
         "again on training and validation messages with the penalties found. A hypergradient is one outer step of 80, "
         "with its 50 inner steps and the outer update; implicit rules go on from the last θ and adjoint. A plain "
-        f"training takes 4,000 steps ({1e3 * plain:.0f} ms): a penalty of 1e-5 needs them. CPU seconds in all include "
+        f"training takes 4,000 steps ({1e3 * plain:.0f} ms): small penalties need them. CPU seconds in all include "
         "compilation, but for the grid.",
         "",
         "The paper's task (Grazzi et al., ICML 2020, https://arxiv.org/abs/2006.16218) is on 20 newsgroups, which "

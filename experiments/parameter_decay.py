@@ -14,6 +14,11 @@ series from zero (the paper's), and one that is carried along (`warm_implicit`).
 The scores are those of the net that was trained along with λ, as in the paper, and of a net trained with the λ found
 from another initialization. Test images are read once; nothing is chosen by them.
 
+To see in the committed results: with one decay for each parameter, 50 validation images are fitted (1 % error) and the
+test error is what one decay has; with 500 it falls from 32 to 26 %, as validation images come to train the net through
+λ. From another initialization the same λ are worth no more than one decay: they belong to the weights they grew with.
+A single decay finds, in 50 hypergradients along one training run, what the grid finds.
+
     python experiments/parameter_decay.py             minutes; writes experiments/results/parameter_decay.md and .png
     python experiments/parameter_decay.py --smoke     seconds; prints only
 
@@ -26,6 +31,9 @@ import platform
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__" and "--smoke" in sys.argv:
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # less time to compile
 
 import jax
 import jax.numpy as jnp
