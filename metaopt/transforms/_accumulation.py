@@ -63,7 +63,9 @@ def learnable_accumulation(
     weight = jnp.full(beta.shape, 1 / len(beta), beta.dtype) if weights is None else jnp.asarray(weights)
 
     def init(params):
-        return AccumulationState(jax.tree.map(lambda p: jnp.zeros((len(beta), *jnp.shape(p)), jnp.result_type(p)), params))
+        return AccumulationState(
+            jax.tree.map(lambda p: jnp.zeros((len(beta), *jnp.shape(p)), jnp.result_type(p)), params)
+        )
 
     def update(updates, state, params=None):
         del params

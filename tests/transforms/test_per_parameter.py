@@ -1,4 +1,4 @@
-"""Hyperparameters by parameter: each group as if it were alone, in one program, and refused where that means nothing."""
+"""Hyperparameters by parameter: each group as if it were alone, and refused where that means nothing."""
 
 import functools
 
@@ -34,7 +34,10 @@ FACTORIES = {
     "lamb": (optax.lamb, {"weight_decay": 0.3}),
     "adafactor": (optax.adafactor, {"weight_decay_rate": 0.1}),
     "muon": (optax.contrib.muon, {"weight_decay": 0.1}),
-    "clip_by_leaf": (lambda rate, norm: optax.chain(transforms.learnable_clip(norm, scope="leaf"), optax.sgd(rate)), {"norm": 0.4}),
+    "clip_by_leaf": (
+        lambda rate, norm: optax.chain(transforms.learnable_clip(norm, scope="leaf"), optax.sgd(rate)),
+        {"norm": 0.4},
+    ),
 }
 
 
@@ -111,7 +114,9 @@ def test_hypergradients_of_trees(which):
     else:
         factory = transforms.per_group(optax.adamw, patterns=groups)
         decays = {"kernels": 0.1, "rest": 0.3}
-    hp = jax.tree.map(jnp.asarray, {"lr": RATES if which == "parameter" else {"kernels": 0.1, "rest": 0.2}, "wd": decays})
+    hp = jax.tree.map(
+        jnp.asarray, {"lr": RATES if which == "parameter" else {"kernels": 0.1, "rest": 0.2}, "wd": decays}
+    )
     loop = inner.loop(
         quadratic, lambda hp: factory(learning_rate=hp["lr"], weight_decay=hp["wd"]), init=lambda key, hp, data: PARAMS
     )
@@ -152,7 +157,8 @@ COUPLED = {
     "polyak": lambda rate: optax.polyak_sgd(scaling=rate),
     # The norm of the last step's gradients scales this one's: through the state alone.
     "delayed": lambda rate: optax.GradientTransformation(
-        lambda params: jnp.ones(()), lambda u, state, params=None: (optax.tree.scale(rate * state, u), optax.tree.norm(u))
+        lambda params: jnp.ones(()),
+        lambda u, state, params=None: (optax.tree.scale(rate * state, u), optax.tree.norm(u)),
     ),
 }
 

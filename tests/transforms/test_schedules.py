@@ -1,5 +1,7 @@
 """Schedules that can be learned: optax's values where optax has them, derivatives against finite differences."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,37 +60,51 @@ def test_monotone_knots():
     np.testing.assert_allclose(jax.vmap(falling)(jnp.arange(5)), [0.7, 0.65, 0.6, 0.4, 0.2], rtol=1e-12)
 
 
-# λ -> schedule, at a λ where no step falls on a kink; None where a length is zero and stays so.
+# At a λ where no step falls on a kink.
+LENGTHS = {"warmup_steps": 2.5, "num_steps": 9.5}
+ENDS = {"init_value": 0.1, "end_value": 0.05}
 FAMILIES = {
-    "cosine": (lambda p: transforms.cosine_schedule(p[0], warmup_steps=p[1], num_steps=p[2], init_value=p[3], end_value=p[4]), [0.3, 2.5, 9.5, 0.1, 0.05]),
-    "wsd": (lambda p: transforms.wsd_schedule(p[0], warmup_steps=p[1], num_steps=p[2], decay_steps=p[3], init_value=p[4], end_value=p[5]), [0.3, 2.5, 9.5, 3.2, 0.1, 0.05]),
-    "wsd_sqrt": (lambda p: transforms.wsd_schedule(p[0], warmup_steps=p[1], num_steps=p[2], decay_steps=p[3], decay="sqrt"), [0.3, 2.5, 9.5, 3.2]),
-    "wsd_cosine": (lambda p: transforms.wsd_schedule(p[0], num_steps=p[1], decay_steps=p[2], decay="cosine"), [0.3, 9.5, 3.2]),
-    "polynomial": (lambda p: transforms.polynomial_schedule(p[0], p[1], power=p[2], num_steps=p[3], begin_step=p[4]), [0.3, 0.1, 0.7, 6.4, 1.5]),
-    "knots": (lambda p: transforms.knot_schedule(p[:3], knots=p[3:], monotone="decreasing"), [0.3, 0.1, 0.2, 0.5, 4.5, 9.5]),
-}  # fmt: skip
+    "cosine": (transforms.cosine_schedule, {"peak_value": 0.3, **LENGTHS, **ENDS}),
+    "wsd": (transforms.wsd_schedule, {"peak_value": 0.3, "decay_steps": 3.2, **LENGTHS, **ENDS}),
+    "wsd_sqrt": (partial(transforms.wsd_schedule, decay="sqrt"), {"peak_value": 0.3, "decay_steps": 3.2, **LENGTHS}),
+    "wsd_cosine": (
+        partial(transforms.wsd_schedule, decay="cosine"),
+        {"peak_value": 0.3, "decay_steps": 3.2, **LENGTHS},
+    ),
+    "polynomial": (transforms.polynomial_schedule, {**ENDS, "power": 0.7, "num_steps": 6.4, "begin_step": 1.5}),
+    "knots": (
+        partial(transforms.knot_schedule, monotone="decreasing"),
+        {"values": [0.3, 0.1, 0.2], "knots": [0.5, 4.5, 9.5]},
+    ),
+}
+
+
+def values_at(family, numbers):
+    """λ as a vector, and the schedule's values as a function of it."""
+    flat, unravel = jax.flatten_util.ravel_pytree(jax.tree.map(jnp.asarray, numbers, is_leaf=lambda x: type(x) is list))
+    return flat, lambda flat: jax.vmap(family(**unravel(flat)))(STEPS)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_derivatives_in_every_number(name):
-    family, at = FAMILIES[name]
-    at = jnp.array(at)
-    values = jax.jit(jax.vmap(lambda p: jax.vmap(family(p))(STEPS)))
+    at, schedule = values_at(*FAMILIES[name])
+    values = jax.jit(jax.vmap(schedule))
     steps = 1e-6 * jnp.eye(len(at))
     expected = ((values(at[None] + steps) - values(at[None] - steps)) / 2e-6).T
-    found = jax.jit(jax.jacrev(lambda p: jax.vmap(family(p))(STEPS)))(at)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(jax.jit(jax.jacrev(schedule))(at), expected, rtol=1e-6, atol=1e-9)
     assert np.all(np.abs(expected).max(axis=0) > 1e-3)
 
 
 def test_derivatives_are_finite_on_the_kinks():
-    for family, at in (
-        (FAMILIES["wsd_sqrt"][0], [0.3, 2.0, 9.0, 3.0]),
-        (FAMILIES["wsd_sqrt"][0], [0.3, 0.0, 9.0, 0.0]),
-        (FAMILIES["cosine"][0], [0.3, 0.0, 9.0, 0.0, 0.0]),
-        (FAMILIES["polynomial"][0], [0.3, 0.0, 0.5, 6.0, 1.0]),
+    whole = {"peak_value": 0.3, "warmup_steps": 2.0, "num_steps": 9.0}
+    for family, numbers in (
+        (FAMILIES["wsd_sqrt"][0], {**whole, "decay_steps": 3.0}),
+        (FAMILIES["wsd_sqrt"][0], {**whole, "warmup_steps": 0.0, "decay_steps": 0.0}),
+        (FAMILIES["cosine"][0], {**whole, "warmup_steps": 0.0}),
+        (FAMILIES["polynomial"][0], {**ENDS, "power": 0.5, "num_steps": 6.0, "begin_step": 1.0}),
     ):
-        assert np.all(np.isfinite(jax.jacrev(lambda p, f=family: jax.vmap(f(p))(STEPS))(jnp.array(at))))
+        at, schedule = values_at(family, numbers)
+        assert np.all(np.isfinite(jax.jacrev(schedule)(at)))
 
 
 def test_a_schedule_is_learned_through_training():
