@@ -6,9 +6,11 @@ from metaopt.transforms._differentiable import differentiable
 from metaopt.transforms._mixture import mixture
 from metaopt.transforms._per_parameter import per_group, per_parameter
 from metaopt.transforms._schedules import cosine_schedule, knot_schedule, polynomial_schedule, wsd_schedule
+from metaopt.transforms._self_tuning import SelfTuningState, self_tuning
 
 __all__ = [
     "AccumulationState",
+    "SelfTuningState",
     "cosine_schedule",
     "differentiable",
     "knot_schedule",
@@ -18,5 +20,6 @@ __all__ = [
     "per_group",
     "per_parameter",
     "polynomial_schedule",
+    "self_tuning",
     "wsd_schedule",
 ]

@@ -27,6 +27,9 @@ TRANSFORMS = {
         0.1, weight_decay={"matrix": 0.1, "rest": 0.0}
     ),
     "per_parameter": lambda: transforms.per_parameter(optax.adamw)({"w": 0.1, "b": 0.2}, weight_decay=0.1),
+    "self_tuning": lambda: transforms.self_tuning(
+        lambda hp: optax.adamw(hp["rate"], weight_decay=hp["decay"]), {"rate": 0.1, "decay": 0.01}, optax.sgd(0.02)
+    ),
 }
 COMPOSED = {
     "alone": lambda t: t,
