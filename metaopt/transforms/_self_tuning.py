@@ -56,9 +56,9 @@ def self_tuning(
     knows of no later step, and prefers smaller rates on noisy gradients and a smaller weight decay than a validation
     loss does. `hypergrad` has the rules that look further.
 
-    `tuner` may be a `self_tuning` itself, to any height. Takes a pullback through the optimizer's operations a step, and
-    one more copy of the gradient, the optimizer's state and the parameters. Extra arguments (`value`) are this step's
-    where the last step is looked at, too. The state is a pytree of arrays; λ enters `update` from there, so that nothing
+    `tuner` may be a `self_tuning` itself, to any height. Takes a pullback through the optimizer's operations a step and
+    one more copy of the gradient, the optimizer's state and the parameters. Extra arguments (`value`) are this step's,
+    where the last step is looked at too. The state is a pytree of arrays, and λ enters `update` from there: nothing
     recompiles. Flax's `TrainState` and `nnx.Optimizer` hold it as any other.
 
     Args:
