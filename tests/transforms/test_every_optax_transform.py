@@ -47,6 +47,10 @@ def matrices(tree):
     return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
 
 
+def dimensions(tree):
+    return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), tree)
+
+
 def sometimes(step, updates=None, params=None, **extra_args):
     return step % 2 == 0
 
@@ -122,16 +126,20 @@ CASES: dict[str, Any] = {
         acprop ademamix adopt dadapt_adamw dog dowg madgrad momo momo_adam prodigy schedule_free_adamw
         schedule_free_sgd simplified_ademamix""".split()},
     **{name: plain(getattr(contrib, name)()) for name in """
-        scale_by_acprop scale_by_ademamix scale_by_adopt scale_by_cocob scale_by_muon scale_by_simplified_ademamix
+        scale_by_acprop scale_by_ademamix scale_by_adopt scale_by_cocob scale_by_simplified_ademamix
         normalize reduce_on_plateau""".split()},
     "muon": contrib.muon,
+    "scale_by_muon": plain(optax.masked(contrib.scale_by_muon(weight_dimension_numbers=dimensions), matrices)),
     "cocob": scaled(lambda rate: contrib.cocob()),
     "differentially_private_aggregate": per_example(
         scaled(lambda rate: contrib.differentially_private_aggregate(1.0, rate, key=jax.random.key(0)))
     ),
-    "dpsgd": per_example(lambda rate: contrib.dpsgd(rate, 1.0, 0.1, key=jax.random.key(0))),
+    "dpsgd": per_example(lambda rate: contrib.dpsgd(rate, 1.0, 0.1, seed=0)),
     "mechanize": lambda rate: contrib.mechanize(optax.adam(rate), weight_decay=rate),
-    "sam": lambda rate: contrib.sam(optax.adam(rate), optax.chain(contrib.normalize(), optax.sgd(rate)), sync_period=2),
+    # Its update takes no extra arguments, though it says so.
+    "sam": lambda rate: optax.GradientTransformation(
+        *contrib.sam(optax.adam(rate), optax.chain(contrib.normalize(), optax.sgd(rate)), sync_period=2)
+    ),
     "scale_by_madgrad": contrib.scale_by_madgrad,
     "schedule_free": lambda rate: contrib.schedule_free(optax.adam(rate, b1=0.0), rate),
     "sophia": lambda rate: contrib.sophia(rate, update_interval=1),
