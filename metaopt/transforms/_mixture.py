@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import eval_jaxpr
 
 from metaopt import base
 
@@ -92,7 +93,7 @@ def _update_apart(member, idle, operands, extra_args):
     # As a jaxpr, whose constants are the hyperparameters and other arrays that the member closes over.
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(operands)
     arguments = (closed.consts, jax.tree.leaves(operands))
-    evaluate = lambda arguments: jax.core.eval_jaxpr(closed.jaxpr, arguments[0], *arguments[1])
+    evaluate = lambda arguments: eval_jaxpr(closed.jaxpr, arguments[0], *arguments[1])
     # The compiler sees that it is the same evaluation twice.
     outputs = filter(_is_float, evaluate(jax.lax.stop_gradient(arguments)))
     broken = idle & ~jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in outputs]))

@@ -67,12 +67,12 @@ def knot_schedule(
 
 
 def polynomial_schedule(
-    init_value: jax.typing.ArrayLike,
-    end_value: jax.typing.ArrayLike,
+    init_value: jax.Array | float,
+    end_value: jax.Array | float,
     *,
-    num_steps: jax.typing.ArrayLike,
-    power: jax.typing.ArrayLike = 1.0,
-    begin_step: jax.typing.ArrayLike = 0,
+    num_steps: jax.Array | float,
+    power: jax.Array | float = 1.0,
+    begin_step: jax.Array | float = 0,
 ) -> optax.Schedule:
     """v(t) = end + (init − end) (1 − s)^power, where s rises from 0 to 1 over the `num_steps` after `begin_step`.
 
@@ -98,12 +98,12 @@ def polynomial_schedule(
 
 
 def cosine_schedule(
-    peak_value: jax.typing.ArrayLike,
+    peak_value: jax.Array | float,
     *,
-    num_steps: jax.typing.ArrayLike,
-    warmup_steps: jax.typing.ArrayLike = 0,
-    init_value: jax.typing.ArrayLike = 0.0,
-    end_value: jax.typing.ArrayLike = 0.0,
+    num_steps: jax.Array | float,
+    warmup_steps: jax.Array | float = 0,
+    init_value: jax.Array | float = 0.0,
+    end_value: jax.Array | float = 0.0,
 ) -> optax.Schedule:
     """A straight line from `init_value` to `peak_value`, then half a cosine down to `end_value`.
 
@@ -137,13 +137,13 @@ _DECAYS: dict[str, Callable] = {
 
 
 def wsd_schedule(
-    peak_value: jax.typing.ArrayLike,
+    peak_value: jax.Array | float,
     *,
-    num_steps: jax.typing.ArrayLike,
-    warmup_steps: jax.typing.ArrayLike = 0,
-    decay_steps: jax.typing.ArrayLike = 0,
-    init_value: jax.typing.ArrayLike = 0.0,
-    end_value: jax.typing.ArrayLike = 0.0,
+    num_steps: jax.Array | float,
+    warmup_steps: jax.Array | float = 0,
+    decay_steps: jax.Array | float = 0,
+    init_value: jax.Array | float = 0.0,
+    end_value: jax.Array | float = 0.0,
     decay: str = "linear",
 ) -> optax.Schedule:
     """Warmup, stable, decay: a straight line up to `peak_value`, constant, and down to `end_value` at the end.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from metaopt import base
 from metaopt.transforms._differentiable import differentiable
@@ -89,7 +90,7 @@ def self_tuning(
     if rule not in ("additive", "multiplicative", "normalized"):
         raise ValueError(f'`rule` must be "additive", "multiplicative" or "normalized"; got {rule!r}.')
     for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams):
-        if rule != "additive" and not isinstance(leaf, jax.core.Tracer) and not jnp.all(jnp.asarray(leaf) > 0):
+        if rule != "additive" and not isinstance(leaf, Tracer) and not jnp.all(jnp.asarray(leaf) > 0):
             raise ValueError(
                 f"`hyperparams` must be positive, since the {rule} rule moves their logarithms; got {leaf} at "
                 f'{jax.tree_util.keystr(path) or "the root"}. Use `rule="additive"`, or leave it in the factory.'
