@@ -159,8 +159,6 @@ FORWARD_ONLY = {
 STOPS_THE_GRADIENT = {
     "lbfgs": "in the first scale of its inverse Hessian",
     "scale_by_lbfgs": "as lbfgs",
-    "galore": "in the projection that it takes from the gradient",
-    "scale_by_galore": "as galore",
 }
 NO_TRANSFORM = {"schedule_free_eval_params": "reads parameters off a state"}
 
@@ -220,8 +218,11 @@ def bits(tree):
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # Building blocks of a transform that is here too.
 SLOW = [name for name in CASES if name.startswith("scale_by_")]
-EPS = 1e-6
-AT = jnp.asarray(LAM + EPS * np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]]))
+AROUND = np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+# Step and relative error of finite differences; GaLore takes its singular vectors in float32.
+EPS, RTOL = 1e-6, 1e-4
+COARSE = {"galore": (3e-3, 5e-3), "scale_by_galore": (3e-3, 5e-3)}
+AT = jnp.asarray(LAM + EPS * AROUND)
 
 
 def plain_transform(transform):
@@ -234,15 +235,17 @@ def test_values_and_gradients(name):
     case = CASES[name]
     # One program without `differentiable`, at λ and around it; one with it.
     plain = jax.jit(jax.vmap(lambda lam: objective(case, lam, plain_transform)), compiler_options=QUICK)
-    values, expected = plain(AT)
+    eps, rtol = COARSE.get(name, (EPS, RTOL))
+    at = jnp.asarray(LAM + eps * AROUND)
+    values, expected = plain(at)
     gradient = jax.value_and_grad(lambda lam: objective(case, lam, transforms.differentiable), has_aux=True)
-    (_, found), grads = jax.jit(jax.vmap(gradient), compiler_options=QUICK)(AT)
+    (_, found), grads = jax.jit(jax.vmap(gradient), compiler_options=QUICK)(at)
     # A program that keeps residuals for its derivative is compiled otherwise, and may differ in the last bit.
     chex.assert_trees_all_close(bits(found), bits(expected), rtol=1e-9, atol=1e-14)
     chex.assert_tree_all_finite((values, grads))
     if name not in STOPS_THE_GRADIENT:
-        differences = np.array([values[1] - values[2], values[3] - values[4]]) / (2 * EPS)
-        np.testing.assert_allclose(grads[0], differences, rtol=1e-4, atol=1e-6)
+        differences = np.array([values[1] - values[2], values[3] - values[4]]) / (2 * eps)
+        np.testing.assert_allclose(grads[0], differences, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", STOPS_THE_GRADIENT)
