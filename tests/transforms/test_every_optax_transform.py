@@ -229,7 +229,7 @@ def plain_transform(transform):
     return transform
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated, .*use:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
 def test_values_and_gradients(name):
     case = CASES[name]
@@ -259,7 +259,7 @@ def test_gradients_that_optax_stops(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*is deprecated, .*use:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_values_are_equal_to_the_bit(name):
     # `test_differentiable` has the optimizers that are used most among the quick tests.
@@ -287,7 +287,7 @@ LOW = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*is deprecated, .*use:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_lower_precision(name):
     for dtype in LOW:
