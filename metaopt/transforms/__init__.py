@@ -1,5 +1,25 @@
-"""Composable optax transforms: any of them differentiable at zero gradients."""
+"""Composable optax transforms: any of them differentiable at zero gradients, and with more to be tuned in them."""
 
+from metaopt.transforms._accumulation import AccumulationState, learnable_accumulation
+from metaopt.transforms._clip import learnable_clip
 from metaopt.transforms._differentiable import differentiable
+from metaopt.transforms._mixture import mixture
+from metaopt.transforms._per_parameter import per_group, per_parameter
+from metaopt.transforms._schedules import cosine_schedule, knot_schedule, polynomial_schedule, wsd_schedule
+from metaopt.transforms._self_tuning import SelfTuningState, self_tuning
 
-__all__ = ["differentiable"]
+__all__ = [
+    "AccumulationState",
+    "SelfTuningState",
+    "cosine_schedule",
+    "differentiable",
+    "knot_schedule",
+    "learnable_accumulation",
+    "learnable_clip",
+    "mixture",
+    "per_group",
+    "per_parameter",
+    "polynomial_schedule",
+    "self_tuning",
+    "wsd_schedule",
+]

@@ -1,0 +1,81 @@
+"""Momenta at several time scales, whose decays can be learned."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+class AccumulationState(NamedTuple):
+    """What `learnable_accumulation` carries.
+
+    Attributes:
+      momenta: [K, ...] for each parameter [...].
+    """
+
+    momenta: optax.Updates
+
+
+def learnable_accumulation(
+    decays: jax.typing.ArrayLike, weights: jax.typing.ArrayLike | None = None, *, average: bool = False
+) -> optax.GradientTransformation:
+    """Replaces the gradient by a weighted sum of its momenta at K decays.
+
+        m_k ← β_k m_k + g,    u = Σ_k w_k m_k
+
+    or with `average` m_k ← β_k m_k + (1 − β_k) g. One decay is `optax.trace` (`optax.ema` without debiasing); several
+    are aggregated momentum, whose fast members damp the slow one's oscillations. β and w differentiate in both modes;
+    neither is checked: `spaces.unit_interval(shape=(K,))` and `spaces.simplex(K)` keep them where they belong.
+
+    Takes K times the memory of the parameters.
+
+    Args:
+      decays: β, [K], each in [0, 1).
+      weights: w, [K]; 1/K by default.
+      average: whether a momentum is an average of gradients, and not a sum.
+
+    Returns:
+      A transform, to be chained with a learning rate.
+
+    Raises:
+      ValueError: `decays` is no vector, or the weights are not as many.
+
+    Source: Lucas et al., ICLR 2019, https://arxiv.org/abs/1804.00325
+
+    >>> import jax.numpy as jnp, optax
+    >>> from metaopt import transforms
+    >>> momentum = transforms.learnable_accumulation(jnp.array([0.0, 0.5]))
+    >>> state = momentum.init(1.0)
+    >>> for _ in range(2):
+    ...     update, state = momentum.update(1.0, state)
+    >>> print(update)
+    1.25
+    """
+    if len(np.shape(decays)) != 1 or np.shape(decays)[0] < 1:
+        raise ValueError(f"`decays` must be a vector of at least one decay; got shape {np.shape(decays)}.")
+    if weights is not None and np.shape(weights) != np.shape(decays):
+        raise ValueError(
+            f"`weights` must be one for each of `decays`; got shapes {np.shape(weights)} and {np.shape(decays)}."
+        )
+    beta = jnp.asarray(decays)
+    weight = jnp.full(beta.shape, 1 / len(beta), beta.dtype) if weights is None else jnp.asarray(weights)
+
+    def init(params):
+        return AccumulationState(
+            jax.tree.map(lambda p: jnp.zeros((len(beta), *jnp.shape(p)), jnp.result_type(p)), params)
+        )
+
+    def update(updates, state, params=None):
+        del params
+
+        def decayed(u, m):
+            column = beta.reshape(-1, *[1] * (m.ndim - 1))
+            return (column * m + (1 - column if average else 1) * jnp.asarray(u)[None]).astype(m.dtype)
+
+        momenta = jax.tree.map(decayed, updates, state.momenta)
+        mixed = jax.tree.map(lambda m: jnp.tensordot(weight, m, axes=1).astype(m.dtype), momenta)
+        return mixed, AccumulationState(momenta)
+
+    return optax.GradientTransformation(init, update)

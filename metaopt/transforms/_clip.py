@@ -1,0 +1,65 @@
+"""Clipping by a norm that can be learned."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def learnable_clip(
+    max_norm: jax.typing.ArrayLike, *, scope: str = "global", sharpness: float | None = None
+) -> optax.GradientTransformation:
+    """Scales updates down to a norm c: u = g · min(1, c/‖g‖), with finite derivatives everywhere.
+
+    The minimum tells c nothing while no update is clipped. With a `sharpness` p it is replaced by a smooth one,
+
+        u = g · (1 + (‖g‖/c)^p)^(−1/p),
+
+    which is shorter than both ‖g‖ and c, tends to the minimum for p → ∞, and has a derivative in c at every step.
+
+    Values of the hard one are those of `optax.clip_by_global_norm`, in float32 and float64; norms of half-precision
+    updates are taken in float32. At g = 0 the derivative in g is 1, and in c it is 0.
+
+    Args:
+      max_norm: c, positive.
+      scope: "global" for the norm of all updates together, "leaf" for one of each parameter.
+      sharpness: p, positive: 1 is g · c/(c + ‖g‖); None for the minimum itself.
+
+    Returns:
+      A transform without a state, differentiable in c and g in both modes.
+
+    Raises:
+      ValueError: `scope` is something else, or `sharpness` is not positive.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from metaopt import transforms
+    >>> length = lambda c, p: jnp.sum(transforms.learnable_clip(c, sharpness=p).update(jnp.array([1.0]), ())[0])
+    >>> [round(float(jax.grad(length)(2.0, p)), 3) for p in (None, 1.0)]
+    [0.0, 0.111]
+    """
+    if scope not in ("global", "leaf"):
+        raise ValueError(f'`scope` must be "global" or "leaf"; got {scope!r}.')
+    if sharpness is not None and not sharpness > 0:
+        raise ValueError(f"`sharpness` must be positive, or None; got {sharpness}.")
+
+    def clip(updates):
+        precise = jax.tree.map(lambda u: u.astype(jnp.promote_types(u.dtype, jnp.float32)), updates)
+        square = optax.tree.norm(precise, squared=True)
+        norm = jnp.sqrt(jnp.where(square > 0, square, 1))
+
+        def scaled(u, like):
+            if sharpness is None:
+                clipped = jnp.where((square == 0) | (norm < max_norm), u, (u / norm) * max_norm)
+            else:
+                # (1 + r^p)^(-1/p), where r^p may overflow.
+                shrink = jnp.exp(-jnp.logaddexp(0, sharpness * jnp.log(norm / max_norm)) / sharpness)
+                clipped = u * jnp.where(square > 0, shrink, 1)
+            return clipped.astype(like.dtype)
+
+        return jax.tree.map(scaled, precise, updates)
+
+    def update(updates, state, params=None):
+        del params
+        updates = jax.tree.map(jnp.asarray, updates)
+        return (clip(updates) if scope == "global" else jax.tree.map(clip, updates)), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)

@@ -1,0 +1,105 @@
+"""Optimizers as an architecture: a mixture of transforms, whose weights can be tuned."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import eval_jaxpr
+
+from metaopt import base
+
+
+@jax.custom_jvp
+def _weighted(weight, update):
+    """w·u; with w = 0 the −0 that changes no bit of what it is added to, whatever u is."""
+    return jnp.where(weight == 0, -jnp.zeros_like(update), weight * update)
+
+
+@_weighted.defjvp
+def _weighted_jvp(primals, tangents):
+    (weight, update), (weight_dot, update_dot) = primals, tangents
+    # At w = 0 the derivative along w is u itself, unless u is broken.
+    finite = jnp.where((weight == 0) & ~jnp.isfinite(update), 0, update)
+    return _weighted(weight, update), weight_dot * finite + weight * jnp.where(weight == 0, 0, update_dot)
+
+
+def mixture(
+    transforms: Sequence[optax.GradientTransformation], weights: base.PyTree
+) -> optax.GradientTransformationExtraArgs:
+    """The weighted mean of the updates of several transforms, u = Σ_k w_k u_k.
+
+    Each member sees the same gradients and parameters and keeps its own state, whatever its weight: memory and time are
+    the members' together. With a one-hot w the update is that member's to the bit. A member of weight zero whose update
+    or state is not finite leaks neither into the values nor into any derivative; the derivative along its weight is
+    zero then, and else its update. What has a weight other than zero and is not finite is passed on.
+
+    Differentiable in the weights and through the members, in both modes, as far as they are: wrap the mixture in
+    `differentiable`, as `inner.loop` does.
+
+    Args:
+      transforms: the members, at least one; wrap those that need it in `optax.chain` for their own rates.
+      weights: [K], one for each member; or a tree of [K] that is a prefix of the parameters', for a mixture of its own
+        in each. They are used as they are: `spaces.simplex(K)` or a softmax keeps them nonnegative with sum one.
+
+    Returns:
+      A transform; its state is the tuple of the members' states. Extra arguments reach every member that takes them.
+
+    Raises:
+      ValueError: there is no member, or weights are not [K].
+
+    >>> import jax.numpy as jnp, optax
+    >>> from metaopt import transforms
+    >>> half = transforms.mixture([optax.sgd(0.1), optax.sign_sgd(0.1)], jnp.array([0.5, 0.5]))
+    >>> print(half.update(jnp.array([4.0, -1.0]), half.init(jnp.zeros(2)))[0])
+    [-0.25  0.1 ]
+    """
+    members = [optax.with_extra_args_support(member) for member in transforms]
+    if not members:
+        raise ValueError("`transforms` must have at least one member; got none.")
+    for leaf in jax.tree.leaves(weights):
+        if np.shape(leaf) != (len(members),):
+            raise ValueError(
+                f"`weights` must be an array of one weight for each of the {len(members)} transforms, or a tree of "
+                f"such arrays; got a leaf of shape {np.shape(leaf)}."
+            )
+
+    def init(params):
+        return tuple(member.init(params) for member in members)
+
+    def update(updates, state, params=None, **extra_args):
+        results = []
+        for k, (member, member_state) in enumerate(zip(members, state, strict=True)):
+            idle = jnp.all(jnp.array([leaf[k] == 0 for leaf in jax.tree.leaves(weights)]))
+            results.append(_update_apart(member, idle, (updates, member_state, params), extra_args))
+
+        def mix(weights, *trees):
+            def mean(*leaves):
+                terms = [_weighted(jnp.asarray(w, u.dtype), u) for w, u in zip(weights, leaves, strict=True)]
+                return sum(terms[1:], start=terms[0])
+
+            return jax.tree.map(mean, *trees)
+
+        mixed = jax.tree.map(lambda w, *trees: mix(w, *trees), weights, *(u for u, _ in results))
+        return mixed, tuple(s for _, s in results)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _update_apart(member, idle, operands, extra_args):
+    """A member's update, through which no derivative passes while it is idle and not finite (0 · ∞ is NaN)."""
+    function = lambda operands: member.update(*operands, **extra_args)
+    # As a jaxpr, whose constants are the hyperparameters and other arrays that the member closes over.
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(operands)
+    arguments = (closed.consts, jax.tree.leaves(operands))
+    evaluate = lambda arguments: eval_jaxpr(closed.jaxpr, arguments[0], *arguments[1])
+    # The compiler sees that it is the same evaluation twice.
+    outputs = filter(_is_float, evaluate(jax.lax.stop_gradient(arguments)))
+    broken = idle & ~jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in outputs]))
+    hold = lambda x: jnp.where(broken, jax.lax.stop_gradient(x), x) if _is_float(x) else x
+    return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(jax.tree.map(hold, arguments)))
+
+
+def _is_float(x) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

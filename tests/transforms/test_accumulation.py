@@ -1,0 +1,54 @@
+"""Momenta at several decays: optax's where there is one, the sum of optax's where there are more."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import transforms
+
+GRADS = [{"a": jnp.array([0.5, -1.0]) * t, "b": jnp.array(0.3) + t} for t in range(4)]
+
+
+def accumulate(transform, grads=GRADS):
+    state = transform.init(grads[0])
+    for g in grads:
+        updates, state = transform.update(g, state)
+    return updates, state
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_the_sum_of_the_momenta_of_optax(average):
+    decays, weights = jnp.array([0.0, 0.9, 0.99]), jnp.array([0.5, 0.3, 0.2])
+    one = lambda beta: optax.ema(beta, debias=False) if average else optax.trace(beta)
+    members = [accumulate(one(float(beta)))[0] for beta in decays]
+    expected = jax.tree.map(lambda *ms: sum(w * m for w, m in zip(weights, ms, strict=True)), *members)
+    updates, state = accumulate(transforms.learnable_accumulation(decays, weights, average=average))
+    chex.assert_trees_all_close(updates, expected, rtol=1e-12)
+    chex.assert_trees_all_equal_shapes(state.momenta, {"a": jnp.zeros((3, 2)), "b": jnp.zeros(3)})
+    mean = accumulate(transforms.learnable_accumulation(decays, average=average))[0]
+    chex.assert_trees_all_close(mean, jax.tree.map(lambda *ms: sum(ms) / 3, *members), rtol=1e-12)
+
+
+def test_derivatives():
+    def value(decays, weights):
+        updates, _ = accumulate(transforms.learnable_accumulation(decays, weights))
+        return jnp.sum(jnp.sin(updates["a"])) + updates["b"]
+
+    jax.test_util.check_grads(jax.jit(value), (jnp.array([0.0, 0.9]), jnp.array([0.4, 0.6])), order=2, rtol=1e-5)
+
+
+def test_decays_near_one_are_not_rounded_in_bfloat16():
+    grads = [jnp.ones(2, jnp.bfloat16)] + [jnp.zeros(2, jnp.bfloat16)] * 40
+    updates, state = accumulate(transforms.learnable_accumulation(jnp.array([0.98], jnp.float32)), grads)
+    assert updates.dtype == state.momenta.dtype == jnp.bfloat16
+    assert np.all(np.asarray(updates, np.float32) < 0.6)  # 0.98⁴⁰ is 0.45
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="`decays` must be a vector"):
+        transforms.learnable_accumulation(0.9)
+    with pytest.raises(ValueError, match="`weights` must be one for each"):
+        transforms.learnable_accumulation(jnp.array([0.9]), jnp.ones(2))

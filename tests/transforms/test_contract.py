@@ -1,0 +1,134 @@
+"""What every transform of the room does as a transform of optax: pure, jitted, mapped, of any dtype, composed, saved.
+
+A transform that is added to the room and not to `TRANSFORMS` fails `test_every_transform_of_the_room_is_here`.
+"""
+
+import functools
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from metaopt import transforms
+
+PARAMS = {"w": np.array([[0.5, -1.0], [0.3, 0.0]]), "b": np.array([0.1, -0.2])}
+TRANSFORMS = {
+    "differentiable": lambda: transforms.differentiable(optax.adam(0.1)),
+    "learnable_accumulation": lambda: transforms.learnable_accumulation(np.array([0.5, 0.9], np.float32)),
+    "learnable_clip": lambda: transforms.learnable_clip(0.5),
+    "learnable_clip_smooth": lambda: transforms.learnable_clip(0.5, scope="leaf", sharpness=2.0),
+    "mixture": lambda: transforms.mixture([optax.adam(0.1), optax.sgd(0.1)], np.array([0.3, 0.7], np.float32)),
+    "per_group": lambda: transforms.per_group(optax.adamw, patterns={"matrix": "w", "rest": ""})(
+        0.1, weight_decay={"matrix": 0.1, "rest": 0.0}
+    ),
+    "per_parameter": lambda: transforms.per_parameter(optax.adamw)({"w": 0.1, "b": 0.2}, weight_decay=0.1),
+    "self_tuning": lambda: transforms.self_tuning(
+        lambda hp: optax.adamw(hp["rate"], weight_decay=hp["decay"]), {"rate": 0.1, "decay": 0.01}, optax.sgd(0.02)
+    ),
+}
+COMPOSED = {
+    "alone": lambda t: t,
+    "chain": lambda t: optax.chain(optax.clip(1.0), t, optax.scale(0.5)),
+    "masked": lambda t: optax.masked(t, lambda params: jax.tree.map(lambda _: True, params)),
+    "apply_if_finite": lambda t: optax.apply_if_finite(t, 3),
+    "multi_steps": lambda t: optax.MultiSteps(t, 2).gradient_transformation(),
+    "differentiable": transforms.differentiable,
+}
+
+
+def grads_of(params):
+    return jax.tree.map(lambda p: jnp.sin(3 * p), params)
+
+
+def two_steps(transform, params):
+    state = transform.init(params)
+    for _ in range(2):
+        updates, state = transform.update(grads_of(params), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def like(params, dtype):
+    return jax.tree.map(lambda p: jnp.asarray(p, dtype), params)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_init_and_update_are_pure_and_keep_their_types(name):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params, transform = like(PARAMS, dtype), TRANSFORMS[name]()
+        state = transform.init(params)
+        before = jax.tree.map(jnp.array, (params, state))
+        (updates, after), (again, _) = (transform.update(grads_of(params), state, params) for _ in range(2))
+        chex.assert_trees_all_equal(updates, again)
+        chex.assert_trees_all_equal((params, state), before)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        chex.assert_tree_all_finite((updates, after))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_jit_vmap_and_scan(name):
+    transform, params = TRANSFORMS[name](), like(PARAMS, jnp.float64)
+    expected = two_steps(transform, params)
+    traces = []
+    update = jax.jit(lambda *args: (traces.append(0), transform.update(*args))[1])
+    p, state = params, jax.jit(transform.init)(params)
+    for _ in range(2):
+        updates, state = update(grads_of(p), state, p)
+        p = optax.apply_updates(p, updates)
+    assert len(traces) == 1
+    chex.assert_trees_all_close((p, state), expected, rtol=1e-12)
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    batched = jax.jit(jax.vmap(functools.partial(two_steps, transform)))(many)
+    chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], batched), expected, rtol=1e-12)
+
+    def step(carry, _):
+        updates, state = transform.update(grads_of(carry[0]), carry[1], carry[0])
+        return (optax.apply_updates(carry[0], updates), state), None
+
+    scanned, _ = jax.lax.scan(step, (params, transform.init(params)), length=2)
+    chex.assert_trees_all_close(scanned, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_it_composes_and_ignores_extra_arguments(name):
+    params = like(PARAMS, jnp.float64)
+    for compose in COMPOSED.values():
+        transform = optax.with_extra_args_support(compose(TRANSFORMS[name]()))
+        state = transform.init(params)
+        updates, after = transform.update(grads_of(params), state, params, unexpected=1.0)
+        chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (params, state))
+        chex.assert_tree_all_finite(updates)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_trees_of_any_shape(name):
+    transform = TRANSFORMS[name]()
+    if name in ("per_group", "per_parameter"):
+        return  # its hyperparameters say what the parameters are
+    for params in (jnp.ones(()), {}, {"a": None, "b": jnp.ones((2, 0))}):
+        updates, _ = transform.update(params, transform.init(params), params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_orbax_saves_the_state(name, tmp_path):
+    _, state = two_steps(TRANSFORMS[name](), like(PARAMS, jnp.float32))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", {"state": state})
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: {"state": state}))
+    chex.assert_trees_all_equal(restored, {"state": state})
+
+
+def test_every_transform_of_the_room_is_here():
+    for name in transforms.__all__:
+        function = getattr(transforms, name)
+        if inspect.isclass(function) or name.endswith("_schedule"):
+            continue
+        assert name in TRANSFORMS

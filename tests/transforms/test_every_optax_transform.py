@@ -1,0 +1,322 @@
+"""`transforms.differentiable` over every public transform of optax: the same values, finite and correct gradients.
+
+A transform that optax adds and that is not here fails `test_every_public_transform_is_here`.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+
+from metaopt import transforms
+
+
+class Case(NamedTuple):
+    make: Callable  # rate -> transform
+    wrap: Callable = lambda params: params  # what the transform calls parameters
+    read: Callable = lambda params: params
+
+
+def scaled(make):
+    """A transform without a rate, with one."""
+    return lambda rate: optax.chain(make(rate), optax.scale(-rate))
+
+
+def plain(transform):
+    return scaled(lambda rate: transform)
+
+
+def per_example(make):
+    """Two examples' gradients, for what aggregates them."""
+    examples = optax.stateless(lambda updates, _: jax.tree.map(lambda u: jnp.stack([u, 2 * u]), updates))
+    return lambda rate: optax.chain(examples, make(rate))
+
+
+def decayed(make):
+    return lambda rate: make(rate, weight_decay=rate)
+
+
+def matrices(tree):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
+
+def dimensions(tree):
+    return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), tree)
+
+
+def sometimes(step, updates=None, params=None, **extra_args):
+    return step % 2 == 0
+
+
+DEAD = {"matrix": False, "dead": True}
+double = lambda updates, params=None: jax.tree.map(lambda u: 2 * u, updates)
+
+CASES: dict[str, Any] = {
+    # optax's aliases
+    **{name: getattr(optax, name) for name in """
+        adabelief adadelta adagrad adam adamax amsgrad fromage lion nadam novograd optimistic_adam
+        optimistic_adam_v2 radam rprop sgd sign_sgd signum sm3 yogi""".split()},
+    **{name: decayed(getattr(optax, name)) for name in """
+        adamaxw adamw adan lamb lars nadamw""".split()},
+    "adafactor": lambda rate: optax.adafactor(rate, min_dim_size_to_factor=2),
+    "rmsprop": lambda rate: optax.rmsprop(rate, centered=True, momentum=0.5),
+    "noisy_sgd": lambda rate: optax.noisy_sgd(rate, key=jax.random.key(0)),
+    "optimistic_gradient_descent": lambda rate: optax.optimistic_gradient_descent(rate, alpha=0.7, beta=0.1),
+    "polyak_sgd": lambda rate: optax.polyak_sgd(scaling=rate, f_min=-9.0),
+    "lbfgs": lambda rate: optax.lbfgs(rate, linesearch=None),
+    # its building blocks
+    **{name: plain(getattr(optax, name)()) for name in """
+        centralize identity scale_by_adadelta scale_by_adam scale_by_adamax scale_by_adan scale_by_amsgrad
+        scale_by_belief scale_by_distance_over_gradients scale_by_lbfgs scale_by_lion scale_by_novograd
+        scale_by_optimistic_gradient scale_by_param_block_norm scale_by_param_block_rms scale_by_radam scale_by_rms
+        scale_by_rss scale_by_sign scale_by_sm3 scale_by_stddev scale_by_trust_ratio scale_by_yogi set_to_zero
+        normalize_by_update_norm zero_nans""".split()},
+    "adaptive_grad_clip": scaled(optax.adaptive_grad_clip),
+    "add_decayed_weights": scaled(optax.add_decayed_weights),
+    "add_noise": scaled(lambda rate: optax.add_noise(rate, 0.5, key=jax.random.key(0))),
+    "apply_every": scaled(lambda rate: optax.apply_every(2)),
+    "clip": scaled(optax.clip),
+    "clip_by_block_rms": scaled(optax.clip_by_block_rms),
+    "clip_by_global_norm": scaled(optax.clip_by_global_norm),
+    "ema": scaled(lambda rate: optax.ema(1 - rate)),
+    "freeze": scaled(lambda rate: optax.freeze(DEAD)),
+    "keep_params_nonnegative": lambda rate: optax.chain(optax.scale(-rate), optax.keep_params_nonnegative()),
+    "scale": lambda rate: optax.scale(-rate),
+    "scale_by_factored_rms": plain(optax.scale_by_factored_rms(min_dim_size_to_factor=2)),
+    "scale_by_learning_rate": optax.scale_by_learning_rate,
+    "scale_by_polyak": scaled(lambda rate: optax.scale_by_polyak(f_min=-9.0)),
+    "scale_by_rprop": scaled(optax.scale_by_rprop),
+    "scale_by_schedule": lambda rate: optax.scale_by_schedule(lambda step: -rate / (step + 1)),
+    "snapshot": scaled(lambda rate: optax.snapshot("norm", optax.tree.norm)),
+    "stateless": scaled(lambda rate: optax.stateless(double)),
+    "stateless_with_tree_map": scaled(lambda rate: optax.stateless_with_tree_map(lambda u, p: u * rate + p)),
+    "trace": scaled(lambda rate: optax.trace(1 - rate)),
+    # wrappers
+    "apply_if_finite": lambda rate: optax.apply_if_finite(optax.adam(rate), 2),
+    "chain": lambda rate: optax.chain(optax.clip_by_global_norm(0.5), optax.adam(rate)),
+    "conditionally_mask": lambda rate: optax.conditionally_mask(optax.adam(rate), sometimes),
+    "conditionally_transform": lambda rate: optax.conditionally_transform(optax.adam(rate), sometimes),
+    "flatten": lambda rate: optax.flatten(optax.adam(rate)),
+    "inject_hyperparams": lambda rate: optax.inject_hyperparams(optax.adam)(rate),
+    "inject_stateful_hyperparams": lambda rate: optax.inject_stateful_hyperparams(optax.adam)(rate),
+    "lookahead": Case(
+        lambda rate: optax.lookahead(optax.adam(rate), 2, 0.5),
+        optax.LookaheadParams.init_synced,
+        lambda params: params.slow,
+    ),
+    "masked": lambda rate: optax.chain(optax.masked(optax.adam(rate), matrices), optax.scale(rate)),
+    "measure_with_ema": lambda rate: optax.chain(
+        optax.monitor({"norm": optax.measure_with_ema(optax.tree.norm, 0.9)}), optax.sgd(rate)
+    ),
+    "monitor": lambda rate: optax.chain(optax.monitor({"norm": optax.tree.norm}), optax.sgd(rate)),
+    "named_chain": lambda rate: optax.named_chain(("clip", optax.clip(0.5)), ("adam", optax.adam(rate))),
+    "partition": lambda rate: optax.partition({True: optax.adam(rate), False: optax.sgd(rate)}, matrices),
+    "selective_transform": lambda rate: optax.selective_transform(optax.adam(rate), freeze_mask=DEAD),
+    "with_extra_args_support": lambda rate: optax.with_extra_args_support(optax.sgd(rate)),
+    "MultiSteps": lambda rate: optax.MultiSteps(optax.adam(rate), 2, accumulator_dtype=None).gradient_transformation(),
+    # contributed
+    **{name: getattr(contrib, name) for name in """
+        acprop ademamix adopt dadapt_adamw dog dowg madgrad momo momo_adam prodigy schedule_free_adamw
+        schedule_free_sgd simplified_ademamix""".split()},
+    **{name: plain(getattr(contrib, name)()) for name in """
+        scale_by_acprop scale_by_ademamix scale_by_adopt scale_by_cocob scale_by_simplified_ademamix
+        normalize reduce_on_plateau""".split()},
+    "muon": contrib.muon,
+    "scale_by_muon": plain(optax.masked(contrib.scale_by_muon(weight_dimension_numbers=dimensions), matrices)),
+    "cocob": scaled(lambda rate: contrib.cocob()),
+    "differentially_private_aggregate": per_example(
+        scaled(lambda rate: contrib.differentially_private_aggregate(1.0, rate, key=jax.random.key(0)))
+    ),
+    "dpsgd": per_example(lambda rate: contrib.dpsgd(rate, 1.0, 0.1, seed=0)),
+    "mechanize": lambda rate: contrib.mechanize(optax.adam(rate), weight_decay=rate),
+    # Its update takes no extra arguments, though it says so.
+    "sam": lambda rate: optax.GradientTransformation(
+        *contrib.sam(optax.adam(rate), optax.chain(contrib.normalize(), optax.sgd(rate)), sync_period=2)
+    ),
+    "scale_by_madgrad": contrib.scale_by_madgrad,
+    "schedule_free": lambda rate: contrib.schedule_free(optax.adam(rate, b1=0.0), rate),
+    "galore": lambda rate: contrib.galore(rate, rank=1),
+    "scale_by_galore": plain(contrib.scale_by_galore(rank=1)),
+    "sophia": lambda rate: contrib.sophia(rate, update_interval=1),
+    "hutchinson_estimator_diag_hessian": plain(contrib.hutchinson_estimator_diag_hessian()),
+    "split_real_and_imaginary": lambda rate: contrib.split_real_and_imaginary(optax.adam(rate)),
+}  # fmt: skip
+
+# A line search is a while loop of a length that is not known: JAX differentiates it forward alone.
+FORWARD_ONLY = {
+    "scale_by_backtracking_linesearch": scaled(lambda rate: optax.scale_by_backtracking_linesearch(3)),
+    "scale_by_zoom_linesearch": scaled(lambda rate: optax.scale_by_zoom_linesearch(3)),
+}
+# Differentiable, but optax stops a gradient inside, which `differentiable` respects: the derivative is that of optax,
+# and not that of the values.
+STOPS_THE_GRADIENT = {
+    "lbfgs": "in the first scale of its inverse Hessian",
+    "scale_by_lbfgs": "as lbfgs",
+}
+NO_TRANSFORM = {"schedule_free_eval_params": "reads parameters off a state"}
+
+NUM_STEPS = 2
+# A dead row and a dead entry, and a parameter that is dead as a whole.
+ALIVE = {"matrix": np.array([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]), "dead": np.zeros(2)}
+ALL_ALIVE = jax.tree.map(np.ones_like, ALIVE)
+START = {"matrix": np.array([[0.5, -1.0], [0.4, 0.2], [-0.6, 0.8]]), "dead": np.array([0.5, -0.5])}
+LAM = np.array([0.05, 0.9])  # the rate, and a scale within the loss
+
+
+def loss(params, scale, alive=ALIVE):
+    terms = jax.tree.map(
+        lambda mask, leaf: jnp.sum(jnp.asarray(mask, leaf.dtype) * jnp.sin(scale * leaf + 0.3)), alive, params
+    )
+    return sum(jax.tree.leaves(terms))
+
+
+def train(case, lam, wrap, alive=ALIVE):
+    """θ_T as the outer loss sees it, and the transform's state."""
+    case = case if isinstance(case, Case) else Case(case)
+    rate, scale = lam
+    transform = optax.with_extra_args_support(wrap(case.make(rate)))
+
+    def step(carry, _):
+        params, state = carry
+        fast = params.fast if isinstance(params, optax.LookaheadParams) else params
+        value_fn = lambda params, obj_fn=None: loss(
+            params, scale, alive
+        )  # a line search hands it all that it was given
+        value, grads = jax.value_and_grad(value_fn)(fast)
+        extra = {"value": value, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn}
+        updates, state = transform.update(grads, state, params, **extra)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = case.wrap(jax.tree.map(lambda x: jnp.asarray(x, lam.dtype), START))
+    state = transform.init(params)
+    # Some states change their type in the first step; those of monitors their structure, so that no scan carries them.
+    after = jax.eval_shape(step, (params, state), None)[0][1]
+    if jax.tree.structure(after) == jax.tree.structure(state):
+        state = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), state, after)
+        (params, state), _ = jax.lax.scan(step, (params, state), length=NUM_STEPS)
+    else:
+        for _ in range(NUM_STEPS):
+            (params, state), _ = step((params, state), None)
+    return case.read(params), state
+
+
+def objective(case, lam, wrap, alive=ALIVE):
+    params, state = train(case, lam, wrap, alive)
+    return loss(params, jnp.asarray(1.3, lam.dtype), ALL_ALIVE), (params, state)
+
+
+def bits(tree):
+    return jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, tree)
+
+
+# Half the time of these programs goes into machine code that runs once.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# Building blocks of a transform that is here too.
+SLOW = [name for name in CASES if name.startswith("scale_by_")]
+AROUND = np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+# Step and relative error of finite differences; GaLore takes its singular vectors in float32.
+EPS, RTOL = 1e-6, 1e-4
+COARSE = {"galore": (3e-3, 5e-3), "scale_by_galore": (3e-3, 5e-3)}
+AT = jnp.asarray(LAM + EPS * AROUND)
+
+
+def plain_transform(transform):
+    return transform
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
+def test_values_and_gradients(name):
+    case = CASES[name]
+    # One program without `differentiable`, at λ and around it; one with it.
+    plain = jax.jit(jax.vmap(lambda lam: objective(case, lam, plain_transform)), compiler_options=QUICK)
+    eps, rtol = COARSE.get(name, (EPS, RTOL))
+    at = jnp.asarray(LAM + eps * AROUND)
+    values, expected = plain(at)
+    gradient = jax.value_and_grad(lambda lam: objective(case, lam, transforms.differentiable), has_aux=True)
+    (_, found), grads = jax.jit(jax.vmap(gradient), compiler_options=QUICK)(at)
+    # A program that keeps residuals for its derivative is compiled otherwise, and may differ in the last bit.
+    chex.assert_trees_all_close(bits(found), bits(expected), rtol=1e-9, atol=1e-14)
+    chex.assert_tree_all_finite((values, grads))
+    if name not in STOPS_THE_GRADIENT:
+        differences = np.array([values[1] - values[2], values[3] - values[4]]) / (2 * eps)
+        np.testing.assert_allclose(grads[0], differences, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STOPS_THE_GRADIENT)
+def test_gradients_that_optax_stops(name):
+    # Without dead entries, where optax's own gradient is finite.
+    gradients = [
+        jax.jit(jax.grad(lambda lam, wrap=wrap: objective(CASES[name], lam, wrap, ALL_ALIVE)[0]))(AT[0])
+        for wrap in (transforms.differentiable, plain_transform)
+    ]
+    np.testing.assert_allclose(*gradients, rtol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_values_are_equal_to_the_bit(name):
+    # `test_differentiable` has the optimizers that are used most among the quick tests.
+    expected, found = (
+        jax.jit(lambda lam, wrap=wrap: train(CASES[name], lam, wrap))(AT[0])
+        for wrap in (plain_transform, transforms.differentiable)
+    )
+    chex.assert_trees_all_equal(bits(found), bits(expected))
+
+
+@pytest.mark.parametrize("name", FORWARD_ONLY)
+def test_line_searches_are_differentiable_forward_alone(name):
+    case = FORWARD_ONLY[name]
+    wrapped = lambda lam: objective(case, lam, transforms.differentiable)[0]
+    values = jax.jit(jax.vmap(lambda lam: objective(case, lam, plain_transform)[0]))(AT)
+    _, forward = jax.jit(lambda lam: jax.jvp(wrapped, (lam,), (lam,)))(jnp.asarray(LAM))
+    differences = np.array([values[1] - values[2], values[3] - values[4]]) / (2 * EPS)
+    np.testing.assert_allclose(forward, differences @ LAM, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work for lax.while_loop"):
+        jax.grad(wrapped)(jnp.asarray(LAM))
+
+
+# Where optax itself is not finite on a dead entry: the ε of these denominators is zero in float16.
+LOW = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_lower_precision(name):
+    for dtype in LOW:
+        lam = jnp.asarray(LAM, dtype)
+
+        def function(lam):
+            value, (params, _) = objective(CASES[name], lam, transforms.differentiable)
+            return value.astype(jnp.float32), params
+
+        grads, params = jax.jit(jax.grad(function, has_aux=True), compiler_options=QUICK)(lam)
+        if all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params)):
+            chex.assert_tree_all_finite(grads)
+        else:  # what optax computes is not finite: no derivative makes it so
+            plain_params, _ = jax.jit(lambda lam: train(CASES[name], lam, plain_transform))(lam)
+            assert not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(plain_params))
+
+
+def test_every_public_transform_is_here():
+    found = set()
+    for module in (optax, optax.transforms, contrib):
+        for name, function in vars(module).items():
+            returns = str(inspect.signature(function).return_annotation) if inspect.isfunction(function) else ""
+            unannotated = inspect.isfunction(function) and (module is contrib or name.startswith("scale_by_"))
+            if name[0] != "_" and ("GradientTransformation" in returns or unannotated):
+                found.add(function.__name__)
+    # multi_transform is partition; per-example clips, microbatching and schedules are no transforms.
+    here = set(CASES) | set(FORWARD_ONLY) | set(NO_TRANSFORM)
+    assert found - here == set()
+    # nadam is a partial function, MultiSteps a class; monitor has no annotation.
+    assert here - found == {"MultiSteps", "monitor", "nadam", "nadamw"}

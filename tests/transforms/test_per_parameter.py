@@ -1,0 +1,204 @@
+"""Hyperparameters by parameter: each group as if it were alone, and refused where that means nothing."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import hypergrad, inner, transforms
+
+PARAMS = {
+    "encoder": {"kernel": jnp.array([[0.5, -1.0], [0.3, 0.8]]), "bias": jnp.array([0.1, -0.2])},
+    "head": {"kernel": jnp.array([[1.1], [-0.6]])},
+}
+GRADS = jax.tree.map(lambda p: jnp.sin(3 * p) + 0.1, PARAMS)
+RATES = {"encoder": {"kernel": 0.1, "bias": 0.02}, "head": {"kernel": 0.3}}
+
+
+def train(optimizer, params=PARAMS, num_steps=3):
+    state = optimizer.init(params)
+    for _ in range(num_steps):
+        updates, state = optimizer.update(jax.tree.map(lambda p: jnp.sin(3 * p) + 0.1, params), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+FACTORIES = {
+    "sgd": (optax.sgd, {"momentum": 0.9}),
+    "adam": (optax.adam, {"b1": 0.5, "b2": 0.9}),
+    "adamw": (optax.adamw, {"weight_decay": 0.3}),
+    "lamb": (optax.lamb, {"weight_decay": 0.3}),
+    "adafactor": (optax.adafactor, {"weight_decay_rate": 0.1}),
+    "muon": (optax.contrib.muon, {"weight_decay": 0.1}),
+    "clip_by_leaf": (
+        lambda rate, norm: optax.chain(transforms.learnable_clip(norm, scope="leaf"), optax.sgd(rate)),
+        {"norm": 0.4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_each_parameter_is_trained_as_if_alone(name):
+    factory, others = FACTORIES[name]
+    # One hyperparameter by parameter, the others shared or by a prefix.
+    by_prefix = {key: {"encoder": value, "head": value / 2} for key, value in others.items()}
+
+    @jax.jit
+    def together(rates):
+        return train(transforms.per_parameter(factory)(rates, **by_prefix))
+
+    trained = together(RATES)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
+        pick = lambda tree, path=path: functools.reduce(lambda t, k: t[k.key] if isinstance(t, dict) else t, path, tree)
+        setting = {key: pick(value) for key, value in by_prefix.items()}
+        alone = jax.jit(lambda p, pick=pick, setting=setting: train(factory(pick(RATES), **setting), p))
+        np.testing.assert_allclose(leaf, alone(pick(PARAMS)), rtol=1e-12)
+
+
+def test_one_value_for_all_is_the_factory_itself():
+    expected, states = train(optax.adamw(0.1, weight_decay=0.2)), []
+    for make in (transforms.per_parameter(optax.adamw), transforms.per_group(optax.adamw, patterns={"all": ""})):
+        optimizer = make(0.1, weight_decay=0.2)
+        chex.assert_trees_all_equal(train(optimizer), expected)
+        states.append(optimizer.init(PARAMS))
+    chex.assert_trees_all_equal_structs(*states, optax.adamw(0.1).init(PARAMS))
+
+
+def test_parameters_with_the_same_values_share_a_call():
+    calls = []
+
+    def factory(learning_rate, momentum):
+        calls.append(learning_rate)
+        return optax.sgd(learning_rate, momentum)
+
+    optimizer = transforms.per_parameter(factory)({"encoder": 0.1, "head": 0.2}, momentum=0.9)
+    state = optimizer.init(PARAMS)
+    assert calls == [0.1, 0.2] and list(state.inner_states) == ["encoder/bias", "head/kernel"]
+    # 0.9 is one value, whatever tree it is not.
+    assert len(jax.tree.leaves(state)) == 3
+
+
+def test_values_of_any_kind():
+    rates = {"encoder": optax.linear_schedule(0.1, 0.0, 2), "head": 0.2}
+    optimizer = transforms.per_parameter(optax.sgd)(
+        rates, momentum={"encoder": None, "head": 0.9}, nesterov={"encoder": False, "head": True}
+    )
+    encoder = train(optax.sgd(optax.linear_schedule(0.1, 0.0, 2)), PARAMS["encoder"])
+    head = train(optax.sgd(0.2, 0.9, nesterov=True), PARAMS["head"])
+    chex.assert_trees_all_close(train(optimizer), {"encoder": encoder, "head": head}, rtol=1e-12)
+
+
+def test_one_hyperparameter_an_entry():
+    rates = jax.tree.map(lambda p: 0.1 + jnp.abs(p), PARAMS)
+    optimizer = transforms.per_parameter(optax.adamw)(rates, b1=jax.tree.map(lambda p: 0.5 + 0 * p, PARAMS))
+    unit = optax.adamw(1.0, b1=0.5)
+    updates, _ = unit.update(GRADS, unit.init(PARAMS), PARAMS)
+    expected = jax.tree.map(jnp.multiply, updates, rates)
+    chex.assert_trees_all_close(optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)[0], expected, rtol=1e-12)
+
+
+def quadratic(params, hyperparams, batch):
+    return sum((jnp.sum(jnp.cos(2 * leaf)) for leaf in jax.tree.leaves(params)), start=jnp.zeros(()))
+
+
+@pytest.mark.parametrize("which", ["parameter", "group"])
+def test_hypergradients_of_trees(which):
+    groups = {"kernels": "kernel$", "rest": ""}
+    if which == "parameter":
+        factory = transforms.per_parameter(optax.adamw)
+        decays = {"encoder": 0.1, "head": 0.2}
+    else:
+        factory = transforms.per_group(optax.adamw, patterns=groups)
+        decays = {"kernels": 0.1, "rest": 0.3}
+    hp = jax.tree.map(
+        jnp.asarray, {"lr": RATES if which == "parameter" else {"kernels": 0.1, "rest": 0.2}, "wd": decays}
+    )
+    loop = inner.loop(
+        quadratic, lambda hp: factory(learning_rate=hp["lr"], weight_decay=hp["wd"]), init=lambda key, hp, data: PARAMS
+    )
+    solve = hypergrad.unroll(loop, num_steps=3)
+
+    def outer(hp):
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(solve(jax.random.key(0), hp, None).params))
+
+    flat, unravel = jax.flatten_util.ravel_pytree(hp)
+    value = jax.jit(jax.vmap(lambda flat: outer(unravel(flat))))
+    steps = 1e-6 * jnp.eye(len(flat))
+    expected = (value(flat[None] + steps) - value(flat[None] - steps)) / 2e-6
+    gradient = jax.jit(jax.grad(lambda flat: outer(unravel(flat))))(flat)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-9)
+    assert np.all(np.abs(expected) > 1e-4)
+
+
+def test_groups_by_patterns_labels_and_masks():
+    by_pattern = transforms.per_group(optax.adamw, patterns={"kernels": "kernel$", "rest": ""})
+    by_label = transforms.per_group(optax.adamw, labels={"encoder": {"kernel": "k", "bias": "b"}, "head": "k"})
+    by_mask = transforms.per_group(optax.adamw, labels=lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+    results = [
+        train(by_pattern(0.1, weight_decay={"kernels": 0.5, "rest": 0.0})),
+        train(by_label(0.1, weight_decay={"k": 0.5, "b": 0.0})),
+        train(by_mask(0.1, weight_decay={True: 0.5, False: 0.0})),
+        train(optax.adamw(0.1, weight_decay=0.5, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params))),
+    ]
+    for result in results[1:]:
+        chex.assert_trees_all_close(result, results[0], rtol=1e-12)
+
+
+COUPLED = {
+    "clip_by_global_norm": lambda rate: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(rate)),
+    "prodigy": optax.contrib.prodigy,
+    "dog": optax.contrib.dog,
+    "fromage_is_not": None,
+    "apply_if_finite": lambda rate: optax.apply_if_finite(optax.sgd(rate), 3),
+    "polyak": lambda rate: optax.polyak_sgd(scaling=rate),
+    # The norm of the last step's gradients scales this one's: through the state alone.
+    "delayed": lambda rate: optax.GradientTransformation(
+        lambda params: jnp.ones(()),
+        lambda u, state, params=None: (optax.tree.scale(rate * state, u), optax.tree.norm(u)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_what_looks_at_all_parameters_is_refused(name):
+    factory = COUPLED[name]
+    optimizer = transforms.per_parameter(factory or optax.fromage)({"encoder": 0.1, "head": 0.2})
+    state = optimizer.init(PARAMS)
+    update = functools.partial(optimizer.update, value=jnp.ones(()))
+    if factory is None:
+        update(GRADS, state, PARAMS)
+    else:
+        with pytest.raises(ValueError, match="Chain what looks at all parameters outside"):
+            update(GRADS, state, PARAMS)
+        whole = transforms.per_parameter(factory)(0.1)  # one value for all: nothing is split
+        whole.update(GRADS, whole.init(PARAMS), PARAMS, value=jnp.ones(()))
+
+
+def test_it_composes():
+    adamw = transforms.per_parameter(optax.adamw)({"encoder": 0.1, "head": 0.2})
+    chained = optax.chain(optax.clip_by_global_norm(0.1), adamw)
+    masked = optax.masked(adamw, {"encoder": {"kernel": True, "bias": False}, "head": True})
+    steps = optax.MultiSteps(adamw, every_k_schedule=2)
+    for optimizer in (chained, masked, steps):
+        chex.assert_tree_all_finite(jax.jit(lambda o=optimizer: train(o))())
+
+
+def test_bad_arguments():
+    make = transforms.per_parameter(optax.sgd)
+    with pytest.raises(ValueError, match="hyperparameter 0 must be one value, or a tree"):
+        make({"encoder": 0.1, "tail": 0.1}).init(PARAMS)
+    with pytest.raises(ValueError, match="either `patterns` or `labels`"):
+        transforms.per_group(optax.sgd)
+    grouped = transforms.per_group(optax.sgd, patterns={"kernels": "kernel"})
+    with pytest.raises(ValueError, match="encoder/bias fits no pattern"):
+        grouped(0.1).init(PARAMS)
+    with pytest.raises(ValueError, match=r"\['late'\] find no parameter"):
+        transforms.per_group(optax.sgd, patterns={"all": "", "late": "head"})(0.1).init(PARAMS)
+    with pytest.raises(ValueError, match="hyperparameter learning_rate must be one value, or a dict with the groups"):
+        transforms.per_group(optax.sgd, patterns={"a": "kernel", "b": ""})(learning_rate={"a": 0.1}).init(PARAMS)
+    with pytest.raises(ValueError, match="`labels` must be a tree like the parameters"):
+        transforms.per_group(optax.sgd, labels={"encoder": "a"})(0.1).init(PARAMS)

@@ -1,0 +1,136 @@
+"""Schedules that can be learned: optax's values where optax has them, derivatives against finite differences."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import hypergrad, inner, transforms
+
+STEPS = jnp.arange(12)
+
+
+def test_the_values_are_those_of_optax():
+    # (ours, optax's), at whole steps and beyond the end
+    pairs = [
+        (
+            transforms.cosine_schedule(0.3, num_steps=10, warmup_steps=4, init_value=0.1, end_value=0.05),
+            optax.warmup_cosine_decay_schedule(0.1, 0.3, 4, 10, 0.05),
+        ),
+        (transforms.cosine_schedule(0.3, num_steps=10), optax.cosine_decay_schedule(0.3, 10)),
+        (
+            transforms.polynomial_schedule(0.3, 0.1, power=2.0, num_steps=6, begin_step=3),
+            optax.polynomial_schedule(0.3, 0.1, 2.0, 6, 3),
+        ),
+        (
+            transforms.wsd_schedule(0.3, num_steps=10, warmup_steps=3, decay_steps=4, init_value=0.1, end_value=0.05),
+            optax.join_schedules(
+                [optax.linear_schedule(0.1, 0.3, 3), optax.constant_schedule(0.3), optax.linear_schedule(0.3, 0.05, 4)],
+                [3, 6],
+            ),
+        ),
+        (
+            transforms.knot_schedule(jnp.array([1.0, 2.0, 0.5]), knots=jnp.array([0.0, 4.0, 10.0])),
+            lambda step: np.interp(step, [0, 4, 10], [1.0, 2.0, 0.5]),
+        ),
+    ]
+    for ours, theirs in pairs:
+        expected = [float(theirs(step)) for step in STEPS]
+        np.testing.assert_allclose(jax.vmap(ours)(STEPS), expected, rtol=1e-6)  # optax's in float32
+
+
+def test_the_phases_of_wsd():
+    for decay, middle in {"linear": 0.5, "cosine": 0.5, "sqrt": 1 - 0.5**0.5}.items():
+        schedule = transforms.wsd_schedule(2.0, num_steps=10, warmup_steps=2, decay_steps=4, decay=decay)
+        expected = [0, 1, 2, 2, 2, 2, 2]
+        np.testing.assert_allclose([schedule(t) for t in range(7)], expected, rtol=1e-12)
+        np.testing.assert_allclose([schedule(t) for t in (8, 10, 20)], [2 * middle, 0, 0], rtol=1e-12, atol=1e-12)
+    jump = transforms.wsd_schedule(2.0, num_steps=3)  # neither warmup nor decay
+    np.testing.assert_array_equal([jump(t) for t in (0, 2, 3)], [2, 2, 0])
+
+
+def test_monotone_knots():
+    values = jnp.array([0.1, 0.4, 0.2])
+    rising = transforms.knot_schedule(values, num_steps=5, monotone="increasing")
+    falling = transforms.knot_schedule(values, num_steps=5, monotone="decreasing")
+    np.testing.assert_allclose(jax.vmap(rising)(jnp.arange(5)), [0.1, 0.3, 0.5, 0.6, 0.7], rtol=1e-12)
+    np.testing.assert_allclose(jax.vmap(falling)(jnp.arange(5)), [0.7, 0.65, 0.6, 0.4, 0.2], rtol=1e-12)
+
+
+# At a λ where no step falls on a kink.
+LENGTHS = {"warmup_steps": 2.5, "num_steps": 9.5}
+ENDS = {"init_value": 0.1, "end_value": 0.05}
+FAMILIES = {
+    "cosine": (transforms.cosine_schedule, {"peak_value": 0.3, **LENGTHS, **ENDS}),
+    "wsd": (transforms.wsd_schedule, {"peak_value": 0.3, "decay_steps": 3.2, **LENGTHS, **ENDS}),
+    "wsd_sqrt": (partial(transforms.wsd_schedule, decay="sqrt"), {"peak_value": 0.3, "decay_steps": 3.2, **LENGTHS}),
+    "wsd_cosine": (
+        partial(transforms.wsd_schedule, decay="cosine"),
+        {"peak_value": 0.3, "decay_steps": 3.2, **LENGTHS},
+    ),
+    "polynomial": (transforms.polynomial_schedule, {**ENDS, "power": 0.7, "num_steps": 6.4, "begin_step": 1.5}),
+    "knots": (
+        partial(transforms.knot_schedule, monotone="decreasing"),
+        {"values": [0.3, 0.1, 0.2], "knots": [0.5, 4.5, 9.5]},
+    ),
+}
+
+
+def values_at(family, numbers):
+    """λ as a vector, and the schedule's values as a function of it."""
+    flat, unravel = jax.flatten_util.ravel_pytree(jax.tree.map(jnp.asarray, numbers, is_leaf=lambda x: type(x) is list))
+    return flat, lambda flat: jax.vmap(family(**unravel(flat)))(STEPS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_derivatives_in_every_number(name):
+    at, schedule = values_at(*FAMILIES[name])
+    values = jax.jit(jax.vmap(schedule))
+    steps = 1e-6 * jnp.eye(len(at))
+    expected = ((values(at[None] + steps) - values(at[None] - steps)) / 2e-6).T
+    np.testing.assert_allclose(jax.jit(jax.jacrev(schedule))(at), expected, rtol=1e-6, atol=1e-9)
+    assert np.all(np.abs(expected).max(axis=0) > 1e-3)
+
+
+def test_derivatives_are_finite_on_the_kinks():
+    whole = {"peak_value": 0.3, "warmup_steps": 2.0, "num_steps": 9.0}
+    for family, numbers in (
+        (FAMILIES["wsd_sqrt"][0], {**whole, "decay_steps": 3.0}),
+        (FAMILIES["wsd_sqrt"][0], {**whole, "warmup_steps": 0.0, "decay_steps": 0.0}),
+        (FAMILIES["cosine"][0], {**whole, "warmup_steps": 0.0}),
+        (FAMILIES["polynomial"][0], {**ENDS, "power": 0.5, "num_steps": 6.0, "begin_step": 1.0}),
+    ):
+        at, schedule = values_at(family, numbers)
+        assert np.all(np.isfinite(jax.jacrev(schedule)(at)))
+
+
+def test_a_schedule_is_learned_through_training():
+    loop = inner.loop(
+        lambda params, hp, data: jnp.cos(2 * params).sum(),
+        lambda hp: optax.adam(transforms.knot_schedule(hp["rates"], num_steps=4, monotone="decreasing")),
+        init=lambda key, hp, data: jnp.array([0.3, -0.7]),
+    )
+    solve = hypergrad.unroll(loop, num_steps=4)
+    outer = lambda rates: jnp.sum(solve(jax.random.key(0), {"rates": rates}, None).params ** 2)
+    at = jnp.array([0.05, 0.03, 0.1])
+    values = jax.jit(jax.vmap(outer))
+    expected = (values(at[None] + 1e-6 * jnp.eye(3)) - values(at[None] - 1e-6 * jnp.eye(3))) / 2e-6
+    np.testing.assert_allclose(jax.jit(jax.grad(outer))(at), expected, rtol=1e-6)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="`values` must be a vector"):
+        transforms.knot_schedule(0.1, num_steps=3)
+    with pytest.raises(ValueError, match="either `num_steps` or `knots`"):
+        transforms.knot_schedule([0.1, 0.2])
+    with pytest.raises(ValueError, match="`num_steps` must be at least 1; got 0"):
+        transforms.knot_schedule([0.1, 0.2], num_steps=0)
+    with pytest.raises(ValueError, match="`knots` must be as many"):
+        transforms.knot_schedule([0.1, 0.2], knots=[1.0])
+    with pytest.raises(ValueError, match="`monotone` must be None"):
+        transforms.knot_schedule([0.1, 0.2], num_steps=3, monotone="up")
+    with pytest.raises(ValueError, match="`decay` must be one of"):
+        transforms.wsd_schedule(0.1, num_steps=3, decay="exponential")
