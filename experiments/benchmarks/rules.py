@@ -244,6 +244,7 @@ def peers(case: problems.Case, num_steps: int, options: argparse.Namespace, expe
     rows = []
     for row in answer["rows"]:
         found = row.pop("hypergrad", None)
+        found = jax.tree.map(np.asarray, found, is_leaf=lambda x: isinstance(x, list))
         rows.append(Row(**row, error=error(found, expected) if found else None))
     return rows, answer["versions"]
 

@@ -17,6 +17,8 @@ from optax import contrib
 
 from metaopt import transforms
 
+pytestmark = pytest.mark.slow  # several minutes; `test_differentiable` has the optimizers that are used most
+
 
 class Case(NamedTuple):
     make: Callable  # rate -> transform
@@ -280,6 +282,9 @@ def test_line_searches_are_differentiable_forward_alone(name):
     _, forward = jax.jit(lambda lam: jax.jvp(wrapped, (lam,), (lam,)))(jnp.asarray(LAM))
     differences = np.array([values[1] - values[2], values[3] - values[4]]) / (2 * EPS)
     np.testing.assert_allclose(forward, differences @ LAM, rtol=1e-4, atol=1e-6)
+    if name == "scale_by_backtracking_linesearch":  # its loop decides, and passes nothing on that depends on λ
+        np.testing.assert_allclose(jax.grad(wrapped)(jnp.asarray(LAM)) @ LAM, forward, rtol=1e-8)
+        return
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work for lax.while_loop"):
         jax.grad(wrapped)(jnp.asarray(LAM))
 
