@@ -5,14 +5,15 @@ a net on a few images, the outer loss its cross-entropy on validation images:
 
     min_λ f(θ(λ)),    θ(λ): trained on g(θ) + ½ Σ_i λ_i θ_i².
 
-After Lorraine, Vicol & Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590, Sect. 5.1: θ and λ are trained side by
+After Lorraine, Vicol & Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590: θ and λ are trained side by
 side, with hypergradients of the implicit function theorem, and with so many λ a small validation set is fitted
 almost perfectly while the test error is not; one decay, or one a layer, cannot do that. Shown here for 50 and for 500
 validation images, with three ways to the inverse Hessian: conjugate gradients with the Gauss-Newton matrix, a Neumann
 series from zero (the paper's), and one that is carried along (`warm_implicit`). One decay by a grid is the baseline.
 
 The scores are those of the net that was trained along with λ, as in the paper, and of a net trained with the λ found
-from another initialization. Test images are read once; nothing is chosen by them.
+from another initialization. Nothing is chosen by test images (which
+were seen while this was written).
 
 To see in the committed results: with one decay for each parameter, 50 validation images are fitted (1 % error) and the
 test error is what one decay has; with 500 it falls from 32 to 26 %, as validation images come to train the net through
@@ -242,7 +243,7 @@ def report(scores: dict, options: argparse.Namespace) -> str:
         'steps and as many Hessian products. The first scores are of the net trained along with λ, "again" those of a '
         "net trained with the λ found from another initialization, by as many inner steps.",
         "",
-        "Paper: Lorraine et al., AISTATS 2020, https://arxiv.org/abs/1911.02590, Sect. 5.1, fits 50 validation images "
+        "Paper: Lorraine et al., AISTATS 2020, https://arxiv.org/abs/1911.02590, fits 50 validation images "
         "of MNIST and CIFAR-10 with a decay for each parameter, of models up to ResNet44; its curves have no table, so "
         "no number stands beside ours. What is reproduced is their shape.",
         "",
