@@ -16,8 +16,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def quick_and_small(request):
     """Compiled programs of one file are of no use to the next, and add up to gigabytes.
 
-    The tests spend their time in the compiler, and so do with less of its optimizations; those of `transforms`, which are
-    about values to the bit, have all of them, and so has what runs in a process of its own.
+    The tests spend their time in the compiler, and so do with less of its optimizations; those of `transforms`, which
+    are about values to the bit, have all of them, and so has what runs in a process of its own.
     """
     jax.config.update("jax_disable_most_optimizations", request.path.parent.name != "transforms")
     yield
