@@ -65,7 +65,7 @@ def test_smoke_of_rules():
     printed = smoke("rules.py", "--peers", sys.executable)
     cost = {row[1]: row for row in rows(printed) if row[0] == "4"}
     names = ["plain training", "by hand: step", "reverse, none", "mixed, step", "forward, two λ"]
-    reason = "other libraries (failed: ModuleNotFoundError: No module named 'torch')"
+    reason = "other libraries (failed, exit 1: ModuleNotFoundError: No module named 'torch')"
     assert list(cost) == [*names, reason] and set(cost[reason][2:]) == {""}
     ms, mib = ({name: float(cost[name][column]) for name in names} for column in (2, 7))
     assert min(ms.values()) > 0 and mib["reverse, none"] > mib["mixed, step"] > mib["plain training"] > 0

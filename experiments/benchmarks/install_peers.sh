@@ -6,11 +6,11 @@
 # FOLDER: where the environment goes; its FOLDER/bin/python is what `rules.py --peers` takes.
 # HYPERTORCH: a checkout of the repository prolearner/hypertorch, which no package index carries: on them "hypertorch" and
 # "hypergrad" are other packages. Without it the tables say that it is not installed.
-# PYTHON: the interpreter, python3 by default; TorchOpt 0.7.3 has wheels for Python up to 3.11.
+# PYTHON: the interpreter that makes it, python3 by default. What ran: Python 3.11, torch 2.13.
 set -eu
 folder=$1
-"${PYTHON:-python3.11}" -m venv "$folder"
-"$folder/bin/pip" install --quiet torch numpy torchopt==0.7.3 higher==0.2.1
+"${PYTHON:-python3}" -m venv "$folder"
+"$folder/bin/pip" install --quiet torch numpy setuptools torchopt==0.7.3 higher==0.2.1
 if [ $# -gt 1 ]; then
   "$folder/bin/pip" install --quiet --no-build-isolation --no-deps "$2"
 fi

@@ -238,8 +238,8 @@ def peers(case: problems.Case, num_steps: int, options: argparse.Namespace, expe
         command += [str(num_cores()), str(options.repetitions), str(options.seconds)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-        return [Row("other libraries", reason=f"failed: {reason}")], ""
+        last_line = (done.stderr.strip().splitlines() or [""])[-1]
+        return [Row("other libraries", reason=f"failed, exit {done.returncode}: {last_line}")], ""
     answer = json.loads(done.stdout.splitlines()[-1])
     rows = []
     for row in answer["rows"]:
