@@ -1,6 +1,6 @@
 """What every hypergradient rule costs, beside plain training, hand-written JAX and other libraries.
 
-Three models with Adam (`problems.py`), over numbers of inner steps T; λ is the learning rate and an L2 penalty for each
+Three models with Adam (`cases.py`), over numbers of inner steps T; λ is the learning rate and an L2 penalty for each
 layer. Of every rule: time over that of plain training; the floor that counting forward passes gives; time over that of
 a scan written by hand, with the same checkpoints; temporary memory as the compiler states it; and how far the
 hypergradient is from that of the hand-written scan. The run fails where that is more than 1e-3.
@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
-import problems
 from jax.flatten_util import ravel_pytree
 from timing import circumstances, compiled, num_cores, table, temporary_mib
 from turns import medians
@@ -39,12 +39,12 @@ TOLERANCE = 1e-3  # of hypergradients, in float32
 FLOORS = {"none": 2.75, "step": 3.7, "sqrt": 4.7}
 PLAIN, LAYERWISE = "plain training", "each layer recomputed"
 FULL = [
-    (problems.mlp(), (1, 4, 64, 1024)),
-    (problems.conv(), (1, 4, 64, 256)),
-    (problems.transformer(), (1, 4)),
-    (problems.transformer(layers=2, width=64, batch_size=8), (16, 64)),
+    (cases.mlp(), (1, 4, 64, 1024)),
+    (cases.conv(), (1, 4, 64, 256)),
+    (cases.transformer(), (1, 4)),
+    (cases.transformer(layers=2, width=64, batch_size=8), (16, 64)),
 ]
-SMOKE = [(problems.mlp(width=8, batch_size=8), (4,))]
+SMOKE = [(cases.mlp(width=8, batch_size=8), (4,))]
 INTRO = """\
 Adam, float32, {threads} thread(s) for every program; medians of {repetitions} calls in turns, or fewer, at least 3, \
 where they take long. λ: the learning rate and an L2 penalty for each layer. At these sizes matrix products dominate; \
@@ -100,12 +100,12 @@ NAIVE, RECOMMENDED = "reverse, none", "mixed, step"  # as the report's text says
 SMOKE_PROGRAMS = (PLAIN, "by hand: step", NAIVE, RECOMMENDED, "forward, two λ")
 
 
-def by_hand(case: problems.Case, num_steps: int, remat: str) -> Callable:
+def by_hand(case: cases.Case, num_steps: int, remat: str) -> Callable:
     """(λ, task) -> F(λ): Adam in a scan, as one writes it without metaopt, with a square root that is safe at zero."""
 
     def objective(hyperparams, task):
         def loss(params, batch):
-            return case.loss(params, batch) + problems.penalty(params, hyperparams["decay"])
+            return case.loss(params, batch) + cases.penalty(params, hyperparams["decay"])
 
         def step(carry, rows):
             params, mu, nu, count = carry
@@ -117,7 +117,7 @@ def by_hand(case: problems.Case, num_steps: int, remat: str) -> Callable:
             def move(param, m, n):
                 n = n / (1 - 0.999**count)
                 root = jnp.where(n > 0, jnp.sqrt(jnp.where(n > 0, n, 1)), 0)
-                return param - hyperparams["rate"] * (m / (1 - 0.9**count)) / (root + problems.EPS)
+                return param - hyperparams["rate"] * (m / (1 - 0.9**count)) / (root + cases.EPS)
 
             return (jax.tree.map(move, params, mu, nu), mu, nu, count), None
 
@@ -147,13 +147,13 @@ def plain(problem: base.Problem, num_steps: int) -> Callable:
     return program
 
 
-def estimate(rule: Rule, case: problems.Case, num_steps: int) -> Callable:
+def estimate(rule: Rule, case: cases.Case, num_steps: int) -> Callable:
     """(λ, task) -> (F, dF/dλ), by a rule."""
-    estimator = rule.make(problems.problem_of(case, rule.layerwise), num_steps=num_steps)
+    estimator = rule.make(cases.problem_of(case, rule.layerwise), num_steps=num_steps)
 
     def program(hyperparams, task):
         if rule.few:
-            hyperparams = jax.tree.map(jnp.asarray, problems.FEW)  # the same point
+            hyperparams = jax.tree.map(jnp.asarray, cases.FEW)  # the same point
         state = estimator.init(jax.random.key(0), hyperparams, task)
         found, _ = estimator.estimate(hyperparams, task, state)
         return found.value, found.hypergrad
@@ -181,20 +181,20 @@ class Row(NamedTuple):
     reason: str = ""  # why there are no numbers
 
 
-def ours(case: problems.Case, num_steps: int, options: argparse.Namespace) -> tuple[list[Row], dict]:
+def ours(case: cases.Case, num_steps: int, options: argparse.Namespace) -> tuple[list[Row], dict]:
     """Rows of metaopt and of hand-written JAX, and the hypergradient by the latter."""
     hands = [remat for remat in FLOORS if remat != "sqrt" or round(num_steps**0.5) ** 2 == num_steps]
     rules = {name: rule for name, rule in RULES.items() if case.layerwise or not rule.layerwise}
-    functions = {PLAIN: plain(problems.problem_of(case), num_steps)}
+    functions = {PLAIN: plain(cases.problem_of(case), num_steps)}
     if case.layerwise:
-        functions[f"{PLAIN}, {LAYERWISE}"] = plain(problems.problem_of(case, layerwise=True), num_steps)
+        functions[f"{PLAIN}, {LAYERWISE}"] = plain(cases.problem_of(case, layerwise=True), num_steps)
     functions[f"by hand: {PLAIN}"] = by_hand(case, num_steps, "none")
     functions |= {f"by hand: {remat}": jax.value_and_grad(by_hand(case, num_steps, remat)) for remat in hands}
     functions |= {name: estimate(rule, case, num_steps) for name, rule in rules.items()}
     if options.smoke:
         functions = {name: functions[name] for name in SMOKE_PROGRAMS}
 
-    hyperparams, task = jax.tree.map(jnp.asarray, case.hyperparams), problems.task_of(case, num_steps)
+    hyperparams, task = jax.tree.map(jnp.asarray, case.hyperparams), cases.task_of(case, num_steps)
     programs = {name: compiled(function, hyperparams, task) for name, function in functions.items()}
     mib = {name: temporary_mib(program) for name, (program, _) in programs.items()}
     fits = {name: program for name, (program, _) in programs.items() if mib[name] <= options.mib}
@@ -226,14 +226,14 @@ def ours(case: problems.Case, num_steps: int, options: argparse.Namespace) -> tu
     return rows, expected
 
 
-def peers(case: problems.Case, num_steps: int, options: argparse.Namespace, expected: dict) -> tuple[list[Row], str]:
+def peers(case: cases.Case, num_steps: int, options: argparse.Namespace, expected: dict) -> tuple[list[Row], str]:
     """Rows of other libraries, from their own environment, and its versions."""
-    task = problems.task_of(case, num_steps)
+    task = cases.task_of(case, num_steps)
     trees = {"params": case.params, "train": case.train, "valid": case.valid, "decay": case.hyperparams["decay"]}
     arrays = {f"{tree}/{name}": leaf for tree, leaves in trees.items() for name, leaf in leaves.items()}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "problem.npz"
-        np.savez(file, order=task.train["order"], rate=case.hyperparams["rate"], eps=problems.EPS, **arrays)
+        np.savez(file, order=task.train["order"], rate=case.hyperparams["rate"], eps=cases.EPS, **arrays)
         command = [options.peers, str(HERE / "peers.py"), case.name.rstrip("0123456789"), str(file)]
         command += [str(num_cores()), str(options.repetitions), str(options.seconds)]
         done = subprocess.run(command, capture_output=True, text=True)

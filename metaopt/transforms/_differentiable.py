@@ -22,19 +22,24 @@ from jax.extend import core
 _STEEP = 1e3
 
 
-def _zero_safe(operation: Callable, rule: Callable, drop: bool) -> Callable:
-    """`operation`, with the derivative that `rule(operands, tangents, output, drop=drop)` gives.
+def _zero_safe(operation: Callable, singular: Callable, rule: Callable, drop: bool) -> Callable:
+    """`operation`, with the derivative that `rule(operands, tangents, output)` gives, and zero where it is singular.
 
-    The rule's own operations are finite, and zero where the derivative is infinite, and so are their derivatives.
-    (A power between 1 and 2 has an infinite second derivative at zero, which is left as it is.) A tangent that is known
-    to be zero is None.
+    There the output is a constant, and the rule is evaluated at ones with tangents of zero, so that its own derivatives
+    are finite too, also where a scan that is differentiated in reverse forgets that there is a rule. (A power between 1
+    and 2 has an infinite second derivative at zero, which is left as it is.) A tangent known to be zero is None.
     """
     function = jax.custom_jvp(operation)
 
     def jvp(primals, tangents):
-        output = function(*primals)  # itself, and not `operation`: a scan keeps the rule for the next derivative
-        known = [None if isinstance(t, custom_derivatives.SymbolicZero) else t for t in tangents]
-        return output, rule(primals, known, output, drop=drop)
+        bad = singular(*primals, drop=drop)
+        operands = [jnp.where(bad, jnp.ones_like(x), x) for x in primals]
+        output = function(*operands)
+        absent = [isinstance(t, custom_derivatives.SymbolicZero) or t.dtype == jax.dtypes.float0 for t in tangents]
+        known = [None if a else jnp.where(bad, 0, t) for a, t in zip(absent, tangents, strict=True)]
+        constant = operation(*map(jax.lax.stop_gradient, primals))
+        tangent = jnp.zeros_like(output) if all(absent) else rule(operands, known, output)
+        return jnp.where(bad, constant, output), tangent
 
     function.defjvp(jvp, symbolic_zeros=True)
     return function
@@ -45,70 +50,72 @@ def _sum(*terms: Any) -> Any:
     return functools.reduce(jnp.add, [term for term in terms if term is not None])
 
 
-def _sqrt(operands, tangents, out, *, drop):
-    bad = operands[0] <= 0
-    return jnp.where(bad, 0, tangents[0]) * (0.5 / jnp.where(bad, 1, out))
+def _sqrt(operands, tangents, out):
+    return tangents[0] * (0.5 / out)
 
 
-def _rsqrt(operands, tangents, out, *, drop):
-    x = operands[0]
-    bad = x <= jnp.finfo(x.dtype).tiny ** (2 / 3)  # below, x^(-3/2) overflows
-    return jnp.where(bad, 0, tangents[0]) * (-0.5 * jnp.where(bad, 1, out) / jnp.where(bad, 1, x))
+def _rsqrt(operands, tangents, out):
+    return tangents[0] * (-0.5 * out / operands[0])
 
 
-def _cbrt(operands, tangents, out, *, drop):
-    x = operands[0]
-    return jnp.where(x == 0, 0, tangents[0]) * (out / (3 * jnp.where(x == 0, 1, x)))
+def _cbrt(operands, tangents, out):
+    return tangents[0] * (out / (3 * operands[0]))
 
 
-def _power_of(exponent: int) -> Callable:
-    def rule(operands, tangents, out, *, drop):
-        bad = (operands[0] == 0) | ~jnp.isfinite(out)
-        return jnp.where(bad, 0, tangents[0]) * (exponent * jnp.where(bad, 0, out) / jnp.where(bad, 1, operands[0]))
-
-    return rule
+def _integer_pow(operands, tangents, out, *, exponent):
+    return tangents[0] * (exponent * out / operands[0])
 
 
-def _pow(operands, tangents, out, *, drop):
-    x, y = operands[0], jnp.asarray(operands[1])
-    exponent = y.astype(x.dtype)
-    # 0 to a negative power, or an overflow. (Evaluated at 1 there.)
-    bad = ~jnp.isfinite(jnp.power(jnp.abs(x), exponent - 1))
-    x, keep = jnp.where(bad, 1, x), lambda t: None if t is None else jnp.where(bad, 0, t)
-    by_x, by_y = keep(tangents[0]), None if y.dtype != x.dtype else keep(tangents[1])
-    if by_x is not None:
-        by_x = by_x * exponent * jnp.power(x, exponent - 1)
-    if by_y is not None:
-        by_y = by_y * jnp.where(bad, 0, out) * jnp.log(jnp.where(x > 0, x, 1))
-    return _sum(by_x, by_y, jnp.zeros_like(out) if by_x is None and by_y is None else None)
-
-
-def _div(operands, tangents, out, *, drop):
-    x, y = operands
-    # The derivative divides by y². A branch that `where` leaves out may hold anything.
-    size = jnp.abs(y)
-    bad = ~((size >= jnp.finfo(y.dtype).tiny ** 0.5) & jnp.isfinite(y) & jnp.isfinite(x))
-    if drop:
-        bad |= (x == 0) & (size <= 1 / _STEEP)
+def _pow(operands, tangents, out):
+    x, exponent = operands[0], operands[1].astype(operands[0].dtype)
     by_x, by_y = tangents
-    if by_y is not None:
-        by_y = -jnp.where(bad, 0, out) * by_y
-    return jnp.where(bad, 0, _sum(by_x, by_y)) / jnp.where(bad, 1, y)
-
-
-def _mul(operands, tangents, out, *, drop):
-    # 0 · (1/√0): the derivative itself is infinite. A steep product passes its derivative on, since the exact zero may
-    # be λ itself: a rate, a momentum.
-    x, y = operands
-    bad = ~(jnp.isfinite(x) & jnp.isfinite(y))
-    by_x, by_y = tangents
-    by_x = None if by_x is None else by_x * jnp.where(bad, 0, y)
-    by_y = None if by_y is None else jnp.where(bad, 0, x) * by_y
+    by_x = None if by_x is None else by_x * exponent * jnp.power(x, exponent - 1)
+    by_y = None if by_y is None else by_y * out * jnp.log(jnp.where(x > 0, x, 1))
     return _sum(by_x, by_y)
 
 
-# `(operands, tangents, output, drop) -> tangent`, for the operations whose derivative can be infinite.
-_RULES: dict[str, Callable] = {"sqrt": _sqrt, "rsqrt": _rsqrt, "cbrt": _cbrt, "pow": _pow, "div": _div, "mul": _mul}
+def _div(operands, tangents, out):
+    by_x, by_y = tangents
+    return _sum(by_x, None if by_y is None else -out * by_y) / operands[1]
+
+
+def _mul(operands, tangents, out):
+    (x, y), (by_x, by_y) = operands, tangents
+    return _sum(None if by_x is None else by_x * y, None if by_y is None else x * by_y)
+
+
+def _singular_pow(x, y, *, drop):
+    # 0 to a negative power, or an overflow.
+    return ~jnp.isfinite(jnp.power(jnp.abs(x), jnp.asarray(y).astype(x.dtype) - 1))
+
+
+def _singular_div(x, y, *, drop):
+    # The derivative divides by y². A branch that `where` leaves out may hold anything.
+    size = jnp.abs(y)
+    bad = ~((size >= jnp.finfo(y.dtype).tiny ** 0.5) & jnp.isfinite(y) & jnp.isfinite(x))
+    return bad | ((x == 0) & (size <= 1 / _STEEP)) if drop else bad
+
+
+# What has an infinite derivative: where it is singular, `(*operands, drop) -> bool`, and its rule.
+_RULES: dict[str, tuple[Callable, Callable]] = {
+    "sqrt": (lambda x, *, drop: x <= 0, _sqrt),
+    "rsqrt": (lambda x, *, drop: x <= jnp.finfo(x.dtype).tiny ** (2 / 3), _rsqrt),  # below, x^(-3/2) overflows
+    "cbrt": (lambda x, *, drop: x == 0, _cbrt),
+    "pow": (_singular_pow, _pow),
+    "div": (_singular_div, _div),
+    # 0 · (1/√0): the derivative itself is infinite. A steep product passes its derivative on, since the exact zero may
+    # be λ itself: a rate, a momentum.
+    "mul": (lambda x, y, *, drop: ~(jnp.isfinite(x) & jnp.isfinite(y)), _mul),
+}
+
+
+def _rule_of(equation: Any) -> tuple[Callable, Callable]:
+    """Where an operation is singular, and its rule."""
+    if equation.primitive.name != "integer_pow":
+        return _RULES[equation.primitive.name]
+    exponent = equation.params["y"]  # negative: below the bound x^(exponent − 1) overflows
+    bound = lambda x, *, drop: jnp.abs(x) <= jnp.finfo(x.dtype).tiny ** (1 / (1 - exponent))
+    return bound, functools.partial(_integer_pow, exponent=exponent)
 
 
 def _is_tame(equation: Any) -> bool:
@@ -137,8 +144,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any, drop: bool) -> list:
         name, params = equation.primitive.name, equation.params
         if (name in _RULES or name == "integer_pow") and not _is_tame(equation):
             operation = functools.partial(equation.primitive.bind, **params)
-            rule = _power_of(params["y"]) if name == "integer_pow" else _RULES[name]
-            outputs = _zero_safe(operation, rule, drop)(*map(jnp.asarray, operands))
+            outputs = _zero_safe(operation, *_rule_of(equation), drop)(*map(jnp.asarray, operands))
         elif name in ("pjit", "jit", "closed_call"):  # nested calls of jnp functions
             inner = params.get("jaxpr", params.get("call_jaxpr"))
             outputs = closed(inner)(*operands)
