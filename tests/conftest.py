@@ -16,10 +16,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def quick_and_small(request):
     """Compiled programs of one file are of no use to the next, and add up to gigabytes.
 
-    The tests spend their time in the compiler, and so do with less of its optimizations; those of `transforms`, which
-    are about values to the bit, have all of them, and so has what runs in a process of its own.
+    The rules' tests spend their time in the compiler: they do with less of its optimizations. Tests of values to the
+    bit, in the other rooms, have all of them.
     """
-    jax.config.update("jax_disable_most_optimizations", request.path.parent.name != "transforms")
+    jax.config.update("jax_disable_most_optimizations", request.path.parent.name == "hypergrad")
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
