@@ -2,6 +2,6 @@
 
 from metaopt.predictors._amortize import amortize
 from metaopt.predictors._files import SavedPredictor, load, save
-from metaopt.predictors._networks import dataset_embedding, from_config, mlp
+from metaopt.predictors._networks import dataset_embedding, ensemble, from_config, mlp
 
-__all__ = ["SavedPredictor", "amortize", "dataset_embedding", "from_config", "load", "mlp", "save"]
+__all__ = ["SavedPredictor", "amortize", "dataset_embedding", "ensemble", "from_config", "load", "mlp", "save"]

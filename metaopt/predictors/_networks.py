@@ -180,7 +180,47 @@ def dataset_embedding(
     return base.Predictor(init, apply, config)
 
 
-_FACTORIES: dict[str, Any] = {"mlp": mlp, "dataset_embedding": dataset_embedding}
+def ensemble(predictor: base.Predictor, num_members: int) -> base.Predictor:
+    """The mean of several predictions, in unconstrained coordinates: g(t; φ) = (1/M) Σ_m g_m(t; φ_m).
+
+    Hypergradients through training are noisy, and predictors that differ only in the key they were trained with
+    disagree about a new task as much as good methods differ from each other; their mean does not. Train each member by
+    itself (`amortize` with `predictor`), and stack their φ_m along a new leading axis.
+
+    Args:
+      predictor: of one member.
+      num_members: M, at least 1.
+
+    Returns:
+      A `Predictor` whose φ has leaves [M, ...]; `apply` costs M predictions, by vmap. To be differentiated in any mode.
+
+    Raises:
+      ValueError: `num_members` is less than 1.
+
+    Source: Breiman, Bagging predictors, Machine Learning 1996; Lakshminarayanan et al., NeurIPS 2017,
+      https://arxiv.org/abs/1612.01474 (members that differ by initialization and order of the data).
+    """
+    if num_members < 1:
+        raise ValueError(f"`num_members` must be at least 1; got {num_members}.")
+
+    def init(key):
+        return jax.vmap(predictor.init)(jax.random.split(key, num_members))
+
+    def apply(meta_params, task):
+        return jax.tree.map(lambda z: z.mean(0), jax.vmap(predictor.apply, in_axes=(0, None))(meta_params, task))
+
+    config = {}
+    if predictor.config:
+        config = {"kind": "ensemble", "member": predictor.config, "num_members": num_members}
+        config["space"] = predictor.config["space"]
+    return base.Predictor(init, apply, config)
+
+
+_FACTORIES: dict[str, Any] = {
+    "mlp": mlp,
+    "dataset_embedding": dataset_embedding,
+    "ensemble": lambda _, member, num_members: ensemble(from_config(member), num_members),
+}
 
 
 def from_config(config: dict[str, Any]) -> base.Predictor:
