@@ -789,6 +789,7 @@ def main(argv=None) -> list[dict]:
     estimator = hypergrad.unrolled(spaces.constrain(problem, space), num_steps=config.num_steps, remat="step")
     default_z = spaces.to_unconstrained(space, spaces.default(space))
     predictor = predictors.mlp(space, len(FEATURES))
+    g = predictors.ensemble(predictor, config.num_predictors)
     learners = make_learners(estimator, predictor, config)
     scaled = np.zeros((len(units), len(FEATURES)), np.float32)
     # Buckets are formed once, over all units, so that every fold runs the same programs.
@@ -812,7 +813,6 @@ def main(argv=None) -> list[dict]:
             out / "checkpoints" / f"{name}_fold{fold}" if args.resume else None,
         )
         clock[f"meta-training, fold {fold}"] = time.perf_counter() - start
-        g = predictors.ensemble(predictor, config.num_predictors)
         apply = jax.jit(jax.vmap(lambda phi, f: g.apply(phi, base.Task(None, None, f)), in_axes=(None, 0)))
         z_predicted[fold] = apply(phi, jnp.asarray(features))
         one = jax.tree.map(lambda x: x[:1], phi)
@@ -968,7 +968,7 @@ def finish(parts: list[dict], out: Path) -> list[dict]:
     )
     if details["one_member"] is not None:
         markdown += (
-            f"\ng is the mean of several predictors, trained with different keys; one of them alone has a mean test log "
+            "\ng is the mean of several predictors, trained with different keys; one of them alone has a mean test log "
             f"loss of {details['one_member']:.4f} over tables and seeds.\n"
         )
     (out / f"auto_tune_{preset}.md").write_text(markdown)

@@ -1,5 +1,6 @@
 """How the inner parameters are trained: any loss, any optax factory, any module."""
 
+from metaopt.inner._im2col import im2col
 from metaopt.inner._loop import LoopState, loop, problem, run, step
 from metaopt.inner._modules import Model, from_linen, from_nnx
 from metaopt.inner._piecewise import piecewise
@@ -13,6 +14,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "full_batch",
+    "im2col",
     "loop",
     "minibatch",
     "num_rows",

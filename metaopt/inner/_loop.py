@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import base, transforms
-from metaopt.inner import _samplers
+from metaopt.inner import _im2col, _samplers
 
 _FACTORY = (
     "`optimizer` must be a factory `hyperparams -> optax.GradientTransformation`, such as "
@@ -32,6 +32,16 @@ class LoopState(NamedTuple):
     model_state: base.PyTree
     key: jax.Array
     step: jax.Array
+
+
+def _with_products(fn: Callable, choice: bool | None) -> Callable:
+    """`fn` with its convolutions as matrix products where they are chosen, which is known when it is called."""
+
+    def called(*args):
+        chosen = jax.default_backend() == "cpu" if choice is None else choice
+        return (_im2col.im2col(fn) if chosen else fn)(*args)
+
+    return called
 
 
 def _check_scalar(value: Any, what: str) -> None:
@@ -105,6 +115,7 @@ def loop(
     sampler: _samplers.Sampler | None = None,
     with_context: bool = False,
     zero: str = "drop",
+    im2col: bool | None = None,
 ) -> base.InnerLoop:
     """Lifts a loss and an optax factory into an `InnerLoop`.
 
@@ -121,6 +132,8 @@ def loop(
       sampler: which rows a step sees: `inner.full_batch()` (default), `inner.minibatch(64)`.
       with_context: the loss and `init` are in their full form.
       zero: the derivative of the optimizer at zero gradients, "drop" or "exact" (see `transforms.differentiable`).
+      im2col: whether the convolutions and the pooling of the loss become matrix products and slices (`inner.im2col`);
+        by default where the default backend is a CPU, whose convolutions in loops are slow.
 
     Returns:
       An `InnerLoop`.
@@ -195,7 +208,8 @@ def loop(
         _check_same_structure(model_state, state.model_state, "model state")
         return LoopState(params, opt_state, model_state, state.key, state.step + 1)
 
-    return base.InnerLoop(init_state, batch, full_loss, update, lambda state: state.params, context)
+    loss_fn = _with_products(full_loss, im2col)
+    return base.InnerLoop(init_state, batch, loss_fn, update, lambda state: state.params, context)
 
 
 def step(
@@ -274,6 +288,7 @@ def problem(
     *,
     outer_batch: base.OuterBatchFn | None = None,
     with_context: bool = False,
+    im2col: bool | None = None,
 ) -> base.Problem:
     """An inner loop and the outer loss that judges what it trained.
 
@@ -283,6 +298,7 @@ def problem(
         `(params, hyperparams, batch, context) -> []`, where the context is that of the trained state.
       outer_batch: `(key, task) -> batch`; by default the whole of `task.valid`.
       with_context: the outer loss is in its full form.
+      im2col: as in `inner.loop`, for the outer loss.
 
     Returns:
       A `Problem`.
@@ -296,4 +312,4 @@ def problem(
         _check_scalar(value, "outer loss")
         return value
 
-    return base.Problem(loop, full_outer_loss, outer_batch or (lambda key, task: task.valid))
+    return base.Problem(loop, _with_products(full_outer_loss, im2col), outer_batch or (lambda key, task: task.valid))

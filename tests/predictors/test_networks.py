@@ -38,6 +38,7 @@ MAKE = {
     "mlp": lambda **options: predictors.mlp(SPACE, 2, **options),
     "dataset_embedding": lambda **options: predictors.dataset_embedding(SPACE, width=5, num_hidden=4, **options),
     "embedding_and_features": lambda **options: predictors.dataset_embedding(SPACE, num_features=2, width=5, **options),
+    "ensemble": lambda **options: predictors.ensemble(predictors.mlp(SPACE, 2, **options), 3),
 }
 
 
@@ -70,7 +71,19 @@ def test_departs_from_it_as_tasks_tell(name):
         predictor.init(KEY)
     )
     head = grads["head"] if "head" in grads else grads
-    assert (jnp.abs(head["linear"]).max(0) > 0).all() and (jnp.abs(head["out"]).max(0) > 0).all()
+    assert (jnp.abs(head["linear"]).max(-2) > 0).all() and (jnp.abs(head["out"]).max(-2) > 0).all()
+
+
+def test_an_ensemble_predicts_the_mean_of_its_members():
+    member = MAKE["mlp"]()
+    predictor = predictors.ensemble(member, 3)
+    phi = random_weights(predictor)
+    each = [member.apply(jax.tree.map(lambda x, m=m: x[m], phi), task()) for m in range(3)]
+    mean = jax.tree.map(lambda *zs: sum(zs) / 3, *each)
+    chex.assert_trees_all_close(predictor.apply(phi, task()), mean, rtol=1e-12)
+    # Members start from different weights.
+    hidden = predictor.init(KEY)["hidden"]
+    assert (hidden[0] != hidden[1]).all()
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -156,6 +169,7 @@ def test_float32_stays_float32(name):
     [
         (lambda: predictors.mlp(SPACE, -1), "must not be negative; got -1, 16"),
         (lambda: predictors.dataset_embedding(SPACE, width=0), "`width` and `max_rows` must be at least 1"),
+        (lambda: predictors.ensemble(predictors.mlp(SPACE, 2), 0), "`num_members` must be at least 1; got 0"),
         (lambda: predictors.from_config({"kind": "forest"}), "Unknown kind of predictor 'forest'; known are"),
         (lambda: predictors.from_config({}), "Unknown kind of predictor None"),
     ],

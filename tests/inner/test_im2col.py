@@ -1,0 +1,187 @@
+"""Convolutions as matrix products: the same values and derivatives as XLA's own, in every form that they take."""
+
+import itertools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import base, hypergrad, inner
+
+KEY = jax.random.key(0)
+
+# Name: (x's shape, w's shape, parameters of `conv_general_dilated`).
+NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+CONVOLUTIONS = {
+    "same": ((2, 5, 6, 3), (3, 3, 3, 4), {"padding": "SAME", **NHWC}),
+    "strides": ((2, 7, 6, 3), (3, 2, 3, 4), {"window_strides": (2, 3), "padding": "VALID", **NHWC}),
+    "uneven padding": ((2, 5, 5, 2), (3, 3, 2, 4), {"padding": ((2, 0), (1, 3)), **NHWC}),
+    "negative padding": ((2, 6, 6, 2), (3, 3, 2, 4), {"padding": ((-1, 0), (1, -2)), **NHWC}),
+    "dilation": ((2, 8, 8, 2), (3, 2, 2, 4), {"rhs_dilation": (2, 3), **NHWC}),
+    "transposed": ((2, 4, 4, 2), (3, 3, 2, 4), {"lhs_dilation": (2, 2), "padding": ((1, 2), (2, 1)), **NHWC}),
+    "one position": ((2, 5, 5, 3), (1, 1, 3, 4), {"window_strides": (2, 2), **NHWC}),
+    "groups": ((2, 5, 5, 6), (3, 3, 3, 4), {"feature_group_count": 2, "padding": "SAME", **NHWC}),
+    "depthwise": ((2, 5, 5, 3), (3, 3, 1, 6), {"feature_group_count": 3, "padding": "SAME", **NHWC}),
+    "other layout": ((2, 3, 5, 6), (4, 3, 3, 2), {"dimension_numbers": ("NCHW", "OIHW", "NHWC"), "padding": "SAME"}),
+    "batch last": ((5, 6, 3, 2), (3, 3, 3, 4), {"dimension_numbers": ("HWCN", "HWIO", "CHWN"), "padding": "SAME"}),
+    "one axis": ((2, 7, 3), (3, 3, 4), {"dimension_numbers": ("NWC", "WIO", "NWC"), "padding": "SAME"}),
+    "three axes": ((1, 3, 4, 5, 2), (2, 2, 2, 2, 3), {"dimension_numbers": ("NDHWC", "DHWIO", "NDHWC")}),
+}
+
+
+def convolution(name):
+    x_shape, w_shape, options = CONVOLUTIONS[name]
+    options = {"padding": "VALID", "window_strides": (1,) * (len(x_shape) - 2), **options}
+    x, w = jax.random.normal(KEY, x_shape), jax.random.normal(jax.random.key(1), w_shape)
+    return (lambda x, w: jax.lax.conv_general_dilated(x, w, **options)), x, w
+
+
+def derivatives(fn, *args):
+    """The value, the gradient, and a forward-over-reverse product, of a curved function of fn's output."""
+    curved = lambda *args: jnp.sum(jnp.sin(fn(*args)))
+    along = [jnp.cos(3 * x) for x in args]
+    grad = jax.grad(curved, argnums=tuple(range(len(args))))
+    return fn(*args), jax.jvp(grad, args, tuple(along))
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_and_its_derivatives(name):
+    conv, x, w = convolution(name)
+    chex.assert_trees_all_close(
+        jax.jit(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w),
+        jax.jit(lambda x, w: derivatives(conv, x, w))(x, w),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+    text = str(jax.make_jaxpr(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w))
+    assert "dot_general" in text or name == "depthwise"
+    assert "conv_general_dilated" not in text
+
+
+POOLING = {
+    "maximum": (jax.lax.max, -jnp.inf, (2, 2), (2, 2), "VALID"),
+    "overlapping maximum": (jax.lax.max, -jnp.inf, (3, 3), (2, 1), "SAME"),
+    "sum": (jax.lax.add, 0.0, (2, 3), (1, 2), "SAME"),
+}
+
+
+@pytest.mark.parametrize("name", POOLING)
+def test_pooling_and_its_derivatives(name):
+    operation, start, window, strides, padding = POOLING[name]
+
+    def pool(x):
+        return jax.lax.reduce_window(x, start, operation, (1, *window, 1), (1, *strides, 1), padding)
+
+    # Integers have ties.
+    for x in (jax.random.normal(KEY, (2, 6, 5, 3)), jax.random.randint(KEY, (2, 6, 5, 3), 0, 3).astype(float)):
+        chex.assert_trees_all_close(derivatives(inner.im2col(jax.jit(pool)), x), derivatives(pool, x), rtol=1e-12)
+    bad = x.at[0, 1, 2, 0].set(jnp.nan)
+    np.testing.assert_array_equal(inner.im2col(jax.jit(pool))(bad), pool(bad))
+    assert "reduce_window" not in str(jax.make_jaxpr(inner.im2col(pool))(x))
+
+
+CONV, X, W = convolution("same")
+
+
+@jax.custom_vjp
+def own_rule(x, w):
+    return CONV(x, w)
+
+
+own_rule.defvjp(lambda x, w: (CONV(x, w), (x, w)), lambda saved, g: saved)
+
+
+def in_a_loop(x, w):
+    body = lambda carry, scale: (carry, CONV(carry, scale * w).sum())
+    x, ys = jax.lax.scan(body, x, jnp.arange(3.0))
+    return x + ys.sum()
+
+
+def in_a_while(x, w):
+    return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] + CONV(c[1], w).mean()), (0, x))[1]
+
+
+NESTED = {
+    "jit": jax.jit(CONV),
+    "scan": in_a_loop,
+    "while": in_a_while,
+    "cond": lambda x, w: jax.lax.cond(x.sum() > 0, CONV, lambda x, w: 2 * CONV(x, w), x, w),
+    "checkpoint": jax.checkpoint(lambda x, w: jnp.tanh(CONV(x, w))),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_convolutions_inside_other_things(name):
+    fn = NESTED[name]
+    both = lambda fn: (fn(X, W), jax.jvp(fn, (X, W), (X**2, W**2)))
+    chex.assert_trees_all_close(jax.jit(lambda: both(inner.im2col(fn)))(), both(fn), rtol=1e-12, atol=1e-12)
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(inner.im2col(fn))(X, W))
+
+
+def test_what_is_left_as_it_is():
+    assert "conv_general_dilated" in str(jax.make_jaxpr(inner.im2col(own_rule))(X, W))
+    large = lambda x: jax.lax.conv(x, jnp.ones((1, 1, 129)), (1,), "SAME")
+    assert "conv_general_dilated" in str(jax.make_jaxpr(inner.im2col(large))(jnp.ones((1, 1, 200))))
+
+
+def test_numbers_that_python_decides_by_are_not_traced():
+    fn = inner.im2col(lambda x, twice, name: 2 * x if twice and name == "yes" else x)
+    assert float(jax.jit(lambda x: fn(x, True, "yes"))(1.5)) == 3.0
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_precision_is_kept(dtype):
+    x, w = X.astype(dtype), W.astype(dtype)
+    out = inner.im2col(CONV)(x, w)
+    assert out.dtype == dtype and CONV(x, w).dtype == dtype
+    np.testing.assert_allclose(out.astype(float), CONV(X, W), rtol=0, atol=30 * float(jnp.finfo(dtype).eps))
+
+
+def test_kernels_of_their_own_for_every_task():
+    x, w = (jnp.stack([a, 2 * a, a - 1]) for a in (X, W))
+    batched = jax.vmap(lambda x, w: derivatives(inner.im2col(CONV), x, w))
+    one_by_one = [derivatives(CONV, *pair) for pair in zip(x, w, strict=True)]
+    chex.assert_trees_all_close(jax.jit(batched)(x, w), jax.tree.map(lambda *a: jnp.stack(a), *one_by_one), rtol=1e-10)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), strides=2, param_dtype=float)(x))
+        return nn.Dense(3, param_dtype=float)(nn.max_pool(x, (2, 2), (2, 2)).reshape(x.shape[0], -1))
+
+
+def test_training_uses_it_on_cpu_and_gives_the_same_hypergradient():
+    net, start = Net(), Net().init(KEY, jnp.ones((1, 8, 8, 1)))
+    x, y = jax.random.normal(KEY, (6, 8, 8, 1)), jnp.arange(6) % 3
+    task = base.Task({"x": x[:3], "y": y[:3]}, {"x": x[3:], "y": y[3:]})
+
+    def loss(params, hyperparams, batch):
+        logits = net.apply(params, batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+    found = {}
+    for choice in (None, False):
+        loop = inner.loop(loss, lambda hp: optax.adam(hp["rate"]), init=lambda key, hp, data: start, im2col=choice)
+        estimator = hypergrad.unrolled(inner.problem(loop, loss, im2col=choice), num_steps=3, remat="step")
+        run = lambda hp, e=estimator: e.estimate(hp, task, e.init(KEY, hp, task))[0]
+        text = str(jax.make_jaxpr(run)({"rate": jnp.array(1e-2)}))
+        for name in ("conv_general_dilated", "reduce_window_max", "select_and_scatter_add"):
+            assert (name in text) == (choice is False)
+        found[choice] = jax.jit(run)({"rate": jnp.array(1e-2)})
+    chex.assert_trees_all_close(found[None], found[False], rtol=1e-8)
+
+
+def test_every_position_of_every_window_is_looked_at():
+    """Against a loop in NumPy."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(1, 4, 5, 2)), rng.normal(size=(2, 3, 2, 3))
+    expected = np.zeros((1, 2, 3, 3))
+    for i, j in itertools.product(range(2), range(3)):
+        expected[0, i, j] = np.einsum("hwc,hwcd->d", x[0, 2 * i : 2 * i + 2, j : j + 3], w)
+    conv = lambda x, w: jax.lax.conv_general_dilated(x, w, (2, 1), "VALID", **NHWC)
+    np.testing.assert_allclose(inner.im2col(conv)(jnp.asarray(x), jnp.asarray(w)), expected, rtol=1e-12)
