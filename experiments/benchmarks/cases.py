@@ -75,7 +75,7 @@ def _digits(batch_size: int) -> tuple[dict, dict]:
     return {n: v[batch_size:] for n, v in rows.items()}, {n: v[:batch_size] for n, v in rows.items()}
 
 
-def mlp(width: int = 256, batch_size: int = 256) -> Case:
+def mlp(width: int = 256, batch_size: int = 256, rate: float = FEW["rate"]) -> Case:
     sizes = {"in": (64, width), "hidden": (width, width), "out": (width, 10)}
 
     def loss(params, batch):
@@ -84,12 +84,13 @@ def mlp(width: int = 256, batch_size: int = 256) -> Case:
 
     return Case(
         "mlp",
-        f"MLP of 64, {width}, {width} and 10 units, {batch_size} of scikit-learn's digits a step",
+        f"MLP of 64, {width}, {width} and 10 units, {batch_size} of scikit-learn's digits a step"
+        + (f", at a rate of {rate:g}" if rate != FEW["rate"] else ""),
         loss,
         _weights(sizes, {name: shape[0] for name, shape in sizes.items()}),
         *_digits(batch_size),
         batch_size,
-        {**FEW, "decay": dict.fromkeys(sizes, FEW["decay"])},
+        {"rate": rate, "decay": dict.fromkeys(sizes, FEW["decay"])},
     )
 
 

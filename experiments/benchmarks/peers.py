@@ -264,6 +264,41 @@ def with_hypertorch(problem):
     return call
 
 
+def with_solve(num_products, method):
+    """hypertorch's implicit rules after one step of Adam; with its map θ − ∇g they solve H v = ∇f."""
+
+    def make(problem):
+        hypertorch = importlib.import_module("hypergrad")
+        if not hasattr(hypertorch, "reverse"):
+            raise ModuleNotFoundError("the installed `hypergrad` is another library")
+        n = len(problem.names)
+
+        def fixed_point_map(params, hyperparams):
+            loss = problem.train_loss(params, [problem.rate, *hyperparams], problem.batch(1))
+            grads = torch.autograd.grad(loss, params, create_graph=True)
+            return [p - g for p, g in zip(params, grads, strict=True)]
+
+        def call():
+            decay = problem.hyperparams()[1:]
+            weights, values = problem.weights(), []
+            loss = problem.train_loss(weights, [problem.rate, *decay], problem.batch(0))
+            grads = torch.autograd.grad(loss, weights)
+            moved = adam(start(weights), [g.detach() for g in grads], problem.rate, 1, problem.eps)
+            params = [p.detach() for p in moved[:n]]
+
+            def outer(params, hyperparams):
+                values.append(problem.valid_loss(params))
+                return values[-1]
+
+            solver = getattr(hypertorch, method)
+            found = solver(params, decay, num_products, fixed_point_map, outer, tol=0, set_grad=False)
+            return values[0], [None, *found]
+
+        return call
+
+    return make
+
+
 PLAIN, PLAIN_COMPILED = "torch: plain training (`optim.Adam`)", "torch.compile: plain training"
 ROWS = {  # name: (function, whose time it is compared with)
     PLAIN: (plain_optim, PLAIN),
@@ -293,11 +328,15 @@ def main() -> None:
     parser.add_argument("threads", type=int)
     parser.add_argument("repetitions", type=int)
     parser.add_argument("seconds", type=float)
+    parser.add_argument("num_products", type=int, help="of an implicit solve instead of training; 0 trains")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     problem = Problem(options.model, options.file)
     rows, calls = {}, {}
-    for name, (function, against) in ROWS.items():
+    functions = ROWS
+    if options.num_products:
+        functions = {"hypertorch CG": (with_solve(options.num_products, "CG"), PLAIN)}
+    for name, (function, against) in functions.items():
         rows[name] = {"name": name, "against": against}
         try:
             begin = time.perf_counter()
@@ -307,7 +346,8 @@ def main() -> None:
                 rows[name]["compile_seconds"] = time.perf_counter() - begin
             if grads is not None:
                 decay = {leaf: grad.tolist() for leaf, grad in zip(problem.names, grads[1:], strict=True)}
-                rows[name]["hypergrad"] = {"rate": grads[0].item(), "decay": decay}
+                rate = {} if grads[0] is None else {"rate": grads[0].item()}
+                rows[name]["hypergrad"] = {**rate, "decay": decay}
             rows[name]["mib"] = peak_mib(call)
             calls[name] = call
         except Exception as error:  # a peer that cannot: the table says why

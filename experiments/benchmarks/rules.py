@@ -1,9 +1,10 @@
 """What every hypergradient rule costs, beside plain training, hand-written JAX and other libraries.
 
 Three models with Adam (`cases.py`), over numbers of inner steps T; λ is the learning rate and an L2 penalty for each
-layer. Of every rule: time over that of plain training; the floor that counting forward passes gives; time over that of
-a scan written by hand, with the same checkpoints; temporary memory as the compiler states it; and how far the
-hypergradient is from that of the hand-written scan. The run fails where that is more than 1e-3.
+layer. Of every rule: time over that of plain training; the floor that counting forward passes gives; operations over
+those of plain training; time over that of a scan written by hand, with the same checkpoints; temporary memory as the
+compiler states it; and how far the hypergradient is from that of the hand-written scan. The run fails where that is
+more than 1e-3. Then, for the MLP, what an implicit solve of K products and the mixed product of example weights cost.
 
     python experiments/benchmarks/rules.py                 # writes experiments/results/rules.md
     python experiments/benchmarks/rules.py --peers PYTHON  # other libraries too: install_peers.sh makes that PYTHON
@@ -26,7 +27,6 @@ import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from timing import circumstances, compiled, num_cores, table, temporary_mib
 from turns import medians
 
@@ -39,8 +39,9 @@ TOLERANCE = 1e-3  # of hypergradients, in float32
 FLOORS = {"none": 2.75, "step": 3.7, "sqrt": 4.7}
 PLAIN, LAYERWISE = "plain training", "each layer recomputed"
 FULL = [
-    (cases.mlp(), (1, 4, 64, 1024)),
-    (cases.conv(), (1, 4, 64, 256)),
+    (cases.mlp(), (1, 4, 64)),
+    (cases.mlp(rate=1e-5), (1024,)),  # float32 training at the usual rate is chaotic by then
+    (cases.conv(), (1, 4, 64)),
     (cases.transformer(), (1, 4)),
     (cases.transformer(layers=2, width=64, batch_size=8), (16, 64)),
 ]
@@ -52,10 +53,39 @@ with 64 rows a step elementwise work and memory traffic do, and all ratios to pl
 
 - "/ plain": time over plain training, of the same library and with the same recomputation within the loss.
 - "floor": forward passes counted, in units of plain training, and whether the time is within 15 % of it.
+- "operations": floating-point operations of the program (`hypergrad.flops`), over those of plain training.
 - "/ by hand": time over the hand-written scan with the same checkpoints. "/ metaopt": time over "mixed, step".
 - "MiB": temporary memory; of torch, the most that its allocator held above the start. "/ naive": over "reverse, none".
 - "error": the largest relative error of a leaf of the hypergradient against "by hand: step"; {agree} below {tol:g}."""
-HEADER = ["T", "rule", "ms", "/ plain", "floor", "/ by hand", "/ metaopt", "MiB", "/ naive", "error", "compile s"]
+HEADER = [
+    "T",
+    "rule",
+    "ms",
+    "/ plain",
+    "floor",
+    "operations",
+    "/ by hand",
+    "/ metaopt",
+    "MiB",
+    "/ naive",
+    "error",
+    "compile s",
+]
+
+
+IMPLICIT = """\
+## One implicit solve: K products with the Hessian of the MLP
+
+λ is the penalty of each layer, and the penalty is so large that the Hessian is positive. One step of Adam, then K steps
+of conjugate gradients, the mixed product and the outer gradient. "operations" count the body of the solver's loop once.
+
+"""
+WEIGHTS = """\
+## Example weights: the mixed product, in forward passes of the MLP
+
+(∂²g/∂λ∂θ)ᵀ v with a weight for each of the batch's examples; the bar is 3.2.
+
+"""
 
 
 class Rule(NamedTuple):
@@ -66,26 +96,6 @@ class Rule(NamedTuple):
     layerwise: bool = False  # the loss recomputes its layers
 
 
-def forward(problem: base.Problem, *, num_steps: int) -> base.Estimator:
-    """Forward mode through `unroll`, with one tangent for every number in λ."""
-    solve = hypergrad.unroll(problem.loop, num_steps=num_steps)
-
-    def estimate(hyperparams, task, key):
-        flat, unravel = ravel_pytree(hyperparams)
-
-        def objective(flat):
-            hyperparams = unravel(flat)
-            state = solve(key, hyperparams, task.train)
-            context = problem.loop.context(state)
-            return problem.outer_loss(problem.loop.params(state), hyperparams, task.valid, context)
-
-        along = jax.vmap(lambda tangent: jax.jvp(objective, (flat,), (tangent,)), out_axes=(None, 0))
-        value, slopes = along(jnp.eye(flat.size))
-        return base.Estimate(value, unravel(slopes), jnp.array(True), {}), key
-
-    return base.Estimator(lambda key, hyperparams, task: key, estimate, kind="exact")
-
-
 def unrolled(remat: str, grad: Callable, **kwargs) -> Rule:
     return Rule(partial(hypergrad.unrolled, remat=remat, grad=grad), FLOORS[remat], remat, **kwargs)
 
@@ -94,44 +104,45 @@ RULES = {
     **{f"reverse, {remat}": unrolled(remat, jax.grad) for remat in FLOORS},
     **{f"mixed, {remat}": unrolled(remat, hypergrad.mixed_grad) for remat in FLOORS},
     f"mixed, step, {LAYERWISE}": unrolled("step", hypergrad.mixed_grad, layerwise=True),
-    "forward, two λ": Rule(forward, floor=1 + 1.75 * 2, few=True),
+    "forward, two λ": Rule(partial(hypergrad.forward, chunk=1), floor=1 + 1.75 * 2, few=True),
 }
 NAIVE, RECOMMENDED = "reverse, none", "mixed, step"  # as the report's text says
 SMOKE_PROGRAMS = (PLAIN, "by hand: step", NAIVE, RECOMMENDED, "forward, two λ")
 
 
-def by_hand(case: cases.Case, num_steps: int, remat: str) -> Callable:
-    """(λ, task) -> F(λ): Adam in a scan, as one writes it without metaopt, with a square root that is safe at zero."""
+def train_by_hand(case: cases.Case, hyperparams: dict, task: base.Task, order: jax.Array, remat: str) -> dict:
+    """Adam in a scan, as one writes it without metaopt, with a square root that is safe at zero."""
+
+    def step(carry, rows):
+        params, mu, nu, count = carry
+        batch = jax.tree.map(lambda x: x[rows], task.train["rows"])
+        grads = jax.grad(lambda p: case.loss(p, batch) + cases.penalty(p, hyperparams["decay"]))(params)
+        count = count + 1
+        mu = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mu, grads)
+        nu = jax.tree.map(lambda n, g: 0.999 * n + 0.001 * g**2, nu, grads)
+
+        def move(param, m, n):
+            n = n / (1 - 0.999**count)
+            root = jnp.where(n > 0, jnp.sqrt(jnp.where(n > 0, n, 1)), 0)
+            return param - hyperparams["rate"] * (m / (1 - 0.9**count)) / (root + cases.EPS)
+
+        return (jax.tree.map(move, params, mu, nu), mu, nu, count), None
+
+    body = step if remat == "none" else jax.checkpoint(step, prevent_cse=False)
+    if remat == "sqrt":
+        checkpointed_step, root = body, round(len(order) ** 0.5)
+        order = order.reshape(root, root, -1)
+        body = jax.checkpoint(lambda carry, rows: jax.lax.scan(checkpointed_step, carry, rows), prevent_cse=False)
+    params = task.train["params"]
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(body, (params, zeros, zeros, jnp.zeros([])), order)[0][0]
+
+
+def by_hand(case: cases.Case, remat: str) -> Callable:
+    """(λ, task) -> F(λ)."""
 
     def objective(hyperparams, task):
-        def loss(params, batch):
-            return case.loss(params, batch) + cases.penalty(params, hyperparams["decay"])
-
-        def step(carry, rows):
-            params, mu, nu, count = carry
-            grads = jax.grad(loss)(params, jax.tree.map(lambda x: x[rows], task.train["rows"]))
-            count = count + 1
-            mu = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mu, grads)
-            nu = jax.tree.map(lambda n, g: 0.999 * n + 0.001 * g**2, nu, grads)
-
-            def move(param, m, n):
-                n = n / (1 - 0.999**count)
-                root = jnp.where(n > 0, jnp.sqrt(jnp.where(n > 0, n, 1)), 0)
-                return param - hyperparams["rate"] * (m / (1 - 0.9**count)) / (root + cases.EPS)
-
-            return (jax.tree.map(move, params, mu, nu), mu, nu, count), None
-
-        order, body = task.train["order"], step
-        if remat != "none":
-            body = jax.checkpoint(step, prevent_cse=False)
-        if remat == "sqrt":
-            checkpointed_step, root = body, round(num_steps**0.5)
-            order = order.reshape(root, root, -1)
-            body = jax.checkpoint(lambda carry, rows: jax.lax.scan(checkpointed_step, carry, rows), prevent_cse=False)
-        params = task.train["params"]
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        (params, *_), _ = jax.lax.scan(body, (params, zeros, zeros, jnp.zeros([])), order)
-        return case.loss(params, task.valid)
+        return case.loss(train_by_hand(case, hyperparams, task, task.train["order"], remat), task.valid)
 
     return objective
 
@@ -153,7 +164,8 @@ def estimate(rule: Rule, case: cases.Case, num_steps: int) -> Callable:
 
     def program(hyperparams, task):
         if rule.few:
-            hyperparams = jax.tree.map(jnp.asarray, cases.FEW)  # the same point
+            # The same point.
+            hyperparams = {"rate": hyperparams["rate"], "decay": jnp.asarray(cases.FEW["decay"])}
         state = estimator.init(jax.random.key(0), hyperparams, task)
         found, _ = estimator.estimate(hyperparams, task, state)
         return found.value, found.hypergrad
@@ -162,9 +174,14 @@ def estimate(rule: Rule, case: cases.Case, num_steps: int) -> Callable:
 
 
 def error(found: dict, expected: dict) -> float:
-    """The largest relative error of a leaf of the hypergradient."""
+    """The same where λ may be few."""
     if not isinstance(found["decay"], dict):  # one penalty for all: the sum of theirs
         expected = {**expected, "decay": sum(np.sum(leaf) for leaf in expected["decay"].values())}
+    return relative_error(found, expected)
+
+
+def relative_error(found: base.PyTree, expected: base.PyTree) -> float:
+    """The largest relative error of a leaf of the hypergradient."""
     relative = jax.tree.map(lambda a, b: np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b), found, expected)
     return float(np.max(jax.tree.leaves(relative)))  # NaN where there is one
 
@@ -174,6 +191,7 @@ class Row(NamedTuple):
     ms: float = float("nan")
     against: str = PLAIN  # whose time it is compared with
     floor: float | None = None
+    operations: float | None = None
     by_hand: str | None = None
     mib: float = float("nan")
     error: float | None = None
@@ -188,8 +206,8 @@ def ours(case: cases.Case, num_steps: int, options: argparse.Namespace) -> tuple
     functions = {PLAIN: plain(cases.problem_of(case), num_steps)}
     if case.layerwise:
         functions[f"{PLAIN}, {LAYERWISE}"] = plain(cases.problem_of(case, layerwise=True), num_steps)
-    functions[f"by hand: {PLAIN}"] = by_hand(case, num_steps, "none")
-    functions |= {f"by hand: {remat}": jax.value_and_grad(by_hand(case, num_steps, remat)) for remat in hands}
+    functions[f"by hand: {PLAIN}"] = by_hand(case, "none")
+    functions |= {f"by hand: {remat}": jax.value_and_grad(by_hand(case, remat)) for remat in hands}
     functions |= {name: estimate(rule, case, num_steps) for name, rule in rules.items()}
     if options.smoke:
         functions = {name: functions[name] for name in SMOKE_PROGRAMS}
@@ -206,6 +224,7 @@ def ours(case: cases.Case, num_steps: int, options: argparse.Namespace) -> tuple
     found = {name: jax.device_get(call()) for name, call in calls.items()}
     expected = found["by hand: step"][1]
 
+    operations = {name: hypergrad.flops(function, hyperparams, task) for name, function in functions.items()}
     rows = []
     for name, (_, compile_seconds) in programs.items():
         rule = rules.get(name)
@@ -216,6 +235,7 @@ def ours(case: cases.Case, num_steps: int, options: argparse.Namespace) -> tuple
                 1e3 * seconds[name] if name in seconds else float("nan"),
                 f"{PLAIN}, {LAYERWISE}" if LAYERWISE in name else PLAIN,
                 rule.floor if rule else None,
+                operations[name] / operations[PLAIN],
                 f"by hand: {rule.by_hand}" if rule and not rule.layerwise else None,
                 mib[name],
                 error(found[name][1], expected) if is_hypergradient else None,
@@ -226,7 +246,9 @@ def ours(case: cases.Case, num_steps: int, options: argparse.Namespace) -> tuple
     return rows, expected
 
 
-def peers(case: cases.Case, num_steps: int, options: argparse.Namespace, expected: dict) -> tuple[list[Row], str]:
+def peers(
+    case: cases.Case, num_steps: int, options: argparse.Namespace, expected: dict, num_products: int = 0
+) -> tuple[list[Row], str]:
     """Rows of other libraries, from their own environment, and its versions."""
     task = cases.task_of(case, num_steps)
     trees = {"params": case.params, "train": case.train, "valid": case.valid, "decay": case.hyperparams["decay"]}
@@ -235,7 +257,7 @@ def peers(case: cases.Case, num_steps: int, options: argparse.Namespace, expecte
         file = Path(folder) / "problem.npz"
         np.savez(file, order=task.train["order"], rate=case.hyperparams["rate"], eps=cases.EPS, **arrays)
         command = [options.peers, str(HERE / "peers.py"), case.name.rstrip("0123456789"), str(file)]
-        command += [str(num_cores()), str(options.repetitions), str(options.seconds)]
+        command += [str(num_cores()), str(options.repetitions), str(options.seconds), str(num_products)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last_line = (done.stderr.strip().splitlines() or [""])[-1]
@@ -249,12 +271,156 @@ def peers(case: cases.Case, num_steps: int, options: argparse.Namespace, expecte
     return rows, answer["versions"]
 
 
+# ---- One solve of K products, and the mixed product of example weights ---------------------------------------------
+
+GRADIENT, FORWARD = "gradient of the inner loss", "forward pass of the examples' losses"
+CURVATURE = 1.0  # the penalty, so that conjugate gradients have a minimum
+
+
+def solve_by_hand(case: cases.Case, num_products: int) -> Callable:
+    """(λ, task) -> (F, dF/dλ): a step of Adam, then conjugate gradients, linearized once."""
+
+    def program(hyperparams, task):
+        order = task.train["order"]
+        params = train_by_hand(case, hyperparams, task, order[:1], "none")
+        batch = jax.tree.map(lambda x: x[order[1]], task.train["rows"])
+
+        def gradient(params, decay):
+            return jax.grad(lambda p: case.loss(p, batch) + cases.penalty(p, decay))(params)
+
+        value, slope = jax.value_and_grad(case.loss)(params, task.valid)
+        _, product = jax.linearize(lambda p: gradient(p, hyperparams["decay"]), params)
+        v, _ = jax.scipy.sparse.linalg.cg(product, slope, tol=0, maxiter=num_products)
+        _, mixed = jax.vjp(lambda decay: gradient(params, decay), hyperparams["decay"])
+        return value, {"decay": jax.tree.map(jnp.negative, mixed(v)[0])}
+
+    return program
+
+
+def solve(case: cases.Case, num_products: int) -> Callable:
+    """The same by metaopt."""
+    rate = case.hyperparams["rate"]
+    problem = base.reparametrized(cases.problem_of(case), lambda hp, step: {"rate": rate, **hp})
+    # The first product is that of the guess.
+    solver = hypergrad.cg(num_steps=num_products, tol=0)
+    estimator = hypergrad.implicit(problem, num_steps=1, solver=solver, warm_start=False)
+
+    def program(hyperparams, task):
+        hyperparams = {"decay": hyperparams["decay"]}
+        state = estimator.init(jax.random.key(0), hyperparams, task)
+        found, _ = estimator.estimate(hyperparams, task, state)
+        return found.value, found.hypergrad
+
+    return program
+
+
+def implicit_rows(case: cases.Case, num_products: int, options: argparse.Namespace) -> tuple[list[list[str]], list]:
+    """What is printed of one number of products; and which rows disagree."""
+    case = case._replace(hyperparams={**case.hyperparams, "decay": dict.fromkeys(case.params, CURVATURE)})
+    hyperparams, task = jax.tree.map(jnp.asarray, case.hyperparams), cases.task_of(case, 2)
+
+    def gradient(hyperparams, task):
+        batch = jax.tree.map(lambda x: x[task.train["order"][0]], task.train["rows"])
+        return jax.grad(lambda p: case.loss(p, batch) + cases.penalty(p, hyperparams["decay"]))(task.train["params"])
+
+    functions = {
+        GRADIENT: gradient,
+        "by hand: cg": solve_by_hand(case, num_products),
+        "implicit, cg": solve(case, num_products),
+    }
+    return side_by_side(
+        str(num_products),
+        functions,
+        (hyperparams, task),
+        options,
+        lambda expected: peers(case, 2, options, expected, num_products)[0] if options.peers else [],
+    )
+
+
+def weights_rows(case: cases.Case, options: argparse.Namespace) -> tuple[list[list[str]], list]:
+    """The mixed product (∂²g/∂λ∂θ)ᵀ v where λ is a weight for each example, in forward passes."""
+
+    def losses(params, batch):
+        return jax.vmap(lambda row: case.loss(params, jax.tree.map(lambda x: x[None], row)))(batch)
+
+    weighted = inner.weighted(losses, lambda hyperparams, batch: jax.nn.sigmoid(hyperparams))
+    batch = jax.tree.map(lambda x: jnp.asarray(x[: case.batch_size]), case.train)
+    params = jax.tree.map(jnp.asarray, case.params)
+    along = jax.tree.map(lambda x: jnp.cos(3 * x), params)
+    hyperparams = jnp.linspace(-1.0, 1.0, case.batch_size)
+
+    def by_metaopt(hyperparams, params):
+        gradient = lambda hyperparams: jax.grad(weighted)(params, hyperparams, batch)
+        return None, jax.vjp(gradient, hyperparams)[1](along)[0]
+
+    def by_hand(hyperparams, params):
+        slopes = jax.jvp(lambda params: losses(params, batch), (params,), (along,))[1]
+        return None, slopes * jax.grad(lambda hp: jax.nn.sigmoid(hp).sum())(hyperparams) / case.batch_size
+
+    functions = {
+        FORWARD: lambda hyperparams, params: losses(params, batch),
+        "gradient": lambda hyperparams, params: jax.grad(weighted)(params, hyperparams, batch),
+        "by hand: forward mode": by_hand,
+        "mixed product, `inner.weighted`": by_metaopt,
+    }
+    return side_by_side("", functions, (hyperparams, params), options)
+
+
+def side_by_side(
+    label: str,
+    functions: dict[str, Callable],
+    arguments: tuple,
+    options: argparse.Namespace,
+    others: Callable | None = None,
+) -> tuple[list[list[str]], list]:
+    """Rows of functions, the first of which is the unit; what begins with "by hand" is what the rest agrees with."""
+    unit, hand = next(iter(functions)), next(name for name in functions if name.startswith("by hand"))
+    programs = {name: compiled(function, *arguments)[0] for name, function in functions.items()}
+    calls = {n: lambda p=p: jax.block_until_ready(p(*arguments)) for n, p in programs.items()}
+    seconds = medians(calls, options.repetitions, options.seconds)
+    operations = {name: hypergrad.flops(function, *arguments) for name, function in functions.items()}
+    expected = jax.device_get(calls[hand]())[1]
+    rows = []
+    for name in functions:
+        found = jax.device_get(calls[name]()) if name not in (unit, "gradient") else None
+        rows.append(
+            Row(
+                name,
+                1e3 * seconds[name],
+                unit,
+                operations=operations[name] / operations[unit],
+                by_hand=hand if found is not None and name != hand else None,
+                mib=temporary_mib(programs[name]),
+                error=None if found is None else relative_error(found[1], expected),
+            )
+        )
+    rows += others(expected) if others else []
+    printed = []
+    for row in rows:
+        ratio = row.ms / (1e3 * seconds[unit])
+        against_hand = row.ms / (1e3 * seconds[hand]) if row.by_hand or row.operations is None else float("nan")
+        printed.append(
+            [
+                label,
+                row.name + (f" ({row.reason})" if row.reason else ""),
+                number(row.ms, 2),
+                number(ratio, 2),
+                number(row.operations, 2),
+                number(against_hand, 2),
+                number(row.mib, 2),
+                "" if row.error is None else f"{row.error:.0e}",
+            ]
+        )
+    return printed, [f"{label} {row.name}: {row.error:.1e}" for row in rows if row.error and not row.error <= TOLERANCE]
+
+
+def number(value, digits):
+    return "" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+
+
 def lines(num_steps: int, rows: list[Row]) -> list[list[str]]:
     """What is printed of the rows of one T."""
     ms, mib = {row.name: row.ms for row in rows}, {row.name: row.mib for row in rows}
-
-    def number(value, digits):
-        return "" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
     printed = []
     for row in rows:
@@ -269,6 +435,7 @@ def lines(num_steps: int, rows: list[Row]) -> list[list[str]]:
                 number(row.ms, 1),
                 number(ratio, 2),
                 floor,
+                number(row.operations, 2),
                 number(row.ms / ms[row.by_hand], 2) if row.by_hand in ms else "",
                 "" if row.name in RULES or row.error is None else number(row.ms / ms[RECOMMENDED], 2),
                 number(row.mib, 2),
@@ -298,6 +465,17 @@ def report(options: argparse.Namespace) -> tuple[str, list[str]]:
             off = [row for row in rows if row.error is not None and not row.error <= TOLERANCE]
             wrong += [f"{case.name}, T={num_steps}, {row.name}: {row.error:.1e}" for row in off]
         parts.append(f"## {case.text[0].upper()}{case.text[1:]}\n\n{table(HEADER, printed)}")
+    if not (options.problems or options.num_steps):
+        case = SMOKE[0][0] if options.smoke else FULL[0][0]
+        header = ["ms", "/ {}", "operations", "/ by hand", "MiB", "error"]
+        printed = []
+        for num_products in (3,) if options.smoke else (5, 20):
+            more, off = implicit_rows(case, num_products, options)
+            printed, wrong = printed + more, wrong + off
+        parts.append(IMPLICIT + table(["K", "rule", *(h.format("gradient") for h in header)], printed))
+        printed, off = weights_rows(case, options)
+        wrong += off
+        parts.append(WEIGHTS + table(["", "rule", *(h.format("forward") for h in header)], printed))
     intro = INTRO.format(
         threads=num_cores(), repetitions=options.repetitions, agree="all" if not wrong else "NOT all", tol=TOLERANCE
     )

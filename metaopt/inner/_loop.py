@@ -1,5 +1,6 @@
 """From a plain loss and any optax factory to an `InnerLoop`, and from there to a step, a training run, a `Problem`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ class LoopState(NamedTuple):
 def _with_products(fn: Callable, choice: bool | None) -> Callable:
     """`fn` with its convolutions as matrix products where they are chosen, which is known when it is called."""
 
+    @functools.wraps(fn)
     def called(*args):
         chosen = jax.default_backend() == "cpu" if choice is None else choice
         return (_im2col.im2col(fn) if chosen else fn)(*args)
