@@ -67,11 +67,17 @@ def test_smoke_of_rules():
     names = ["plain training", "by hand: step", "reverse, none", "mixed, step", "forward, two λ"]
     reason = "other libraries (failed, exit 1: ModuleNotFoundError: No module named 'torch')"
     assert list(cost) == [*names, reason] and set(cost[reason][2:]) == {""}
-    ms, mib = ({name: float(cost[name][column]) for name in names} for column in (2, 7))
+    ms, mib = ({name: float(cost[name][column]) for name in names} for column in (2, 8))
     assert min(ms.values()) > 0 and mib["reverse, none"] > mib["mixed, step"] > mib["plain training"] > 0
     assert cost["mixed, step"][4].startswith("3.7 ") and cost["forward, two λ"][4].startswith("4.5 ")
-    assert float(cost["reverse, none"][8]) == 1 and float(cost["plain training"][3]) == 1
-    assert float(cost["by hand: step"][9]) == 0 and 0 < float(cost["mixed, step"][9]) < 1e-3
+    assert float(cost["reverse, none"][9]) == 1 and float(cost["plain training"][3]) == 1
+    assert float(cost["plain training"][5]) == 1 < float(cost["mixed, step"][5]) < float(cost["forward, two λ"][5])
+    assert float(cost["by hand: step"][10]) == 0 and 0 < float(cost["mixed, step"][10]) < 1e-3
+    # One solve, and example weights: as computed by hand.
+    others = {row[1]: row for row in rows(printed) if row[0] in ("3", "")}
+    for name in ("implicit, cg", "mixed product, `inner.weighted`"):
+        assert float(others[name][2]) > 0 and float(others[name][7]) < 1e-3
+    assert float(others["mixed product, `inner.weighted`"][4]) < 3.2
     assert "; all below 0.001." in printed and "--peers PYTHON` with Python" in printed
 
 
@@ -87,6 +93,8 @@ def test_hypergradients_that_disagree_are_seen(monkeypatch):
     rows = [script.Row("plain training", 1.0, mib=1.0), script.Row("wrong", 2.0, error=np.nan)]
     monkeypatch.setattr(script, "ours", lambda *args: (rows, expected))
     monkeypatch.setattr(script, "lines", lambda num_steps, rows: [])
+    for name in ("implicit_rows", "weights_rows"):
+        monkeypatch.setattr(script, name, lambda *args: ([], []))
     monkeypatch.setattr(sys, "argv", ["rules.py", "--smoke"])
     with pytest.raises(SystemExit, match="T=4, wrong: nan"):
         script.main()
@@ -97,15 +105,15 @@ def test_the_table_says_which_floors_are_reached(monkeypatch):
     rows = [
         script.Row("plain training", 10.0, mib=1.0),
         script.Row("by hand: step", 20.0, mib=2.0, error=0.0),
-        script.Row("reverse, none", 30.0, floor=2.75, mib=8.0, error=1e-6),
+        script.Row("reverse, none", 30.0, floor=2.75, operations=3.5, mib=8.0, error=1e-6),
         script.Row("mixed, step", 44.0, floor=3.7, by_hand="by hand: step", mib=2.0, error=1e-6),
         script.Row("torch", 20.0, "torch", error=None),
         script.Row("higher", 88.0, "torch", error=1e-5),
         script.Row("TorchOpt", reason="failed"),
     ]
     printed = {line[1]: line[2:] for line in script.lines(64, rows)}
-    assert printed["reverse, none"] == ["30.0", "3.00", "2.75 reached", "", "", "8.00", "1.000", "1e-06", ""]
-    assert printed["mixed, step"] == ["44.0", "4.40", "3.7 no", "2.20", "", "2.00", "0.250", "1e-06", ""]
-    assert printed["by hand: step"][4] == "0.45"
-    assert printed["higher"] == ["88.0", "4.40", "", "", "2.00", "", "", "1e-05", ""]
-    assert printed["TorchOpt (failed)"] == [""] * 9
+    assert printed["reverse, none"] == ["30.0", "3.00", "2.75 reached", "3.50", "", "", "8.00", "1.000", "1e-06", ""]
+    assert printed["mixed, step"] == ["44.0", "4.40", "3.7 no", "", "2.20", "", "2.00", "0.250", "1e-06", ""]
+    assert printed["by hand: step"][5] == "0.45"
+    assert printed["higher"] == ["88.0", "4.40", "", "", "", "2.00", "", "", "1e-05", ""]
+    assert printed["TorchOpt (failed)"] == [""] * 10
