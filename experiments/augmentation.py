@@ -23,21 +23,16 @@ transformations and one step ahead it is that of Mounsaveng et al., WACV 2021, h
 Needs mnist.npz and fashion_mnist_sub.npz in the folder that the environment variable METAOPT_DATA names.
 """
 
-import argparse
 import math
-import os
 import sys
 import time
 from pathlib import Path
-
-if __name__ == "__main__" and "--smoke" in sys.argv:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half the time to compile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
+import script
 from jax.scipy import ndimage
 
 from metaopt import base, hypergrad, inner, spaces, training
@@ -67,9 +62,7 @@ PAPER = (
 
 def load(name: str, seed: int, num_rows: int) -> tuple[base.Task, dict]:
     """A task of `num_rows` training and as many validation images, and the test images."""
-    path = Path(os.environ.get("METAOPT_DATA", "")) / FILES[name]
-    if not path.is_file():
-        sys.exit(f"augmentation needs {FILES[name]}, in the folder that the environment variable METAOPT_DATA names.")
+    path = script.data_file(__file__, FILES[name])
 
     def part(x, y):
         small = x.reshape(-1, SIDE, 28 // SIDE, SIDE, 28 // SIDE).mean((2, 4)) / 255
@@ -260,22 +253,19 @@ def tables(data: str, runs: list) -> str:
     for name in runs[0][0]:
         valid, test, again, seconds = np.array([results[name] for results, _ in runs]).T
         cost = "" if math.isnan(seconds[0]) else f"{np.median(seconds):.1f}"
-        rows.append([name, report.spread(valid, 3), report.spread(test, 2), report.spread(again, 2), cost])
+        rows.append([name, script.spread(valid, 3), script.spread(test, 2), script.spread(again, 2), cost])
         if runs[0][1][name] is not None:
             chosen.append([name, *(f"{np.median([float(c[name][s]) for _, c in runs]):.2g}" for s in STRENGTHS)])
     header = ["strengths", "validation loss", "test error, %", "trained on validation images too, %", "CPU s"]
     return (
-        f"## {data}\n\n{report.table(header, rows)}\n\nStrengths (medians over seeds):\n\n"
-        f"{report.table(['strengths of ' + data, *STRENGTHS], chosen)}\n\n"
+        f"## {data}\n\n{script.table(header, rows)}\n\nStrengths (medians over seeds):\n\n"
+        f"{script.table(['strengths of ' + data, *STRENGTHS], chosen)}\n\n"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
-    parser.add_argument("--seeds", type=int, default=5, help="each with its own images, initialization and draws")
+    parser = script.parser(__doc__, num_seeds=5)
     parser.add_argument("--data", nargs="+", choices=FILES, default=list(FILES), help="which images")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
     config = parser.parse_args()
     small = config.smoke
     config.seeds, config.data = (1, ["MNIST"]) if small else (config.seeds, config.data)
@@ -295,22 +285,19 @@ def main() -> None:
     text = "".join(tables(data, seeds) for data, seeds in runs.items())
     text += (
         "Published, test accuracy of a ResNet18 on CIFAR-10 (Lorraine et al., table 4):\n\n"
-        f"{report.table(['λ', 'test accuracy, %'], PAPER)}\n\n"
+        f"{script.table(['λ', 'test accuracy, %'], PAPER)}\n\n"
         f"Mean ± standard deviation over {config.seeds} seeds. {config.num_rows} images of 14 × 14 to train on, as "
         f"many to validate, {config.num_test} to test; {config.hidden} hidden units, Adam, {config.num_steps} steps of "
         f"{config.batch} images. Every figure is a mean of {config.repeats} trainings from other initializations. "
         f"`unrolled` and `truncated` see {config.runs} trainings, `t1t2` and `implicit` {config.online_runs}; an "
-        f"unrolled hypergradient costs {cost:.1f} trainings in operations, hence {config.trials} trials of random search. CPU "
+        f"unrolled hypergradient costs {cost:.1f} trainings in operations, hence {config.trials} random trials. CPU "
         "seconds are those of learning λ, without compilation.\n\n"
         "The paper's λ are the weights of a network that augments, its classifier is larger and sees 40,000 images or "
         "more, so that its figures compare in kind only: there too, learned augmentation gains over none, and the "
-        "implicit and the unrolled gradient are alike.\n\n"
+        "implicit and the unrolled gradient are alike."
     )
-    text += report.provenance(__file__)
-    print(text)
+    script.publish(__file__, "Strengths of data augmentation", text, config)
     if not small:
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "augmentation.md").write_text(f"# Strengths of data augmentation\n\n{text}\n")
         plot(runs, config, config.out / "augmentation.png")
 
 
