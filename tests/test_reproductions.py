@@ -110,7 +110,6 @@ def test_augmentation(tmp_path):
     rows = smoke("augmentation", tmp_path)
     for name in ("set by hand", "`unrolled`", "`truncated`, 5 steps", "`t1t2`", "`implicit`, every 5 steps"):
         assert all(number(cell) > 0 for cell in rows[name])  # the second table: the strengths
-    assert rows["unrolled, 3 steps"] == ["94.7"]
 
 
 def test_augmentation_moves_images_as_its_strengths_say(monkeypatch):
