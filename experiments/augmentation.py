@@ -284,9 +284,9 @@ def main() -> None:
         f"`unrolled` and `truncated` see {config.runs} trainings, `t1t2` and `implicit` {config.online_runs}; an "
         f"unrolled hypergradient costs {cost:.1f} trainings in operations, hence {config.trials} random trials. CPU "
         "seconds are those of learning λ, without compilation.\n\n"
-        "Published: Mounsaveng et al. (affine transformations, one step ahead as `t1t2`, residual networks on CIFAR-10 "
-        "and larger data) and Lorraine et al. (three terms of the Neumann series, CIFAR-10). λ are there the weights of "
-        "a network that augments, and all images train it, so that their accuracies are of another task and do not "
+        "Published: Mounsaveng et al. (affine transformations, one step ahead as `t1t2`; residual networks, CIFAR-10 "
+        "and larger data) and Lorraine et al. (three terms of the Neumann series, CIFAR-10). λ are there the weights "
+        "of a network that augments, and all images train it, so that their accuracies are of another task and do not "
         "stand here. What can be compared is the former's claim: learned augmentation is as good as carefully chosen, "
         "or better."
     )
