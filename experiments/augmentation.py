@@ -1,7 +1,6 @@
 """Strengths of data augmentation, learned by gradient from clean validation images, against random search.
 
-500 images are few: a network learns more from random variations of them. Of which kind, and how strong, depends on the
-data: digits may be shifted and rotated, where clothes stand upright. An image x becomes
+500 images of digits are few: a network learns more from random variations of them. An image x becomes
 
     x' = A(x; s ∘ u),    u uniform in (−1, 1)^10, or normal for the noise, drawn at every step,    λ = s,
 
@@ -20,7 +19,11 @@ step ahead, in small; `implicit` is the rule of Lorraine et al., AISTATS 2020, h
     python experiments/augmentation.py            # minutes; writes experiments/results/augmentation.md and .png
     python experiments/augmentation.py --smoke    # seconds; prints only
 
-Needs mnist.npz and fashion_mnist_sub.npz in the folder that the environment variable METAOPT_DATA names.
+Needs mnist.npz in the folder that the environment variable METAOPT_DATA names (with `--data`, fashion_mnist_sub.npz).
+
+To see in the committed results: `unrolled` and windows of a quarter of the training beat random search at the same cost
+in every mean, and agree over seeds on geometry; one step ahead is short-sighted. Twice the images are worth as much as
+learned strengths, and the strengths add little to them in so short a training, but for those of the online rules.
 """
 
 import math
@@ -259,7 +262,7 @@ def tables(data: str, runs: list) -> str:
 
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=5)
-    parser.add_argument("--data", nargs="+", choices=FILES, default=list(FILES), help="which images")
+    parser.add_argument("--data", nargs="+", choices=FILES, default=["MNIST"], help="which images")
     config = parser.parse_args()
     small = config.smoke
     config.seeds, config.data = (1, ["MNIST"]) if small else (config.seeds, config.data)
