@@ -18,7 +18,7 @@ import optax
 import metaopt
 
 
-def parser(doc: str, *, num_seeds: int = 3) -> argparse.ArgumentParser:
+def parser(doc: str | None, *, num_seeds: int = 3) -> argparse.ArgumentParser:
     """The options that all have: --smoke, --seeds, --out; `doc` is the script's docstring."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small sizes, one seed; writes no result")

@@ -104,7 +104,7 @@ def test_layer_decay(tmp_path):
         assert number(rows[name][0]) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # four rules to compile
 @has_data("mnist.npz")
 def test_augmentation(tmp_path):
     rows = smoke("augmentation", tmp_path)
