@@ -10,8 +10,8 @@ fades a soft square. Strengths multiply draws that do not depend on them, so tha
 training; `truncated` and `t1t2`, online; and `implicit` with three terms of the Neumann series.
 Against them: no augmentation, strengths as one would set them by hand, and random search at the cost of `unrolled`. All
 are judged by networks trained afresh, on the training images, and on training and validation images together (which
-is what those rows would be worth without λ). Test images are read once; outer rates were set by trials on the
-validation images of another seed.
+is what those rows would be worth without λ). Nothing is chosen by test images (which were seen while this was written);
+outer rates are guesses after a few trials on other rows, not searched.
 
 The task is that of Mounsaveng et al., WACV 2021, https://arxiv.org/abs/2006.14699, who learn affine transformations one
 step ahead, in small; `implicit` is the rule of Lorraine et al., AISTATS 2020, https://arxiv.org/abs/1911.02590.
