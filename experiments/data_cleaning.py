@@ -23,24 +23,17 @@ MNIST is read from mnist.npz in the folder that METAOPT_DATA names.
 """
 
 import argparse
-import os
-import platform
-import sys
 import time
 from pathlib import Path
-
-if __name__ == "__main__" and "--smoke" in sys.argv:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # less time to compile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import script
 
-import metaopt
 from metaopt import base, hypergrad, inner, spaces, training
 
-RESULTS = Path(__file__).parent / "results"
 # Test accuracy in % and F1, as published; the paper's test rows are 10,000 of the same 20,000 that it drew.
 PAPER = {"oracle": "90.46", "baseline": "87.74", "unrolled": "90.07 (DH-1000)"}
 PENALTY = 1e-3
@@ -48,9 +41,7 @@ PENALTY = 1e-3
 
 def load(seed: int, num_rows: int) -> tuple[base.Task, np.ndarray, dict]:
     """The task, which of its training rows are corrupted, and the test rows."""
-    path = Path(os.environ.get("METAOPT_DATA", "")) / "mnist.npz"
-    if not path.is_file():
-        sys.exit("data_cleaning needs mnist.npz, in the folder that the environment variable METAOPT_DATA names.")
+    path = script.data_file(__file__, "mnist.npz")
     data = np.load(path, allow_pickle=False)
     rng = np.random.default_rng(seed)
     rows = rng.permutation(len(data["y_train"]))[: 2 * num_rows]
@@ -169,10 +160,6 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
     return scores, histories
 
 
-def spread(values: list[float], digits: int) -> str:
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.{digits}f}"
-
-
 def report(scores: dict, options: argparse.Namespace) -> str:
     """The table in Markdown."""
     header = ["model trained on", "test accuracy %", "weighted", "alone", "F1", "AUC"]
@@ -180,22 +167,21 @@ def report(scores: dict, options: argparse.Namespace) -> str:
     rows = []
     for name, runs in scores.items():
         column = {k: [r[k] for r in runs] for k in runs[0]}
-        row = [name, spread(column["kept"], 2)]
+        row = [name, script.spread(column["kept"], 2)]
         if "f1" in column:
             row += [
-                spread(column["weighted"], 2),
-                spread(column["alone"], 2),
-                spread(column["f1"], 3),
-                spread(column["auc"], 4),
+                script.spread(column["weighted"], 2),
+                script.spread(column["alone"], 2),
+                script.spread(column["f1"], 3),
+                script.spread(column["auc"], 4),
             ]
             row += [f"{np.median(column['seconds']):.3f}", f"{np.median(column['total']):.0f}"]
         else:
             row += [""] * 6
         paper = {"oracle": PAPER["oracle"], "no cl": PAPER["baseline"], "`unro": PAPER["unrolled"]}
         rows.append([*row, next((p for start, p in paper.items() if name.startswith(start)), "")])
-    lines = [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    lines += [
+    lines = [
+        script.table(header, rows),
         "",
         f"MNIST, {options.num_rows:,} training rows of which half have a wrong label, as many validation rows, the "
         f"10,000 official test rows; mean ± standard deviation over {options.seeds} seeds, each with its own rows and "
@@ -207,12 +193,8 @@ def report(scores: dict, options: argparse.Namespace) -> str:
         "",
         "Paper: Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785. Its test rows are 10,000 "
         "other images of the same draw, its weights have a budget Σ λ_i ≤ R, and its images are not centered.",
-        "",
-        f"`python experiments/data_cleaning.py{options.flags}` with Python {platform.python_version()}, JAX "
-        f"{jax.__version__}, optax {optax.__version__}, metaopt {metaopt.__version__}; {jax.default_backend()}, "
-        f"{cores} core(s).",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def plot(histories: dict, path: Path) -> None:
@@ -238,22 +220,12 @@ def plot(histories: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="small sizes, one seed; writes no result")
-    parser.add_argument("--seeds", type=int, default=None, help="how many; 3 by default")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args()
-    if options.seeds is not None and options.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {options.seeds}.")
-    options.seeds = options.seeds or (1 if options.smoke else 3)
+    options = script.parser(__doc__).parse_args()
+    options.seeds = 1 if options.smoke else options.seeds
     options.num_rows = 100 if options.smoke else 5_000
-    options.flags = "".join(f" {argument}" for argument in sys.argv[1:])
     scores, histories = run(options)
-    text = report(scores, options)
-    print(text)
+    script.publish(__file__, "Data hyper-cleaning", report(scores, options), options)
     if not options.smoke:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "data_cleaning.md").write_text(f"# Data hyper-cleaning\n\n{text}")
         plot(histories, options.out / "data_cleaning.png")
 
 

@@ -19,25 +19,18 @@ Iterates and rates are chosen on validation rows; the test rows are read once.
 Needs mnist.npz in the folder that the environment variable METAOPT_DATA names.
 """
 
-import argparse
-import os
-import platform
 import sys
 import time
 from pathlib import Path
-
-if __name__ == "__main__" and "--smoke" in sys.argv:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half the time to compile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import script
 
-import metaopt
 from metaopt import base, hypergrad, inner, spaces, training
 
-RESULTS = Path(__file__).parent / "results"
 PIXELS = 784
 PUBLISHED = (
     ("fixed initialization, 10 images: Wang et al., LeNet", "93.8"),
@@ -47,9 +40,7 @@ PUBLISHED = (
 
 def load(num_valid: int, num_test: int):
     """Training, validation and test rows of MNIST, standardized as a whole."""
-    path = Path(os.environ.get("METAOPT_DATA", "")) / "mnist.npz"
-    if not path.is_file():
-        sys.exit("METAOPT_DATA names no folder with mnist.npz: set it to the folder of the data.")
+    path = script.data_file(__file__, "mnist.npz")
     with np.load(path, allow_pickle=False) as data:
         arrays = {name: data[name] for name in data.files}
 
@@ -189,10 +180,6 @@ def run_seed(seed: int, config, programs, data, say):
     return {name: np.asarray(x) for name, x in results.items()}, {n: np.asarray(x) for n, x in images.items()}
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
 def plot(images: dict, path: Path) -> None:
     import matplotlib
 
@@ -212,11 +199,7 @@ def plot(images: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
-    parser.add_argument("--seeds", type=int, default=3, help="each with its own initialization and images")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    config = parser.parse_args()
+    config = script.parser(__doc__).parse_args()
     small = config.smoke
     config.seeds = 1 if small else config.seeds
     config.hidden, config.num_steps, config.inits = (4, 2, 2) if small else (64, 10, 4)
@@ -243,9 +226,9 @@ def main() -> None:
         within = np.mean([results[name].std() for results, _ in runs]) if len(runs[0][0][name]) > 1 else None
         deviation = np.std(means, ddof=1) if len(means) > 1 else 0
         rows.append([name, f"{np.mean(means):.1f} ± {deviation:.1f}", "" if within is None else f"{within:.1f}"])
-    text = table(["trained on", "test accuracy, %", "standard deviation between networks"], rows)
+    text = script.table(["trained on", "test accuracy, %", "standard deviation between networks"], rows)
     text += "\n\nPublished, on MNIST's 10,000 test rows (https://ssnl.github.io/dataset_distillation/):\n\n"
-    text += table(["method", "test accuracy, %"], [list(row) for row in PUBLISHED])
+    text += script.table(["method", "test accuracy, %"], [list(row) for row in PUBLISHED])
     text += (
         f"\n\nHere: a network of {PIXELS}, {config.hidden} (tanh) and 10 units, {config.num_steps} steps of gradient "
         f"descent on the ten images at once, each with its learned rate; {config.outer_steps} outer steps of Adam, "
@@ -253,14 +236,8 @@ def main() -> None:
         f"{config.num_networks} others. ± is the standard deviation over {config.seeds} seeds. Wang et al. take LeNet, "
         "and for random initialization 100 images; the networks differ, so the figures compare in kind only."
     )
-    versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
-    command = " ".join(["python experiments/distillation.py", *sys.argv[1:]])
-    text += f"\n\n`{command}`, {time.process_time():.0f} processor seconds; Python {platform.python_version()}, "
-    text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
-    print(text)
+    script.publish(__file__, "Ten images instead of fifty thousand", text, config)
     if not small:
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "distillation.md").write_text(f"# Ten images instead of fifty thousand\n\n{text}\n")
         plot(runs[0][1], config.out / "distillation.png")
 
 

@@ -27,24 +27,16 @@ sms_spam.tsv.gz is read from the folder that METAOPT_DATA names.
 
 import argparse
 import gzip
-import os
-import platform
-import sys
 import time
-from pathlib import Path
-
-if __name__ == "__main__" and "--smoke" in sys.argv:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # less time to compile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import script
 
-import metaopt
 from metaopt import base, hypergrad, inner, spaces, training
 
-RESULTS = Path(__file__).parent / "results"
 LOW, HIGH = 1e-6, 1e-1  # of a penalty: below, 4,000 steps make no difference; the largest curvature of g is about .3
 
 
@@ -52,11 +44,7 @@ def load(seed: int, num_features: int, num_messages: int | None) -> dict[str, di
     """The messages of "train" (40 %), "valid" and "test" as lists of nonzero entries, and "both" train and valid."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    path = Path(os.environ.get("METAOPT_DATA", "")) / "sms_spam.tsv.gz"
-    if not path.is_file():
-        sys.exit(
-            "feature_penalties needs sms_spam.tsv.gz, in the folder that the environment variable METAOPT_DATA names."
-        )
+    path = script.data_file(__file__, "sms_spam.tsv.gz")
     with gzip.open(path, "rt", encoding="utf-8") as file:
         lines = list(dict.fromkeys(line.rstrip("\n").split("\t", 1)[1] + "\t" + line[:4] for line in file))
     texts, labels = zip(*(line.rsplit("\t", 1) for line in lines), strict=True)
@@ -172,10 +160,6 @@ def run(options: argparse.Namespace) -> tuple[dict, list[float]]:
     return scores, plain_seconds
 
 
-def spread(values: list[float], digits: int) -> str:
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.{digits}f}"
-
-
 def report(scores: dict, plain_seconds: list[float], options: argparse.Namespace) -> str:
     """The tables in Markdown."""
     plain = float(np.median(plain_seconds))
@@ -187,14 +171,13 @@ def report(scores: dict, plain_seconds: list[float], options: argparse.Namespace
         column = {k: [r[k] for r in runs] for k in runs[0]}
         cells = (("valid", 4), ("loss", 4), ("error", 2), ("auc", 4))
         cells += (("loss, both", 4), ("error, both", 2), ("auc, both", 4))
-        quality.append([name, *(spread(column[k], digits) for k, digits in cells)])
+        quality.append([name, *(script.spread(column[k], digits) for k, digits in cells)])
         each = float(np.median(column["seconds"])) if "seconds" in column else None
         costs = ["", ""] if each is None else [f"{1e3 * each:.1f}", f"{each / plain:.2f}"]
         cost.append([name, *costs, f"{np.median(column['total']):.1f}"])
     lines = []
     for rows in (quality, cost):
-        lines += [f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]] + [""]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        lines += [script.table(rows[0], rows[1:]), ""]
     lines += [
         "SMS Spam Collection without duplicates: 40 % training, 30 % validation, 30 % test; 5,000 TF-IDF features of "
         f'words and pairs of words. Mean ± standard deviation over {options.seeds} splits. "both": trained '
@@ -205,29 +188,14 @@ def report(scores: dict, plain_seconds: list[float], options: argparse.Namespace
         "",
         "The paper's task (Grazzi et al., ICML 2020, https://arxiv.org/abs/2006.16218) is on 20 newsgroups, which "
         "could not be had here: its accuracies are of other data and are not comparable.",
-        "",
-        f"`python experiments/feature_penalties.py{options.flags}` with Python {platform.python_version()}, JAX "
-        f"{jax.__version__}, optax {optax.__version__}, metaopt {metaopt.__version__}; {jax.default_backend()}, "
-        f"{cores} core(s).",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="small sizes, one seed; writes no result")
-    parser.add_argument("--seeds", type=int, default=None, help="how many; 3 by default")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args()
-    if options.seeds is not None and options.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {options.seeds}.")
-    options.seeds = options.seeds or (1 if options.smoke else 3)
-    options.flags = "".join(f" {argument}" for argument in sys.argv[1:])
-    text = report(*run(options), options)
-    print(text)
-    if not options.smoke:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "feature_penalties.md").write_text(f"# One penalty for every word\n\n{text}")
+    options = script.parser(__doc__).parse_args()
+    options.seeds = 1 if options.smoke else options.seeds
+    script.publish(__file__, "One penalty for every word", report(*run(options), options), options)
 
 
 if __name__ == "__main__":

@@ -19,27 +19,20 @@ is read once. Losses are in nats per character.
 Needs tiny_shakespeare.txt.gz in the folder that the environment variable METAOPT_DATA names.
 """
 
-import argparse
 import gzip
 import math
-import os
-import platform
 import sys
 import time
 from pathlib import Path
-
-if __name__ == "__main__" and "--smoke" in sys.argv:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half the time to compile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import script
 
-import metaopt
 from metaopt import base, hypergrad, inner, spaces, training
 
-RESULTS = Path(__file__).parent / "results"
 GROUPS = ("embed", "attention 1", "mlp 1", "attention 2", "mlp 2", "output")
 SPACE = {
     "rate": spaces.interval(1e-3, 1e-1, log=True, default=1e-2),
@@ -55,9 +48,7 @@ def load(seed: int, config):
 
     Training, validation and test text follow one another with gaps, at a place that the seed chooses.
     """
-    path = Path(os.environ.get("METAOPT_DATA", "")) / "tiny_shakespeare.txt.gz"
-    if not path.is_file():
-        sys.exit("METAOPT_DATA names no folder with tiny_shakespeare.txt.gz: set it to the folder of the data.")
+    path = script.data_file(__file__, "tiny_shakespeare.txt.gz")
     _, codes = np.unique(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8), return_inverse=True)
     length, gap = config.context + 1, 10_000
     sizes = [config.num_train, config.num_valid, config.num_test]
@@ -226,15 +217,6 @@ def run_seed(seed: int, config, judge, learners, say):
     return losses, {name: spaces.to_constrained(SPACE, z) for name, z in chosen.items()}
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
-def spread(values) -> str:
-    values = np.asarray(values, float)
-    return f"{values.mean():.4f} ± {values.std(ddof=1) if len(values) > 1 else 0:.4f}"
-
-
 def plot(runs, path: Path) -> None:
     import matplotlib
 
@@ -254,11 +236,7 @@ def plot(runs, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
-    parser.add_argument("--seeds", type=int, default=3, help="each with its own text, initialization and order")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    config = parser.parse_args()
+    config = script.parser(__doc__).parse_args()
     small = config.smoke
     config.seeds = 1 if small else config.seeds
     config.context, config.width, config.batch = (8, 4, 2) if small else (24, 16, 8)
@@ -279,33 +257,26 @@ def main() -> None:
     for name in names:
         valid, test = ([losses[name][i] for losses, _ in runs] for i in (0, 1))
         reference = [losses[GRID][1] for losses, _ in runs]
-        gap = "" if name == GRID else spread(np.subtract(test, reference))
-        rows.append([name, spread(valid), spread(test), gap])
-    text = table(["λ", "validation loss", "test loss", "test loss − the grid's"], rows)
+        gap = "" if name == GRID else script.spread(np.subtract(test, reference), 4)
+        rows.append([name, script.spread(valid, 4), script.spread(test, 4), gap])
+    text = script.table(["λ", "validation loss", "test loss", "test loss − the grid's"], rows)
     text += "\n\nWhat was chosen (medians over seeds):\n\n"
     middle = lambda name, get: f"{np.median([float(get(h[name])) for _, h in runs]):.3g}"
     chosen = [
         [n, middle(n, lambda h: h["rate"]), *(middle(n, lambda h, g=g: h["decay"][g]) for g in GROUPS)] for n in names
     ]
-    text += table(["λ", "rate", *GROUPS], chosen)
+    text += script.table(["λ", "rate", *GROUPS], chosen)
     windows = config.num_steps // config.window
     text += (
         f"\n\nAn unrolled hypergradient costs {config.cost:.1f} training runs in operations: {config.outer_steps} of "
         f"them, or {config.outer_steps * windows} truncated ones over {config.window} steps, against a grid of "
         f"{config.side} rates × {config.side} decays. A run is {config.num_steps} steps of "
         f"{config.batch} rows of {config.context} characters, of {config.num_train} rows; width {config.width}. "
-        f"The test loss is a mean of {config.test_repeats} trainings."
+        f"The test loss is a mean of {config.test_repeats} trainings. Mean ± standard deviation over {config.seeds} "
+        "seeds."
     )
-    versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
-    command = " ".join(["python experiments/layer_decay.py", *sys.argv[1:]])
-    text += f"\n\n`{command}`, {config.seeds} seeds (mean ± standard deviation), "
-    text += f"{time.process_time():.0f} processor seconds; "
-    text += f"Python {platform.python_version()}, "
-    text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
-    print(text)
+    script.publish(__file__, "A weight decay for each layer of a language model", text, config)
     if not small:
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "layer_decay.md").write_text(f"# A weight decay for each layer of a language model\n\n{text}\n")
         plot(runs, config.out / "layer_decay.png")
 
 

@@ -16,25 +16,18 @@ them on the same validation rows. The test rows are read once.
 Needs spoken_digits.npz in the folder that the environment variable METAOPT_DATA names.
 """
 
-import argparse
-import os
-import platform
 import sys
 import time
 from pathlib import Path
-
-if __name__ == "__main__" and "--smoke" in sys.argv:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half the time to compile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import script
 
-import metaopt
 from metaopt import base, hypergrad, inner, spaces, training
 
-RESULTS = Path(__file__).parent / "results"
 AUXILIARY = ("speaker", "odd", "reconstruction", "random classes")
 SPACE = {
     "rate": spaces.interval(1e-4, 3e-2, log=True, default=2e-3),
@@ -46,9 +39,7 @@ NUM_CLASSES = {"digit": 10, "speaker": 6, "odd": 2, "random classes": 10}
 
 def load(seed: int, config):
     """A task of spoken digits with the targets of all auxiliary tasks, and the test rows; all speakers in each."""
-    path = Path(os.environ.get("METAOPT_DATA", "")) / "spoken_digits.npz"
-    if not path.is_file():
-        sys.exit("METAOPT_DATA names no folder with spoken_digits.npz: set it to the folder of the data.")
+    path = script.data_file(__file__, "spoken_digits.npz")
     with np.load(path, allow_pickle=False) as data:
         images, digit, speaker = data["images"], data["label"], data["group"]
     rng = np.random.default_rng(seed)
@@ -173,15 +164,6 @@ def run_seed(seed: int, config, judge, learner, say):
     return dict(zip(chosen, results, strict=True)), chosen
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
-def spread(values, digits: int = 3) -> str:
-    values = np.asarray(values, float)
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
-
-
 def plot(runs, path: Path) -> None:
     import matplotlib
 
@@ -201,11 +183,7 @@ def plot(runs, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
-    parser.add_argument("--seeds", type=int, default=3, help="each with its own rows, initialization and order")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    config = parser.parse_args()
+    config = script.parser(__doc__).parse_args()
     small = config.smoke
     config.seeds = 1 if small else config.seeds
     config.num_train, config.num_valid, config.num_test = (50, 50, 50) if small else (200, 500, 2000)
@@ -231,12 +209,14 @@ def main() -> None:
     for name in names:
         values = np.array([results[name] for results, _ in runs])
         grid = np.array([results[GRID] for results, _ in runs])
-        gap = "" if name == GRID else spread(values[:, 1] - grid[:, 1])
-        rows.append([name, spread(values[:, 0]), spread(values[:, 1]), gap, spread(values[:, 2], 2)])
-    text = table(["weights", "validation loss", "test loss", "test loss − the grid's", "test error, %"], rows)
+        gap = "" if name == GRID else script.spread(values[:, 1] - grid[:, 1])
+        rows.append(
+            [name, script.spread(values[:, 0]), script.spread(values[:, 1]), gap, script.spread(values[:, 2], 2)]
+        )
+    text = script.table(["weights", "validation loss", "test loss", "test loss − the grid's", "test error, %"], rows)
     text += "\n\nWhat was chosen (medians over seeds):\n\n"
     middle = lambda name, get: f"{np.median([float(get(chosen[name])) for _, chosen in runs]):.3g}"
-    text += table(
+    text += script.table(
         ["weights", "rate", *AUXILIARY],
         [
             [n, middle(n, lambda h: h["rate"]), *(middle(n, lambda h, a=a: h["weights"][a]) for a in AUXILIARY)]
@@ -248,17 +228,10 @@ def main() -> None:
         f"speakers in each; {config.hidden} hidden units, Adam, {config.num_steps} steps of {config.batch} rows; "
         f"every choice is a mean of {config.repeats} trainings, and so is every figure. The grid has "
         f"{config.grid_rates} rates × {len(config.grid_weights)} weights; the hypergradient took {config.outer_steps} "
-        "outer steps of two trainings."
+        f"outer steps of two trainings. Mean ± standard deviation over {config.seeds} seeds."
     )
-    versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
-    command = " ".join(["python experiments/loss_weights.py", *sys.argv[1:]])
-    text += f"\n\n`{command}`, {config.seeds} seeds (mean ± standard deviation), "
-    text += f"{time.process_time():.0f} processor seconds; Python {platform.python_version()}, "
-    text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
-    print(text)
+    script.publish(__file__, "Loss weights of a multi-task network", text, config)
     if not small:
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "loss_weights.md").write_text(f"# Loss weights of a multi-task network\n\n{text}\n")
         plot(runs, config.out / "loss_weights.png")
 
 

@@ -27,24 +27,17 @@ fashion_mnist_sub.npz is read from the folder that METAOPT_DATA names.
 """
 
 import argparse
-import os
-import platform
-import sys
 import time
 from pathlib import Path
-
-if __name__ == "__main__" and "--smoke" in sys.argv:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # less time to compile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import script
 
-import metaopt
 from metaopt import base, hypergrad, inner, spaces, training
 
-RESULTS = Path(__file__).parent / "results"
 NUM_TRAIN, NUM_OUTER, NUM_INNER = 100, 50, 20
 LAYERS = {"conv1": (9, 8), "conv2": (72, 16), "dense": (256, 10)}
 NUM_PARAMETERS = sum(n * m + m for n, m in LAYERS.values())
@@ -53,12 +46,7 @@ LOW, HIGH = 1e-4, 1.0
 
 def load(seed: int, num_train: int, num_valid: int) -> tuple[base.Task, dict]:
     """A task of images of 14 × 14 pixels (means of four), and the test images."""
-    path = Path(os.environ.get("METAOPT_DATA", "")) / "fashion_mnist_sub.npz"
-    if not path.is_file():
-        sys.exit(
-            "parameter_decay needs fashion_mnist_sub.npz, in the folder that the environment variable METAOPT_DATA "
-            "names."
-        )
+    path = script.data_file(__file__, "fashion_mnist_sub.npz")
     data = np.load(path, allow_pickle=False)
     rng = np.random.default_rng(seed)
 
@@ -216,26 +204,21 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
     return scores, histories
 
 
-def spread(values: list[float], digits: int) -> str:
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.{digits}f}"
-
-
 def report(scores: dict, options: argparse.Namespace) -> str:
     """The table in Markdown."""
     header = ["valid images", "decays", "rule", "train error %", "valid error %", "test error %", "valid loss"]
     header += ["test loss", "again: valid error %", "test error %", "CPU s a step"]
     counts = {"one": 1, "each layer": len(LAYERS), "each parameter": NUM_PARAMETERS}
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for (num_valid, which, rule), runs in scores.items():
         column = {k: [r[k] for r in runs] for k in runs[0]}
         cells = [str(num_valid), f"{which} ({counts[which]:,})", rule]
         for name, digits in (("train", 1), ("valid", 1), ("test", 1), ("valid loss", 3), ("test loss", 3)):
-            cells.append(spread(column[name], digits))
-        cells += [spread(column["valid, again"], 1), spread(column["test, again"], 1)]
+            cells.append(script.spread(column[name], digits))
+        cells += [script.spread(column["valid, again"], 1), script.spread(column["test, again"], 1)]
         rows.append([*cells, f"{np.median(column['seconds']):.3f}" if "seconds" in column else ""])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines += [
+    lines = [
+        script.table(header, rows),
         "",
         f"Fashion-MNIST at 14 × 14 pixels, {NUM_TRAIN} training images, 5,000 test images; mean ± standard deviation "
         f"over {options.seeds} seeds, each with its own images and initialization. Two convolutions of 8 and 16 "
@@ -246,12 +229,8 @@ def report(scores: dict, options: argparse.Namespace) -> str:
         "Paper: Lorraine et al., AISTATS 2020, https://arxiv.org/abs/1911.02590, fits 50 validation images "
         "of MNIST and CIFAR-10 with a decay for each parameter, of models up to ResNet44; its curves have no table, so "
         "no number stands beside ours. What is reproduced is their shape.",
-        "",
-        f"`python experiments/parameter_decay.py{options.flags}` with Python {platform.python_version()}, JAX "
-        f"{jax.__version__}, optax {optax.__version__}, metaopt {metaopt.__version__}; {jax.default_backend()}, "
-        f"{cores} core(s).",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def plot(histories: dict, path: Path) -> None:
@@ -276,21 +255,11 @@ def plot(histories: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="small sizes, one seed; writes no result")
-    parser.add_argument("--seeds", type=int, default=None, help="how many; 3 by default")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args()
-    if options.seeds is not None and options.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {options.seeds}.")
-    options.seeds = options.seeds or (1 if options.smoke else 3)
-    options.flags = "".join(f" {argument}" for argument in sys.argv[1:])
+    options = script.parser(__doc__).parse_args()
+    options.seeds = 1 if options.smoke else options.seeds
     scores, histories = run(options)
-    text = report(scores, options)
-    print(text)
+    script.publish(__file__, "A decay for every parameter", report(scores, options), options)
     if not options.smoke:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "parameter_decay.md").write_text(f"# A decay for every parameter\n\n{text}")
         plot(histories, options.out / "parameter_decay.png")
 
 

@@ -20,34 +20,25 @@ rows. The schedules found are then trained anew, from several fresh initializati
 Needs mnist.npz in the folder that the environment variable METAOPT_DATA names.
 """
 
-import argparse
-import os
-import platform
 import sys
 import time
 from pathlib import Path
-
-if __name__ == "__main__" and "--smoke" in sys.argv:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half the time to compile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import script
 
-import metaopt
 from metaopt import base, hypergrad, inner, spaces, training
 
-RESULTS = Path(__file__).parent / "results"
 LOW, HIGH, START = 1e-3, 1.0, 1e-2
 BATCH, HIDDEN = 50, 32
 
 
 def load(seed: int, num_train: int, num_valid: int):
     """A task of MNIST's training rows, halved in resolution; and the test rows."""
-    path = Path(os.environ.get("METAOPT_DATA", "")) / "mnist.npz"
-    if not path.is_file():
-        sys.exit("METAOPT_DATA names no folder with mnist.npz: set it to the folder of the data.")
+    path = script.data_file(__file__, "mnist.npz")
     with np.load(path, allow_pickle=False) as data:
         arrays = {name: data[name] for name in data.files}
 
@@ -259,10 +250,6 @@ def compare_modes(config) -> list[list[str]]:
     return rows
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
 def plot(schedules: list[dict], path: Path) -> None:
     import matplotlib
 
@@ -282,11 +269,8 @@ def plot(schedules: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
-    parser.add_argument("--seeds", type=int, default=3, help="each with its own rows, initialization and order")
+    parser = script.parser(__doc__)
     parser.add_argument("--num-steps", type=int, default=1000, help="T")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     config = parser.parse_args()
     small = config.smoke
     config.num_train, config.num_valid = (500, 500) if small else (5000, 5000)
@@ -312,11 +296,11 @@ def main() -> None:
         mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(3)
         cells = [f"{m:.4f} ± {s:.4f}" for m, s in zip(mean[:2], spread[:2], strict=True)]
         rows.append([name, *cells, f"{100 * mean[2]:.2f} ± {100 * spread[2]:.2f}"])
-    text = table(["schedule", "validation loss", "test loss", "test error, %"], rows)
+    text = script.table(["schedule", "validation loss", "test loss", "test error, %"], rows)
     text += "\n\nWhat a hypergradient of all windows costs, at the start:\n\n"
-    text += table(["T", "mode", "time / plain training", "temporary MiB", "relative difference of the two"], costs)
-    versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
-    command = " ".join(["python experiments/rate_schedule.py", *sys.argv[1:]])
+    text += script.table(
+        ["T", "mode", "time / plain training", "temporary MiB", "relative difference of the two"], costs
+    )
     text += (
         f"\n\n{config.num_train} rows to train on, {config.num_valid} to validate, MNIST's 10,000 test rows; a network "
         f"of 196, {HIDDEN} and 10 units, SGD with momentum 0.9, {BATCH} rows a step, T = {config.num_steps}. The grids "
@@ -325,15 +309,10 @@ def main() -> None:
         f"{', '.join(map(str, config.outer_rates))} for the windows, which took {config.outer_steps} hypergradients "
         "each time. Micaelli & Storkey report that "
         "schedules learned so beat greedy ones on CIFAR-10 over 10⁴ steps; their networks are larger, and no figure of "
-        "theirs compares with these."
+        f"theirs compares with these. Mean ± standard deviation over {config.seeds} seeds."
     )
-    text += f"\n\n`{command}`, {config.seeds} seeds (mean ± standard deviation), "
-    text += f"{time.process_time():.0f} processor seconds; Python {platform.python_version()}, "
-    text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
-    print(text)
+    script.publish(__file__, "Learning-rate schedules by long-horizon gradients", text, config)
     if not small:
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "rate_schedule.md").write_text(f"# Learning-rate schedules by long-horizon gradients\n\n{text}\n")
         plot([schedules for _, schedules in runs], config.out / "rate_schedule.png")
 
 

@@ -1,10 +1,13 @@
 """The reproductions run from end to end, in a process of their own; those whose data are absent are skipped."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +18,9 @@ SCRIPTS = {
     "feature_penalties": ("sms_spam.tsv.gz", ("one penalty, grid of 3", "`implicit`, fixed point, K = 2")),
     "parameter_decay": ("fashion_mnist_sub.npz", ("each parameter (3,818)", "each layer (3)")),
 }
+
+# Strengths of augmentations; two original pixels are one of the images.
+MOVES = {"shift": 2.0, "rotation": 20.0, "scale": 0.2, "shear": 0.4, "brightness": 0.1}
 
 
 def run(name, *arguments, **environment):
@@ -96,6 +102,53 @@ def test_layer_decay(tmp_path):
     rows = smoke("layer_decay", tmp_path)
     for name in ("the start", "a decay a layer, unrolled", "a decay a layer, truncated", "one decay, best of a grid"):
         assert number(rows[name][0]) > 0
+
+
+@pytest.mark.slow  # four rules to compile
+@has_data("mnist.npz")
+def test_augmentation(tmp_path):
+    rows = smoke("augmentation", tmp_path)
+    for name in ("set by hand", "`unrolled`", "`truncated`, 5 steps", "`t1t2`", "`implicit`, every 5 steps"):
+        assert all(number(cell) > 0 for cell in rows[name])  # the second table: the strengths
+
+
+def test_augmentation_moves_images_as_its_strengths_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    spec = importlib.util.spec_from_file_location("augmentation", ROOT / "experiments" / "augmentation.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    none, key = dict.fromkeys(script.STRENGTHS, 0.0), jax.random.key(0)
+    image = np.zeros((14, 14))
+    image[5:9, 4:10] = np.random.default_rng(0).uniform(0.2, 1, (4, 6))
+    augment = jax.jit(script.augment)
+    np.testing.assert_allclose(augment(key, none, image), image, atol=1e-12)
+
+    y, x = np.meshgrid(np.arange(14) - 6.5, np.arange(14) - 6.5, indexing="ij")
+
+    def moments(image):  # where its mass is, how wide and high, and which way it leans
+        center = [(image * at).sum() / image.sum() for at in (y, x)]
+        spread = [(image * (at - c) ** 2).sum() / image.sum() for at, c in zip((y, x), center, strict=True)]
+        lean = (image * (y - center[0]) * (x - center[1])).sum() / image.sum()
+        return np.array([*center, *spread, lean])
+
+    moved = {name: moments(augment(key, {**none, name: s}, image)) for name, s in MOVES.items()}
+    before, draws = moments(image), jax.random.uniform(jax.random.split(key)[0], (10,), minval=-1, maxval=1)
+    # Bilinear interpolation keeps the center of mass; strengths are in pixels of the original images, twice as fine.
+    np.testing.assert_allclose(before[:2] - moved["shift"][:2], draws[:2], rtol=1e-5)
+    np.testing.assert_allclose(moved["brightness"], moments(image + 0.1 * draws[9]), rtol=1e-6)
+    assert abs(moved["rotation"][4] - before[4]) > 0.1 and abs(moved["shear"][4] - before[4]) > 0.1
+    assert np.all(np.abs(moved["scale"][2:4] / before[2:4] - 1) > 0.02)
+
+    def total(strengths):
+        return (jnp.arange(196.0).reshape(14, 14) * script.augment(key, strengths, image)).sum()
+
+    at = {name: jnp.asarray(strength) for name, strength in MOVES.items()} | {
+        name: jnp.asarray(0.1) for name in none if name not in MOVES
+    }
+    value, slopes = jax.jit(total), jax.jit(jax.grad(total))(at)
+    for name in none:
+        up, down = (value({**at, name: at[name] + h}) for h in (1e-6, -1e-6))
+        np.testing.assert_allclose(slopes[name], (up - down) / 2e-6, rtol=1e-5, err_msg=name)
 
 
 @has_data("spoken_digits.npz")

@@ -1,0 +1,66 @@
+"""What every script here begins and ends with: its options, its data, its tables, and what made a result."""
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+if "--smoke" in sys.argv:
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half the time to compile
+
+import jax
+import numpy as np
+import optax
+
+import metaopt
+
+
+def parser(doc: str | None, *, num_seeds: int = 3) -> argparse.ArgumentParser:
+    """The options that all have: --smoke, --seeds, --out; `doc` is the script's docstring."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="small sizes, one seed; writes no result")
+    parser.add_argument("--seeds", type=_count, default=num_seeds, help="how many")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    return parser
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {text}.")
+    return int(text)
+
+
+def data_file(file: str, name: str) -> Path:
+    """Where the data of the script `file` are; ends the script where they are not."""
+    path = Path(os.environ.get("METAOPT_DATA", "")) / name
+    if not path.is_file():
+        sys.exit(f"{Path(file).stem} needs {name}, in the folder that the environment variable METAOPT_DATA names.")
+    return path
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def spread(values, digits: int = 3) -> str:
+    """Mean ± standard deviation; of one value, ± 0."""
+    values = np.asarray(values, float)
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
+
+
+def publish(file: str, title: str, text: str, options: argparse.Namespace) -> None:
+    """Prints a result and the line that says what made it, and writes both as Markdown, but for a smoke run."""
+    command = " ".join([f"python experiments/{Path(file).name}", *sys.argv[1:]])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    text += (
+        f"\n\n`{command}`, {time.process_time():.0f} processor seconds on {jax.default_backend()}, {cores} core(s); "
+    )
+    text += f"Python {platform.python_version()}, JAX {jax.__version__}, optax {optax.__version__}, metaopt "
+    text += f"{metaopt.__version__}.\n"
+    print(text)
+    if not options.smoke:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / f"{Path(file).stem}.md").write_text(f"# {title}\n\n{text}")
