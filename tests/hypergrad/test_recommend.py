@@ -79,6 +79,12 @@ def multilayer(part):
     }
 
 
+REFUSED = {  # for an initialization
+    *("implicit", 'implicit, condition="step"', "warm_implicit", "f2sa", "bome"),
+    *("lookahead, 1 step", "darts_fd", "sama", "hypergradient_descent"),
+}
+
+
 def check_figures(found, problem, hp, num_steps, names):
     """Each against calls of its own, and training counted step by step."""
     rules = _recommend.candidates(problem, hp, num_steps)
@@ -91,47 +97,51 @@ def check_figures(found, problem, hp, num_steps, names):
 
     plain = hypergrad.flops(training, hp, problems.TASK)
     costs = {c.name: c for c in found.costs}
-    assert set(costs) == set(rules)
     for name in names:
         state = rules[name].init(jax.random.key(1), hp, problems.TASK)
         compiled = jax.jit(rules[name].estimate).lower(hp, problems.TASK, state).compile()
-        assert costs[name].memory == compiled.memory_analysis().temp_size_in_bytes / 2**20 > 1e-3
+        assert costs[name].memory == compiled.memory_analysis().temp_size_in_bytes / 2**20 > 1e-4
         operations = hypergrad.flops(rules[name].estimate, hp, problems.TASK, state)
         np.testing.assert_allclose(costs[name].flops, operations / plain, rtol=0.02)
 
 
-def test_the_default_rules_on_a_network():
+def test_the_figures_of_rules_on_a_network():
     problem, hp = multilayer("start")
-    found = hypergrad.recommend(problem, hp, problems.TASK, num_steps=4)
-    check_figures(found, problem, hp, 4, ['unrolled, remat="none"', "t1t2", "evolution, 3 pairs"])
+    names = {'unrolled, remat="none"', "es_single, 3 pairs, 2 steps"}
+    rules = {k: rule for k, rule in _recommend.candidates(problem, hp, 4).items() if k in names | REFUSED}
+    found = hypergrad.recommend(problem, hp, problems.TASK, num_steps=4, rules=rules)
+    check_figures(found, problem, hp, 4, names)
     # Nobody but a rule that sees where training began answers for the initialization; each other one says why.
     refused = {c.name: c.refused for c in found.costs if c.refused}
-    assert set(refused) == {
-        *("implicit", 'implicit, condition="step"', "warm_implicit", "f2sa", "bome"),
-        *("lookahead, 1 step", "darts_fd", "sama", "hypergradient_descent"),
-    }
+    assert set(refused) == REFUSED
     assert all("['start']" in why and "hypergrad.unrolled" in why for why in refused.values())
-    stochastic = {c.name for c in found.costs if c.stochastic}
-    assert {name.split(",")[0] for name in stochastic} == {
-        *("evolution", "persistent_es", "es_single", "truncated_es", "mix_with_es")
-    }
-    assert "their variance not measured: evolution, 3 pairs;" in str(found)
+    assert [c.stochastic for c in found.costs if not c.refused] == [False, True]
+    assert "their variance not measured: es_single, 3 pairs, 2 steps." in str(found)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["penalty", "rate"])
+@pytest.mark.parametrize("part", ["start", "penalty", "rate"])
 def test_the_figures_of_every_default_rule(part):
     problem, hp = multilayer(part)
     found = hypergrad.recommend(problem, hp, problems.TASK, num_steps=64)
-    answers = [c.name for c in found.costs if not c.refused]
-    assert "unrolled, remat=3" in answers
-    assert {
-        "forward",
-        "mix_with_es, 3 pairs",
-        "sama",
-        {"penalty": "implicit", "rate": "hypergradient_descent"}[part],
-    } <= {*answers}
-    check_figures(found, problem, hp, 64, answers)
+    refused = {c.name for c in found.costs if c.refused}
+    assert (
+        refused
+        == {
+            "start": REFUSED,
+            "penalty": {"hypergradient_descent"},
+            "rate": {"implicit", "warm_implicit", "f2sa", "bome"},
+        }[part]
+    )
+    stochastic = {c.name.split(",")[0] for c in found.costs if c.stochastic}
+    assert stochastic == {"evolution", "persistent_es", "es_single", "truncated_es", "mix_with_es"}
+    # What is stored falls from policy to policy, and what is computed rises.
+    policies = [c for c in found.costs if c.name.startswith("unrolled")]
+    assert policies[-1].name == "unrolled, remat=3"
+    flops = [c.flops for c in policies]
+    assert flops == sorted(flops) and policies[0].memory > policies[1].memory > policies[2].memory
+    assert all(c.flops > 1 for c in found.costs if c.name in ("implicit", "f2sa", "bome", "forward") and not c.refused)
+    check_figures(found, problem, hp, 64, [c.name for c in found.costs if not c.refused])
 
 
 def test_every_rule_is_a_default_rule():
@@ -159,7 +169,9 @@ def test_biased_rules_are_taken_in_their_order_and_before_stochastic_ones():
 
 @pytest.mark.parametrize(("num_steps", "window"), [(10, 2), (7, 1), (16, 4)])
 def test_the_default_window_divides_the_horizon(num_steps, window):
-    assert f"truncated, {window} steps" in _recommend.candidates(problems.RIDGE, problems.LAM, num_steps)
+    assert (f"truncated, {window} steps" if window > 1 else "t1t2") in _recommend.candidates(
+        problems.RIDGE, problems.LAM, num_steps
+    )
 
 
 def test_bad_arguments():
