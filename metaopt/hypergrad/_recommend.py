@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -81,9 +81,9 @@ def candidates(problem: base.Problem, hyperparams: base.HyperParams, num_steps: 
     num_hyperparams = sum(np.size(leaf) for leaf in jax.tree.leaves(hyperparams))
     # The largest divisor of T that is at most √T; a prime has none but 1.
     window = max(k for k in range(1, math.isqrt(num_steps) + 1) if num_steps % k == 0)
-    whole = {"num_steps": num_steps}
-    windows = {**whole, "truncation_length": window}
-    pairs = {"sigma": 0.1, "num_pairs": 3}
+    whole: dict[str, Any] = {"num_steps": num_steps}
+    windows: dict[str, Any] = {**whole, "truncation_length": window}
+    pairs: dict[str, Any] = {"sigma": 0.1, "num_pairs": 3}
     remats = [*_unroll.REMAT, *([3] if num_steps >= 64 else [])]
     rules = {f"unrolled, remat={r!r}".replace("'", '"'): _unroll.unrolled(problem, **whole, remat=r) for r in remats}
     if num_hyperparams <= 100:
