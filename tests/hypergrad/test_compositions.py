@@ -17,7 +17,7 @@ NUM_SEEDS, TASKS = 2, [problems.regression_task(seed) for seed in range(2)]
 RULES = {
     "bome": partial(hypergrad.bome, num_steps=2, barrier=5.0),
     "darts_fd": hypergrad.darts_fd,
-    "f2sa": partial(hypergrad.f2sa, num_steps=2, multiplier=lambda count: jnp.array(2.0) + count),
+    "f2sa": partial(hypergrad.f2sa, num_steps=2, multiplier=lambda count: jnp.float64(2.0) + count),
     "hypergradient_descent": hypergrad.hypergradient_descent,
     "sama": hypergrad.sama,
 }
