@@ -28,7 +28,11 @@ def flops(function: Callable, *args: Any) -> float:
     >>> print(hypergrad.flops(lambda a, b: a @ b, jnp.zeros((2, 3)), jnp.zeros((3, 4))))
     48.0
     """
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def of_jaxpr(jaxpr: Any) -> float:
+    """Operations of a program that is traced already."""
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(live)
 

@@ -28,7 +28,7 @@ def lookahead(
     commit: int = 1,
     num_steps: int = 1,
     horizon: int | None = None,
-    remat: str = "none",
+    remat: str | int = "none",
     grad: Callable = _mixed.mixed_grad,
 ) -> base.Estimator:
     """Estimates dF/dλ by looking K steps ahead of a training run that goes on.
@@ -44,7 +44,7 @@ def lookahead(
       commit: steps of training per estimate, at least 0.
       num_steps: K, virtual steps, at least 0.
       horizon: `done` once so many steps are committed; None never ends.
-      remat: "none", "step" or "sqrt", over the virtual steps.
+      remat: "none", "step", "sqrt" or a number of levels, over the virtual steps.
       grad: what takes the inner gradient of the virtual steps; see `inner.step`.
 
     Returns:

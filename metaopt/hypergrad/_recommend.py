@@ -3,13 +3,28 @@
 import functools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from metaopt import base, inner
-from metaopt.hypergrad import _check, _flops, _forward, _implicit, _lookahead, _truncated, _unroll
+from metaopt.hypergrad import (
+    _check,
+    _evolution,
+    _finite_difference,
+    _first_order,
+    _flops,
+    _forward,
+    _hypergradient_descent,
+    _implicit,
+    _lookahead,
+    _mix_with_es,
+    _sama,
+    _truncated,
+    _unroll,
+)
 
 
 class Cost(NamedTuple):
@@ -22,6 +37,7 @@ class Cost(NamedTuple):
       flops: of one estimate, relative to plain training of `num_steps` with one evaluation of the outer loss; a lower
         bound where a solver iterates until it has converged (`cg`), since one iteration is counted.
       refused: why the rule cannot answer, or "".
+      stochastic: perturbs λ at random, so that its estimates have a variance, which nothing here says.
     """
 
     name: str
@@ -29,6 +45,7 @@ class Cost(NamedTuple):
     memory: float
     flops: float
     refused: str = ""
+    stochastic: bool = False
 
 
 class Recommendation(NamedTuple):
@@ -50,22 +67,47 @@ class Recommendation(NamedTuple):
             figures = (f"{c.memory:.2f}", f"{c.flops:.2f}") if not c.refused else ("refused", "")
             rows.append((("* " if c.name == self.take else "  ") + c.name, c.kind, *figures))
         notes = [f"{c.name}: {c.refused}" for c in self.costs if c.refused]
+        stochastic = [c.name for c in self.costs if c.stochastic]
+        if stochastic:
+            notes.append(f"Stochastic, and their variance not measured: {'; '.join(stochastic)}.")
         return "\n".join([_check.aligned(rows), f"Take {self.take}: {self.why}", *notes])
 
 
 def candidates(problem: base.Problem, hyperparams: base.HyperParams, num_steps: int) -> dict[str, base.Estimator]:
-    """The rules that `recommend` compares by default, each for T inner steps."""
+    """The rules that `recommend` compares by default, each for T inner steps; biased ones from the least to the most.
+
+    Numbers that cost nothing (a step of the adjoint, a multiplier, σ) are the caller's to choose: any will do here.
+    """
     num_hyperparams = sum(np.size(leaf) for leaf in jax.tree.leaves(hyperparams))
     # The largest divisor of T that is at most √T; a prime has none but 1.
     window = max(k for k in range(1, math.isqrt(num_steps) + 1) if num_steps % k == 0)
-    rules = {
-        **{f'unrolled, remat="{r}"': _unroll.unrolled(problem, num_steps=num_steps, remat=r) for r in _unroll.REMAT},
-        f"truncated, {window} steps": _truncated.truncated(problem, num_steps=num_steps, truncation_length=window),
-        "lookahead, 1 step": _lookahead.lookahead(problem, horizon=num_steps),
-        "implicit": _implicit.implicit(problem, num_steps=num_steps),
-    }
+    whole: dict[str, Any] = {"num_steps": num_steps}
+    windows: dict[str, Any] = {**whole, "truncation_length": window}
+    pairs: dict[str, Any] = {"sigma": 0.1, "num_pairs": 3}
+    remats = [*_unroll.REMAT, *([3] if num_steps >= 64 else [])]
+    rules = {f"unrolled, remat={r!r}".replace("'", '"'): _unroll.unrolled(problem, **whole, remat=r) for r in remats}
     if num_hyperparams <= 100:
-        rules["forward"] = _forward.forward(problem, num_steps=num_steps)
+        rules["forward"] = _forward.forward(problem, **whole)
+    # Exact in a limit: of training at rest, of a large multiplier, of small steps.
+    rules["implicit"] = _implicit.implicit(problem, **whole)
+    rules['implicit, condition="step"'] = _implicit.implicit(problem, **whole, condition="step")
+    rules["warm_implicit"] = _implicit.warm_implicit(problem, **whole, adjoint_rate=0.1)
+    rules["f2sa"] = _first_order.f2sa(problem, **whole, multiplier=10.0)
+    rules["bome"] = _first_order.bome(problem, **whole)
+    # Short-sighted.
+    if window > 1:
+        rules[f"truncated, {window} steps"] = _truncated.truncated(problem, **windows)
+    rules["lookahead, 1 step"] = _lookahead.lookahead(problem, horizon=num_steps)
+    rules["darts_fd"] = _finite_difference.darts_fd(problem, horizon=num_steps)
+    rules["t1t2"] = _truncated.t1t2(problem, **whole)
+    rules["sama"] = _sama.sama(problem, horizon=num_steps)
+    rules["hypergradient_descent"] = _hypergradient_descent.hypergradient_descent(problem, horizon=num_steps)
+    # From values of F.
+    rules["evolution, 3 pairs"] = _evolution.evolution(problem, **whole, **pairs)
+    for name in ("persistent_es", "es_single", "truncated_es"):
+        rules[f"{name}, 3 pairs, {window} steps"] = getattr(_evolution, name)(problem, **windows, **pairs)
+    exact = _unroll.unrolled(problem, **whole, remat="step")
+    rules["mix_with_es, 3 pairs"] = _mix_with_es.mix_with_es(exact, **pairs)
     return rules
 
 
@@ -80,17 +122,18 @@ def recommend(
 ) -> Recommendation:
     """Memory and operations of every rule on this problem, and the rule to take.
 
-    Each rule is compiled for the backend at hand (seconds each; nothing is run), so that memory is the compiler's own
-    figure; operations are counted by `flops`. Among the rules that fit, exact ones come before others, then the one
-    with the fewest operations is taken.
+    Each rule that answers is compiled for the backend at hand (seconds each, several at a time; nothing is run), so
+    that memory is the compiler's own figure; operations are counted by `flops`. Among the rules that fit, the exact one
+    with the fewest operations is taken; where there is none, the first biased one, in the order of `rules`: how large a
+    bias is cannot be counted. Unbiased ones come after them, since their variance is not measured.
 
     Args:
       problem: what is to be tuned.
       hyperparams: λ; only its shapes matter.
       task: one task; likewise.
       num_steps: T, at least 1.
-      rules: name -> estimator; by default `unrolled` with every `remat`, `truncated`, `lookahead`, `implicit`, and
-        up to 100 hyperparameters `forward`.
+      rules: name -> estimator; by default every rule of this room for one task (`forward` up to 100 hyperparameters;
+        `partition` and `direct` are made of others), those that are exact in a limit before short-sighted ones.
       max_memory: MiB of temporary memory that one estimate may take; by default there is no limit.
 
     Returns:
@@ -111,26 +154,35 @@ def recommend(
         return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
 
     training = _flops.flops(plain, hyperparams, task)
-    costs = []
-    for name, rule in (candidates(problem, hyperparams, num_steps) if rules is None else rules).items():
+    rules = candidates(problem, hyperparams, num_steps) if rules is None else rules
+    costs, lowered = {}, {}
+    for name, rule in rules.items():
         try:
             state = jax.eval_shape(functools.partial(rule.init, key), hyperparams, task)
-            compiled = jax.jit(rule.estimate).lower(hyperparams, task, state).compile()
+            traced = jax.jit(rule.estimate).trace(hyperparams, task, state)
+            lowered[name] = traced.lower()
         except (ValueError, TypeError, NotImplementedError) as error:
-            costs.append(Cost(name, rule.kind, math.nan, math.nan, str(error)))
+            costs[name] = Cost(name, rule.kind, math.nan, math.nan, str(error))
             continue
-        stats = compiled.memory_analysis()
-        memory = stats.temp_size_in_bytes / 2**20 if stats else math.nan  # not every backend says
-        costs.append(Cost(name, rule.kind, memory, _flops.flops(rule.estimate, hyperparams, task, state) / training))
+        stochastic = rule.kind == "unbiased" or "sampling_variance" in traced.out_info[0].metrics
+        operations = _flops.of_jaxpr(traced.jaxpr.jaxpr)
+        costs[name] = Cost(name, rule.kind, math.nan, operations / training, stochastic=stochastic)
+    with ThreadPoolExecutor() as pool:  # the compiler does not hold Python's lock
+        for name, compiled in zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True):
+            stats = compiled.memory_analysis()
+            if stats:  # not every backend says
+                costs[name] = costs[name]._replace(memory=stats.temp_size_in_bytes / 2**20)
+    costs = list(costs.values())
     fitting = [c for c in costs if not c.refused and (max_memory is None or not c.memory > max_memory)]
     if not fitting:
         raise ValueError(
             f"No rule answers within `max_memory` = {max_memory} MiB:\n{Recommendation(costs, 'none', 'none fits.')}"
         )
-    order = {"exact": 0, "unbiased": 1, "biased": 2, "pseudo": 3}
-    best = min(fitting, key=lambda c: (order[c.kind], c.flops, c.memory))
+    order = {"exact": 0, "biased": 1, "unbiased": 2, "pseudo": 3}
+    # `min` keeps the first of equals.
+    best = min(fitting, key=lambda c: (order[c.kind], *((c.flops, c.memory) if c.kind == "exact" else ())))
     why = f"of the rules that {'fit' if max_memory is not None else 'answer'}, "
-    why += f"it is the cheapest {best.kind} one."
+    why += f"it is the {'cheapest' if best.kind == 'exact' else 'first'} {best.kind} one."
     if best.kind != "exact":
         why += " No exact rule fits: allow more memory to have one."
     return Recommendation(costs, best.name, why)

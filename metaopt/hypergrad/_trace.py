@@ -30,7 +30,7 @@ def trace(
     *,
     num_steps: int,
     outer: str | Sequence[float] | np.ndarray = "last",
-    remat: str = "none",
+    remat: str | int = "none",
     grad: Callable = _mixed.mixed_grad,
 ) -> Callable:
     """Takes the hypergradient of `unrolled` apart into the contribution of every inner step, to plot or to debug.
@@ -45,7 +45,7 @@ def trace(
       problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
       num_steps: T, at least 0.
       outer: as in `unrolled`: "last", "mean", or T weights.
-      remat: "none", "step" or "sqrt"; see `unroll`.
+      remat: "none", "step", "sqrt" or a number of levels; see `unroll`.
       grad: what takes the inner gradient; see `inner.step`.
 
     Returns:

@@ -6,8 +6,8 @@ by differentiating the program that trains. Exact, for any λ that enters anywhe
 optimizer, the outer loss. What it costs is memory, and checkpointing buys memory with recomputation.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,14 +20,16 @@ from metaopt.hypergrad import _mixed
 REMAT = ("none", "step", "sqrt")
 
 
-def _check(num_steps: int, remat: str) -> None:
+def _check(num_steps: int, remat: str | int) -> None:
     if num_steps < 0:
         raise ValueError(f"`num_steps` must be at least 0; got {num_steps}.")
-    if remat not in REMAT:
-        raise ValueError(f"`remat` must be one of {', '.join(map(repr, REMAT))}; got {remat!r}.")
+    if remat not in REMAT and not (isinstance(remat, int) and remat >= 1):
+        raise ValueError(
+            f"`remat` must be one of {', '.join(map(repr, REMAT))}, or a number of levels, at least 1; got {remat!r}."
+        )
 
 
-def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat: str) -> tuple[Any, Any]:
+def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat: str | int) -> tuple[Any, Any]:
     """`jax.lax.scan` whose reverse pass stores less.
 
     Args:
@@ -36,34 +38,46 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
       xs: per-step inputs with a leading axis of `length`, or None.
       length: T.
       remat: "none" stores what every step computed; "step" stores each step's carry and recomputes within the step;
-        "sqrt" stores √T carries, and recomputes a stretch of √T steps at a time, each with its own steps recomputed.
-        Within "step", and within a stretch, the gradients that `mixed_grad` returns are stored too.
+        "sqrt" stores √T carries, and recomputes a stretch of √T steps at a time, each with its own steps recomputed;
+        an integer k has k levels of such stretches, one within the other: about k T^(1/k) carries, each step
+        computed k times again ("step" is 1, "sqrt" is 2; more than log₂ T are no use, and are not taken).
+        Within "step", and within the shortest stretches, the gradients that `mixed_grad` returns are stored too.
 
     Returns:
       The last carry, and the stacked y.
     """
     if remat == "none":
         return jax.lax.scan(step, carry, xs, length=length)
+    levels = {"step": 1, "sqrt": 2}[remat] if isinstance(remat, str) else remat
+    levels = min(levels, max(length.bit_length() - 1, 1))
     # What `mixed_grad` returns is kept: its reverse rule does not need the forward pass again. A loop of one step is
     # inlined by XLA, which would there share what is to be computed anew.
     step, policy = _mixed.keeping(step)
     step = jax.checkpoint(step, prevent_cse=length == 1, policy=policy)
-    if remat == "step" or length < 4:
+    # The least whole number whose power is T at least, to rounding.
+    branches = int(np.ceil(round(length ** (1 / levels), 9)))
+    return _stretched(step, carry, xs, length=length, branches=branches, levels=levels)
+
+
+def _stretched(step: Callable, carry: Any, xs: Any, *, length: int, branches: int, levels: int) -> tuple[Any, Any]:
+    """A scan in stretches of branches^(levels - 1) steps, checkpointed, each in shorter ones; the rest is one more."""
+    while levels > 1 and length <= branches ** (levels - 1):
+        levels -= 1
+    if levels == 1:
         return jax.lax.scan(step, carry, xs, length=length)
-    # T = stretches · size + rest; the rest is one shorter stretch.
-    size = math.ceil(math.sqrt(length))
+    size = branches ** (levels - 1)
     stretches, rest = divmod(length, size)
 
-    def stretch(carry, xs, length):
-        return jax.lax.scan(step, carry, xs, length=length)
+    def stretch(length):
+        return partial(_stretched, step, length=length, branches=branches, levels=levels - 1)
 
     head = jax.tree.map(lambda x: x[: stretches * size].reshape(stretches, size, *x.shape[1:]), xs)
     tail = jax.tree.map(lambda x: x[stretches * size :], xs)
-    full = jax.checkpoint(lambda carry, xs: stretch(carry, xs, size), prevent_cse=False)
+    full = jax.checkpoint(stretch(size), prevent_cse=stretches == 1)
     carry, ys = jax.lax.scan(full, carry, head, length=stretches)
     ys = jax.tree.map(lambda y: y.reshape(stretches * size, *y.shape[2:]), ys)
     if rest:
-        carry, last = jax.checkpoint(lambda carry, xs: stretch(carry, xs, rest))(carry, tail)
+        carry, last = jax.checkpoint(stretch(rest))(carry, tail)
         ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, last)
     return carry, ys
 
@@ -86,7 +100,7 @@ def _weights(outer: str | Sequence[float] | np.ndarray, num_steps: int) -> tuple
 
 
 def _weighted_scan(
-    step: Callable, outer_loss: Callable, state: Any, xs: Any, *, weights: tuple, num_steps: int, remat: str
+    step: Callable, outer_loss: Callable, state: Any, xs: Any, *, weights: tuple, num_steps: int, remat: str | int
 ) -> tuple[jax.Array, Any]:
     """Σ_t w_t outer_loss(state_t) along a checkpointed scan of `step`, `(state, x) -> state`; and the last state."""
     each, last = weights
@@ -104,18 +118,19 @@ def _weighted_scan(
     return (last * outer_loss(state) if losses is None else losses.sum()), state
 
 
-def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str = "none", grad: Callable = jax.grad) -> Callable:
+def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", grad: Callable = jax.grad) -> Callable:
     """Training as a plain differentiable function: jit it, vmap it, differentiate it, nest it.
 
     Reverse mode stores, per step, everything ("none": about 2.75 times the time of plain training), the state alone
-    ("step": 3.7 times), or √T states ("sqrt": 4.7 times); with `mixed_grad` the gradients of the steps whose states
-    are stored too, which saves a recomputation. Forward mode (`jax.jvp`, `jax.jacfwd`) works too, with memory
-    that does not depend on T, as do vmap and any nesting.
+    ("step": 3.7 times), √T states ("sqrt": 4.7 times), or about k T^(1/k) states (an integer k: each level is one more
+    forward pass); with `mixed_grad` the gradients of the steps whose states are stored too, which saves a
+    recomputation. Forward mode (`jax.jvp`, `jax.jacfwd`) works too, with memory that does not depend on T, as do vmap
+    and any nesting.
 
     Args:
       loop: how θ is trained.
       num_steps: T, at least 0.
-      remat: "none", "step" or "sqrt".
+      remat: "none", "step", "sqrt", or a number of levels; see `checkpointed_scan`.
       grad: what takes the inner gradient; see `inner.step`. `hypergrad.mixed_grad` saves time and memory where only
         reverse mode is needed.
 
@@ -153,7 +168,7 @@ def unrolled(
     problem: base.Problem,
     *,
     num_steps: int,
-    remat: str = "none",
+    remat: str | int = "none",
     outer: str | Sequence[float] | np.ndarray = "last",
     grad: Callable = _mixed.mixed_grad,
 ) -> base.Estimator:
@@ -168,7 +183,7 @@ def unrolled(
     Args:
       problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
       num_steps: T, at least 1 (0 with `outer="last"`: f at the initialization, plain training of λ).
-      remat: "none", "step" or "sqrt"; time and memory in `unroll`.
+      remat: "none", "step", "sqrt", or a number of levels; time and memory in `unroll`.
       outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T; steps of weight zero are not evaluated where
         only the last has weight.
       grad: what takes the inner gradient; see `inner.step`. `mixed_grad` says where `jax.grad` is to be taken instead.

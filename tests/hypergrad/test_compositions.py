@@ -17,7 +17,7 @@ NUM_SEEDS, TASKS = 2, [problems.regression_task(seed) for seed in range(2)]
 RULES = {
     "bome": partial(hypergrad.bome, num_steps=2, barrier=5.0),
     "darts_fd": hypergrad.darts_fd,
-    "f2sa": partial(hypergrad.f2sa, num_steps=2, multiplier=lambda count: 2.0 + count),
+    "f2sa": partial(hypergrad.f2sa, num_steps=2, multiplier=lambda count: jnp.float64(2.0) + count),
     "hypergradient_descent": hypergrad.hypergradient_descent,
     "sama": hypergrad.sama,
 }
@@ -56,6 +56,11 @@ def test_equals_loops_over_tasks_and_seeds(name):
 
     out, scanned, state = jax.jit(all_at_once)(KEY, problems.stack(TASKS))
     chex.assert_trees_all_equal_shapes_and_dtypes(scanned, state)
+    # All that is carried went on, but for the keys of the training runs.
+    numbers = [
+        [x for x in jax.tree.leaves(s) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)] for s in (scanned, state)
+    ]
+    assert all((after != before).any() for after, before in zip(*numbers, strict=True))
     once = jax.jit(one)
     keys = [jax.random.split(key, NUM_SEEDS) for key in jax.random.split(KEY, len(TASKS))]
     parts = [once(key, task) for task, row in zip(TASKS, keys, strict=True) for key in row]

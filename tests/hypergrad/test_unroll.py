@@ -1,5 +1,7 @@
 """Unrolled hypergradients: finite differences, forward and nested derivatives, checkpoints, weights, MAML."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -134,7 +136,7 @@ SMALL_LAM = {"rate": jnp.array(0.2), "target": jnp.array([1.0, -0.5])}
 SMALL_TASK = base.Task(None, None)
 
 
-@pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 5, 16, 17])
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 5, 16, 17, 23])
 def test_checkpointing_changes_nothing(num_steps):
     def results(remat):
         def objective(lam):
@@ -145,7 +147,7 @@ def test_checkpointing_changes_nothing(num_steps):
 
     expected = results("none")
     assert num_steps == 0 or optax.tree.norm(expected[1]) > 1e-2
-    for remat in ("step", "sqrt"):  # the same operations, fused otherwise: equal to rounding
+    for remat in ("step", "sqrt", *[3] * (num_steps > 17)):  # the same operations, fused otherwise: equal to rounding
         chex.assert_trees_all_close(results(remat), expected, rtol=1e-11, atol=1e-14)
 
 
@@ -162,8 +164,8 @@ def test_orders_of_nesting_agree():
         chex.assert_trees_all_close(hessian(outer, remat), expected, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("remat", ["none", "step", "sqrt"])
-@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 9, 11])
+@pytest.mark.parametrize("remat", ["none", "step", "sqrt", 3, 4])
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 9, 11, 28])
 def test_checkpointed_scan_keeps_the_order_of_its_steps(length, remat):
     xs = {"x": jnp.arange(1.0, length + 1), "unused": None}
 
@@ -179,18 +181,35 @@ def test_checkpointed_scan_keeps_the_order_of_its_steps(length, remat):
     np.testing.assert_array_equal(ys["carry"], expected[1:])
 
 
-@pytest.mark.parametrize(("remat", "most"), [("none", 256), ("step", 64), ("sqrt", 16)])
+@pytest.mark.parametrize(("remat", "most"), [("none", 256), ("step", 64), ("sqrt", 16), (3, 8), (6, 4)])
 def test_what_is_stored_between_the_passes(remat, most):
     # The residuals of the reverse pass of 64 steps, in copies of a carry of 100 numbers that a step uses three times.
+    _, pullback = jax.vjp(partial(three_uses, length=64, remat=remat), jnp.ones(100))
+    stored = sum(leaf.size for leaf in jax.tree.leaves(pullback)) / 100
+    assert most / 2 <= stored <= most + 2
+
+
+def three_uses(carry, length, remat):
     def step(carry, _):
         return jnp.sin(jnp.cos(jnp.tanh(carry))), None
 
-    def objective(carry):
-        return hypergrad.checkpointed_scan(step, carry, None, length=64, remat=remat)[0].sum()
+    return hypergrad.checkpointed_scan(step, carry, None, length=length, remat=remat)[0].sum()
 
-    _, pullback = jax.vjp(objective, jnp.ones(100))
-    stored = sum(leaf.size for leaf in jax.tree.leaves(pullback)) / 100
-    assert most / 2 <= stored <= most + 2
+
+def test_more_levels_need_less_memory():
+    # The compiler's own count, in carries of 1000 numbers: about k T^(1/k), and a few of a step's.
+    length, carries = 512, []
+    for levels in (1, 2, 3):
+        gradient = jax.jit(jax.grad(partial(three_uses, length=length, remat=levels)))
+        carries.append(gradient.lower(jnp.ones(1000)).compile().memory_analysis().temp_size_in_bytes / 8000)
+    for levels, found in enumerate(carries, 1):
+        assert found < levels * length ** (1 / levels) + 8, carries
+    assert carries[2] < 0.7 * carries[1] < 0.1 * carries[0]
+
+
+def test_each_level_is_one_more_forward_pass():
+    counts = [hypergrad.flops(jax.grad(partial(three_uses, length=64, remat=k)), jnp.ones(100)) for k in (1, 2, 3)]
+    np.testing.assert_array_equal(np.diff(counts), 3 * 64 * 100)
 
 
 def weighted_by_hand(hyperparams, weights, key):
@@ -329,7 +348,8 @@ def test_the_outer_batch_is_drawn_from_the_task():
     ("options", "message"),
     [
         ({"num_steps": -1}, "`num_steps` must be at least 0; got -1"),
-        ({"num_steps": 1, "remat": "all"}, "`remat` must be one of 'none', 'step', 'sqrt'; got 'all'"),
+        ({"num_steps": 1, "remat": "all"}, "`remat` must be one of 'none', 'step', 'sqrt', or a number.*; got 'all'"),
+        ({"num_steps": 1, "remat": 0}, "or a number of levels, at least 1; got 0"),
         ({"num_steps": 2, "outer": "first"}, '`outer` must be "last", "mean" or 2 weights; got \'first\''),
         ({"num_steps": 2, "outer": [1.0]}, r"`outer` must have one weight per step, shape \(2,\); got \(1,\)"),
         ({"num_steps": 0, "outer": "mean"}, "With `num_steps=0` there is no step to weigh"),
