@@ -1,9 +1,9 @@
 """Episodes: small tasks drawn from labelled examples, on the device, as a pure function of a key.
 
 An episode has a support set, which a method adapts to, and a query set, on which the outcome is judged. Both have one
-shape in all draws, with padding at the end and masks that say what is real; so draws can be jitted, mapped over keys and
-carried by scans. All sources lie on the device, joined to one array; drawing an episode costs one gather of its examples
-and little else. A task distribution of one's own is any function `key -> Episode`, or `key -> base.Task`:
+shape in all draws, with padding at the end and masks that say what is real; so draws can be jitted, mapped over keys
+and carried by scans. All sources lie on the device, joined to one array; drawing an episode costs one gather of its
+examples and little else. A task distribution of one's own is any function `key -> Episode`, or `key -> base.Task`:
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import tasks
@@ -128,7 +128,8 @@ def episodes(
         at least N classes.
       disjoint_groups: False draws from all examples of a class alike.
       weights: of the sources, positive; None draws them uniformly.
-      preprocess: `[rows, ...] -> [rows, ...]`, examples to inputs; None: bytes to floats in [0, 1], all else to float32.
+      preprocess: `[rows, ...] -> [rows, ...]`, examples to inputs; None: bytes to floats in [0, 1], all else to
+        float32.
 
     Returns:
       `key -> Episode`, pure, on the device; no derivative. The support has N K rows and the query N Q, class by class.
@@ -353,8 +354,8 @@ def _support_groups(source: Source, num_shots: int, num_query: int, disjoint: bo
     if least + query > source.num_groups:
         raise ValueError(
             f"Source {source.name!r} has {source.num_groups} groups. To be sure of {num_shots} support and {num_query} "
-            f"query examples of every class from different ones, it takes {least} and {query}; take fewer examples, drop "
-            "groups with few (`tasks.keep`), or let groups be on both sides: `disjoint_groups=False`."
+            f"query examples of every class from different ones, it takes {least} and {query}; take fewer examples, "
+            "drop groups with few (`tasks.keep`), or let groups be on both sides: `disjoint_groups=False`."
         )
     spare = source.num_groups - least - query
     return least + round(spare * num_shots / (num_shots + num_query))

@@ -179,10 +179,10 @@ def user_episodes(
 
 
 def _check_users(table: UserTable, users: Sequence[int]) -> np.ndarray:
-    users = np.asarray(list(users), int)
-    if not len(users) or users.min() < 0 or users.max() >= table.num_users:
-        raise ValueError(f"Users must be numbers in 0..{table.num_users - 1}, at least one; got {users.tolist()}.")
-    return users
+    numbers = np.asarray(list(users), int)
+    if not len(numbers) or numbers.min() < 0 or numbers.max() >= table.num_users:
+        raise ValueError(f"Users must be numbers in 0..{table.num_users - 1}, at least one; got {numbers.tolist()}.")
+    return numbers
 
 
 # --- the tables in the folder that METAOPT_DATA names ----------------------------------------------------------------
