@@ -138,9 +138,10 @@ def episodes(
       ValueError: an argument is out of range; a source has too few classes; a class has too few examples, or too few
         groups to be sure of K and Q.
 
-    >>> import numpy as np
-    >>> images = np.arange(60, dtype=np.uint8)[:, None, None] * np.ones((60, 4, 4), np.uint8)
-    >>> sample = episodes(from_arrays(images, np.arange(60) // 10), num_ways=3, num_shots=2, num_query=4)
+    >>> from metaopt import tasks
+    >>> images = np.repeat(np.arange(60, dtype=np.uint8), 16).reshape(60, 4, 4)  # of 6 classes
+    >>> source = tasks.from_arrays(images, np.arange(60) // 10)
+    >>> sample = tasks.episodes(source, num_ways=3, num_shots=2, num_query=4)
     >>> episode = jax.jit(sample)(jax.random.key(0))
     >>> episode.support["x"].shape, episode.query["y"].shape
     ((6, 4, 4), (12,))
