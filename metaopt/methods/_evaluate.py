@@ -54,6 +54,8 @@ class Evaluation(NamedTuple):
 def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
     """The share of real query examples whose class has the largest output among the classes of the episode.
 
+    An example with a NaN among its outputs counts as wrong: a method that diverges is not left out.
+
     Args:
       outputs: [Q, W].
       query: with "y", "mask" and "class_mask", as episodes have them.
@@ -62,8 +64,8 @@ def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
       [], in [0, 1].
     """
     among = jnp.where(query["class_mask"][None] > 0, outputs, -jnp.inf)
-    right = jnp.argmax(among, axis=-1) == query["y"]
-    return jnp.where(jnp.isfinite(outputs).all(), (right * query["mask"]).sum() / query["mask"].sum(), 0.0)
+    right = (jnp.argmax(among, axis=-1) == query["y"]) & ~jnp.isnan(among).any(axis=-1)
+    return (right * query["mask"]).sum() / query["mask"].sum()
 
 
 def mean_squared_error(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:

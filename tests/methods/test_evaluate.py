@@ -147,7 +147,8 @@ def test_scores_of_masked_rows():
     }
     outputs = jnp.array([[1.0, 0, 9], [0, 1, 9], [1, 0, 9], [9, 0, 0]])
     assert float(methods.accuracy(outputs, query)) == pytest.approx(2 / 3)  # the third class is none
-    assert float(methods.accuracy(outputs.at[1, 0].set(jnp.nan), query)) == 0  # diverged
+    assert float(methods.accuracy(outputs.at[1, 0].set(jnp.nan), query)) == pytest.approx(1 / 3)  # diverged
+    assert float(methods.accuracy(outputs.at[:, 2].set(-jnp.inf), query)) == pytest.approx(2 / 3)
     of = {"y": jnp.array([[1.0], [2.0], [50.0]]), "mask": jnp.array([1.0, 1.0, 0.0])}
     outputs = jnp.array([[2.0], [5.0], [jnp.nan]])
     assert float(methods.mean_squared_error(outputs, of)) == 5 and float(methods.mean_absolute_error(outputs, of)) == 2
@@ -181,7 +182,7 @@ PIXELS = {(5, 1): 0.472, (5, 5): 0.674, (20, 1): 0.289, (20, 5): 0.462}
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", PIXELS)
 def test_pixel_prototypes_on_omniglot_are_what_is_known(setting):
-    """By other code: 47.2, 67.4, 28.9 and 46.2 % on the official evaluation characters."""
+    """By other code, with cosine similarities: 47.2, 67.4, 28.9 and 46.2 % on the official evaluation characters."""
     try:
         source = tasks.from_image_sets(["omniglot"])
     except FileNotFoundError:
@@ -195,9 +196,8 @@ def test_pixel_prototypes_on_omniglot_are_what_is_known(setting):
     def pixels(key, support, query):
         of = jax.nn.one_hot(support["y"], ways) / shots
         center = of.T @ support["x"]
-        return (2 * query["x"] @ center.T - (center**2).sum(axis=1)[None])[None]
+        return (query["x"] @ center.T / jnp.linalg.norm(center, axis=1)[None])[None]
 
     evaluation = methods.evaluate_episodes({"pixels": pixels}, sample, KEY, num_episodes=600, chunk_size=50)
     mean, half = methods.mean_scores(evaluation)["pixels"]["episodes"]
-    print(setting, mean, half)
-    assert abs(mean - PIXELS[setting]) < 0.02 and half < 0.011
+    assert abs(mean - PIXELS[setting]) < 0.016 and half < 0.011
