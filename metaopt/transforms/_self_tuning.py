@@ -30,8 +30,8 @@ class SelfTuningState(NamedTuple):
       hyperparams: λ, as the last step used it: look here for logging.
       inner: the optimizer's state.
       tuner: the state of the optimizer of λ.
-      last: what the last step was made of: the gradient, the optimizer's state and the parameters before it; or, with a
-        `discount`, the derivatives of the parameters and of the optimizer's state, a leading axis for the entries of λ.
+      last: what says how λ moved the parameters: with `mode="forward"` the derivatives themselves, with a leading axis
+        for the entries of λ; with "reverse" what the last step was made of.
       count: [] int32, the steps taken.
     """
 
@@ -48,7 +48,8 @@ def self_tuning(
     tuner: optax.GradientTransformation,
     *,
     rule: str = "normalized",
-    discount: float | None = None,
+    discount: float = 0.0,
+    mode: str = "forward",
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose λ descends along a hypergradient h of the training or the validation loss, before each step.
 
@@ -58,33 +59,37 @@ def self_tuning(
 
     h_t = (∂u_{t−1}/∂λ)ᵀ g_t says how the last step's λ changed the loss at θ_t. λ h is the derivative in log λ, so that
     the last two rules keep λ positive; the last does not depend on the scale of the loss: for a rate it moves log λ by β
-    times the cosine between g_t and the last step, with `optax.sgd(β)` as the tuner.
+    times the cosine between g_t and the last step, with `optax.sgd(β)` as the tuner. β = 0.05 is a place to start: a
+    rate that is wrong by a factor of 100 needs some hundred steps.
 
     **Which loss.** By default g_t is the gradient that `update` is given, that of the training loss: hypergradient
     descent, at no gradient more. With the extra argument `valid_grad_fn` it is `valid_grad_fn(params)`, the gradient of
-    the validation loss on a batch of the caller's: T1–T2. One more gradient a step; a smaller batch costs less.
+    the validation loss, on a batch of the caller's: T1–T2. One more gradient a step; a smaller batch costs less.
 
     **How far back.** One step is short-sighted: it knows of no later step, prefers small rates on noisy gradients, and
-    cannot see what a small decay does over time. With a `discount` μ the derivative is carried along with training,
+    cannot see what a small decay does over time. With a `discount` μ > 0 the derivative is carried along with training,
 
-        Z_t = ∂Φ/∂λ + μ (∂Φ/∂θ) Z_{t−1},    h_t = Z_tᵀ g_t,    (θ, s)_t = Φ((θ, s)_{t−1}, λ),
+        Z_t = ∂Φ/∂λ + μ (∂Φ/∂(θ, s)) Z_{t−1},    h_t = Z_tᵀ g_t,    (θ, s)_t = Φ((θ, s)_{t−1}, λ),
 
     with s the optimizer's state. μ = 0 is one step; μ = 1 is the exact derivative of f(θ_t) along an equal shift of all
-    λ so far (of all log λ, but for "additive"), where λ stood still; between them, steps longer ago than 1/(1 − μ) are
-    forgotten: a short truncation, biased by what it forgets. It needs `grad_fn`, `params -> gradient` of this step's
-    training loss, for μ > 0; what transforms gradients before this optimizer in a chain has no part in the derivative.
-    Memory: parameters and optimizer's state once for each entry of λ, in their own precision. Time: a product with the
-    Hessian for each entry. The normalized rule divides by ‖Z‖ of each entry, for a cosine.
+    λ so far (of all log λ, but for "additive"); between them, steps longer ago than 1/(1 − μ) are forgotten: a short
+    truncation, biased by what it forgets. It needs `grad_fn`, `params -> gradient` of this step's training loss; what
+    transforms gradients before this optimizer in a chain has no part in the derivative.
 
-    `tuner` may be a `self_tuning` itself, to any height. Without a `discount`, it takes a pullback through the
-    optimizer's operations a step, whatever the size of λ, and one more copy of the gradient, the optimizer's state and
-    the parameters; extra arguments of the optimizer itself (`value`) are this step's, where the last step is looked at
-    too. The state is a pytree of arrays, and λ enters `update` from there: nothing recompiles.
+    **What it costs**, with n entries of λ. `mode="forward"` keeps n derivatives of the parameters (μ > 0: and of the
+    optimizer's state), in their precision, and pushes n tangents through the optimizer's operations; with μ > 0 it takes
+    n products with the Hessian, too. `mode="reverse"` takes one pullback through the optimizer's operations whatever n
+    is, and keeps the last gradient and copies of the optimizer's state and the parameters: for many λ, such as a rate
+    for each parameter. Its extra arguments of the optimizer itself (`value`) are this step's, where the last step is
+    looked at too. In forward mode, the normalized rule has the largest of the n ‖λ ∂u/∂λ‖ in the place of ‖u‖, which is
+    the same thing where λ holds the rate.
 
-    Extra arguments come through `optax.chain` and its like, and `nnx.Optimizer.update(model, grads, valid_grad_fn=fn)`.
-    Flax's `TrainState.apply_gradients` drops them; these lines are what it does, with them:
+    The tuner may be a `self_tuning` itself, to any height. The state is a pytree of arrays, and λ enters `update` from
+    there: nothing recompiles. Extra arguments come through `optax.chain` and its like, and through
+    `nnx.Optimizer.update(model, grads, valid_grad_fn=fn)`. Flax's `TrainState.apply_gradients` drops them; these two
+    lines are what it does, with them:
 
-        updates, opt_state = ts.tx.update(grads, ts.opt_state, ts.params, valid_grad_fn=valid_grad_fn)
+        updates, opt_state = ts.tx.update(grads, ts.opt_state, ts.params, valid_grad_fn=fn)
         ts = ts.replace(step=ts.step + 1, params=optax.apply_updates(ts.params, updates), opt_state=opt_state)
 
     Args:
@@ -92,14 +97,15 @@ def self_tuning(
       hyperparams: λ to start from, any tree of numbers; positive but for "additive".
       tuner: the optimizer of λ.
       rule: "additive", "multiplicative" or "normalized".
-      discount: μ, in [0, 1]; None looks at the last step alone, in reverse mode.
+      discount: μ, in [0, 1].
+      mode: "forward", for few λ, or "reverse", for many, with μ = 0.
 
     Returns:
       A transform, with parameters as a required argument of `update`, and `valid_grad_fn` and `grad_fn` as extra ones.
 
     Raises:
-      ValueError: `rule` is something else, λ is not positive where it must be, `discount` is not in [0, 1]; in
-        `update`: there are no parameters, or no `grad_fn` where `discount` needs one.
+      ValueError: `rule` or `mode` is something else, λ is not positive where it must be, `discount` is not in [0, 1], or
+        not 0 in reverse mode; in `update`: there are no parameters, or no `grad_fn` where μ > 0 needs one.
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782; a stack of them: Chandra et al., NeurIPS 2022,
     https://arxiv.org/abs/1909.13371; T1–T2: Luketina et al., ICML 2016, https://arxiv.org/abs/1511.06727; carried:
@@ -118,8 +124,15 @@ def self_tuning(
     """
     if rule not in ("additive", "multiplicative", "normalized"):
         raise ValueError(f'`rule` must be "additive", "multiplicative" or "normalized"; got {rule!r}.')
-    if discount is not None and not 0 <= discount <= 1:
-        raise ValueError(f"`discount` must be in [0, 1], or None; got {discount}.")
+    if mode not in ("forward", "reverse"):
+        raise ValueError(f'`mode` must be "forward" or "reverse"; got {mode!r}.')
+    if not 0 <= discount <= 1:
+        raise ValueError(f"`discount` must be in [0, 1]; got {discount}.")
+    if discount and mode == "reverse":
+        raise ValueError(
+            f'`discount` must be 0 with `mode="reverse"`, which looks at the last step alone; got {discount}. '
+            'Use `mode="forward"`.'
+        )
     for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams):
         if rule != "additive" and not isinstance(leaf, Tracer) and not np.all(np.asarray(leaf) > 0):
             raise ValueError(
@@ -135,80 +148,84 @@ def self_tuning(
     def init(params):
         start = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), hyperparams)
         inner = optimizer(start).init(params)
-        if discount is None:  # copies, so that a program may be given the buffers of both
+        if mode == "reverse":  # copies, so that a program may be given the buffers of both
             last = (optax.tree.zeros_like(params), *jax.tree.map(jnp.copy, (inner, params)))
         else:
             num = ravel_pytree(start)[0].size
-            last = jax.tree.map(lambda x: jnp.zeros((num, *jnp.shape(x)), x.dtype), (params, _split(inner)[0]))
+            carried = (params, _split(inner)[0] if discount else None)
+            last = jax.tree.map(lambda x: jnp.zeros((num, *jnp.shape(x)), jnp.result_type(x)), carried)
         return SelfTuningState(start, inner, tuner.init(start), last, jnp.zeros([], jnp.int32))
 
-    def of_last_step(judge, state, extra_args):
-        """(∂u_{t−1}/∂λ)ᵀ g_t, or in log λ; divided by the norms of g and u where it should be."""
+    def signal_forward(judge, state, extra_args):
+        """Z_tᵀ g_t; zero before the first step, since Z is."""
+        del extra_args
+        derivatives, _ = state.last
+        flat, unravel = ravel_pytree(state.hyperparams)
+        signal = jax.vmap(lambda z: _vdot(z, judge))(derivatives).astype(flat.dtype)
+        if rule == "normalized":
+            signal = _divided(signal, _norm(judge) * jnp.max(jax.vmap(_norm)(derivatives), initial=0))
+        return unravel(signal)
+
+    def signal_reverse(judge, state, extra_args):
+        """(∂u_{t−1}/∂λ)ᵀ g_t."""
         last_grads, last_inner, last_params = state.last
 
         def last_update(hyperparams):
             return optimizer(hyperparams).update(last_grads, last_inner, last_params, **extra_args)[0]
 
         last_updates, pullback = jax.vjp(last_update, state.hyperparams)
-        if rule == "normalized":  # before the products, which half precision may have no room for
-            judge, length = _direction(judge), _norm(last_updates)
+        if rule == "normalized":  # before the products, for which half precision may have no room
+            norm = _norm(judge)
+            judge = jax.tree.map(lambda g: _divided(g, norm), _wide(judge))
         (signal,) = pullback(_like(judge, last_updates))
         if logarithmic:
             signal = jax.tree.map(jnp.multiply, state.hyperparams, signal)
         if rule == "normalized":
-            signal = jax.tree.map(lambda h: jnp.where(length > 0, h / jnp.where(length > 0, length, 1), 0), signal)
+            length = _norm(last_updates)
+            signal = jax.tree.map(lambda h: _divided(h, length), signal)
         # Before the first step there is nothing to judge.
         return jax.tree.map(lambda h: jnp.where(state.count > 0, h, 0), signal)
 
-    def of_all_steps(judge, state):
-        """Z_tᵀ g_t; as a cosine where it should be."""
-        derivatives, _ = state.last
-        if rule == "normalized":
-            judge, derivatives = _direction(judge), jax.vmap(_direction)(derivatives)
-        flat, unravel = ravel_pytree(state.hyperparams)
-        return unravel(jax.vmap(lambda z: _vdot(z, judge))(derivatives).astype(flat.dtype))
+    def step_reverse(updates, state, params, tuned, grad_fn, extra_args):
+        """u_t, the optimizer's state after it, and what the next signal is made of."""
+        del grad_fn
+        out, inner = optimizer(tuned).update(updates, state.inner, params, **extra_args)
+        return out, inner, (updates, state.inner, params)
 
-    def step(updates, state, params, tuned, grad_fn, extra_args):
-        """u_t, the optimizer's state after it, and what the next call needs to judge it."""
-        if discount is None:
-            updates_out, inner = optimizer(tuned).update(updates, state.inner, params, **extra_args)
-            return updates_out, inner, (updates, state.inner, params)
-        derivatives = jax.tree.map(lambda z: discount * z, state.last)
-        if discount > 0:
+    def step_forward(updates, state, params, tuned, grad_fn, extra_args):
+        floats, rest = _split(state.inner)
+        flat, unravel = ravel_pytree(tuned)
+        # Each λ, or each log λ.
+        primals, tangents = (tuned,), (jax.vmap(unravel)(jnp.diag(flat if logarithmic else jnp.ones_like(flat))),)
+        if discount:
+            by_params, by_floats = jax.tree.map(lambda z: discount * z, state.last)
             if grad_fn is None:
                 raise ValueError(
-                    "`discount` above 0 needs the training gradient as a function, to see how it changes with the "
-                    "parameters: call `update(updates, state, params, grad_fn=grad_fn)`, or take `discount=None`."
+                    "`discount` above 0 needs the gradient of the training loss as a function, to see how it changes "
+                    "with the parameters: call `update(updates, state, params, grad_fn=grad_fn)`."
                 )
             _, hessian = jax.linearize(grad_fn, params)
-            grads_dot = _like(jax.vmap(hessian)(derivatives[0]), updates)
-        else:
-            grads_dot = jax.tree.map(lambda u: jnp.zeros((len(basis(tuned)), *u.shape), u.dtype), updates)
-        floats, rest = _split(state.inner)
+            by_updates = _like(jax.vmap(hessian)(by_params), updates)
+            primals, tangents = (tuned, updates, floats, params), (*tangents, by_updates, by_floats, by_params)
 
-        def advance(updates, floats, params, hyperparams):
+        def advance(hyperparams, updates=updates, floats=floats, params=params):
             out, inner = optimizer(hyperparams).update(updates, _merge(floats, rest), params, **extra_args)
-            floats_out, rest_out = _split(_like(inner, state.inner))
-            return (out, floats_out), rest_out
+            floats, rest_out = _split(_like(inner, state.inner))
+            return (out, floats), rest_out
 
-        (out, floats), push, rest = jax.linearize(advance, updates, floats, params, tuned, has_aux=True)
-        unravel = ravel_pytree(tuned)[1]
-        moved, floats_dot = jax.vmap(lambda g, z, e: push(g, z[1], z[0], unravel(e)))(
-            grads_dot, derivatives, basis(tuned)
-        )
-        params_dot = jax.tree.map(lambda z, m: (z + m).astype(z.dtype), derivatives[0], moved)
-        return out, _merge(floats, rest), (params_dot, floats_dot)
+        (out, floats), push, rest = jax.linearize(advance, *primals, has_aux=True)
+        by_params_out, by_floats_out = jax.vmap(push)(*tangents)
+        if not discount:
+            return out, _merge(floats, rest), (by_params_out, None)
+        return out, _merge(floats, rest), (jax.tree.map(jnp.add, by_params, by_params_out), by_floats_out)
 
-    def basis(tuned):
-        """The directions that Z is along: each λ, or each log λ."""
-        flat, _ = ravel_pytree(tuned)
-        return jnp.diag(flat) if logarithmic else jnp.eye(flat.size, dtype=flat.dtype)
+    signal_of, step = (signal_forward, step_forward) if mode == "forward" else (signal_reverse, step_reverse)
 
     def update(updates, state, params=None, *, valid_grad_fn=None, grad_fn=None, **extra_args):
         if params is None:
             raise ValueError("`self_tuning` needs the parameters: call `update(updates, state, params)`.")
         judge = updates if valid_grad_fn is None else valid_grad_fn(params)
-        signal = of_last_step(judge, state, extra_args) if discount is None else of_all_steps(judge, state)
+        signal = signal_of(judge, state, extra_args)
         at = jax.tree.map(jnp.log, state.hyperparams) if logarithmic else state.hyperparams
         moves, tuner_state = tuner.update(signal, state.tuner, at)
 
@@ -241,10 +258,9 @@ def _norm(tree):
     return optax.tree.norm(_wide(tree))
 
 
-def _direction(tree):
-    """Divided by its norm; zero where that is zero."""
-    norm = _norm(tree)
-    return jax.tree.map(lambda x: jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1), 0), _wide(tree))
+def _divided(x, norm):
+    """x / norm, and zero where that is zero."""
+    return jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1), 0)
 
 
 def _vdot(a, b):
