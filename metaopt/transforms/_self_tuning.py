@@ -85,9 +85,9 @@ def self_tuning(
     the same thing where λ holds the rate.
 
     The tuner may be a `self_tuning` itself, to any height. The state is a pytree of arrays, and λ enters `update` from
-    there: nothing recompiles. Extra arguments come through `optax.chain` and its like, and through
-    `nnx.Optimizer.update(model, grads, valid_grad_fn=fn)`. Flax's `TrainState.apply_gradients` drops them; these two
-    lines are what it does, with them:
+    there: nothing recompiles. Extra arguments come through `optax.chain`, `apply_if_finite`, `inject_hyperparams`,
+    `MultiSteps` and `nnx.Optimizer.update(model, grads, valid_grad_fn=fn)`. Flax's `TrainState.apply_gradients` has no
+    way for them; these two lines are what it does, with them:
 
         updates, opt_state = ts.tx.update(grads, ts.opt_state, ts.params, valid_grad_fn=fn)
         ts = ts.replace(step=ts.step + 1, params=optax.apply_updates(ts.params, updates), opt_state=opt_state)
@@ -224,6 +224,13 @@ def self_tuning(
     def update(updates, state, params=None, *, valid_grad_fn=None, grad_fn=None, **extra_args):
         if params is None:
             raise ValueError("`self_tuning` needs the parameters: call `update(updates, state, params)`.")
+        masked = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
+        if masked and (valid_grad_fn is not None or grad_fn is not None):
+            raise ValueError(
+                "`valid_grad_fn` and `grad_fn` need all parameters, and within `optax.masked` or `multi_transform` "
+                "`self_tuning` sees some of the parameters alone. Put it outside: "
+                "`self_tuning(lambda hp: optax.multi_transform({...: optax.adam(hp[...])}, labels), ...)`."
+            )
         judge = updates if valid_grad_fn is None else valid_grad_fn(params)
         signal = signal_of(judge, state, extra_args)
         at = jax.tree.map(jnp.log, state.hyperparams) if logarithmic else state.hyperparams
@@ -247,6 +254,10 @@ def _like(new, old):
 
 def _is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def _wide(tree):
