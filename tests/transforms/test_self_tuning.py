@@ -216,11 +216,10 @@ def test_it_recovers_from_a_bad_rate(start):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("size", [1e-5, 200.0])
-def test_half_precision_has_a_signal(size, dtype, mode):
-    # The squares are beyond float16: 1e-10 and 4e4.
-    grads = jnp.full(4, size, dtype)
+def test_half_precision_has_a_signal(size, mode):
+    # The sums of squares are beyond float16: 4e-10 and 1.6e5.
+    grads = jnp.full(4, size, jnp.float16)
     optimizer = transforms.self_tuning(lambda hp: optax.sgd(hp), 1e-2, optax.sgd(0.1), mode=mode)
     state, update = optimizer.init(grads), jax.jit(optimizer.update)
     for _ in range(2):
@@ -246,7 +245,6 @@ COMPOSED = {
     "inject_hyperparams": lambda t: optax.inject_hyperparams(
         lambda beta: transforms.self_tuning(lambda hp: optax.adam(hp["rate"]), {"rate": 1e-3}, optax.sgd(beta))
     )(beta=0.1),
-    "differentiable": transforms.differentiable,
 }
 
 
