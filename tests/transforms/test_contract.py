@@ -16,13 +16,18 @@ import pytest
 
 from metaopt import transforms
 
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    jax.config.update("jax_disable_most_optimizations", True)  # conftest takes it back
+
+
 def grads_of(params):
     return jax.tree.map(lambda p: jnp.sin(3 * p), params)
 
 
 def self_tuning(carried=False, **kwargs):
     transform = transforms.self_tuning(
-        lambda hp: optax.adamw(hp["rate"], weight_decay=hp["decay"]), {"rate": 0.1, "decay": 0.01}, optax.sgd(0.02), **kwargs
+        lambda hp: optax.sgd(hp["rate"], hp["momentum"]), {"rate": 0.1, "momentum": 0.9}, optax.sgd(0.02), **kwargs
     )
     if not carried:
         return transform
