@@ -70,7 +70,9 @@ def learnable_accumulation(
 
     def init(params):
         return AccumulationState(
-            jax.tree.map(lambda p: jnp.zeros((len(beta), *jnp.shape(p)), accumulator_dtype or jnp.result_type(p)), params)
+            jax.tree.map(
+                lambda p: jnp.zeros((len(beta), *jnp.shape(p)), accumulator_dtype or jnp.result_type(p)), params
+            )
         )
 
     def update(updates, state, params=None):

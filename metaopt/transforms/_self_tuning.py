@@ -1,4 +1,4 @@
-"""An optimizer that tunes its own hyperparameters while it trains, from gradients of the training or the validation loss.
+"""An optimizer that tunes its own hyperparameters while it trains, by the training or the validation loss.
 
 What a step of the optimizer does to a loss f is seen after it: with θ_t = θ_{t−1} + u_{t−1}(λ),
 
@@ -58,9 +58,9 @@ def self_tuning(
         rule="normalized":      λ ← λ · exp(tuner(λ h / (‖g_t‖ ‖u_{t−1}‖)))
 
     h_t = (∂u_{t−1}/∂λ)ᵀ g_t says how the last step's λ changed the loss at θ_t. λ h is the derivative in log λ, so that
-    the last two rules keep λ positive; the last does not depend on the scale of the loss: for a rate it moves log λ by β
-    times the cosine between g_t and the last step, with `optax.sgd(β)` as the tuner. β from 0.1 to 0.5 is a place to start:
-    a rate that is 100 times too small is found within some hundred steps.
+    the last two rules keep λ positive; the last does not depend on the scale of the loss: for a rate it moves log λ by
+    β times the cosine between g_t and the last step, with `optax.sgd(β)` as the tuner. β from 0.1 to 0.5 is a place to
+    start: a rate that is 100 times too small is found within some hundred steps.
 
     **Which loss.** By default g_t is the gradient that `update` is given, that of the training loss: hypergradient
     descent, at no gradient more. With the extra argument `valid_grad_fn` it is `valid_grad_fn(params)`, the gradient of
@@ -77,9 +77,9 @@ def self_tuning(
     transforms gradients before this optimizer in a chain has no part in the derivative.
 
     **What it costs**, with n entries of λ. `mode="forward"` keeps n derivatives of the parameters (μ > 0: and of the
-    optimizer's state), in their precision, and pushes n tangents through the optimizer's operations; with μ > 0 it takes
-    n products with the Hessian, too. `mode="reverse"` takes one pullback through the optimizer's operations whatever n
-    is, and keeps the last gradient and copies of the optimizer's state and the parameters: for many λ, such as a rate
+    optimizer's state), in their precision, and pushes n tangents through the optimizer's operations; with μ > 0 it
+    takes n products with the Hessian, too. `mode="reverse"` takes one pullback through the optimizer's operations
+    whatever n is, and keeps the last gradient and copies of the optimizer's state and the parameters: for many λ, such as a rate
     for each parameter. Its extra arguments of the optimizer itself (`value`) are this step's, where the last step is
     looked at too. In forward mode, the normalized rule has the largest of the n ‖λ ∂u/∂λ‖ in the place of ‖u‖, which is
     the same thing where λ holds the rate.
@@ -104,8 +104,8 @@ def self_tuning(
       A transform, with parameters as a required argument of `update`, and `valid_grad_fn` and `grad_fn` as extra ones.
 
     Raises:
-      ValueError: `rule` or `mode` is something else, λ is not positive where it must be, `discount` is not in [0, 1], or
-        not 0 in reverse mode; in `update`: there are no parameters, or no `grad_fn` where μ > 0 needs one.
+      ValueError: `rule` or `mode` is something else, λ is not positive where it must be, `discount` is not in [0, 1],
+        or not 0 in reverse mode; in `update`: there are no parameters, or no `grad_fn` where μ > 0 needs one.
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782; a stack of them: Chandra et al., NeurIPS 2022,
     https://arxiv.org/abs/1909.13371; T1–T2: Luketina et al., ICML 2016, https://arxiv.org/abs/1511.06727; carried:
@@ -162,11 +162,12 @@ def self_tuning(
         derivatives, _ = state.last
         flat, unravel = ravel_pytree(state.hyperparams)
         # With `axis_size`, parameters may be an empty tree.
-        signal = jax.vmap(lambda z: _vdot(z, judge), axis_size=flat.size)(derivatives).astype(flat.dtype)
+        dots = jax.vmap(lambda z: optax.tree.vdot(_wide(z), _wide(judge)), axis_size=flat.size)(derivatives)
+        signal = jnp.asarray(dots)
         if rule == "normalized":
             lengths = jax.vmap(_norm, axis_size=flat.size)(derivatives)
             signal = _divided(signal, _norm(judge) * jnp.max(lengths))
-        return unravel(signal)
+        return unravel(jnp.asarray(signal, flat.dtype))
 
     def signal_reverse(judge, state, extra_args):
         """(∂u_{t−1}/∂λ)ᵀ g_t."""
@@ -276,13 +277,13 @@ def _divided(x, norm):
     return jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1), 0)
 
 
-def _vdot(a, b):
-    return optax.tree.vdot(_wide(a), _wide(b))
-
-
 def _split(tree):
     """What has a derivative, and what has none (counts, PRNG keys), each with None in the place of the other."""
-    return tuple(jax.tree.map(lambda x: x if _is_float(x) == floating else None, tree) for floating in (True, False))
+
+    def only(floating):
+        return jax.tree.map(lambda x: x if _is_float(x) == floating else None, tree)
+
+    return only(True), only(False)
 
 
 def _merge(floats, rest):

@@ -52,7 +52,7 @@ def test_momenta_of_half_precision_gradients_in_float32():
     for dtype, expected in ((None, 1.0), (jnp.float32, 0.999**700)):  # bfloat16 rounds .999 m to m
         transform = transforms.learnable_accumulation(decays, accumulator_dtype=dtype)
         start = transform.init(grads[0])
-        state, updates = jax.lax.scan(lambda s, g: transform.update(g, s)[::-1], start, jnp.stack(grads))
+        state, updates = jax.lax.scan(lambda s, g, t=transform: t.update(g, s)[::-1], start, jnp.stack(grads))
         assert updates.dtype == jnp.bfloat16 and state.momenta.dtype == (dtype or jnp.bfloat16)
         np.testing.assert_allclose(updates[-1].astype(float), expected, rtol=1e-2)
 

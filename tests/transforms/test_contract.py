@@ -16,6 +16,7 @@ import pytest
 
 from metaopt import transforms
 
+
 @pytest.fixture(autouse=True, scope="module")
 def quick():
     jax.config.update("jax_disable_most_optimizations", True)  # conftest takes it back
