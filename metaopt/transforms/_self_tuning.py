@@ -79,10 +79,10 @@ def self_tuning(
     **What it costs**, with n entries of λ. `mode="forward"` keeps n derivatives of the parameters (μ > 0: and of the
     optimizer's state), in their precision, and pushes n tangents through the optimizer's operations; with μ > 0 it
     takes n products with the Hessian, too. `mode="reverse"` takes one pullback through the optimizer's operations
-    whatever n is, and keeps the last gradient and copies of the optimizer's state and the parameters: for many λ, such as a rate
-    for each parameter. Its extra arguments of the optimizer itself (`value`) are this step's, where the last step is
-    looked at too. In forward mode, the normalized rule has the largest of the n ‖λ ∂u/∂λ‖ in the place of ‖u‖, which is
-    the same thing where λ holds the rate.
+    whatever n is, and keeps the last gradient and copies of the optimizer's state and the parameters: for many λ, such
+    as a rate for each parameter. Its extra arguments of the optimizer itself (`value`) are this step's, where the last
+    step is looked at too. In forward mode, the normalized rule has the largest of the n ‖λ ∂u/∂λ‖ in the place of
+    ‖u‖, which is the same thing where λ holds the rate.
 
     The tuner may be a `self_tuning` itself, to any height. The state is a pytree of arrays, and λ enters `update` from
     there: nothing recompiles. Extra arguments come through `optax.chain`, `apply_if_finite`, `inject_hyperparams`,
