@@ -19,7 +19,11 @@ class AccumulationState(NamedTuple):
 
 
 def learnable_accumulation(
-    decays: jax.typing.ArrayLike, weights: jax.typing.ArrayLike | None = None, *, average: bool = False
+    decays: jax.typing.ArrayLike,
+    weights: jax.typing.ArrayLike | None = None,
+    *,
+    average: bool = False,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     """Replaces the gradient by a weighted sum of its momenta at K decays.
 
@@ -35,6 +39,8 @@ def learnable_accumulation(
       decays: β, [K], each in [0, 1).
       weights: w, [K]; 1/K by default.
       average: whether a momentum is an average of gradients, and not a sum.
+      accumulator_dtype: of the momenta; the parameters' by default. In bfloat16 a momentum with β above .998 is rounded
+        to itself and never decays: `jnp.float32` for those.
 
     Returns:
       A transform, to be chained with a learning rate.
@@ -60,22 +66,29 @@ def learnable_accumulation(
             f"`weights` must be one for each of `decays`; got shapes {np.shape(weights)} and {np.shape(decays)}."
         )
     beta = jnp.asarray(decays)
-    weight = jnp.full(beta.shape, 1 / len(beta), beta.dtype) if weights is None else jnp.asarray(weights)
+    weight = jnp.full(beta.shape, 1 / len(beta)) if weights is None else jnp.asarray(weights)
 
     def init(params):
         return AccumulationState(
-            jax.tree.map(lambda p: jnp.zeros((len(beta), *jnp.shape(p)), jnp.result_type(p)), params)
+            jax.tree.map(
+                lambda p: jnp.zeros((len(beta), *jnp.shape(p)), accumulator_dtype or jnp.result_type(p)), params
+            )
         )
 
     def update(updates, state, params=None):
         del params
 
+        def column(vector, m):
+            return vector.reshape(-1, *[1] * (m.ndim - 1))
+
         def decayed(u, m):
-            column = beta.reshape(-1, *[1] * (m.ndim - 1))
-            return (column * m + (1 - column if average else 1) * jnp.asarray(u)[None]).astype(m.dtype)
+            b = column(beta, m)
+            return (b * m + (1 - b if average else 1) * jnp.asarray(u)[None]).astype(m.dtype)
+
+        def mixed(u, m):  # a sum of products and no dot, which an accelerator rounds
+            return (column(weight, m) * m).sum(0).astype(jnp.result_type(u))
 
         momenta = jax.tree.map(decayed, updates, state.momenta)
-        mixed = jax.tree.map(lambda m: jnp.tensordot(weight, m, axes=1).astype(m.dtype), momenta)
-        return mixed, AccumulationState(momenta)
+        return jax.tree.map(mixed, updates, momenta), AccumulationState(momenta)
 
     return optax.GradientTransformation(init, update)

@@ -20,9 +20,11 @@ def _weighted(weight, update):
 @_weighted.defjvp
 def _weighted_jvp(primals, tangents):
     (weight, update), (weight_dot, update_dot) = primals, tangents
-    # At w = 0 the derivative along w is u itself, unless u is broken.
-    finite = jnp.where((weight == 0) & ~jnp.isfinite(update), 0, update)
-    return _weighted(weight, update), weight_dot * finite + weight * jnp.where(weight == 0, 0, update_dot)
+    # At w = 0 the derivative along w is u itself, unless u is broken. A condition on w alone would take the derivative
+    # of the last term along w, which is the mixed second one, away.
+    broken = (weight == 0) & ~jnp.isfinite(update)
+    by_weight, by_update = jnp.where(broken, 0, update), jnp.where(broken, 0, update_dot)
+    return _weighted(weight, update), weight_dot * by_weight + weight * by_update
 
 
 def mixture(

@@ -6,6 +6,7 @@ the factory does with them. A transform that looks at all parameters at once, su
 group instead, and is refused.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -66,6 +67,8 @@ def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Calla
             label = label_of.setdefault(tuple(numbers), _path(path))
             settings[label] = {name: leaves[name][n] for name, n in zip(hyperparams, numbers, strict=True)}
             labels.append(label)
+        if len(settings) < len(label_of):
+            raise ValueError(f"Two parameters have the same path, among {sorted(settings)}: rename one of them.")
         return settings, jax.tree.structure(params).unflatten(labels)
 
     return _partitioned(factory, choose)
@@ -146,6 +149,7 @@ def per_group(
 def _partitioned(factory: Callable, choose: Callable) -> Callable:
     """The factory, with one call for each of the settings of `choose(hyperparams, params) -> (settings, labels)`."""
 
+    @functools.wraps(factory)  # the signature, for `optax.inject_hyperparams`
     def make(*args, **kwargs) -> optax.GradientTransformationExtraArgs:
         hyperparams = {**dict(enumerate(args)), **kwargs}
         checked = set()

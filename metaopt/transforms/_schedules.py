@@ -55,7 +55,9 @@ def knot_schedule(
         raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
     if knots is not None and np.shape(knots) != np.shape(values):
         raise ValueError(f"`knots` must be as many as `values`; got shapes {np.shape(knots)} and {np.shape(values)}.")
+    # Half precision has no room for steps.
     values = jnp.asarray(values)
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     at = jnp.asarray(np.linspace(0, num_steps - 1, len(values)) if num_steps is not None else knots, values.dtype)
     if monotone == "increasing":
         values = jnp.cumsum(values)
@@ -91,7 +93,7 @@ def polynomial_schedule(
     """
 
     def schedule(step):
-        left = 1 - _ramp(step, begin_step, begin_step + num_steps)
+        left = 1 - _ramp(step, begin_step, _wide(begin_step) + num_steps)
         return end_value + (init_value - end_value) * _power(left, power)
 
     return schedule
@@ -170,7 +172,7 @@ def wsd_schedule(
         raise ValueError(f"`decay` must be one of {sorted(_DECAYS)}; got {decay!r}.")
 
     def schedule(step):
-        left = _DECAYS[decay](_ramp(step, num_steps - decay_steps, num_steps))
+        left = _DECAYS[decay](_ramp(step, _wide(num_steps) - decay_steps, num_steps))
         decayed = end_value + (peak_value - end_value) * left
         return _warmed_up(step, warmup_steps, init_value, peak_value, decayed)
 
@@ -179,16 +181,22 @@ def wsd_schedule(
 
 def _warmed_up(step, warmup_steps, init_value, peak_value, later):
     warming = init_value + (peak_value - init_value) * _ramp(step, 0, warmup_steps)
-    return jnp.where(step < warmup_steps, warming, later)
+    return jnp.where(step < _wide(warmup_steps), warming, later)
 
 
 def _ramp(step, start, end):
     """From 0 at `start` to 1 at `end`, constant beyond; a jump where they are equal."""
+    start, end = _wide(start), _wide(end)
     length = end - start
     rising = length > 0
     s = (step - start) / jnp.where(rising, length, 1)
     # The bounds first: `clip` halves the derivative at a bound, where the side that moves is the inner one.
     return jnp.where(rising, jnp.where(s <= 0, 0.0, jnp.where(s >= 1, 1.0, s)), jnp.where(step >= start, 1.0, 0.0))
+
+
+def _wide(x):
+    """Half precision has no room for steps: float32."""
+    return jnp.asarray(x, jnp.float32) if jnp.result_type(x) in (jnp.bfloat16, jnp.float16) else x
 
 
 def _power(x, exponent):

@@ -47,6 +47,24 @@ def test_decays_near_one_are_not_rounded_in_bfloat16():
     assert np.all(np.asarray(updates, np.float32) < 0.6)  # 0.98⁴⁰ is 0.45
 
 
+def test_momenta_of_half_precision_gradients_in_float32():
+    decays, grads = jnp.array([0.999], jnp.float32), [jnp.ones(2, jnp.bfloat16)] + [jnp.zeros(2, jnp.bfloat16)] * 700
+    for dtype, expected in ((None, 1.0), (jnp.float32, 0.999**700)):  # bfloat16 rounds .999 m to m
+        transform = transforms.learnable_accumulation(decays, accumulator_dtype=dtype)
+        start = transform.init(grads[0])
+        state, updates = jax.lax.scan(lambda s, g, t=transform: t.update(g, s)[::-1], start, jnp.stack(grads))
+        assert updates.dtype == jnp.bfloat16 and state.momenta.dtype == (dtype or jnp.bfloat16)
+        np.testing.assert_allclose(updates[-1].astype(float), expected, rtol=1e-2)
+
+
+def test_whole_numbers_and_no_dot():
+    transform = transforms.learnable_accumulation(np.array([0, 0]))
+    state = transform.init(jnp.ones(2))
+    np.testing.assert_allclose(transform.update(jnp.ones(2), state)[0], 1.0)
+    # Accelerators round the operands of a dot.
+    assert "dot_general" not in str(jax.make_jaxpr(transform.update)(jnp.ones(2), state))
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`decays` must be a vector"):
         transforms.learnable_accumulation(0.9)

@@ -16,6 +16,29 @@ import pytest
 
 from metaopt import transforms
 
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    jax.config.update("jax_disable_most_optimizations", True)  # conftest takes it back
+
+
+def grads_of(params):
+    return jax.tree.map(lambda p: jnp.sin(3 * p), params)
+
+
+def self_tuning(carried=False, **kwargs):
+    transform = transforms.self_tuning(
+        lambda hp: optax.sgd(hp["rate"], hp["momentum"]), {"rate": 0.1, "momentum": 0.9}, optax.sgd(0.02), **kwargs
+    )
+    if not carried:
+        return transform
+
+    def update(updates, state, params=None, **extra_args):  # with what a discount needs
+        return transform.update(updates, state, params, grad_fn=grads_of, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(transform.init, update)
+
+
 PARAMS = {"w": np.array([[0.5, -1.0], [0.3, 0.0]]), "b": np.array([0.1, -0.2])}
 TRANSFORMS = {
     "differentiable": lambda: transforms.differentiable(optax.adam(0.1)),
@@ -27,22 +50,19 @@ TRANSFORMS = {
         0.1, weight_decay={"matrix": 0.1, "rest": 0.0}
     ),
     "per_parameter": lambda: transforms.per_parameter(optax.adamw)({"w": 0.1, "b": 0.2}, weight_decay=0.1),
-    "self_tuning": lambda: transforms.self_tuning(
-        lambda hp: optax.adamw(hp["rate"], weight_decay=hp["decay"]), {"rate": 0.1, "decay": 0.01}, optax.sgd(0.02)
-    ),
+    "self_tuning": self_tuning,
+    "self_tuning_carried": lambda: self_tuning(carried=True, discount=0.9),
+    "self_tuning_reverse": lambda: self_tuning(mode="reverse"),
 }
 COMPOSED = {
     "alone": lambda t: t,
     "chain": lambda t: optax.chain(optax.clip(1.0), t, optax.scale(0.5)),
     "masked": lambda t: optax.masked(t, lambda params: jax.tree.map(lambda _: True, params)),
+    "multi_transform": lambda t: optax.multi_transform({"all": t, "none": optax.sgd(0.1)}, lambda params: "all"),
     "apply_if_finite": lambda t: optax.apply_if_finite(t, 3),
     "multi_steps": lambda t: optax.MultiSteps(t, 2).gradient_transformation(),
     "differentiable": transforms.differentiable,
 }
-
-
-def grads_of(params):
-    return jax.tree.map(lambda p: jnp.sin(3 * p), params)
 
 
 def two_steps(transform, params):
@@ -61,9 +81,9 @@ def like(params, dtype):
 def test_init_and_update_are_pure_and_keep_their_types(name):
     for dtype in (jnp.float32, jnp.bfloat16):
         params, transform = like(PARAMS, dtype), TRANSFORMS[name]()
-        state = transform.init(params)
+        state, update = jax.jit(transform.init)(params), jax.jit(transform.update)
         before = jax.tree.map(jnp.array, (params, state))
-        (updates, after), (again, _) = (transform.update(grads_of(params), state, params) for _ in range(2))
+        (updates, after), (again, _) = (update(grads_of(params), state, params) for _ in range(2))
         chex.assert_trees_all_equal(updates, again)
         chex.assert_trees_all_equal((params, state), before)
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
@@ -100,8 +120,8 @@ def test_it_composes_and_ignores_extra_arguments(name):
     params = like(PARAMS, jnp.float64)
     for compose in COMPOSED.values():
         transform = optax.with_extra_args_support(compose(TRANSFORMS[name]()))
-        state = transform.init(params)
-        updates, after = transform.update(grads_of(params), state, params, unexpected=1.0)
+        state = jax.jit(transform.init)(params)
+        updates, after = jax.jit(transform.update)(grads_of(params), state, params, unexpected=1.0)
         chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (params, state))
         chex.assert_tree_all_finite(updates)
 
@@ -118,7 +138,7 @@ def test_trees_of_any_shape(name):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_orbax_saves_the_state(name, tmp_path):
-    _, state = two_steps(TRANSFORMS[name](), like(PARAMS, jnp.float32))
+    _, state = jax.jit(functools.partial(two_steps, TRANSFORMS[name]()))(like(PARAMS, jnp.float32))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", {"state": state})
         checkpointer.wait_until_finished()

@@ -93,6 +93,20 @@ def test_an_idle_member_that_is_switched_on_later_has_the_derivatives_of_its_sta
     np.testing.assert_allclose(values(0.5, weights)[1], expected, rtol=1e-7)
 
 
+def test_mixed_second_derivatives_at_an_idle_member():
+    cube = optax.GradientTransformation(lambda params: (), lambda u, state, params=None: (u**3, state))
+
+    def update(weights, grad):
+        optimizer = transforms.mixture([optax.sgd(0.1), cube], weights)
+        return optimizer.update(grad, optimizer.init(grad), grad)[0]
+
+    # d²/dw du of w₀ (−0.1 u) + w₁ u³ at w = (1, 0), in either order.
+    by_grad = jax.jacfwd(jax.grad(update, argnums=1))(jnp.array([1.0, 0.0]), 2.0)
+    by_weights = jax.jacfwd(jax.grad(update, argnums=0), argnums=1)(jnp.array([1.0, 0.0]), 2.0)
+    np.testing.assert_allclose(by_grad, [-0.1, 12.0], rtol=1e-12)
+    np.testing.assert_allclose(by_weights, [-0.1, 12.0], rtol=1e-12)
+
+
 def test_what_has_a_weight_and_is_not_finite_is_seen():
     params, _ = train(transforms.mixture([optax.sgd(0.1), broken()], jnp.array([1.0, 1e-9])), num_steps=1)
     assert not np.all(np.isfinite(params["a"]))

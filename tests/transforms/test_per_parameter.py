@@ -187,12 +187,25 @@ def test_it_composes():
         chex.assert_tree_all_finite(jax.jit(lambda o=optimizer: train(o))())
 
 
+def test_inject_hyperparams_finds_the_arguments():
+    make = optax.inject_hyperparams(transforms.per_parameter(optax.adamw))
+    optimizer = make(learning_rate={"encoder": 0.1, "head": 0.2}, weight_decay=0.3)
+    state = optimizer.init(PARAMS)
+    assert state.hyperparams["weight_decay"] == 0.3
+    expected = transforms.per_parameter(optax.adamw)({"encoder": 0.1, "head": 0.2}, weight_decay=0.3)
+    chex.assert_trees_all_close(
+        optimizer.update(GRADS, state, PARAMS)[0], expected.update(GRADS, expected.init(PARAMS), PARAMS)[0], rtol=1e-12
+    )
+
+
 def test_bad_arguments():
     make = transforms.per_parameter(optax.sgd)
     with pytest.raises(ValueError, match="hyperparameter 0 must be one value, or a tree"):
         make({"encoder": 0.1, "tail": 0.1}).init(PARAMS)
     with pytest.raises(ValueError, match="either `patterns` or `labels`"):
         transforms.per_group(optax.sgd)
+    with pytest.raises(ValueError, match="Two parameters have the same path"):
+        make({"a/b": 0.1, "a": {"b": 0.2}}).init({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
     grouped = transforms.per_group(optax.sgd, patterns={"kernels": "kernel"})
     with pytest.raises(ValueError, match="encoder/bias fits no pattern"):
         grouped(0.1).init(PARAMS)

@@ -121,6 +121,22 @@ def test_a_schedule_is_learned_through_training():
     np.testing.assert_allclose(jax.jit(jax.grad(outer))(at), expected, rtol=1e-6)
 
 
+def test_whole_numbers_and_half_precision():
+    # Knots at 0, 1.5 and 3, whatever the values' type.
+    np.testing.assert_allclose(transforms.knot_schedule([0, 6, 0], num_steps=4)(1), 4.0)
+    for dtype in (jnp.bfloat16, jnp.float16):  # neither holds the step 999, nor 70,000
+        peak, length = jnp.array(0.5, dtype), jnp.array(1024, dtype)
+        knots = transforms.knot_schedule(jnp.array([0, 1], dtype), num_steps=70_001)
+        np.testing.assert_allclose(knots(jnp.array(69_999)), 69_999 / 70_000, rtol=1e-6)
+        for schedule, exact in (
+            (transforms.cosine_schedule(peak, num_steps=length), 0.25 * (1 + np.cos(np.pi * 999 / 1024))),
+            (transforms.polynomial_schedule(peak, 0.0, num_steps=length), 0.5 * (1 - 999 / 1024)),
+            (transforms.cosine_schedule(peak, num_steps=2048, warmup_steps=length), 0.5 * 999 / 1024),
+            (transforms.wsd_schedule(peak, num_steps=length, decay_steps=length), 0.5 * (1 - 999 / 1024)),
+        ):
+            np.testing.assert_allclose(schedule(jnp.array(999)), exact, rtol=1e-5)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`values` must be a vector"):
         transforms.knot_schedule(0.1, num_steps=3)

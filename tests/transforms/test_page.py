@@ -1,0 +1,30 @@
+"""The page "From optax in one line" is a program that runs, and its numbers are what it says."""
+
+import re
+from pathlib import Path
+
+import jax
+
+import metaopt.transforms
+
+PAGE = Path(metaopt.transforms.__file__).parent / "README.md"
+
+
+def test_the_page_runs(capsys):
+    jax.config.update("jax_disable_most_optimizations", True)  # conftest takes it back
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) >= 7
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    first, log, _, derivatives, _ = capsys.readouterr().out.splitlines()
+    plain, tuned = map(float, first.split()[:2])
+    assert tuned < plain and float(log.split()[0]) < plain
+    broken, safe = map(float, derivatives.split())
+    assert broken != broken and safe == safe  # NaN, and not
+
+
+def test_the_page_names_everything():
+    text = PAGE.read_text()
+    for name in metaopt.transforms.__all__:
+        assert name.endswith("State") or f"`{name}`" in text
