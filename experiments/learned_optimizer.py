@@ -1,13 +1,10 @@
 """A learned optimizer, meta-trained on small networks over real tables, against Adam and momentum on tasks of others.
 
 λ is the weights of the network inside `transforms.learned`. One outer step trains a small network for a window of steps
-in each of some slots (`hypergrad.over_tasks`): of differing tables, widths, depths, activations, batch sizes, scales of
-the initialization and losses. What differs in shape is a bucket of its own, and a task says by the shapes of its arrays
-how large its network is, so that one problem serves all. F is the logarithm of the loss on held-out rows, averaged over
-all steps of a training. Two phases, both through `training.fit`:
-
-1. truncated reverse mode (`hypergrad.truncated`): a precise gradient at once, and a short-sighted one;
-2. persistent evolution strategies (`hypergrad.persistent_es`): noisy, and unbiased over the whole training.
+in each of some slots (`hypergrad.over_tasks`), of differing tables, widths, depths, activations, batch sizes, scales of
+the initialization and losses, and evolution strategies (`hypergrad.es_single`) compare nearby optimizers there. What
+differs in shape is a bucket of its own, and a task says by the shapes of its arrays how large its network is, so that
+one problem serves all. F is the logarithm of the loss on held-out rows, averaged over all steps of a training.
 
 Then other families of tables, and images, with networks larger and longer trainings than those of the meta-training:
 against Adam and momentum, each with the best of a grid of rates *for that very task and loss* (no optimizer without
@@ -43,8 +40,8 @@ from metaopt import base, hypergrad, inner, tasks, training, transforms
 RESULTS = Path(__file__).parent / "results"
 ACTIVATIONS = (jax.nn.relu, jnp.tanh, jax.nn.silu)
 # Phases of (outer steps, inner steps of an episode, outer rate).
-DEFAULT = ((2_000, 200, 3e-3),)
-FULL = ((6_000, 200, 3e-3), (3_000, 600, 1e-3))
+DEFAULT = ((2_000, 200, 4e-3),)
+FULL = ((8_000, 200, 4e-3), (4_000, 600, 1e-3))
 # Families of tables that meta-training never sees; images are not among its tables either.
 HELD_OUT = (
     "letter pendigits waveform spambase magic phoneme steel-plates-fault wall-robot-navigation cardiotocography "
@@ -160,7 +157,7 @@ def no_skill(data):
 
 
 def outer_loss(params, hyperparams, batch):
-    """Equal factors count equally, down to a tenth of the loss without skill; a divergence counts no more than it must."""
+    """Equal factors count equally, down to a tenth of the loss without skill; a divergence counts little more."""
     return jnp.log(0.1 + loss(params, hyperparams, batch) / batch["no skill"])
 
 
@@ -209,7 +206,7 @@ def make_sampler(pools, num_slots):
 
 
 def make_judge(optimizer):
-    """`(keys [S], λ [R, ...], tasks [B], num_steps) -> [R, B, S, 2]`: losses on training and validation rows at the end.
+    """`(keys [S], λ [R, ...], tasks [B], num_steps) -> [R, B, S, 2]`: training and validation losses at the end.
 
     They are divided by the loss without skill; infinite where a training diverged.
     """

@@ -314,8 +314,8 @@ def _read(opened: Any, name: str) -> base.PyTree:
         raise ValueError(f"{name} is no learned optimizer that `save_learned` wrote: {error}") from error
     if format_ != FORMAT or version > VERSION:
         raise ValueError(
-            f"{name} is of format {format_!r} version {version}; this metaopt reads {FORMAT!r} up to version {VERSION}. "
-            "A newer metaopt reads it."
+            f"{name} is of format {format_!r} version {version}; this metaopt reads {FORMAT!r} up to version "
+            f"{VERSION}. A newer metaopt reads it."
         )
     weights: dict[str, Any] = {}
     for entry, array in arrays.items():

@@ -15,94 +15,83 @@ from metaopt import transforms
 
 KEY = jax.random.key(0)
 WEIGHTS = jax.tree.map(lambda x: x.astype(jnp.float64), transforms.init_learned(KEY))
-# Larger steps than fresh weights take, so that what is compared is not all but zero.
+# Larger steps and faster decays than fresh ones, so that what is compared is not all but zero.
 WEIGHTS["layers"]["2"]["w"] *= 10
-PARAMS = {
-    "w": np.random.default_rng(1).normal(size=(3, 4)),
-    "b": np.random.default_rng(2).normal(size=4),
-    "scale": np.array(0.7),
-}
+WEIGHTS["decays"] = jax.tree.map(lambda x: x - 2, WEIGHTS["decays"])
+PARAMS = {"w": np.random.default_rng(1).normal(size=(3, 4)), "b": np.random.default_rng(2).normal(size=4)}
 
 
-def quadratic(params):
-    """Its gradient is exactly zero in one entry, one row and one whole tensor."""
-    w, b = params["w"], params["b"]
-    return jnp.sum(w[:2] ** 2 * jnp.arange(1.0, 5.0)[None]) + jnp.sum(b[1:] ** 4)
+def loss(params):
+    """Its gradient is always zero in a row of the matrix and in an entry of the vector."""
+    return jnp.sum(params["w"][:2] ** 2 * jnp.arange(1.0, 5.0)[None]) + jnp.sum(params["b"][1:] ** 4)
 
 
-def trained(weights, params=PARAMS, loss=quadratic, num_steps=3):
+def moved(weights, slopes=None):
+    """How far four steps get, weighed; `slopes` are added to the gradients."""
     optimizer = transforms.learned(weights)
-    state = optimizer.init(params)
-    for _ in range(num_steps):
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        params = optax.apply_updates(params, updates)
-    return params
 
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(loss)(params) if slopes is None else slopes
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
 
-def outer(weights):
-    params = trained(weights)
-    return quadratic(params) + jnp.sum(params["w"][2] ** 2) + params["scale"] ** 2
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    (after, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=4)
+    return optax.tree.sum(jax.tree.map(lambda a, b: jnp.sin(5 * b) * (a - b), after, params))
 
 
 def test_the_gradient_in_the_weights_is_that_of_finite_differences():
-    outer_jit = jax.jit(outer)
     flat, unravel = jax.flatten_util.ravel_pytree(WEIGHTS)
-    reverse = jax.jit(jax.grad(lambda x: outer(unravel(x))))(flat)
+    function = jax.jit(lambda x: moved(unravel(x)))
+    reverse = jax.jit(jax.grad(function))(flat)
     chex.assert_tree_all_finite(reverse)
-    directions = np.random.default_rng(3).normal(size=(3, flat.size))
-    # The decays are few among many: a direction of their own.
-    directions[0] *= np.arange(flat.size) < 7
-    forward = jax.jit(jax.vmap(lambda d: jax.jvp(lambda x: outer(unravel(x)), (flat,), (d,))[1]))(directions)
-    np.testing.assert_allclose(forward, directions @ reverse, rtol=1e-9)
-    for direction, slope in zip(directions, forward, strict=True):
-        values = [outer_jit(unravel(flat + step * direction)) for step in (1e-6, -1e-6)]
-        np.testing.assert_allclose(slope, (values[0] - values[1]) / 2e-6, rtol=2e-6)
+    directions = np.random.default_rng(3).normal(size=(2, flat.size))
+    directions[0] *= np.arange(flat.size) < 7  # the decays are few among many
+    forward = jax.jit(lambda d: jax.jvp(function, (flat,), (d,))[1])
+    for direction in directions:
+        slope = forward(direction)
+        np.testing.assert_allclose(slope, direction @ reverse, rtol=1e-9)
+        values = [function(flat + step * direction) for step in (1e-6, -1e-6)]
+        np.testing.assert_allclose(slope, (values[0] - values[1]) / 2e-6, rtol=1e-5)
 
 
-def test_zero_gradients_have_finite_derivatives():
+def test_without_a_gradient_derivatives_are_finite():
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-
-    def last(weights, params, grads):
-        optimizer = transforms.learned(weights)
-        state = optimizer.init(params)
-        for _ in range(3):
-            updates, state = optimizer.update(grads, state, params)
-        return optax.tree.sum(updates)
-
-    for params in (PARAMS, zeros):
-        value, slopes = jax.jit(jax.value_and_grad(last, argnums=(0, 1, 2)))(WEIGHTS, params, zeros)
-        chex.assert_tree_all_finite((value, slopes))
+    derivatives = jax.jit(jax.value_and_grad(moved, argnums=(0, 1)))(WEIGHTS, zeros)
+    chex.assert_tree_all_finite(derivatives)
 
 
+@jax.jit
 def one_update(params, grads):
     optimizer = transforms.learned(WEIGHTS)
     return optimizer.update(grads, optimizer.init(params), params)[0]
 
 
+GRADS = jax.tree.map(lambda p: np.sin(3 * p) + 0.1, PARAMS)
+
+
 def test_the_order_of_rows_columns_and_axes_does_not_matter():
-    grads = jax.grad(lambda p: jnp.sum(jnp.sin(3 * p["w"])) + jnp.sum(p["b"] ** 3) + p["scale"] ** 2)(PARAMS)
-    updates = one_update(PARAMS, grads)
     rows, columns = np.array([2, 0, 1]), np.array([1, 3, 0, 2])
 
-    def moved(tree):
-        return {**tree, "w": tree["w"][rows][:, columns], "b": tree["b"][columns]}
+    def permuted(tree):
+        return {"w": tree["w"][rows][:, columns], "b": tree["b"][columns]}
 
-    chex.assert_trees_all_close(one_update(moved(PARAMS), moved(grads)), moved(updates), rtol=1e-12)
-    # The two axes of a factored matrix are the rows and the columns in their order; others are like entries.
-    deep = lambda tree: jnp.stack([tree["w"], 2 * tree["w"]])
-    first = one_update(deep(PARAMS), deep(grads))
-    np.testing.assert_allclose(one_update(deep(PARAMS)[::-1], deep(grads)[::-1]), first[::-1], rtol=1e-12)
+    updates = one_update(PARAMS, GRADS)
+    chex.assert_trees_all_close(one_update(permuted(PARAMS), permuted(GRADS)), permuted(updates), rtol=1e-12)
+    # Beyond the two largest axes, along which squares are averaged, others are like more rows.
+    deep = [np.stack([tree["w"], 2 * tree["w"]]) for tree in (PARAMS, GRADS)]
+    first, turned = one_update(*deep), one_update(*[x.transpose(1, 0, 2)[rows] for x in deep])
+    np.testing.assert_allclose(turned, first.transpose(1, 0, 2)[rows], rtol=1e-12)
+    np.testing.assert_allclose(one_update(*[x[::-1] for x in deep]), first[::-1], rtol=1e-12)
 
 
-def test_every_tensor_is_on_its_own_and_the_loss_has_no_scale():
-    grads = jax.tree.map(lambda p: jnp.sin(3 * p) + 0.1, PARAMS)
-    updates = one_update(PARAMS, grads)
-    for name, value in PARAMS.items():
-        chex.assert_trees_all_close(one_update(value, grads[name]), updates[name], rtol=1e-12)
-    chex.assert_trees_all_close(one_update(PARAMS, jax.tree.map(lambda g: 100 * g, grads)), updates, rtol=1e-3)
-    chex.assert_trees_all_close(
-        one_update(jax.tree.map(lambda p: 100 * p, PARAMS), grads), updates, rtol=1e-6
-    )  # parameters too are seen relative to their tensor
+def test_every_tensor_is_on_its_own_and_seen_relative_to_itself():
+    updates = one_update(PARAMS, GRADS)
+    chex.assert_trees_all_close(one_update(PARAMS["b"], GRADS["b"]), updates["b"], rtol=1e-12)
+    scaled = lambda factor, tree: jax.tree.map(lambda x: factor * x, tree)
+    chex.assert_trees_all_close(one_update(PARAMS, scaled(100.0, GRADS)), updates, rtol=1e-2)  # but for the ε
+    chex.assert_trees_all_close(one_update(scaled(100.0, PARAMS), GRADS), updates, rtol=1e-6)
 
 
 def test_the_momenta_are_averages_and_the_factors_those_of_squares():
@@ -112,8 +101,9 @@ def test_the_momenta_are_averages_and_the_factors_those_of_squares():
     beta = 1 / (1 + np.exp(-logits))
     g1, g2 = (np.random.default_rng(i).normal(size=(3, 4)) for i in (4, 5))
     state = optimizer.init(PARAMS["w"])
+    update = jax.jit(optimizer.update)
     for g in (g1, g2):
-        _, state = optimizer.update(g, state, PARAMS["w"])
+        _, state = update(g, state, PARAMS["w"])
     np.testing.assert_allclose(state.momenta[1], (1 - beta[1]) * (beta[1] * g1 + g2), rtol=1e-9)
     rows = np.stack([(1 - b) * (b * (g1**2).mean(1) + (g2**2).mean(1)) for b in (0.9, 0.99, 0.999)])
     np.testing.assert_allclose(state.factored["row"][..., 0], rows, rtol=1e-6)
@@ -130,9 +120,10 @@ def test_in_a_chain_and_below_float32():
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert after[1].momenta["w"].dtype == jnp.float32  # 0.999 of what is kept would be lost in bfloat16
-    exact = one_update(*[jax.tree.map(lambda p: p.astype(jnp.float64), params)] * 2)
+    clipped = jax.tree.map(lambda p: p.astype(jnp.float64) / optax.tree.norm(params), params)
+    exact = one_update(jax.tree.map(lambda p: p.astype(jnp.float64), params), clipped)
     decayed = jax.tree.map(lambda u, p: u - 0.1 * p.astype(jnp.float64), exact, params)
-    chex.assert_trees_all_close(jax.tree.map(lambda u: u.astype(jnp.float64), updates), decayed, atol=1e-2)
+    chex.assert_trees_all_close(jax.tree.map(lambda u: u.astype(jnp.float64), updates), decayed, atol=2e-2)
 
 
 def test_files_come_back_to_the_bit(tmp_path):
