@@ -30,6 +30,7 @@ if __name__ == "__main__" and "--smoke" in sys.argv:
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half the time to compile
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -60,9 +61,8 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (
-    Layout(32, 6, (32,), 64, "classes"),
-    Layout(8, 2, (16, 16), 16, "classes"),
-    Layout(12, 12, (16,), 32, "inputs"),
+    Layout(16, 4, (24,), 32, "classes"),
+    Layout(10, 10, (16,), 16, "inputs"),
 )
 
 
@@ -231,43 +231,39 @@ def alone(hyperparams):
 
 def meta_train(pools, config, say):
     """φ, from nothing."""
+    # λ as one vector: one draw of perturbations, and a program that compiles in half the time.
+    weights, unravel = jax.flatten_util.ravel_pytree(transforms.init_learned(jax.random.key(1)))
     problem = inner.problem(make_loop(transforms.learned), outer_loss, outer_batch=outer_batch)
-    judge, judged = make_judge(transforms.learned), make_sampler(pools, config.num_judged)(jax.random.key(7))
-
-    def evaluate(key, weights):
-        ends = [judge(key[None], alone(weights), batch, config.phases[-1][1])[0, :, 0, 1] for batch in judged]
-        value = jnp.mean(jnp.log(0.1 + jnp.minimum(jnp.concatenate(ends), 10.0)))
-        say(f"loss on validation rows: {value:.4f}")
-        return value
-
-    weights = transforms.init_learned(jax.random.key(1))
+    problem = base.reparametrized(problem, lambda flat, step: unravel(flat))
     for i, (outer_steps, horizon, rate) in enumerate(config.phases):
+        values = []
+
+        def look(step, metrics, values=values, i=i):
+            values.append(metrics["value"])
+            if step % config.look_every == 0:
+                say(f"phase {i + 1}, step {step}: F = {np.nanmean(values[-config.look_every :]):.4f}")
+
         estimator = hypergrad.es_single(
             problem, num_steps=horizon, truncation_length=config.window, sigma=0.02, num_pairs=config.num_pairs
         )
-        learner = training.learner(
-            hypergrad.over_tasks(estimator, max_norm=1.0),
-            optax.chain(
-                optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(rate, outer_steps, 0.1))
-            ),
-            stagger=horizon // config.window,
-        )
+        rates = optax.cosine_decay_schedule(rate, outer_steps, 0.1)
         result = training.fit(
-            learner,
+            training.learner(
+                hypergrad.over_tasks(estimator, max_norm=1.0),
+                optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rates)),
+            ),
             make_sampler(pools, config.num_slots),
             hyperparams=weights,
             num_steps=outer_steps,
             key=jax.random.key(i),
-            evaluate=evaluate,
-            eval_every=config.eval_every,
+            callback=look,
             checkpoint_dir=config.checkpoints and Path(config.checkpoints).resolve() / f"phase{i}",
-            checkpoint_every=config.eval_every,
+            checkpoint_every=config.look_every,
         )
         if result.stopped == "signal":
             sys.exit("stopped by a signal")
-        weights = result.best_hyperparams
-        say(f"phase {i + 1}: {result.evaluations[0]:.4f} to {result.best_value:.4f}")
-    return weights
+        weights = result.hyperparams
+    return unravel(weights)
 
 
 def compare(weights, pools, held_out, config, say):
@@ -361,7 +357,7 @@ def main() -> None:
     # Outer steps, inner steps of an episode, outer rate.
     config.phases = ((2, 4, 3e-3),) if small else FULL if config.full else DEFAULT
     config.window, config.num_pairs, config.num_slots = (2, 1, 1) if small else (20, 4, 4)
-    config.num_judged, config.eval_every, config.num_rates = (1, 2, 2) if small else (8, 250, 11)
+    config.num_judged, config.look_every, config.num_rates = (1, 2, 2) if small else (8, 100, 11)
     config.horizons = (3,) if small else (200, 1000)
     start = time.process_time()
 
