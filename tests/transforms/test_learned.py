@@ -17,6 +17,10 @@ KEY = jax.random.key(0)
 WEIGHTS = jax.tree.map(lambda x: x.astype(jnp.float64), transforms.init_learned(KEY))
 # Larger steps and faster decays than fresh ones, so that what is compared is not all but zero.
 WEIGHTS["layers"]["2"]["w"] *= 10
+for i, layer in enumerate(
+    WEIGHTS["layers"].values()
+):  # no unit rests on its kink, as one does whose inputs are all off
+    layer["b"] += jax.random.normal(jax.random.fold_in(KEY, i), layer["b"].shape)
 WEIGHTS["decays"] = jax.tree.map(lambda x: x - 2, WEIGHTS["decays"])
 PARAMS = {"w": np.random.default_rng(1).normal(size=(3, 4)), "b": np.random.default_rng(2).normal(size=4)}
 
