@@ -1,8 +1,8 @@
 """A learned optimizer, meta-trained on small networks over real tables, against Adam and momentum on tasks of others.
 
 λ is the weights of the network inside `transforms.learned`. One outer step trains a small network for a window of steps
-in each of some slots (`hypergrad.over_tasks`), of differing tables, widths, depths, activations, batch sizes, scales of
-the initialization and losses, and evolution strategies (`hypergrad.es_single`) compare nearby optimizers there. What
+in each of some slots (`hypergrad.over_tasks`), of differing tables, widths, activations, batch sizes, scales of the
+initialization and losses, and evolution strategies (`hypergrad.es_single`) compare nearby optimizers there. What
 differs in shape is a bucket of its own, and a task says by the shapes of its arrays how large its network is, so that
 one problem serves all. F is the logarithm of the loss on held-out rows, averaged over all steps of a training.
 

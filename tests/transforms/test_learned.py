@@ -184,8 +184,9 @@ def test_arguments_are_checked():
             transforms.init_learned(KEY, hidden=hidden)
     with pytest.raises(ValueError, match=r"got 'large'"):
         transforms.learned("large")
-    with pytest.raises(ValueError, match="`weights` must be meta-parameters"):
-        transforms.learned({"w": jnp.zeros(2)})
+    for weights in ({"w": jnp.zeros(2)}, {**WEIGHTS, "layers": []}, {**WEIGHTS, "layers": {"0": {"w": 1.0}}}):
+        with pytest.raises(ValueError, match="`weights` must be meta-parameters"):
+            transforms.learned(weights)
     optimizer = transforms.learned(WEIGHTS)
     with pytest.raises(ValueError, match="needs the parameters"):
         optimizer.update(PARAMS, optimizer.init(PARAMS))
