@@ -150,9 +150,9 @@ def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
     """A learned optimizer with meta-parameters φ, as a transform of optax.
 
     In a chain it stands where Adam with its rate stands: `optax.chain(optax.clip_by_global_norm(1.0), learned())`;
-    `optax.scale(0.5)` behind it halves its steps. It needs the parameters (`update(grads, state, params)`). Equal in
-    all tensors and blind to the order of their entries (of tensors with several axes: to the order along each axis), and, as all features
-    are relative to the tensor, to the scales of the loss and of the parameters: its steps are absolute, as Adam's are.
+    `optax.scale(0.5)` behind it halves its steps. It needs the parameters (`update(grads, state, params)`). It is the
+    same for all tensors, blind to the order of their entries (of a matrix: of its rows, and of its columns), and, since
+    features are relative to the tensor, to the scales of the loss and of the parameters; its steps are absolute.
 
     Differentiable in φ and through the training, in both modes, with finite derivatives at zero gradients. Takes 4
     times the memory of the parameters, in float32 at least, and 3 rows and columns for each matrix; a step costs about
@@ -314,6 +314,10 @@ def _read(opened: Any, name: str) -> base.PyTree:
             arrays = {entry: file[entry] for entry in file.files}
         header = json.loads(arrays.pop("header").tobytes())
         format_, version = header["format"], int(header["version"])
+        weights: dict[str, Any] = {}
+        for entry, array in arrays.items():
+            *parents, last = entry.split("/")
+            functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, weights)[last] = array
     except Exception as error:
         raise ValueError(f"{name} is no learned optimizer that `save_learned` wrote: {error}") from error
     if format_ != FORMAT or version > VERSION:
@@ -321,10 +325,6 @@ def _read(opened: Any, name: str) -> base.PyTree:
             f"{name} is of format {format_!r} version {version}; this metaopt reads {FORMAT!r} up to version "
             f"{VERSION}. A newer metaopt reads it."
         )
-    weights: dict[str, Any] = {}
-    for entry, array in arrays.items():
-        *parents, last = entry.split("/")
-        functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, weights)[last] = array
     fault = _fault(weights)
     if fault:
         raise ValueError(f"{name} holds no weights of a learned optimizer: {fault}.")
