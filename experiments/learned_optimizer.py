@@ -103,7 +103,7 @@ def table_task(table: tasks.Table, layout: Layout, rows: tuple[int, int]):
 
 
 def image_tasks(layout: Layout, rows: tuple[int, int]):
-    """{name: task} of the images in the folder that METAOPT_DATA names, halved in resolution; other tasks' labels."""
+    """{name: task} of the images in the folder that METAOPT_DATA names, 7 by 7 pixels."""
     found, folder = {}, Path(os.environ.get("METAOPT_DATA", ""))
     for name in ("mnist", "fashion_mnist_sub", "spoken_digits", "signdigits"):
         if not os.environ.get("METAOPT_DATA") or not (folder / f"{name}.npz").is_file():
@@ -113,7 +113,7 @@ def image_tasks(layout: Layout, rows: tuple[int, int]):
                 data[a if a in data.files else b] for a, b in (("x_train", "images"), ("y_train", "label"))
             )
         order = np.random.default_rng(0).permutation(len(images))[: sum(rows)]
-        x = images[order].reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(len(order), -1)
+        x = images[order].reshape(-1, 7, 4, 7, 4).mean((2, 4)).reshape(len(order), -1)
         x, y = ((x - x.mean()) / x.std()).astype(np.float32), labels[order].astype(np.int32)
         split = len(order) * rows[0] // sum(rows)
         found[name.removesuffix("_sub")] = task_of(layout, (x[:split], y[:split]), (x[split:], y[split:]), rows)
@@ -381,14 +381,14 @@ def main() -> None:
             found[table.name] = task
             families.add(table.family)
     held_out["tables"] = list(found), tasks.stack(list(found.values()))
-    images = {} if small else image_tasks(Layout(196, 10, (64,), 64, "classes"), (2000, 1000))
+    images = {} if small else image_tasks(Layout(49, 10, (48,), 32, "classes"), (1000, 500))
     if images:
         held_out["images"] = list(images), tasks.stack(list(images.values()))
     say(f"held out: {', '.join(name for part in held_out.values() for name in part[0])}")
 
     if config.weights is None:
         weights = meta_train(pools, config, say)
-        meta_trained = f"meta-trained for {time.process_time() - start:.0f} processor seconds"
+        meta_trained = f"{sum(phase[0] for phase in config.phases)} outer steps"
     else:
         weights = transforms.load_learned(config.weights)
         meta_trained = f"weights {config.weights!r}"
