@@ -40,9 +40,9 @@ from metaopt import base, hypergrad, inner, tasks, training, transforms
 
 RESULTS = Path(__file__).parent / "results"
 ACTIVATIONS = (jax.nn.relu, jnp.tanh, jax.nn.silu)
-# Phases of (outer steps, inner steps of an episode, outer rate).
-DEFAULT = ((2_000, 200, 4e-3),)
-FULL = ((8_000, 200, 4e-3), (4_000, 600, 1e-3))
+# Phases of (outer steps, inner steps of an episode, outer rate, places along a long episode that slots start at).
+DEFAULT = ((2_000, 200, 4e-3, 1), (2_500, 1_000, 2e-3, 50))
+FULL = ((10_000, 200, 4e-3, 10), (30_000, 1_000, 2e-3, 50))
 # Families of tables that meta-training never sees; images are not among its tables either.
 HELD_OUT = (
     "letter pendigits waveform spambase magic phoneme steel-plates-fault wall-robot-navigation cardiotocography "
@@ -235,7 +235,7 @@ def meta_train(pools, config, say):
     weights, unravel = jax.flatten_util.ravel_pytree(transforms.init_learned(jax.random.key(1)))
     problem = inner.problem(make_loop(transforms.learned), outer_loss, outer_batch=outer_batch)
     problem = base.reparametrized(problem, lambda flat, step: unravel(flat))
-    for i, (outer_steps, horizon, rate) in enumerate(config.phases):
+    for i, (outer_steps, horizon, rate, stagger) in enumerate(config.phases):
         values = []
 
         def look(step, metrics, values=values, i=i):
@@ -251,6 +251,7 @@ def meta_train(pools, config, say):
             training.learner(
                 hypergrad.over_tasks(estimator, max_norm=1.0),
                 optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rates)),
+                stagger=stagger,
             ),
             make_sampler(pools, config.num_slots),
             hyperparams=weights,
@@ -355,7 +356,7 @@ def main() -> None:
     small = config.smoke
     config.seeds = 2 if small else config.seeds
     # Outer steps, inner steps of an episode, outer rate.
-    config.phases = ((2, 4, 3e-3),) if small else FULL if config.full else DEFAULT
+    config.phases = ((2, 4, 3e-3, 1),) if small else FULL if config.full else DEFAULT
     config.window, config.num_pairs, config.num_slots = (2, 1, 1) if small else (20, 4, 4)
     config.num_judged, config.look_every, config.num_rates = (1, 2, 2) if small else (8, 100, 11)
     config.horizons = (3,) if small else (200, 1000)

@@ -126,6 +126,7 @@ def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree(tmp_path):
         take([[0.1, 0.1], [0.2, 0.1]], [auto_tune.Unit(0, 1, None), auto_tune.Unit(1, 0, None)])
 
 
+@pytest.mark.slow
 def test_learned_optimizer_smoke(tmp_path):
     printed = run("experiments/learned_optimizer.py", "--smoke", "--save", tmp_path / "weights.npz", JAX_ENABLE_X64="0")
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| 3 |")]

@@ -19,7 +19,7 @@ from metaopt import transforms
 PARAMS = {"w": np.array([[0.5, -1.0], [0.3, 0.0]]), "b": np.array([0.1, -0.2])}
 TRANSFORMS = {
     "differentiable": lambda: transforms.differentiable(optax.adam(0.1)),
-    "learned": transforms.learned,
+    "learned": lambda: LEARNED,
     "learnable_accumulation": lambda: transforms.learnable_accumulation(np.array([0.5, 0.9], np.float32)),
     "learnable_clip": lambda: transforms.learnable_clip(0.5),
     "learnable_clip_smooth": lambda: transforms.learnable_clip(0.5, scope="leaf", sharpness=2.0),
@@ -32,6 +32,9 @@ TRANSFORMS = {
         lambda hp: optax.adamw(hp["rate"], weight_decay=hp["decay"]), {"rate": 0.1, "decay": 0.01}, optax.sgd(0.02)
     ),
 }
+# Compiled whole: operation by operation it takes the compiler many times as long.
+LEARNED = transforms.learned()
+LEARNED = optax.GradientTransformation(LEARNED.init, jax.jit(LEARNED.update))
 NO_TRANSFORMS = ("init_learned", "load_learned", "save_learned")  # weights of one
 COMPOSED = {
     "alone": lambda t: t,
