@@ -133,15 +133,15 @@ def _network(layers: Mapping[str, Any], features: Sequence[jax.Array], count: ja
     """[2, ...] for each entry, from its features, those of its row and its column, and the time."""
     dtype = features[0].dtype
     time = jnp.tanh(count.astype(dtype) / jnp.asarray(_TIMES, dtype) - 1)
-    layers = [jax.tree.map(lambda x: x.astype(dtype), layers[str(i)]) for i in range(len(layers))]
+    first, *rest = [jax.tree.map(lambda x: x.astype(dtype), layers[str(i)]) for i in range(len(layers))]
     # What is the same for many entries is multiplied once: the time, the rows, the columns; and dividing features by
     # their root mean squares is dividing weights.
-    *parts, of_time = jnp.split(layers[0]["w"], _ENDS)
-    x = (layers[0]["b"] + time @ of_time).reshape(-1, *[1] * (features[0].ndim - 1))
+    *parts, of_time = jnp.split(first["w"], _ENDS)
+    x = (first["b"] + time @ of_time).reshape(-1, *[1] * (features[0].ndim - 1))
     for w, feature in zip(parts, features, strict=True):
         inverse = _inverse_root(_mean(feature * feature, tuple(range(1, feature.ndim))))
         x = x + jnp.tensordot(w * inverse.reshape(-1, 1), feature, ((0,), (0,)))
-    for layer in layers[1:]:
+    for layer in rest:
         x = jnp.tensordot(layer["w"], jax.nn.relu(x), ((0,), (0,))) + layer["b"].reshape(-1, *[1] * (x.ndim - 1))
     return x
 
@@ -215,7 +215,7 @@ def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
 
         return LearnedState(jnp.zeros([], jnp.int32), zeros(3), zeros(1), jax.tree.map(factors, params))
 
-    def step(g, p, m, v, factored, count):
+    def step(count, g, p, m, v, factored):
         shape, dtype = jnp.shape(p), m.dtype
         if not np.prod(shape):
             return jnp.zeros_like(p), m, v, factored
@@ -237,9 +237,9 @@ def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
         leaves, structure = jax.tree.flatten(updates)
         # State trees have more structure below each parameter.
         columns = [structure.flatten_up_to(tree) for tree in (params, state.momenta, state.second, state.factored)]
-        steps = [step(*args, state.count) for args in zip(leaves, *columns, strict=True)]
+        steps = [step(state.count, *args) for args in zip(leaves, *columns, strict=True)]
         new, momenta, second, factored = (structure.unflatten([s[i] for s in steps]) for i in range(4))
-        return new, LearnedState(optax.safe_increment(state.count), momenta, second, factored)
+        return new, LearnedState(jnp.asarray(optax.safe_increment(state.count)), momenta, second, factored)
 
     return optax.GradientTransformation(init, update)
 
