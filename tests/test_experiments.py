@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from metaopt import base, predictors, spaces, tasks
+from metaopt import base, predictors, spaces, tasks, transforms
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,6 +124,16 @@ def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree(tmp_path):
         take([[0.2, 0.1], [0.1, 0.1]])
     with pytest.raises(ValueError, match="holds no result for"):
         take([[0.1, 0.1], [0.2, 0.1]], [auto_tune.Unit(0, 1, None), auto_tune.Unit(1, 0, None)])
+
+
+@pytest.mark.slow
+def test_learned_optimizer_smoke(tmp_path):
+    printed = run("experiments/learned_optimizer.py", "--smoke", "--save", tmp_path / "weights.npz", JAX_ENABLE_X64="0")
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| 3 |")]
+    assert [row[1] for row in rows][:2] == ["learned", "Adam, tuned on each task"] and len(rows) == 5
+    assert all(np.isfinite([float(row[2]), float(row[4])]).all() for row in rows)
+    again, fresh = transforms.load_learned(tmp_path / "weights.npz"), transforms.init_learned(jax.random.key(1))
+    assert not np.allclose(again["layers"]["2"]["w"], fresh["layers"]["2"]["w"])
 
 
 @pytest.mark.slow

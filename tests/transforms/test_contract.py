@@ -42,6 +42,7 @@ def self_tuning(carried=False, **kwargs):
 PARAMS = {"w": np.array([[0.5, -1.0], [0.3, 0.0]]), "b": np.array([0.1, -0.2])}
 TRANSFORMS = {
     "differentiable": lambda: transforms.differentiable(optax.adam(0.1)),
+    "learned": lambda: LEARNED,
     "learnable_accumulation": lambda: transforms.learnable_accumulation(np.array([0.5, 0.9], np.float32)),
     "learnable_clip": lambda: transforms.learnable_clip(0.5),
     "learnable_clip_smooth": lambda: transforms.learnable_clip(0.5, scope="leaf", sharpness=2.0),
@@ -54,6 +55,10 @@ TRANSFORMS = {
     "self_tuning_carried": lambda: self_tuning(carried=True, discount=0.9),
     "self_tuning_reverse": lambda: self_tuning(mode="reverse"),
 }
+# Compiled whole: operation by operation it takes the compiler many times as long.
+LEARNED = transforms.learned()
+LEARNED = optax.GradientTransformation(LEARNED.init, jax.jit(LEARNED.update))
+NO_TRANSFORMS = ("init_learned", "load_learned", "save_learned")  # weights of one
 COMPOSED = {
     "alone": lambda t: t,
     "chain": lambda t: optax.chain(optax.clip(1.0), t, optax.scale(0.5)),
@@ -149,6 +154,6 @@ def test_orbax_saves_the_state(name, tmp_path):
 def test_every_transform_of_the_room_is_here():
     for name in transforms.__all__:
         function = getattr(transforms, name)
-        if inspect.isclass(function) or name.endswith("_schedule"):
+        if inspect.isclass(function) or name.endswith("_schedule") or name in NO_TRANSFORMS:
             continue
         assert name in TRANSFORMS

@@ -1,0 +1,227 @@
+"""The learned optimizer: its derivatives, its symmetries, its files, and the one that is shipped."""
+
+import functools
+import importlib.resources
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import transforms
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+KEY = jax.random.key(0)
+WEIGHTS = jax.tree.map(lambda x: x.astype(jnp.float64), transforms.init_learned(KEY))
+# Larger steps and faster decays than fresh ones, so that what is compared is not all but zero.
+WEIGHTS["layers"]["2"]["w"] *= 10
+for i, layer in enumerate(
+    WEIGHTS["layers"].values()
+):  # no unit rests on its kink, as one does whose inputs are all off
+    layer["b"] += jax.random.normal(jax.random.fold_in(KEY, i), layer["b"].shape)
+WEIGHTS["decays"] = jax.tree.map(lambda x: x - 2, WEIGHTS["decays"])
+PARAMS = {"w": np.random.default_rng(1).normal(size=(3, 4)), "b": np.random.default_rng(2).normal(size=4)}
+
+
+def loss(params):
+    """Its gradient is always zero in a row of the matrix and in an entry of the vector."""
+    return jnp.sum(params["w"][:2] ** 2 * jnp.arange(1.0, 5.0)[None]) + jnp.sum(params["b"][1:] ** 4)
+
+
+def moved(weights, slopes=None):
+    """How far four steps get, weighed; `slopes` are added to the gradients."""
+    optimizer = transforms.learned(weights)
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(loss)(params) if slopes is None else slopes
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    (after, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=4)
+    return optax.tree.sum(jax.tree.map(lambda a, b: jnp.sin(5 * b) * (a - b), after, params))
+
+
+def test_the_gradient_in_the_weights_is_that_of_finite_differences():
+    flat, unravel = jax.flatten_util.ravel_pytree(WEIGHTS)
+    function = lambda x: moved(unravel(x))
+    reverse = jax.jit(jax.grad(function))(flat)
+    chex.assert_tree_all_finite(reverse)
+    directions = np.random.default_rng(3).normal(size=(2, flat.size))
+    directions[0] *= np.arange(flat.size) < 7  # the decays are few among many
+    forward = jax.jit(lambda x, d: jax.jvp(function, (x,), (d,)))
+    for direction in directions:
+        slope = forward(flat, direction)[1]
+        np.testing.assert_allclose(slope, direction @ reverse, rtol=1e-9)
+        values = [forward(flat + step * direction, direction)[0] for step in (2e-5, -2e-5)]
+        np.testing.assert_allclose(slope, (values[0] - values[1]) / 4e-5, rtol=1e-5)
+
+
+def test_without_a_gradient_derivatives_are_finite():
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    derivatives = jax.jit(jax.value_and_grad(moved, argnums=(0, 1)))(WEIGHTS, zeros)
+    chex.assert_tree_all_finite(derivatives)
+
+
+@jax.jit
+def one_update(params, grads):
+    optimizer = transforms.learned(WEIGHTS)
+    return optimizer.update(grads, optimizer.init(params), params)[0]
+
+
+GRADS = jax.tree.map(lambda p: np.sin(3 * p) + 0.1, PARAMS)
+
+
+def test_the_order_of_rows_columns_and_axes_does_not_matter():
+    rows, columns = np.array([2, 0, 1]), np.array([1, 3, 0, 2])
+
+    def permuted(tree):
+        return {"w": tree["w"][rows][:, columns], "b": tree["b"][columns]}
+
+    updates = one_update(PARAMS, GRADS)
+    chex.assert_trees_all_close(one_update(permuted(PARAMS), permuted(GRADS)), permuted(updates), rtol=1e-12)
+    # Beyond the two largest axes, along which squares are averaged, others are like more rows.
+    deep = [np.stack([tree["w"], 2 * tree["w"]]) for tree in (PARAMS, GRADS)]
+    first, turned = one_update(*deep), one_update(*[x.transpose(1, 0, 2)[rows] for x in deep])
+    np.testing.assert_allclose(turned, first.transpose(1, 0, 2)[rows], rtol=1e-12)
+    np.testing.assert_allclose(one_update(*[x[::-1] for x in deep]), first[::-1], rtol=1e-12)
+
+
+def test_every_tensor_is_on_its_own_and_seen_relative_to_itself():
+    updates = one_update(PARAMS, GRADS)
+    chex.assert_trees_all_close(one_update(PARAMS["b"], GRADS["b"]), updates["b"], rtol=1e-12)
+    scaled = lambda factor, tree: jax.tree.map(lambda x: factor * x, tree)
+    chex.assert_trees_all_close(one_update(PARAMS, scaled(100.0, GRADS)), updates, rtol=1e-2)  # but for the ε
+    chex.assert_trees_all_close(one_update(scaled(100.0, PARAMS), GRADS), updates, rtol=1e-6)
+
+
+def test_the_momenta_are_averages_and_the_factors_those_of_squares():
+    decays = {"momentum": jnp.array([0.0, 1.0, 0.0]), "second": jnp.array([0.5]), "factored": jnp.zeros(3)}
+    optimizer = transforms.learned({**WEIGHTS, "decays": decays})
+    logits = np.log([9.0, 99.0, 999.0]) + np.array([0.0, 1.0, 0.0])
+    beta = 1 / (1 + np.exp(-logits))
+    g1, g2 = (np.random.default_rng(i).normal(size=(3, 4)) for i in (4, 5))
+    state = optimizer.init(PARAMS["w"])
+    update = jax.jit(optimizer.update)
+    for g in (g1, g2):
+        _, state = update(g, state, PARAMS["w"])
+    np.testing.assert_allclose(state.momenta[1], (1 - beta[1]) * (beta[1] * g1 + g2), rtol=1e-9)
+    rows = np.stack([(1 - b) * (b * (g1**2).mean(1) + (g2**2).mean(1)) for b in (0.9, 0.99, 0.999)])
+    np.testing.assert_allclose(state.factored["row"][..., 0], rows, rtol=1e-6)
+    assert state.factored["column"].shape == (3, 1, 4) and state.count == 2
+
+
+def test_in_a_chain_and_below_float32():
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), PARAMS)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), transforms.learned(WEIGHTS), optax.add_decayed_weights(-0.1)
+    )
+    state = jax.jit(optimizer.init)(params)
+    updates, after = jax.jit(optimizer.update)(params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    assert after[1].momenta["w"].dtype == jnp.float32  # 0.999 of what is kept would be lost in bfloat16
+    clipped = jax.tree.map(lambda p: p.astype(jnp.float64) / optax.tree.norm(params), params)
+    exact = one_update(jax.tree.map(lambda p: p.astype(jnp.float64), params), clipped)
+    decayed = jax.tree.map(lambda u, p: u - 0.1 * p.astype(jnp.float64), exact, params)
+    chex.assert_trees_all_close(jax.tree.map(lambda u: u.astype(jnp.float64), updates), decayed, atol=2e-2)
+
+
+def test_files_come_back_to_the_bit(tmp_path):
+    weights = transforms.init_learned(KEY, hidden=(8,))
+    transforms.save_learned(tmp_path / "weights.npz", weights)
+    again = transforms.load_learned(tmp_path / "weights.npz")
+    chex.assert_trees_all_equal(again, weights)
+    chex.assert_trees_all_equal_shapes_and_dtypes(again, weights)
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.npz"]
+
+
+def written(path, header=None, **changes):
+    """A file of fresh weights, with some entries changed (None: left out)."""
+    transforms.save_learned(path, transforms.init_learned(KEY))
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    if header is not None:
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    arrays.update(changes)
+    np.savez(path, **{name: x for name, x in arrays.items() if x is not None})
+    return path
+
+
+def test_broken_files_say_what_is_wrong(tmp_path):
+    path = tmp_path / "weights.npz"
+    load = functools.partial(transforms.load_learned, path)
+    written(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="no learned optimizer that `save_learned` wrote"):
+        load()
+    written(path, {"format": "metaopt.learned", "version": 2})
+    with pytest.raises(ValueError, match=r"version 2; this metaopt reads 'metaopt.learned' up to version 1"):
+        load()
+    written(path, {"format": "metaopt.predictor", "version": 1})
+    with pytest.raises(ValueError, match="of format 'metaopt.predictor'"):
+        load()
+    for changes, match in {
+        "layers/1/w": (np.zeros((5, 4)), r"holds no weights.*\['layers'\]\['1'\]\['w'\] should be .*\(4, 4\)"),
+        "layers/2/b": (None, "holds no weights of a learned optimizer"),
+        "layers/0/w": (None, "holds no weights of a learned optimizer"),
+        "decays/second": (np.zeros(1, int), r"\['decays'\]\['second'\] should be floating-point"),
+        "more": (np.zeros(1), "holds no weights of a learned optimizer"),
+    }.items():
+        written(path, **{changes: match[0]})
+        with pytest.raises(ValueError, match=match[1]):
+            load()
+    with pytest.raises(FileNotFoundError):
+        transforms.load_learned(tmp_path / "absent.npz")
+
+
+def test_arguments_are_checked():
+    for hidden in ((), (4, 0)):
+        with pytest.raises(ValueError, match="`hidden` must be"):
+            transforms.init_learned(KEY, hidden=hidden)
+    with pytest.raises(ValueError, match=r"got 'large'"):
+        transforms.learned("large")
+    for weights in ({"w": jnp.zeros(2)}, {**WEIGHTS, "layers": []}, {**WEIGHTS, "layers": {"0": {"w": 1.0}}}):
+        with pytest.raises(ValueError, match="`weights` must be meta-parameters"):
+            transforms.learned(weights)
+    optimizer = transforms.learned(WEIGHTS)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        optimizer.update(PARAMS, optimizer.init(PARAMS))
+    with pytest.raises(ValueError, match="`weights` must be"):
+        transforms.save_learned("never.npz", {})
+
+
+def test_the_shipped_weights_train_better_than_fresh_ones_and_than_adam_by_default():
+    file = importlib.resources.files("metaopt.transforms") / "learned_small.npz"
+    assert len(file.read_bytes()) < 100_000
+    x = jax.random.normal(jax.random.key(1), (64, 8))
+    y = jnp.tanh(2 * x[:, 0] * x[:, 1] + x[:, 2])
+    keys = jax.random.split(jax.random.key(2))
+    params = {"in": jax.random.normal(keys[0], (8, 16)) / 2, "out": jax.random.normal(keys[1], (16,)) / 4}
+
+    def loss(params):
+        return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"] - y) ** 2)
+
+    def last(optimizer):
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (after, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=100)
+        return loss(after)
+
+    optimizers = transforms.learned(), transforms.learned(transforms.init_learned(KEY)), optax.adam(1e-3)
+    learned, fresh, adam = jax.jit(lambda: [last(o) for o in optimizers])()
+    assert learned < 0.5 * adam and learned < 0.5 * fresh
