@@ -6,38 +6,43 @@ that differ between tasks become grouped convolutions under `vmap`, which have n
 pads and matrix products are fast everywhere, batched or not, and so are all their derivatives.
 """
 
-import itertools
+import contextlib
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.extend import core
 
-# A kernel of more positions is left to XLA: every position is a slice, which the compiler has to deal with.
+from metaopt.transforms import _rewrite
+
+# A kernel of more positions is left to XLA: every position is work for the compiler.
 _MOST_POSITIONS = 128
-_NAMES = ("conv_general_dilated", "reduce_window_max", "reduce_window_sum")
+# Where patches would take more bytes, the product is a sum over the kernel's positions: slower, and as small as x.
+_LARGE = 2**28
 
 
 def im2col(fn: Callable) -> Callable:
     """`fn`, with its convolutions as matrix products and its pooling as maxima and sums of slices.
 
-        y[n, p, d] = Σ_{k, c} x[n, s p + r k − pad, c] w[k, c, d] = (patches x) · (w as a matrix)
+        y[n, p, d] = Σ_{k, c} x[n, s p + r k − pad, c] w[k, c, d] = (patches of x) · (w as a matrix)
 
-    with patches [N·P, K·C] made by K slices (K kernel positions, stride s, dilation r). Values agree to rounding; at
-    ties a maximum passes its gradient to the first place, as before. Depthwise convolutions are sums of products with
-    slices. Works under jit, vmap (kernels per task become batched matrix products), and differentiates in any mode and
-    order. Patches are K times the input in memory; they are recomputed in the backward pass, not kept for it.
+    with patches [N·P, K·C] made by slices (K kernel positions, stride s, dilation r). Values agree to rounding; of
+    equal entries a maximum passes its gradient to the first, as before. Depthwise convolutions are sums of products
+    with slices. Works under jit, vmap (kernels per task become batched matrix products), and differentiates in any mode
+    and order. Patches take K times the input's memory, for one layer at a time in training (they are made anew in the
+    backward pass), and are not made at all where they would take over 256 MiB.
 
-    `inner.loop` and `inner.problem` apply it by themselves where the default backend is a CPU. On two cores, training
-    with three small convolutions in a scan became a hundred times faster.
+    `inner.loop` and `inner.problem` apply it by themselves where the default backend is a CPU: on one core, training
+    with three small convolutions in a scan then takes a hundredth of the time (`experiments/benchmarks/rules.py`).
+    Outside loops XLA's own convolutions are as fast, and smaller.
 
     Args:
-      fn: any JAX function of arrays. Convolutions inside functions with a derivative of their own (`jax.custom_vjp`),
-        of kernels of over 128 positions, with `batch_group_count`, or in other than real floating-point numbers are
-        left as they are.
+      fn: any JAX function. Convolutions inside functions with a derivative of their own (`jax.custom_vjp`), of kernels
+        of over 128 positions, with `batch_group_count`, or of other than real floating-point numbers are left as they
+        are, as is a function that cannot be traced (because Python branches on a value).
 
     Returns:
       A function of the same positional arguments, with the same result.
@@ -46,11 +51,12 @@ def im2col(fn: Callable) -> Callable:
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import inner
-    >>> conv = lambda x, w: jax.lax.conv(x, w, window_strides=(2, 2), padding="SAME")
+    >>> conv = jax.jit(lambda x, w: jax.lax.conv(x, w, window_strides=(2, 2), padding="SAME"))
     >>> x, w = jnp.ones((1, 2, 5, 5)), jnp.ones((4, 2, 3, 3))
-    >>> bool(jnp.allclose(inner.im2col(conv)(x, w), conv(x, w)))
+    >>> products = jax.jit(inner.im2col(conv))
+    >>> bool(jnp.allclose(products(x, w), conv(x, w)))
     True
-    >>> "conv" in str(jax.make_jaxpr(inner.im2col(conv))(x, w))
+    >>> "conv_general_dilated" in str(jax.make_jaxpr(products)(x, w))
     False
     """
 
@@ -64,85 +70,65 @@ def im2col(fn: Callable) -> Callable:
             return fn(*structure.unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
         operands = [leaves[i] for i in traced]
-        closed, shape = jax.make_jaxpr(flat, return_shape=True)(operands)
-        return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed.jaxpr, closed.consts, operands))
+        closed = shape = None
+        with contextlib.suppress(Exception):  # a branch on a value, or an error of fn's own
+            closed, shape = jax.make_jaxpr(flat, return_shape=True)(operands)
+        if closed is None:
+            return fn(*args)  # which raises that error by itself
+        outputs = _rewrite.evaluate(closed.jaxpr, closed.consts, operands, _by_slices)
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return rewritten
 
 
-def _jaxprs(params: dict[str, Any]):
-    """The jaxprs among the parameters of an equation."""
-    for value in params.values():
-        for leaf in value if isinstance(value, (tuple, list)) else (value,):
-            jaxpr = getattr(leaf, "jaxpr", leaf)  # of a closed one
-            if isinstance(jaxpr, core.Jaxpr):
-                yield jaxpr
+def _by_slices(equation: Any) -> Callable | None:
+    """What takes the equation's place, where it is a convolution or pooling that can be written by slices."""
+    name, params = equation.primitive.name, equation.params
+    if name == "conv_general_dilated" and _is_plain_convolution(equation):
+        return jax.checkpoint(functools.partial(_convolution, **params))
+    if name in ("reduce_window_max", "reduce_window_sum") and _is_plain_pooling(equation):
+        return functools.partial(_pooling, maximum=name == "reduce_window_max", **params)
+    return None
 
 
-def _has_windows(equation: Any) -> bool:
-    if equation.primitive.name in _NAMES:
-        return True
-    return any(_has_windows(e) for jaxpr in _jaxprs(equation.params) for e in jaxpr.eqns)
+class _Window(NamedTuple):
+    """A window along one axis."""
+
+    size: int
+    stride: int
+    padding: tuple[int, int]
+    base_dilation: int
+    dilation: int
 
 
-def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list:
-    """Evaluates a jaxpr with windows as slices; what holds none is bound as it is."""
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
-
-    def closed(inner: Any) -> Callable:
-        return lambda *operands: _evaluate(inner.jaxpr, inner.consts, operands)
-
-    for equation in jaxpr.eqns:
-        operands = [v.val if isinstance(v, core.Literal) else values[v] for v in equation.invars]
-        name, params = equation.primitive.name, equation.params
-        if not _has_windows(equation):
-            outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
-        elif name == "conv_general_dilated" and _is_plain_convolution(equation):
-            outputs = jax.checkpoint(lambda x, w, p=params: _convolution(x, w, **p), prevent_cse=False)(*operands)
-        elif name in ("reduce_window_max", "reduce_window_sum") and _is_plain_pooling(equation):
-            outputs = _pooling(*operands, maximum=name.endswith("max"), **params)
-        elif name in ("pjit", "jit", "closed_call"):
-            outputs = closed(params.get("jaxpr", params.get("call_jaxpr")))(*operands)
-        elif name in ("checkpoint", "remat", "remat2"):
-            inner = lambda *operands, p=params: _evaluate(p["jaxpr"], (), operands)
-            outputs = jax.checkpoint(inner, prevent_cse=params["prevent_cse"], policy=params["policy"])(*operands)
-        elif name == "cond":
-            index, *rest = operands
-            outputs = jax.lax.switch(index, [closed(b) for b in params["branches"]], *rest)
-        elif name == "scan":
-            outputs = equation.primitive.bind(*operands, **{**params, "jaxpr": _retrace(params["jaxpr"])})
-        elif name == "while":
-            retraced = {k: _retrace(params[k]) for k in ("cond_jaxpr", "body_jaxpr")}
-            outputs = equation.primitive.bind(*operands, **{**params, **retraced})
-        else:
-            outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
-        if not isinstance(outputs, (list, tuple)):
-            outputs = [outputs]
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [v.val if isinstance(v, core.Literal) else values[v] for v in jaxpr.outvars]
+def _length(size: int, window: _Window) -> int:
+    """How many places the window takes along an axis."""
+    padded = (size - 1) * window.base_dilation + 1 + sum(window.padding)
+    return (padded - window.dilation * (window.size - 1) - 1) // window.stride + 1
 
 
-def _retrace(closed: Any) -> Any:
-    """The jaxpr of a loop's body with windows as slices; the loop keeps its own layout of operands."""
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in closed.in_avals]
-    return jax.make_jaxpr(lambda *operands: _evaluate(closed.jaxpr, closed.consts, operands))(*shapes)
+def _slices(x: jax.Array, axis: int, window: _Window, fill: float) -> list[jax.Array]:
+    """What each position of the window sees along one axis."""
+    if window == (1, 1, (0, 0), 1, 1):
+        return [x]
+    span = (_length(x.shape[axis], window) - 1) * window.stride + 1
+    around = [(0, 0, 0)] * x.ndim
+    around[axis] = (*window.padding, window.base_dilation - 1)
+    x = jax.lax.pad(x, jnp.asarray(fill, x.dtype), around)
+    starts = [window.dilation * i for i in range(window.size)]
+    return [jax.lax.slice_in_dim(x, start, start + span, window.stride, axis) for start in starts]
 
 
-def _slices(x: jax.Array, window: Any, strides: Any, padding: Any, base: Any, dilation: Any, fill: Any) -> list:
-    """What each position of the window sees, x [N, spatial..., C] -> K arrays [N, out..., C], in row-major order."""
-    low_high_interior = [(0, 0, 0), *((lo, hi, b - 1) for (lo, hi), b in zip(padding, base, strict=True)), (0, 0, 0)]
-    x = jax.lax.pad(x, jnp.asarray(fill, x.dtype), low_high_interior)
-    sizes = [
-        (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[1:-1], window, strides, dilation, strict=True)
-    ]
-    out = []
-    for position in itertools.product(*map(range, window)):
-        start = [d * i for d, i in zip(dilation, position, strict=True)]
-        stop = [a + s * (n - 1) + 1 for a, s, n in zip(start, strides, sizes, strict=True)]
-        limits = (x.shape[0], *stop, x.shape[-1])
-        out.append(jax.lax.slice(x, (0, *start, 0), limits, (1, *strides, 1)))
-    return out
+def _positions(x: jax.Array, windows: list[_Window]) -> list[jax.Array]:
+    """What each position of the whole window sees, in row-major order; spatial axes begin at 1."""
+    slices = [x]
+    for axis, window in enumerate(windows, 1):
+        slices = [s for x in slices for s in _slices(x, axis, window, 0.0)]
+    return slices
+
+
+def _sum(terms: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, terms)
 
 
 def _is_plain_convolution(equation: Any) -> bool:
@@ -172,45 +158,45 @@ def _convolution(
 ) -> jax.Array:
     """A convolution by its primitive's parameters."""
     lhs, rhs, out = dimension_numbers
-    x = x.transpose(lhs[0], *lhs[2:], lhs[1])  # [N, spatial..., C]
-    w = w.transpose(*rhs[2:], rhs[1], rhs[0])  # [window..., C / groups, D]
-    *window, depth, features = w.shape
-    groups = feature_group_count
-    slices = _slices(x, window, window_strides, padding, lhs_dilation, rhs_dilation, 0)
-    w = w.reshape(-1, depth, features)
+    groups, depth, features = feature_group_count, w.shape[rhs[1]], w.shape[rhs[0]]
     dtype = jnp.result_type(x, w) if preferred_element_type is None else preferred_element_type
-    if depth == 1 and groups > 1:  # depthwise: each channel has its own `features / groups` outputs
-        w = w.reshape(-1, groups, features // groups)
-        terms = [
-            s.astype(dtype)[..., None] * w[k].reshape(*[1] * (x.ndim - 1), *w.shape[1:]) for k, s in enumerate(slices)
-        ]
-        y = sum(terms[1:], terms[0]).astype(dtype)
-    elif groups > 1:
-        patches = jnp.stack([s.reshape(*s.shape[:-1], groups, depth) for s in slices], -2)  # [N, out..., G, K, C / G]
-        w = w.reshape(-1, depth, groups, features // groups)
-        y = jnp.einsum(
-            "...gkc,kcgd->...gd", patches, w, precision=precision, preferred_element_type=preferred_element_type
+    wide = jnp.promote_types(dtype, jnp.float32)  # what is summed here, and not in a product
+    x = x.transpose(lhs[0], *lhs[2:], lhs[1])  # [N, spatial..., C]
+    w = w.transpose(*rhs[2:], rhs[1], rhs[0])  # [window..., C / G, D]
+    sizes = w.shape[:-2]
+    windows = [_Window(*w_) for w_ in zip(sizes, window_strides, padding, lhs_dilation, rhs_dilation, strict=True)]
+    spatial = [_length(n, window) for n, window in zip(x.shape[1:-1], windows, strict=True)]
+    rows = x.shape[0] * math.prod(spatial)
+    product = functools.partial(jnp.einsum, precision=precision)
+    if depth == 1 and groups > 1:  # depthwise: each channel has its own D / G outputs
+        kernels = w.reshape(-1, groups, features // groups).astype(wide)
+        slices = (s.reshape(rows, groups, 1).astype(wide) for s in _positions(x, windows))
+        y = _sum(s * kernel[None] for s, kernel in zip(slices, kernels, strict=True))
+    elif rows * math.prod(sizes) * depth * groups * x.dtype.itemsize > _LARGE:
+        kernels = w.reshape(-1, depth, groups, features // groups)
+        slices = (s.reshape(rows, groups, depth) for s in _positions(x, windows))
+        y = _sum(
+            product("ngc,cgd->ngd", *pair, preferred_element_type=wide) for pair in zip(slices, kernels, strict=True)
         )
     else:
-        patches = jnp.concatenate(slices, -1)
-        y = jnp.dot(
-            patches.reshape(-1, patches.shape[-1]),
-            w.reshape(-1, features),
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-        )
-    y = y.reshape(*slices[0].shape[:-1], features)
-    order = [0, y.ndim - 1, *range(1, y.ndim - 1)]  # as (N, D, spatial...), which `out` counts in
-    y = y.transpose(order)
+        x = x.reshape(*x.shape[:-1], groups, depth)
+        x = jnp.concatenate(_positions(x, windows), -1)
+        if groups == 1:
+            patches, matrix = x.reshape(rows, -1), w.reshape(-1, features)
+            y = product("nk,kd->nd", patches, matrix, preferred_element_type=preferred_element_type)
+        else:
+            patches, matrix = x.reshape(rows, groups, -1), w.reshape(-1, groups, features // groups)
+            y = product("ngk,kgd->ngd", patches, matrix, preferred_element_type=preferred_element_type)
+    y = y.astype(dtype).reshape(x.shape[0], *spatial, features)
+    # `out` says where N, D and the spatial axes go.
     back = [0] * y.ndim
-    for i, place in enumerate(out):
-        back[place] = i
+    for place, axis in zip(out, (0, y.ndim - 1, *range(1, y.ndim - 1)), strict=True):
+        back[place] = axis
     return y.transpose(back)
 
 
 def _is_plain_pooling(equation: Any) -> bool:
-    dtype = equation.invars[0].aval.dtype
-    window = equation.params["window_dimensions"]
+    dtype, window = equation.invars[0].aval.dtype, equation.params["window_dimensions"]
     return len(equation.invars) == 1 and jnp.issubdtype(dtype, jnp.floating) and math.prod(window) <= _MOST_POSITIONS
 
 
@@ -226,13 +212,16 @@ def _pooling(
     **_: Any,
 ) -> jax.Array:
     """Max- or sum-pooling by its primitive's parameters."""
-    # With axes of size one at both ends, every axis of x is a spatial one.
-    fill = -jnp.inf if maximum else 0
-    slices = _slices(
-        x[None, ..., None], window_dimensions, window_strides, padding, base_dilation, window_dilation, fill
-    )
-    out = slices[0]
-    for s in slices[1:]:
+
+    def fold(a, b):
         # Of equal ones the first; a NaN stays.
-        out = jnp.where((out >= s) | jnp.isnan(out), out, s) if maximum else out + s
-    return out[0, ..., 0]
+        return jnp.where((a >= b) | jnp.isnan(a), a, b) if maximum else a + b
+
+    windows = zip(window_dimensions, window_strides, padding, base_dilation, window_dilation, strict=True)
+    dtype = x.dtype
+    if not maximum:
+        x = x.astype(jnp.promote_types(dtype, jnp.float32))
+    # The last axis first, so that the first of equal ones is the first in row-major order.
+    for axis, window in reversed(list(enumerate(windows))):
+        x = functools.reduce(fold, _slices(x, axis, _Window(*window), -jnp.inf if maximum else 0.0))
+    return x.astype(dtype)

@@ -1,6 +1,5 @@
 """From a plain loss and any optax factory to an `InnerLoop`, and from there to a step, a training run, a `Problem`."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,10 +37,9 @@ class LoopState(NamedTuple):
 def _with_products(fn: Callable, choice: bool | None) -> Callable:
     """`fn` with its convolutions as matrix products where they are chosen, which is known when it is called."""
 
-    @functools.wraps(fn)
-    def called(*args):
+    def called(params, hyperparams, batch, context):
         chosen = jax.default_backend() == "cpu" if choice is None else choice
-        return (_im2col.im2col(fn) if chosen else fn)(*args)
+        return (_im2col.im2col(fn) if chosen else fn)(params, hyperparams, batch, context)
 
     return called
 

@@ -18,6 +18,8 @@ import optax
 from jax import custom_derivatives
 from jax.extend import core
 
+from metaopt.transforms import _rewrite
+
 # An exact zero whose slope is steeper than this is what an ε in a denominator makes of an entry without a gradient.
 _STEEP = 1e3
 
@@ -131,44 +133,12 @@ def _is_tame(equation: Any) -> bool:
     return name == "div" and constants[1] is not None and constants[1] > 1 / _STEEP
 
 
-def _evaluate(jaxpr: Any, consts: Any, args: Any, drop: bool) -> list:
-    """Evaluates a jaxpr, with the operations of `_RULES` in their zero-safe form."""
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
-
-    def closed(inner: Any) -> Callable:
-        return lambda *operands: _evaluate(inner.jaxpr, inner.consts, operands, drop)
-
-    for equation in jaxpr.eqns:
-        operands = [v.val if isinstance(v, core.Literal) else values[v] for v in equation.invars]
-        name, params = equation.primitive.name, equation.params
-        if (name in _RULES or name == "integer_pow") and not _is_tame(equation):
-            operation = functools.partial(equation.primitive.bind, **params)
-            outputs = _zero_safe(operation, *_rule_of(equation), drop)(*map(jnp.asarray, operands))
-        elif name in ("pjit", "jit", "closed_call"):  # nested calls of jnp functions
-            inner = params.get("jaxpr", params.get("call_jaxpr"))
-            outputs = closed(inner)(*operands)
-        elif name == "cond":
-            index, *rest = operands
-            outputs = jax.lax.switch(index, [closed(b) for b in params["branches"]], *rest)
-        elif name == "scan":
-            params = {**params, "jaxpr": _retrace(params["jaxpr"], drop)}
-            outputs = equation.primitive.bind(*operands, **params)
-        elif name == "while":
-            params = {**params, **{k: _retrace(params[k], drop) for k in ("cond_jaxpr", "body_jaxpr")}}
-            outputs = equation.primitive.bind(*operands, **params)
-        else:
-            outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
-        if not isinstance(outputs, (list, tuple)):
-            outputs = [outputs]
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [v.val if isinstance(v, core.Literal) else values[v] for v in jaxpr.outvars]
-
-
-def _retrace(closed: Any, drop: bool) -> Any:
-    """The jaxpr of a loop's body in its zero-safe form; the loop keeps its own layout of operands."""
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in closed.in_avals]
-    return jax.make_jaxpr(lambda *operands: _evaluate(closed.jaxpr, closed.consts, operands, drop))(*shapes)
+def _zero_safe_form(equation: Any, drop: bool) -> Callable | None:
+    """What takes the equation's place, where its derivative needs a rule."""
+    if (equation.primitive.name not in _RULES and equation.primitive.name != "integer_pow") or _is_tame(equation):
+        return None
+    function = _zero_safe(functools.partial(equation.primitive.bind, **equation.params), *_rule_of(equation), drop)
+    return lambda *operands: function(*map(jnp.asarray, operands))
 
 
 def differentiable(
@@ -227,7 +197,8 @@ def differentiable(
 
         operands = (updates, state, params, arrays)
         closed, shapes = jax.make_jaxpr(flat_update, return_shape=True)(*operands)
-        outputs = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(operands), zero == "drop")
+        replace = functools.partial(_zero_safe_form, drop=zero == "drop")
+        outputs = _rewrite.evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(operands), replace)
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

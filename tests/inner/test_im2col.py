@@ -141,6 +141,67 @@ def test_precision_is_kept(dtype):
     np.testing.assert_allclose(out.astype(float), CONV(X, W), rtol=0, atol=30 * float(jnp.finfo(dtype).eps))
 
 
+def test_narrow_types_are_summed_in_wide_ones():
+    x, w = jax.random.normal(KEY, (2, 12, 12, 3)), jax.random.normal(jax.random.key(1), (9, 9, 1, 3))
+    conv = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", feature_group_count=3, **NHWC)
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    exact = conv(x.astype(float), w.astype(float))
+    error = jnp.abs(jax.jit(inner.im2col(conv))(x, w).astype(float) - exact)
+    assert (error <= 2**-8 * jnp.abs(exact) + 1e-6).all()  # rounded once
+
+
+@pytest.mark.parametrize("name", ["same", "groups"])
+def test_large_patches_are_not_made(name, monkeypatch):
+    conv, x, w = convolution(name)
+    text = [str(jax.make_jaxpr(inner.im2col(conv))(x, w))]
+    expected = jax.jit(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w)
+    monkeypatch.setattr("metaopt.inner._im2col._LARGE", 100)
+    jax.clear_caches()
+    text.append(str(jax.make_jaxpr(inner.im2col(conv))(x, w)))
+    chex.assert_trees_all_close(
+        jax.jit(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w), expected, rtol=1e-10, atol=1e-12
+    )
+    assert text[1].count("dot_general") == 9 * text[0].count("dot_general")
+
+
+def test_patches_are_made_anew_in_the_backward_pass():
+    def loss(kernels, x):
+        for w in kernels:
+            x = jnp.sin(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", **NHWC))
+        return x.sum()
+
+    x, kernels = jnp.ones((8, 16, 16, 8)), [jnp.ones((3, 3, 8, 8))] * 6
+    program = jax.jit(jax.grad(inner.im2col(loss))).lower(kernels, x).compile()
+    patches = 9 * x.size * x.dtype.itemsize
+    # Two layers' patches and their pieces, not six.
+    assert program.memory_analysis().temp_size_in_bytes < 4.5 * patches
+
+
+def test_what_was_said_when_it_was_traced_still_holds():
+    def noisy(x, w):
+        with jax.threefry_partitionable(False), jax.named_scope("first_layer"):
+            return CONV(x, w) + jax.random.normal(KEY, (4,))[None, None, None]
+
+    np.testing.assert_allclose(jax.jit(inner.im2col(noisy))(X, W), jax.jit(noisy)(X, W), rtol=1e-12)
+    assert "first_layer" in jax.jit(inner.im2col(noisy)).lower(X, W).as_text(debug_info=True)
+
+
+def test_losses_with_shard_map_and_with_branches_on_values():
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("rows")
+    total = jax.shard_map(
+        lambda x: jax.lax.psum(x.sum(keepdims=True), "rows"), mesh=mesh, in_specs=rows, out_specs=rows
+    )
+
+    def loss(params, hyperparams, batch):
+        scale = 2.0 if params > 0 else 1.0  # as Python reads it, outside jit
+        return scale * params * total(batch)[0]
+
+    loop = inner.loop(loss, lambda hp: optax.sgd(0.1), init=lambda key, hp, data: jnp.ones([]))
+    state = inner.step(loop, loop.init(KEY, None, None), None, jnp.ones(3))
+    assert float(state.params) == pytest.approx(1 - 0.1 * 2 * 3)
+
+
 def test_kernels_of_their_own_for_every_task():
     x, w = (jnp.stack([a, 2 * a, a - 1]) for a in (X, W))
     batched = jax.vmap(lambda x, w: derivatives(inner.im2col(CONV), x, w))
