@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.stats
 from rich.console import Console
 from rich.progress import Progress
 
@@ -515,21 +516,20 @@ def baselines(keys, trials: Trials, space, units, config: Config, console, with_
         say("forests and boosting")
 
 
-def earlier_baselines(path: Path, defaults: np.ndarray, tables, units: list[Unit], order: np.ndarray):
-    """The same from a file of results; the scores of training with the defaults say whether the runs agree."""
-    earlier = json.loads(path.read_text())
+def earlier_baselines(earlier: dict, defaults: np.ndarray, tables, units: list[Unit], order: np.ndarray):
+    """The same from earlier results; the scores of training with the defaults say whether the runs agree."""
     row_of = {pair: i for i, pair in enumerate(zip(earlier["tables"], earlier["seeds"], strict=True))}
     pairs = [(tables[units[u].table].name, units[u].seed) for u in order]
     missing = [pair for pair in pairs if pair not in row_of]
     if missing:
         raise ValueError(
-            f"{path} holds no result for {missing[0]} and {len(missing) - 1} more: run without --baselines."
+            f"The baselines hold no result for {missing[0]} and {len(missing) - 1} more: run without --baselines."
         )
     rows = [row_of[pair] for pair in pairs]
     if not np.allclose(np.array(earlier["scores"]["defaults"])[rows], defaults, rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"Training with the defaults does not give what {path} holds: the runs differ in their splits, seeds or "
-            "training. Run without --baselines."
+            "Training with the defaults does not give what the baselines hold: the runs differ in their splits, seeds "
+            "or training. Run without --baselines."
         )
     for label, values in earlier["scores"].items():
         if label.startswith(("random search", "Optuna", "random forest", "gradient boosting")):
@@ -548,7 +548,7 @@ def report(scores: dict[str, np.ndarray], costs: dict[str, tuple], unit_table, f
     names = list(scores)
     table_ids = np.unique(unit_table)
     mean = np.stack([[scores[n][unit_table == t, :2].mean(0) for t in table_ids] for n in names])  # [M, tables, 2]
-    ranks = np.argsort(np.argsort(mean[:, :, 0], axis=0), axis=0) + 1.0
+    ranks = scipy.stats.rankdata(mean[:, :, 0], axis=0)  # equal ones share theirs
     family = np.array([families[t] for t in table_ids])
     groups = [np.flatnonzero(family == f) for f in np.unique(family)]
     rng = np.random.default_rng(seed)
@@ -813,10 +813,12 @@ def main(argv=None) -> list[dict]:
             out / "checkpoints" / f"{name}_fold{fold}" if args.resume else None,
         )
         clock[f"meta-training, fold {fold}"] = time.perf_counter() - start
-        apply = jax.jit(jax.vmap(lambda phi, f: g.apply(phi, base.Task(None, None, f)), in_axes=(None, 0)))
-        z_predicted[fold] = apply(phi, jnp.asarray(features))
-        one = jax.tree.map(lambda x: x[:1], phi)
-        z_alone[fold] = apply(one, jnp.asarray(features))
+        for which, kept, weights in (
+            (g, z_predicted, phi),
+            (predictor, z_alone, jax.tree.map(lambda x: x[0], phi)),
+        ):
+            apply = jax.jit(jax.vmap(lambda w, f, g=which: g.apply(w, base.Task(None, None, f)), in_axes=(None, 0)))
+            kept[fold] = apply(weights, jnp.asarray(features))
         predictors.save(out / f"auto_tune_fold{fold}.npz", g, phi, scaling=scaling_to_json(scaling))
         tail = max(1, config.meta_steps // 5)
         one_history, g_history = histories[fold]
@@ -878,8 +880,11 @@ def main(argv=None) -> list[dict]:
         say(f"fine-tuned by {steps} steps; one hypergradient costs {ratio:.2f} plain training runs")
 
     # What one would have done instead.
+    source = None
     if args.baselines:
-        others = earlier_baselines(Path(args.baselines), scores["defaults"], tables, units, order)
+        earlier = json.loads(Path(args.baselines).read_text())
+        source = earlier.get("baselines") or {f: earlier[f] for f in ("command", "seconds", "num_cores")}
+        others = earlier_baselines(earlier, scores["defaults"], tables, units, order)
     else:
         others = baselines(keys, trials, space, units, config, console, not args.no_trees, say)
     for label, (values, cost) in others:
@@ -893,6 +898,7 @@ def main(argv=None) -> list[dict]:
         "training_run": f"{config.num_steps} steps of {config.batch_size} rows",
         "hypergradient_cost": ratio,
         "one_member": alone,
+        "baselines": source,
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "seconds": time.perf_counter() - begin,
         "seconds_of": clock,
@@ -966,6 +972,12 @@ def finish(parts: list[dict], out: Path) -> list[dict]:
         f"{details['training_run']}; a hypergradient step costs {details['hypergradient_cost']:.2f} of them, in "
         "operations.\n"
     )
+    if details["baselines"] is not None:
+        markdown += (
+            "\nTrials and trees, and their seconds, are those of an earlier run of "
+            f"`{details['baselines']['command'].strip()}`, {details['baselines']['num_cores']} core(s), "
+            f"{details['baselines']['seconds']:.0f} s in all; training with the defaults gave the same there.\n"
+        )
     if details["one_member"] is not None:
         markdown += (
             "\ng is the mean of several predictors, trained with different keys; one of them alone has a mean test log "

@@ -195,24 +195,30 @@ def ensemble(predictor: base.Predictor, num_members: int) -> base.Predictor:
       A `Predictor` whose φ has leaves [M, ...]; `apply` costs M predictions, by vmap. To be differentiated in any mode.
 
     Raises:
-      ValueError: `num_members` is less than 1.
+      ValueError: `num_members` is no integer of at least 1; at trace time, weights are not [M, ...].
 
     Source: Breiman, Bagging predictors, Machine Learning 1996; Lakshminarayanan et al., NeurIPS 2017,
       https://arxiv.org/abs/1612.01474 (members that differ by initialization and order of the data).
     """
-    if num_members < 1:
-        raise ValueError(f"`num_members` must be at least 1; got {num_members}.")
+    if not isinstance(num_members, int) or num_members < 1:
+        raise ValueError(f"`num_members` must be an integer of at least 1; got {num_members!r}.")
 
     def init(key):
         return jax.vmap(predictor.init)(jax.random.split(key, num_members))
 
     def apply(meta_params, task):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(meta_params):
+            if jnp.shape(leaf)[:1] != (num_members,):
+                raise ValueError(
+                    f"The weights of an ensemble of {num_members} must be stacked, leaves [{num_members}, ...]; got "
+                    f"shape {jnp.shape(leaf)} at {jax.tree_util.keystr(path)}. Stack those of the members."
+                )
         return jax.tree.map(lambda z: z.mean(0), jax.vmap(predictor.apply, in_axes=(0, None))(meta_params, task))
 
     config = {}
-    if predictor.config:
-        config = {"kind": "ensemble", "member": predictor.config, "num_members": num_members}
-        config["space"] = predictor.config["space"]
+    if "space" in predictor.config:
+        space = predictor.config["space"]
+        config = {"kind": "ensemble", "member": predictor.config, "num_members": num_members, "space": space}
     return base.Predictor(init, apply, config)
 
 
@@ -230,7 +236,7 @@ def from_config(config: dict[str, Any]) -> base.Predictor:
       config: as in `base.Predictor.config`.
 
     Returns:
-      A `Predictor`, equal to the one described.
+      A `Predictor` that predicts as the one described; its `init` starts from the space's default λ.
 
     Raises:
       ValueError: the kind is unknown.

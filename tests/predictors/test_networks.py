@@ -81,6 +81,8 @@ def test_an_ensemble_predicts_the_mean_of_its_members():
     each = [member.apply(jax.tree.map(lambda x, m=m: x[m], phi), task()) for m in range(3)]
     mean = jax.tree.map(lambda *zs: sum(zs) / 3, *each)
     chex.assert_trees_all_close(predictor.apply(phi, task()), mean, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"an ensemble of 3 must be stacked, leaves \[3, ...\]; got shape \(2, "):
+        predictor.apply(jax.tree.map(lambda x: x[:2], phi), task())
     # Members start from different weights.
     hidden = predictor.init(KEY)["hidden"]
     assert (hidden[0] != hidden[1]).all()
@@ -169,7 +171,11 @@ def test_float32_stays_float32(name):
     [
         (lambda: predictors.mlp(SPACE, -1), "must not be negative; got -1, 16"),
         (lambda: predictors.dataset_embedding(SPACE, width=0), "`width` and `max_rows` must be at least 1"),
-        (lambda: predictors.ensemble(predictors.mlp(SPACE, 2), 0), "`num_members` must be at least 1; got 0"),
+        (
+            lambda: predictors.ensemble(predictors.mlp(SPACE, 2), 0),
+            "`num_members` must be an integer of at least 1; got 0",
+        ),
+        (lambda: predictors.ensemble(predictors.mlp(SPACE, 2), 1.5), "must be an integer of at least 1; got 1.5"),
         (lambda: predictors.from_config({"kind": "forest"}), "Unknown kind of predictor 'forest'; known are"),
         (lambda: predictors.from_config({}), "Unknown kind of predictor None"),
     ],
