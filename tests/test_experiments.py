@@ -70,6 +70,8 @@ def part(names, a, b, seconds):
         "num_seeds": 1,
         "training_run": "2 steps",
         "hypergradient_cost": 4.0,
+        "one_member": 0.5 * seconds,
+        "baselines": None,
         "num_cores": 1,
         "seconds": seconds,
         "reference": "a",
@@ -93,20 +95,19 @@ def test_runs_over_different_folds_are_merged(tmp_path):
     assert b["low"] <= b["difference"] <= b["high"] and a["low"] == a["high"] == 0
     assert b["seconds"] == pytest.approx(4 * (2 / 3) + 8 / 3) and b["trainings"] is None
     assert (tmp_path / "auto_tune_full.png").exists()
+    assert "test log loss of 0.6667 over" in (tmp_path / "auto_tune_full.md").read_text()
     with pytest.raises(ValueError, match="share tables"):
         auto_tune.merge([first, first])
     with pytest.raises(ValueError, match="differ in 'training_run'"):
         auto_tune.merge([first, {**second, "training_run": "3 steps"}])
 
 
-def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree(tmp_path):
+def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree():
     auto_tune = load_auto_tune()
     earlier = part(["t", "u"], [0.1, 0.2], [0.3, 0.1], 1.0)
     earlier["scores"] = {"defaults": earlier["scores"]["a"], "random search, 2 trials": earlier["scores"]["b"]}
     earlier["costs"] = {"defaults": [1.0, 2.0], "random search, 2 trials": [2.0, 4.0]}
-    path = tmp_path / "earlier.json"
     table = lambda name: tasks.Table(name, name, np.zeros((4, 1)), np.zeros(4, int), np.zeros(1, bool))
-    path.write_text(json.dumps(earlier))
     tables = [
         table("u"),
         table("t"),
@@ -114,7 +115,7 @@ def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree(tmp_path):
     units = [auto_tune.Unit(0, 0, None), auto_tune.Unit(1, 0, None)]
     order = np.array([1, 0])  # t, u
     take = lambda defaults, units=units: dict(
-        auto_tune.earlier_baselines(path, np.array(defaults), tables, units, order)
+        auto_tune.earlier_baselines(earlier, np.array(defaults), tables, units, order)
     )
     found = take([[0.1, 0.1], [0.2, 0.1]])
     assert list(found) == ["random search, 2 trials"]
@@ -122,7 +123,7 @@ def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree(tmp_path):
     assert found["random search, 2 trials"][1] == (2.0, 4.0)
     with pytest.raises(ValueError, match="does not give what"):
         take([[0.2, 0.1], [0.1, 0.1]])
-    with pytest.raises(ValueError, match="holds no result for"):
+    with pytest.raises(ValueError, match="hold no result for"):
         take([[0.1, 0.1], [0.2, 0.1]], [auto_tune.Unit(0, 1, None), auto_tune.Unit(1, 0, None)])
 
 

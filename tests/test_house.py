@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"base"},
+    {"base", "rewrite"},
     {"spaces", "transforms"},
     {"tasks", "inner", "nas"},
     {"hypergrad", "predictors"},

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from metaopt.transforms import _rewrite
+from metaopt import rewrite
 
 # A kernel of more positions is left to XLA: every position is work for the compiler.
 _MOST_POSITIONS = 128
@@ -75,7 +75,7 @@ def im2col(fn: Callable) -> Callable:
             closed, shape = jax.make_jaxpr(flat, return_shape=True)(operands)
         if closed is None:
             return fn(*args)  # which raises that error by itself
-        outputs = _rewrite.evaluate(closed.jaxpr, closed.consts, operands, _by_slices)
+        outputs = rewrite.evaluate(closed.jaxpr, closed.consts, operands, _by_slices)
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return rewritten

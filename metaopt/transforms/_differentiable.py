@@ -18,7 +18,7 @@ import optax
 from jax import custom_derivatives
 from jax.extend import core
 
-from metaopt.transforms import _rewrite
+from metaopt import rewrite
 
 # An exact zero whose slope is steeper than this is what an ε in a denominator makes of an entry without a gradient.
 _STEEP = 1e3
@@ -198,7 +198,7 @@ def differentiable(
         operands = (updates, state, params, arrays)
         closed, shapes = jax.make_jaxpr(flat_update, return_shape=True)(*operands)
         replace = functools.partial(_zero_safe_form, drop=zero == "drop")
-        outputs = _rewrite.evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(operands), replace)
+        outputs = rewrite.evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(operands), replace)
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
