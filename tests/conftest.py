@@ -4,6 +4,8 @@ import os
 
 # Several JAX processes share the cores under `pytest -n auto`.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests spend their time in the compiler: they do with fewer of its optimizations, in processes that they start, too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
@@ -13,14 +15,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_and_small(request):
-    """Compiled programs of one file are of no use to the next, and add up to gigabytes.
-
-    The rules' tests spend their time in the compiler: they do with less of its optimizations. Tests of values to the
-    bit, in the other rooms, have all of them.
-    """
-    quick = request.path.parent.name == "hypergrad" or request.path.name == "test_im2col.py"
-    jax.config.update("jax_disable_most_optimizations", quick)
+def small():
+    """Compiled programs of one file are of no use to the next, and add up to gigabytes."""
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
