@@ -143,6 +143,7 @@ def over_tasks(
         raise ValueError("`normalize` and `max_norm` exclude each other: a normalized hypergradient has norm 1.")
 
     def is_ragged(tasks):
+        """Whether these are several batches; refuses what is neither several nor one."""
         if type(tasks) is tuple and all(isinstance(part, base.Task) for part in tasks):
             return True
         if type(tasks) in (tuple, list) and any(isinstance(part, base.Task) for part in tasks):

@@ -151,8 +151,9 @@ def loop(
       An `InnerLoop`.
 
     Raises:
-      ValueError: `loss` is no function, or `optimizer` no factory; at trace time: the loss is no scalar, `init` gives no pair where it should,
-        the optimizer or the model changes its state's structure.
+      ValueError: `loss` is no function, or `optimizer` no factory; at trace time: the loss is no scalar, `init` gives
+        no pair where it should, the parameters are not floating-point, the optimizer or the model changes its state's
+        structure.
 
     >>> import jax, optax
     >>> from metaopt import inner
@@ -167,8 +168,8 @@ def loop(
     sample = _samplers.full_batch() if sampler is None else sampler
     if not callable(loss):
         raise ValueError(
-            f"`loss` must be a function `(params, hyperparams, batch) -> []`, or, with `with_context`, one that takes a "
-            f"context too; got {loss!r}."
+            "`loss` must be a function `(params, hyperparams, batch) -> []`, or, with `with_context`, "
+            f"`(params, hyperparams, batch, context) -> []`; got {loss!r}."
         )
     if not callable(optimizer):
         raise ValueError(f"{_FACTORY}; got {type(optimizer).__name__} itself.")

@@ -247,7 +247,11 @@ def test_a_seed_that_is_not_finite_is_left_out():
             r"must have the number of tasks as its leading axis.*\(3,\).*\(4,\)",
         ),
         ({}, base.Task(jnp.zeros([]), jnp.zeros((4, 3))), "must have the number of tasks as its leading axis"),
-        ({}, [problems.TASK, problems.TASK], r"A batch of tasks is one `Task\(train, valid\)`.*`tasks.stack`.*a list of"),
+        (
+            {},
+            [problems.TASK, problems.TASK],
+            r"A batch of tasks is one `Task\(train, valid\)`.*`tasks.stack`.*a list of",
+        ),
         ({}, (problems.TASK, None), r"or a tuple of such batches; got a tuple of \['Task', 'NoneType'\]"),
     ],
 )
@@ -284,14 +288,14 @@ def test_a_plain_tuple_is_no_task():
     """Which only a rule of a problem tells: `direct` takes it."""
     pair = (jnp.ones(3), jnp.ones(3))
     message = r"A batch of tasks is one `Task\(train, valid\)`.*`tasks.stack`.*; got a tuple\."
+    unrolled = hypergrad.over_tasks(hypergrad.unrolled(problems.RIDGE, num_steps=1))
+    lookahead = hypergrad.over_tasks(hypergrad.lookahead(problems.RIDGE, commit=1, num_steps=1))
     with pytest.raises(ValueError, match=message):
-        hypergrad.over_tasks(hypergrad.unrolled(problems.RIDGE, num_steps=1)).estimate(
-            problems.LAM, pair, jax.random.split(KEY, 3)
-        )
+        jax.eval_shape(unrolled.estimate, problems.LAM, pair, jax.random.split(KEY, 3))
     with pytest.raises(ValueError, match=message):
-        hypergrad.over_tasks(hypergrad.lookahead(problems.RIDGE, commit=1, num_steps=1)).init(KEY, problems.LAM, pair)
-    plain = hypergrad.over_tasks(hypergrad.direct(lambda hp, task, key: hp * (task[0] + task[1])))
-    assert plain.estimate(2.0, pair, jax.random.split(KEY, 3))[0].hypergrad == 2
+        jax.eval_shape(lookahead.init, KEY, problems.LAM, pair)
+    direct = hypergrad.over_tasks(hypergrad.direct(lambda hp, task, key: hp * (task[0] + task[1])))
+    jax.eval_shape(direct.estimate, 2.0, pair, jax.random.split(KEY, 3))
 
 
 @pytest.mark.parametrize("wrap", [hypergrad.over_tasks, lambda rule: hypergrad.over_seeds(rule, 2)])

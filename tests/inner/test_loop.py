@@ -311,7 +311,7 @@ def test_run_arguments():
     with pytest.raises(ValueError, match="`num_steps` must be at least 0, or None; got -1"):
         inner.run(make(), num_steps=-1)
     with pytest.raises(ValueError, match="`num_steps` must be an integer of at least 0, or None; got 2.5"):
-        inner.run(make(), 2.5)  # pyright: ignore[reportArgumentType]
+        inner.run(make(), 2.5)
     with pytest.raises(ValueError, match="`trace_fn` needs `num_steps`"):
         inner.run(make(), trace_fn=lambda state: state.step)
     with pytest.raises(ValueError, match="`num_steps` must be given"):

@@ -160,7 +160,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="`batch_size` must be at least 1; got 0"):
         inner.minibatch(0)
     with pytest.raises(ValueError, match="`batch_size` must be an integer of at least 1; got 2.5"):
-        inner.minibatch(2.5)  # pyright: ignore[reportArgumentType]
+        inner.minibatch(2.5)
     with pytest.raises(ValueError, match=r"`shared` must be a sequence of names, such as \('mask',\); got the string"):
         inner.minibatch(2, shared="mask")(KEY, 0, {"x": jnp.zeros(3), "mask": jnp.ones(3)})
     with pytest.raises(ValueError, match="`shared` names scales, and the data have x"):
