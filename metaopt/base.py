@@ -12,6 +12,7 @@ Everything here is a plain `NamedTuple` of functions, or of arrays; there are no
 meta-parameters where they are a network's weights) is any pytree of floating-point arrays.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +26,47 @@ Batch = PyTree
 Data = PyTree
 InnerState = PyTree
 EstimatorState = PyTree
+
+
+def check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
+    """ValueError where the argument `name` is no integer of at least `least` (nor None, where it is optional)."""
+    if optional and value is None:
+        return
+    try:
+        is_integer = not isinstance(value, bool) and operator.index(value) is not None
+    except TypeError:
+        is_integer = False
+    if not is_integer or value < least:
+        wanted = f"{'' if is_integer else 'an integer of '}at least {least}{', or None' if optional else ''}"
+        raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
+
+
+def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool = False) -> None:
+    """ValueError where the argument `name` is not a positive number (nor, where they are allowed, zero or None)."""
+    if optional and value is None:
+        return
+    try:
+        holds = value >= 0 if zero else value > 0
+    except TypeError:  # no number
+        holds = False
+    if not holds:
+        wanted = f"{'at least 0' if zero else 'positive'}{', or None' if optional else ''}"
+        raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
+
+
+def check_hyperparams(hyperparams: HyperParams) -> None:
+    """ValueError where λ has no leaf, or one that has no gradient."""
+    leaves = jax.tree_util.tree_leaves_with_path(hyperparams)
+    if not leaves:
+        raise ValueError("`hyperparams` has no leaves: there is nothing to tune.")
+    for path, leaf in leaves:
+        dtype = jnp.asarray(leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            name = f"hyperparams{jax.tree_util.keystr(path)}"
+            raise ValueError(
+                f"`{name}` has dtype {dtype}, and only floating-point leaves have a gradient; write it as a float if "
+                "it is to be tuned (1.0, not 1), and keep it out of λ, for instance in a closure, if it is not."
+            )
 
 
 class Task(NamedTuple):

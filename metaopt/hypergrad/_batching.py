@@ -1,5 +1,6 @@
 """One estimator over several seeds, and over a batch of tasks."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -8,7 +9,22 @@ import optax
 
 from metaopt import base
 
+_BATCH = (
+    "A batch of tasks is one `Task(train, valid)` whose leaves have a leading axis of tasks (`tasks.stack` makes it of "
+    "a list of them), or a tuple of such batches"
+)
 _EMPTY = "The batch of tasks is empty: it needs at least one task, stacked with `tasks.stack`."
+
+
+@contextlib.contextmanager
+def _explained(task: Any):
+    """Says what a task is, where a rule finds none. Only the rule knows: `direct` takes tasks of any structure."""
+    try:
+        yield
+    except AttributeError as error:
+        if type(error.obj) is not type(task) or error.name not in base.Task._fields:
+            raise
+        raise ValueError(f"{_BATCH}; got a {type(task).__name__}.") from error
 
 
 def _is_finite(estimate: base.Estimate) -> jax.Array:
@@ -58,13 +74,14 @@ def over_seeds(estimator: base.Estimator, num_seeds: int) -> base.Estimator:
     Raises:
       ValueError: `num_seeds` is below 1.
     """
-    if num_seeds < 1:
-        raise ValueError(f"`num_seeds` must be at least 1; got {num_seeds}.")
+    base.check_integer("num_seeds", num_seeds, 1)
 
     def init(key, hyperparams, task):
+        base.check_hyperparams(hyperparams)
         return jax.vmap(estimator.init, in_axes=(0, None, None))(jax.random.split(key, num_seeds), hyperparams, task)
 
     def estimate(hyperparams, task, state):
+        base.check_hyperparams(hyperparams)
         estimates, state = jax.vmap(estimator.estimate, in_axes=(None, None, 0))(hyperparams, task, state)
         sums = _sums(estimates)
         mean = jax.tree.map(lambda x: x / sums["finite"], {k: sums[k] for k in ("value", "hypergrad", "metrics")})
@@ -120,15 +137,18 @@ def over_tasks(
     Raises:
       ValueError: an argument is out of range; at trace time, an empty batch, or leaves that disagree on B.
     """
-    if task_chunk is not None and task_chunk < 1:
-        raise ValueError(f"`task_chunk` must be at least 1, or None; got {task_chunk}.")
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"`max_norm` must be positive, or None; got {max_norm}.")
+    base.check_integer("task_chunk", task_chunk, 1, optional=True)
+    base.check_positive("max_norm", max_norm, optional=True)
     if normalize and max_norm is not None:
         raise ValueError("`normalize` and `max_norm` exclude each other: a normalized hypergradient has norm 1.")
 
     def is_ragged(tasks):
-        return type(tasks) is tuple and all(isinstance(part, base.Task) for part in tasks)
+        """Whether these are several batches; refuses what is neither several nor one."""
+        if type(tasks) is tuple and all(isinstance(part, base.Task) for part in tasks):
+            return True
+        if type(tasks) in (tuple, list) and any(isinstance(part, base.Task) for part in tasks):
+            raise ValueError(f"{_BATCH}; got a {type(tasks).__name__} of {[type(t).__name__ for t in tasks]}.")
+        return False
 
     def size(tasks):
         """The number of tasks in one batch; checks it."""
@@ -147,14 +167,18 @@ def over_tasks(
             raise ValueError(_EMPTY)
 
     def init(key, hyperparams, task):
+        base.check_hyperparams(hyperparams)
         if is_ragged(task):
             check_parts(task)
             keys = jax.random.split(key, len(task))
             return tuple(init(k, hyperparams, batch) for k, batch in zip(keys, task, strict=True))
-        return jax.vmap(estimator.init, in_axes=(0, None, 0))(jax.random.split(key, size(task)), hyperparams, task)
+        keys = jax.random.split(key, size(task))
+        with _explained(task):
+            return jax.vmap(estimator.init, in_axes=(0, None, 0))(keys, hyperparams, task)
 
     def one(hyperparams, task, state):
-        estimate, state = estimator.estimate(hyperparams, task, state)
+        with _explained(task):
+            estimate, state = estimator.estimate(hyperparams, task, state)
         return _normalize(estimate, max_norm, normalize), state
 
     def batch_sums(hyperparams, tasks, state):
@@ -184,6 +208,7 @@ def over_tasks(
         return total, *outputs
 
     def estimate(hyperparams, task, state):
+        base.check_hyperparams(hyperparams)
         if is_ragged(task):
             check_parts(task)
             parts = [batch_sums(hyperparams, *part) for part in zip(task, state, strict=True)]

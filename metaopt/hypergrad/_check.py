@@ -212,10 +212,9 @@ def check(
         "num_samples": (num_samples, 2),
     }
     for name, (count, least) in counts.items():
-        if count < least:
-            raise ValueError(f"`{name}` must be at least {least}; got {count}.")
-    if not epsilon > 0 or not radius > 0:
-        raise ValueError(f"`epsilon` and `radius` must be positive; got {epsilon} and {radius}.")
+        base.check_integer(name, count, least)
+    base.check_positive("epsilon", epsilon)
+    base.check_positive("radius", radius)
     key = jax.random.key(0) if key is None else key
     with jax.enable_x64(True):
         hyperparams, task = _widen(hyperparams), _widen(task)

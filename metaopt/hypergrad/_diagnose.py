@@ -80,8 +80,7 @@ def diagnose(
 
     Source: chaos and its cure by smaller steps: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180.
     """
-    if num_steps < 2:
-        raise ValueError(f"`num_steps` must be at least 2; got {num_steps}.")
+    base.check_integer("num_steps", num_steps, 2)
     key = jax.random.key(0) if key is None else key
     loop = problem.loop
     start_key, noise_key, estimator_key = jax.random.split(key, 3)

@@ -42,8 +42,7 @@ def check_pairs(sigma: base.PyTree, num_pairs: int, least: int = 1) -> None:
     """Raises a `ValueError` where a scale is not positive or the pairs are fewer than `least`."""
     if not all(np.all(np.asarray(leaf) > 0) for leaf in jax.tree.leaves(sigma)):
         raise ValueError(f"`sigma` must be positive; got {sigma}.")
-    if num_pairs < least:
-        raise ValueError(f"`num_pairs` must be at least {least}; got {num_pairs}.")
+    base.check_integer("num_pairs", num_pairs, least)
 
 
 def scales(sigma: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParams:
@@ -154,9 +153,9 @@ def _particles(problem, window, sigma, num_pairs, renew):
 def _windowed(problem, num_steps, truncation_length, sigma, num_pairs, renew, kind) -> base.Estimator:
     """A rule that estimates once a window, done at the horizon."""
     check_pairs(sigma, num_pairs)
-    if truncation_length < 1:
-        raise ValueError(f"`truncation_length` must be at least 1; got {truncation_length}.")
-    if num_steps < 1 or num_steps % truncation_length:
+    base.check_integer("truncation_length", truncation_length, 1)
+    base.check_integer("num_steps", num_steps, 1)
+    if num_steps % truncation_length:
         raise ValueError(
             f"`num_steps` must be a positive multiple of `truncation_length`, {truncation_length}, so that all windows "
             f"have one length; got {num_steps}."

@@ -20,10 +20,8 @@ from metaopt.hypergrad._lookahead import LookaheadState
 
 
 def check(epsilon: float | None, horizon: int | None) -> None:
-    if epsilon is not None and not epsilon > 0:
-        raise ValueError(f"`epsilon` must be positive, or None; got {epsilon}.")
-    if horizon is not None and horizon < 1:
-        raise ValueError(f"`horizon` must be at least 1, or None; got {horizon}.")
+    base.check_positive("epsilon", epsilon, optional=True)
+    base.check_integer("horizon", horizon, 1, optional=True)
 
 
 def start(problem: base.Problem, rule: str) -> base.EstimatorInitFn:
@@ -130,8 +128,7 @@ def darts_fd(
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 7 and 8.
     """
-    if commit < 0:
-        raise ValueError(f"`commit` must be at least 0; got {commit}.")
+    base.check_integer("commit", commit, 0)
     check(epsilon, horizon)
     loop = problem.loop
 

@@ -75,8 +75,7 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
 
     Source: Kwon et al., ICML 2023, Alg. 1, https://arxiv.org/abs/2301.10945
     """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
+    base.check_integer("num_steps", num_steps, 1)
     if not callable(multiplier) and not multiplier > 0:
         raise ValueError(f"`multiplier` must be positive, or a schedule; got {multiplier}.")
     loop = problem.loop
@@ -160,10 +159,8 @@ def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base
 
     Source: Liu et al., NeurIPS 2022, Alg. 1, https://arxiv.org/abs/2209.08709
     """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
-    if not barrier > 0:
-        raise ValueError(f"`barrier` must be positive; got {barrier}.")
+    base.check_integer("num_steps", num_steps, 1)
+    base.check_positive("barrier", barrier)
     loop = problem.loop
 
     def init(key, hyperparams, task):

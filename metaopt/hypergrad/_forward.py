@@ -68,10 +68,8 @@ def forward(
     Source: Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785, Alg. 2; Micaelli & Storkey, NeurIPS 2021,
       https://arxiv.org/abs/2007.07869, for long horizons.
     """
-    if num_steps < 0:
-        raise ValueError(f"`num_steps` must be at least 0; got {num_steps}.")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"`chunk` must be at least 1, or None; got {chunk}.")
+    base.check_integer("num_steps", num_steps, 0)
+    base.check_integer("chunk", chunk, 1, optional=True)
     weights, last_weight = _unroll._weights(outer, num_steps)
     loop = problem.loop
 

@@ -49,8 +49,7 @@ def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) 
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782
     """
-    if horizon is not None and horizon < 1:
-        raise ValueError(f"`horizon` must be at least 1, or None; got {horizon}.")
+    base.check_integer("horizon", horizon, 1, optional=True)
     loop = problem.loop
 
     def evaluate(state, hyperparams, data):

@@ -109,10 +109,8 @@ def refuse_unanswerable(
 
 
 def _check(num_steps: int, damping: float, batch: Any, condition: str) -> None:
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
-    if not damping >= 0:
-        raise ValueError(f"`damping` must be at least 0; got {damping}.")
+    base.check_integer("num_steps", num_steps, 1)
+    base.check_positive("damping", damping, zero=True)
     if not callable(batch) and batch not in BATCHES:
         raise ValueError(f'`batch` must be "next", "full" or a function `(key, data) -> batch`; got {batch!r}.')
     if condition not in CONDITIONS:
@@ -235,8 +233,9 @@ def implicit(
       NeurIPS 2019, https://arxiv.org/abs/1909.04630.
     """
     _check(num_steps, damping, batch, condition)
-    if horizon is not None and (horizon < 1 or not warm_start):
-        raise ValueError(f"`horizon` must be at least 1 and needs `warm_start=True`, or None; got {horizon}.")
+    base.check_integer("horizon", horizon, 1, optional=True)
+    if horizon is not None and not warm_start:
+        raise ValueError(f"`horizon` needs `warm_start=True`, or must be None; got {horizon}.")
     if gauss_newton is not None and condition == "step":
         raise ValueError('`gauss_newton` approximates a Hessian: it needs `condition="gradient"`; got "step".')
     solver = _default(solver, condition)
@@ -327,8 +326,7 @@ def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float)
 
     Source: Arbel & Mairal, ICLR 2022, Alg. 1, https://arxiv.org/abs/2111.14580
     """
-    if not adjoint_rate > 0:
-        raise ValueError(f"`adjoint_rate` must be positive; got {adjoint_rate}.")
+    base.check_positive("adjoint_rate", adjoint_rate)
     return implicit(problem, num_steps=num_steps, solver=_solvers.neumann(num_steps=num_steps, rate=adjoint_rate))
 
 

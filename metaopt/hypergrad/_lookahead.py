@@ -57,10 +57,8 @@ def lookahead(
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 6; Luketina et al., ICML 2016.
     """
-    if commit < 0:
-        raise ValueError(f"`commit` must be at least 0; got {commit}.")
-    if horizon is not None and horizon < 1:
-        raise ValueError(f"`horizon` must be at least 1, or None; got {horizon}.")
+    base.check_integer("commit", commit, 0)
+    base.check_integer("horizon", horizon, 1, optional=True)
     _unroll._check(num_steps, remat)
     loop = problem.loop
 

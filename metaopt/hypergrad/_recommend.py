@@ -142,8 +142,7 @@ def recommend(
     Raises:
       ValueError: no rule can answer within `max_memory`.
     """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
+    base.check_integer("num_steps", num_steps, 1)
     key = jax.random.key(0)
     loop = problem.loop
 

@@ -44,8 +44,7 @@ def sama(
 
     Source: Choe et al., NeurIPS 2023, https://arxiv.org/abs/2310.05674
     """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
+    base.check_integer("num_steps", num_steps, 1)
     _finite_difference.check(epsilon, horizon)
     loop = problem.loop
 

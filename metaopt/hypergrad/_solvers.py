@@ -46,10 +46,8 @@ def _add_scaled(x: base.Params, scale: jax.Array, y: base.Params) -> base.Params
 
 
 def _check(num_steps: int, tol: float = 0.0) -> None:
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
-    if not tol >= 0:
-        raise ValueError(f"`tol` must be at least 0; got {tol}.")
+    base.check_integer("num_steps", num_steps, 1)
+    base.check_positive("tol", tol, zero=True)
 
 
 def cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
@@ -210,8 +208,7 @@ def neumann(*, num_steps: int, rate: float) -> Solver:
     Source: Lorraine, Vicol & Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590
     """
     _check(num_steps)
-    if not rate > 0:
-        raise ValueError(f"`rate` must be positive; got {rate}.")
+    base.check_positive("rate", rate)
 
     def solve(matvec, b, initial, *, key):
         del key
@@ -247,10 +244,8 @@ def nystrom(*, rank: int, damping: float) -> Solver:
 
     Source: Hataya & Yamada, AISTATS 2023, https://arxiv.org/abs/2302.09726
     """
-    if rank < 1:
-        raise ValueError(f"`rank` must be at least 1; got {rank}.")
-    if not damping > 0:
-        raise ValueError(f"`damping` must be positive; got {damping}.")
+    base.check_integer("rank", rank, 1)
+    base.check_positive("damping", damping)
 
     def solve(matvec, b, initial, *, key):
         del initial

@@ -21,8 +21,7 @@ REMAT = ("none", "step", "sqrt")
 
 
 def _check(num_steps: int, remat: str | int) -> None:
-    if num_steps < 0:
-        raise ValueError(f"`num_steps` must be at least 0; got {num_steps}.")
+    base.check_integer("num_steps", num_steps, 0)
     if remat not in REMAT and not (isinstance(remat, int) and remat >= 1):
         raise ValueError(
             f"`remat` must be one of {', '.join(map(repr, REMAT))}, or a number of levels, at least 1; got {remat!r}."
@@ -221,6 +220,7 @@ def unrolled(
         return key
 
     def estimate(hyperparams, task, state):
+        base.check_hyperparams(hyperparams)
         run_key, key = jax.random.split(state)
         value, hypergrad = jax.value_and_grad(objective)(hyperparams, run_key, task)
         return base.Estimate(value, hypergrad, jnp.array(True), {}), key

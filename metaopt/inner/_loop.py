@@ -44,11 +44,17 @@ def _with_products(fn: Callable, choice: bool | None) -> Callable:
     return called
 
 
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") or isinstance(leaf, (int, float, complex))
+
+
 def _check_scalar(value: Any, what: str) -> None:
     leaves, structure = jax.tree.flatten(value)
-    if not leaves or not jax.tree_util.treedef_is_leaf(structure):
+    is_leaf = leaves and jax.tree_util.treedef_is_leaf(structure)
+    if not is_leaf or not _is_array(value):
+        got = f"type {type(value).__name__}" if is_leaf else structure
         raise ValueError(
-            f"The {what} must return a floating-point scalar; got {structure}. Return the loss alone"
+            f"The {what} must return a floating-point scalar; got {got}. Return the loss alone"
             + (", or a pair (loss, model state) with `with_context=True`." if what == "inner loss" else ".")
         )
     shape, dtype = jnp.shape(leaves[0]), jnp.result_type(leaves[0])
@@ -67,16 +73,20 @@ def _strong(leaf: Any) -> jax.Array:
 
 def _check_floating(params: base.Params) -> base.Params:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, (int, float)):
+        instead = (
+            "Keep what is not trained out of them: in the loss's closure (`equinox.partition`), or in the model state."
+        )
+        if not _is_array(leaf):
             problem = f"of type {type(leaf).__name__}"
-        elif not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        elif not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             problem = f"of dtype {jnp.result_type(leaf)}"
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+                instead = "Train the real and the imaginary part as two leaves, and join them in the loss."
         else:
             continue
         raise ValueError(
             f"The parameters must be floating-point arrays; the leaf {jax.tree_util.keystr(path) or 'itself'} is "
-            f"{problem}. Keep what is not trained out of them: in the loss's closure (`equinox.partition`), or in the "
-            "model state."
+            f"{problem}. {instead}"
         )
     return params
 
@@ -139,8 +149,9 @@ def loop(
       An `InnerLoop`.
 
     Raises:
-      ValueError: `optimizer` is no factory; at trace time: the loss is no scalar, `init` gives no pair where it should,
-        the optimizer or the model changes its state's structure.
+      ValueError: `loss` is no function, or `optimizer` no factory; at trace time: the loss is no scalar, `init` gives
+        no pair where it should, the parameters are not floating-point, the optimizer or the model changes its state's
+        structure.
 
     >>> import jax, optax
     >>> from metaopt import inner
@@ -153,6 +164,11 @@ def loop(
     [1. 2.]
     """
     sample = _samplers.full_batch() if sampler is None else sampler
+    if not callable(loss):
+        raise ValueError(
+            "`loss` must be a function `(params, hyperparams, batch) -> []`, or, with `with_context`, "
+            f"`(params, hyperparams, batch, context) -> []`; got {loss!r}."
+        )
     if not callable(optimizer):
         raise ValueError(f"{_FACTORY}; got {type(optimizer).__name__} itself.")
 
@@ -255,8 +271,7 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
     Raises:
       ValueError: `num_steps` is negative, or not static where a trace is asked for.
     """
-    if num_steps is not None and num_steps < 0:
-        raise ValueError(f"`num_steps` must be at least 0; got {num_steps}.")
+    base.check_integer("num_steps", num_steps, 0, optional=True)
     if num_steps is None and trace_fn is not None:
         raise ValueError("`trace_fn` needs `num_steps` to be given to `run`, since the trace has its length.")
 

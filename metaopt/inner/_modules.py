@@ -80,6 +80,9 @@ def from_linen(
 
     Returns:
       A `Model`.
+
+    Raises:
+      ValueError: at trace time, the module has no keyword `train_argument`.
     """
 
     def mode(train):
@@ -93,7 +96,15 @@ def from_linen(
         inputs = example(data) if callable(example) else example
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         params_key, dropout_key = jax.random.split(key)
-        variables = module.init({"params": params_key, "dropout": dropout_key}, *inputs, **mode(False))
+        try:
+            variables = module.init({"params": params_key, "dropout": dropout_key}, *inputs, **mode(False))
+        except TypeError as error:
+            if train_argument is None or f"unexpected keyword argument '{train_argument}'" not in str(error):
+                raise
+            raise ValueError(
+                f"The module takes no argument `{train_argument}`: {error}. Give `train_argument` of `from_linen` the "
+                "name of the keyword that says whether the module trains, or None where there is none."
+            ) from error
         return variables["params"], {name: v for name, v in variables.items() if name != "params"}
 
     def apply(params, context, *inputs, train=False, **options):

@@ -51,6 +51,8 @@ def num_rows(data: base.Data, shared: Sequence[str] = ()) -> int | jax.Array:
 
 def _split(data: base.Data, shared: Sequence[str]) -> tuple[base.Data, dict[str, Any]]:
     """What has an axis of rows, and what every batch carries whole."""
+    if isinstance(shared, str):
+        raise ValueError(f"`shared` must be a sequence of names, such as ({shared!r},); got the string {shared!r}.")
     if not isinstance(data, dict):
         if shared:
             raise ValueError(f"`shared` names entries of a dict; got data of type {type(data).__name__}.")
@@ -100,8 +102,7 @@ def minibatch(
       ValueError: `batch_size` is below 1; at trace time, leaves of the data disagree on the number of rows, or `shared`
         names what is not there.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
+    base.check_integer("batch_size", batch_size, 1)
     count = num_rows or functools.partial(_num_rows, shared=shared)
 
     def sample(key, step, data):

@@ -53,8 +53,7 @@ def fine_tune(
     Raises:
       ValueError: `num_steps` is negative.
     """
-    if num_steps < 0:
-        raise ValueError(f"`num_steps` must be at least 0; got {num_steps}.")
+    base.check_integer("num_steps", num_steps, 0)
     learner = training.learner(estimator, optax.adam(0.1) if optimizer is None else optimizer)
 
     def tune(key, hyperparams, task):

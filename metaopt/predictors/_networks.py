@@ -19,6 +19,8 @@ from metaopt import base, spaces
 
 def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
     """z₀ as a vector, and the way back from a vector to the unconstrained tree."""
+    if spaces.num_dims(space) == 0:
+        raise ValueError(f"`space` must have a leaf that is tuned; got {space}.")
     hyperparams = spaces.default(space) if hyperparams is None else hyperparams
     return ravel_pytree(spaces.to_unconstrained(space, hyperparams))
 
@@ -69,7 +71,7 @@ def mlp(
       A `Predictor` whose φ is a dict: "center" [Z], "linear" [F, Z], "hidden" [F, H], "bias" [H], "out" [H, Z].
 
     Raises:
-      ValueError: a size is negative; at trace time, the task's features are not [F].
+      ValueError: a size is negative; the space has nothing to tune; at trace time, the task's features are not [F].
     """
     if num_features < 0 or num_hidden < 0:
         raise ValueError(f"`num_features` and `num_hidden` must not be negative; got {num_features}, {num_hidden}.")
@@ -116,7 +118,7 @@ def dataset_embedding(
       A `Predictor`; `task.train` must be a dict like that of `tasks.to_task`.
 
     Raises:
-      ValueError: a size is out of range; at trace time, the task's features are not [F].
+      ValueError: a size is out of range; the space has nothing to tune; at trace time, the task's features are not [F].
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.

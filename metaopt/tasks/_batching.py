@@ -75,11 +75,17 @@ def to_task(
       A `Task` of NumPy arrays.
 
     Raises:
-      ValueError: the table does not fit, or has a NaN or an infinite value.
+      ValueError: the table does not fit, has no row to train on or to validate on, or has a NaN or an infinite value.
     """
     shape, padded = shape_of(prepared), TaskShape(*rows, num_features, num_classes)
     if any(s > p for s, p in zip(shape, padded, strict=True)):
         raise ValueError(f"task {prepared.name} does not fit: it has {shape}, and the padded shape is {padded}.")
+
+    if 0 in (shape.train_rows, shape.valid_rows):
+        raise ValueError(
+            f"task {prepared.name} needs rows to train on and to validate on, at least one each: a mean over padding "
+            f"alone is NaN; it has {shape}. Leave it out, or split it otherwise (`prepare(..., valid_fraction=...)`)."
+        )
 
     def pad(part: Rows, num_rows: int):
         x = np.zeros((num_rows, num_features), np.float32)

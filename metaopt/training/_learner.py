@@ -189,17 +189,7 @@ def restart(init: LearnerInitFn, state: LearnerState, tasks: base.PyTree) -> Lea
 
 def check_hyperparams(hyperparams: base.HyperParams) -> base.HyperParams:
     """λ as arrays; ValueError where a leaf has no gradient."""
-    leaves = jax.tree_util.tree_leaves_with_path(hyperparams)
-    if not leaves:
-        raise ValueError("`hyperparams` has no leaves: there is nothing to tune.")
-    for path, leaf in leaves:
-        dtype = jnp.asarray(leaf).dtype
-        if not jnp.issubdtype(dtype, jnp.floating):
-            name = f"hyperparams{jax.tree_util.keystr(path)}"
-            raise ValueError(
-                f"`{name}` has dtype {dtype}, and only floating-point leaves have a gradient; write it as a float if "
-                "it is to be tuned (1.0, not 1), and keep it out of λ, for instance in a closure, if it is not."
-            )
+    base.check_hyperparams(hyperparams)
     return _strong(hyperparams)
 
 

@@ -247,6 +247,12 @@ def test_a_seed_that_is_not_finite_is_left_out():
             r"must have the number of tasks as its leading axis.*\(3,\).*\(4,\)",
         ),
         ({}, base.Task(jnp.zeros([]), jnp.zeros((4, 3))), "must have the number of tasks as its leading axis"),
+        (
+            {},
+            [problems.TASK, problems.TASK],
+            r"A batch of tasks is one `Task\(train, valid\)`.*`tasks.stack`.*a list of",
+        ),
+        ({}, (problems.TASK, None), r"or a tuple of such batches; got a tuple of \['Task', 'NoneType'\]"),
     ],
 )
 def test_bad_batches(options, tasks, message):
@@ -261,7 +267,9 @@ def test_bad_batches(options, tasks, message):
     ("options", "message"),
     [
         ({"task_chunk": 0}, "`task_chunk` must be at least 1, or None; got 0"),
+        ({"task_chunk": 2.5}, "`task_chunk` must be an integer of at least 1, or None; got 2.5"),
         ({"max_norm": 0.0}, "`max_norm` must be positive, or None; got 0.0"),
+        ({"max_norm": "x"}, "`max_norm` must be positive, or None; got 'x'"),
         ({"max_norm": float("nan")}, "`max_norm` must be positive"),
         ({"max_norm": 1.0, "normalize": True}, "`normalize` and `max_norm` exclude each other"),
     ],
@@ -274,3 +282,23 @@ def test_bad_arguments(options, message):
 def test_bad_number_of_seeds():
     with pytest.raises(ValueError, match="`num_seeds` must be at least 1; got 0"):
         hypergrad.over_seeds(linear(), 0)
+
+
+def test_a_plain_tuple_is_no_task():
+    """Which only a rule of a problem tells: `direct` takes it."""
+    pair = (jnp.ones(3), jnp.ones(3))
+    message = r"A batch of tasks is one `Task\(train, valid\)`.*`tasks.stack`.*; got a tuple\."
+    unrolled = hypergrad.over_tasks(hypergrad.unrolled(problems.RIDGE, num_steps=1))
+    lookahead = hypergrad.over_tasks(hypergrad.lookahead(problems.RIDGE, commit=1, num_steps=1))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(unrolled.estimate, problems.LAM, pair, jax.random.split(KEY, 3))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lookahead.init, KEY, problems.LAM, pair)
+    direct = hypergrad.over_tasks(hypergrad.direct(lambda hp, task, key: hp * (task[0] + task[1])))
+    jax.eval_shape(direct.estimate, 2.0, pair, jax.random.split(KEY, 3))
+
+
+@pytest.mark.parametrize("wrap", [hypergrad.over_tasks, lambda rule: hypergrad.over_seeds(rule, 2)])
+def test_integer_hyperparams_are_refused(wrap):
+    with pytest.raises(ValueError, match=r"`hyperparams\['count'\]` has dtype int.*write it as a float"):
+        wrap(linear()).estimate({"count": 1}, linear_tasks(), {})

@@ -203,7 +203,9 @@ def test_metasmoothness_falls_where_the_slope_does_not_last():
     [
         ({"num_directions": 0}, "`num_directions` must be at least 1; got 0"),
         ({"num_samples": 1}, "`num_samples` must be at least 2; got 1"),
-        ({"epsilon": 0.0}, "`epsilon` and `radius` must be positive"),
+        ({"num_samples": 2.5}, "`num_samples` must be an integer of at least 2; got 2.5"),
+        ({"epsilon": 0.0}, "`epsilon` must be positive; got 0.0"),
+        ({"radius": None}, "`radius` must be positive; got None"),
     ],
 )
 def test_bad_arguments(options, message):

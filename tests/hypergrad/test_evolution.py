@@ -352,7 +352,9 @@ def test_no_derivative_of_the_training_is_needed():
         ("evolution", {"outer": "best"}, '`outer` must be "last", "mean" or 4 weights'),
         ("persistent_es", {"truncation_length": 0}, "`truncation_length` must be at least 1; got 0"),
         ("persistent_es", {"num_steps": 5}, "`num_steps` must be a positive multiple of `truncation_length`, 2.*got 5"),
-        ("truncated_es", {"num_steps": 0}, "`num_steps` must be a positive multiple .*got 0"),
+        ("truncated_es", {"num_steps": 0}, "`num_steps` must be at least 1; got 0"),
+        ("truncated_es", {"num_steps": 4.0}, "`num_steps` must be an integer of at least 1; got 4.0"),
+        ("evolution", {"num_pairs": 2.5}, "`num_pairs` must be an integer of at least 1; got 2.5"),
     ],
 )
 def test_bad_arguments(rule, options, message):

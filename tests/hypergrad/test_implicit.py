@@ -413,6 +413,7 @@ def test_leaves_of_a_bare_array():
     [
         ({"num_steps": 0, "adjoint_rate": 0.1}, "`num_steps` must be at least 1; got 0"),
         ({"num_steps": 1, "adjoint_rate": 0.0}, "`adjoint_rate` must be positive; got 0.0"),
+        ({"num_steps": 1, "adjoint_rate": None}, "`adjoint_rate` must be positive; got None"),
         ({"num_steps": 1, "adjoint_rate": float("nan")}, "`adjoint_rate` must be positive; got nan"),
     ],
 )
@@ -428,8 +429,11 @@ def test_bad_arguments(options, message):
         ({"damping": -1.0}, "`damping` must be at least 0; got -1.0"),
         ({"batch": "last"}, '`batch` must be "next", "full" or a function .*; got \'last\''),
         ({"condition": "minimum"}, "`condition` must be one of 'gradient', 'step'; got 'minimum'"),
-        ({"horizon": 0}, "`horizon` must be at least 1 and needs .*; got 0"),
-        ({"horizon": 9, "warm_start": False}, "`horizon` must be at least 1 and needs .*; got 9"),
+        ({"num_steps": 2.5}, "`num_steps` must be an integer of at least 1; got 2.5"),
+        ({"damping": None}, "`damping` must be at least 0; got None"),
+        ({"horizon": 0}, "`horizon` must be at least 1, or None; got 0"),
+        ({"horizon": 2.5}, "`horizon` must be an integer of at least 1, or None; got 2.5"),
+        ({"horizon": 9, "warm_start": False}, "`horizon` needs `warm_start=True`, or must be None; got 9"),
         ({"condition": "step", "gauss_newton": (len, len)}, "`gauss_newton` approximates a Hessian"),
     ],
 )

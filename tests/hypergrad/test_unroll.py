@@ -348,6 +348,10 @@ def test_the_outer_batch_is_drawn_from_the_task():
     ("options", "message"),
     [
         ({"num_steps": -1}, "`num_steps` must be at least 0; got -1"),
+        ({"num_steps": 2.5}, "`num_steps` must be an integer of at least 0; got 2.5"),
+        ({"num_steps": "x"}, "`num_steps` must be an integer of at least 0; got 'x'"),
+        ({"num_steps": True}, "`num_steps` must be an integer of at least 0; got True"),
+        ({"num_steps": None}, "`num_steps` must be an integer of at least 0; got None"),
         ({"num_steps": 1, "remat": "all"}, "`remat` must be one of 'none', 'step', 'sqrt', or a number.*; got 'all'"),
         ({"num_steps": 1, "remat": 0}, "or a number of levels, at least 1; got 0"),
         ({"num_steps": 2, "outer": "first"}, '`outer` must be "last", "mean" or 2 weights; got \'first\''),
@@ -373,3 +377,8 @@ def test_bounds_in_low_precision(dtype, bound):
     assert found.dtype == dtype
     error = jnp.linalg.norm(found.astype(jnp.float64) - exact) / jnp.linalg.norm(exact)
     assert error < bound, error
+
+
+def test_integer_hyperparams_are_refused():
+    with pytest.raises(ValueError, match=r"`hyperparams\['log_penalty'\]` has dtype int.*write it as a float"):
+        hypergrad.unrolled(problems.RIDGE, num_steps=1).estimate({"log_penalty": 1}, problems.TASK, KEY)

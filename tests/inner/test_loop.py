@@ -211,6 +211,10 @@ BAD_LOOPS = {
         dict(loss=lambda params, hp, batch: None),
         "The inner loss must return a floating-point scalar; got PyTreeDef",
     ),
+    "loss_string": (
+        dict(loss=lambda params, hp, batch: "a"),
+        "The inner loss must return a floating-point scalar; got type str. Return the loss alone",
+    ),
     "optimizer_not_from_a_factory": (
         dict(optimizer=lambda hp: 0.1),
         "`optimizer` must be a factory .*it returned float",
@@ -242,6 +246,10 @@ BAD_LOOPS = {
     "integer_parameters": (
         dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "n": jnp.zeros(2, int)}),
         r"The parameters must be floating-point arrays; the leaf \['n'\] is of dtype int64",
+    ),
+    "complex_parameters": (
+        dict(init=lambda key, hp, data: {"w": jnp.zeros(2, complex)}),
+        r"the leaf \['w'\] is of dtype complex128. Train the real and the imaginary part as two leaves",
     ),
     "parameters_of_another_type": (
         dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "activation": jnp.tanh}),
@@ -287,7 +295,12 @@ def test_an_optimizer_instead_of_a_factory():
         make(optimizer=optax.adam(0.1))
 
 
-@pytest.mark.parametrize("value", [lambda p: p, lambda p: (p.sum(), None), lambda p: {"loss": p.sum()}])
+def test_a_loss_that_is_no_function():
+    with pytest.raises(ValueError, match=r"`loss` must be a function `\(params, hyperparams, batch\) -> \[\]`.*got 3"):
+        make(3)
+
+
+@pytest.mark.parametrize("value", [lambda p: "a", lambda p: p, lambda p: (p.sum(), None), lambda p: {"loss": p.sum()}])
 def test_the_outer_loss_is_a_scalar(value):
     problem = inner.problem(make(), lambda params, hyperparams, batch: value(params))
     with pytest.raises(ValueError, match="The outer loss must return a floating-point scalar"):
@@ -295,8 +308,10 @@ def test_the_outer_loss_is_a_scalar(value):
 
 
 def test_run_arguments():
-    with pytest.raises(ValueError, match="`num_steps` must be at least 0; got -1"):
+    with pytest.raises(ValueError, match="`num_steps` must be at least 0, or None; got -1"):
         inner.run(make(), num_steps=-1)
+    with pytest.raises(ValueError, match="`num_steps` must be an integer of at least 0, or None; got 2.5"):
+        inner.run(make(), 2.5)
     with pytest.raises(ValueError, match="`trace_fn` needs `num_steps`"):
         inner.run(make(), trace_fn=lambda state: state.step)
     with pytest.raises(ValueError, match="`num_steps` must be given"):

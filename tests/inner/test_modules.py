@@ -177,6 +177,13 @@ def test_linen_modules_with_other_arguments():
     assert output.shape == (4, 2) and after == {}
 
 
+def test_a_linen_module_without_the_train_argument():
+    model = inner.from_linen(linen.Dense(2), jnp.ones((1, D)))
+    message = r"takes no argument `train`: .*Give `train_argument` of `from_linen` .*, or None"
+    with pytest.raises(ValueError, match=message):
+        model.init(KEY, None, None)
+
+
 def test_an_equinox_module_without_ceremony():
     eqx = pytest.importorskip("equinox")
     _, static = eqx.partition(eqx.nn.MLP(D, 1, 4, 1, key=KEY), eqx.is_array)

@@ -159,6 +159,10 @@ def test_leaves_that_disagree_on_the_rows(data, message):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`batch_size` must be at least 1; got 0"):
         inner.minibatch(0)
+    with pytest.raises(ValueError, match="`batch_size` must be an integer of at least 1; got 2.5"):
+        inner.minibatch(2.5)
+    with pytest.raises(ValueError, match=r"`shared` must be a sequence of names, such as \('mask',\); got the string"):
+        inner.minibatch(2, shared="mask")(KEY, 0, {"x": jnp.zeros(3), "mask": jnp.ones(3)})
     with pytest.raises(ValueError, match="`shared` names scales, and the data have x"):
         inner.minibatch(2, shared=("scales",))(KEY, 0, {"x": jnp.zeros(3)})
     with pytest.raises(ValueError, match="`shared` names entries of a dict; got data of type tuple"):

@@ -95,6 +95,8 @@ def test_float32_stays_float32():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`num_steps` must be at least 0; got -1"):
         methods.fine_tune(quadratic(), num_steps=-1)
+    with pytest.raises(ValueError, match="`num_steps` must be an integer of at least 0; got 2.5"):
+        methods.fine_tune(quadratic(), num_steps=2.5)
 
 
 def test_a_rule_that_carries_training_returns_its_last_lambda():

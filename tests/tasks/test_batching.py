@@ -84,6 +84,14 @@ def test_to_task_refuses_what_does_not_fit_and_what_is_not_finite():
         padded(prepared(seed=1), features=np.array([np.inf]))
 
 
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_to_task_refuses_a_part_without_rows(part):
+    one = prepared()
+    one = one._replace(**{part: tasks.Rows(*(leaf[:0] for leaf in getattr(one, part)))})
+    with pytest.raises(ValueError, match=f"task t0 needs rows to train on and to validate on.*{part}_rows=0"):
+        padded(one)
+
+
 def cost(shape, width=64):
     return (shape[0] + shape[1]) * (shape[2] + width + shape[3])
 
