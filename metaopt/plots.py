@@ -1,4 +1,4 @@
-"""Pictures: a learning curve, λ over the outer steps, methods compared. They need the extra `examples`.
+"""Pictures: a learning curve, λ over the outer steps, methods compared, few-shot episodes. They need the extra `examples`.
 
 Every function draws on the axes that it is given, or makes a figure, and returns the axes: what else a picture needs is
 matplotlib's business. Matplotlib is imported when a function is called.
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from metaopt import base
+from metaopt import base, methods
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,6 +136,110 @@ def comparison(
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(xlabel)
     return axes
+
+
+def adaptation_curves(
+    evaluation: methods.Evaluation, *, source: str | None = None, axes: "Axes | None" = None, ylabel: str = "score"
+) -> "Axes":
+    """The mean score over the adaptation steps, one line a method, with its 95 % interval.
+
+    Args:
+      evaluation: what `methods.evaluate_episodes` returned.
+      source: of this one; None: over the episodes of all sources.
+      axes: where to draw; None makes a figure.
+      ylabel: what the scores are.
+
+    Returns:
+      The axes, with a legend. A method without steps is a level line, dashed.
+
+    Raises:
+      ValueError: there is no such source.
+      ImportError: matplotlib is not installed.
+    """
+    if source is not None and source not in evaluation.sources:
+        raise ValueError(f"`source` must be one of {', '.join(map(repr, evaluation.sources))}; got {source!r}.")
+    axes = _axes(axes)
+    longest = max(scores.shape[1] for of in evaluation.scores.values() for scores in of.values())
+    for number, (method, of) in enumerate(evaluation.scores.items()):
+        scores = np.concatenate(list(of.values()) if source is None else [of[source]])
+        mean = scores.mean(axis=0)
+        half = (
+            1.96 * scores.std(axis=0, ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.full(len(mean), np.nan)
+        )
+        steps, style = np.arange(len(mean)), "-"
+        if len(mean) == 1 < longest:
+            steps, mean, half, style = np.array([0, longest - 1]), np.repeat(mean, 2), np.repeat(half, 2), "--"
+        axes.plot(steps, mean, style, color=f"C{number}", label=method)
+        axes.fill_between(steps, mean - half, mean + half, color=f"C{number}", alpha=0.2, linewidth=0)
+    axes.legend(fontsize="small")
+    axes.set_xlabel("adaptation steps")
+    axes.set_ylabel(ylabel)
+    return axes
+
+
+def scores_by_number(
+    evaluation: methods.Evaluation,
+    of: str,
+    edges: Sequence[float],
+    *,
+    step: int = -1,
+    axes: "Axes | None" = None,
+    ylabel: str = "score",
+) -> "Axes":
+    """The mean score against the number of ways, or of shots, one line a method, with 95 % intervals.
+
+    Args:
+      evaluation: what `methods.evaluate_episodes` returned.
+      of: "ways" or "shots".
+      edges: of the bins, as for `methods.by_number`.
+      step: after so many adaptation steps; −1: after the last.
+      axes: where to draw; None makes a figure.
+      ylabel: what the scores are.
+
+    Returns:
+      The axes, with a legend.
+
+    Raises:
+      ValueError: `of` or `edges` is out of range.
+      ImportError: matplotlib is not installed.
+    """
+    binned = methods.by_number(evaluation, of, edges, step=step)
+    axes = _axes(axes)
+    for method, bins in binned.items():
+        number, _, mean, half = np.array(bins).T
+        axes.errorbar(number, mean, yerr=half, marker="o", capsize=3, label=method)
+    axes.legend(fontsize="small")
+    axes.set_xlabel(of if of == "ways" else "shots (support examples for each way)")
+    axes.set_ylabel(ylabel)
+    return axes
+
+
+def leaderboard(
+    evaluation: methods.Evaluation, *, source: str | None = None, step: int = -1, axes: "Axes | None" = None
+) -> "Axes":
+    """A dot plot of the methods, best average rank first: mean scores with 95 % intervals.
+
+    Args:
+      evaluation: what `methods.evaluate_episodes` returned.
+      source: on this one; None: the mean over the sources.
+      step: after so many adaptation steps; −1: after the last.
+      axes: where to draw; None makes a figure.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: there is no such source.
+      ImportError: matplotlib is not installed.
+    """
+    if source is not None and source not in evaluation.sources:
+        raise ValueError(f"`source` must be one of {', '.join(map(repr, evaluation.sources))}; got {source!r}.")
+    table = methods.mean_scores(evaluation, step=step)
+    means, halves = {}, {}
+    for method in methods.average_ranks(evaluation, step=step):
+        pairs = np.array([pair for name, pair in table[method].items() if source in (None, name)])
+        means[method], halves[method] = pairs[:, 0].mean(), np.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs)
+    return comparison(means, errors=halves, axes=axes, xlabel=source or "mean over sources")
 
 
 def _axes(axes: "Axes | None", height: float = 3.2) -> "Axes":

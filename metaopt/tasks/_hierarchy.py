@@ -1,0 +1,82 @@
+"""Which classes belong together: the sets that an episode's classes are drawn from, out of an ontology."""
+
+from collections.abc import Mapping, Sequence
+
+# The smallest bound with which every class of ImageNet can be reached; larger nodes are hardly of one kind.
+MAX_LEAVES = 392
+
+
+def ontology_nodes(
+    ontology: Mapping[str, Sequence[str]],
+    class_names: Sequence[str],
+    *,
+    min_leaves: int,
+    max_leaves: int = MAX_LEAVES,
+) -> list[tuple[str, list[int]]]:
+    """The nodes of a directed acyclic graph that an episode may be about, and the classes below each.
+
+    As in Meta-Dataset: the graph is cut to the classes and what is above them; then a node with one child gives its
+    place to the child, until there is none, so that no set of classes counts more often because of a chain above it;
+    nodes with fewer than `min_leaves` or more than `max_leaves` classes are left out. (Here a node's children are a
+    set: one that reaches its only child by two ways is a node with one child.)
+
+    Args:
+      ontology: node -> its children, nodes or classes.
+      class_names: the classes, which have no children.
+      min_leaves: of a node.
+      max_leaves: of a node.
+
+    Returns:
+      (node, sorted numbers of its classes), sorted by node.
+
+    Raises:
+      ValueError: a class is not in the ontology or has children there, the graph has a cycle, or no node is eligible.
+
+    Source: Triantafillou et al., ICLR 2020, App. B, https://arxiv.org/abs/1903.03096
+    """
+    number = {name: i for i, name in enumerate(class_names)}
+    parents: dict[str, set[str]] = {}
+    for node, below in ontology.items():
+        for child in below:
+            parents.setdefault(child, set()).add(node)
+    inner = sorted(name for name in number if ontology.get(name))
+    if inner:
+        raise ValueError(f"The class {inner[0]!r} has children in the ontology; only what has none can be a class.")
+    lost = sorted(set(number) - set(parents))
+    if lost:
+        raise ValueError(f"The class {lost[0]!r} is no child of any node of the ontology.")
+    above: set[str] = set()
+    frontier = set(number)
+    while frontier:
+        frontier = {p for name in frontier for p in parents.get(name, ())} - above
+        above |= frontier
+    children = {node: {c for c in ontology[node] if c in above or c in number} for node in above}
+    spans = _spans(children, number)
+    while single := [node for node in children if len(children[node]) == 1]:
+        node = single[0]
+        (child,) = children.pop(node)
+        for below in children.values():
+            if node in below:
+                below.remove(node)
+                below.add(child)
+    nodes = [(node, sorted(spans[node])) for node in sorted(children)]
+    nodes = [(node, leaves) for node, leaves in nodes if min_leaves <= len(leaves) <= max_leaves]
+    if not nodes:
+        raise ValueError(
+            f"No node of the ontology has {min_leaves} to {max_leaves} of the {len(number)} classes below it."
+        )
+    return nodes
+
+
+def _spans(children: Mapping[str, set[str]], number: Mapping[str, int]) -> dict[str, set[int]]:
+    """The classes below every node, from the leaves up."""
+    spans = {name: {i} for name, i in number.items()}
+    waiting = set(children)
+    while waiting:
+        ready = {node for node in waiting if all(child in spans for child in children[node])}
+        if not ready:
+            raise ValueError(f"The ontology has a cycle through {sorted(waiting)[0]!r}.")
+        for node in ready:
+            spans[node] = set().union(*(spans[child] for child in children[node]))
+        waiting -= ready
+    return spans

@@ -1,0 +1,200 @@
+"""Which classes, sources and examples are trained on, and which are kept back: plain data, saved with the run.
+
+A split is a dict: part ("train", "test" ...) -> source -> {"classes": names, "rows": numbers}, where a missing entry
+means all, and a source that a part does not name is not in it. So it is JSON as it stands.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metaopt.tasks._class_sources import Source, keep
+
+Split = dict[str, dict[str, dict[str, Any]]]
+
+
+def split_classes(source: Source, sizes: Mapping[str, int], *, seed: int = 0, by_superclass: bool = False) -> Split:
+    """Parts with different classes of one source, at random.
+
+    Args:
+      source: what is split.
+      sizes: part -> its number of classes (of superclasses, with `by_superclass`).
+      seed: of the order.
+      by_superclass: whole superclasses go to one part: alphabets that are new, not only characters.
+
+    Returns:
+      A split.
+
+    Raises:
+      ValueError: the source has fewer classes, or no superclasses; a part has none.
+    """
+    if by_superclass and source.superclass is None:
+        raise ValueError(f"Source {source.name!r} has no superclasses; take `by_superclass=False`.")
+    unit = source.superclass if by_superclass and source.superclass is not None else np.arange(source.num_classes)
+    return {
+        part: {source.name: {"classes": [source.class_names[c] for c in np.flatnonzero(np.isin(unit, chosen))]}}
+        for part, chosen in _draw(
+            source.name, np.unique(unit), sizes, seed, "superclasses" if by_superclass else "classes"
+        )
+    }
+
+
+def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> Split:
+    """Parts with different examples of every class: different groups, where the source has any.
+
+    Args:
+      source: what is split.
+      sizes: part -> its share, positive; shares sum to at most 1.
+      seed: of the order.
+
+    Returns:
+      A split.
+
+    Raises:
+      ValueError: a share is not positive, they sum to more than 1, or a part is left without an example.
+    """
+    if min(sizes.values(), default=0) <= 0 or sum(sizes.values()) > 1 + 1e-9:
+        raise ValueError(f"`sizes` must be positive shares that sum to at most 1; got {dict(sizes)}.")
+    rng = np.random.default_rng(seed)
+    if source.group is not None:
+        place = rng.permutation(source.num_groups)[source.group] / source.num_groups
+    else:
+        order = np.lexsort((rng.random(len(source.y)), source.y))  # at random within the classes
+        counts = np.bincount(source.y)
+        rank = np.empty(len(order))
+        rank[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        place = rank / counts[source.y]
+    split: Split = {}
+    start = 0.0
+    for part, share in sizes.items():
+        rows = np.flatnonzero((place >= start - 1e-9) & (place < start + share - 1e-9))
+        if not len(rows):
+            raise ValueError(
+                f"Part {part!r} of source {source.name!r} is left without an example: its share is {share}."
+            )
+        split[part] = {source.name: {"rows": rows.tolist()}}
+        start += share
+    return split
+
+
+def split_sources(parts: Mapping[str, Sequence[str]]) -> Split:
+    """Whole sources for every part.
+
+    Args:
+      parts: part -> the names of its sources.
+
+    Returns:
+      A split; `merge_splits` joins it with those of other sources.
+    """
+    return {part: {name: {} for name in names} for part, names in parts.items()}
+
+
+def merge_splits(*splits: Split) -> Split:
+    """One split of several, which are of different sources.
+
+    Args:
+      *splits: each of sources that the others do not name.
+
+    Returns:
+      A split with all their parts.
+
+    Raises:
+      ValueError: two are of one source.
+    """
+    merged: Split = {}
+    seen: set[str] = set()
+    for split in splits:
+        names = {name for part in split.values() for name in part}
+        if names & seen:
+            raise ValueError(f"Two of the splits are of source {sorted(names & seen)[0]!r}; merge different sources.")
+        seen |= names
+        for part, sources in split.items():
+            merged[part] = {**merged.get(part, {}), **sources}
+    return merged
+
+
+def select(sources: Mapping[str, Source] | Sequence[Source], split: Split, part: str) -> list[Source]:
+    """The sources of one part, each without what is not in the part.
+
+    Args:
+      sources: all of them.
+      split: part -> source -> what of it.
+      part: which.
+
+    Returns:
+      The sources of the part, in its order.
+
+    Raises:
+      ValueError: there is no such part, source, class or row; or two parts share an example.
+    """
+    by_name = {s.name: s for s in (sources.values() if isinstance(sources, Mapping) else sources)}
+    if part not in split:
+        raise ValueError(f"The split has no part {part!r}; it has {', '.join(map(repr, split))}.")
+    missing = sorted(set(split[part]) - set(by_name))
+    if missing:
+        raise ValueError(f"Part {part!r} needs source {missing[0]!r}; there are {', '.join(map(repr, by_name))}.")
+    for name in split[part]:
+        _check_disjoint(split, by_name[name])
+    return [keep(by_name[name], classes=of.get("classes"), rows=of.get("rows")) for name, of in split[part].items()]
+
+
+def save_split(path: str | os.PathLike[str], split: Split) -> None:
+    """Writes a split as JSON, beside the run that used it.
+
+    Args:
+      path: of the file, which is overwritten.
+      split: part -> source -> what of it.
+    """
+    Path(path).write_text(json.dumps(split, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_split(path: str | os.PathLike[str]) -> Split:
+    """What `save_split` wrote.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      The split.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds something else.
+    """
+    split = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(split, dict) or not all(isinstance(of, dict) for part in split.values() for of in part.values()):
+        raise ValueError(f"{path} is no split: it must be part -> source -> classes and rows.")
+    return split
+
+
+def _draw(name, units, sizes: Mapping[str, int], seed: int, what: str) -> list[tuple[str, np.ndarray]]:
+    if min(sizes.values(), default=0) < 1:
+        raise ValueError(f"`sizes` must give every part at least 1; got {dict(sizes)}.")
+    if sum(sizes.values()) > len(units):
+        raise ValueError(f"Source {name!r} has {len(units)} {what}; the parts ask for {sum(sizes.values())}.")
+    order = np.random.default_rng(seed).permutation(units)
+    ends = np.cumsum(list(sizes.values()))
+    return [(part, order[end - size : end]) for (part, size), end in zip(sizes.items(), ends, strict=True)]
+
+
+def _check_disjoint(split: Split, source: Source) -> None:
+    owner = np.full(len(source.y), -1)
+    parts = [part for part in split if source.name in split[part]]
+    for number, part in enumerate(parts):
+        of = split[part][source.name]
+        mine = np.ones(len(source.y), bool)
+        if of.get("classes") is not None:
+            mine &= np.isin(np.array(source.class_names), of["classes"])[source.y]
+        if of.get("rows") is not None:
+            mine &= np.isin(np.arange(len(source.y)), of["rows"])
+        shared = np.flatnonzero(mine & (owner >= 0))
+        if len(shared):
+            raise ValueError(
+                f"The parts {parts[owner[shared[0]]]!r} and {part!r} share example {shared[0]} of source "
+                f"{source.name!r}."
+            )
+        owner[mine] = number

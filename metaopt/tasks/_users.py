@@ -1,0 +1,245 @@
+"""One task a person, a patient or a hospital: adapt to the first few records of somebody new, predict the others."""
+
+import csv
+import gzip
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt.tasks._class_sources import data_file
+from metaopt.tasks._episodes import Episode
+
+ORDERS = ("time", "window", "random")
+
+
+class UserTable(NamedTuple):
+    """Records of `U` users: `N` rows, `D` columns.
+
+    Attributes:
+      x: [N, D] float32; NaN where missing.
+      y: [N] float32, or int32 for classes.
+      user: [N] int32 in 0..U-1.
+      time: [N] float32, when the record was made; None where that is not known.
+      user_names: U names.
+      feature_names: D names.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    user: np.ndarray
+    time: np.ndarray | None
+    user_names: tuple[str, ...]
+    feature_names: tuple[str, ...]
+
+    @property
+    def num_users(self) -> int:
+        """U."""
+        return len(self.user_names)
+
+
+def from_user_records(
+    x: Any, y: Any, user: Any, *, time: Any = None, feature_names: Sequence[str] | None = None
+) -> UserTable:
+    """A table of records, each of one user.
+
+    Args:
+      x: [N, D], numbers; NaN where missing.
+      y: [N], numbers, or integers for classes.
+      user: [N], whose record it is: any values.
+      time: [N], when it was made; None where that is not known.
+      feature_names: D names; None numbers them.
+
+    Returns:
+      A `UserTable`; users are the different values of `user`, sorted.
+
+    Raises:
+      ValueError: there is no record, or lengths differ.
+    """
+    x, y = np.asarray(x, np.float32), np.asarray(y)
+    if x.ndim != 2 or not x.size:
+        raise ValueError(f"`x` must be [records, columns], at least one of each; got shape {x.shape}.")
+    for name, array in (("y", y), ("user", user), ("time", time)):
+        if array is not None and np.shape(array) != (len(x),):
+            raise ValueError(f"`{name}` must have one entry for each of the {len(x)} records; got {np.shape(array)}.")
+    names = tuple(map(str, range(x.shape[1]) if feature_names is None else feature_names))
+    if len(names) != x.shape[1]:
+        raise ValueError(f"`feature_names` must be {x.shape[1]} names; got {len(names)}.")
+    users, user = np.unique(np.asarray(user), return_inverse=True)
+    y = y.astype(np.int32 if np.issubdtype(y.dtype, np.integer) or y.dtype == bool else np.float32)
+    time = None if time is None else np.asarray(time, np.float32)
+    return UserTable(x, y, user.astype(np.int32), time, tuple(map(str, users)), names)
+
+
+def standardize_users(table: UserTable, fit_on: Sequence[int]) -> UserTable:
+    """Columns to mean 0 and variance 1 over some users; gaps become 0, and a column of its own says where they were.
+
+    Args:
+      table: of all users.
+      fit_on: the users that are trained on: nothing is learned from the others.
+
+    Returns:
+      A table without NaN: first the D columns, then one of 0 and 1 for each that has gaps, "missing NAME".
+
+    Raises:
+      ValueError: there is no such user.
+    """
+    rows = np.isin(table.user, _check_users(table, fit_on))
+    gaps = np.isnan(table.x)
+    known = np.where(gaps, 0, table.x)[rows].astype(np.float64)
+    count = np.maximum((~gaps[rows]).sum(axis=0), 1)
+    mean = known.sum(axis=0) / count
+    deviation = np.sqrt((np.where(gaps[rows], 0, known - mean) ** 2).sum(axis=0) / count)
+    x = np.where(gaps, 0, (table.x - mean) / np.where(deviation > 0, deviation, 1))
+    with_gaps = np.flatnonzero(gaps.any(axis=0))
+    names = table.feature_names + tuple(f"missing {table.feature_names[j]}" for j in with_gaps)
+    return table._replace(x=np.concatenate([x, gaps[:, with_gaps]], axis=1).astype(np.float32), feature_names=names)
+
+
+def user_episodes(
+    table: UserTable,
+    *,
+    num_support: int,
+    num_query: int | None = None,
+    order: str = "time",
+    users: Sequence[int] | None = None,
+):
+    """One episode a user: `num_support` records to adapt to, and later (or other) ones to predict.
+
+    Args:
+      table: of all users, without NaN (`standardize_users`).
+      num_support: K, at least 1.
+      num_query: at most so many records of the query set; None: all that are left, padded to the longest.
+      order: which records are which. "time": the first K are the support set, what follows the query set; "window": the
+        same from a random record on, so that training sees more than beginnings; "random": at random, for records
+        without a time.
+      users: which users; None: all.
+
+    Returns:
+      `(key, user=None) -> Episode`, pure, for `jit` and `vmap`: of a user drawn from `users` uniformly, or of the one
+      given by its place in `users`, so that `vmap` over `arange(len(users))` gives everybody once. "x" [K, D], "y" [K],
+      "mask" [K], "num_rows"; the query likewise; `meta` has "user" [] int32, in the table.
+
+    Raises:
+      ValueError: an argument is out of range, a user has K records or fewer, x has NaN, or there is no time.
+    """
+    if num_support < 1 or (num_query is not None and num_query < 1):
+        raise ValueError(f"`num_support` and `num_query` must be at least 1; got {num_support} and {num_query}.")
+    if order not in ORDERS:
+        raise ValueError(f"`order` must be one of {', '.join(map(repr, ORDERS))}; got {order!r}.")
+    if order != "random" and table.time is None:
+        raise ValueError(f'The table has no time: take `order="random"`; got {order!r}.')
+    if np.isnan(table.x).any():
+        raise ValueError("The table has NaN: fill the gaps first, with `standardize_users`.")
+    chosen = _check_users(table, range(table.num_users) if users is None else users)
+    by_time = np.lexsort((np.zeros(len(table.x)) if table.time is None else table.time, table.user))
+    counts = np.bincount(table.user, minlength=table.num_users)
+    short = [u for u in chosen if counts[u] <= num_support]
+    if short:
+        raise ValueError(
+            f"User {table.user_names[short[0]]} has {counts[short[0]]} records: too few for {num_support} to adapt to "
+            "and one to predict. Take fewer, or leave such users out (`users`)."
+        )
+    padded = int(counts[chosen].max()) - num_support
+    padded = padded if num_query is None else min(num_query, padded)
+    x, y = jnp.asarray(table.x[by_time]), jnp.asarray(table.y[by_time])
+    who, count = jnp.asarray(chosen, jnp.int32), jnp.asarray(counts, jnp.int32)
+    first = jnp.asarray(np.cumsum(counts) - counts, jnp.int32)
+    widest = int(counts[chosen].max())
+
+    def sample(key, user=None):
+        user_key, row_key = jax.random.split(key)
+        place = jax.random.randint(user_key, (), 0, len(chosen)) if user is None else user
+        one = who[place]
+        at = jnp.arange(widest, dtype=jnp.int32)
+        if order == "window":
+            at = at + jax.random.randint(row_key, (), 0, count[one] - num_support)
+        elif order == "random":
+            bits = jax.random.bits(row_key, (widest,), jnp.uint32)
+            at = jnp.lexsort((bits, at >= count[one])).astype(jnp.int32)
+
+        def part(at):
+            real = at < count[one]
+            row = jnp.where(real, first[one] + at, 0)
+            mask = real.astype(jnp.float32)
+            return {
+                "x": jnp.where(real[:, None], x[row], 0),
+                "y": jnp.where(real, y[row], 0),
+                "mask": mask,
+                "num_rows": real.sum().astype(jnp.int32),
+            }
+
+        query = part(at[num_support : num_support + padded])
+        return Episode(part(at[:num_support]), query, {"user": one})
+
+    return sample
+
+
+def _check_users(table: UserTable, users: Sequence[int]) -> np.ndarray:
+    users = np.asarray(list(users), int)
+    if not len(users) or users.min() < 0 or users.max() >= table.num_users:
+        raise ValueError(f"Users must be numbers in 0..{table.num_users - 1}, at least one; got {users.tolist()}.")
+    return users
+
+
+# --- the tables in the folder that METAOPT_DATA names ----------------------------------------------------------------
+
+
+def from_parkinsons(path: str | os.PathLike[str] | None = None, *, target: str = "total_UPDRS") -> UserTable:
+    """Parkinson's telemonitoring: 5,875 recordings of 42 patients over half a year, 16 measures of the voice.
+
+    The scores are interpolated between visits to a clinic, so that neighbors in time are nearly equal.
+
+    Args:
+      path: the data folder; None: the environment variable METAOPT_DATA.
+      target: "total_UPDRS" or "motor_UPDRS".
+
+    Returns:
+      A `UserTable`; a user is a patient, time in days since recruitment; x is age, sex, time and the measures.
+
+    Raises:
+      FileNotFoundError: there is no such folder or file.
+      ValueError: there is no such target.
+
+    Source: Tsanas et al., IEEE Transactions on Biomedical Engineering 2009; UCI, CC BY 4.0.
+    """
+    if target not in ("total_UPDRS", "motor_UPDRS"):
+        raise ValueError(f'`target` must be "total_UPDRS" or "motor_UPDRS"; got {target!r}.')
+    columns = _read(path, "parkinsons_telemonitoring.csv.gz")
+    patient = np.array(columns.pop("subject#"), int)
+    y = np.array([float(v) for v in columns[target]], np.float32)
+    columns = {name: values for name, values in columns.items() if not name.endswith("_UPDRS")}
+    x = np.array([[float(v) for v in values] for values in columns.values()], np.float32).T
+    time = x[:, list(columns).index("test_time")]
+    return from_user_records(x, y, patient, time=time, feature_names=list(columns))
+
+
+def from_heart_disease(path: str | os.PathLike[str] | None = None) -> UserTable:
+    """Heart disease: 920 patients of four hospitals; whether disease was found. Here a "user" is a hospital.
+
+    Args:
+      path: the data folder; None: the environment variable METAOPT_DATA.
+
+    Returns:
+      A `UserTable` without time; y is 0 or 1; many gaps in the last columns. To leave one hospital out, standardize and
+      train on the three others.
+
+    Raises:
+      FileNotFoundError: there is no such folder or file.
+
+    Source: Janosi, Steinbrunn, Pfisterer & Detrano; UCI, CC BY 4.0.
+    """
+    columns = _read(path, "heart_by_hospital.csv.gz")
+    hospital = columns.pop("hospital")
+    y = np.array([float(v) > 0 for v in columns.pop("num")])
+    x = np.array([[float(v) if v else np.nan for v in values] for values in columns.values()], np.float32).T
+    return from_user_records(x, y, hospital, feature_names=list(columns))
+
+
+def _read(path: str | os.PathLike[str] | None, name: str) -> dict[str, list[str]]:
+    with gzip.open(data_file(name, path), "rt", newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return {column: [row[column] for row in rows] for column in rows[0]}
