@@ -68,8 +68,8 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
     return carry, ys
 
 
-def _weights(outer: str | Sequence[float] | np.ndarray, num_steps: int) -> tuple[np.ndarray | None, float]:
-    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ); or None, and w_T, where only the last step has weight."""
+def _weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_steps: int) -> tuple[Any, float]:
+    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ); or None, and w_T, where only the last step is known to have one."""
     if isinstance(outer, str):
         if outer not in ("last", "mean"):
             raise ValueError(f'`outer` must be "last", "mean" or {num_steps} weights; got {outer!r}.')
@@ -77,12 +77,14 @@ def _weights(outer: str | Sequence[float] | np.ndarray, num_steps: int) -> tuple
             return None, 1.0
         weights = np.full(num_steps, 1 / max(num_steps, 1))
     else:
-        weights = np.asarray(outer, float)
+        weights = outer if isinstance(outer, jax.core.Tracer) else np.asarray(outer, float)
         if weights.shape != (num_steps,):
             raise ValueError(f"`outer` must have one weight per step, shape ({num_steps},); got {weights.shape}.")
     if num_steps == 0:
         raise ValueError('With `num_steps=0` there is no step to weigh: take `outer="last"`.')
-    return (weights, 1.0) if weights[:-1].any() else (None, float(weights[-1]))
+    if isinstance(weights, jax.core.Tracer) or weights[:-1].any():
+        return weights, 1.0
+    return None, float(weights[-1])
 
 
 def _weighted_scan(
@@ -154,7 +156,7 @@ def unrolled(
     *,
     num_steps: int,
     remat: str = "none",
-    outer: str | Sequence[float] | np.ndarray = "last",
+    outer: str | Sequence[float] | np.ndarray | jax.Array = "last",
     grad: Callable = _mixed.mixed_grad,
 ) -> base.Estimator:
     """Estimates dF/dλ exactly, by reverse mode through T steps from a fresh start.
@@ -170,7 +172,7 @@ def unrolled(
       num_steps: T, at least 1 (0 with `outer="last"`: f at the initialization, plain training of λ).
       remat: "none", "step" or "sqrt"; time and memory in `unroll`.
       outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T; steps of weight zero are not evaluated where
-        only the last has weight.
+        only the last has weight. The weights may be traced: a schedule of the outer step.
       grad: what takes the inner gradient; see `inner.step`. `mixed_grad` says where `jax.grad` is to be taken instead.
 
     Returns:
