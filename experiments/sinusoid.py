@@ -12,7 +12,6 @@ Every training is saved in the folder that `--work` names, and a run that was st
 """
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -97,9 +96,13 @@ def train(row: Row, seed: int, config) -> tuple[methods.Adaptation, dict]:
 
 
 def judge(adaptation, hyperparams, shots: int, config) -> np.ndarray:
-    """[test tasks, TEST_STEPS + 1]: the same tasks for all rows with as many shots, and for all seeds."""
+    """[test tasks, TEST_STEPS + 1]: the same tasks for all models with as many shots, and for all seeds."""
     evaluation = methods.evaluate_episodes(
-        {"row": methods.adapted(adaptation, hyperparams, lambda p, query: network(p, query["x"]), num_steps=TEST_STEPS)},
+        {
+            "row": methods.adapted(
+                adaptation, hyperparams, lambda p, query: network(p, query["x"]), num_steps=TEST_STEPS
+            )
+        },
         tasks.sinusoids(num_shots=shots, num_query=100),
         jax.random.key(2024),
         num_episodes=config.test_tasks,
@@ -158,7 +161,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="each with its own initialization and training tasks")
     parser.add_argument("--outer-steps", type=int, default=60_000)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help="some of the models")
-    parser.add_argument("--rate", type=float, default=2e-3, help="of the outer Adam, at the start")
+    parser.add_argument("--rate", type=float, default=6e-3, help="of the outer Adam, at the start")
     parser.add_argument("--work", type=Path, default=Path("sinusoid_runs"), help="where finished trainings are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     config = parser.parse_args()

@@ -19,7 +19,8 @@ def quick_and_small(request):
     The rules' tests spend their time in the compiler: they do with less of its optimizations. Tests of values to the
     bit, in the other rooms, have all of them.
     """
-    quick = request.path.parent.name == "hypergrad" or request.path.name == "test_im2col.py"
+    names = ("test_im2col.py", "test_adaptation.py", "test_few_shot.py")
+    quick = request.path.parent.name == "hypergrad" or request.path.name in names
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

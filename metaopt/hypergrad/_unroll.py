@@ -69,7 +69,7 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
 
 
 def _weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_steps: int) -> tuple[Any, float]:
-    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ); or None, and w_T, where only the last step is known to have one."""
+    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ); or None, and w_T, where only the last step is known to count."""
     if isinstance(outer, str):
         if outer not in ("last", "mean"):
             raise ValueError(f'`outer` must be "last", "mean" or {num_steps} weights; got {outer!r}.')

@@ -30,8 +30,8 @@ class Adaptation(NamedTuple):
       estimator: of dF/dλ for one task; where there are schedules, as it is after their end.
       estimator_at: `step -> Estimator`, the same at an outer step:
         `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)` follows the schedules.
-      hyperparams: `(meta_params, data=None) -> λ` to start from; `data` is one task's support set, needed for a rate for
-        each leaf or entry of θ where `init` looks at the data.
+      hyperparams: `(meta_params, data=None) -> λ` to start from; `data` is one task's support set, needed where `init`
+        looks at it and each leaf or entry of θ has a rate.
       params: `(state, hyperparams) -> ` all leaves of the model, adapted or not, after a state's steps.
       test_steps: steps at test.
     """
@@ -72,8 +72,8 @@ def adaptation(
       loss: g, `(params, hyperparams, batch) -> []` on the support set, where `params` are all leaves of the model. With
         `with_context`, `(params, hyperparams, batch, context) -> []` or `-> ([], model_state)`.
       outer_loss: f on the query set, with the same arguments, `-> []`; by default `loss` (without its model state).
-      init: `(key, hyperparams, data) -> params`, θ_0 and what does not adapt: λ["init"] by default; may add leaves, such
-        as a head made from the support set. With `with_context`, `-> (params, model_state)`.
+      init: `(key, hyperparams, data) -> params`, θ_0 and what does not adapt: λ["init"] by default; may add leaves,
+        such as a head made from the support set. With `with_context`, `-> (params, model_state)`.
       extra: more leaves of λ, by name, with the values to start from, for the losses and `init` to read.
       adapt: which leaves adapt: a regular expression that is searched for in paths like "layers/0/bias". Leaves that do
         not adapt are in λ["init"], and are learned by the outer step alone.
@@ -258,7 +258,7 @@ def adapted(
       with_context: `predict` is in its full form.
 
     Returns:
-      `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps. It passes no derivative on, and keeps no graph.
+      `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps; it passes no derivative on.
     """
     loop = adaptation.problem.loop
     steps = adaptation.test_steps if num_steps is None else num_steps

@@ -340,7 +340,7 @@ def ridge_head(features: Callable, *, loss: Callable = cross_entropy, **options:
 
     Args:
       features: `(params, x) -> [N, D]`; λ["init"] is a dict.
-      loss: `(outputs, batch) -> []`: `cross_entropy`, where Y is one-hot, or `mean_squared_error`, where it is "y" [N, W].
+      loss: `(outputs, batch) -> []`: `cross_entropy` (Y is one-hot), or `mean_squared_error` (Y is "y" [N, W]).
       **options: as for `adaptation`; with `num_steps` the head and the features adapt from there.
 
     Returns:

@@ -102,10 +102,10 @@ def fit(
         that every λ is judged on the same draws. Compile it yourself.
       eval_every: steps between evaluations; the first judges the initial λ.
       patience: stop after so many evaluations in a row without a new best; None never does.
-      steps_per_call: outer steps that are compiled into one program, and leave it together; for steps of a millisecond,
-        of which calling, drawing tasks and reading metrics take a good part. `sample_tasks` must then be a function that
-        can be traced, and draws tasks of one shape. Evaluations and checkpoints keep their places, and cut a call
-        short; signals wait for its end. The results are those of single steps, to rounding.
+      steps_per_call: outer steps that are compiled into one program; for steps of a millisecond, where calls, draws and
+        metrics take as long as they do. `sample_tasks` is then traced, and draws tasks of one shape. Evaluations and
+        checkpoints keep their places, and cut a call short; signals wait for its end. The results are those of single
+        steps, to rounding.
       callback: `(step, metrics) -> None`, after every step, counted from 1; metrics are floats, and numpy arrays
         where they are no scalars. After a resume, steps since the checkpoint are reported again.
       progress: draw a progress bar; None draws one in a terminal or notebook only.
