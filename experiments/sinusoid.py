@@ -15,6 +15,7 @@ import argparse
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ LITERATURE = "MAML, Finn et al. 2017, as read off their repository's log"
 
 
 class Row(NamedTuple):
-    make: object  # (loss) -> Adaptation
+    make: Callable  # (loss) -> Adaptation
     shots: int
     bars: dict = {}  # gradient steps -> the error to reach
 
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     config = parser.parse_args()
     if config.smoke:
-        config.seeds, config.outer_steps, config.rows = 1, 6, ["MAML, 1 step", "LSLR, 5 steps", "pre-trained"]
+        config.seeds, config.outer_steps, config.rows = 1, 6, ["LSLR, 5 steps", "pre-trained"]
     config.width, config.test_tasks, config.steps_per_call = (8, 4, 3) if config.smoke else (40, 600, 500)
 
     errors = {}

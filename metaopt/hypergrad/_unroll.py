@@ -77,12 +77,12 @@ def _weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_steps: i
             return None, 1.0
         weights = np.full(num_steps, 1 / max(num_steps, 1))
     else:
-        weights = outer if isinstance(outer, jax.core.Tracer) else np.asarray(outer, float)
+        weights = outer if isinstance(outer, jax.Array) else np.asarray(outer, float)
         if weights.shape != (num_steps,):
             raise ValueError(f"`outer` must have one weight per step, shape ({num_steps},); got {weights.shape}.")
     if num_steps == 0:
         raise ValueError('With `num_steps=0` there is no step to weigh: take `outer="last"`.')
-    if isinstance(weights, jax.core.Tracer) or weights[:-1].any():
+    if isinstance(weights, jax.Array) or weights[:-1].any():
         return weights, 1.0
     return None, float(weights[-1])
 
@@ -172,7 +172,7 @@ def unrolled(
       num_steps: T, at least 1 (0 with `outer="last"`: f at the initialization, plain training of λ).
       remat: "none", "step" or "sqrt"; time and memory in `unroll`.
       outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T; steps of weight zero are not evaluated where
-        only the last has weight. The weights may be traced: a schedule of the outer step.
+        only the last has weight, by what is known without JAX. They may be traced: a schedule of the outer step.
       grad: what takes the inner gradient; see `inner.step`. `mixed_grad` says where `jax.grad` is to be taken instead.
 
     Returns:

@@ -215,6 +215,8 @@ def adaptation(
         if rule is not None:
             return rule(problem)
         weights: Any = outer(step) if callable(outer) else outer
+        if callable(outer) and isinstance(step, int):  # known: where all weight is on the last, only that is judged
+            weights = np.asarray(weights)
 
         def unrolled(grad):
             return hypergrad.unrolled(problem, num_steps=num_steps, remat=remat, outer=weights, grad=grad)

@@ -317,6 +317,7 @@ def test_bad_patterns():
         methods.imaml(loss, proximal=0.0)
 
 
+@pytest.mark.slow
 def test_learns_sinusoids():
     """A few outer steps through `fit`, several a call, and the evaluation: better than where it started."""
     a = methods.meta_sgd(loss, num_steps=1, rate=0.05, rates="leaf")
