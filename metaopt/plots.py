@@ -1,4 +1,4 @@
-"""Pictures: a learning curve, λ over the outer steps, methods compared, few-shot episodes. They need the extra `examples`.
+"""Pictures: a learning curve, λ over the outer steps, methods compared, episodes. They need the extra `examples`.
 
 Every function draws on the axes that it is given, or makes a figure, and returns the axes: what else a picture needs is
 matplotlib's business. Matplotlib is imported when a function is called.

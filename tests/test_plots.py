@@ -10,7 +10,7 @@ import pytest
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from metaopt import plots
+from metaopt import methods, plots
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,31 @@ def test_a_comparison_draws_the_mean_and_the_interval_of_the_mean():
     np.testing.assert_allclose(spans, [(2.5, 2.5 - half, 2.5 + half), (1.5, 1.25, 1.75)])
 
 
+SCORES = {
+    "steps": {"u": np.array([[0.0, 0.4], [0.2, 0.8]]), "v": np.array([[0.0, 0.2], [0.0, 0.4]])},
+    "level": {"u": np.array([[0.5], [0.5]]), "v": np.array([[0.1], [0.3]])},
+}
+NUMBERS = {"u": np.array([5.0, 10.0]), "v": np.array([5.0, 10.0])}
+EVALUATION = methods.Evaluation(SCORES, NUMBERS, NUMBERS, dict.fromkeys(SCORES, False))
+
+
+def test_adaptation_curves_are_means_over_episodes():
+    drawn = {line.get_label(): line for line in plots.adaptation_curves(EVALUATION, source="u").lines}
+    np.testing.assert_allclose(drawn["steps"].get_ydata(), [0.1, 0.6])
+    np.testing.assert_allclose(drawn["level"].get_data(), [[0, 1], [0.5, 0.5]])
+    assert drawn["level"].get_linestyle() == "--"
+    np.testing.assert_allclose(plots.adaptation_curves(EVALUATION).lines[0].get_ydata(), [0.05, 0.45])
+
+
+def test_scores_by_number_and_the_leaderboard():
+    axes = plots.scores_by_number(EVALUATION, "shots", [1, 6, 11])
+    points = {bar.get_label(): bar.lines[0].get_data() for bar in axes.containers}
+    np.testing.assert_allclose(points["steps"], [[5, 10], [0.3, 0.6]])
+    axes = plots.leaderboard(EVALUATION)
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["steps", "level"]
+    np.testing.assert_allclose([bar.lines[0].get_xdata()[0] for bar in axes.containers], [0.45, 0.35])
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
@@ -60,6 +85,8 @@ def test_a_comparison_draws_the_mean_and_the_interval_of_the_mean():
         (lambda: plots.hyperparameter_trace([]), "`trace` must hold at least one"),
         (lambda: plots.hyperparameter_trace({"a": np.ones(2), "b": np.ones(3)}), "leading axis; got"),
         (lambda: plots.hyperparameter_trace({"a": 1.0}), "leading axis; got"),
+        (lambda: plots.adaptation_curves(EVALUATION, source="w"), "must be one of 'u', 'v'; got 'w'"),
+        (lambda: plots.leaderboard(EVALUATION, source="w"), "must be one of 'u', 'v'; got 'w'"),
         (lambda: plots.comparison({}), "`scores` must hold at least one method"),
         (lambda: plots.comparison({"a": [np.nan]}), "'a' has none"),
         (lambda: plots.comparison({"a": [1.0]}, highlight=["b"]), r"\['b'\] are not in \['a'\]"),

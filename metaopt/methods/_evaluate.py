@@ -54,6 +54,8 @@ class Evaluation(NamedTuple):
 def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
     """The share of real query examples whose class has the largest output among the classes of the episode.
 
+    An example with a NaN among its outputs counts as wrong: a method that diverges is not left out.
+
     Args:
       outputs: [Q, W].
       query: with "y", "mask" and "class_mask", as episodes have them.
@@ -62,8 +64,8 @@ def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
       [], in [0, 1].
     """
     among = jnp.where(query["class_mask"][None] > 0, outputs, -jnp.inf)
-    right = jnp.argmax(among, axis=-1) == query["y"]
-    return jnp.where(jnp.isfinite(outputs).all(), (right * query["mask"]).sum() / query["mask"].sum(), 0.0)
+    right = (jnp.argmax(among, axis=-1) == query["y"]) & ~jnp.isnan(among).any(axis=-1)
+    return (right * query["mask"]).sum() / query["mask"].sum()
 
 
 def mean_squared_error(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
@@ -117,10 +119,10 @@ def evaluate_episodes(
 ) -> Evaluation:
     """Scores all methods on the same episodes, which follow from `key` alone, whoever is evaluated.
 
-    Episodes are drawn once a chunk, and every method, jitted, adapts to all of the chunk at once: memory is that of one
-    chunk, whatever the number of episodes. Query labels are taken away before a method sees an episode. Whether a method
-    is transductive is found out: on the first chunk it is asked again with every other query example blanked; its
-    outputs for the rest must not change. (Rows of its own must be left to each example: `mask` stays.)
+    Episodes are drawn once a chunk, and every method, jitted, adapts to all of the chunk at once: memory is that of
+    one chunk, whatever the number of episodes. Query labels are taken away before a method sees an episode. Whether a
+    method is transductive is found out: on the first chunk it is asked again with every other query example blank, and
+    its outputs for the others must not change.
 
     Args:
       methods: name -> method.
@@ -164,9 +166,8 @@ def evaluate_episodes(
                 score, outputs = run(chunk, support, query)
                 found[name].append(np.asarray(score)[new])
                 if name not in transductive:
-                    transductive[name] = _depends_on_others(
-                        lambda q, run=run: run(chunk, support, q)[1], outputs, query
-                    )
+                    again = run(chunk, support, _blank(query))[1]
+                    transductive[name] = _differ(outputs, again, query)
             way = np.asarray(support["class_mask"]).sum(axis=1) if "class_mask" in support else np.ones(chunk_size)
             found["ways"].append(way[new])
             found["shots"].append((np.asarray(support["mask"]).sum(axis=1) / way)[new])
@@ -185,22 +186,29 @@ def _scored(name: str, method: AdaptFn, score_fn: Callable) -> Callable:
         outputs = method(jax.random.fold_in(key, 1), support, seen)
         if jnp.ndim(outputs) < 2 or outputs.shape[1] != len(query["y"]):
             raise ValueError(
-                f"The method {name!r} must return outputs [steps + 1, {len(query['y'])}, ...], one after each number of "
-                f"adaptation steps for each query example; got shape {jnp.shape(outputs)}. Without steps: `outputs[None]`."
+                f"The method {name!r} must return outputs [steps + 1, {len(query['y'])}, ...], one after each number "
+                f"of adaptation steps for each query example; got shape {jnp.shape(outputs)}. Without steps: "
+                "`outputs[None]`."
             )
         return jax.vmap(lambda one: score_fn(one, query))(outputs), outputs
 
     return run
 
 
-def _depends_on_others(run: Callable, outputs: jax.Array, query: dict[str, jax.Array]) -> bool:
-    """Whether outputs for the even query examples change when the odd ones are blank."""
+def _blank(query: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A chunk of query sets [B, Q, ...] without every other example."""
     x = query["x"]
     odd = (jnp.arange(x.shape[1]) % 2 == 1).reshape(1, -1, *[1] * (x.ndim - 2))
-    again = run({**query, "x": jnp.where(odd, 0, x)})
+    return {**query, "x": jnp.where(odd, 0, x)}
+
+
+def _differ(outputs: jax.Array, again: jax.Array, query: dict[str, jax.Array]) -> bool:
+    """Whether outputs [B, T + 1, Q, ...] differ for the query examples that `_blank` left, by more than rounding."""
     real = np.asarray(query["mask"])[:, ::2] > 0
     before, after = (np.moveaxis(np.asarray(o), 1, 2)[:, ::2][real] for o in (outputs, again))
-    return bool(np.nanmax(abs(before - after), initial=0) > 1e-3 * np.nanmax(abs(before), initial=0))
+    finite = np.isfinite(before) & np.isfinite(after)
+    largest = abs(before[finite]).max(initial=0)
+    return bool(abs(before - after)[finite].max(initial=0) > 1e-3 * largest)
 
 
 def _at(evaluation: Evaluation, method: str, source: str, step: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is solved: tables, their preparation, batches of tasks, features of tasks; episodes, their sources and splits."""
+"""What is solved: tables, their preparation, batches and features of tasks; episodes, their sources and splits."""
 
 from metaopt.base import Task
 from metaopt.tasks._batching import Buckets, TaskShape, bucket, resplit, shape_of, stack, to_task, unstack

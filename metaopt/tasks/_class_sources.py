@@ -3,6 +3,7 @@
 A source is one data set in memory. Nothing is downloaded.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -85,8 +86,8 @@ def from_arrays(
     names = tuple(map(str, labels if class_names is None else class_names))
     if len(names) != len(labels) or len(set(names)) < len(names):
         raise ValueError(
-            f"Source {name!r}: `class_names` must be {len(labels)} different names, one for each label; got {len(names)} "
-            f"({len(set(names))} different)."
+            f"Source {name!r}: `class_names` must be {len(labels)} different names, one for each label; got "
+            f"{len(names)} ({len(set(names))} different)."
         )
     if superclass is not None:
         if np.shape(superclass) != (len(labels),):
@@ -217,8 +218,8 @@ def check_alike(sources: Sequence[Source]) -> None:
         if source.x.shape[1:] != sources[0].x.shape[1:] or source.x.dtype != sources[0].x.dtype:
             raise ValueError(
                 f"The examples of all sources must have one shape and type; those of {source.name!r} are "
-                f"{source.x.dtype} {source.x.shape[1:]}, of {names[0]!r} {sources[0].x.dtype} {sources[0].x.shape[1:]}. "
-                "Resize them."
+                f"{source.x.dtype} {source.x.shape[1:]}, of {names[0]!r} {sources[0].x.dtype} "
+                f"{sources[0].x.shape[1:]}. Resize them."
             )
 
 
@@ -319,7 +320,7 @@ def from_tfds(
       ValueError: the data set has no such features, or images differ in shape and `size` is None.
     """
     try:
-        import tensorflow_datasets as tfds
+        tfds: Any = importlib.import_module("tensorflow_datasets")
     except ImportError as error:
         raise ImportError(f"`from_tfds` needs tensorflow-datasets and array_record; {_EXTRA}") from error
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")

@@ -1,9 +1,9 @@
 """Episodes: small tasks drawn from labelled examples, on the device, as a pure function of a key.
 
 An episode has a support set, which a method adapts to, and a query set, on which the outcome is judged. Both have one
-shape in all draws, with padding at the end and masks that say what is real; so draws can be jitted, mapped over keys and
-carried by scans. All sources lie on the device, joined to one array; drawing an episode costs one gather of its examples
-and little else. A task distribution of one's own is any function `key -> Episode`, or `key -> base.Task`:
+shape in all draws, with padding at the end and masks that say what is real; so draws can be jitted, mapped over keys
+and carried by scans. All sources lie on the device, joined to one array; drawing an episode costs one gather of its
+examples and little else. A task distribution of one's own is any function `key -> Episode`, or `key -> base.Task`:
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import tasks
@@ -128,7 +128,8 @@ def episodes(
         at least N classes.
       disjoint_groups: False draws from all examples of a class alike.
       weights: of the sources, positive; None draws them uniformly.
-      preprocess: `[rows, ...] -> [rows, ...]`, examples to inputs; None: bytes to floats in [0, 1], all else to float32.
+      preprocess: `[rows, ...] -> [rows, ...]`, examples to inputs; None: bytes to floats in [0, 1], all else to
+        float32.
 
     Returns:
       `key -> Episode`, pure, on the device; no derivative. The support has N K rows and the query N Q, class by class.
@@ -137,9 +138,10 @@ def episodes(
       ValueError: an argument is out of range; a source has too few classes; a class has too few examples, or too few
         groups to be sure of K and Q.
 
-    >>> import numpy as np
-    >>> images = np.arange(60, dtype=np.uint8)[:, None, None] * np.ones((60, 4, 4), np.uint8)
-    >>> sample = episodes(from_arrays(images, np.arange(60) // 10), num_ways=3, num_shots=2, num_query=4)
+    >>> from metaopt import tasks
+    >>> images = np.repeat(np.arange(60, dtype=np.uint8), 16).reshape(60, 4, 4)  # of 6 classes
+    >>> source = tasks.from_arrays(images, np.arange(60) // 10)
+    >>> sample = tasks.episodes(source, num_ways=3, num_shots=2, num_query=4)
     >>> episode = jax.jit(sample)(jax.random.key(0))
     >>> episode.support["x"].shape, episode.query["y"].shape
     ((6, 4, 4), (12,))
@@ -165,9 +167,9 @@ def episodes(
     sizes = (num_ways * num_shots, num_ways * num_query)
 
     def sample(key):
-        class_key, group_key, row_key = jax.random.split(key, 3)
-        source, classes = _draw_classes(pool, class_key, num_ways, lambda key, source, size: num_ways)
-        sides = _sides(pool, group_key, source, classes)
+        noise, row_key = _noise(pool, key, num_ways)
+        source, classes = _draw_classes(pool, noise, lambda bits, source, size: num_ways)
+        sides = _sides(pool, noise, source, classes)
         shots = jnp.full(num_ways, num_shots, jnp.int32)
         return _gather(pool, row_key, source, classes, sides, shots, jnp.int32(num_query), sizes, preprocess)
 
@@ -264,23 +266,22 @@ def meta_dataset_episodes(
     padded_query = padded_ways * min(max_query, max(int(c[0]) // 2 for c in counts))
     sizes = (min(max_support, max(int((c[:padded_ways] - 1).sum()) for c in counts)), padded_query)
 
-    def draw_ways(key, source, size):
+    def draw_ways(bits, source, size):
         most = jnp.minimum(size, max_ways)
-        return jnp.where(takes_all[source], most, jax.random.randint(key, (), min_ways, most + 1))
+        return jnp.where(takes_all[source], most, min_ways + _below(bits, most + 1 - min_ways))
 
     def sample(key):
-        class_key, group_key, size_key, weight_key, row_key = jax.random.split(key, 5)
-        source, classes = _draw_classes(pool, class_key, padded_ways, draw_ways)
-        sides = _sides(pool, group_key, source, classes)
+        noise, row_key = _noise(pool, key, padded_ways)
+        source, classes = _draw_classes(pool, noise, draw_ways)
+        sides = _sides(pool, noise, source, classes)
         real, grouped = classes >= 0, pool.support_groups[source] > 0
         total = sides.num_query + sides.num_support
         halves = jnp.where(grouped, jnp.minimum(total // 2, sides.num_query), total // 2)
         query = jnp.minimum(jnp.where(real, halves, max_query).min(), max_query).astype(jnp.int32)
         left = jnp.where(grouped, sides.num_support, total - query)
-        beta = jax.random.uniform(size_key, dtype=jnp.float32)
-        parts = jnp.floor(beta * jnp.minimum(left, max_support_per_class) + 1).astype(jnp.int32)
+        parts = jnp.floor(_uniform(noise.size) * jnp.minimum(left, max_support_per_class) + 1).astype(jnp.int32)
         size = jnp.minimum(jnp.where(real, parts, 0).sum(), max_support)
-        alpha = jax.random.uniform(weight_key, classes.shape, jnp.float32, *log_weights)
+        alpha = log_weights[0] + (log_weights[1] - log_weights[0]) * _uniform(noise.weights)
         share = jnp.where(real, total * jnp.exp(alpha), 0)
         shots = jnp.floor(share / share.sum() * (size - real.sum()) + 1).astype(jnp.int32)
         shots = jnp.where(real, jnp.minimum(shots, left), 0)
@@ -308,7 +309,7 @@ class _Pool(NamedTuple):
     node_size: jax.Array  # [nodes]
     members: jax.Array  # the classes of all nodes, one node after the other
     widest: int  # of the nodes
-    log_weights: jax.Array  # [sources]
+    shares: jax.Array  # [sources], cumulated, of the episodes
 
 
 class _Sides(NamedTuple):
@@ -353,8 +354,8 @@ def _support_groups(source: Source, num_shots: int, num_query: int, disjoint: bo
     if least + query > source.num_groups:
         raise ValueError(
             f"Source {source.name!r} has {source.num_groups} groups. To be sure of {num_shots} support and {num_query} "
-            f"query examples of every class from different ones, it takes {least} and {query}; take fewer examples, drop "
-            "groups with few (`tasks.keep`), or let groups be on both sides: `disjoint_groups=False`."
+            f"query examples of every class from different ones, it takes {least} and {query}; take fewer examples, "
+            "drop groups with few (`tasks.keep`), or let groups be on both sides: `disjoint_groups=False`."
         )
     spare = source.num_groups - least - query
     return least + round(spare * num_shots / (num_shots + num_query))
@@ -402,32 +403,59 @@ def _pool(
         node_size=index(sizes),
         members=index(np.concatenate(flat)),
         widest=int(sizes.max()),
-        log_weights=jnp.log(jnp.asarray(weights, jnp.float32)),
+        shares=jnp.asarray(np.cumsum(weights) / np.sum(weights), jnp.float32),
     )
 
 
-def _random_order(key: jax.Array, size: jax.Array, padded: int) -> jax.Array:
-    """[padded], the numbers 0..size-1 in random order, then the others."""
-    at = jnp.arange(padded, dtype=jnp.int32)
-    bits = jax.random.bits(key, (padded,), jnp.uint32)
-    return jnp.lexsort((bits, at >= size)).astype(jnp.int32)
+class _Noise(NamedTuple):
+    """The random bits of an episode. One call draws them all: each call would cost a tenth of a second to compile."""
+
+    source: jax.Array  # []
+    node: jax.Array  # []
+    ways: jax.Array  # []
+    size: jax.Array  # []
+    weights: jax.Array  # [W]
+    classes: jax.Array  # [widest node]
+    groups: jax.Array  # [groups]
 
 
-def _draw_classes(pool: _Pool, key: jax.Array, padded_ways: int, ways_fn: Callable) -> tuple[jax.Array, jax.Array]:
+def _noise(pool: _Pool, key: jax.Array, padded_ways: int) -> tuple[_Noise, jax.Array]:
+    bits_key, row_key = jax.random.split(key)
+    ends = np.cumsum([4, padded_ways, pool.widest, pool.cells.shape[1]])
+    numbers, *others = jnp.split(jax.random.bits(bits_key, (int(ends[-1]),), jnp.uint32), ends[:-1])
+    return _Noise(*numbers, *others), row_key
+
+
+def _below(bits: jax.Array, size: jax.Array) -> jax.Array:
+    """Uniform in 0..size-1, but for a bias of size / 2³²."""
+    return (bits % jnp.asarray(size, jnp.uint32)).astype(jnp.int32)
+
+
+def _uniform(bits: jax.Array) -> jax.Array:
+    """Uniform in [0, 1)."""
+    return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
+
+
+def _random_order(bits: jax.Array, size: jax.Array) -> jax.Array:
+    """The numbers 0..size-1 in random order, then the others, as many as there are bits."""
+    return jnp.argsort(jnp.where(jnp.arange(len(bits)) < size, bits >> 1, jnp.uint32(2**31))).astype(jnp.int32)
+
+
+def _draw_classes(pool: _Pool, noise: _Noise, ways_fn: Callable) -> tuple[jax.Array, jax.Array]:
     """The source, and [W] its classes, numbered through all sources; -1 is padding."""
-    source_key, node_key, ways_key, order_key = jax.random.split(key, 4)
-    source = jax.random.categorical(source_key, pool.log_weights).astype(jnp.int32)
-    node = pool.first_node[source] + jax.random.randint(node_key, (), 0, pool.num_nodes[source], jnp.int32)
+    padded_ways = len(noise.weights)
+    source = (pool.shares[:-1] <= _uniform(noise.source)).sum().astype(jnp.int32)
+    node = pool.first_node[source] + _below(noise.node, pool.num_nodes[source])
     size = pool.node_size[node]
-    order = _random_order(order_key, size, pool.widest)[:padded_ways]
-    real = jnp.arange(padded_ways) < ways_fn(ways_key, source, size)
+    order = _random_order(noise.classes, size)[:padded_ways]
+    real = jnp.arange(padded_ways) < ways_fn(noise.ways, source, size)
     return source, jnp.where(real, pool.members[pool.node_start[node] + jnp.where(real, order, 0)], -1)
 
 
-def _sides(pool: _Pool, key: jax.Array, source: jax.Array, classes: jax.Array) -> _Sides:
+def _sides(pool: _Pool, noise: _Noise, source: jax.Array, classes: jax.Array) -> _Sides:
     """Draws the groups of both sides."""
     num = pool.num_groups[source]
-    order = _random_order(key, num, pool.cells.shape[1])
+    order = _random_order(noise.groups, num)
     made = pool.cells[classes][:, order] * (classes >= 0)[:, None]
     on_query = jnp.arange(len(order)) < num - pool.support_groups[source]
     num_query = (made * on_query[None]).sum(axis=1)
@@ -448,42 +476,41 @@ def _gather(
     """The episode with so many examples of each class, padded to `sizes`."""
     grouped, padded_ways = pool.support_groups[source] > 0, len(classes)
     num_ways = (classes >= 0).sum().astype(jnp.int32)
-    class_mask = (classes >= 0).astype(jnp.float32)
-    cumulated = jnp.cumsum(pool.cells[classes][:, sides.order], axis=1)  # [W, groups]
-
-    def rows(way, place):
-        """The rows of the pool at `place`, counted through a class in the order of the groups."""
-        at = jax.vmap(lambda ends, p: jnp.searchsorted(ends, p, side="right"))(cumulated[way], place)
-        group = sides.order[jnp.minimum(at, len(sides.order) - 1)]
-        before = jnp.where(at > 0, cumulated[way, at - 1], 0)
-        return pool.cell_start[classes[way], group] + place - before
-
-    def part(way, place, real):
-        row = jnp.where(real, rows(way, place), 0)
-        x = _to_floats(pool.x[row]) if preprocess is None else preprocess(pool.x[row])
-        x = jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
-        y, mask = jnp.where(real, way, 0).astype(jnp.int32), real.astype(jnp.float32)
-        data = {"x": x, "y": y, "mask": mask, "class_mask": class_mask, "num_rows": real.sum().astype(jnp.int32)}
-        return data, jnp.where(real, pool.row[row], -1)
-
-    # Permutations of the examples of each class; where groups do not matter, both parts take from one.
-    at = jnp.arange(sizes[1], dtype=jnp.int32)
-    way = jnp.minimum(at // num_query, padded_ways - 1)
-    place = base.shuffled(key, way, at % num_query, jnp.maximum(sides.num_query[way], 1))
-    query, query_rows = part(way, place, at < num_query * num_ways)
-
+    # Which class, and the how manieth of its examples: [S] of the support set, then [Q] of the query set.
     at, ends = jnp.arange(sizes[0], dtype=jnp.int32), jnp.cumsum(shots)
-    way = jnp.minimum(jnp.searchsorted(ends, at, side="right"), padded_ways - 1).astype(jnp.int32)
-    nth = at - (ends - shots)[way]
-    size = jnp.where(grouped, sides.num_support, sides.num_query)[way]
+    way = (ends[None] <= at[:, None]).sum(axis=1).astype(jnp.int32)
+    nth = at - jnp.append(0, ends)[way]
+    at_query = jnp.arange(sizes[1], dtype=jnp.int32)
+    is_query = jnp.arange(sum(sizes)) >= sizes[0]
+    way = jnp.minimum(jnp.append(way, at_query // num_query), padded_ways - 1)
+    nth = jnp.append(nth, at_query % num_query)
+    real = jnp.append(at < ends[-1], at_query < num_query * num_ways)
+    # Permutations of the examples of each class: of either side's; or one, of which the query set is the beginning.
+    apart = grouped & ~is_query
+    epoch = jnp.where(apart, way + padded_ways, way)
+    nth = jnp.where(grouped | is_query, nth, nth + num_query)
     place = base.shuffled(
-        key, jnp.where(grouped, way + padded_ways, way), jnp.where(grouped, nth, num_query + nth), jnp.maximum(size, 1)
+        key, epoch, nth, jnp.maximum(jnp.where(apart, sides.num_support[way], sides.num_query[way]), 1)
     )
-    place = place + jnp.where(grouped, sides.num_query[way], 0)
-    support, support_rows = part(way, place, at < ends[-1])
+    place = place + jnp.where(apart, sides.num_query[way], 0)
+    # Counted through the class in the order of the groups, in which rows of one group follow one another.
+    cumulated = jnp.cumsum(pool.cells[classes][:, sides.order], axis=1)  # [W, groups]
+    group = (cumulated[way] <= place[:, None]).sum(axis=1)
+    start = pool.cell_start[classes[way], sides.order[jnp.minimum(group, len(sides.order) - 1)]]
+    row = jnp.where(real, start + place - jnp.where(group > 0, cumulated[way, group - 1], 0), 0)
 
-    of_source = jnp.where(classes >= 0, classes - pool.first_class[source], -1)
-    meta = EpisodeMeta(source, of_source, num_ways, shots, num_query, support_rows, query_rows)
+    x = _to_floats(pool.x[row]) if preprocess is None else preprocess(pool.x[row])
+    rows = {
+        "x": jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, 0),
+        "y": jnp.where(real, way, 0),
+        "mask": real.astype(jnp.float32),
+    }
+    of_source = jnp.where(real, pool.row[row], -1)
+    whole = {"class_mask": (classes >= 0).astype(jnp.float32)}
+    support = {k: v[: sizes[0]] for k, v in rows.items()} | whole | {"num_rows": ends[-1]}
+    query = {k: v[sizes[0] :] for k, v in rows.items()} | whole | {"num_rows": num_query * num_ways}
+    local = jnp.where(classes >= 0, classes - pool.first_class[source], -1)
+    meta = EpisodeMeta(source, local, num_ways, shots, num_query, of_source[: sizes[0]], of_source[sizes[0] :])
     return Episode(support, query, meta)
 
 

@@ -55,8 +55,8 @@ def read_tfrecords(file: str | os.PathLike[str], *, check: bool = False) -> Iter
       file: its path.
       check: also the checksums of the data (slow: about a second for 5 MB); those of the lengths are always checked.
 
-    Yields:
-      The data of each record.
+    Returns:
+      An iterator over the data of the records.
 
     Raises:
       ValueError: the file is cut off, or a checksum is wrong.

@@ -179,23 +179,23 @@ def user_episodes(
 
 
 def _check_users(table: UserTable, users: Sequence[int]) -> np.ndarray:
-    users = np.asarray(list(users), int)
-    if not len(users) or users.min() < 0 or users.max() >= table.num_users:
-        raise ValueError(f"Users must be numbers in 0..{table.num_users - 1}, at least one; got {users.tolist()}.")
-    return users
+    numbers = np.asarray(list(users), int)
+    if not len(numbers) or numbers.min() < 0 or numbers.max() >= table.num_users:
+        raise ValueError(f"Users must be numbers in 0..{table.num_users - 1}, at least one; got {numbers.tolist()}.")
+    return numbers
 
 
 # --- the tables in the folder that METAOPT_DATA names ----------------------------------------------------------------
 
 
-def from_parkinsons(path: str | os.PathLike[str] | None = None, *, target: str = "total_UPDRS") -> UserTable:
+def from_parkinsons(path: str | os.PathLike[str] | None = None, *, target: str = "motor_UPDRS") -> UserTable:
     """Parkinson's telemonitoring: 5,875 recordings of 42 patients over half a year, 16 measures of the voice.
 
     The scores are interpolated between visits to a clinic, so that neighbors in time are nearly equal.
 
     Args:
       path: the data folder; None: the environment variable METAOPT_DATA.
-      target: "total_UPDRS" or "motor_UPDRS".
+      target: "motor_UPDRS" or "total_UPDRS".
 
     Returns:
       A `UserTable`; a user is a patient, time in days since recruitment; x is age, sex, time and the measures.
@@ -206,8 +206,8 @@ def from_parkinsons(path: str | os.PathLike[str] | None = None, *, target: str =
 
     Source: Tsanas et al., IEEE Transactions on Biomedical Engineering 2009; UCI, CC BY 4.0.
     """
-    if target not in ("total_UPDRS", "motor_UPDRS"):
-        raise ValueError(f'`target` must be "total_UPDRS" or "motor_UPDRS"; got {target!r}.')
+    if target not in ("motor_UPDRS", "total_UPDRS"):
+        raise ValueError(f'`target` must be "motor_UPDRS" or "total_UPDRS"; got {target!r}.')
     columns = _read(path, "parkinsons_telemonitoring.csv.gz")
     patient = np.array(columns.pop("subject#"), int)
     y = np.array([float(v) for v in columns[target]], np.float32)

@@ -1,0 +1,203 @@
+"""Scores that can be worked out by hand; what methods may see; what is made of scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import methods, tasks
+
+
+def make_episodes(ways, num=64):
+    """Points near corners of a square; padded by ways and two query examples."""
+    rng = np.random.default_rng(ways)
+    corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [9.0, 9.0]])
+
+    def part(real, padded):
+        y = np.tile(np.arange(padded) % ways, (num, 1))
+        mask = np.tile(np.arange(padded) < real, (num, 1))
+        x = corners[y] + 0.5 * rng.normal(size=(num, padded, 2))
+        class_mask = np.tile(np.arange(4) < ways, (num, 1)) * 1.0
+        return {"x": mask[..., None] * x, "y": np.where(mask, y, 0), "mask": 1.0 * mask, "class_mask": class_mask}
+
+    return tasks.Episode(part(6, 6), part(9, 11))
+
+
+EPISODES = {3: make_episodes(3), 2: make_episodes(2)}
+
+
+def which(key):
+    return jax.random.randint(key, (), 0, 64)
+
+
+def sample(key, ways=3):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[which(key)], EPISODES[ways])
+
+
+def centers(support):
+    of = jax.nn.one_hot(support["y"], 4) * support["mask"][:, None]
+    return (of.T @ support["x"]) / jnp.maximum(of.sum(axis=0), 1)[:, None]
+
+
+def distances(x, center):
+    return -((x[:, None] - center[None]) ** 2).sum(axis=-1)
+
+
+def prototypes(key, support, query):
+    assert "y" not in query
+    return distances(query["x"], centers(support))[None]
+
+
+def steps(key, support, query):
+    """From one corner for all classes to the prototypes, in four steps."""
+    return jnp.stack([distances(query["x"], t / 4 * centers(support)) for t in range(5)])
+
+
+def centered(key, support, query):
+    """Uses the mean of the query set."""
+    mean = query["x"].mean(axis=0, keepdims=True)
+    return distances(query["x"] - 0.2 * mean, centers(support))[None]
+
+
+METHODS = {"prototypes": prototypes, "steps": steps, "centered": centered}
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    samplers = {"three": sample, "two": lambda key: sample(key, 2)}
+    return methods.evaluate_episodes(METHODS, samplers, KEY, num_episodes=50, chunk_size=16)
+
+
+def test_the_scores_are_those_of_each_episode(evaluation):
+    for number, ways in enumerate((3, 2)):
+        source = evaluation.sources[number]
+        keys = jax.random.split(jax.random.fold_in(KEY, number), 50)
+        for i, place in enumerate(np.asarray(jax.vmap(which)(keys))):
+            support, query = (jax.tree.map(lambda leaf, at=place: leaf[at], part) for part in EPISODES[ways][:2])
+            center = np.stack([support["x"][support["y"] == k].mean(axis=0) for k in range(ways)])
+            nearest = ((query["x"][:9, None] - center[None]) ** 2).sum(-1).argmin(1)
+            right = (nearest == query["y"][:9]).mean()
+            assert evaluation.scores["prototypes"][source][i] == pytest.approx([right])
+        np.testing.assert_array_equal(evaluation.num_ways[source], np.full(50, ways))
+        np.testing.assert_array_equal(evaluation.num_shots[source], np.full(50, 6 / ways))
+    assert evaluation.scores["steps"]["two"].shape == (50, 5)
+    np.testing.assert_allclose(evaluation.scores["steps"]["two"][:, -1:], evaluation.scores["prototypes"]["two"])
+    np.testing.assert_allclose(evaluation.scores["steps"]["three"][:, 0], 1 / 3)  # all centers at one place: the first
+    assert evaluation.transductive == {"prototypes": False, "steps": False, "centered": True}
+
+
+def by_hand(scores, num_ways=None, higher=True):
+    scores = {m: {s: np.array(v, float) for s, v in of.items()} for m, of in scores.items()}
+    sources = next(iter(scores.values()))
+    ways = {s: np.ones(len(v)) for s, v in sources.items()} if num_ways is None else num_ways
+    return methods.Evaluation(scores, ways, ways, dict.fromkeys(scores, False), higher)
+
+
+HAND = by_hand(
+    {
+        "a": {"u": [[0.0, 0.5], [0.0, 0.7], [0.0, 0.6]], "v": [[0.0, 0.2], [0.0, 0.4], [0.0, 0.0]]},
+        "b": {"u": [[0.4], [0.6], [0.5]], "v": [[0.3], [0.1], [0.2]]},
+    },
+    {"u": np.array([5, 5, 10]), "v": np.array([10, 20, 20])},
+)
+
+
+def test_means_differences_and_ranks_by_hand():
+    mean, half = methods.mean_scores(HAND)["a"]["u"]
+    assert mean == pytest.approx(0.6) and half == pytest.approx(1.96 * 0.1 / np.sqrt(3))
+    assert (
+        methods.mean_scores(HAND, step=0)["a"]["u"] == (0, 0)
+        and methods.mean_scores(HAND, step=1)["b"] == (methods.mean_scores(HAND)["b"])
+    )
+    difference, half = methods.paired_differences(HAND, "b")["a"]["u"]
+    assert difference == pytest.approx(0.1) and half == pytest.approx(0, abs=1e-12)  # always .1 better
+    difference, half = methods.paired_differences(HAND, "b")["a"]["v"]
+    assert difference == pytest.approx(0) and half == pytest.approx(
+        1.96 * np.std([-0.1, 0.3, -0.2], ddof=1) / np.sqrt(3)
+    )
+    tied = by_hand({"a": {"u": [[1]], "v": [[3]]}, "b": {"u": [[1]], "v": [[2]]}, "c": {"u": [[0]], "v": [[9]]}})
+    assert methods.average_ranks(tied) == {"a": 1.75, "c": 2.0, "b": 2.25}
+    assert methods.average_ranks(tied._replace(higher_is_better=False)) == {"b": 1.75, "c": 2.0, "a": 2.25}
+
+
+def test_against_ways_by_hand():
+    bins = methods.by_number(HAND, "ways", [5, 10, 11, 15, 30])
+    assert [(n, count) for n, count, _, _ in bins["a"]] == [(5, 2), (10, 2), (20, 2)]  # the empty bin is left out
+    np.testing.assert_allclose([mean for _, _, mean, _ in bins["a"]], [0.6, 0.4, 0.2])
+    np.testing.assert_allclose([mean for _, _, mean, _ in bins["b"]], [0.5, 0.4, 0.15])
+
+
+def test_the_leaderboard():
+    table = methods.leaderboard(HAND, reference="b", digits=2)
+    lines = table.splitlines()
+    assert lines[0] == "| method | u | v | average rank | against b |"
+    assert lines[2] == "| a | **0.60 ± 0.11** | **0.20 ± 0.23** | 1.25 | +0.05 ± 0.15 |"
+    assert lines[3] == "| b | 0.50 ± 0.11 | **0.20 ± 0.11** | 1.75 |  |"
+    assert "3 episodes of each source" in lines[-1] and "higher is better" in lines[-1]
+    errors = methods.leaderboard(HAND._replace(higher_is_better=False, transductive={"a": True, "b": False}))
+    assert errors.splitlines()[2].startswith("| b | **0.50") and "| a (transductive) |" in errors
+
+
+def test_scores_of_masked_rows():
+    query = {
+        "y": jnp.array([0, 1, 1, 0]),
+        "mask": jnp.array([1.0, 1, 1, 0]),
+        "class_mask": jnp.array([1.0, 1, 0]),
+    }
+    outputs = jnp.array([[1.0, 0, 9], [0, 1, 9], [1, 0, 9], [9, 0, 0]])
+    assert float(methods.accuracy(outputs, query)) == pytest.approx(2 / 3)  # the third class is none
+    assert float(methods.accuracy(outputs.at[1, 0].set(jnp.nan), query)) == pytest.approx(1 / 3)  # diverged
+    assert float(methods.accuracy(outputs.at[:, 2].set(-jnp.inf), query)) == pytest.approx(2 / 3)
+    of = {"y": jnp.array([[1.0], [2.0], [50.0]]), "mask": jnp.array([1.0, 1.0, 0.0])}
+    outputs = jnp.array([[2.0], [5.0], [jnp.nan]])
+    assert float(methods.mean_squared_error(outputs, of)) == 5 and float(methods.mean_absolute_error(outputs, of)) == 2
+    with pytest.raises(ValueError, match=r"shaped as the labels, \(3, 1\).*got \(3,\)"):
+        methods.mean_squared_error(outputs[:, 0], of)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: methods.evaluate_episodes({}, sample, KEY), "at least one method"),
+        (lambda: methods.evaluate_episodes(METHODS, {}, KEY), "at least one source"),
+        (lambda: methods.evaluate_episodes(METHODS, sample, KEY, num_episodes=0), "at least 1; got 0 and 8"),
+        (
+            lambda: methods.evaluate_episodes({"flat": lambda key, s, q: q["x"]}, sample, KEY, num_episodes=1),
+            r"'flat' must return outputs \[steps \+ 1, 11, ...\].*`outputs\[None\]`",
+        ),
+        (lambda: methods.paired_differences(HAND, "c"), "must be one of 'a', 'b'; got 'c'"),
+        (lambda: methods.by_number(HAND, "rows", [1, 2]), '`of` must be "ways" or "shots"'),
+        (lambda: methods.by_number(HAND, "ways", [2, 2]), "must ascend"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+PIXELS = {(5, 1): 0.472, (5, 5): 0.674, (20, 1): 0.289, (20, 5): 0.462}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", PIXELS)
+def test_pixel_prototypes_on_omniglot_are_what_is_known(setting):
+    """By other code, with cosine similarities: 47.2, 67.4, 28.9 and 46.2 % on the official evaluation characters."""
+    try:
+        source = tasks.from_image_sets(["omniglot"])
+    except FileNotFoundError:
+        pytest.skip("METAOPT_DATA names no folder with omniglot.npz")
+    ways, shots = setting
+    test = tasks.select(source, tasks.omniglot_split(), "test")
+    sample = tasks.episodes(
+        test, num_ways=ways, num_shots=shots, preprocess=lambda x: x.reshape(len(x), -1).astype(jnp.float32) / 255
+    )
+
+    def pixels(key, support, query):
+        of = jax.nn.one_hot(support["y"], ways) / shots
+        center = of.T @ support["x"]
+        return (query["x"] @ center.T / jnp.linalg.norm(center, axis=1)[None])[None]
+
+    evaluation = methods.evaluate_episodes({"pixels": pixels}, sample, KEY, num_episodes=600, chunk_size=50)
+    mean, half = methods.mean_scores(evaluation)["pixels"]["episodes"]
+    assert abs(mean - PIXELS[setting]) < 0.016 and half < 0.011

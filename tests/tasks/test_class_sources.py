@@ -1,0 +1,154 @@
+"""What comes out of a source is what went in."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metaopt import tasks
+
+X = np.arange(6 * 4, dtype=np.uint8).reshape(6, 2, 2)
+Y = np.array(["b", "a", "c", "a", "b", "b"])
+
+
+def test_labels_and_groups_are_numbered_in_their_order():
+    source = tasks.from_arrays(X, Y, group=[7, 5, 5, 7, 9, 9], superclass=["v", "u", "v"])
+    assert source.class_names == ("a", "b", "c") and source.num_classes == source.num_groups == 3
+    np.testing.assert_array_equal(source.y, [1, 0, 2, 0, 1, 1])
+    np.testing.assert_array_equal(source.group, [1, 0, 0, 1, 2, 2])
+    np.testing.assert_array_equal(source.superclass, [1, 0, 1])
+    assert tasks.from_arrays(X, Y, group=[-1] * 6).group is None  # one group is none
+
+
+def test_keep_keeps_classes_rows_and_those_with_enough():
+    source = tasks.from_arrays(X, Y, group=[7, 5, 5, 7, 9, 9], superclass=["v", "u", "w"])
+    kept = tasks.keep(source, classes=["c", "b"])
+    assert kept.class_names == ("b", "c")
+    np.testing.assert_array_equal(kept.x, X[[0, 2, 4, 5]])
+    np.testing.assert_array_equal(kept.y, [0, 1, 0, 0])
+    np.testing.assert_array_equal(kept.group, [1, 0, 2, 2])
+    np.testing.assert_array_equal(kept.superclass, [0, 1])
+    assert tasks.keep(source, min_examples=2).class_names == ("a", "b")
+    assert tasks.keep(source, rows=[0, 1, 4], min_examples=2).class_names == ("b",)
+    for kwargs, message in (
+        ({"classes": ["z"]}, "has no class 'z'"),
+        ({"rows": [6]}, r"must be in 0\.\.5"),
+        ({"rows": [0.5]}, "must be integers"),
+        ({"min_examples": 4}, "Nothing of source"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tasks.keep(source, **kwargs)
+
+
+def test_turned_classes_are_classes_of_their_own():
+    source = tasks.with_rotations(tasks.from_arrays(X, Y, group=[0, 0, 0, 1, 1, 1], superclass=[0, 1, 1]))
+    assert source.num_classes == 12 and source.class_names[5] == "c@90" and source.num_groups == 2
+    np.testing.assert_array_equal(source.x[6 + 2], [[X[2, 0, 1], X[2, 1, 1]], [X[2, 0, 0], X[2, 1, 0]]])
+    assert source.class_names[source.y[6 + 2]] == "c@90"
+    np.testing.assert_array_equal(source.superclass, [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7])
+    with pytest.raises(ValueError, match="needs square images"):
+        tasks.with_rotations(tasks.from_arrays(X[:, :1], Y))
+
+
+def test_rows_of_all_sources_are_numbered_through():
+    a, b = tasks.from_arrays(X, Y, name="a"), tasks.from_arrays(X[:3], [9, 8, 9], name="b")
+    rows = tasks.labelled_rows([a, b])
+    np.testing.assert_array_equal(rows["y"], [1, 0, 2, 0, 1, 1, 4, 3, 4])
+    np.testing.assert_array_equal(rows["source"], [0] * 6 + [1] * 3)
+    np.testing.assert_array_equal(rows["x"], np.concatenate([X, X[:3]]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tasks.from_arrays(X[:0], Y[:0]), "is empty"),
+        (lambda: tasks.from_arrays(X, Y[:5]), r"`y` must have one entry for each of the 6 examples; got shape \(5,\)"),
+        (lambda: tasks.from_arrays(X, Y, group=[1]), "`group` must have one entry"),
+        (lambda: tasks.from_arrays(X, Y, class_names=["p", "q"]), "must be 3 different names"),
+        (lambda: tasks.from_arrays(X, Y, class_names=["p", "q", "p"]), r"got 3 \(2 different\)"),
+        (lambda: tasks.from_arrays(X, Y, superclass=[0]), "one entry for each of the 3 classes"),
+        (lambda: tasks.labelled_rows([]), "at least one source"),
+        (lambda: tasks.from_image_sets(["mnist", "cifar"]), "got 'cifar'"),
+    ],
+)
+def test_what_is_no_source_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_folder_of_images(tmp_path):
+    for k, name in enumerate(("greek/alpha", "greek/beta", "latin/a")):
+        (tmp_path / name).mkdir(parents=True)
+        for drawer in (1, 2):
+            pixels = np.full((4, 4, 3), 60 * k, np.uint8)
+            pixels[:2, :2] = 40 * drawer
+            Image.fromarray(pixels).save(tmp_path / name / f"{drawer}.png")
+    (tmp_path / "greek" / "alpha" / "readme.txt").write_text("no image")
+    source = tasks.from_image_folder(tmp_path, size=2, levels=2, group_fn=lambda path: path.stem, name="letters")
+    assert source.class_names == ("greek/alpha", "greek/beta", "latin/a") and source.name == "letters"
+    np.testing.assert_array_equal(source.superclass, [0, 0, 1])
+    np.testing.assert_array_equal(source.group, [0, 1] * 3)
+    np.testing.assert_array_equal(source.x[3], [[80, 60], [60, 60]])
+    flat = tasks.from_image_folder(tmp_path / "greek", size=4, channels=3)
+    assert flat.x.shape == (4, 4, 4, 3) and flat.class_names == ("alpha", "beta") and flat.superclass is None
+    with pytest.raises(ValueError, match="there is no image"):
+        tasks.from_image_folder(tmp_path, size=2)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        tasks.from_image_folder(tmp_path / "none", size=2)
+    with pytest.raises(ValueError, match="`levels` must be 1 or 2"):
+        tasks.from_image_folder(tmp_path, size=2, levels=3)
+
+
+class Builder:
+    """What `from_tfds` asks of tfds."""
+
+    def __init__(self, name, data_dir=None, file_format=None):
+        assert file_format == "array_record"
+        label = types.SimpleNamespace(names=["ant", "bee", "cat"])
+        self.info = types.SimpleNamespace(features={"image": None, "label": label})
+
+    def as_data_source(self, split):
+        return [
+            {"image": np.full((2 + (split == "odd") * k, 2, 1), k, np.uint8), "label": [2, 0, 2][k]} for k in range(3)
+        ]
+
+
+def test_a_data_set_of_tfds(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", types.SimpleNamespace(builder=Builder))
+    source = tasks.from_tfds("insects:1.0.0")
+    assert source.name == "insects" and source.class_names == ("ant", "cat") and source.x.shape == (3, 2, 2)
+    np.testing.assert_array_equal(source.y, [1, 0, 1])
+    np.testing.assert_array_equal(source.x[:, 0, 0], [0, 1, 2])
+    assert tasks.from_tfds("insects", split="odd", size=2).x.shape == (3, 2, 2)
+    with pytest.raises(ValueError, match="3 shapes; give `size`"):
+        tasks.from_tfds("insects", split="odd")
+    with pytest.raises(ValueError, match="has no feature 'kind'; it has image, label"):
+        tasks.from_tfds("insects", label="kind")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match=r"metaopt-jax\[episodes\]"):
+        tasks.from_tfds("insects")
+
+
+def test_the_sets_of_the_data_folder(monkeypatch, tmp_path):
+    try:
+        sources = tasks.from_image_sets(["omniglot", "spoken_digits", "signdigits"])
+    except FileNotFoundError:
+        pytest.skip("METAOPT_DATA names no folder with the image sets")
+    omniglot, spoken = sources["omniglot"], sources["spoken_digits"]
+    assert omniglot.num_classes == 1623 and omniglot.num_groups == 20 and omniglot.superclass.max() == 49
+    assert (np.bincount(omniglot.y) == 20).all() and spoken.num_groups == 6 and sources["signdigits"].group is None
+    # A character's name begins with its alphabet's.
+    alphabets = [name.split("/")[0] for name in omniglot.class_names]
+    assert len(set(zip(alphabets, omniglot.superclass.tolist(), strict=True))) == 50
+    split = tasks.omniglot_split()
+    train, test = (tasks.select(sources, split, part)[0] for part in ("train", "test"))
+    assert (train.num_classes, test.num_classes) == (964, 659)
+    assert (train.superclass.max(), test.superclass.max()) == (29, 19)
+    monkeypatch.setenv("METAOPT_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"has no omniglot\.npz"):
+        tasks.omniglot_split()
+    monkeypatch.delenv("METAOPT_DATA")
+    with pytest.raises(FileNotFoundError, match="set METAOPT_DATA"):
+        tasks.from_image_sets(["mnist"])

@@ -1,0 +1,63 @@
+"""Functions that are what they are said to be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from metaopt import tasks
+
+KEYS = jax.random.split(jax.random.key(0), 3000)
+
+
+def draw(sample):
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(sample))(KEYS))
+
+
+def uniform(values, low, high):
+    return stats.kstest((np.ravel(values) - low) / (high - low), "uniform").pvalue > 1e-3
+
+
+def test_sinusoids():
+    batch = draw(tasks.sinusoids(num_shots=3, num_query=4, noise=0.5))
+    amplitude, phase = batch.meta["amplitude"], batch.meta["phase"]
+    assert uniform(amplitude, 0.1, 5) and uniform(phase, 0, np.pi) and uniform(batch.support["x"][:, 1], -5, 5)
+    exact = [amplitude[:, None, None] * np.sin(p["x"] - phase[:, None, None]) for p in (batch.support, batch.query)]
+    np.testing.assert_allclose(batch.query["y"], exact[1], atol=1e-5)
+    noise = (batch.support["y"] - exact[0]).ravel()
+    assert stats.kstest(noise / 0.5, "norm").pvalue > 1e-3
+    assert batch.support["x"].shape == (3000, 3, 1) and batch.support["x"].dtype == np.float32
+    assert (batch.query["num_rows"] == 4).all() and (batch.query["mask"] == 1).all()
+
+
+@pytest.mark.slow
+def test_mixed_functions():
+    batch = draw(tasks.mixed_functions(num_shots=2, num_query=3))
+    family, (a, b, c) = batch.meta["family"], batch.meta["coefficients"].T
+    assert stats.chisquare(np.bincount(family)).pvalue > 1e-3
+    x, y = batch.query["x"][..., 0], batch.query["y"][..., 0]
+    values = [
+        a[:, None] * np.sin(x - b[:, None]),
+        a[:, None] * x + b[:, None],
+        a[:, None] * (x - b[:, None]) ** 2 + c[:, None],
+    ]
+    np.testing.assert_allclose(y, np.choose(family[:, None], values), atol=1e-4)
+    assert (
+        uniform(a[family == 0], 0.1, 5) and uniform(a[family == 1], -3, 3) and uniform(abs(a[family == 2]), 0.02, 0.15)
+    )
+    assert uniform(b[family == 0], 0, np.pi) and uniform(b[family == 2], -3, 3) and uniform(c[family == 2], -3, 3)
+    assert 0.4 < (a[family == 2] > 0).mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_shots": 0}, "must be at least 1; got 0 and 10"),
+        ({"inputs": (1.0, 1.0)}, "`inputs` must ascend"),
+        ({"noise": -1.0}, "`noise` be at least 0"),
+    ],
+)
+def test_what_is_no_family_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.function_episodes(lambda key: jnp.zeros(()), lambda c, x: x + c, **kwargs)

@@ -1,0 +1,80 @@
+"""Parts of a split have nothing in common, and come back from the file as they went."""
+
+import json
+
+import numpy as np
+import pytest
+
+from metaopt import tasks
+
+Y = np.repeat(np.arange(12), 5)
+LETTERS = tasks.from_arrays(
+    np.arange(60), Y, name="letters", group=np.tile(np.arange(5), 12), superclass=np.repeat(np.arange(4), 3)
+)
+DIGITS = tasks.from_arrays(np.arange(40), np.arange(40) % 2, name="digits")
+
+
+def test_classes():
+    split = tasks.split_classes(LETTERS, {"train": 7, "valid": 2, "test": 3})
+    parts = [tasks.select([LETTERS], split, part)[0] for part in split]
+    assert [part.num_classes for part in parts] == [7, 2, 3]
+    assert sorted(np.concatenate([part.x for part in parts]).tolist()) == list(range(60))
+    assert split == tasks.split_classes(LETTERS, {"train": 7, "valid": 2, "test": 3})
+    assert split != tasks.split_classes(LETTERS, {"train": 7, "valid": 2, "test": 3}, seed=1)
+
+
+def test_whole_superclasses():
+    split = tasks.split_classes(LETTERS, {"train": 3, "test": 1}, by_superclass=True)
+    train, test = (tasks.select([LETTERS], split, part)[0] for part in ("train", "test"))
+    assert (train.num_classes, test.num_classes, test.superclass.max()) == (9, 3, 0)
+    with pytest.raises(ValueError, match="has no superclasses"):
+        tasks.split_classes(DIGITS, {"train": 1}, by_superclass=True)
+
+
+def test_rows_of_other_groups_or_a_share_of_every_class():
+    split = tasks.split_rows(LETTERS, {"train": 0.6, "test": 0.4})
+    train, test = (tasks.select([LETTERS], split, part)[0] for part in ("train", "test"))
+    assert (np.bincount(train.y) == 3).all() and (np.bincount(test.y) == 2).all()
+    assert not set((train.x % 5).tolist()) & set((test.x % 5).tolist())  # the groups
+    split = tasks.split_rows(DIGITS, {"train": 0.7, "valid": 0.1, "test": 0.2})
+    parts = [tasks.select([DIGITS], split, part)[0] for part in split]
+    assert [np.bincount(part.y).tolist() for part in parts] == [[14, 14], [2, 2], [4, 4]]
+    assert sorted(np.concatenate([part.x for part in parts]).tolist()) == list(range(40))
+
+
+def test_splits_are_json_and_merge(tmp_path):
+    split = tasks.merge_splits(
+        tasks.split_classes(LETTERS, {"train": 8, "test": 4}), tasks.split_sources({"test": ["digits"]})
+    )
+    tasks.save_split(tmp_path / "split.json", split)
+    assert tasks.load_split(tmp_path / "split.json") == split == json.loads((tmp_path / "split.json").read_text())
+    train, test = (tasks.select({"a": LETTERS, "b": DIGITS}, split, part) for part in ("train", "test"))
+    assert [s.name for s in train] == ["letters"] and [s.name for s in test] == ["letters", "digits"]
+    assert test[1].num_classes == 2
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(ValueError, match="is no split"):
+        tasks.load_split(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tasks.split_classes(LETTERS, {"train": 10, "test": 3}), "has 12 classes; the parts ask for 13"),
+        (lambda: tasks.split_classes(LETTERS, {"train": 0}), "at least 1"),
+        (lambda: tasks.split_rows(LETTERS, {"train": 0.8, "test": 0.3}), "sum to at most 1"),
+        (lambda: tasks.split_rows(LETTERS, {"train": 0.9, "test": 0.01}), "'test' .* left without an example"),
+        (lambda: tasks.merge_splits(*[tasks.split_sources({"test": ["a"]})] * 2), "of source 'a'"),
+        (lambda: tasks.select([LETTERS], {"train": {}}, "test"), "no part 'test'; it has 'train'"),
+        (lambda: tasks.select([LETTERS], {"test": {"digits": {}}}, "test"), "needs source 'digits'"),
+        (lambda: tasks.select([LETTERS], {"a": {"letters": {"classes": ["99"]}}}, "a"), "has no class '99'"),
+        (
+            lambda: tasks.select(
+                [LETTERS], {"a": {"letters": {"classes": ["3"]}}, "b": {"letters": {"rows": [15, 2]}}}, "a"
+            ),
+            "'a' and 'b' share example 15",
+        ),
+    ],
+)
+def test_what_is_no_split_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

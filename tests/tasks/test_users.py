@@ -1,0 +1,108 @@
+"""One episode a user: records in the order of time, gaps filled from other users, published baselines met."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import tasks
+
+USER = np.array(["b", "a", "b", "b", "a", "b", "a", "b"])
+TIME = np.array([3.0, 1.0, 1.0, 2.0, 0.0, 5.0, 2.0, 4.0])
+TABLE = tasks.from_user_records(np.stack([TIME, TIME**2], 1), 10 * TIME, USER, time=TIME)
+
+
+def everybody(sample, num, key=0):
+    batch = jax.jit(jax.vmap(sample, in_axes=(None, 0)))(jax.random.key(key), jnp.arange(num))
+    return jax.tree.map(np.asarray, batch)
+
+
+def test_the_first_records_are_the_support_and_what_follows_the_query():
+    both = everybody(tasks.user_episodes(TABLE, num_support=2), 2)
+    np.testing.assert_array_equal(both.support["y"], [[0, 10], [10, 20]])
+    np.testing.assert_array_equal(both.query["y"], [[20, 0, 0], [30, 40, 50]])
+    np.testing.assert_array_equal(both.query["mask"], [[1, 0, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(both.query["num_rows"], [1, 3])
+    np.testing.assert_array_equal(both.query["x"][1], [[3, 9], [4, 16], [5, 25]])
+    np.testing.assert_array_equal(both.meta["user"], [0, 1])
+    one = everybody(tasks.user_episodes(TABLE, num_support=3, num_query=1, users=[1]), 1)
+    np.testing.assert_array_equal(one.query["y"], [[40]])
+
+
+def test_windows_and_random_orders():
+    sample = jax.jit(jax.vmap(tasks.user_episodes(TABLE, num_support=2, num_query=2, order="window")))
+    batch = sample(jax.random.split(jax.random.key(0), 300))
+    support, query, user = (np.asarray(v) for v in (batch.support["y"], batch.query["y"], batch.meta["user"]))
+    assert (support[:, 1] - support[:, 0] == 10).all() and (query[:, 0] - support[:, 1] == 10).all()
+    starts = np.bincount(support[user == 1, 0].astype(int) // 10)
+    assert len(starts) == 4 and min(starts[1:]) > 20 and starts[0] == 0  # from 10, 20 or 30 on
+    assert 100 < user.sum() < 200 and set(support[user == 0, 0].tolist()) == {0}
+    table = TABLE._replace(time=None)
+    batch = everybody(tasks.user_episodes(table, num_support=2, order="random"), 2, key=3)
+    for i, expected in enumerate(([0, 10, 20], [10, 20, 30, 40, 50])):
+        real = batch.query["y"][i][batch.query["mask"][i] > 0]
+        assert sorted([*batch.support["y"][i], *real]) == expected
+
+
+def test_standardized_by_the_others_and_gaps_marked():
+    x = np.array([[1.0, 5.0], [3.0, np.nan], [5.0, 7.0], [100.0, np.nan]])
+    table = tasks.from_user_records(x, [0, 1, 0, 1], [0, 0, 1, 2], feature_names=["p", "q"])
+    done = tasks.standardize_users(table, [0, 1])
+    assert done.feature_names == ("p", "q", "missing q") and done.y.dtype == np.int32
+    np.testing.assert_allclose(done.x[:3].mean(0)[0], 0, atol=1e-6)
+    scale = np.sqrt(8 / 3)
+    np.testing.assert_allclose(done.x[:, 0], [-2 / scale, 0, 2 / scale, 97 / scale], rtol=1e-6)
+    np.testing.assert_allclose(done.x[:, 1], [-1, 0, 1, 0])
+    np.testing.assert_array_equal(done.x[:, 2], [0, 1, 0, 1])
+
+
+def data(read):
+    try:
+        return read()
+    except FileNotFoundError:
+        pytest.skip("METAOPT_DATA names no folder with these tables")
+
+
+def test_the_last_value_of_parkinsons_patients():
+    """The baseline known for these data: predict the last score that was seen."""
+    table = data(tasks.from_parkinsons)
+    assert table.num_users == 42 and table.x.shape == (5875, 19) and not np.isnan(table.x).any()
+    samples = [tasks.user_episodes(table, num_support=k) for k in (5, 10, 20)]
+    every = everybody(lambda key, user: [sample(key, user) for sample in samples], 42)
+    for (support, query, _), error in zip(every, (3.19, 3.03, 2.68), strict=True):
+        wrong = abs(query["y"] - support["y"][:, -1:]) * query["mask"]
+        assert (wrong.sum(axis=1) / query["num_rows"]).mean() == pytest.approx(error, abs=0.006)
+
+
+def test_hospitals():
+    table = data(tasks.from_heart_disease)
+    assert table.user_names == ("cleveland", "hungarian", "switzerland", "va") and len(table.x) == 920
+    assert set(table.y.tolist()) == {0, 1} and table.time is None
+    others = tasks.standardize_users(table, [0, 1, 2])
+    assert not np.isnan(others.x).any() and others.x.shape[1] > table.x.shape[1]
+    sample = tasks.user_episodes(others, num_support=20, num_query=30, order="random", users=[0, 1, 2])
+    assert jax.eval_shape(sample, jax.random.key(0)).query["x"].shape == (30, others.x.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tasks.from_user_records(np.ones(3), [1, 2, 3], [0, 0, 0]), r"must be \[records, columns\]"),
+        (lambda: tasks.from_user_records(np.ones((3, 1)), [1, 2], [0, 0, 0]), "`y` must have one entry"),
+        (lambda: tasks.from_user_records(np.ones((3, 1)), [1, 2, 3], [0, 0, 0], feature_names="ab"), "1 names; got 2"),
+        (lambda: tasks.user_episodes(TABLE, num_support=0), "must be at least 1; got 0"),
+        (lambda: tasks.user_episodes(TABLE, num_support=3), "User a has 3 records: too few for 3"),
+        (lambda: tasks.user_episodes(TABLE, num_support=1, order="past"), "must be one of 'time'"),
+        (lambda: tasks.user_episodes(TABLE._replace(time=None), num_support=1), 'take `order="random"`'),
+        (lambda: tasks.user_episodes(TABLE._replace(x=TABLE.x * np.nan), num_support=1), "`standardize_users`"),
+        (lambda: tasks.user_episodes(TABLE, num_support=1, users=[2]), r"must be numbers in 0\.\.1"),
+    ],
+)
+def test_what_is_no_user_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_target_of_parkinsons():
+    with pytest.raises(ValueError, match="`target` must be"):
+        tasks.from_parkinsons(target="UPDRS")
