@@ -18,6 +18,7 @@ from metaopt import base, inner
 from metaopt.hypergrad import _mixed
 
 REMAT = ("none", "step", "sqrt")
+UNROLLED = 5  # steps up to which a loop is written out: a tenth faster for small models (MAML), longer to compile
 
 
 def _check(num_steps: int, remat: str) -> None:
@@ -43,7 +44,7 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
       The last carry, and the stacked y.
     """
     if remat == "none":
-        return jax.lax.scan(step, carry, xs, length=length)
+        return jax.lax.scan(step, carry, xs, length=length, unroll=length if 0 < length <= UNROLLED else 1)
     # What `mixed_grad` returns is kept: its reverse rule does not need the forward pass again. A loop of one step is
     # inlined by XLA, which would there share what is to be computed anew.
     step, policy = _mixed.keeping(step)
