@@ -34,7 +34,13 @@ from metaopt import hypergrad, methods, tasks, training
 
 RESULTS = Path(__file__).parent / "results"
 TEST_STEPS = 10
-LITERATURE = "MAML, Finn et al. 2017, as read off their repository's log"
+TEXT = """
+
+Mean squared error over {test_tasks} test tasks and {seeds} seed(s), ± 1.96 standard errors over test tasks of the mean
+over seeds. Gradient steps of .01, or learned ones that start there; a model is trained for the number of steps in its
+name, and goes on with its (last) rates; "diverges" stands for more than 100. {outer_steps:,} outer steps of Adam with
+25 tasks and 10 query points each, from a rate of {rate:g} by a cosine to zero. Finn et al. (ICML 2017) show curves of
+this experiment, in their figures 2 and 3, and no numbers."""
 
 
 class Row(NamedTuple):
@@ -121,6 +127,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def interval(errors: np.ndarray) -> str:
     """The mean over test tasks and seeds [seeds, tasks], and 1.96 standard errors over test tasks."""
     per_task = errors.mean(0)
+    if not errors.mean() < 100:
+        return "diverges"
     half = 1.96 * per_task.std(ddof=1) / len(per_task) ** 0.5
     return f"{errors.mean():.4f} ± {half:.4f}"
 
@@ -134,7 +142,7 @@ def plot(errors: dict, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6.5, 4))
     for i, (name, found) in enumerate(errors.items()):
         axis.plot(found.mean((0, 1)), "--" if "5 shots" in name else "-", color=f"C{i}", label=name)
-    axis.set(yscale="log", xlabel="gradient steps", ylabel="mean squared error, 600 test tasks")
+    axis.set(yscale="log", ylim=(1e-2, 10), xlabel="gradient steps", ylabel="mean squared error, 600 test tasks")
     axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -185,11 +193,12 @@ def main() -> None:
             errors.setdefault(name, []).append(found)
             means = " ".join(f"{found[:, step].mean():.4f}" for step in (0, 1, 5, 10))
             print(f"[{time.process_time():6.0f} s] seed {seed}, {name}: {means}", flush=True)
-    errors = {name: np.stack(found) for name, found in errors.items()}
+    errors = {name: np.stack(found).astype(float) for name, found in errors.items()}
     text = report(errors, config)
     versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
     command = " ".join(["python experiments/sinusoid.py", *sys.argv[1:]])
-    text += f"\n\n`{command}`, {config.seeds} seeds; Python {platform.python_version()}, "
+    text += TEXT.format(**vars(config))
+    text += f"\n\n`{command}`; Python {platform.python_version()}, "
     text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     print(text)
     if not config.smoke:
