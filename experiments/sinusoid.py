@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     config = parser.parse_args()
     if config.smoke:
-        config.seeds, config.outer_steps, config.rows = 1, 6, ["LSLR, 5 steps", "pre-trained"]
+        config.seeds, config.outer_steps, config.rows = 1, 6, ["Meta-SGD, 1 step"]
     config.width, config.test_tasks, config.steps_per_call = (8, 4, 3) if config.smoke else (40, 600, 500)
 
     errors = {}

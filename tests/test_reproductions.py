@@ -47,7 +47,7 @@ def test_smoke_of_the_sinusoids(tmp_path):
     done = run("sinusoid", "--smoke", "--out", tmp_path, "--work", tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     names = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert names == ["| model", "| ---", "| LSLR, 5 steps", "| pre-trained"]
+    assert names == ["| model", "| ---", "| Meta-SGD, 1 step"]
     assert "nan" not in done.stdout and not list(tmp_path.iterdir())
 
 

@@ -191,7 +191,7 @@ def main() -> None:
     if options.smoke:
         options.repetitions = 1
     printed, wrong, versions = [], [], ""
-    for num_steps in (1, 2) if options.smoke else (1, 5):
+    for num_steps in (2,) if options.smoke else (1, 5):
         rows, off, versions = rows_of(num_steps, options)
         printed, wrong = printed + rows, wrong + off
     agree = "all" if not wrong else "NOT all"
