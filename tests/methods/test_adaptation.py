@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import base, hypergrad, methods, tasks, training
+from metaopt import base, hypergrad, inner, methods, tasks, training
 
 KEY = jax.random.key(0)
 RATE = 0.1
@@ -194,6 +194,20 @@ def test_all_leaves_by_name_are_maml_and_so_are_equal_rates(estimates):
 def test_first_order_is_the_gradient_of_f_where_training_ends(estimates):
     close(estimates.found["fomaml"].hypergrad["init"], slopes(trained(META, 2)[-1], DATA[1]))
     assert methods.fomaml(loss).estimator.kind == "biased" and methods.maml(loss).estimator.kind == "exact"
+
+
+def test_truncation_to_one_step_is_first_order():
+    """In coordinates δ = θ − λ, where every step sees λ; the step itself is held, and the past is cut off."""
+    at = lambda delta, hp, batch: loss(jax.tree.map(jnp.add, hp, delta), None, batch)
+    zeros = lambda key, hp, data: jax.tree.map(jnp.zeros_like, hp)
+    problem = inner.problem(inner.loop(at, lambda hp: optax.sgd(RATE), init=zeros), at)
+    held = lambda function, has_aux: lambda *args: jax.grad(function, has_aux=has_aux)(*jax.lax.stop_gradient(args))
+    estimator = hypergrad.truncated(problem, num_steps=2, truncation_length=1, grad=held)
+    hyperparams, task = jax.tree.map(jnp.asarray, (META, TASK))
+    state, estimate = estimator.init(KEY, hyperparams, task), jax.jit(estimator.estimate)
+    for theta in trained(META, 2)[1:]:  # FOMAML of one step, of two
+        found, state = estimate(hyperparams, task, state)
+        close(found.hypergrad, slopes(theta, DATA[1]))
 
 
 def test_reptile_is_the_way_that_training_went(estimates):
