@@ -81,6 +81,19 @@ def test_smoke_of_rules():
     assert "; all below 0.001." in printed and "--peers PYTHON` with Python" in printed
 
 
+@pytest.mark.slow
+def test_smoke_of_maml():
+    printed = smoke("maml.py", "--peers", sys.executable)  # no torch here
+    cost = {tuple(row[:3]): row[3:] for row in rows(printed) if row[0] == "2"}
+    reason = "other libraries (failed, exit 1: ModuleNotFoundError: No module named 'torch')"
+    for name in ("by hand: JAX, unrolled", "by hand: JAX, scan", "metaopt"):
+        for many in ("1", "3"):
+            ms, ratio, _, error, seconds = cost["2", name, many]
+            assert float(ms) > 0 and float(ratio) > 0 and float(seconds) > 0 and float(error) < 1e-3
+    assert ("2", reason, "") in cost
+    assert "; all below 0.001." in printed and "--peers PYTHON --smoke` with Python" in printed
+
+
 def test_hypergradients_that_disagree_are_seen(monkeypatch):
     script = load("rules", monkeypatch)
     expected = {"rate": np.float32(100), "decay": {"in": np.array([1.0, 2.0]), "out": np.float32(-1)}}

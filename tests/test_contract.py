@@ -20,6 +20,7 @@ ESTIMATORS = {
     "f2sa": hypergrad.f2sa(problems.RIDGE, num_steps=1, multiplier=1.0),
     "hypergradient_descent": hypergrad.hypergradient_descent(problems.RIDGE),
     "lookahead": hypergrad.lookahead(problems.RIDGE),
+    "reptile": hypergrad.reptile(problems.RIDGE, num_steps=1),
     "sama": hypergrad.sama(problems.RIDGE),
     "implicit": hypergrad.implicit(problems.RIDGE, num_steps=1),
     "forward": hypergrad.forward(problems.RIDGE, num_steps=1),
@@ -136,7 +137,7 @@ def test_contexts_and_estimates_have_the_fields_of_the_contract():
     state = problems.RIDGE_LOOP.init(jax.random.key(0), problems.LAM, problems.TASK.train)
     context = problems.RIDGE_LOOP.context(state)
     assert isinstance(context, base.Context) and context.step.dtype == jnp.int32
-    for name in set(ESTIMATORS) - {"amortize", "over_tasks", "hypergradient_descent"}:  # another λ, or tasks
+    for name in set(ESTIMATORS) - {"amortize", "over_tasks", "hypergradient_descent", "reptile"}:  # another λ, or tasks
         estimator = ESTIMATORS[name]
         carried = estimator.init(jax.random.key(0), problems.LAM, problems.TASK)
         estimate, after = jax.eval_shape(estimator.estimate, problems.LAM, problems.TASK, carried)

@@ -49,6 +49,14 @@ def test_smoke_prints_a_table_and_writes_nothing(name, tmp_path):
     assert "nan" not in done.stdout and not list(tmp_path.iterdir())
 
 
+def test_smoke_of_the_sinusoids(tmp_path):
+    done = run("sinusoid", "--smoke", "--out", tmp_path, "--work", tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    names = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert names == ["| model", "| ---", "| Meta-SGD, 1 step"]
+    assert "nan" not in done.stdout and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_absent_data_are_named(name, tmp_path):
     done = run(name, "--smoke", METAOPT_DATA=str(tmp_path))

@@ -23,6 +23,7 @@ from metaopt.hypergrad._mix_with_es import MixState, mix_with_es
 from metaopt.hypergrad._mixed import mixed_grad
 from metaopt.hypergrad._partition import PartitionState, partition
 from metaopt.hypergrad._recommend import Cost, Recommendation, recommend
+from metaopt.hypergrad._reptile import reptile
 from metaopt.hypergrad._sama import sama
 from metaopt.hypergrad._solvers import Matvec, Solver, bicgstab, cg, dense, gmres, lineax, neumann, normal_cg, nystrom
 from metaopt.hypergrad._trace import Contributions, trace
@@ -78,6 +79,7 @@ __all__ = [
     "persistent_es",
     "recommend",
     "refuse_unanswerable",
+    "reptile",
     "sama",
     "t1t2",
     "trace",

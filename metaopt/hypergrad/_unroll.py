@@ -18,6 +18,7 @@ from metaopt import base, inner
 from metaopt.hypergrad import _mixed
 
 REMAT = ("none", "step", "sqrt")
+UNROLLED = 5  # steps up to which a loop is written out: a tenth faster for small models (MAML), longer to compile
 
 
 def _check(num_steps: int, remat: str | int) -> None:
@@ -46,7 +47,7 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
       The last carry, and the stacked y.
     """
     if remat == "none":
-        return jax.lax.scan(step, carry, xs, length=length)
+        return jax.lax.scan(step, carry, xs, length=length, unroll=length if 0 < length <= UNROLLED else 1)
     levels = {"step": 1, "sqrt": 2}[remat] if isinstance(remat, str) else remat
     levels = min(levels, max(length.bit_length() - 1, 1))
     # What `mixed_grad` returns is kept: its reverse rule does not need the forward pass again. A loop of one step is
@@ -81,8 +82,8 @@ def _stretched(step: Callable, carry: Any, xs: Any, *, length: int, branches: in
     return carry, ys
 
 
-def _weights(outer: str | Sequence[float] | np.ndarray, num_steps: int) -> tuple[np.ndarray | None, float]:
-    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ); or None, and w_T, where only the last step has weight."""
+def _weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_steps: int) -> tuple[Any, float]:
+    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ); or None, and w_T, where only the last step is known to count."""
     if isinstance(outer, str):
         if outer not in ("last", "mean"):
             raise ValueError(f'`outer` must be "last", "mean" or {num_steps} weights; got {outer!r}.')
@@ -90,12 +91,14 @@ def _weights(outer: str | Sequence[float] | np.ndarray, num_steps: int) -> tuple
             return None, 1.0
         weights = np.full(num_steps, 1 / max(num_steps, 1))
     else:
-        weights = np.asarray(outer, float)
+        weights = outer if isinstance(outer, jax.Array) else np.asarray(outer, float)
         if weights.shape != (num_steps,):
             raise ValueError(f"`outer` must have one weight per step, shape ({num_steps},); got {weights.shape}.")
     if num_steps == 0:
         raise ValueError('With `num_steps=0` there is no step to weigh: take `outer="last"`.')
-    return (weights, 1.0) if weights[:-1].any() else (None, float(weights[-1]))
+    if isinstance(weights, jax.Array) or weights[:-1].any():
+        return weights, 1.0
+    return None, float(weights[-1])
 
 
 def _weighted_scan(
@@ -168,7 +171,7 @@ def unrolled(
     *,
     num_steps: int,
     remat: str | int = "none",
-    outer: str | Sequence[float] | np.ndarray = "last",
+    outer: str | Sequence[float] | np.ndarray | jax.Array = "last",
     grad: Callable = _mixed.mixed_grad,
 ) -> base.Estimator:
     """Estimates dF/dλ exactly, by reverse mode through T steps from a fresh start.
@@ -184,7 +187,7 @@ def unrolled(
       num_steps: T, at least 1 (0 with `outer="last"`: f at the initialization, plain training of λ).
       remat: "none", "step", "sqrt", or a number of levels; time and memory in `unroll`.
       outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T; steps of weight zero are not evaluated where
-        only the last has weight.
+        only the last has weight, by what is known without JAX. They may be traced: a schedule of the outer step.
       grad: what takes the inner gradient; see `inner.step`. `mixed_grad` says where `jax.grad` is to be taken instead.
 
     Returns:

@@ -1,5 +1,6 @@
 """Named compositions of the contract, with no numerics of their own."""
 
+from metaopt.methods._adaptation import Adaptation, adaptation, adapted
 from metaopt.methods._evaluate import (
     AdaptFn,
     Evaluation,
@@ -13,20 +14,55 @@ from metaopt.methods._evaluate import (
     mean_squared_error,
     paired_differences,
 )
+from metaopt.methods._few_shot import (
+    anil,
+    boil,
+    cavia,
+    cross_entropy,
+    fomaml,
+    imaml,
+    linear_head,
+    maml,
+    maml_plus_plus,
+    meta_sgd,
+    pretrained,
+    proto_maml,
+    prototypical_networks,
+    reptile,
+    ridge_head,
+)
 from metaopt.methods._fine_tune import FineTuned, fine_tune
 
 __all__ = [
     "AdaptFn",
+    "Adaptation",
     "Evaluation",
     "FineTuned",
     "accuracy",
+    "adaptation",
+    "adapted",
+    "anil",
     "average_ranks",
+    "boil",
     "by_number",
+    "cavia",
+    "cross_entropy",
     "evaluate_episodes",
     "fine_tune",
+    "fomaml",
+    "imaml",
     "leaderboard",
+    "linear_head",
+    "maml",
+    "maml_plus_plus",
     "mean_absolute_error",
     "mean_scores",
     "mean_squared_error",
+    "meta_sgd",
     "paired_differences",
+    "pretrained",
+    "proto_maml",
+    "prototypical_networks",
+    "reptile",
+    "ridge_head",
 ]

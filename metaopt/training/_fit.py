@@ -1,6 +1,7 @@
 """The outer loop: draws tasks, steps, judges, stops, and can be interrupted at any point and continued."""
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -68,6 +69,7 @@ def fit(
     evaluate: EvaluateFn | None = None,
     eval_every: int = 100,
     patience: int | None = None,
+    steps_per_call: int = 1,
     callback: CallbackFn | None = None,
     progress: bool | None = None,
     checkpoint_dir: str | os.PathLike | None = None,
@@ -100,6 +102,10 @@ def fit(
         that every λ is judged on the same draws. Compile it yourself.
       eval_every: steps between evaluations; the first judges the initial λ.
       patience: stop after so many evaluations in a row without a new best; None never does.
+      steps_per_call: outer steps that are compiled into one program; for steps of a millisecond, where calls, draws and
+        metrics take as long as they do. `sample_tasks` is then traced, and draws tasks of one shape. Evaluations and
+        checkpoints keep their places, and cut a call short; signals wait for its end. The results are those of single
+        steps, to rounding.
       callback: `(step, metrics) -> None`, after every step, counted from 1; metrics are floats, and numpy arrays
         where they are no scalars. After a resume, steps since the checkpoint are reported again.
       progress: draw a progress bar; None draws one in a terminal or notebook only.
@@ -127,13 +133,19 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    _check_arguments(num_steps, evaluate, eval_every, patience, checkpoint_every)
+    _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, checkpoint_every)
     hyperparams = _owned(_learner.check_hyperparams(hyperparams))
     init_key, sample_key, eval_key = jax.random.split(key, 3)
     init, step = jax.jit(learner.init), jax.jit(learner.step, donate_argnums=0)
 
     def draw(at: int) -> base.PyTree:
         return _learner.check_tasks(sample_tasks(jax.random.fold_in(sample_key, at)))
+
+    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+    def several(state, start, num):
+        # Slots that are not done ignore what is drawn for them.
+        body = lambda state, at: learner.step(state, draw(at))
+        return jax.lax.scan(body, state, start + jnp.arange(num))
 
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(_signals())
@@ -170,20 +182,28 @@ def fit(
                 stopped = _why_stop(run, num_steps, patience, signals)
                 if stopped:
                     break
+                stops = [num_steps, *([eval_every] if evaluate else []), *([checkpoint_every] if checkpoints else [])]
+                num = min(steps_per_call, *(every - run.step % every for every in stops))
                 state, drawn = run.state, run.drawn
-                if any_done:
-                    tasks, drawn = draw(run.step), run.step
-                    if not _learner.same_types(tasks, state.tasks):
-                        _check_all_done(state, tasks)
-                        state = _owned(_learner.restart(init, state, tasks))
-                state, metrics = step(state, tasks)
-                metrics = {name: float(x) if x.ndim == 0 else x for name, x in jax.device_get(metrics).items()}
-                any_done = metrics["num_done"] > 0
-                _record(run.history, run.step, metrics)
-                run = run._replace(state=state, step=run.step + 1, drawn=drawn)
-                show(run.step, metrics)
+                if num > 1:
+                    state, metrics = several(state, run.step, num)
+                    drawn = run.step + num - 1
+                else:
+                    if any_done:
+                        tasks, drawn = draw(run.step), run.step
+                        if not _learner.same_types(tasks, state.tasks):
+                            _check_all_done(state, tasks)
+                            state = _owned(_learner.restart(init, state, tasks))
+                    state, metrics = step(state, tasks)
+                several_metrics = _each(jax.device_get(metrics), num)
+                for i, metrics in enumerate(several_metrics):
+                    _record(run.history, run.step + i, metrics)
+                any_done = several_metrics[-1]["num_done"] > 0
+                run = run._replace(state=state, step=run.step + num, drawn=drawn)
+                show(run.step, several_metrics[-1])
                 if callback is not None:
-                    callback(run.step, metrics)
+                    for i, metrics in enumerate(several_metrics):
+                        callback(run.step - num + i + 1, metrics)
         finally:
             # An error inside the step itself leaves nothing to save: the state was donated.
             if checkpoints and run.step != saved_step and _intact(run.state):
@@ -201,16 +221,23 @@ def fit(
     )
 
 
-def _check_arguments(num_steps, evaluate, eval_every, patience, checkpoint_every):
+def _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, checkpoint_every):
     if num_steps < 0:
         raise ValueError(f"`num_steps` must be at least 0; got {num_steps}.")
-    for name, value in {"eval_every": eval_every, "checkpoint_every": checkpoint_every}.items():
+    counts = {"eval_every": eval_every, "steps_per_call": steps_per_call, "checkpoint_every": checkpoint_every}
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1; got {value}.")
     if patience is not None and patience < 1:
         raise ValueError(f"`patience` must be at least 1, or None; got {patience}.")
     if patience is not None and evaluate is None:
         raise ValueError("`patience` counts evaluations, and there are none: give `evaluate`, or no `patience`.")
+
+
+def _each(metrics: dict[str, np.ndarray], num: int) -> list[dict[str, Any]]:
+    """The metrics of each step of a call: floats, and arrays where they are no scalars."""
+    each = [metrics] if num == 1 else [{name: x[i] for name, x in metrics.items()} for i in range(num)]
+    return [{name: float(x) if x.ndim == 0 else x for name, x in one.items()} for one in each]
 
 
 def _check_all_done(state: LearnerState, tasks: base.PyTree) -> None:

@@ -10,6 +10,7 @@ A slot is `done` when the horizon of its inner training has ended; other slots k
 Both functions are pure: jit them, scan them, vmap them over states.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import chex
@@ -64,7 +65,12 @@ class Learner(NamedTuple):
     step: LearnerStepFn
 
 
-def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation, *, stagger: int = 1) -> Learner:
+def learner(
+    estimator: base.Estimator | Callable[[jax.Array], base.Estimator],
+    optimizer: optax.GradientTransformation,
+    *,
+    stagger: int = 1,
+) -> Learner:
     """Makes an estimator and an outer optimizer into the two pure functions of an outer loop.
 
     `init(key, hyperparams, tasks)` starts every slot. `step(state, fresh_tasks)` first renews the slots that the
@@ -83,7 +89,8 @@ def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation, 
     Args:
       estimator: for one task (`done` is []), or wrapped by `hypergrad.over_tasks` for a batch of tasks with leading
         axis B on every leaf ([B]), or for a tuple of such batches (a tuple of [B_i]). Each array in `done` must be a
-        prefix of the axes of the task and state leaves that it governs.
+        prefix of the axes of the task and state leaves that it governs. Or `step -> estimator`, where step is [] int32,
+        the outer steps taken, for rules with a schedule (MAML++): their states must be alike, and λ is the same.
       optimizer: any optax transform; it is given `value`, the outer loss F(λ), as an extra argument.
       stagger: E, at least 1: `init` takes slot i of B ahead by ⌊i E / B⌋ estimates, at the initial λ, so that slots
         whose horizon is E estimates (`truncated`: T / K) do not end together, and every horizon is whole. It costs
@@ -111,13 +118,14 @@ def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation, 
     if stagger < 1:
         raise ValueError(f"`stagger` must be at least 1; got {stagger}.")
     optimizer = optax.with_extra_args_support(optimizer)
+    estimator_at = (lambda step: estimator) if isinstance(estimator, base.Estimator) else estimator
 
     def spread(hyperparams, tasks, estimator_state, done):
         """Slots ahead of one another. Only here is a first start known from a renewal, which starts at the start."""
 
         def advance(i, carry):
             estimator_state, done = carry
-            estimate, new_state = estimator.estimate(hyperparams, tasks, estimator_state)
+            estimate, new_state = estimator_at(jnp.int32(0)).estimate(hyperparams, tasks, estimator_state)
 
             def moves(done):
                 ahead = jnp.arange(done.size) * stagger // done.size
@@ -132,6 +140,7 @@ def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation, 
     def init(key: jax.Array, hyperparams: base.HyperParams, tasks: base.PyTree) -> LearnerState:
         hyperparams, tasks = check_hyperparams(hyperparams), check_tasks(tasks)
         init_key, key = jax.random.split(key)
+        estimator = estimator_at(jnp.int32(0))
         estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
         estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
         done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)
@@ -145,6 +154,7 @@ def learner(estimator: base.Estimator, optimizer: optax.GradientTransformation, 
         if not same_types(fresh_tasks, state.tasks):
             state = restart(init, state, fresh_tasks)
         hyperparams, done = state.hyperparams, state.done
+        estimator = estimator_at(state.step)
         init_key, key = jax.random.split(state.key)
 
         def renew(tasks, estimator_state):

@@ -10,6 +10,7 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import small_estimators as small
@@ -43,6 +44,16 @@ def unbroken():
 
 def same(a: training.FitResult, b: training.FitResult) -> bool:
     return small.bits(a) == small.bits(b) and jax.tree.structure(a) == jax.tree.structure(b)
+
+
+def test_several_steps_a_call_are_continued(tmp_path, unbroken):
+    fit(tmp_path, num_steps=12, steps_per_call=3)
+    continued = fit(tmp_path, steps_per_call=3)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12),
+        small.plain(continued[:-1]),
+        small.plain(unbroken[:-1]),
+    )
 
 
 class Interruption(Exception):

@@ -58,6 +58,22 @@ def test_equals_the_learners_own_steps_and_draws_only_where_a_slot_is_done():
     assert 1 < len(keys) < 12
 
 
+def test_several_steps_a_call_are_single_steps():
+    kwargs = {"num_steps": 12, "evaluate": lambda key, h: (h["x"] - 1) ** 2, "eval_every": 7}
+    seen = []
+    one = fit_carried(**kwargs)
+    several = fit_carried(
+        **kwargs, steps_per_call=4, callback=lambda step, metrics: seen.append((step, metrics["value"]))
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), small.plain(several[:-1]), small.plain(one[:-1])
+    )
+    np.testing.assert_allclose(seen, list(enumerate(one.history["value"], start=1)), rtol=1e-12)
+    assert several.stopped == one.stopped and len(several.evaluations) == 2
+    with pytest.raises(ValueError, match="`steps_per_call` must be at least 1; got 0"):
+        fit(steps_per_call=0)
+
+
 def test_zero_steps_return_the_initial_hyperparams():
     result = fit(num_steps=0, evaluate=lambda key, x: (x - 3) ** 2)
     assert (result.hyperparams, result.best_hyperparams, result.best_value) == (7.0, 7.0, 16.0)

@@ -1,0 +1,223 @@
+"""MAML's sinusoids: the mean squared error after a few gradient steps on a few points, for the MAML family.
+
+Tasks y = A sin(x − φ), A ~ U[0.1, 5], φ ~ U[0, π], x ~ U[−5, 5]; a network with two hidden layers of 40 ReLU units; the
+outer optimizer is Adam with 25 tasks a step and a cosine schedule. Every model is judged on the same 600 test tasks of
+100 query points, after 0 to 10 gradient steps on 10 or 5 points.
+
+    python experiments/sinusoid.py                    # writes experiments/results/sinusoid.md and .png
+    python experiments/sinusoid.py --smoke            # seconds; prints only
+    python experiments/sinusoid.py --seeds 1 --outer-steps 15000   # a smaller run
+
+Every training is saved in the folder that `--work` names, and a run that was stopped goes on from there.
+"""
+
+import argparse
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == "__main__" and "--smoke" in sys.argv:
+    import os
+
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half the time to compile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import metaopt
+from metaopt import hypergrad, methods, tasks, training
+
+RESULTS = Path(__file__).parent / "results"
+TEST_STEPS = 10
+TEXT = """
+
+Mean squared error over {test_tasks} test tasks and {seeds} seed(s), ± 1.96 standard errors over test tasks of the mean
+over seeds. Gradient steps of .01, or learned ones that start there; a model is trained for the number of steps in its
+name, and goes on with its (last) rates; "diverges" stands for more than 100. {outer_steps:,} outer steps of Adam with
+25 tasks and 10 query points each, from a rate of {rate:g} by a cosine to zero. Finn et al. (ICML 2017) show curves of
+this experiment, in their figures 2 and 3, and no numbers."""
+
+
+class Row(NamedTuple):
+    make: Callable  # (loss) -> Adaptation
+    shots: int
+    judged: int  # the gradient steps that the errors of each seed are shown after
+    bars: dict = {}  # gradient steps -> the error to reach
+
+
+# The rate .01 of MAML's code; 10 shots unless it says otherwise.
+ROWS = {
+    "MAML, 1 step": Row(lambda loss: methods.maml(loss, num_steps=1), 10, 1, {1: 0.32}),
+    "MAML, 5 steps": Row(lambda loss: methods.maml(loss, num_steps=5), 10, 5, {5: 0.062, 10: 0.038}),
+    "MAML, 1 step, 5 shots": Row(lambda loss: methods.maml(loss, num_steps=1), 5, 1, {1: 0.54}),
+    "Meta-SGD, 1 step": Row(lambda loss: methods.meta_sgd(loss, num_steps=1), 10, 1),
+    "LSLR, 5 steps": Row(lambda loss: methods.meta_sgd(loss, num_steps=5, rates="leaf", rates_per_step=True), 10, 5),
+    "Meta-SGD, 1 step, 5 shots": Row(lambda loss: methods.meta_sgd(loss, num_steps=1), 5, 1),
+    "FOMAML, 5 steps": Row(lambda loss: methods.fomaml(loss, num_steps=5), 10, 5),
+    "ANIL, 5 steps": Row(lambda loss: methods.anil(loss, head="^out", num_steps=5), 10, 5),
+    "pre-trained": Row(lambda loss: methods.pretrained(loss), 10, 10),
+}
+
+
+def network(params, x):
+    for name in ("hidden0", "hidden1"):
+        x = jax.nn.relu(x @ params[name]["w"] + params[name]["b"][None])
+    return x @ params["out"]["w"] + params["out"]["b"][None]
+
+
+def loss(params, hyperparams, batch):
+    return ((network(params, batch["x"]) - batch["y"]) ** 2).mean()
+
+
+def initial(key, width):
+    sizes = {"hidden0": (1, width), "hidden1": (width, width), "out": (width, 1)}
+    keys = jax.random.split(key, len(sizes))
+    return {
+        name: {"w": jax.random.normal(k, size) * (2 / size[0]) ** 0.5, "b": jnp.zeros(size[1])}
+        for k, (name, size) in zip(keys, sizes.items(), strict=True)
+    }
+
+
+def train(row: Row, seed: int, config) -> tuple[methods.Adaptation, dict]:
+    adaptation = row.make(loss)
+    schedule = optax.cosine_decay_schedule(config.rate, config.outer_steps)
+    # All leaves in one: a step of Adam is then a few operations, not a few for every leaf.
+    optimizer = optax.flatten(optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule)))
+    init_key, fit_key = jax.random.split(jax.random.key(seed))
+    result = training.fit(
+        training.learner(hypergrad.over_tasks(adaptation.estimator), optimizer),
+        tasks.episode_batches(tasks.sinusoids(num_shots=row.shots), 25),
+        hyperparams=adaptation.hyperparams(initial(init_key, config.width)),
+        num_steps=config.outer_steps,
+        key=fit_key,
+        steps_per_call=config.steps_per_call,
+        progress=False,
+    )
+    if result.stopped == "signal":
+        sys.exit("stopped by a signal")
+    return adaptation, result.hyperparams
+
+
+def judge(adaptation, hyperparams, shots: int, config) -> np.ndarray:
+    """[test tasks, TEST_STEPS + 1]: the same tasks for all models with as many shots, and for all seeds."""
+    evaluation = methods.evaluate_episodes(
+        {
+            "row": methods.adapted(
+                adaptation, hyperparams, lambda p, query: network(p, query["x"]), num_steps=TEST_STEPS
+            )
+        },
+        tasks.sinusoids(num_shots=shots, num_query=100),
+        jax.random.key(2025),  # the rate and the number of outer steps were chosen on those of 2024
+        num_episodes=config.test_tasks,
+        chunk_size=min(100, config.test_tasks),
+        score_fn=methods.mean_squared_error,
+        higher_is_better=False,
+    )
+    return evaluation.scores["row"]["episodes"]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def interval(errors: np.ndarray) -> str:
+    """The mean over test tasks and seeds [seeds, tasks], and 1.96 standard errors over test tasks."""
+    per_task = errors.mean(0)
+    if not errors.mean() < 100:
+        return "diverges"
+    half = 1.96 * per_task.std(ddof=1) / len(per_task) ** 0.5
+    return f"{errors.mean():.4f} ± {half:.4f}"
+
+
+def plot(errors: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 4))
+    for i, (name, found) in enumerate(errors.items()):
+        axis.plot(found.mean((0, 1)), "--" if "5 shots" in name else "-", color=f"C{i}", label=name)
+    axis.set(yscale="log", ylim=(1e-2, 10), xlabel="gradient steps", ylabel="mean squared error, 600 test tasks")
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report(errors: dict, config) -> str:
+    shown = (0, 1, 5, 10)
+    lines = []
+    for name, found in errors.items():
+        bars = ROWS[name].bars
+        reached = ", ".join(
+            f"{bar:g} after {step}: {'yes' if found[:, :, step].mean() <= bar else 'no'}" for step, bar in bars.items()
+        )
+        judged = ROWS[name].judged
+        seeds = ", ".join(f"{one:.4f}" for one in found[:, :, judged].mean(1))
+        lines.append([name, *(interval(found[:, :, step]) for step in shown), f"{seeds} (after {judged})", reached])
+    header = ["model", *(f"after {step}" for step in shown), "each seed", "bar, reached"]
+    return table(header, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
+    parser.add_argument("--seeds", type=int, default=3, help="each with its own initialization and training tasks")
+    parser.add_argument("--outer-steps", type=int, default=120_000)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="some of the models")
+    parser.add_argument("--rate", type=float, default=4e-3, help="of the outer Adam, at the start")
+    parser.add_argument("--work", type=Path, default=Path("sinusoid_runs"), help="where finished trainings are kept")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    config = parser.parse_args()
+    if config.smoke:
+        config.seeds, config.outer_steps, config.rows = 1, 6, ["Meta-SGD, 1 step"]
+    config.width, config.test_tasks, config.steps_per_call = (8, 4, 3) if config.smoke else (40, 600, 500)
+
+    errors = {}
+    for seed in range(config.seeds):
+        for name in config.rows:
+            row = ROWS[name]
+            file = config.work / f"{name.replace(', ', '_').replace(' ', '-')}_{seed}_{config.outer_steps}.npy"
+            if file.is_file() and not config.smoke:
+                found = np.load(file)
+            else:
+                found = judge(*train(row, seed, config), row.shots, config)
+                if not config.smoke:
+                    config.work.mkdir(parents=True, exist_ok=True)
+                    np.save(file, found)
+            errors.setdefault(name, []).append(found)
+            means = " ".join(f"{found[:, step].mean():.4f}" for step in (0, 1, 5, 10))
+            print(f"[{time.process_time():6.0f} s] seed {seed}, {name}: {means}", flush=True)
+    errors = {name: np.stack(found).astype(float) for name, found in errors.items()}
+    text = report(errors, config)
+    versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
+    rows = [] if config.rows == list(ROWS) else ["--rows", *config.rows]
+    given = [
+        "--seeds",
+        str(config.seeds),
+        "--outer-steps",
+        str(config.outer_steps),
+        "--rate",
+        f"{config.rate:g}",
+        *rows,
+    ]
+    command = shlex.join(["python", "experiments/sinusoid.py", *given])
+    text += TEXT.format(**vars(config))
+    text += f"\n\n`{command}`; Python {platform.python_version()}, "
+    text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+    print(text)
+    if not config.smoke:
+        config.out.mkdir(parents=True, exist_ok=True)
+        (config.out / "sinusoid.md").write_text(f"# Sinusoids\n\n{text}\n")
+        plot(errors, config.out / "sinusoid.png")
+
+
+if __name__ == "__main__":
+    main()

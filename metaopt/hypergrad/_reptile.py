@@ -1,0 +1,62 @@
+"""Reptile: the way that training went, as if it were a gradient of where it started."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import base, inner
+from metaopt.hypergrad import _implicit
+
+
+def reptile(problem: base.Problem, *, num_steps: int) -> base.Estimator:
+    """Moves the initialization towards where training ends:
+
+        hypergrad = (∂θ_0/∂λ)ᵀ (θ_0 − θ_T),
+
+    so that λ ← λ − ε hypergrad is λ + ε (θ_T − λ) where θ_0 = λ. It is the gradient of |θ_0(λ) − θ_T|²/2 with θ_T held,
+    and no gradient of F. For plain gradient descent at a rate α, (θ_0 − θ_T)/α is the sum of the gradients on the way.
+
+    Costs a training run without derivatives; memory does not depend on T.
+
+    Args:
+      problem: λ must enter the initialization, leaf by leaf. θ_T is trained on `task.train` alone: give the task all
+        of its data there where no query set is held back.
+      num_steps: T, at least 1; with T = 1 the expected direction is that of joint training on all tasks.
+
+    Returns:
+      An `Estimator` of kind "pseudo", `done` after every estimate; its state is a key. `value` is f(θ_T).
+
+    Raises:
+      ValueError: `num_steps` is below 1; at trace time, θ_0 does not depend on a leaf of λ.
+
+    Source: Nichol, Achiam & Schulman, 2018, https://arxiv.org/abs/1803.02999
+    """
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
+    loop = problem.loop
+    train = inner.run(loop, num_steps)
+
+    def start(hyperparams, key, data):
+        return loop.params(loop.init(key, hyperparams, data))
+
+    def init(key, hyperparams, task):
+        used = _implicit.used_leaves(start, hyperparams, key, task.train)
+        paths = [jax.tree_util.keystr(path) or "itself" for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
+        refused = [path for path, enters in zip(paths, used, strict=True) if not enters]
+        if refused:
+            raise ValueError(
+                f"Reptile cannot answer for the leaves {', '.join(refused)} of λ: the initialization of θ does not "
+                "depend on them. Use `hypergrad.unrolled` for them, or keep them out of λ."
+            )
+        return key
+
+    def estimate(hyperparams, task, state):
+        train_key, outer_key, key = jax.random.split(state, 3)
+        started, pullback = jax.vjp(lambda hyperparams: start(hyperparams, train_key, task.train), hyperparams)
+        trained = train(train_key, hyperparams, task.train)
+        batch = problem.outer_batch(outer_key, task)
+        value = problem.outer_loss(loop.params(trained), hyperparams, batch, loop.context(trained))
+        (hypergrad,) = pullback(optax.tree.sub(started, loop.params(trained)))
+        return base.Estimate(value, hypergrad, jnp.array(True), {}), key
+
+    return base.Estimator(init, estimate, kind="pseudo")

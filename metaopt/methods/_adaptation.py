@@ -1,0 +1,286 @@
+"""Adaptation: a few inner steps from a shared start to one task. Every MAML is a setting of one specification.
+
+    θ_0 = init(λ, support),    θ_{t+1} = θ_t − α_t ∇_θ g(θ_t, λ; support),    F(λ) = Σ_t w_t f(θ_t, λ; query)
+
+λ = {"init": the meta-parameters, "rate": α, where it is learned, ...}. θ has those leaves of the model that adapt, and
+None in place of the others, which are read from λ["init"]: what does not adapt costs nothing in the inner loop.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metaopt import base, hypergrad, inner, transforms
+from metaopt.methods._evaluate import AdaptFn
+
+RATES = ("fixed", "one", "leaf", "entry")
+LATE = np.iinfo(np.int32).max  # an outer step after every schedule
+
+
+class Adaptation(NamedTuple):
+    """What a specification makes; see `adaptation`.
+
+    Attributes:
+      problem: in λ = {"init": ..., "rate": ...}.
+      estimator: of dF/dλ for one task; where there are schedules, as it is after their end.
+      estimator_at: `step -> Estimator`, the same at an outer step:
+        `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)` follows the schedules.
+      hyperparams: `(meta_params, data=None) -> λ` to start from; `data` is one task's support set, needed where `init`
+        looks at it and each leaf or entry of θ has a rate.
+      params: `(state, hyperparams) -> ` all leaves of the model, adapted or not, after a state's steps.
+      test_steps: steps at test.
+    """
+
+    problem: base.Problem
+    estimator: base.Estimator
+    estimator_at: Callable[[Any], base.Estimator]
+    hyperparams: Callable[..., dict[str, Any]]
+    params: Callable[[base.InnerState, base.HyperParams], base.Params]
+    test_steps: int
+
+
+def adaptation(
+    loss: Callable,
+    *,
+    outer_loss: Callable | None = None,
+    init: Callable | None = None,
+    extra: Mapping[str, base.PyTree] | None = None,
+    adapt: str = "",
+    optimizer: Callable[[Any], optax.GradientTransformation] = optax.sgd,
+    rate: float = 0.01,
+    rates: str = "fixed",
+    rates_per_step: bool = False,
+    leaves_per_step: str | None = None,
+    num_steps: int = 1,
+    test_steps: int | None = None,
+    order: str | int = "second",
+    outer: str | Sequence[float] | Callable = "last",
+    proximal: float = 0.0,
+    rule: Callable[[base.Problem], base.Estimator] | None = None,
+    remat: str = "none",
+    sampler: inner.Sampler | None = None,
+    with_context: bool = False,
+) -> Adaptation:
+    """Says how a model adapts to a task; `maml`, `anil`, `cavia` and the others are settings of it.
+
+    Args:
+      loss: g, `(params, hyperparams, batch) -> []` on the support set, where `params` are all leaves of the model. With
+        `with_context`, `(params, hyperparams, batch, context) -> []` or `-> ([], model_state)`.
+      outer_loss: f on the query set, with the same arguments, `-> []`; by default `loss` (without its model state).
+      init: `(key, hyperparams, data) -> params`, θ_0 and what does not adapt: λ["init"] by default; may add leaves,
+        such as a head made from the support set. With `with_context`, `-> (params, model_state)`.
+      extra: more leaves of λ, by name, with the values to start from, for the losses and `init` to read.
+      adapt: which leaves adapt: a regular expression that is searched for in paths like "layers/0/bias". Leaves that do
+        not adapt are in λ["init"], and are learned by the outer step alone.
+      optimizer: `rate -> optax.GradientTransformation`.
+      rate: α, or what it starts from where it is learned.
+      rates: "fixed", or learned: "one" for all, one for each "leaf", or one for each "entry" (Meta-SGD).
+      rates_per_step: a learned rate has a value for each of the T steps, as its leading axis (LSLR: with "leaf"); later
+        ones take the last.
+      leaves_per_step: paths of leaves in λ["init"] that do not adapt and have a value for each of the T steps, as their
+        leading axis: scales and shifts of a normalization. The loss sees the value of the step; f that of the last.
+      num_steps: T, in training; at least 0, which is plain training of λ["init"] on the query sets.
+      test_steps: steps at test, T by default.
+      order: "second"; "first" (∇g is held constant: no second derivatives); or a number n, "first" in the first n outer
+        steps.
+      outer: the weights w_1..w_T, as for `hypergrad.unrolled`, or a schedule of them, `step -> [T]` of the outer step.
+      proximal: μ ≥ 0 adds μ |θ − λ["init"]|²/2, over the leaves that adapt, to g.
+      rule: `problem -> Estimator` in place of `hypergrad.unrolled`: `hypergrad.implicit` (iMAML), `reptile`. `order`,
+        `outer` and `remat` do not concern it.
+      remat: as for `hypergrad.unrolled`.
+      sampler: which rows of the support set a step sees; all by default.
+      with_context: losses and `init` are in their full form: dropout keys, batch statistics, the number of the step.
+
+    Returns:
+      An `Adaptation`. Train `hypergrad.over_tasks(a.estimator)` by `training.fit`; `adapted` is what it does at test.
+
+    Raises:
+      ValueError: an argument is out of range; at trace time, `adapt` finds no leaf, or a leaf adapts and has a value a
+        step.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from metaopt import base, methods
+    >>> loss = lambda params, hyperparams, batch: (params["w"] + params["b"] - batch) ** 2 / 2
+    >>> a = methods.adaptation(loss, adapt="b", rate=0.5, rates="leaf")
+    >>> hyperparams = a.hyperparams({"w": jnp.array(1.0), "b": jnp.array(0.0)})
+    >>> jax.tree.map(float, hyperparams["rate"])
+    {'b': 0.5, 'w': None}
+    >>> task = base.Task(jnp.array(3.0), jnp.array(3.0))
+    >>> estimate, _ = a.estimator.estimate(hyperparams, task, jax.random.key(0))  # the error is halved: 2, 1
+    >>> float(estimate.value), float(estimate.hypergrad["rate"]["b"])
+    (0.5, -2.0)
+    """
+    if rates not in RATES:
+        raise ValueError(f"`rates` must be one of {', '.join(map(repr, RATES))}; got {rates!r}.")
+    for name, value in {"num_steps": num_steps, "test_steps": test_steps, "proximal": proximal}.items():
+        if value is not None and not value >= 0:
+            raise ValueError(f"`{name}` must be at least 0; got {value}.")
+    if isinstance(order, str) and order not in ("first", "second") or isinstance(order, int) and order < 0:
+        raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')
+    if rates_per_step and rates == "fixed":
+        raise ValueError('`rates_per_step` needs learned rates: `rates="one"`, "leaf" or "entry".')
+    if num_steps == 0 and (rates_per_step or leaves_per_step):
+        raise ValueError("With `num_steps=0` there is no step to have values of its own.")
+
+    def full_form(function):
+        def full(params, hyperparams, batch, context):
+            return function(params, hyperparams, batch, *([context] if with_context else []))
+
+        return full
+
+    inner_loss, judge = full_form(loss), full_form(outer_loss or loss)
+
+    def select(params):
+        """The leaves that adapt, with None in place of the others."""
+        return jax.tree_util.tree_map_with_path(lambda path, x: x if re.search(adapt, _path(path)) else None, params)
+
+    def whole(params, meta_params):
+        """All leaves: those that do not adapt are read from the meta-parameters."""
+        given = {_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(meta_params)}
+        fill = lambda path, x: given.get(_path(path)) if x is None else x
+        return jax.tree_util.tree_map_with_path(fill, params, is_leaf=lambda x: x is None)
+
+    def start(key, hyperparams, data):
+        params = hyperparams["init"] if init is None else init(key, hyperparams, data)
+        params, model_state = params if with_context and init is not None else (params, None)
+        paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        if not any(re.search(adapt, path) for path in paths):
+            raise ValueError(f"`adapt` must find a leaf: {adapt!r} is in none of {paths}.")
+        both = [
+            path for path in paths if leaves_per_step and re.search(adapt, path) and re.search(leaves_per_step, path)
+        ]
+        if both:
+            raise ValueError(f"Leaves with a value for each step cannot adapt: {both}. Leave them out of `adapt`.")
+        return select(params), model_state
+
+    def g(params, hyperparams, batch, context):
+        value = inner_loss(whole(params, hyperparams["init"]), hyperparams, batch, context)
+        if not proximal:
+            return value
+        value, model_state = value if isinstance(value, tuple) else (value, context.model_state)
+        distance = optax.tree.norm(optax.tree.sub(params, select(hyperparams["init"])), squared=True)
+        return value + proximal / 2 * distance, model_state
+
+    def f(params, hyperparams, batch, context):
+        value = judge(whole(params, hyperparams["init"]), hyperparams, batch, context)
+        return value[0] if isinstance(value, tuple) else value
+
+    grouped = transforms.per_parameter(optimizer) if rates in ("leaf", "entry") else optimizer
+    loop = inner.loop(
+        g,
+        lambda hyperparams: grouped(rate if rates == "fixed" else hyperparams["rate"]),
+        init=start,
+        sampler=sampler,
+        with_context=True,
+    )
+
+    def leaves_at(hyperparams, step):
+        pick = lambda path, x: x[step] if re.search(leaves_per_step or "", _path(path)) else x
+        return {**hyperparams, "init": jax.tree_util.tree_map_with_path(pick, hyperparams["init"])}
+
+    def at_step(hyperparams, step):
+        step = jnp.clip(step, 0, num_steps - 1)
+        if rates_per_step:
+            hyperparams = {**hyperparams, "rate": jax.tree.map(lambda x: x[step], hyperparams["rate"])}
+        return leaves_at(hyperparams, step) if leaves_per_step else hyperparams
+
+    problem = inner.problem(loop, f, with_context=True)
+    if rates_per_step or leaves_per_step:
+        problem = base.reparametrized(problem, at_step)
+
+    def hyperparams(meta_params, data=None):
+        made = {"init": meta_params, **(extra or {})}
+        if rates == "fixed":
+            return made
+        if rates == "one":
+            like = jnp.zeros([])
+        else:
+            first = leaves_at(made, 0) if leaves_per_step else made
+            like = jax.eval_shape(lambda data: start(jax.random.key(0), first, data)[0], data)
+        lead = (num_steps,) if rates_per_step else ()
+        value = lambda x: jnp.full(lead + (x.shape if rates == "entry" else ()), rate, x.dtype)
+        return {**made, "rate": jax.tree.map(value, like)}
+
+    def params(state, hyperparams):
+        if rates_per_step or leaves_per_step:
+            hyperparams = at_step(hyperparams, loop.context(state).step - 1)
+        return whole(loop.params(state), hyperparams["init"])
+
+    def estimator_at(step):
+        if rule is not None:
+            return rule(problem)
+        weights: Any = outer(step) if callable(outer) else outer
+        if callable(outer) and isinstance(step, int):  # known: where all weight is on the last, only that is judged
+            weights = np.asarray(weights)
+
+        def unrolled(grad):
+            return hypergrad.unrolled(problem, num_steps=num_steps, remat=remat, outer=weights, grad=grad)
+
+        first, second = unrolled(_held_grad)._replace(kind="biased"), unrolled(hypergrad.mixed_grad)
+        if isinstance(order, str):
+            return first if order == "first" else second
+        if isinstance(step, int):
+            return first if step < order else second
+        estimate = lambda hyperparams, task, state: jax.lax.cond(
+            step < order, first.estimate, second.estimate, hyperparams, task, state
+        )
+        return first._replace(estimate=estimate)
+
+    return Adaptation(
+        problem,
+        estimator_at(int(LATE)),
+        estimator_at,
+        hyperparams,
+        params,
+        num_steps if test_steps is None else test_steps,
+    )
+
+
+def adapted(
+    adaptation: Adaptation,
+    hyperparams: base.HyperParams,
+    predict: Callable,
+    *,
+    num_steps: int | None = None,
+    with_context: bool = False,
+) -> AdaptFn:
+    """What an adaptation does at test, as `evaluate_episodes` wants it.
+
+    Args:
+      adaptation: how it adapts.
+      hyperparams: λ, learned.
+      predict: `(params, query) -> outputs` [Q, ...], where `params` are all leaves of the model; with `with_context`,
+        `(params, query, context)`: for batch statistics.
+      num_steps: T at test; `test_steps` by default.
+      with_context: `predict` is in its full form.
+
+    Returns:
+      `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps; it passes no derivative on.
+    """
+    loop = adaptation.problem.loop
+    steps = adaptation.test_steps if num_steps is None else num_steps
+
+    def method(key, support, query):
+        def outputs(state):
+            context = (loop.context(state),) if with_context else ()
+            return predict(adaptation.params(state, hyperparams), query, *context)
+
+        before = outputs(loop.init(key, hyperparams, support))
+        _, after = inner.run(loop, steps, trace_fn=outputs)(key, hyperparams, support)
+        return jnp.concatenate([before[None], after])
+
+    return method
+
+
+def _held_grad(loss: Callable, has_aux: bool = False) -> Callable:
+    """`jax.grad` whose result has no derivative: first order. The new model state has none either."""
+    return lambda *args: jax.grad(loss, has_aux=has_aux)(*jax.lax.stop_gradient(args))
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

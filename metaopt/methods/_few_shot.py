@@ -1,0 +1,366 @@
+"""Few-shot learning under the papers' names: each is a setting of `adaptation`, and adds no numerics to it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import hypergrad
+from metaopt.methods._adaptation import Adaptation, adaptation
+
+
+def maml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
+    """MAML: F(λ) = f(θ_T), θ_0 = λ, θ_{t+1} = θ_t − α ∇g(θ_t), differentiated through all T steps.
+
+    Args:
+      loss: g, and f too: `(params, hyperparams, batch) -> []`.
+      num_steps: T.
+      rate: α, in θ² per unit of the loss.
+      **options: as for `adaptation`.
+
+    Returns:
+      An `Adaptation`. Time is that of T second-order gradients a task; memory grows with T (`remat`).
+
+    Source: Finn, Abbeel & Levine, ICML 2017, https://arxiv.org/abs/1703.03400
+
+    >>> import jax, optax
+    >>> from metaopt import hypergrad, methods, tasks, training
+    >>> loss = lambda params, hyperparams, batch: ((params["a"] * batch["x"] + params["b"] - batch["y"]) ** 2).mean()
+    >>> line = methods.maml(loss, num_steps=2)
+    >>> result = training.fit(
+    ...     training.learner(hypergrad.over_tasks(line.estimator), optax.adam(0.1)),
+    ...     tasks.episode_batches(tasks.sinusoids(num_shots=5), 4),
+    ...     hyperparams=line.hyperparams({"a": 1.0, "b": 1.0}), num_steps=5, key=jax.random.key(0),
+    ... )
+    >>> sorted(result.hyperparams["init"])
+    ['a', 'b']
+    """
+    return adaptation(loss, num_steps=num_steps, rate=rate, **options)
+
+
+def fomaml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
+    """First-order MAML: dF/dλ ≈ ∇f(θ_T). Inner gradients are held constant, so that ∂θ_T/∂λ is the identity.
+
+    Args:
+      loss: as for `maml`.
+      num_steps: T.
+      rate: α.
+      **options: as for `adaptation`.
+
+    Returns:
+      An `Adaptation` whose estimator is "biased", by the order of α T times the curvature of g.
+
+    Source: Finn, Abbeel & Levine, ICML 2017, Sec. 5.2, https://arxiv.org/abs/1703.03400
+    """
+    return adaptation(loss, num_steps=num_steps, rate=rate, order="first", **options)
+
+
+def reptile(loss: Callable, *, num_steps: int = 5, rate: float = 0.01, **options: Any) -> Adaptation:
+    """Reptile: λ ← λ + ε (θ_T − λ); the outer optimizer is `optax.sgd(ε)` or any other.
+
+    Args:
+      loss: as for `maml`.
+      num_steps: T; more than one, or it is joint training.
+      rate: α.
+      **options: as for `adaptation`. A `sampler` of minibatches is usual; everything adapts.
+
+    Returns:
+      An `Adaptation` whose estimator is "pseudo": see `hypergrad.reptile`.
+
+    Source: Nichol, Achiam & Schulman, 2018, https://arxiv.org/abs/1803.02999
+    """
+    rule = lambda problem: hypergrad.reptile(problem, num_steps=num_steps)
+    return adaptation(loss, num_steps=num_steps, rate=rate, rule=rule, **options)
+
+
+def anil(loss: Callable, *, head: str = "head", num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
+    """ANIL, almost no inner loop: MAML in which the head alone adapts.
+
+    Args:
+      loss: as for `maml`.
+      head: what adapts, as `adapt` of `adaptation`; "" is MAML.
+      num_steps: T.
+      rate: α.
+      **options: as for `adaptation`.
+
+    Returns:
+      An `Adaptation`.
+
+    Source: Raghu et al., ICLR 2020, https://arxiv.org/abs/1909.09157
+    """
+    return adaptation(loss, adapt=head, num_steps=num_steps, rate=rate, **options)
+
+
+def boil(loss: Callable, *, head: str = "head", num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
+    """BOIL, body only inner loop: MAML in which everything but the head adapts.
+
+    Args:
+      loss: as for `maml`.
+      head: what does not adapt: a regular expression for paths.
+      num_steps: T.
+      rate: α.
+      **options: as for `adaptation`.
+
+    Returns:
+      An `Adaptation`.
+
+    Source: Oh et al., ICLR 2021, https://arxiv.org/abs/2008.08882
+    """
+    return adaptation(loss, adapt=f"^(?!.*(?:{head}))", num_steps=num_steps, rate=rate, **options)
+
+
+def meta_sgd(
+    loss: Callable, *, num_steps: int = 1, rate: float = 0.01, rates: str = "entry", **options: Any
+) -> Adaptation:
+    """Meta-SGD: θ_{t+1} = θ_t − α ∘ ∇g(θ_t), with a learned rate for each entry of θ; rates may become negative.
+
+    Args:
+      loss: as for `maml`.
+      num_steps: T.
+      rate: where all of α starts.
+      rates: "entry", or "leaf" for fewer.
+      **options: as for `adaptation`; `rates_per_step=True` with "leaf" is MAML++'s LSLR.
+
+    Returns:
+      An `Adaptation` whose λ has "rate", like θ.
+
+    Source: Li et al., 2017, https://arxiv.org/abs/1707.09835
+    """
+    return adaptation(loss, num_steps=num_steps, rate=rate, rates=rates, **options)
+
+
+def maml_plus_plus(
+    loss: Callable,
+    *,
+    num_steps: int = 5,
+    rate: float = 0.1,
+    first_order_steps: int = 0,
+    multi_step_steps: int = 0,
+    **options: Any,
+) -> Adaptation:
+    """MAML++: a loss after each step at first, a learned rate for each leaf and step, first order at first.
+
+        F = Σ_t w_t f(θ_t),    w_t = max(0, 1 − k/N)/T for t < T,    w_T = 1 − Σ_{t<T} w_t    at outer step k.
+
+    (The paper keeps a small weight on early steps until N, and drops it there.) Per-step normalization is the model's:
+    a scale and a shift with a leading axis of T are `leaves_per_step`, and a loss with `with_context` is told the step.
+
+    Args:
+      loss: as for `maml`.
+      num_steps: T.
+      rate: where all rates start.
+      first_order_steps: outer steps before second derivatives are taken.
+      multi_step_steps: N; 0 judges the last step alone.
+      **options: as for `adaptation`.
+
+    Returns:
+      An `Adaptation`; its schedules are followed by `estimator_at`. λ's "rate" is like θ, with a leading axis of T.
+
+    Source: Antoniou, Edwards & Storkey, ICLR 2019, https://arxiv.org/abs/1810.09502
+    """
+
+    def weights(step):
+        early = jnp.maximum(0, 1 - step / multi_step_steps) / num_steps
+        return jnp.full(num_steps, early).at[-1].set(1 - (num_steps - 1) * early)
+
+    options = {"rates": "leaf", "rates_per_step": True, "order": first_order_steps or "second", **options}
+    outer = weights if multi_step_steps else "last"
+    return adaptation(loss, num_steps=num_steps, rate=rate, outer=outer, **options)
+
+
+def imaml(
+    loss: Callable,
+    *,
+    proximal: float,
+    num_steps: int = 16,
+    rate: float = 0.01,
+    solver: hypergrad.Solver | None = None,
+    **options: Any,
+) -> Adaptation:
+    """iMAML: θ*(λ) = argmin_θ g(θ) + μ |θ − λ|²/2, differentiated where it is, whatever way led there:
+
+        dF/dλ = (I + ∂²g/∂θ² / μ)⁻¹ ∇f(θ*).
+
+    Args:
+      loss: as for `maml`; g + μ |θ|²/2 should be convex near θ*.
+      proximal: μ, positive.
+      num_steps: inner steps towards θ*; memory does not depend on them.
+      rate: α, below 2 / (curvature + μ).
+      solver: of the linear system, `hypergrad.cg()` by default.
+      **options: as for `adaptation`, with a fixed rate.
+
+    Returns:
+      An `Adaptation` whose estimator is `hypergrad.implicit`, "biased" where θ is not at θ*.
+
+    Raises:
+      ValueError: `proximal` is not positive.
+
+    Source: Rajeswaran et al., NeurIPS 2019, https://arxiv.org/abs/1909.04630
+    """
+    if not proximal > 0:
+        raise ValueError(f"`proximal` must be positive, or θ* does not depend on the initialization; got {proximal}.")
+    rule = lambda problem: hypergrad.implicit(problem, num_steps=num_steps, solver=solver, warm_start=False)
+    return adaptation(loss, proximal=proximal, num_steps=num_steps, rate=rate, rule=rule, **options)
+
+
+def cavia(loss: Callable, *, num_context: int, num_steps: int = 2, rate: float = 1.0, **options: Any) -> Adaptation:
+    """CAVIA: a context vector φ alone adapts, from zero: φ_{t+1} = φ_t − α ∇_φ g(φ_t, λ).
+
+    Args:
+      loss: as for `maml`; `params` has "context" [num_context] beside λ["init"], which is a dict: an input of the first
+        layer, or the input of a layer that makes FiLM's scales and shifts.
+      num_context: the entries of φ.
+      num_steps: T.
+      rate: α.
+      **options: as for `adaptation`.
+
+    Returns:
+      An `Adaptation`. `hyperparams` needs no context in the meta-parameters.
+
+    Source: Zintgraf et al., ICML 2019, https://arxiv.org/abs/1810.03642
+    """
+
+    def init(key, hyperparams, data):
+        dtype = jnp.result_type(*jax.tree.leaves(hyperparams["init"]))
+        return {**hyperparams["init"], "context": jnp.zeros(num_context, dtype)}
+
+    return adaptation(loss, init=init, adapt="^context$", num_steps=num_steps, rate=rate, **options)
+
+
+def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **options: Any) -> Adaptation:
+    """Pre-training and fine-tuning, the baseline: λ is trained on all tasks at once, and adapts at test alone.
+
+    Args:
+      loss: as for `maml`; F(λ) is the loss of λ itself on the query set.
+      test_steps: inner steps at test.
+      rate: α, at test.
+      **options: as for `adaptation`.
+
+    Returns:
+      An `Adaptation` with T = 0 in training.
+    """
+    return adaptation(loss, num_steps=0, test_steps=test_steps, rate=rate, **options)
+
+
+# ---- Heads that the support set makes --------------------------------------------------------------------------------
+
+
+def linear_head(features: Callable) -> Callable:
+    """`(params, batch) -> outputs` [N, W] of a linear head on features: x ↦ features(params, x) w + b.
+
+    Args:
+      features: `(params, x) -> [N, D]`.
+
+    Returns:
+      A function of `params` with "head": {"w": [D, W], "b": [W]}, and of a batch with "x"; `adapted` takes it.
+    """
+    return lambda params, batch: features(params, batch["x"]) @ params["head"]["w"] + params["head"]["b"][None]
+
+
+def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The mean cross-entropy over the real rows of an episode, among its real classes.
+
+    Args:
+      logits: [N, W].
+      batch: with "y" [N], "mask" [N] and "class_mask" [W], as episodes have them.
+
+    Returns:
+      [], in nats.
+    """
+    among = jnp.where(batch["class_mask"][None] > 0, logits, -1e9)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(among, batch["y"])
+    return (losses * batch["mask"]).sum() / batch["mask"].sum()
+
+
+def _one_hot(batch: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
+    """[N, W], zeros in rows that are padding."""
+    return jax.nn.one_hot(batch["y"], len(batch["class_mask"]), dtype=dtype) * batch["mask"][:, None]
+
+
+def _with_head(features: Callable, make: Callable, loss: Callable, **options: Any) -> Adaptation:
+    """An adaptation whose head is `make(features [N, D], λ, support)`."""
+    head = linear_head(features)
+
+    def init(key, hyperparams, data):
+        params = hyperparams["init"]
+        return {**params, "head": make(features(params, data["x"]), hyperparams, data)}
+
+    return adaptation(lambda params, hyperparams, batch: loss(head(params, batch), batch), init=init, **options)
+
+
+def proto_maml(features: Callable, *, num_steps: int = 5, rate: float = 0.01, **options: Any) -> Adaptation:
+    """Proto-MAML: MAML whose head starts at the prototypes p_c, the mean features of each class in the support set:
+
+        w_c = 2 p_c,    b_c = −|p_c|²,    so that the first logits are −|x − p_c|² up to what all classes share.
+
+    Args:
+      features: `(params, x) -> [N, D]`; λ["init"] is a dict.
+      num_steps: T; 0 is a prototypical network.
+      rate: α.
+      **options: as for `adaptation`.
+
+    Returns:
+      An `Adaptation` of episodes with classes; `linear_head(features)` predicts.
+
+    Source: Triantafillou et al., ICLR 2020, Sec. 3.2, https://arxiv.org/abs/1903.03096
+    """
+
+    def prototypes(x, hyperparams, data):
+        one_hot = _one_hot(data, x.dtype)
+        means = (one_hot.T @ x) / jnp.maximum(one_hot.sum(0), 1)[:, None]
+        return {"w": 2 * means.T, "b": -(means**2).sum(-1)}
+
+    return _with_head(features, prototypes, cross_entropy, num_steps=num_steps, rate=rate, **options)
+
+
+def prototypical_networks(features: Callable, **options: Any) -> Adaptation:
+    """Prototypical networks: the nearest class mean in feature space, p(c | x) ∝ exp(−|x − p_c|²); no inner steps.
+
+    Args:
+      features: as for `proto_maml`.
+      **options: as for `adaptation`.
+
+    Returns:
+      An `Adaptation` of episodes with classes; `linear_head(features)` predicts.
+
+    Source: Snell, Swersky & Zemel, NeurIPS 2017, https://arxiv.org/abs/1703.05175
+    """
+    return proto_maml(features, num_steps=0, **options)
+
+
+def ridge_head(features: Callable, *, loss: Callable = cross_entropy, **options: Any) -> Adaptation:
+    """R2D2: the head is the ridge regression of the support set, solved exactly and differentiated through:
+
+        W = argmin_W |X W − Y|² + ρ |W|² = Xᵀ (X Xᵀ + ρ I)⁻¹ Y,    outputs = scale · X W + shift.
+
+    Whichever of the two systems is smaller is solved, by Cholesky. ρ, scale and shift are learned: λ has "log_ridge",
+    "scale" and "shift".
+
+    Args:
+      features: `(params, x) -> [N, D]`; λ["init"] is a dict.
+      loss: `(outputs, batch) -> []`: `cross_entropy` (Y is one-hot), or `mean_squared_error` (Y is "y" [N, W]).
+      **options: as for `adaptation`; with `num_steps` the head and the features adapt from there.
+
+    Returns:
+      An `Adaptation`; `linear_head(features)` predicts.
+
+    Source: Bertinetto et al., ICLR 2019, https://arxiv.org/abs/1805.08136. MetaOptNet has a support vector machine in
+      its place: Lee et al., CVPR 2019, https://arxiv.org/abs/1904.03758
+    """
+
+    def solve(x, hyperparams, data):
+        classes = jnp.issubdtype(data["y"].dtype, jnp.integer)
+        y = _one_hot(data, x.dtype) if classes else data["y"] * data["mask"][:, None]
+        x = x * data["mask"][:, None]
+        ridge = jnp.exp(hyperparams["log_ridge"])
+        regular = lambda matrix: matrix + ridge * jnp.eye(len(matrix), dtype=matrix.dtype)
+        if x.shape[0] <= x.shape[1]:
+            w = x.T @ jax.scipy.linalg.solve(regular(x @ x.T), y, assume_a="pos")
+        else:
+            w = jax.scipy.linalg.solve(regular(x.T @ x), x.T @ y, assume_a="pos")
+        return {"w": hyperparams["scale"] * w, "b": jnp.full(y.shape[1], hyperparams["shift"])}
+
+    extra = {"log_ridge": jnp.zeros([]), "scale": jnp.ones([]), "shift": jnp.zeros([])}
+    return _with_head(features, solve, loss, extra=extra, **{"num_steps": 0, **options})

@@ -1,0 +1,44 @@
+"""Reptile's direction through any map from λ to the initialization; what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+from metaopt import hypergrad, inner
+
+DATA = problems.TASK
+
+
+def test_the_direction_is_pulled_back_to_lambda():
+    """θ_0 = M λ: the hypergradient is Mᵀ (θ_0 − θ_T)."""
+    rng = np.random.default_rng(0)
+    matrix, lam = rng.normal(size=(problems.NUM_FEATURES, 2)), rng.normal(size=2)
+    problem = inner.problem(
+        inner.loop(
+            lambda params, hp, batch: problems.mean_squares(params, batch),
+            lambda hp: optax.sgd(0.1),
+            init=lambda key, hp, data: jnp.asarray(matrix) @ hp,
+        ),
+        lambda params, hp, batch: problems.mean_squares(params, batch),
+    )
+    estimator = hypergrad.reptile(problem, num_steps=3)
+    state = estimator.init(jax.random.key(0), jnp.asarray(lam), DATA)
+    found, after = jax.jit(estimator.estimate)(jnp.asarray(lam), DATA, state)
+    x, y, theta = np.asarray(DATA.train["x"]), np.asarray(DATA.train["y"]), matrix @ lam
+    for _ in range(3):
+        theta = theta - 0.1 * x.T @ (x @ theta - y) / len(y)
+    np.testing.assert_allclose(found.hypergrad, matrix.T @ (matrix @ lam - theta), rtol=1e-10)
+    xv, yv = np.asarray(DATA.valid["x"]), np.asarray(DATA.valid["y"])
+    assert found.value == pytest.approx(((xv @ theta - yv) ** 2).mean() / 2, rel=1e-10)
+    assert found.done and estimator.kind == "pseudo" and after != state
+
+
+def test_refuses_what_the_initialization_does_not_depend_on():
+    estimator = hypergrad.reptile(problems.EVERYTHING, num_steps=1)
+    with pytest.raises(ValueError, match=r"leaves \.penalty, \.rate, \.temperature of λ"):
+        estimator.init(jax.random.key(0), problems.EVERYTHING_LAM, DATA)
+    with pytest.raises(ValueError, match="`num_steps` must be at least 1; got 0"):
+        hypergrad.reptile(problems.EVERYTHING, num_steps=0)

@@ -1,0 +1,359 @@
+"""The specification, setting by setting, against a network whose training is written in NumPy and its differences."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import base, hypergrad, inner, methods, tasks, training
+
+KEY = jax.random.key(0)
+RATE = 0.1
+
+
+def tree(rng, gain=None):
+    made = {
+        "hidden": {"w": rng.normal(size=(1, 3)), "b": 0.3 * rng.normal(size=3)},
+        "out": {"w": rng.normal(size=(3, 1)), "b": rng.normal(size=1)},
+    }
+    return made | ({} if gain is None else {"gain": np.array(gain)})
+
+
+RNG = np.random.default_rng(0)
+META = tree(RNG)
+DATA = [{"x": RNG.normal(size=(n, 1)), "y": RNG.normal(size=(n, 1))} for n in (4, 5)]
+TASK = base.Task(*DATA)
+
+
+# ---- By hand, in NumPy: h = tanh(x w + b + context), out = gain · (h w + b) ------------------------------------------
+
+
+def predicted(params, x):
+    hidden = np.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"] + params.get("context", 0.0))
+    return params.get("gain", 1.0) * (hidden @ params["out"]["w"] + params["out"]["b"])
+
+
+def error(params, data):
+    return ((predicted(params, data["x"]) - data["y"]) ** 2).mean()
+
+
+def slopes(params, data):
+    """The gradient of `error`, for every leaf but the gain."""
+    x, y, gain = data["x"], data["y"], params.get("gain", 1.0)
+    hidden = np.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"] + params.get("context", 0.0))
+    back = gain * 2 * (predicted(params, x) - y) / len(y)
+    inner = back @ params["out"]["w"].T * (1 - hidden**2)
+    found = {
+        "hidden": {"w": x.T @ inner, "b": inner.sum(0)},
+        "out": {"w": hidden.T @ back, "b": back.sum(0)},
+    }
+    return found | ({"context": inner.sum(0)} if "context" in params else {})
+
+
+def trained(params, num_steps, adapts=lambda path: True, rate=lambda path, t: RATE, at=lambda params, t: params):
+    """θ_0..θ_T; `at` is what the model sees at a step."""
+    visited = [params]
+    for t in range(num_steps):
+        found = slopes(at(params, t), DATA[0])
+
+        def move(path, x, t=t, found=found):
+            for key in path:
+                found = found.get(key.key, 0.0) if isinstance(found, dict) else found
+            name = "/".join(str(key.key) for key in path)
+            return x - rate(name, t) * found if adapts(name) else x
+
+        params = jax.tree_util.tree_map_with_path(move, params)
+        visited.append(params)
+    return visited
+
+
+def differences(function, hyperparams, size=1e-6):
+    """Central differences of a function of a tree of NumPy arrays."""
+    leaves, structure = jax.tree.flatten(hyperparams)
+    found = [np.zeros_like(leaf) for leaf in leaves]
+    for number, leaf in enumerate(leaves):
+        for at in np.ndindex(leaf.shape):
+            ends = []
+            for sign in (1, -1):
+                moved = [x.copy() for x in leaves]
+                moved[number][at] += sign * size
+                ends.append(function(structure.unflatten(moved)))
+            found[number][at] = (ends[0] - ends[1]) / (2 * size)
+    return structure.unflatten(found)
+
+
+# ---- The same by metaopt ---------------------------------------------------------------------------------------------
+
+
+def network(params, x):
+    context = params.get("context", jnp.zeros(3))
+    hidden = jnp.tanh(x @ params["hidden"]["w"] + (params["hidden"]["b"] + context)[None])
+    return params.get("gain", 1.0) * (hidden @ params["out"]["w"] + params["out"]["b"][None])
+
+
+def loss(params, hyperparams, batch):
+    return ((network(params, batch["x"]) - batch["y"]) ** 2).mean()
+
+
+def at_gain(params, t):
+    return params | {"gain": params["gain"][min(t, 1)]}
+
+
+def lookup(rates, path):
+    for name in path.split("/"):
+        rates = rates[name]
+    return rates
+
+
+def lslr_by_hand(hp):
+    visited = trained(hp["init"], 2, lambda p: p != "gain", lambda p, t: lookup(hp["rate"], p)[t], at=at_gain)
+    return 0.3 * error(at_gain(visited[1], 0), DATA[1]) + 0.7 * error(at_gain(visited[2], 1), DATA[1])
+
+
+LSLR = {"adapt": "hidden|out", "rates": "leaf", "rates_per_step": True, "leaves_per_step": "gain", "outer": (0.3, 0.7)}
+CASES = {  # the adaptation, the meta-parameters, and F in NumPy
+    "maml": (methods.maml(loss, num_steps=2, rate=RATE), META, lambda hp: error(trained(hp["init"], 2)[-1], DATA[1])),
+    "anil": (
+        methods.anil(loss, head="^out", num_steps=2, rate=RATE),
+        META,
+        lambda hp: error(trained(hp["init"], 2, lambda path: "out" in path)[-1], DATA[1]),
+    ),
+    "boil": (
+        methods.boil(loss, head="^out", num_steps=1, rate=RATE),
+        META,
+        lambda hp: error(trained(hp["init"], 1, lambda path: "out" not in path)[-1], DATA[1]),
+    ),
+    "meta_sgd": (
+        methods.meta_sgd(loss, num_steps=2, rate=RATE),
+        META,
+        lambda hp: error(trained(hp["init"], 2, rate=lambda path, t: lookup(hp["rate"], path))[-1], DATA[1]),
+    ),
+    "lslr": (
+        methods.adaptation(loss, num_steps=2, rate=RATE, **LSLR),
+        META | {"gain": np.array([1.1, 0.9])},
+        lslr_by_hand,
+    ),
+    "cavia": (
+        methods.cavia(loss, num_context=3, num_steps=2, rate=RATE),
+        META,
+        lambda hp: error(trained(hp["init"] | {"context": np.zeros(3)}, 2, lambda p: p == "context")[-1], DATA[1]),
+    ),
+    "pretrained": (methods.pretrained(loss), META, lambda hp: error(hp["init"], DATA[1])),
+}
+OTHERS = {  # compared with those, or with NumPy, below
+    "fomaml": methods.fomaml(loss, num_steps=2, rate=RATE),
+    "reptile": methods.reptile(loss, num_steps=2, rate=RATE),
+    "all leaves by name": methods.anil(loss, head="^hidden/|^out/", num_steps=2, rate=RATE),
+}
+
+
+@pytest.fixture(scope="module")
+def estimates():
+    """All of them by one program."""
+    made = {name: (case[0], case[1]) for name, case in CASES.items()} | {n: (a, META) for n, a in OTHERS.items()}
+    hyperparams = {name: a.hyperparams(jax.tree.map(jnp.asarray, meta)) for name, (a, meta) in made.items()}
+
+    def program(hyperparams, task):
+        found = {}
+        for name, (a, _) in made.items():
+            state = a.estimator.init(KEY, hyperparams[name], task)
+            found[name] = a.estimator.estimate(hyperparams[name], task, state)[0]
+        return found
+
+    found = jax.jit(program)(hyperparams, jax.tree.map(jnp.asarray, TASK))
+    return SimpleNamespace(found=jax.device_get(found), hyperparams=jax.device_get(hyperparams))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_hypergradient_is_that_of_differences_of_training_in_numpy(name, estimates):
+    _, _, by_hand = CASES[name]
+    out, hyperparams = estimates.found[name], estimates.hyperparams[name]
+    np.testing.assert_allclose(out.value, by_hand(hyperparams), rtol=1e-12)
+    expected = differences(by_hand, hyperparams)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), out.hypergrad, expected)
+    assert any(abs(leaf).max() > 0.1 for leaf in jax.tree.leaves(expected))
+
+
+def close(a, b, rtol=1e-10):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13), a, b)
+
+
+def test_no_inner_step_is_plain_training(estimates):
+    close(estimates.found["pretrained"].hypergrad["init"], slopes(META, DATA[1]))
+
+
+def test_all_leaves_by_name_are_maml_and_so_are_equal_rates(estimates):
+    close(estimates.found["all leaves by name"], estimates.found["maml"])
+    close(estimates.found["meta_sgd"].hypergrad["init"], estimates.found["maml"].hypergrad["init"])
+    assert estimates.found["meta_sgd"].value == pytest.approx(estimates.found["maml"].value, rel=1e-13)
+
+
+def test_first_order_is_the_gradient_of_f_where_training_ends(estimates):
+    close(estimates.found["fomaml"].hypergrad["init"], slopes(trained(META, 2)[-1], DATA[1]))
+    assert methods.fomaml(loss).estimator.kind == "biased" and methods.maml(loss).estimator.kind == "exact"
+
+
+def test_truncation_to_one_step_is_first_order():
+    """In coordinates δ = θ − λ, where every step sees λ; the step itself is held, and the past is cut off."""
+    at = lambda delta, hp, batch: loss(jax.tree.map(jnp.add, hp, delta), None, batch)
+    zeros = lambda key, hp, data: jax.tree.map(jnp.zeros_like, hp)
+    problem = inner.problem(inner.loop(at, lambda hp: optax.sgd(RATE), init=zeros), at)
+    held = lambda function, has_aux: lambda *args: jax.grad(function, has_aux=has_aux)(*jax.lax.stop_gradient(args))
+    estimator = hypergrad.truncated(problem, num_steps=2, truncation_length=1, grad=held)
+    hyperparams, task = jax.tree.map(jnp.asarray, (META, TASK))
+    state, estimate = estimator.init(KEY, hyperparams, task), jax.jit(estimator.estimate)
+    for theta in trained(META, 2)[1:]:  # FOMAML of one step, of two
+        found, state = estimate(hyperparams, task, state)
+        close(found.hypergrad, slopes(theta, DATA[1]))
+
+
+def test_reptile_is_the_way_that_training_went(estimates):
+    start, _, end = trained(META, 2)
+    close(estimates.found["reptile"].hypergrad["init"], jax.tree.map(np.subtract, start, end))
+    assert estimates.found["reptile"].value == pytest.approx(error(end, DATA[1]), rel=1e-12)
+    assert OTHERS["reptile"].estimator.kind == "pseudo"
+
+
+def test_schedules_follow_the_outer_step():
+    """MAML++: first order and equal weights at step 0; second order and the last loss alone from step 1 on."""
+    a = methods.maml_plus_plus(
+        loss, num_steps=2, rate=RATE, rates="fixed", rates_per_step=False, first_order_steps=1, multi_step_steps=1
+    )
+    learner = training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optax.sgd(1.0))
+    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], TASK)
+    start = a.hyperparams(jax.tree.map(jnp.asarray, META))
+    state, step = learner.init(KEY, start, batch), jax.jit(learner.step)
+    state, metrics = step(state)
+    _, once, twice = trained(META, 2)
+    direction = jax.tree.map(lambda a, b: (a + b) / 2, slopes(once, DATA[1]), slopes(twice, DATA[1]))
+    after = jax.tree.map(np.subtract, META, direction)
+    close(state.hyperparams["init"], after)
+    assert metrics["value"] == pytest.approx((error(once, DATA[1]) + error(twice, DATA[1])) / 2, rel=1e-12)
+    state, metrics = step(state)
+    direction = differences(lambda params: error(trained(params, 2)[-1], DATA[1]), after)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+        state.hyperparams["init"],
+        jax.tree.map(np.subtract, after, direction),
+    )
+    assert metrics["value"] == pytest.approx(error(trained(after, 2)[-1], DATA[1]), rel=1e-12)
+
+
+def test_schedules_of_maml_plus_plus():
+    a = methods.maml_plus_plus(loss, num_steps=3, first_order_steps=5, multi_step_steps=10)
+    assert [a.estimator_at(step).kind for step in (0, 4, 5, 99)] == ["biased"] * 2 + ["exact"] * 2
+    rates = a.hyperparams(META)["rate"]
+    assert jax.tree.map(jnp.shape, rates) == jax.tree.map(lambda _: (3,), META)
+    assert methods.meta_sgd(loss).hyperparams(META)["rate"]["out"]["w"].shape == (3, 1)
+    assert methods.adaptation(loss, rates="one", rates_per_step=True, num_steps=2).hyperparams(META)["rate"].shape == (
+        2,
+    )
+
+
+def test_at_test_it_goes_on_with_the_last_rates_and_says_what_each_step_predicts():
+    a, meta, _ = CASES["lslr"]
+    hyperparams = a.hyperparams(jax.tree.map(jnp.asarray, meta))
+    hyperparams["rate"] = jax.tree.map(lambda x: x * jnp.array([1.0, 0.5]), hyperparams["rate"])
+    method = methods.adapted(a, hyperparams, lambda params, query: network(params, query["x"]), num_steps=3)
+    outputs = jax.jit(method)(KEY, *jax.tree.map(jnp.asarray, DATA))
+    visited = trained(meta, 3, lambda p: p != "gain", lambda p, t: RATE * (1.0, 0.5, 0.5)[t], at=at_gain)
+    expected = [predicted(at_gain(params, max(t - 1, 0)), DATA[1]["x"]) for t, params in enumerate(visited)]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-10)
+
+
+def test_model_state_is_carried_and_seen():
+    """A running mean of the inputs, which the outer loss subtracts."""
+
+    def with_state(params, hyperparams, batch, context):
+        mean = 0.5 * context.model_state + 0.5 * batch["x"].mean()
+        value = ((params["w"] * (batch["x"] - mean) - batch["y"]) ** 2).mean()
+        return value, mean
+
+    def outer(params, hyperparams, batch, context):
+        return ((params["w"] * (batch["x"] - context.model_state) - batch["y"]) ** 2).mean()
+
+    a = methods.maml(
+        with_state,
+        outer_loss=outer,
+        init=lambda key, hp, data: (hp["init"], jnp.zeros([])),
+        rate=RATE,
+        proximal=0.5,
+        with_context=True,
+    )
+    hyperparams, task = a.hyperparams({"w": jnp.array(0.7)}), jax.tree.map(jnp.asarray, TASK)
+    found = a.estimator.estimate(hyperparams, task, KEY)[0]
+
+    def by_hand(hp):
+        (x, y), (xq, yq) = ((data["x"], data["y"]) for data in DATA)
+        mean = 0.5 * x.mean()
+        w = hp["w"] - RATE * (2 * (hp["w"] * (x - mean) - y) * (x - mean)).mean()  # the proximal term rests at θ_0
+        return ((w * (xq - mean) - yq) ** 2).mean()
+
+    assert found.value == pytest.approx(by_hand({"w": np.array(0.7)}), rel=1e-12)
+    expected = differences(lambda w: by_hand({"w": w}), np.array(0.7))
+    # d θ_1 / d λ with the proximal term: its pull on θ and on λ cancel at the first step.
+    np.testing.assert_allclose(found.hypergrad["init"]["w"], expected, rtol=1e-7)
+    predict = lambda params, query, context: params["w"] * (query["x"] - context.model_state)
+    outputs = methods.adapted(a, hyperparams, predict, with_context=True)(KEY, task.train, task.valid)
+    np.testing.assert_allclose(outputs[0], 0.7 * DATA[1]["x"], rtol=1e-12)
+    np.testing.assert_allclose(((outputs[1] - DATA[1]["y"]) ** 2).mean(), found.value, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rates": "all"}, "`rates` must be one of"),
+        ({"num_steps": -1}, "`num_steps` must be at least 0; got -1"),
+        ({"test_steps": -1}, "`test_steps` must be at least 0; got -1"),
+        ({"proximal": -1.0}, "`proximal` must be at least 0"),
+        ({"order": "third"}, '`order` must be "first", "second" or a number'),
+        ({"order": -2}, '`order` must be "first", "second" or a number'),
+        ({"rates_per_step": True}, "`rates_per_step` needs learned rates"),
+        ({"num_steps": 0, "leaves_per_step": "gain"}, "there is no step to have values of its own"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        methods.adaptation(loss, **options)
+
+
+def test_bad_patterns():
+    with pytest.raises(ValueError, match="`adapt` must find a leaf: 'head' is in none of \\['hidden/b'"):
+        a = methods.anil(loss)
+        a.problem.loop.init(KEY, {"init": META}, DATA[0])
+    with pytest.raises(ValueError, match=r"Leaves with a value for each step cannot adapt: \['out/b', 'out/w'\]"):
+        a = methods.maml(loss, leaves_per_step="out")
+        a.problem.loop.init(KEY, {"init": META}, DATA[0])
+    with pytest.raises(ValueError, match="`proximal` must be positive"):
+        methods.imaml(loss, proximal=0.0)
+
+
+@pytest.mark.slow
+def test_learns_sinusoids():
+    """A few outer steps through `fit`, several a call, and the evaluation: better than where it started."""
+    a = methods.meta_sgd(loss, num_steps=1, rate=0.05, rates="leaf")
+    start = a.hyperparams(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), META))
+    result = training.fit(
+        training.learner(hypergrad.over_tasks(a.estimator), optax.adam(0.05)),
+        tasks.episode_batches(tasks.sinusoids(), 8),
+        hyperparams=start,
+        num_steps=60,
+        key=KEY,
+        steps_per_call=30,
+    )
+    predict = lambda params, query: network(params, query["x"])
+    evaluation = methods.evaluate_episodes(
+        {"start": methods.adapted(a, start, predict), "learned": methods.adapted(a, result.hyperparams, predict)},
+        tasks.sinusoids(),
+        jax.random.key(1),
+        num_episodes=50,
+        chunk_size=50,
+        score_fn=methods.mean_squared_error,
+        higher_is_better=False,
+    )
+    scores = {name: methods.mean_scores(evaluation)[name]["episodes"][0] for name in ("start", "learned")}
+    assert scores["learned"] < 0.8 * scores["start"]
+    assert evaluation.scores["learned"]["episodes"].shape == (50, 2)
