@@ -229,7 +229,7 @@ def run_problem(problems, methods, config):
     return results, grid[best], rates
 
 
-def overheads(problem: Problem, config) -> list[list[str]]:
+def overheads(problem: Problem, config) -> list[str]:
     """Time of a step of the tuners over that of AdamW, their programs in turns; the smallest of several times."""
     methods = trainers(problem, config)
     plan = {"rate": jnp.full(1, 1e-3), "shaped": jnp.array([True])}
@@ -244,20 +244,24 @@ def overheads(problem: Problem, config) -> list[list[str]]:
     return [str(config.hidden), str(problem.batch), micro, *(f"{least[name] / least['grid']:.2f}" for name in SIGNALS)]
 
 
-def main() -> None:
-    config = script.parser(__doc__).parse_args()
+def sized(config):
+    """The options with the sizes, and {problem: what loads it}."""
     small = config.smoke
     config.seeds = 1 if small else config.seeds
     config.hidden, config.batch, config.num_rows = (4, 8, 3000) if small else (64, 128, 3000)
     config.num_steps, config.num_rates, config.repeats = (6, 3, 1) if small else (300, 20, 10)
-    text_sizes = dict(context=24, width=16, batch=8, num_train=3000, num_valid=400, num_test=800)
+    text_sizes = dict(context=16, width=16, batch=8, num_train=3000, num_valid=400, num_test=800)
     config.text = argparse.Namespace(**text_sizes, num_steps=config.num_steps)
     names = (
         {"yeast": table} if small else {**dict.fromkeys(TABLES, table), **dict.fromkeys(IMAGES, images), "text": text}
     )
     for name in ("mnist.npz", "fashion_mnist_sub.npz", "tiny_shakespeare.txt.gz"):
         script.data_file(__file__, name)
+    return config, names
 
+
+def measure(names: dict, config) -> dict:
+    """{problem: what `run_problem` returns}."""
     compiled, outcomes = {}, {}
     for name, load in names.items():
         problems = [load(name, seed, config) for seed in range(config.seeds)]
@@ -265,7 +269,20 @@ def main() -> None:
             compiled[load] = trainers(problems[0], config)
         outcomes[name] = run_problem(problems, compiled[load], config)
         print(f"[{time.process_time():5.0f} s] {name}", flush=True)
+    return outcomes
 
+
+def measure_time(config) -> list[list[str]]:
+    small = config.smoke
+    sizes = [(config.hidden, config.batch)] if small else [(64, 128), (256, 128), (256, 512)]
+    timed = []
+    for hidden, batch in sizes:
+        timing = argparse.Namespace(**{**vars(config), "hidden": hidden, "batch": batch})
+        timed.append(overheads(table("yeast", 0, timing) if small else images("mnist", 0, timing), timing))
+    return timed
+
+
+def report(outcomes: dict, timed: list[list[str]], config) -> None:
     def excess(results, method):
         best, default = results["best of the grid"], results["AdamW, 1e-3"]
         return 100 * (results[method] - best) / (default - best).mean()
@@ -297,17 +314,12 @@ def main() -> None:
     ]
     methods = list(next(iter(outcomes.values()))[0])
     result += script.table(["problem", "best rate", *methods, "(default − best) / best"], losses)
-    sizes = [(config.hidden, config.batch)] if small else [(64, 128), (256, 128), (256, 512)]
-    timed = []
-    for hidden, batch in sizes:
-        timing = argparse.Namespace(**{**vars(config), "hidden": hidden, "batch": batch})
-        timed.append(overheads(table("yeast", 0, timing) if small else images("mnist", 0, timing), timing))
     result += "\n\nTime of a training step, in that of plain AdamW:\n\n"
     result += script.table(["hidden units (MNIST)", "batch", "AdamW, µs", *SIGNALS], timed)
     result += (
-        f"\n\n{config.num_steps} steps of {config.batch} rows (the text: 8 rows of 24 characters), an MLP with one "
+        f"\n\n{config.num_steps} steps of {config.batch} rows (the text: 8 rows of 16 characters), an MLP with one "
         f"hidden layer of {config.hidden} units (the text: `layer_decay.py`'s transformer, width 16); up to 3,000 rows "
-        "to train on, up to 1,000 for the validation signal (batches of 64), as many for the loss. λ is the rate alone; "
+        "to train on, up to 1,000 for the validation signal (batches of 64), as many for the loss. λ is the rate; "
         "the normalized rule with `optax.sgd(0.5)`, the same for all. *Shaped*: the factory multiplies the rate by a "
         "rise over 20 steps and a straight fall to zero at the end; the best of the grid with the same shape is in the "
         "table. The others have their defaults. Tables: those of the package, chosen before anything was tuned among "
@@ -317,7 +329,7 @@ def main() -> None:
         "is that of the mean over seeds."
     )
     script.publish(__file__, "Self-tuning AdamW from bad rates", result, config)
-    if not small:
+    if not config.smoke:
         plot(outcomes, config.out / "self_tuning.png")
 
 
@@ -344,6 +356,11 @@ def plot(outcomes, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def main() -> None:
+    config, names = sized(script.parser(__doc__).parse_args())
+    report(measure(names, config), measure_time(config), config)
 
 
 if __name__ == "__main__":
