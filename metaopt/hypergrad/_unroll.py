@@ -123,11 +123,13 @@ def _weighted_scan(
 def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", grad: Callable = jax.grad) -> Callable:
     """Training as a plain differentiable function: jit it, vmap it, differentiate it, nest it.
 
-    Reverse mode stores, per step, everything ("none": about 2.75 times the time of plain training), the state alone
-    ("step": 3.7 times), √T states ("sqrt": 4.7 times), or about k T^(1/k) states (an integer k: each level is one more
-    forward pass); with `mixed_grad` the gradients of the steps whose states are stored too, which saves a
-    recomputation. Forward mode (`jax.jvp`, `jax.jacfwd`) works too, with memory that does not depend on T, as do vmap
-    and any nesting.
+    Reverse mode stores, per step, everything ("none": 2.9 times the operations of plain training), the state alone
+    ("step": 3.9), √T states ("sqrt": 5.0), or about k T^(1/k) states (an integer k: each level is one more forward
+    pass). With `mixed_grad` it stores the gradients of the steps whose states are stored too, which saves a
+    recomputation ("step": 3.3, "sqrt": 4.4). Time follows where matrix products dominate; in small networks memory
+    traffic does, and it is more (the README's tables). Forward mode (`jax.jvp`, `jax.jacfwd`) works too, with memory
+    that does not depend on T, as do vmap and any nesting. Loops of at most 5 steps that store everything are written
+    out.
 
     Args:
       loop: how θ is trained.
