@@ -8,7 +8,8 @@ outer optimizer is Adam with 25 tasks a step and a cosine schedule. Every model 
     python experiments/sinusoid.py --smoke            # seconds; prints only
     python experiments/sinusoid.py --seeds 1 --outer-steps 15000   # a smaller run
 
-Every training is saved in the folder that `--work` names, and a run that was stopped goes on from there.
+What every training came to is saved in the folder that `--work` names: a run that was stopped goes on with those that
+had not ended.
 """
 
 import argparse
@@ -184,7 +185,8 @@ def main() -> None:
     for seed in range(config.seeds):
         for name in config.rows:
             row = ROWS[name]
-            file = config.work / f"{name.replace(', ', '_').replace(' ', '-')}_{seed}_{config.outer_steps}.npy"
+            settings = f"{seed}_{config.outer_steps}_{config.rate:g}"
+            file = config.work / f"{name.replace(', ', '_').replace(' ', '-')}_{settings}.npy"
             if file.is_file() and not config.smoke:
                 found = np.load(file)
             else:

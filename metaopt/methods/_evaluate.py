@@ -11,6 +11,7 @@ axis of one. With `inner.run` and `trace_fn` that is
         return jnp.concatenate([start[None], outputs])
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -154,19 +155,21 @@ def evaluate_episodes(
     ways: dict[str, np.ndarray] = {}
     shots: dict[str, np.ndarray] = {}
     for number, (source, sample) in enumerate(samplers.items()):
-        keys = jax.random.split(jax.random.fold_in(key, number), num_episodes)
-        draw = jax.jit(jax.vmap(sample))
+        # What draws an episode, what a method may use and what puts query examples in order know nothing of each other.
+        three = jax.random.split(jax.random.fold_in(key, number), 3)
+        draw_keys, method_keys, order_keys = (jax.random.split(k, num_episodes) for k in three)
+        draw = jax.jit(jax.vmap(functools.partial(_shuffled, sample)))
         found: dict[str, list[np.ndarray]] = {name: [] for name in [*methods, "ways", "shots"]}
         for done in range(0, num_episodes, chunk_size):
             # The last chunk is filled up with episodes that were done, so that there is one program.
             start = min(done, num_episodes - chunk_size)
-            chunk, new = keys[start : start + chunk_size], slice(done - start, None)
-            support, query, _ = draw(chunk)
+            chunk, new = slice(start, start + chunk_size), slice(done - start, None)
+            support, query = draw(draw_keys[chunk], order_keys[chunk])
             for name, run in jitted.items():
-                score, outputs = run(chunk, support, query)
+                score, outputs = run(method_keys[chunk], support, query)
                 found[name].append(np.asarray(score)[new])
                 if name not in transductive:
-                    again = run(chunk, support, _blank(query))[1]
+                    again = run(method_keys[chunk], support, _blank(query))[1]
                     transductive[name] = _differ(outputs, again, query)
             way = np.asarray(support["class_mask"]).sum(axis=1) if "class_mask" in support else np.ones(chunk_size)
             found["ways"].append(way[new])
@@ -177,13 +180,23 @@ def evaluate_episodes(
     return Evaluation(scores, ways, shots, transductive, higher_is_better)
 
 
+def _shuffled(
+    sample: Callable, draw_key: jax.Array, order_key: jax.Array
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Support and query, the latter's real examples in random order: their places tell nothing of their classes."""
+    support, query, _ = sample(draw_key)
+    size = query["y"].shape[0]
+    places = jnp.where(query["mask"] > 0, jax.random.uniform(order_key, (size,)), 2.0)  # padding stays last
+    rows = {name: query[name][jnp.argsort(places)] for name in ("x", "y", "mask")}
+    return support, {**query, **rows}
+
+
 def _scored(name: str, method: AdaptFn, score_fn: Callable) -> Callable:
     """One episode: the scores [T + 1], and the outputs."""
 
     def run(key, support, query):
-        # The key that drew the episode is not one that a method may know.
         seen = {k: v for k, v in query.items() if k != "y"}
-        outputs = method(jax.random.fold_in(key, 1), support, seen)
+        outputs = method(key, support, seen)
         if jnp.ndim(outputs) < 2 or outputs.shape[1] != len(query["y"]):
             raise ValueError(
                 f"The method {name!r} must return outputs [steps + 1, {len(query['y'])}, ...], one after each number "
@@ -205,10 +218,15 @@ def _blank(query: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def _differ(outputs: jax.Array, again: jax.Array, query: dict[str, jax.Array]) -> bool:
     """Whether outputs [B, T + 1, Q, ...] differ for the query examples that `_blank` left, by more than rounding."""
     real = np.asarray(query["mask"])[:, ::2] > 0
-    before, after = (np.moveaxis(np.asarray(o), 1, 2)[:, ::2][real] for o in (outputs, again))
-    finite = np.isfinite(before) & np.isfinite(after)
-    largest = abs(before[finite]).max(initial=0)
-    return bool(abs(before - after)[finite].max(initial=0) > 1e-3 * largest)
+    both = (np.moveaxis(np.asarray(o), 1, 2)[:, ::2][real] for o in (outputs, again))
+    # Step by step: after one that diverges, all others look small.
+    for before, after in zip(*(np.moveaxis(o, 1, 0) for o in both), strict=True):
+        finite = np.isfinite(before) & np.isfinite(after)
+        if not np.array_equal(np.isfinite(before), np.isfinite(after)):
+            return True
+        if np.any(abs(before[finite] - after[finite]) > 1e-3 * abs(before[finite]).max(initial=0)):
+            return True
+    return False
 
 
 def _at(evaluation: Evaluation, method: str, source: str, step: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import hypergrad
+from metaopt import base, hypergrad
 from metaopt.methods._adaptation import Adaptation, adaptation
 
 
@@ -161,6 +161,9 @@ def maml_plus_plus(
     Source: Antoniou, Edwards & Storkey, ICLR 2019, https://arxiv.org/abs/1810.09502
     """
 
+    base.check_integer("first_order_steps", first_order_steps, 0)
+    base.check_integer("multi_step_steps", multi_step_steps, 0)
+
     def weights(step):
         early = jnp.maximum(0, 1 - step / multi_step_steps) / num_steps
         return jnp.full(num_steps, early).at[-1].set(1 - (num_steps - 1) * early)
@@ -231,6 +234,10 @@ def cavia(loss: Callable, *, num_context: int, num_steps: int = 2, rate: float =
 
 def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **options: Any) -> Adaptation:
     """Pre-training and fine-tuning, the baseline: λ is trained on all tasks at once, and adapts at test alone.
+
+    For regression, and for classes that keep their labels from task to task. Where every episode labels its classes
+    anew there is nothing that one λ could learn for all of them, and this is no fair baseline: train on
+    `tasks.labelled_rows` instead.
 
     Args:
       loss: as for `maml`; F(λ) is the loss of λ itself on the query set.

@@ -23,7 +23,7 @@ class UserTable(NamedTuple):
       x: [N, D] float32; NaN where missing.
       y: [N] float32, or int32 for classes.
       user: [N] int32 in 0..U-1.
-      time: [N] float32, when the record was made; None where that is not known.
+      time: [N] float64, when the record was made; None where that is not known.
       user_names: U names.
       feature_names: D names.
     """
@@ -70,7 +70,7 @@ def from_user_records(
         raise ValueError(f"`feature_names` must be {x.shape[1]} names; got {len(names)}.")
     users, user = np.unique(np.asarray(user), return_inverse=True)
     y = y.astype(np.int32 if np.issubdtype(y.dtype, np.integer) or y.dtype == bool else np.float32)
-    time = None if time is None else np.asarray(time, np.float32)
+    time = None if time is None else np.asarray(time, np.float64)  # seconds since 1970 do not fit float32
     return UserTable(x, y, user.astype(np.int32), time, tuple(map(str, users)), names)
 
 

@@ -72,7 +72,7 @@ def evaluation():
 def test_the_scores_are_those_of_each_episode(evaluation):
     for number, ways in enumerate((3, 2)):
         source = evaluation.sources[number]
-        keys = jax.random.split(jax.random.fold_in(KEY, number), 50)
+        keys = jax.random.split(jax.random.split(jax.random.fold_in(KEY, number), 3)[0], 50)
         for i, place in enumerate(np.asarray(jax.vmap(which)(keys))):
             support, query = (jax.tree.map(lambda leaf, at=place: leaf[at], part) for part in EPISODES[ways][:2])
             center = np.stack([support["x"][support["y"] == k].mean(axis=0) for k in range(ways)])
@@ -85,6 +85,32 @@ def test_the_scores_are_those_of_each_episode(evaluation):
     np.testing.assert_allclose(evaluation.scores["steps"]["two"][:, -1:], evaluation.scores["prototypes"]["two"])
     np.testing.assert_allclose(evaluation.scores["steps"]["three"][:, 0], 1 / 3)  # all centers at one place: the first
     assert evaluation.transductive == {"prototypes": False, "steps": False, "centered": True}
+
+
+def test_places_and_keys_tell_nothing():
+    by_class = {"x": jnp.zeros((12, 1)), "y": jnp.arange(12) // 4, "mask": jnp.ones(12), "class_mask": jnp.ones(3)}
+
+    def with_its_number(key):
+        number = jax.random.uniform(key, ())
+        return tasks.Episode({**by_class, "x": jnp.full((12, 1), number)}, by_class)
+
+    def by_place(key, support, query):
+        return jax.nn.one_hot(jnp.arange(12) // 4, 3)[None]
+
+    def by_key(key, support, query):
+        guesses = jnp.stack([jax.random.uniform(k, ()) for k in (key, *jax.random.split(key, 3))])
+        known = jnp.abs(guesses - support["x"][0, 0]).min() < 1e-6
+        return jnp.where(known, 1.0, 0.0) * jnp.ones((1, 12, 3))
+
+    found = methods.evaluate_episodes(
+        {"place": by_place, "key": by_key},
+        {"all": with_its_number},
+        KEY,
+        num_episodes=100,
+        score_fn=lambda outputs, query: jnp.where(outputs[:, 0].min() == 1, 2.0, methods.accuracy(outputs, query)),
+    )
+    assert abs(found.scores["place"]["all"].mean() - 1 / 3) < 4 * (2 / 9 / 1200) ** 0.5
+    assert (found.scores["key"]["all"] < 2).all()
 
 
 def by_hand(scores, num_ways=None, higher=True):
