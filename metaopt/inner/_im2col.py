@@ -32,8 +32,8 @@ def im2col(fn: Callable) -> Callable:
     with patches [N·P, K·C] made by slices (K kernel positions, stride s, dilation r). Values agree to rounding; of
     equal entries a maximum passes its gradient to the first, as before. Depthwise convolutions are sums of products
     with slices. Works under jit, vmap (kernels per task become batched matrix products), and differentiates in any mode
-    and order. Patches take K times the input's memory, for one layer at a time in training (they are made anew in the
-    backward pass), and are not made at all where they would take over 256 MiB.
+    and order. Patches take K times the input's memory, and are not made at all where they would take over 256 MiB; the
+    backward pass is told to make them anew rather than keep them, which JAX 0.12 heeds on CPU and 0.10 does not.
 
     `inner.loop` and `inner.problem` apply it by themselves where the default backend is a CPU: on one core, training
     with three small convolutions in a scan then takes a hundredth of the time (`experiments/benchmarks/rules.py`).

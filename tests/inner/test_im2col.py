@@ -164,6 +164,7 @@ def test_large_patches_are_not_made(name, monkeypatch):
     assert text[1].count("dot_general") == 9 * text[0].count("dot_general")
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="its compiler keeps what is to be computed anew")
 def test_patches_are_made_anew_in_the_backward_pass():
     def loss(kernels, x):
         for w in kernels:
