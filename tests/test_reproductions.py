@@ -36,7 +36,8 @@ def has_data(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["data_cleaning", "feature_penalties", pytest.param("parameter_decay", marks=pytest.mark.slow)]
+    "name",
+    ["data_cleaning", *(pytest.param(n, marks=pytest.mark.slow) for n in ("feature_penalties", "parameter_decay"))],
 )
 def test_smoke_prints_a_table_and_writes_nothing(name, tmp_path):
     file, expected = SCRIPTS[name]
@@ -49,6 +50,7 @@ def test_smoke_prints_a_table_and_writes_nothing(name, tmp_path):
     assert "nan" not in done.stdout and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_smoke_of_the_sinusoids(tmp_path):
     done = run("sinusoid", "--smoke", "--out", tmp_path, "--work", tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -80,6 +82,7 @@ def number(cell):
 
 
 @has_data("mnist.npz")
+@pytest.mark.slow
 def test_rate_schedule(tmp_path):
     rows = smoke("rate_schedule", tmp_path)
     names = (
@@ -160,6 +163,7 @@ def test_augmentation_moves_images_as_its_strengths_say(monkeypatch):
 
 
 @has_data("spoken_digits.npz")
+@pytest.mark.slow
 def test_loss_weights(tmp_path):
     rows = smoke("loss_weights", tmp_path)
     for name in ("no auxiliary task", "all weights 1", "one weight, best of a grid", "a weight a task, hypergradient"):

@@ -230,7 +230,7 @@ RUN = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_can_be_continued(tmp_path, number):
     command = [sys.executable, "-c", textwrap.dedent(RUN), str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent), "JAX_PLATFORMS": "cpu"}

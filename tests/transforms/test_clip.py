@@ -36,7 +36,15 @@ def test_the_smooth_one(sharpness):
         np.testing.assert_allclose(length, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"scope": "leaf"}, {"sharpness": 2.0}, {"sharpness": 0.5, "scope": "leaf"}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"scope": "leaf"},
+        {"sharpness": 2.0},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"sharpness": 0.5, "scope": "leaf"}, marks=pytest.mark.slow),
+    ],
+)
 def test_derivatives(kwargs):
     def value(c, grads):
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(clip(grads, c, **kwargs)))
