@@ -21,8 +21,6 @@ TO_THE_BIT = ("test_differentiable.py", "test_every_optax_transform.py")
 @pytest.fixture(autouse=True, scope="module")
 def small(request):
     """Compiled programs of one file are of no use to the next, and add up to gigabytes."""
-    quick = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", quick and request.path.name not in TO_THE_BIT)
+    jax.config.update("jax_disable_most_optimizations", request.path.name not in TO_THE_BIT)
     yield
-    jax.config.update("jax_disable_most_optimizations", quick)
     jax.clear_caches()
