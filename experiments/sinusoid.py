@@ -145,8 +145,8 @@ def plot(errors: dict, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6.5, 4))
     for i, (name, found) in enumerate(errors.items()):
         axis.plot(found.mean((0, 1)), "--" if "5 shots" in name else "-", color=f"C{i}", label=name)
-    axis.set(yscale="log", ylim=(1e-2, 10), xlabel="gradient steps", ylabel="mean squared error, 600 test tasks")
-    axis.legend(frameon=False, fontsize=8)
+    axis.set(yscale="log", ylim=(2e-3, 10), xlabel="gradient steps", ylabel="mean squared error, 600 test tasks")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
