@@ -14,13 +14,14 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Values to the bit are those of programs with all optimizations.
-TO_THE_BIT = ("test_differentiable.py", "test_every_optax_transform.py")
+@pytest.fixture(autouse=True)
+def optimizations(request):
+    """Values to the bit are those of programs with all optimizations: of tests whose names say so."""
+    jax.config.update("jax_disable_most_optimizations", "to_the_bit" not in request.node.name)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small(request):
+def small():
     """Compiled programs of one file are of no use to the next, and add up to gigabytes."""
-    jax.config.update("jax_disable_most_optimizations", request.path.name not in TO_THE_BIT)
     yield
     jax.clear_caches()

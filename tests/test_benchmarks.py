@@ -38,6 +38,7 @@ def load(script, monkeypatch):
     return module
 
 
+@pytest.mark.once
 def test_smoke_of_unroll():
     printed = smoke("unroll.py")
     cost = {row[1]: row for row in rows(printed) if row[0] == "16"}
@@ -60,6 +61,7 @@ def test_the_table_goes_between_the_markers_of_the_readme(tmp_path, monkeypatch)
         assert readme.read_text() == ("before\n<!-- benchmark:start -->\nnew \\1\n<!-- benchmark:end -->\nafter\n")
 
 
+@pytest.mark.once
 def test_smoke_of_rules():
     # This environment has no torch: the table says why there are no numbers of other libraries.
     printed = smoke("rules.py", "--peers", sys.executable)

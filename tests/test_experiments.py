@@ -23,6 +23,7 @@ def run(*arguments, **environment):
     return done.stdout
 
 
+@pytest.mark.once
 def test_auto_tune_smoke(tmp_path):
     printed = run("experiments/auto_tune.py", "--smoke", "--packaged", "--out", tmp_path)
     details = json.loads((tmp_path / "auto_tune_smoke.json").read_text())

@@ -154,6 +154,7 @@ def test_importing_metaopt_loads_no_extra_and_nothing_slow():
     )
 
 
+@pytest.mark.once
 def test_the_python_blocks_of_the_readme_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 3

@@ -25,6 +25,7 @@ def test_is_stored_without_outputs():
 
 
 @pytest.mark.filterwarnings("default")  # the notebook server's libraries are not ours
+@pytest.mark.once
 def test_runs_with_small_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("METAOPT_SMALL", "1")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the seconds of compiling

@@ -39,6 +39,7 @@ def has_data(name):
     "name",
     ["data_cleaning", *(pytest.param(n, marks=pytest.mark.slow) for n in ("feature_penalties", "parameter_decay"))],
 )
+@pytest.mark.once
 def test_smoke_prints_a_table_and_writes_nothing(name, tmp_path):
     file, expected = SCRIPTS[name]
     if not (Path(os.environ.get("METAOPT_DATA", "")) / file).is_file():

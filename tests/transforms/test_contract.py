@@ -17,11 +17,6 @@ import pytest
 from metaopt import transforms
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    jax.config.update("jax_disable_most_optimizations", True)  # conftest takes it back
-
-
 def grads_of(params):
     return jax.tree.map(lambda p: jnp.sin(3 * p), params)
 

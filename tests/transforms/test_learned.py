@@ -13,14 +13,6 @@ import pytest
 
 from metaopt import transforms
 
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 KEY = jax.random.key(0)
 WEIGHTS = jax.tree.map(lambda x: x.astype(jnp.float64), transforms.init_learned(KEY))
 # Larger steps and faster decays than fresh ones, so that what is compared is not all but zero.

@@ -3,15 +3,15 @@
 import re
 from pathlib import Path
 
-import jax
+import pytest
 
 import metaopt.transforms
 
 PAGE = Path(metaopt.transforms.__file__).parent / "README.md"
 
 
+@pytest.mark.once
 def test_the_page_runs(capsys):
-    jax.config.update("jax_disable_most_optimizations", True)  # conftest takes it back
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) >= 7
     names: dict = {}

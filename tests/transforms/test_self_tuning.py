@@ -22,11 +22,6 @@ SPY = optax.GradientTransformation(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    jax.config.update("jax_disable_most_optimizations", True)  # conftest takes it back
-
-
 def rate_sgd(tuner, rule, **kwargs):
     return transforms.self_tuning(lambda hp: optax.sgd(hp["rate"]), {"rate": RATE}, tuner, rule=rule, **kwargs)
 
