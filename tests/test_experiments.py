@@ -70,7 +70,7 @@ def part(names, a, b, seconds):
         "preset": "full",
         "num_seeds": 1,
         "training_run": "2 steps",
-        "hypergradient_cost": 4.0,
+        "hypergradient_cost": 3.0 + seconds,
         "one_member": 0.5 * seconds,
         "baselines": None,
         "num_cores": 1,
@@ -96,7 +96,8 @@ def test_runs_over_different_folds_are_merged(tmp_path):
     assert b["low"] <= b["difference"] <= b["high"] and a["low"] == a["high"] == 0
     assert b["seconds"] == pytest.approx(4 * (2 / 3) + 8 / 3) and b["trainings"] is None
     assert (tmp_path / "auto_tune_full.png").exists()
-    assert "test log loss of 0.6667 over" in (tmp_path / "auto_tune_full.md").read_text()
+    text = (tmp_path / "auto_tune_full.md").read_text()
+    assert "test log loss of 0.6667 over" in text and "step costs 4.33 of them" in text
     with pytest.raises(ValueError, match="share tables"):
         auto_tune.merge([first, first])
     with pytest.raises(ValueError, match="differ in 'training_run'"):
