@@ -14,6 +14,15 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config):
+    """What was compiled is kept with pytest's own cache, for the next file and the next run, by worker: JAX has no lock."""
+    if hasattr(config, "cache"):
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"jax-{worker}")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 @pytest.fixture(autouse=True)
 def optimizations(request):
     """Values to the bit are those of programs with all optimizations: of tests whose names say so."""
