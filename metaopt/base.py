@@ -29,7 +29,17 @@ EstimatorState = PyTree
 
 
 def check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
-    """ValueError where the argument `name` is no integer of at least `least` (nor None, where it is optional)."""
+    """Refuses an argument that is no integer of at least `least`.
+
+    Args:
+      name: what the message calls it.
+      value: what was given.
+      least: the smallest that is allowed.
+      optional: whether None is, too.
+
+    Raises:
+      ValueError: it is something else.
+    """
     if optional and value is None:
         return
     try:
@@ -42,7 +52,17 @@ def check_integer(name: str, value: Any, least: int, *, optional: bool = False) 
 
 
 def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool = False) -> None:
-    """ValueError where the argument `name` is not a positive number (nor, where they are allowed, zero or None)."""
+    """Refuses an argument that is no positive number.
+
+    Args:
+      name: what the message calls it.
+      value: what was given.
+      zero: whether zero is allowed.
+      optional: whether None is.
+
+    Raises:
+      ValueError: it is something else.
+    """
     if optional and value is None:
         return
     try:
@@ -55,7 +75,14 @@ def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool 
 
 
 def check_hyperparams(hyperparams: HyperParams) -> None:
-    """ValueError where λ has no leaf, or one that has no gradient."""
+    """Refuses a λ that has no leaf, or one that has no gradient.
+
+    Args:
+      hyperparams: λ.
+
+    Raises:
+      ValueError: there is no leaf, or one is not floating-point.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(hyperparams)
     if not leaves:
         raise ValueError("`hyperparams` has no leaves: there is nothing to tune.")

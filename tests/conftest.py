@@ -15,7 +15,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """What was compiled is kept with pytest's own cache, for the next file and the next run, by worker: JAX has no lock."""
+    """What was compiled is kept in pytest's cache, for the next file and the next run; by worker: there is no lock."""
     if hasattr(config, "cache"):
         worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"jax-{worker}")))

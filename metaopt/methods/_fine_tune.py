@@ -68,7 +68,9 @@ def fine_tune(
         state, (visited, values) = jax.lax.scan(step, learner.init(init_key, hyperparams, task), length=num_steps)
         last = state.hyperparams
         # Only the value is used: the compiler leaves its gradient out.
-        last_value = estimator.estimate(last, task, estimator.init(last_key, last, task))[0].value
+        estimate = estimator.estimate(last, task, estimator.init(last_key, last, task))[0]
+        counts = jnp.all(estimate.done) | ~jnp.isfinite(values).any()
+        last_value = jnp.where(counts, estimate.value, jnp.nan)
         visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), visited, last)
         values = jnp.append(values, last_value)
         best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf)).astype(jnp.int32)

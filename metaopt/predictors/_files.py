@@ -42,7 +42,7 @@ def save(
     Args:
       path: the file.
       predictor: made by a factory of this room.
-      meta_params: φ.
+      meta_params: φ; bfloat16 comes back as float32.
       scaling: a JSON-serializable dict, such as `_asdict()` of a `tasks.FeatureScaling`.
 
     Raises:
@@ -54,9 +54,10 @@ def save(
             "options that it was made with, or save its weights yourself."
         )
     header = {"format": "metaopt.predictor", "version": VERSION, "config": predictor.config, "scaling": scaling}
-    arrays: dict[str, Any] = {
-        jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(meta_params)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(meta_params)
+    arrays: dict[str, Any] = {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}
+    # The format has no bfloat16; every such number is one of float32.
+    arrays = {name: x.astype(np.float32) if x.dtype.kind == "V" else x for name, x in arrays.items()}
     encoded = np.frombuffer(json.dumps(header).encode(), np.uint8)  # before there is a file: it may not be serializable
     temporary = f"{os.fspath(path)}.tmp"
     with open(temporary, "wb") as file:

@@ -12,7 +12,7 @@ the coordinate in [0, 1] in which that distribution is uniform.
     simplex        λ = softmax(z)                                     λ ~ Dirichlet(1)
     fixed          λ is the value; there is no z, and so no gradient
 
-The functions take the space first and are pure in everything else; `jax.jit`, `jax.vmap` and differentiation in
+The functions are pure in everything but the space; `jax.jit`, `jax.vmap` and differentiation in
 either mode work on all but the space, which is static: close over it, or use `functools.partial`.
 
 Values outside a leaf's range never raise, because a traced value cannot: they are clipped into the interior.

@@ -178,6 +178,8 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
     """
     if not len(tasks):
         raise ValueError("`tasks` must hold at least one task; it is empty.")
+    if names is not None and len(names) != len(tasks):
+        raise ValueError(f"`names` must be as many as the tasks; got {len(names)} for {len(tasks)}.")
     called = [f"task {i}" for i in range(len(tasks))] if names is None else [f"task {name}" for name in names]
     first, structure = jax.tree_util.tree_flatten_with_path(tasks[0])
     paths = ["task" + jax.tree_util.keystr(path) for path, _ in first]

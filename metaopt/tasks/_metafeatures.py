@@ -59,7 +59,7 @@ def metafeatures(
       One float a name; the names depend on `groups` alone.
 
     Raises:
-      ValueError: an unknown group, or fewer than 2 rows.
+      ValueError: an unknown group, fewer than 2 rows, no column, arrays that do not fit together, infinite values.
       ImportError: landmarking without scikit-learn.
     """
     unknown = set(groups) - set(GROUPS)
@@ -75,6 +75,13 @@ def metafeatures(
     y = np.unique(np.asarray(y), return_inverse=True)[1]
     if len(x) < 2:
         raise ValueError(f"meta-features need at least 2 rows; got {len(x)}.")
+    if x.ndim != 2 or not x.shape[1] or categorical.shape != x.shape[1:] or y.shape != x.shape[:1]:
+        raise ValueError(
+            f"meta-features need x [rows, columns], y [rows] and `categorical` [columns], with columns; got {x.shape}, "
+            f"{y.shape} and {categorical.shape}."
+        )
+    if np.isinf(x).any():
+        raise ValueError("meta-features need finite values; missing ones are NaN.")
     for j in range(x.shape[1]):
         gaps = np.isnan(x[:, j])
         if gaps.any():

@@ -102,7 +102,8 @@ def prepare(
       A `PreparedTable`, with its rows in random order.
 
     Raises:
-      ValueError: an argument is out of its range; or fewer than 2 classes or no column can be learned from.
+      ValueError: an argument is out of its range; the table's arrays do not fit together; or fewer than 2 classes
+        or no column can be learned from.
 
     Source: quantile transform, Gorishniy et al., NeurIPS 2021, https://arxiv.org/abs/2106.11959; soft clipping,
       Holzmüller et al., NeurIPS 2024, https://arxiv.org/abs/2407.04491
@@ -122,6 +123,17 @@ def prepare(
     ):
         if value < least:
             raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+    num_rows, num_columns = np.shape(table.x) if np.ndim(table.x) == 2 else (None, None)
+    if num_rows is None or np.shape(table.y) != (num_rows,) or np.shape(table.categorical) != (num_columns,):
+        raise ValueError(
+            f"table {table.name}: `x` must be [rows, columns], `y` [rows] and `categorical` [columns]; got "
+            f"{np.shape(table.x)}, {np.shape(table.y)} and {np.shape(table.categorical)}."
+        )
+    if not np.issubdtype(np.asarray(table.y).dtype, np.integer) or np.min(table.y, initial=0) < 0:
+        raise ValueError(
+            f"table {table.name}: `y` must be classes as integers from 0 on; got {np.asarray(table.y).dtype}, such as "
+            f"{np.asarray(table.y).ravel()[:3].tolist()}. `np.unique(y, return_inverse=True)[1]` makes them so."
+        )
     if np.isinf(table.x).any():
         raise ValueError(f"table {table.name} has infinite values; missing ones are NaN.")
 

@@ -6,9 +6,11 @@ Every source returns a list of `Table`. One that cannot be read is named in one 
 import csv
 import gzip
 import importlib.util
+import io
 import logging
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from metaopt.tasks._tables import Table, family_name
 _log = logging.getLogger(__name__)
 
 _EXTRA = 'install it with `pip install "metaopt-jax[examples]"`.'
-_MISSING = frozenset({"", "?", "na", "n/a", "nan", "null", "<null>"})
+_MISSING = frozenset({"", "?", "na", "n/a", "nan", "null", "<null>", "none", "<na>", "#n/a"})
 
 
 def from_sklearn() -> list[Table]:
@@ -254,11 +256,11 @@ def from_csv_folder(
 ) -> list[Table]:
     """Every `*.csv` and `*.csv.gz` of a folder, read as a classification table.
 
-    The first line names the columns. Fields are separated by commas, semicolons or tabs (whichever the first line has
-    most of), and may be quoted. Blank, NA, N/A, NaN, null and ? are missing. A column whose values are all numbers is
-    numeric (decimal commas are read where semicolons separate); every other one is categorical, coded in the order of
-    the sorted strings. Constant columns, row numbers and strings that never repeat are dropped. The family is the
-    file's name.
+    The first line names the columns. Fields are separated by commas, semicolons or tabs (whichever the first line
+    has most of), and may be quoted. Blank, NA, N/A, #N/A, <NA>, NaN, null, None and ? are missing. A column whose
+    values are all numbers is numeric (decimal commas are read where semicolons separate); every other one is
+    categorical, coded in the order of the sorted strings. Constant columns, row numbers and strings that never
+    repeat are dropped. The family is `family_name` of the file's name.
 
     Args:
       folder: where the files are.
@@ -282,7 +284,7 @@ def from_csv_folder(
     for file in files:
         try:
             tables.append(_read_csv(file, target, min_rows, max_classes))
-        except (ValueError, OSError, EOFError, csv.Error) as error:
+        except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:
             reasons.append(f"{file.name}: {error}")
             _log.warning("%s is left out: %s", file.name, error)
     if not tables:
@@ -297,12 +299,12 @@ def _read_csv(file: Path, target: str, min_rows: int, max_classes: int) -> Table
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line}: it is not UTF-8; save the file in that encoding.") from error
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
     if not first:
         raise ValueError("line 1: the file is empty.")
     bare = re.sub(r'"[^"]*"', "", first)
     separator = max(",;\t", key=bare.count)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=separator, skipinitialspace=True, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     header: list[str] = []
     rows: list[list[str]] = []
     lines: list[int] = []
@@ -342,12 +344,22 @@ def _read_csv(file: Path, target: str, min_rows: int, max_classes: int) -> Table
     for row, line in zip(rows, lines, strict=True):
         for value, column in zip(row, header, strict=True):
             number = _number(value)
-            if number is not None and abs(number) > np.finfo(np.float32).max:
+            if number is not None and abs(number) > float(np.finfo(np.float32).max):
                 raise ValueError(f"line {line}: {column!r} is {value}, beyond float32.")
     labels = _class_labels([row[at] for row in rows], target, max_classes)
     inputs = [j for j in range(len(header)) if j != at]
     columns = [[row[j] for row in rows] for j in inputs]
     nominal = [not all(_number(v) is not None or v.lower() in _MISSING for v in column) for column in columns]
+    for j in np.flatnonzero(nominal):
+        words = [i for i, v in enumerate(columns[j]) if _number(v) is None and v.lower() not in _MISSING]
+        if len(words) < 0.1 * len(rows):
+            _log.warning(
+                "%s: the column %r is categorical, since line %d has %r among numbers",
+                file.name,
+                header[inputs[j]],
+                lines[words[0]],
+                columns[j][words[0]],
+            )
     useful = []
     for j, column in enumerate(columns):
         distinct = set(column)

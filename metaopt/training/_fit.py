@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import signal
@@ -19,6 +20,8 @@ from metaopt.training import _learner
 from metaopt.training._checkpoints import Checkpoints, Saved
 from metaopt.training._learner import Learner, LearnerState
 from metaopt.training._progress import progress_bar
+
+_log = logging.getLogger(__name__)
 
 SampleTasksFn = Callable[[jax.Array], base.PyTree]  # key -> tasks
 EvaluateFn = Callable[[jax.Array, base.HyperParams], jax.Array]  # key, λ -> [] loss
@@ -116,8 +119,8 @@ def fit(
       A `FitResult`.
 
     Raises:
-      ValueError: an argument is out of range; λ has an integer leaf; the tasks are empty; tasks of other shapes were
-        drawn while some slots were not done; `checkpoint_dir` holds another run.
+      ValueError: an argument is out of range; λ has an integer leaf, or one that is not finite; the tasks are empty;
+        tasks of other shapes were drawn while some slots were not done; `checkpoint_dir` holds another run.
 
     Example:
       >>> import optax
@@ -134,7 +137,12 @@ def fit(
       1.5 [4. 1.] num_steps
     """
     _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, checkpoint_every)
+    if not isinstance(learner, _learner.Learner):
+        raise ValueError(f"`learner` must be made by `training.learner`; got {type(learner).__name__}.")
     hyperparams = _owned(_learner.check_hyperparams(hyperparams))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams):
+        if not jnp.isfinite(leaf).all():
+            raise ValueError(f"The initial `hyperparams{jax.tree_util.keystr(path)}` is not finite: {leaf}.")
     init_key, sample_key, eval_key = jax.random.split(key, 3)
     init, step = jax.jit(learner.init), jax.jit(learner.step, donate_argnums=0)
 
@@ -209,6 +217,11 @@ def fit(
             if checkpoints and run.step != saved_step and _intact(run.state):
                 _save(checkpoints, run)
 
+    if run.step and np.all(run.history.get("skipped", [0.0])):
+        _log.warning(
+            "no step had a finite hypergradient, and λ is where it started: look for NaN in the tasks (`tasks.stack` "
+            "refuses them) and for a diverging inner loop (`hypergrad.diagnose`)"
+        )
     best = _best(run.evaluations)
     return FitResult(
         hyperparams=run.state.hyperparams,
@@ -222,14 +235,11 @@ def fit(
 
 
 def _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, checkpoint_every):
-    if num_steps < 0:
-        raise ValueError(f"`num_steps` must be at least 0; got {num_steps}.")
+    base.check_integer("num_steps", num_steps, 0)
     counts = {"eval_every": eval_every, "steps_per_call": steps_per_call, "checkpoint_every": checkpoint_every}
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1; got {value}.")
-    if patience is not None and patience < 1:
-        raise ValueError(f"`patience` must be at least 1, or None; got {patience}.")
+        base.check_integer(name, value, 1)
+    base.check_integer("patience", patience, 1, optional=True)
     if patience is not None and evaluate is None:
         raise ValueError("`patience` counts evaluations, and there are none: give `evaluate`, or no `patience`.")
 

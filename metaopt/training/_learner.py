@@ -115,8 +115,10 @@ def learner(
       >>> print(state.hyperparams, metrics["value"])
       2.0 4.0
     """
-    if stagger < 1:
-        raise ValueError(f"`stagger` must be at least 1; got {stagger}.")
+    base.check_integer("stagger", stagger, 1)
+    if not hasattr(optimizer, "update"):
+        got = getattr(optimizer, "__name__", optimizer)
+        raise ValueError(f"`optimizer` must be an optax transform, such as `optax.adam(1e-2)`; got {got!r}.")
     optimizer = optax.with_extra_args_support(optimizer)
     estimator_at = (lambda step: estimator) if isinstance(estimator, base.Estimator) else estimator
 

@@ -106,3 +106,12 @@ def test_a_rule_that_carries_training_returns_its_last_lambda():
     tuned = jax.jit(methods.fine_tune(estimator, num_steps=4))(KEY, start, problems.TASK)
     assert np.isnan(tuned.values).tolist() == [True] * 4 + [False] and tuned.step == 4
     assert (jnp.abs(tuned.hyperparams["log_penalty"] - 3.0) > 0.1).all()
+
+
+def test_the_last_value_counts_only_where_it_ended_a_horizon():
+    """Training overfits, so that F is small early in it; the horizon is 4 estimates."""
+    estimator = hypergrad.truncated(problems.RIDGE, num_steps=8, truncation_length=2)
+    start = {"log_penalty": jnp.full(problems.NUM_FEATURES, 3.0)}
+    tuned = jax.jit(methods.fine_tune(estimator, num_steps=8))(KEY, start, problems.TASK)
+    assert np.isfinite(tuned.values).tolist() == [False, False, False, True] * 2 + [False]
+    assert tuned.step == 3 + 4 * (tuned.values[7] < tuned.values[3]) and tuned.value == tuned.values[tuned.step]

@@ -57,6 +57,14 @@ def rewrite(path, arrays, header):
     np.savez(path, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
 
 
+def test_bfloat16_comes_back_as_float32(tmp_path):
+    predictor = MAKE["mlp"]()
+    phi = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), weights(predictor))
+    predictors.save(tmp_path / "g.npz", predictor, phi)
+    found = predictors.load(tmp_path / "g.npz").meta_params
+    chex.assert_trees_all_equal(found, jax.tree.map(lambda x: x.astype(jax.numpy.float32), phi))
+
+
 def test_nothing_in_the_file_is_pickled(tmp_path):
     path = tmp_path / "g.npz"
     arrays, header = saved(path)

@@ -151,6 +151,8 @@ def test_stack_names_what_is_wrong():
     a, b = padded(prepared()), padded(prepared(seed=1))
     with pytest.raises(ValueError, match="it is empty"):
         tasks.stack([])
+    with pytest.raises(ValueError, match="`names` must be as many as the tasks; got 1 for 2"):
+        tasks.stack([a, b], names=["first"])
     with pytest.raises(ValueError, match=r"task\.train\['feature_mask'\] has shape \(8,\) in task 1 .*pad them"):
         tasks.stack([a, padded(prepared(seed=1), num_features=8)])
     with pytest.raises(ValueError, match="task second and task first differ in structure"):

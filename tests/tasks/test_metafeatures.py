@@ -153,6 +153,9 @@ def test_names_are_the_same_for_every_table(iris, found):
         got = tasks.metafeatures((x, y, categorical))
         assert list(got) == list(found), name
         assert not any(np.isinf(v) for v in got.values()), name
+    for x, message in ((np.ones((40, 0)), r"with columns; got \(40, 0\)"), (np.full((40, 1), np.inf), "finite values")):
+        with pytest.raises(ValueError, match=message):
+            tasks.metafeatures((x, y, np.zeros(x.shape[1], bool)))
     with pytest.raises(ValueError, match="got \\['model_based'\\]"):
         tasks.metafeatures(iris, groups=["model_based"])
 

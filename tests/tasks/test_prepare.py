@@ -157,5 +157,9 @@ def test_refusals():
         tasks.prepare(table._replace(y=np.zeros_like(table.y)))
     with pytest.raises(ValueError, match="table mixed has no column that varies"):
         tasks.prepare(table._replace(x=table.x[:, 5:], categorical=table.categorical[5:]))
+    with pytest.raises(ValueError, match=r"`x` must be \[rows, columns\].*got \(400, 6\), \(400,\) and \(2,\)"):
+        tasks.prepare(table._replace(categorical=table.categorical[:2]))
+    with pytest.raises(ValueError, match=r"`y` must be classes as integers from 0 on; got int32, such as \[-1"):
+        tasks.prepare(table._replace(y=np.full_like(table.y, -1)))
     with pytest.raises(ValueError, match="table mixed has infinite values"):
         tasks.prepare(table._replace(x=np.where(table.x == 7, np.inf, table.x).astype(np.float32)))

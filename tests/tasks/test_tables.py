@@ -190,19 +190,29 @@ BAD = {
     "infinite_target": ("a,kind\n" + "1,0\n2,1\n" * 30 + "1,inf\n", "line 62: 'kind' is inf"),
     "constant": ("a,kind\n" + "1,x\n1,y\n" * 30, "no column is left"),
     "empty": ("", "line 1: the file is empty"),
+    "damaged.csv.gz": (gzip.compress(GOOD.encode())[:20] + b"\xff" * 30, "Error"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_csv_is_named_and_the_rest_goes_on(name, tmp_path, caplog):
     content, reason = BAD[name]
-    (tmp_path / f"{name}.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=rf"{name}\.csv: .*{reason}"):
+    file = name if "." in name else f"{name}.csv"
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=rf"{file}: .*{reason}"):
         tasks.from_csv_folder(tmp_path, "kind")
     (tmp_path / "good.csv").write_text(GOOD)
     with caplog.at_level(logging.WARNING):
         assert [t.name for t in tasks.from_csv_folder(tmp_path, "kind")] == ["good"]
-    assert f"{name}.csv is left out" in caplog.text
+    assert f"{file} is left out" in caplog.text
+
+
+def test_only_line_ends_end_a_line_and_a_word_among_numbers_is_said(tmp_path, caplog):
+    rows = "".join(f"{i % 7},a\u2028b\x0b,yes\n{i % 5},c,no\n" for i in range(0, 120, 2))
+    (tmp_path / "lines.csv").write_text(f"n,word,kind\n{rows}12x,c,yes\n", encoding="utf-8")
+    (table,) = tasks.from_csv_folder(tmp_path, "kind")
+    assert table.x.shape == (121, 2) and table.categorical.all()
+    assert "the column 'n' is categorical, since line 122 has '12x' among numbers" in caplog.text
 
 
 def test_no_csv(tmp_path):

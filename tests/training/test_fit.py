@@ -188,6 +188,8 @@ def test_refuses_other_shapes_while_slots_are_not_done():
     "kwargs, message",
     [
         ({"num_steps": -1}, "`num_steps` must be at least 0; got -1"),
+        ({"num_steps": 2.5}, "`num_steps` must be an integer of at least 0; got 2.5"),
+        ({"hyperparams": {"a": jnp.nan}}, r"The initial `hyperparams\['a'\]` is not finite: nan"),
         ({"eval_every": 0}, "`eval_every` must be at least 1; got 0"),
         ({"checkpoint_every": 0}, "`checkpoint_every` must be at least 1"),
         ({"patience": 0, "evaluate": lambda key, x: x}, "`patience` must be at least 1"),
@@ -202,6 +204,19 @@ def test_refuses_other_shapes_while_slots_are_not_done():
 def test_refuses_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         fit(**kwargs)
+
+
+def test_refuses_an_estimator_for_a_learner():
+    with pytest.raises(ValueError, match="`learner` must be made by `training.learner`; got Estimator"):
+        fit(small.quadratic())
+
+
+def test_a_run_in_which_every_step_was_skipped_says_so(caplog):
+    result = fit(sample_tasks=lambda key: np.array([np.nan]), num_steps=2)
+    assert result.hyperparams == 7.0 and "no step had a finite hypergradient" in caplog.text
+    caplog.clear()
+    fit(num_steps=1)
+    assert not caplog.text
 
 
 def test_is_quiet_where_there_is_no_terminal(capfd):

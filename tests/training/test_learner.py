@@ -184,6 +184,8 @@ def test_a_slot_that_ends_while_others_go_ahead_waits_for_its_renewal():
 def test_stagger_must_be_positive():
     with pytest.raises(ValueError, match="`stagger` must be at least 1; got 0"):
         training.learner(small.carried(), optax.sgd(0.1), stagger=0)
+    with pytest.raises(ValueError, match="`optimizer` must be an optax transform.*got 'adam'"):
+        training.learner(small.carried(), optax.adam)
 
 
 @pytest.mark.parametrize(
