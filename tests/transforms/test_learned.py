@@ -144,6 +144,10 @@ def test_files_come_back_to_the_bit(tmp_path):
     again = transforms.load_learned(tmp_path / "weights.npz")
     chex.assert_trees_all_equal(again, weights)
     chex.assert_trees_all_equal_shapes_and_dtypes(again, weights)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights)
+    transforms.save_learned(tmp_path / "weights.npz", half)  # NumPy's files have no bfloat16
+    again = transforms.load_learned(tmp_path / "weights.npz")
+    chex.assert_trees_all_equal(again, jax.tree.map(lambda x: x.astype(jnp.float32), half))
     assert [file.name for file in tmp_path.iterdir()] == ["weights.npz"]
 
 
@@ -177,6 +181,7 @@ def test_broken_files_say_what_is_wrong(tmp_path):
         "layers/2/b": (None, "holds no weights of a learned optimizer"),
         "layers/0/w": (None, "holds no weights of a learned optimizer"),
         "decays/second": (np.zeros(1, int), r"\['decays'\]\['second'\] should be floating-point"),
+        "decays/momentum": (np.array(["a", "b", "c"]), r"\['decays'\]\['momentum'\] should be floating-point"),
         "more": (np.zeros(1), "holds no weights of a learned optimizer"),
     }.items():
         written(path, **{changes: match[0]})
