@@ -327,9 +327,9 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
     result += (
         f"\n\n{config.num_steps} steps of {config.batch} rows (the text: 8 rows of 16 characters), an MLP with one "
         f"hidden layer of {config.hidden} units (the text: `layer_decay.py`'s transformer, width 16); up to 3,000 rows "
-        "to train on, up to 1,000 for the validation signal (half a batch, with the gap a whole one), as many for the loss. λ is "
-        f"the rate, and starts at {START} of what the row says; "
-        "the normalized rule with `optax.sgd(0.5)`, the same for all. *Shaped*: the factory multiplies the rate by a "
+        "to train on, up to 1,000 for the validation signal (half a batch, with the gap a whole one), as many for the "
+        f"loss. λ is the rate, and starts at {START} of what the row says; the normalized rule with `optax.sgd(0.5)`, "
+        "the same for all. *Shaped*: the factory multiplies the rate by a "
         "rise over 20 steps and a straight fall to zero at the end; the best of the grid with the same shape is in the "
         "table. The others have their defaults. Tables: six of the package's where 1e-3 lost at least 2 % to the best "
         "rate on seed 0, before anything was tuned; others served to choose the setting. There, sgd from 0.1 to 2 (4 "

@@ -112,8 +112,8 @@ def self_tuning(
       A transform, with parameters as a required argument of `update`, and `valid_grad_fn` and `grad_fn` as extra ones.
 
     Raises:
-      ValueError: `rule` or `mode` is something else, `factory` is no function, λ is empty, or not positive where it must
-        be, `discount` is not in [0, 1], or not 0 in reverse mode, `gap` is negative; in `update`: there are no
+      ValueError: `rule` or `mode` is something else, `factory` is no function, λ is empty, or not positive where it
+        must be, `discount` is not in [0, 1], or not 0 in reverse mode, `gap` is negative; in `update`: there are no
         parameters, or no `grad_fn` where μ > 0 needs one.
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782; a stack of them: Chandra et al., NeurIPS 2022,

@@ -43,14 +43,15 @@ def self_tuning(carried=False, **kwargs):
 
 
 PARAMS = {"w": np.array([[0.5, -1.0], [0.3, 0.0]]), "b": np.array([0.1, -0.2])}
+DECAYS, WEIGHTS = np.array([0.5, 0.9]), np.array([0.3, 0.7])
 # Each with one hyperparameter for `inject_hyperparams`.
 TRANSFORMS = {
     "differentiable": lambda rate=0.1: transforms.differentiable(optax.adam(rate)),
     "learned": lambda scale=1.0: optax.chain(LEARNED, optax.scale(scale)),
-    "learnable_accumulation": lambda decays=np.array([0.5, 0.9]): transforms.learnable_accumulation(decays),
+    "learnable_accumulation": lambda decays=DECAYS: transforms.learnable_accumulation(decays),
     "learnable_clip": lambda max_norm=0.5: transforms.learnable_clip(max_norm),
     "learnable_clip_smooth": lambda p=2.0: transforms.learnable_clip(0.5, scope="leaf", sharpness=p),
-    "mixture": lambda weights=np.array([0.3, 0.7]): transforms.mixture([optax.adam(0.1), optax.sgd(0.1)], weights),
+    "mixture": lambda weights=WEIGHTS: transforms.mixture([optax.adam(0.1), optax.sgd(0.1)], weights),
     "per_group": lambda decay=0.1: transforms.per_group(optax.adamw, patterns={"matrix": "w", "rest": ""})(
         0.1, weight_decay={"matrix": decay, "rest": 0.0}
     ),
