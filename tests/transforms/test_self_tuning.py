@@ -166,6 +166,28 @@ def test_the_signal_of_adamw_is_that_of_the_estimator(judge, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_what_the_normalized_signal_of_many_hyperparameters_is_divided_by(mode):
+    plain, normalized = (
+        transforms.self_tuning(adamw, LAM, SPY, rule=rule, mode=mode) for rule in ("multiplicative", "normalized")
+    )
+    grads = jnp.cos(jnp.array(START))
+
+    @jax.jit
+    def two_steps():
+        first, state = plain.update(grads, plain.init(grads), grads)
+        _, after = plain.update(jnp.sin(grads), state, grads)
+        other = normalized.update(grads, normalized.init(grads), grads)[1]
+        return first, state.last[0], after.tuner, normalized.update(jnp.sin(grads), other, grads)[1].tuner
+
+    first, last, signal, found = two_steps()
+    # The longest of λ ∂u/∂λ, or u.
+    length = np.linalg.norm(last, axis=1).max() if mode == "forward" else np.linalg.norm(first)
+    expected = jax.tree.map(lambda h: h / (np.linalg.norm(np.sin(grads)) * length), signal)
+    chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-14)  # a first step of Adam has no b1
+    assert abs(found["rate"]) > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_gap_counts_the_validation_loss_more_and_the_training_loss_less(mode):
     # The signal is linear in the gradient that judges: of f_valid + 0.5 (f_valid − f_train).
     lam, grads = jax.tree.map(jnp.asarray, LAM), jax.grad(train_loss)
@@ -372,7 +394,7 @@ def test_flax_holds_it():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_program_that_is_given_the_state_leaves_the_start(mode):
-    lam = {"rate": jnp.array(1e-3)}  # of the state's type, so that it needs no conversion
+    lam = {"rate": jnp.array(1e-3, jnp.float64)}  # of the type in the state, so that nothing converts it
     optimizer = transforms.self_tuning(lambda hp: optax.adam(hp["rate"]), lam, optax.sgd(0.1), mode=mode)
     update = jax.jit(optimizer.update, donate_argnums=1)
     state = optimizer.init(jnp.ones(2))
