@@ -263,6 +263,19 @@ def test_it_recovers_from_a_bad_rate(start):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_gradient_that_is_always_zero_does_no_harm(mode):
+    # √v has an infinite derivative there, and v one of zero in its decay.
+    optimizer = transforms.self_tuning(
+        lambda hp: optax.adam(hp["rate"], b2=hp["b2"]), {"rate": 0.1, "b2": 0.9}, optax.sgd(0.1), mode=mode
+    )
+    grads = jnp.array([1.0, 0.0])
+    state, update = optimizer.init(grads), jax.jit(optimizer.update)
+    for _ in range(3):
+        _, state = update(grads, state, grads)
+    assert state.hyperparams["rate"] > 0.1 and state.hyperparams["b2"] > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [1e-5, 200.0])
 def test_half_precision_has_a_signal(size, mode):
     # The sums of squares are beyond float16: 4e-10 and 1.6e5.
