@@ -338,7 +338,7 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
         "vowel, vehicle, car, nursery, german, dermatology, drawings, spoken digits and text, with seeds from 100. "
         "There, the validation signal left 26 % (shaped) and 35 %, a start at a hundredth 22 %, and with it the gap "
         "once more 14 % (shaped) and 19 %, half the gap 20 %. No better: a start at .03 or .1, a faster rise in the "
-        "first steps, a tuner of rate 1, one that is four times as fast down as up (more than 40 %), the sum of the last "
+        "first steps, a tuner of rate 1, one four times as fast down as up (more than 40 %), the sum of the last "
         "10 steps in the place of the last, a cosine under which the rate falls (.005 to .02: 14 to 20 %). The average "
         "of the last iterates gains a point. No setting was within 5 % from both starts on more than 5 of those 10. "
         "The figure has λ of the shaped runs. Where the last column is small, a small difference in loss is a large "
