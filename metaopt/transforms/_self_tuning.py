@@ -63,15 +63,15 @@ def self_tuning(
     β times the cosine between g_t and the last step, with `optax.sgd(β)` as the tuner. β from 0.1 to 0.5 is a place to
     start: a rate that is 100 times too small is found within some hundred steps.
 
-    Start too small rather than too large: a network may be damaged, or have overfitted, before λ has come down. The
-    training loss does not see overfitting: where it goes to zero, following it keeps the rate too large
-    (`experiments/results/self_tuning.md`).
+    Start too small rather than too large, at a hundredth of a guess: a network may be damaged, or have overfitted,
+    before λ has come down, and five decades are climbed in some 50 steps. The training loss does not see overfitting:
+    where it goes to zero, following it keeps the rate too large (`experiments/results/self_tuning.md`).
 
     **Which loss.** By default g_t is the gradient that `update` is given, that of the training loss: hypergradient
     descent, at no gradient more. With the extra argument `valid_grad_fn` it is `valid_grad_fn(params)`, the gradient of
     the validation loss, on a batch of the caller's: T1–T2. One more gradient a step; a smaller batch costs less. A
     `gap` γ counts the gap between the losses once more, g_t = ∇f_valid + γ (∇f_valid − ∇f_train): it grows before the
-    validation loss does, where a network is about to overfit. Where it matters, γ = 1 was better than 0.
+    validation loss does, where a network is about to overfit. There, γ = 1 was better than 0, and elsewhere worse.
 
     **How far back.** One step is short-sighted: it knows of no later step, prefers small rates on noisy gradients, and
     cannot see what a small decay does over time. With a `discount` μ > 0 the derivative is carried along with training,
