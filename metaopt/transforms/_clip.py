@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 
 def learnable_clip(
-    max_norm: jax.typing.ArrayLike, *, scope: str = "global", sharpness: float | None = None
+    max_norm: jax.typing.ArrayLike, *, scope: str = "global", sharpness: jax.typing.ArrayLike | None = None
 ) -> optax.GradientTransformation:
     """Scales updates down to a norm c: u = g · min(1, c/‖g‖), with finite derivatives everywhere.
 
@@ -25,7 +26,7 @@ def learnable_clip(
       sharpness: p, positive: 1 is g · c/(c + ‖g‖); None for the minimum itself.
 
     Returns:
-      A transform without a state, differentiable in c and g in both modes.
+      A transform without a state, differentiable in c, p and g in both modes.
 
     Raises:
       ValueError: `scope` is something else, or `sharpness` is not positive.
@@ -38,7 +39,8 @@ def learnable_clip(
     """
     if scope not in ("global", "leaf"):
         raise ValueError(f'`scope` must be "global" or "leaf"; got {scope!r}.')
-    if sharpness is not None and not sharpness > 0:
+    # In `inject_hyperparams` it is traced.
+    if sharpness is not None and not isinstance(sharpness, Tracer) and not sharpness > 0:
         raise ValueError(f"`sharpness` must be positive, or None; got {sharpness}.")
 
     def clip(updates):

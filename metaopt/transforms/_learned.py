@@ -262,14 +262,17 @@ def _fault(weights: base.PyTree) -> str:
     for (path, leaf), wanted in zip(
         jax.tree_util.tree_leaves_with_path(weights), jax.tree.leaves(template), strict=True
     ):
-        if np.shape(leaf) != wanted.shape or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            got = f"{jnp.result_type(leaf)} of shape {np.shape(leaf)}"
+        dtype = (
+            leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
+        )  # a file may hold what JAX has no type for
+        if np.shape(leaf) != wanted.shape or not jnp.issubdtype(dtype, jnp.floating):
+            got = f"{dtype} of shape {np.shape(leaf)}"
             return f"{jax.tree_util.keystr(path)} should be floating-point of shape {wanted.shape}; got {got}"
     return ""
 
 
 def save_learned(path: str | os.PathLike[str], weights: base.PyTree) -> None:
-    """Writes the meta-parameters of a learned optimizer as one `.npz` file, atomically.
+    """Writes the meta-parameters of a learned optimizer as one `.npz` file, atomically; half precision as float32.
 
     Args:
       path: the file.
@@ -282,8 +285,9 @@ def save_learned(path: str | os.PathLike[str], weights: base.PyTree) -> None:
     if fault:
         raise ValueError(f"`weights` must be meta-parameters as `init_learned` gives them: {fault}.")
     header = {"format": FORMAT, "version": VERSION}
+    # NumPy's files do not know bfloat16, which float32 holds.
     arrays: dict[str, Any] = {
-        "/".join(key.key for key in keys): np.asarray(leaf)
+        "/".join(key.key for key in keys): np.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
         for keys, leaf in jax.tree_util.tree_leaves_with_path(weights)
     }
     temporary = f"{os.fspath(path)}.tmp"

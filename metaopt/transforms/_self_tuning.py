@@ -49,6 +49,7 @@ def self_tuning(
     *,
     rule: str = "normalized",
     discount: float = 0.0,
+    gap: float = 0.0,
     mode: str = "forward",
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose λ descends along a hypergradient h of the training or the validation loss, before each step.
@@ -62,13 +63,15 @@ def self_tuning(
     β times the cosine between g_t and the last step, with `optax.sgd(β)` as the tuner. β from 0.1 to 0.5 is a place to
     start: a rate that is 100 times too small is found within some hundred steps.
 
-    Start too small rather than too large: a network may be damaged, or have overfitted, before λ has come down. The
-    training loss does not see overfitting: where it goes to zero, following it keeps the rate too large
-    (`experiments/results/self_tuning.md`).
+    Start too small rather than too large, at a hundredth of a guess: a network may be damaged, or have overfitted,
+    before λ has come down, and five decades are climbed in some 50 steps. The training loss does not see overfitting:
+    where it goes to zero, following it keeps the rate too large (`experiments/results/self_tuning.md`).
 
     **Which loss.** By default g_t is the gradient that `update` is given, that of the training loss: hypergradient
     descent, at no gradient more. With the extra argument `valid_grad_fn` it is `valid_grad_fn(params)`, the gradient of
-    the validation loss, on a batch of the caller's: T1–T2. One more gradient a step; a smaller batch costs less.
+    the validation loss, on a batch of the caller's: T1–T2. One more gradient a step; a smaller batch costs less. A
+    `gap` γ counts the gap between the losses once more, g_t = ∇f_valid + γ (∇f_valid − ∇f_train): it grows before the
+    validation loss does, where a network is about to overfit. There, γ = 1 was better than 0, and elsewhere worse.
 
     **How far back.** One step is short-sighted: it knows of no later step, prefers small rates on noisy gradients, and
     cannot see what a small decay does over time. With a `discount` μ > 0 the derivative is carried along with training,
@@ -102,14 +105,16 @@ def self_tuning(
       tuner: the optimizer of λ.
       rule: "additive", "multiplicative" or "normalized".
       discount: μ, in [0, 1].
+      gap: γ, at least 0; counts where there is a validation loss.
       mode: "forward", for few λ, or "reverse", for many, with μ = 0.
 
     Returns:
       A transform, with parameters as a required argument of `update`, and `valid_grad_fn` and `grad_fn` as extra ones.
 
     Raises:
-      ValueError: `rule` or `mode` is something else, λ is not positive where it must be, `discount` is not in [0, 1],
-        or not 0 in reverse mode; in `update`: there are no parameters, or no `grad_fn` where μ > 0 needs one.
+      ValueError: `rule` or `mode` is something else, `factory` is no function, λ is empty, or not positive where it
+        must be, `discount` is not in [0, 1], or not 0 in reverse mode, `gap` is negative; in `update`: there are no
+        parameters, or no `grad_fn` where μ > 0 needs one.
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782; a stack of them: Chandra et al., NeurIPS 2022,
     https://arxiv.org/abs/1909.13371; T1–T2: Luketina et al., ICML 2016, https://arxiv.org/abs/1511.06727; carried:
@@ -132,6 +137,8 @@ def self_tuning(
         raise ValueError(f'`mode` must be "forward" or "reverse"; got {mode!r}.')
     if not 0 <= discount <= 1:
         raise ValueError(f"`discount` must be in [0, 1]; got {discount}.")
+    if not gap >= 0:
+        raise ValueError(f"`gap` must be at least 0; got {gap}.")
     if discount and mode == "reverse":
         raise ValueError(
             f'`discount` must be 0 with `mode="reverse"`, which looks at the last step alone; got {discount}. '
@@ -143,6 +150,13 @@ def self_tuning(
                 f"`hyperparams` must be positive, since the {rule} rule moves their logarithms; got {leaf} at "
                 f'{jax.tree_util.keystr(path) or "the root"}. Use `rule="additive"`, or leave it in the factory.'
             )
+    if not jax.tree.leaves(hyperparams):
+        raise ValueError(f"`hyperparams` must hold at least one number to tune; got {hyperparams}.")
+    if not callable(factory):
+        raise ValueError(
+            "`factory` must be a function `hyperparams -> optax.GradientTransformation`, such as "
+            f"`lambda hp: optax.adamw(hp['rate'])`; got {type(factory).__name__} itself."
+        )
     tuner = optax.with_extra_args_support(tuner)
     logarithmic = rule != "additive"
 
@@ -150,7 +164,8 @@ def self_tuning(
         return differentiable(factory(hyperparams))
 
     def init(params):
-        start = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), hyperparams)
+        # A copy, so that a program may be given the buffer: the next run starts from λ again.
+        start = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), hyperparams)
         inner = optimizer(start).init(params)
         if mode == "reverse":  # copies, so that a program may be given the buffers of both
             last = (optax.tree.zeros_like(params), *jax.tree.map(jnp.copy, (inner, params)))
@@ -231,6 +246,7 @@ def self_tuning(
     def update(updates, state, params=None, *, valid_grad_fn=None, grad_fn=None, **extra_args):
         if params is None:
             raise ValueError("`self_tuning` needs the parameters: call `update(updates, state, params)`.")
+        updates, params = jax.tree.map(jnp.asarray, (updates, params))
         masked = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
         if masked and (valid_grad_fn is not None or grad_fn is not None):
             raise ValueError(
@@ -239,6 +255,8 @@ def self_tuning(
                 "`self_tuning(lambda hp: optax.multi_transform({...: optax.adam(hp[...])}, labels), ...)`."
             )
         judge = updates if valid_grad_fn is None else valid_grad_fn(params)
+        if gap and valid_grad_fn is not None:
+            judge = jax.tree.map(lambda v, g: v + gap * (v - g), _wide(judge), _wide(updates))
         signal = signal_of(judge, state, extra_args)
         at = jax.tree.map(jnp.log, state.hyperparams) if logarithmic else state.hyperparams
         moves, tuner_state = tuner.update(signal, state.tuner, at)

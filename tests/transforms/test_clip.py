@@ -59,6 +59,13 @@ def test_derivatives(kwargs):
     chex.assert_trees_all_close(by_grads, optax.tree.ones_like(GRADS), rtol=1e-12)
 
 
+def test_the_sharpness_may_be_learned():
+    length = jax.jit(lambda p: optax.tree.norm(clip(GRADS, 1.1, sharpness=p)))
+    expected = (length(2 + 1e-5) - length(2 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.jit(jax.grad(length))(2.0), expected, rtol=1e-6)
+    assert abs(expected) > 1e-3
+
+
 def test_half_precision_norms_do_not_underflow_or_overflow():
     for size in (1e-4, 300.0):  # squares are 1e-8 and 9e4, beyond float16
         grads = jnp.full(4, size, jnp.float16)

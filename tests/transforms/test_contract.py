@@ -22,33 +22,38 @@ def grads_of(params):
 
 
 def self_tuning(carried=False, **kwargs):
-    transform = transforms.self_tuning(
-        lambda hp: optax.sgd(hp["rate"], hp["momentum"]), {"rate": 0.1, "momentum": 0.9}, optax.sgd(0.02), **kwargs
-    )
-    if not carried:
-        return transform
+    def make(beta=0.02):
+        transform = transforms.self_tuning(
+            lambda hp: optax.sgd(hp["rate"], hp["momentum"]), {"rate": 0.1, "momentum": 0.9}, optax.sgd(beta), **kwargs
+        )
+        if not carried:
+            return transform
 
-    def update(updates, state, params=None, **extra_args):  # with what a discount needs
-        return transform.update(updates, state, params, grad_fn=grads_of, **extra_args)
+        def update(updates, state, params=None, **extra_args):  # with what a discount needs
+            return transform.update(updates, state, params, grad_fn=grads_of, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(transform.init, update)
+        return optax.GradientTransformationExtraArgs(transform.init, update)
+
+    return make
 
 
 PARAMS = {"w": np.array([[0.5, -1.0], [0.3, 0.0]]), "b": np.array([0.1, -0.2])}
+DECAYS, WEIGHTS = np.array([0.5, 0.9]), np.array([0.3, 0.7])
+# Each with one hyperparameter for `inject_hyperparams`.
 TRANSFORMS = {
-    "differentiable": lambda: transforms.differentiable(optax.adam(0.1)),
-    "learned": lambda: LEARNED,
-    "learnable_accumulation": lambda: transforms.learnable_accumulation(np.array([0.5, 0.9], np.float32)),
-    "learnable_clip": lambda: transforms.learnable_clip(0.5),
-    "learnable_clip_smooth": lambda: transforms.learnable_clip(0.5, scope="leaf", sharpness=2.0),
-    "mixture": lambda: transforms.mixture([optax.adam(0.1), optax.sgd(0.1)], np.array([0.3, 0.7], np.float32)),
-    "per_group": lambda: transforms.per_group(optax.adamw, patterns={"matrix": "w", "rest": ""})(
-        0.1, weight_decay={"matrix": 0.1, "rest": 0.0}
+    "differentiable": lambda rate=0.1: transforms.differentiable(optax.adam(rate)),
+    "learned": lambda scale=1.0: optax.chain(LEARNED, optax.scale(scale)),
+    "learnable_accumulation": lambda decays=DECAYS: transforms.learnable_accumulation(decays),
+    "learnable_clip": lambda max_norm=0.5: transforms.learnable_clip(max_norm),
+    "learnable_clip_smooth": lambda p=2.0: transforms.learnable_clip(0.5, scope="leaf", sharpness=p),
+    "mixture": lambda weights=WEIGHTS: transforms.mixture([optax.adam(0.1), optax.sgd(0.1)], weights),
+    "per_group": lambda decay=0.1: transforms.per_group(optax.adamw, patterns={"matrix": "w", "rest": ""})(
+        0.1, weight_decay={"matrix": decay, "rest": 0.0}
     ),
-    "per_parameter": lambda: transforms.per_parameter(optax.adamw)({"w": 0.1, "b": 0.2}, weight_decay=0.1),
-    "self_tuning": self_tuning,
-    "self_tuning_carried": lambda: self_tuning(carried=True, discount=0.9),
-    "self_tuning_reverse": lambda: self_tuning(mode="reverse"),
+    "per_parameter": lambda decay=0.1: transforms.per_parameter(optax.adamw)({"w": 0.1, "b": 0.2}, weight_decay=decay),
+    "self_tuning": self_tuning(),
+    "self_tuning_carried": self_tuning(carried=True, discount=0.9),
+    "self_tuning_reverse": self_tuning(mode="reverse"),
 }
 # Compiled whole: operation by operation it takes the compiler many times as long.
 LEARNED = transforms.learned()
@@ -65,8 +70,8 @@ COMPOSED = {
 }
 
 
-def two_steps(transform, params):
-    state = transform.init(params)
+def two_steps(transform, params, change=lambda state: state):
+    state = change(transform.init(params))
     for _ in range(2):
         updates, state = transform.update(grads_of(params), state, params)
         params = optax.apply_updates(params, updates)
@@ -127,6 +132,23 @@ def test_it_composes_and_ignores_extra_arguments(name):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+def test_inject_hyperparams(name):
+    """It may put another value, traced, in the place of the one that the transform was made with."""
+    injected, params = optax.inject_hyperparams(TRANSFORMS[name])(), like(PARAMS, jnp.float64)
+
+    @jax.jit
+    def run(params):
+        ((argument, value),) = injected.init(params).hyperparams.items()
+        changed = lambda state: state._replace(hyperparams={argument: 0.9 * value})
+        found, expected = two_steps(injected, params, changed), two_steps(TRANSFORMS[name](0.9 * value), params)
+        return found[0], found[1].inner_state, expected
+
+    found, inner_state, expected = run(params)
+    chex.assert_trees_all_close((found, inner_state), expected, rtol=1e-12)
+    assert not np.array_equal(found["w"], two_steps(TRANSFORMS[name](), params)[0]["w"])
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
 def test_trees_of_any_shape(name):
     transform = TRANSFORMS[name]()
     if name in ("per_group", "per_parameter"):
@@ -134,6 +156,7 @@ def test_trees_of_any_shape(name):
     for params in (jnp.ones(()), {}, {"a": None, "b": jnp.ones((2, 0))}):
         updates, _ = transform.update(params, transform.init(params), params)
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    assert np.isfinite(transform.update(1.0, transform.init(1.0), 1.0)[0])  # a number
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

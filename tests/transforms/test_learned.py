@@ -98,6 +98,49 @@ def test_every_tensor_is_on_its_own_and_seen_relative_to_itself():
     chex.assert_trees_all_close(one_update(scaled(100.0, PARAMS), GRADS), updates, rtol=1e-6)
 
 
+def in_numpy(weights, params, grads):
+    """The updates of a matrix, as they are written down: an array of features for each entry, and a network."""
+    weights = jax.tree.map(np.asarray, weights)
+    beta = {
+        name: 1
+        / (1 + np.exp(-np.log(np.array(start) / (1 - np.array(start))) - weights["decays"][name]))[:, None, None]
+        for name, start in {"momentum": [0.9, 0.99, 0.999], "second": [0.999], "factored": [0.9, 0.99, 0.999]}.items()
+    }
+    m, v, row, column = np.zeros((3, 3, 4)), np.zeros((1, 3, 4)), np.zeros((3, 3, 1)), np.zeros((3, 1, 4))
+    root = lambda x: 1 / np.sqrt(x + 1e-10)
+    for t, g in enumerate(grads):
+        average = lambda name, old, new: beta[name] * old + (1 - beta[name]) * new
+        m, v = average("momentum", m, g), average("second", v, g**2)
+        row, column = (
+            average("factored", old, (g**2).mean(axis, keepdims=True)) for old, axis in ((row, 1), (column, 0))
+        )
+        factored = root(row * column / row.mean(1, keepdims=True))
+        parts = [g[None], params[None], m, v, m * root(v), root(v), g * factored, m * factored]
+        parts += [row, root(row), column, root(column)]
+        parts = [x * root((x**2).mean((1, 2), keepdims=True)) for x in parts]
+        entries = np.concatenate([np.broadcast_to(x, (len(x), 3, 4)) for x in parts])
+        times = np.tanh(t / np.array([1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5]) - 1)
+        x = np.concatenate([entries, np.broadcast_to(times[:, None, None], (11, 3, 4))])
+        *hidden, last = [weights["layers"][str(i)] for i in range(len(weights["layers"]))]
+        for layer in hidden:
+            x = np.maximum(np.einsum("ih,irc->hrc", layer["w"], x) + layer["b"][:, None, None], 0)
+        direction, magnitude = np.einsum("ih,irc->hrc", last["w"], x) + last["b"][:, None, None]
+    return -0.01 * direction * np.exp(0.1 * magnitude)
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, transforms.load_learned("small")])
+def test_it_is_the_network_that_is_written_down(weights):
+    optimizer = transforms.learned(weights)
+    grads = [np.random.default_rng(i).normal(size=(3, 4)) for i in (6, 7)]
+
+    @jax.jit
+    def two_steps():
+        _, state = optimizer.update(jnp.asarray(grads[0]), optimizer.init(PARAMS["w"]), PARAMS["w"])
+        return optimizer.update(jnp.asarray(grads[1]), state, PARAMS["w"])[0]
+
+    np.testing.assert_allclose(two_steps(), in_numpy(weights, PARAMS["w"], grads), rtol=1e-5)
+
+
 def test_the_momenta_are_averages_and_the_factors_those_of_squares():
     decays = {"momentum": jnp.array([0.0, 1.0, 0.0]), "second": jnp.array([0.5]), "factored": jnp.zeros(3)}
     optimizer = transforms.learned({**WEIGHTS, "decays": decays})
@@ -136,6 +179,10 @@ def test_files_come_back_to_the_bit(tmp_path):
     again = transforms.load_learned(tmp_path / "weights.npz")
     chex.assert_trees_all_equal(again, weights)
     chex.assert_trees_all_equal_shapes_and_dtypes(again, weights)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights)
+    transforms.save_learned(tmp_path / "weights.npz", half)  # NumPy's files have no bfloat16
+    again = transforms.load_learned(tmp_path / "weights.npz")
+    chex.assert_trees_all_equal(again, jax.tree.map(lambda x: x.astype(jnp.float32), half))
     assert [file.name for file in tmp_path.iterdir()] == ["weights.npz"]
 
 
@@ -169,6 +216,7 @@ def test_broken_files_say_what_is_wrong(tmp_path):
         "layers/2/b": (None, "holds no weights of a learned optimizer"),
         "layers/0/w": (None, "holds no weights of a learned optimizer"),
         "decays/second": (np.zeros(1, int), r"\['decays'\]\['second'\] should be floating-point"),
+        "decays/momentum": (np.array(["a", "b", "c"]), r"\['decays'\]\['momentum'\] should be floating-point"),
         "more": (np.zeros(1), "holds no weights of a learned optimizer"),
     }.items():
         written(path, **{changes: match[0]})

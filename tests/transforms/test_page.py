@@ -25,6 +25,6 @@ def test_the_page_runs(capsys):
 
 
 def test_the_page_names_everything():
-    text = PAGE.read_text()
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]  # of the table at the end
     for name in metaopt.transforms.__all__:
-        assert name.endswith("State") or f"`{name}`" in text
+        assert name.endswith("State") or any(f"`{name}`" in row for row in rows)

@@ -160,6 +160,48 @@ def test_the_signal_of_adamw_is_that_of_the_estimator(judge, mode):
         hypergradient = out.hypergrad
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_what_the_normalized_signal_of_many_hyperparameters_is_divided_by(mode):
+    plain, normalized = (
+        transforms.self_tuning(adamw, LAM, SPY, rule=rule, mode=mode) for rule in ("multiplicative", "normalized")
+    )
+    grads = jnp.cos(jnp.array(START))
+
+    @jax.jit
+    def two_steps():
+        first, state = plain.update(grads, plain.init(grads), grads)
+        _, after = plain.update(jnp.sin(grads), state, grads)
+        other = normalized.update(grads, normalized.init(grads), grads)[1]
+        return first, state.last[0], after.tuner, normalized.update(jnp.sin(grads), other, grads)[1].tuner
+
+    first, last, signal, found = two_steps()
+    # The longest of λ ∂u/∂λ, or u.
+    length = np.linalg.norm(last, axis=1).max() if mode == "forward" else np.linalg.norm(first)
+    expected = jax.tree.map(lambda h: h / (np.linalg.norm(np.sin(grads)) * length), signal)
+    chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-14)  # a first step of Adam has no b1
+    assert abs(found["rate"]) > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gap_counts_the_validation_loss_more_and_the_training_loss_less(mode):
+    # The signal is linear in the gradient that judges: of f_valid + 0.5 (f_valid − f_train).
+    lam, grads = jax.tree.map(jnp.asarray, LAM), jax.grad(train_loss)
+
+    def signal(gap, valid_grad_fn):
+        optimizer = transforms.self_tuning(adamw, lam, SPY, rule="additive", mode=mode, gap=gap)
+        params, state = jnp.array(START), optimizer.init(jnp.array(START))
+        for _ in range(3):
+            updates, state = optimizer.update(grads(params), state, params, valid_grad_fn=valid_grad_fn)
+            params = params + updates
+        return state.tuner
+
+    both = jax.grad(lambda params: 1.5 * valid_loss(params) - 0.5 * train_loss(params))
+    found, expected = jax.jit(lambda: (signal(0.5, jax.grad(valid_loss)), signal(0.0, both)))()
+    chex.assert_trees_all_close(found, expected, rtol=1e-10)
+    alone, expected = jax.jit(lambda: (signal(0.5, None), signal(0.0, None)))()  # the training loss has no gap
+    chex.assert_trees_all_equal(alone, expected)
+
+
 def carried(factory, lam, discount, rule="additive", num_steps=5):
     """h_t of each step, from a tuner that keeps λ."""
     optimizer = transforms.self_tuning(factory, lam, SPY, rule=rule, discount=discount)
@@ -213,6 +255,19 @@ def test_it_recovers_from_a_bad_rate(start):
     _, tuned = train(transforms.self_tuning(lambda hp: optax.sgd(hp), start, optax.sgd(0.1)), 100)
     plain = (1 - start * CURVATURE) ** 100 * START
     assert np.max(np.abs(tuned)) < 0.02 and np.max(np.abs(plain)) > 0.9
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gradient_that_is_always_zero_does_no_harm(mode):
+    # √v has an infinite derivative there, and v one of zero in its decay.
+    optimizer = transforms.self_tuning(
+        lambda hp: optax.adam(hp["rate"], b2=hp["b2"]), {"rate": 0.1, "b2": 0.9}, optax.sgd(0.1), mode=mode
+    )
+    grads = jnp.array([1.0, 0.0])
+    state, update = optimizer.init(grads), jax.jit(optimizer.update)
+    for _ in range(3):
+        _, state = update(grads, state, grads)
+    assert state.hyperparams["rate"] > 0.1 and state.hyperparams["b2"] > 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -345,6 +400,29 @@ def test_flax_holds_it():
     assert nnx_optimizer.opt_state.hyperparams["rate"][...] < before
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_program_that_is_given_the_state_leaves_the_start(mode):
+    lam = {"rate": jnp.array(1e-3, jnp.float64)}  # of the type in the state, so that nothing converts it
+    optimizer = transforms.self_tuning(lambda hp: optax.adam(hp["rate"]), lam, optax.sgd(0.1), mode=mode)
+    update = jax.jit(optimizer.update, donate_argnums=1)
+    state = optimizer.init(jnp.ones(2))
+    for _ in range(2):
+        _, state = update(jnp.ones(2), state, jnp.ones(2))
+    assert optimizer.init(jnp.ones(2)).hyperparams["rate"] == 1e-3 == lam["rate"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_that_tunes_itself_is_differentiable(mode):
+    def trained(beta):
+        _, params = train(rate_sgd(optax.sgd(beta), "normalized", mode=mode), 4)
+        return jnp.sum(jnp.sin(params))
+
+    value = jax.jit(trained)
+    expected = (value(BETA + 1e-5) - value(BETA - 1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.jit(jax.grad(trained))(BETA), expected, rtol=1e-6)
+    assert abs(expected) > 1e-3
+
+
 def test_it_is_made_in_a_jitted_function_too():
     def updates(beta):
         optimizer = transforms.self_tuning(lambda hp: optax.sgd(hp), 0.1, optax.sgd(beta))
@@ -360,10 +438,16 @@ def test_bad_arguments():
         transforms.self_tuning(optax.sgd, 0.1, optax.sgd(0.1), mode="both")
     with pytest.raises(ValueError, match=r"`discount` must be in \[0, 1\]; got 2"):
         transforms.self_tuning(optax.sgd, 0.1, optax.sgd(0.1), discount=2)
+    with pytest.raises(ValueError, match="`gap` must be at least 0; got -1"):
+        transforms.self_tuning(optax.sgd, 0.1, optax.sgd(0.1), gap=-1)
     with pytest.raises(ValueError, match='`discount` must be 0 with `mode="reverse"`'):
         transforms.self_tuning(optax.sgd, 0.1, optax.sgd(0.1), discount=0.9, mode="reverse")
     with pytest.raises(ValueError, match="`hyperparams` must be positive, since the normalized rule"):
         transforms.self_tuning(lambda hp: optax.adamw(0.1, weight_decay=hp["d"]), {"d": 0.0}, optax.sgd(0.1))
+    with pytest.raises(ValueError, match="`hyperparams` must hold at least one number"):
+        transforms.self_tuning(lambda hp: optax.sgd(0.1), {}, optax.sgd(0.1))
+    with pytest.raises(ValueError, match="`factory` must be a function .* got GradientTransformation"):
+        transforms.self_tuning(optax.sgd(0.1), 0.1, optax.sgd(0.1))
     optimizer = transforms.self_tuning(optax.sgd, 0.1, optax.sgd(0.1), discount=0.5)
     with pytest.raises(ValueError, match="needs the parameters"):
         optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
