@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published
 from timing import circumstances, compiled, num_cores, table, temporary_mib
 from turns import medians
 
@@ -84,6 +86,13 @@ WEIGHTS = """\
 ## Example weights: the mixed product, in forward passes of the MLP
 
 (∂²g/∂λ∂θ)ᵀ v with a weight for each of the batch's examples; the bar is 3.2.
+
+"""
+PUBLISHED = """\
+## hypertorch's published examples
+
+Its four examples with its own T, K, rates and sizes (`published.py` says where not): one outer step, which is T inner \
+steps from the start and the hypergradient. "error": between the two hypergradients, of the worst leaf.
 
 """
 
@@ -414,6 +423,62 @@ def side_by_side(
     return printed, [f"{label} {row.name}: {row.error:.1e}" for row in rows if row.error and not row.error <= TOLERANCE]
 
 
+def published_rows(options: argparse.Namespace) -> tuple[str, list]:
+    """The table of hypertorch's examples, and what came of running the first to its end; and which rows disagree."""
+    printed, wrong, end = [], [], ""
+    for name, (make, file) in published.SETTINGS.items():
+        if file and not published.data_file(file).is_file():
+            printed.append([f"{name} (METAOPT_DATA names no folder with {file})", *[""] * 8])
+            continue
+        setting, num_outer = make(options.smoke), 3 if options.smoke else published.NUM_OUTER
+        arguments = jax.tree.map(jnp.asarray, (setting.hyperparams, setting.task))
+        programs = {r: compiled(published.program(rule), *arguments) for r, rule in setting.rules.items()}
+        calls = {r: lambda p=p, a=arguments: jax.block_until_ready(p(*a)) for r, (p, _) in programs.items()}
+        seconds = medians(calls, options.repetitions, options.seconds)
+        theirs, found, reason = {}, {}, ""
+        if options.peers:
+            theirs, found, reason = hypertorch(name, setting, num_outer, options)
+        for rule, (program, _) in programs.items():
+            off, ms, other = None, 1e3 * seconds[rule], theirs.get("ms", {}).get(rule, float("nan"))
+            if found:
+                hypergradient = jax.device_get(calls[rule]()[1])
+                hypergradient = hypergradient if isinstance(hypergradient, dict) else {"log_penalty": hypergradient}
+                off = relative_error(hypergradient, {leaf: found[f"{rule}/hp_{leaf}"] for leaf in hypergradient})
+                wrong += [f"{name}, {rule}: {off:.1e}"] if not off <= TOLERANCE else []
+            steps = [str(setting.steps[count]) for count in "TK"]
+            printed.append(
+                [setting.text, *steps, rule + reason, number(ms, 2), number(other, 2), number(other / ms, 1)]
+            )
+            printed[-1] += [number(temporary_mib(program), 2), "" if off is None else f"{off:.0e}"]
+        if name == "logistic":
+            run, compile_seconds = compiled(published.run_to_the_end(setting, num_outer), *arguments)
+            begin = time.perf_counter()
+            value = float(run(*arguments)[-1])
+            end = f"The logistic regression to its end, {num_outer:,} outer steps by the first rule: metaopt "
+            end += f"{time.perf_counter() - begin:.2f} s and {compile_seconds:.1f} s to compile, validation loss "
+            end += f"{value:.6f}"
+            end += f"; hypertorch {theirs['seconds']:.1f} s, {theirs['value']:.6f}." if theirs else "."
+    header = ["example", "T", "K", "rule", "metaopt ms", "hypertorch ms", "/ metaopt", "MiB", "error"]
+    return f"{PUBLISHED}{table(header, printed)}\n\n{end}", wrong
+
+
+def hypertorch(
+    name: str, setting: published.Setting, num_outer: int, options: argparse.Namespace
+) -> tuple[dict, dict[str, np.ndarray], str]:
+    """Its times, its hypergradients, and why there are none."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "example.npz"
+        np.savez(file, **setting.steps, **setting.arrays)
+        command = [options.peers, str(HERE / "published_peers.py"), name, str(file), str(num_cores())]
+        done = subprocess.run(
+            [*command, str(options.repetitions), str(options.seconds), str(num_outer)], capture_output=True, text=True
+        )
+        if done.returncode:
+            last_line = (done.stderr.strip().splitlines() or [""])[-1]
+            return {}, {}, f" (hypertorch failed, exit {done.returncode}: {last_line})"
+        return json.loads(done.stdout.splitlines()[-1]), dict(np.load(f"{file}.found.npz")), ""
+
+
 def number(value, digits):
     return "" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
@@ -476,6 +541,9 @@ def report(options: argparse.Namespace) -> tuple[str, list[str]]:
         printed, off = weights_rows(case, options)
         wrong += off
         parts.append(WEIGHTS + table(["", "rule", *(h.format("forward") for h in header)], printed))
+    if not (options.problems or options.num_steps) or "published" in (options.problems or ()):
+        part, off = published_rows(options)
+        parts, wrong = [*parts, part], wrong + off
     intro = INTRO.format(
         threads=num_cores(), repetitions=options.repetitions, agree="all" if not wrong else "NOT all", tol=TOLERANCE
     )
@@ -487,7 +555,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="small sizes, one repetition; writes no result")
     parser.add_argument(
-        "--problems", nargs="+", help=f"some of {', '.join(case.name for case, _ in FULL)}; prints only"
+        "--problems", nargs="+", help=f"some of {', '.join(case.name for case, _ in FULL)}, published; prints only"
     )
     parser.add_argument("--num-steps", nargs="+", type=int, help="T instead of the usual ones; prints only")
     parser.add_argument("--peers", metavar="PYTHON", help="of the environment that install_peers.sh made")
