@@ -48,8 +48,8 @@ FULL = [
     (cases.transformer(), (1, 4)),
     (cases.transformer(layers=2, width=64, batch_size=8), (16, 64)),
     # Smaller batches and the small rate, for the same reasons.
-    (cases.conv(batch_size=16, rate=1e-5), (256, 1024)),
-    (cases.transformer(layers=2, width=64, batch_size=2, rate=1e-5), (256, 1024)),
+    (cases.conv(batch_size=16, rate=1e-5)._replace(name="conv-long"), (256, 1024)),
+    (cases.transformer(2, 64, batch_size=2, rate=1e-5)._replace(name="transformer-long"), (256, 1024)),
 ]
 SMOKE = [(cases.mlp(width=8, batch_size=8), (4,))]
 INTRO = """\
@@ -62,7 +62,13 @@ with 64 rows a step elementwise work and memory traffic do, and all ratios to pl
 - "operations": floating-point operations of the program (`hypergrad.flops`), over those of plain training.
 - "/ by hand": time over the hand-written scan with the same checkpoints. "/ metaopt": time over "mixed, step".
 - "MiB": temporary memory; of torch, the most that its allocator held above the start. "/ naive": over "reverse, none".
-- "error": the largest relative error of a leaf of the hypergradient against "by hand: step"; {agree} below {tol:g}."""
+- "error": the largest relative error of a leaf of the hypergradient against "by hand: step"; {agree} of metaopt and \
+of JAX are below {tol:g}. Of the MLP and the conv net at T = 64, torch.func, higher and hypertorch are off by 2e-2: in \
+float64 all agree to 1e-15. They take Adam's 1 − β^t in Python's float64, which optax and TorchOpt take in float32 \
+(6e-5 apart at t = 1), and behind ReLUs dF/dλ jumps: in float64, a relative change of 1e-7 in the initial weights \
+changes it by 1.4e-2, and one of 1e-8 by 5e-9. Taken in float32 too, torch.func agrees to 6e-7.
+- From T = {long} on, conv nets and transformers are run by fewer rules, and the hand-written conv net by \
+`inner.im2col(loss)`: XLA's own convolutions would take hours."""
 HEADER = [
     "T",
     "rule",
@@ -95,8 +101,11 @@ WEIGHTS = """\
 PUBLISHED = """\
 ## hypertorch's published examples
 
-Its four examples with its own T, K, rates and sizes (`published.py` says where not): one outer step, which is T inner \
-steps from the start and the hypergradient. "error": between the two hypergradients, of the worst leaf.
+Its four examples with its own T, K, rates and sizes (`published.py` says where not): one outer step, which is T \
+inner steps from the start and the hypergradient. "error": between the two hypergradients, of the worst leaf. The \
+systems of the last two are so badly conditioned, iMAML's indefinite, that K steps in float32 amplify rounding; in \
+float64 the two libraries agree to 4e-7 (iMAML, one task, width 16) and 3e-10. iMAML's row of conjugate gradients \
+takes JAX's, which go on through negative curvature as hypertorch's do; `hypergrad.cg` stops there.
 
 """
 
@@ -440,6 +449,8 @@ def published_rows(options: argparse.Namespace) -> tuple[str, list]:
     """The table of hypertorch's examples, and what came of running the first to its end; and which rows disagree."""
     printed, wrong, end = [], [], ""
     for name, (make, file) in published.SETTINGS.items():
+        if options.smoke and not options.problems and name != "logistic":
+            continue
         if file and not published.data_file(file).is_file():
             printed.append([f"{name} (METAOPT_DATA names no folder with {file})", *[""] * 8])
             continue
@@ -457,7 +468,7 @@ def published_rows(options: argparse.Namespace) -> tuple[str, list]:
                 hypergradient = jax.device_get(calls[rule]()[1])
                 hypergradient = hypergradient if isinstance(hypergradient, dict) else {"log_penalty": hypergradient}
                 off = relative_error(hypergradient, {leaf: found[f"{rule}/hp_{leaf}"] for leaf in hypergradient})
-                wrong += [f"{name}, {rule}: {off:.1e}"] if not off <= TOLERANCE else []
+                wrong += [f"{name}, {rule}: {off:.1e}"] if not (off <= TOLERANCE or name in published.ROUGH) else []
             steps = [str(setting.steps[count]) for count in "TK"]
             printed.append(
                 [setting.text, *steps, rule + reason, number(ms, 2), number(other, 2), number(other / ms, 1)]
@@ -536,14 +547,14 @@ def report(options: argparse.Namespace) -> tuple[str, list[str]]:
         printed = []
         for num_steps in options.num_steps or steps:
             rows, expected = ours(case, num_steps, options)
+            # A NaN is no agreement.
+            off = [row for row in rows if row.error is not None and not row.error <= TOLERANCE]
+            wrong += [f"{case.name}, T={num_steps}, {row.name}: {row.error:.1e}" for row in off]
             if options.peers and num_steps <= options.peer_steps:
                 others, versions = peers(case, num_steps, options, expected)
                 rows += others
             printed += lines(num_steps, rows)
             print(table(HEADER, printed[-len(rows) :]), file=sys.stderr)  # to look at meanwhile
-            # A NaN is no agreement.
-            off = [row for row in rows if row.error is not None and not row.error <= TOLERANCE]
-            wrong += [f"{case.name}, T={num_steps}, {row.name}: {row.error:.1e}" for row in off]
         parts.append(f"## {case.text[0].upper()}{case.text[1:]}\n\n{table(HEADER, printed)}")
     if not (options.problems or options.num_steps):
         case = SMOKE[0][0] if options.smoke else FULL[0][0]
@@ -560,7 +571,11 @@ def report(options: argparse.Namespace) -> tuple[str, list[str]]:
         part, off = published_rows(options)
         parts, wrong = [*parts, part], wrong + off
     intro = INTRO.format(
-        threads=num_cores(), repetitions=options.repetitions, agree="all" if not wrong else "NOT all", tol=TOLERANCE
+        threads=num_cores(),
+        repetitions=options.repetitions,
+        agree="all" if not wrong else "NOT all",
+        tol=TOLERANCE,
+        long=LONG,
     )
     end = circumstances(f"python experiments/benchmarks/rules.py{options.flags}")
     return "\n\n".join([intro, *parts, end + (f" Peers: {versions}." if versions else "")]), wrong
