@@ -73,7 +73,7 @@ def logistic(smoke: bool) -> Setting:
     y = (x @ oracle + 0.1 * rng.randn(rows) > 0).astype(float)
     split = train_test_split(x, y, test_size=0.5, random_state=rng)
     names = ("x", "x_valid", "y", "y_valid")
-    arrays = {name: part.astype(np.float32) for name, part in zip(names, split, strict=True)}
+    arrays = {name: np.asarray(part, np.float32) for name, part in zip(names, split, strict=True)}
 
     def log_loss(params, hp, batch):
         return optax.losses.sigmoid_binary_cross_entropy(batch["x"] @ params, batch["y"]).mean()

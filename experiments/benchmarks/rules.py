@@ -492,7 +492,8 @@ def hypertorch(
     """Its times, its hypergradients, and why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "example.npz"
-        np.savez(file, **setting.steps, **setting.arrays)
+        saved: dict = {**setting.steps, **setting.arrays}
+        np.savez(file, **saved)
         command = [options.peers, str(HERE / "published_peers.py"), name, str(file), str(num_cores())]
         done = subprocess.run(
             [*command, str(options.repetitions), str(options.seconds), str(num_outer), options.clock.__name__],
