@@ -75,6 +75,10 @@ def _digits(batch_size: int) -> tuple[dict, dict]:
     return {n: v[batch_size:] for n, v in rows.items()}, {n: v[:batch_size] for n, v in rows.items()}
 
 
+def _at(rate: float) -> str:
+    return f", at a rate of {rate:g}" if rate != FEW["rate"] else ""
+
+
 def mlp(width: int = 256, batch_size: int = 256, rate: float = FEW["rate"]) -> Case:
     sizes = {"in": (64, width), "hidden": (width, width), "out": (width, 10)}
 
@@ -84,8 +88,7 @@ def mlp(width: int = 256, batch_size: int = 256, rate: float = FEW["rate"]) -> C
 
     return Case(
         "mlp",
-        f"MLP of 64, {width}, {width} and 10 units, {batch_size} of scikit-learn's digits a step"
-        + (f", at a rate of {rate:g}" if rate != FEW["rate"] else ""),
+        f"MLP of 64, {width}, {width} and 10 units, {batch_size} of scikit-learn's digits a step" + _at(rate),
         loss,
         _weights(sizes, {name: shape[0] for name, shape in sizes.items()}),
         *_digits(batch_size),
@@ -94,7 +97,7 @@ def mlp(width: int = 256, batch_size: int = 256, rate: float = FEW["rate"]) -> C
     )
 
 
-def conv(width: int = 16, batch_size: int = 64) -> Case:
+def conv(width: int = 16, batch_size: int = 64, rate: float = FEW["rate"]) -> Case:
     """Three convolutions, the last two with stride 2, the mean over places, a linear layer."""
     channels = (1, width, 2 * width, 2 * width)
     sizes = {f"conv{i}": (3, 3, channels[i], channels[i + 1]) for i in range(3)} | {"out": (2 * width, 10)}
@@ -116,17 +119,20 @@ def conv(width: int = 16, batch_size: int = 64) -> Case:
     train, valid = _digits(batch_size)
     return Case(
         "conv",
-        f"conv net with {width}, {2 * width} and {2 * width} channels, {batch_size} digits of 16 x 16 pixels a step",
+        f"conv net with {width}, {2 * width} and {2 * width} channels, {batch_size} digits of 16 x 16 pixels a step"
+        + _at(rate),
         loss,
         _weights(sizes, {name: int(np.prod(shape[:-1])) for name, shape in sizes.items()}),
         enlarge(train),
         enlarge(valid),
         batch_size,
-        {**FEW, "decay": dict.fromkeys(sizes, FEW["decay"])},
+        {"rate": rate, "decay": dict.fromkeys(sizes, FEW["decay"])},
     )
 
 
-def transformer(layers: int = 8, width: int = 128, length: int = 64, batch_size: int = 16) -> Case:
+def transformer(
+    layers: int = 8, width: int = 128, length: int = 64, batch_size: int = 16, rate: float = FEW["rate"]
+) -> Case:
     """A causal language model of made-up tokens; the layers are stacked and scanned over."""
     heads, vocabulary = 4, 64
     stacked = {
@@ -163,12 +169,12 @@ def transformer(layers: int = 8, width: int = 128, length: int = 64, batch_size:
     decay = {"embed": FEW["decay"]} | {name: np.full(layers, FEW["decay"], np.float32) for name in stacked}
     return Case(
         f"transformer{layers}",
-        f"transformer of {layers} layers, width {width}, {batch_size} sequences of {length} tokens a step",
+        f"transformer of {layers} layers, width {width}, {batch_size} sequences of {length} tokens a step" + _at(rate),
         loss_with(layer),
         _weights(sizes, fan_in),
         train,
         valid,
         batch_size,
-        {**FEW, "decay": decay},
+        {"rate": rate, "decay": decay},
         loss_with(jax.checkpoint(layer, prevent_cse=False)),
     )

@@ -329,6 +329,7 @@ def main() -> None:
     parser.add_argument("repetitions", type=int)
     parser.add_argument("seconds", type=float)
     parser.add_argument("num_products", type=int, help="of an implicit solve instead of training; 0 trains")
+    parser.add_argument("clock", choices=("perf_counter", "process_time"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     problem = Problem(options.model, options.file)
@@ -352,7 +353,7 @@ def main() -> None:
             calls[name] = call
         except Exception as error:  # a peer that cannot: the table says why
             rows[name]["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    for name, seconds in medians(calls, options.repetitions, options.seconds).items():
+    for name, seconds in medians(calls, options.repetitions, options.seconds, getattr(time, options.clock)).items():
         rows[name]["ms"] = 1e3 * seconds
     versions = [f"torch {torch.__version__}"]
     for package in ("torchopt", "higher"):

@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published
 from timing import circumstances, compiled, num_cores, table, temporary_mib
 from turns import medians
 
@@ -37,6 +39,7 @@ RESULT = HERE.parent / "results" / "rules.md"
 TOLERANCE = 1e-3  # of hypergradients, in float32
 # Exact reverse mode by counting forward passes, in units of plain training: nothing recomputed, one level, two.
 FLOORS = {"none": 2.75, "step": 3.7, "sqrt": 4.7}
+LONG = 256  # steps from which on conv nets and transformers are run by fewer rules
 PLAIN, LAYERWISE = "plain training", "each layer recomputed"
 FULL = [
     (cases.mlp(), (1, 4, 64)),
@@ -44,6 +47,9 @@ FULL = [
     (cases.conv(), (1, 4, 64)),
     (cases.transformer(), (1, 4)),
     (cases.transformer(layers=2, width=64, batch_size=8), (16, 64)),
+    # Smaller batches and the small rate, for the same reasons.
+    (cases.conv(batch_size=16, rate=1e-5)._replace(name="conv-long"), (256, 1024)),
+    (cases.transformer(2, 64, batch_size=2, rate=1e-5)._replace(name="transformer-long"), (256, 1024)),
 ]
 SMOKE = [(cases.mlp(width=8, batch_size=8), (4,))]
 INTRO = """\
@@ -56,7 +62,13 @@ with 64 rows a step elementwise work and memory traffic do, and all ratios to pl
 - "operations": floating-point operations of the program (`hypergrad.flops`), over those of plain training.
 - "/ by hand": time over the hand-written scan with the same checkpoints. "/ metaopt": time over "mixed, step".
 - "MiB": temporary memory; of torch, the most that its allocator held above the start. "/ naive": over "reverse, none".
-- "error": the largest relative error of a leaf of the hypergradient against "by hand: step"; {agree} below {tol:g}."""
+- "error": the largest relative error of a leaf of the hypergradient against "by hand: step"; {agree} of metaopt and \
+of JAX are below {tol:g}. Of the MLP and the conv net at T = 64, torch.func, higher and hypertorch are off by 2e-2: in \
+float64 all agree to 1e-15. They take Adam's 1 − β^t in Python's float64, which optax and TorchOpt take in float32 \
+(6e-5 apart at t = 1), and behind ReLUs dF/dλ jumps: in float64, a relative change of 1e-7 in the initial weights \
+changes it by 1.4e-2, and one of 1e-8 by 5e-9. Taken in float32 too, torch.func agrees to 6e-7.
+- From T = {long} on, conv nets and transformers are run by fewer rules, and the hand-written conv net by \
+`inner.im2col(loss)`: XLA's own convolutions would take hours."""
 HEADER = [
     "T",
     "rule",
@@ -86,6 +98,16 @@ WEIGHTS = """\
 (∂²g/∂λ∂θ)ᵀ v with a weight for each of the batch's examples; the bar is 3.2.
 
 """
+PUBLISHED = """\
+## hypertorch's published examples
+
+Its four examples with its own T, K, rates and sizes (`published.py` says where not): one outer step, which is T \
+inner steps from the start and the hypergradient. "error": between the two hypergradients, of the worst leaf. The \
+systems of the last two are so badly conditioned, iMAML's indefinite, that K steps in float32 amplify rounding; in \
+float64 the two libraries agree to 4e-7 (iMAML, one task, width 16) and 3e-10. iMAML's row of conjugate gradients \
+takes JAX's, which go on through negative curvature as hypertorch's do; `hypergrad.cg` stops there.
+
+"""
 
 
 class Rule(NamedTuple):
@@ -103,10 +125,15 @@ def unrolled(remat: str, grad: Callable, **kwargs) -> Rule:
 RULES = {
     **{f"reverse, {remat}": unrolled(remat, jax.grad) for remat in FLOORS},
     **{f"mixed, {remat}": unrolled(remat, hypergrad.mixed_grad) for remat in FLOORS},
+    "mixed, grads": Rule(partial(hypergrad.unrolled, remat="grads"), FLOORS["step"], "step"),
     f"mixed, step, {LAYERWISE}": unrolled("step", hypergrad.mixed_grad, layerwise=True),
     "forward, two λ": Rule(partial(hypergrad.forward, chunk=1), floor=1 + 1.75 * 2, few=True),
 }
 NAIVE, RECOMMENDED = "reverse, none", "mixed, step"  # as the report's text says
+LONG_PROGRAMS = (
+    *(PLAIN, f"by hand: {PLAIN}", "by hand: step", "by hand: sqrt"),
+    *("reverse, step", "mixed, step", "mixed, grads", "mixed, sqrt"),
+)
 SMOKE_PROGRAMS = (PLAIN, "by hand: step", NAIVE, RECOMMENDED, "forward, two λ")
 
 
@@ -204,13 +231,16 @@ def ours(case: cases.Case, num_steps: int, options: argparse.Namespace) -> tuple
     hands = [remat for remat in FLOORS if remat != "sqrt" or round(num_steps**0.5) ** 2 == num_steps]
     rules = {name: rule for name, rule in RULES.items() if case.layerwise or not rule.layerwise}
     functions = {PLAIN: plain(cases.problem_of(case), num_steps)}
+    hand = case
+    if num_steps >= LONG:  # hours with XLA's own convolutions
+        hand = case._replace(loss=inner.im2col(case.loss))
     if case.layerwise:
         functions[f"{PLAIN}, {LAYERWISE}"] = plain(cases.problem_of(case, layerwise=True), num_steps)
-    functions[f"by hand: {PLAIN}"] = by_hand(case, "none")
-    functions |= {f"by hand: {remat}": jax.value_and_grad(by_hand(case, remat)) for remat in hands}
+    functions[f"by hand: {PLAIN}"] = by_hand(hand, "none")
+    functions |= {f"by hand: {remat}": jax.value_and_grad(by_hand(hand, remat)) for remat in hands}
     functions |= {name: estimate(rule, case, num_steps) for name, rule in rules.items()}
-    if options.smoke:
-        functions = {name: functions[name] for name in SMOKE_PROGRAMS}
+    if options.smoke or (num_steps >= LONG and case.name != "mlp"):
+        functions = {name: functions[name] for name in (SMOKE_PROGRAMS if options.smoke else LONG_PROGRAMS)}
 
     hyperparams, task = jax.tree.map(jnp.asarray, case.hyperparams), cases.task_of(case, num_steps)
     programs = {name: compiled(function, hyperparams, task) for name, function in functions.items()}
@@ -220,7 +250,7 @@ def ours(case: cases.Case, num_steps: int, options: argparse.Namespace) -> tuple
         name: lambda program=program: jax.block_until_ready(program(hyperparams, task))
         for name, program in fits.items()
     }
-    seconds = medians(calls, options.repetitions, options.seconds)
+    seconds = medians(calls, options.repetitions, options.seconds, options.clock)
     found = {name: jax.device_get(call()) for name, call in calls.items()}
     expected = found["by hand: step"][1]
 
@@ -258,6 +288,7 @@ def peers(
         np.savez(file, order=task.train["order"], rate=case.hyperparams["rate"], eps=cases.EPS, **arrays)
         command = [options.peers, str(HERE / "peers.py"), case.name.rstrip("0123456789"), str(file)]
         command += [str(num_cores()), str(options.repetitions), str(options.seconds), str(num_products)]
+        command += [options.clock.__name__]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last_line = (done.stderr.strip().splitlines() or [""])[-1]
@@ -377,7 +408,7 @@ def side_by_side(
     unit, hand = next(iter(functions)), next(name for name in functions if name.startswith("by hand"))
     programs = {name: compiled(function, *arguments)[0] for name, function in functions.items()}
     calls = {n: lambda p=p: jax.block_until_ready(p(*arguments)) for n, p in programs.items()}
-    seconds = medians(calls, options.repetitions, options.seconds)
+    seconds = medians(calls, options.repetitions, options.seconds, options.clock)
     operations = {name: hypergrad.flops(function, *arguments) for name, function in functions.items()}
     expected = jax.device_get(calls[hand]())[1]
     rows = []
@@ -414,6 +445,67 @@ def side_by_side(
     return printed, [f"{label} {row.name}: {row.error:.1e}" for row in rows if row.error and not row.error <= TOLERANCE]
 
 
+def published_rows(options: argparse.Namespace) -> tuple[str, list]:
+    """The table of hypertorch's examples, and what came of running the first to its end; and which rows disagree."""
+    printed, wrong, end = [], [], ""
+    for name, (make, file) in published.SETTINGS.items():
+        if options.smoke and not options.problems and name != "logistic":
+            continue
+        if file and not published.data_file(file).is_file():
+            printed.append([f"{name} (METAOPT_DATA names no folder with {file})", *[""] * 8])
+            continue
+        setting, num_outer = make(options.smoke), 3 if options.smoke else published.NUM_OUTER
+        arguments = jax.tree.map(jnp.asarray, (setting.hyperparams, setting.task))
+        programs = {r: compiled(published.program(rule), *arguments) for r, rule in setting.rules.items()}
+        calls = {r: lambda p=p, a=arguments: jax.block_until_ready(p(*a)) for r, (p, _) in programs.items()}
+        seconds = medians(calls, options.repetitions, options.seconds, options.clock)
+        theirs, found, reason = {}, {}, ""
+        if options.peers:
+            theirs, found, reason = hypertorch(name, setting, num_outer, options)
+        for rule, (program, _) in programs.items():
+            off, ms, other = None, 1e3 * seconds[rule], theirs.get("ms", {}).get(rule, float("nan"))
+            if found:
+                hypergradient = jax.device_get(calls[rule]()[1])
+                hypergradient = hypergradient if isinstance(hypergradient, dict) else {"log_penalty": hypergradient}
+                off = relative_error(hypergradient, {leaf: found[f"{rule}/hp_{leaf}"] for leaf in hypergradient})
+                wrong += [f"{name}, {rule}: {off:.1e}"] if not (off <= TOLERANCE or name in published.ROUGH) else []
+            steps = [str(setting.steps[count]) for count in "TK"]
+            printed.append(
+                [setting.text, *steps, rule + reason, number(ms, 2), number(other, 2), number(other / ms, 1)]
+            )
+            printed[-1] += [number(temporary_mib(program), 2), "" if off is None else f"{off:.0e}"]
+        if name == "logistic":
+            run, compile_seconds = compiled(published.run_to_the_end(setting, num_outer), *arguments)
+            begin = options.clock()
+            value = float(run(*arguments)[-1])
+            end = f"The logistic regression to its end, {num_outer:,} outer steps by the first rule: metaopt "
+            end += f"{options.clock() - begin:.2f} s and {compile_seconds:.1f} s to compile, validation loss "
+            end += f"{value:.6f}"
+            end += f"; hypertorch {theirs['seconds']:.1f} s, {theirs['value']:.6f}." if theirs else "."
+    header = ["example", "T", "K", "rule", "metaopt ms", "hypertorch ms", "/ metaopt", "MiB", "error"]
+    return f"{PUBLISHED}{table(header, printed)}\n\n{end}", wrong
+
+
+def hypertorch(
+    name: str, setting: published.Setting, num_outer: int, options: argparse.Namespace
+) -> tuple[dict, dict[str, np.ndarray], str]:
+    """Its times, its hypergradients, and why there are none."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "example.npz"
+        saved: dict = {**setting.steps, **setting.arrays}
+        np.savez(file, **saved)
+        command = [options.peers, str(HERE / "published_peers.py"), name, str(file), str(num_cores())]
+        done = subprocess.run(
+            [*command, str(options.repetitions), str(options.seconds), str(num_outer), options.clock.__name__],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            last_line = (done.stderr.strip().splitlines() or [""])[-1]
+            return {}, {}, f" (hypertorch failed, exit {done.returncode}: {last_line})"
+        return json.loads(done.stdout.splitlines()[-1]), dict(np.load(f"{file}.found.npz")), ""
+
+
 def number(value, digits):
     return "" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
@@ -439,7 +531,7 @@ def lines(num_steps: int, rows: list[Row]) -> list[list[str]]:
                 number(row.ms / ms[row.by_hand], 2) if row.by_hand in ms else "",
                 "" if row.name in RULES or row.error is None else number(row.ms / ms[RECOMMENDED], 2),
                 number(row.mib, 2),
-                number(row.mib / mib[NAIVE], 3),
+                number(row.mib / mib.get(NAIVE, float("nan")), 3),
                 "" if row.error is None else f"{row.error:.0e}",
                 number(row.compile_seconds, 1),
             ]
@@ -456,14 +548,14 @@ def report(options: argparse.Namespace) -> tuple[str, list[str]]:
         printed = []
         for num_steps in options.num_steps or steps:
             rows, expected = ours(case, num_steps, options)
+            # A NaN is no agreement.
+            off = [row for row in rows if row.error is not None and not row.error <= TOLERANCE]
+            wrong += [f"{case.name}, T={num_steps}, {row.name}: {row.error:.1e}" for row in off]
             if options.peers and num_steps <= options.peer_steps:
                 others, versions = peers(case, num_steps, options, expected)
                 rows += others
             printed += lines(num_steps, rows)
             print(table(HEADER, printed[-len(rows) :]), file=sys.stderr)  # to look at meanwhile
-            # A NaN is no agreement.
-            off = [row for row in rows if row.error is not None and not row.error <= TOLERANCE]
-            wrong += [f"{case.name}, T={num_steps}, {row.name}: {row.error:.1e}" for row in off]
         parts.append(f"## {case.text[0].upper()}{case.text[1:]}\n\n{table(HEADER, printed)}")
     if not (options.problems or options.num_steps):
         case = SMOKE[0][0] if options.smoke else FULL[0][0]
@@ -476,8 +568,15 @@ def report(options: argparse.Namespace) -> tuple[str, list[str]]:
         printed, off = weights_rows(case, options)
         wrong += off
         parts.append(WEIGHTS + table(["", "rule", *(h.format("forward") for h in header)], printed))
+    if not (options.problems or options.num_steps) or "published" in (options.problems or ()):
+        part, off = published_rows(options)
+        parts, wrong = [*parts, part], wrong + off
     intro = INTRO.format(
-        threads=num_cores(), repetitions=options.repetitions, agree="all" if not wrong else "NOT all", tol=TOLERANCE
+        threads=num_cores(),
+        repetitions=options.repetitions,
+        agree="all" if not wrong else "NOT all",
+        tol=TOLERANCE,
+        long=LONG,
     )
     end = circumstances(f"python experiments/benchmarks/rules.py{options.flags}")
     return "\n\n".join([intro, *parts, end + (f" Peers: {versions}." if versions else "")]), wrong
@@ -487,17 +586,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="small sizes, one repetition; writes no result")
     parser.add_argument(
-        "--problems", nargs="+", help=f"some of {', '.join(case.name for case, _ in FULL)}; prints only"
+        "--problems", nargs="+", help=f"some of {', '.join(case.name for case, _ in FULL)}, published; prints only"
     )
     parser.add_argument("--num-steps", nargs="+", type=int, help="T instead of the usual ones; prints only")
     parser.add_argument("--peers", metavar="PYTHON", help="of the environment that install_peers.sh made")
     parser.add_argument("--peer-steps", type=int, default=256, help="the largest T for other libraries")
     parser.add_argument("--repetitions", type=int, default=9, help="of every measurement, where seconds allow")
     parser.add_argument("--seconds", type=float, default=60, help="after which no fourth turn begins, for each T")
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, where others share its core")
     parser.add_argument("--mib", type=int, default=8192, help="programs with more temporary memory are not run")
     options = parser.parse_args()
     if options.smoke:
         options.repetitions = 1
+    options.clock = time.process_time if options.cpu_time else time.perf_counter
     # The interpreter's place is its own business.
     options.flags = " --peers PYTHON" if options.peers else ""
     text, wrong = report(options)

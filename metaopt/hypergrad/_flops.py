@@ -47,7 +47,8 @@ def _count(jaxpr: Any) -> float:
         name, params, outputs = equation.primitive.name, equation.params, sum(map(_size, equation.outvars))
         inner_jaxprs = [
             getattr(part, "jaxpr", part)
-            for value in params.values()
+            # Of a linear solve, the solver alone runs; its products and its transpose are for derivatives.
+            for value in ([params["jaxprs"].solve] if name == "custom_linear_solve" else params.values())
             for part in (value if isinstance(value, (list, tuple)) else [value])
             if hasattr(getattr(part, "jaxpr", part), "eqns")
         ]

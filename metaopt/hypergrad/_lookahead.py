@@ -44,7 +44,7 @@ def lookahead(
       commit: steps of training per estimate, at least 0.
       num_steps: K, virtual steps, at least 0.
       horizon: `done` once so many steps are committed; None never ends.
-      remat: "none", "step", "sqrt" or a number of levels, over the virtual steps.
+      remat: "none", "step", "grads", "sqrt" or a number of levels, over the virtual steps.
       grad: what takes the inner gradient of the virtual steps; see `inner.step`.
 
     Returns:

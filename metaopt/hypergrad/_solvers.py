@@ -45,6 +45,11 @@ def _add_scaled(x: base.Params, scale: jax.Array, y: base.Params) -> base.Params
     return jax.tree.map(lambda x, y: x + scale.astype(x.dtype) * y, x, y)
 
 
+def _unless_nan(v: base.Params, residual: base.Params) -> base.Params:
+    """v, and NaN where the guess's residual is not finite: a loop ends there at once, and its guess is no answer."""
+    return jax.tree.map(lambda v, r: jnp.where(jnp.isfinite(r), v, jnp.nan), v, residual)
+
+
 def _check(num_steps: int, tol: float = 0.0) -> None:
     base.check_integer("num_steps", num_steps, 1)
     base.check_positive("tol", tol, zero=True)
@@ -81,7 +86,7 @@ def cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
     def solve(matvec, b, initial, *, key):
         del key
         enough = tol**2 * _vdot(b, b)
-        r = optax.tree.sub(b, matvec(initial))
+        start = r = optax.tree.sub(b, matvec(initial))
 
         def unfinished(carry):
             *_, rr, k = carry
@@ -98,7 +103,7 @@ def cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
             return v, r, _add_scaled(r, new_rr / rr, p), new_rr, k + 1
 
         v, *_, k = jax.lax.while_loop(unfinished, step, (initial, r, r, _vdot(r, r), 0))
-        return v, k + 1
+        return _unless_nan(v, start), k + 1
 
     return solve
 
@@ -151,7 +156,7 @@ def gmres(*, num_steps: int = 20) -> Solver:
         dim = min(num_steps, sum(leaf.size for leaf in jax.tree.leaves(b)))
         # "incremental" is the one that does not square the condition number.
         change, _ = linalg.gmres(matvec, r, tol=0.0, restart=dim, maxiter=1, solve_method="incremental")
-        return optax.tree.add(initial, change), dim + 3
+        return _unless_nan(optax.tree.add(initial, change), r), dim + 3
 
     return solve
 
@@ -181,7 +186,7 @@ def bicgstab(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
         r = optax.tree.sub(b, matvec(initial))
         atol: Any = tol * jnp.sqrt(_vdot(b, b))
         change, _ = linalg.bicgstab(matvec, r, tol=0.0, atol=atol, maxiter=num_steps)
-        return optax.tree.add(initial, change), 2 * num_steps + 2
+        return _unless_nan(optax.tree.add(initial, change), r), 2 * num_steps + 2
 
     return solve
 
@@ -305,6 +310,7 @@ def lineax(solver: Any, *, tags: Any = ()) -> Solver:
         operator = lx.FunctionLinearOperator(matvec, jax.eval_shape(lambda: b), tags)
         solution = lx.linear_solve(operator, b, solver, options={"y0": initial}, throw=False)
         size = sum(leaf.size for leaf in jax.tree.leaves(b))
-        return solution.value, solution.stats.get("num_steps", size)
+        v = _unless_nan(solution.value, optax.tree.sub(b, matvec(initial)))
+        return v, solution.stats.get("num_steps", size)
 
     return solve

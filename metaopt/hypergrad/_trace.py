@@ -45,7 +45,7 @@ def trace(
       problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
       num_steps: T, at least 0.
       outer: as in `unrolled`: "last", "mean", or T weights.
-      remat: "none", "step", "sqrt" or a number of levels; see `unroll`.
+      remat: "none", "step", "grads", "sqrt" or a number of levels; see `unroll`.
       grad: what takes the inner gradient; see `inner.step`.
 
     Returns:

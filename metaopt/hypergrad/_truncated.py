@@ -52,8 +52,8 @@ def truncated(
       num_steps: T, the horizon, at least 1; `done` once T steps are taken.
       truncation_length: K, at least 1; divides T.
       outer: "last" judges the window's last step, "mean" the mean over its steps.
-      remat: "none", "step", "sqrt" or a number of levels, over the window; time and memory as in `unroll`, with K for
-        T.
+      remat: "none", "step", "grads", "sqrt" or a number of levels, over the window; time and memory as in `unroll`,
+        with K for T.
       grad: what takes the inner gradient; see `inner.step`.
 
     Returns:

@@ -17,13 +17,13 @@ import numpy as np
 from metaopt import base, inner
 from metaopt.hypergrad import _mixed
 
-REMAT = ("none", "step", "sqrt")
+REMAT = ("none", "step", "grads", "sqrt")
 UNROLLED = 5  # steps up to which a loop is written out: a tenth faster for small models (MAML), longer to compile
 
 
 def _check(num_steps: int, remat: str | int) -> None:
     base.check_integer("num_steps", num_steps, 0)
-    if remat not in REMAT and not (isinstance(remat, int) and remat >= 1):
+    if remat not in REMAT and (isinstance(remat, bool) or not (isinstance(remat, int) and remat >= 1)):
         raise ValueError(
             f"`remat` must be one of {', '.join(map(repr, REMAT))}, or a number of levels, at least 1; got {remat!r}."
         )
@@ -42,24 +42,33 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
         an integer k has k levels of such stretches, one within the other: about k T^(1/k) carries, each step
         computed k times again ("step" is 1, "sqrt" is 2; more than log₂ T are no use, and are not taken).
         Within "step", and within the shortest stretches, the gradients that `mixed_grad` returns are stored too.
+        "grads" is "sqrt" with those gradients stored for all steps: a stretch is then computed again without the loss,
+        by the optimizer's updates alone.
 
     Returns:
       The last carry, and the stacked y.
+
+    Raises:
+      ValueError: `length` is negative or `remat` is unknown.
     """
+    _check(length, remat)
+    step, policy = _mixed.keeping(step)
     if remat == "none":
         return jax.lax.scan(step, carry, xs, length=length, unroll=length if 0 < length <= UNROLLED else 1)
-    levels = {"step": 1, "sqrt": 2}[remat] if isinstance(remat, str) else remat
+    levels = {"step": 1, "grads": 2, "sqrt": 2}[remat] if isinstance(remat, str) else remat
     levels = min(levels, max(length.bit_length() - 1, 1))
     # What `mixed_grad` returns is kept: its reverse rule does not need the forward pass again. A loop of one step is
     # inlined by XLA, which would there share what is to be computed anew.
-    step, policy = _mixed.keeping(step)
     step = jax.checkpoint(step, prevent_cse=length == 1, policy=policy)
     # The least whole number whose power is T at least, to rounding.
     branches = int(np.ceil(round(length ** (1 / levels), 9)))
-    return _stretched(step, carry, xs, length=length, branches=branches, levels=levels)
+    between = policy if remat == "grads" else None
+    return _stretched(step, carry, xs, length=length, branches=branches, levels=levels, policy=between)
 
 
-def _stretched(step: Callable, carry: Any, xs: Any, *, length: int, branches: int, levels: int) -> tuple[Any, Any]:
+def _stretched(
+    step: Callable, carry: Any, xs: Any, *, length: int, branches: int, levels: int, policy: Callable | None
+) -> tuple[Any, Any]:
     """A scan in stretches of branches^(levels - 1) steps, checkpointed, each in shorter ones; the rest is one more."""
     while levels > 1 and length <= branches ** (levels - 1):
         levels -= 1
@@ -69,15 +78,15 @@ def _stretched(step: Callable, carry: Any, xs: Any, *, length: int, branches: in
     stretches, rest = divmod(length, size)
 
     def stretch(length):
-        return partial(_stretched, step, length=length, branches=branches, levels=levels - 1)
+        return partial(_stretched, step, length=length, branches=branches, levels=levels - 1, policy=policy)
 
     head = jax.tree.map(lambda x: x[: stretches * size].reshape(stretches, size, *x.shape[1:]), xs)
     tail = jax.tree.map(lambda x: x[stretches * size :], xs)
-    full = jax.checkpoint(stretch(size), prevent_cse=stretches == 1)
+    full = jax.checkpoint(stretch(size), prevent_cse=stretches == 1, policy=policy)
     carry, ys = jax.lax.scan(full, carry, head, length=stretches)
     ys = jax.tree.map(lambda y: y.reshape(stretches * size, *y.shape[2:]), ys)
     if rest:
-        carry, last = jax.checkpoint(stretch(rest))(carry, tail)
+        carry, last = jax.checkpoint(stretch(rest), policy=policy)(carry, tail)
         ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, last)
     return carry, ys
 
@@ -126,15 +135,17 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", g
     Reverse mode stores, per step, everything ("none": 2.9 times the operations of plain training), the state alone
     ("step": 3.9), √T states ("sqrt": 5.0), or about k T^(1/k) states (an integer k: each level is one more forward
     pass). With `mixed_grad` it stores the gradients of the steps whose states are stored too, which saves a
-    recomputation ("step": 3.3, "sqrt": 4.4). Time follows where matrix products dominate; in small networks memory
-    traffic does, and it is more (the README's tables). Forward mode (`jax.jvp`, `jax.jacfwd`) works too, with memory
-    that does not depend on T, as do vmap and any nesting. Loops of at most 5 steps that store everything are written
-    out.
+    recomputation ("step": 3.3, "sqrt": 4.4); with "grads" those of all steps, and √T states (3.4): with Adam, whose
+    state is three times the parameters, a third of the memory of "step", and in long runs less time. (Without
+    `mixed_grad` it is "sqrt"; a model state, such as batch statistics, is computed again by the loss.) Time follows
+    where matrix products dominate; in small networks memory traffic does, and it is more (the README's tables). Forward
+    mode (`jax.jvp`, `jax.jacfwd`) works too, with memory that does not depend on T, as do vmap and any nesting. Loops
+    of at most 5 steps that store everything are written out.
 
     Args:
       loop: how θ is trained.
       num_steps: T, at least 0.
-      remat: "none", "step", "sqrt", or a number of levels; see `checkpointed_scan`.
+      remat: "none", "step", "grads", "sqrt", or a number of levels; see `checkpointed_scan`.
       grad: what takes the inner gradient; see `inner.step`. `hypergrad.mixed_grad` saves time and memory where only
         reverse mode is needed.
 
@@ -187,7 +198,7 @@ def unrolled(
     Args:
       problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
       num_steps: T, at least 1 (0 with `outer="last"`: f at the initialization, plain training of λ).
-      remat: "none", "step", "sqrt", or a number of levels; time and memory in `unroll`.
+      remat: "none", "step", "grads", "sqrt", or a number of levels; time and memory in `unroll`.
       outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T; steps of weight zero are not evaluated where
         only the last has weight, by what is known without JAX. They may be traced: a schedule of the outer step.
       grad: what takes the inner gradient; see `inner.step`. `mixed_grad` says where `jax.grad` is to be taken instead.

@@ -37,6 +37,18 @@ def test_exploding_products_and_a_loss_that_does_not_fall():
     assert "Products of Jacobians explode" in words(diagnosis) and "does not fall" in words(diagnosis)
 
 
+def test_a_single_chaotic_step_is_named():
+    # θ shrinks by .9 a step, and is multiplied by 1 − .5 · 10 = −4 in one: not enough for products to explode.
+    def loss(params, hyperparams, batch, context):
+        return jnp.where(context.step == 12, 10.0, 0.2) * (params**2).sum() / 2
+
+    loop = inner.loop(loss, lambda hp: optax.sgd(hp), init=lambda key, hp, data: (jnp.ones(2), None), with_context=True)
+    problem = inner.problem(loop, lambda params, hyperparams, batch: params.sum())
+    found = hypergrad.diagnose(problem, jnp.array(0.5), problems.TASK, num_steps=20)
+    assert any("chaotic in places: at step 12 a perturbation grows by 4.0" in f.what for f in found.findings), found
+    np.testing.assert_allclose(np.diff(found.products)[[10, 11]], np.log([0.9, 4.0]), rtol=1e-9)
+
+
 def test_divergence_names_the_step():
     diagnosis = hypergrad.diagnose(quadratic(1e10), jnp.array(0.0), problems.TASK, num_steps=50)
     first = int(np.flatnonzero(~np.isfinite(diagnosis.inner_loss))[0])

@@ -19,6 +19,17 @@ def test_flops_of_products_scans_and_branches():
     assert 24 <= hypergrad.flops(branch, True, a) < 24 + 10
 
 
+def test_of_a_linear_solve_the_solver_is_counted():
+    a, b = jnp.ones((8, 8)), jnp.ones(8)
+
+    def solver(matvec, b):
+        return jax.lax.fori_loop(0, 3, lambda i, x: x - (matvec(x) - b), b)
+
+    solved = lambda a, b: jax.lax.custom_linear_solve(lambda v: a @ v, b, solver, solver)
+    looped = lambda a, b: solver(lambda v: a @ v, b)
+    assert hypergrad.flops(solved, a, b) == hypergrad.flops(looped, a, b) >= 3 * 128
+
+
 def test_flops_of_convolutions():
     # [1, 6, 6, 2] * [3, 3, 2, 5] -> [1, 4, 4, 5], each entry 3·3·2 products; and depthwise, where each is 3·3.
     image, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 2, 5))

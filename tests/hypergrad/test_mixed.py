@@ -190,7 +190,8 @@ def test_traced_indices_keys_and_floats_that_a_loss_closes_over(transform):
     np.testing.assert_allclose(result(hypergrad.mixed_grad), result(jax.grad), rtol=1e-10)
 
 
-def test_an_outer_loop_does_not_keep_the_gradients_of_an_inner_one():
+@pytest.mark.parametrize("remat", ["none", "step", "grads"])
+def test_an_outer_loop_does_not_keep_the_gradients_of_an_inner_one(remat):
     size = 200
 
     def memory(num_outer, grad):
@@ -199,7 +200,7 @@ def test_an_outer_loop_does_not_keep_the_gradients_of_an_inner_one():
             lambda hp: optax.sgd(0.1),
             init=lambda key, hp, data: jnp.zeros(size),
         )
-        solve = hypergrad.unroll(inner_loop, num_steps=20, remat="step", grad=grad)
+        solve = hypergrad.unroll(inner_loop, num_steps=20, remat=remat, grad=grad)
         outer_loop = inner.loop(
             lambda params, hp, batch: (solve(KEY, params, batch).params ** 3).sum() * hp,
             lambda hp: optax.sgd(0.01),
@@ -211,6 +212,35 @@ def test_an_outer_loop_does_not_keep_the_gradients_of_an_inner_one():
 
     # A step of the outer loop stores its own state and gradient, not the 20 gradients within it.
     assert (memory(80, hypergrad.mixed_grad) - memory(20, hypergrad.mixed_grad)) / 60 < 5 * size * 8
+
+
+def test_all_gradients_and_few_states():
+    # Adam's state is three times the parameters; the loss has matrix products, the update has none. 19 = 3 · 5 + 4.
+    size, num_steps = 20, 19
+    loop = inner.loop(
+        lambda params, hp, batch: (jnp.tanh(jnp.tanh(batch @ params) @ params) ** 2).mean(),
+        lambda hp: optax.adam(hp),
+        init=lambda key, hp, data: jnp.eye(size),
+    )
+    data = jnp.cos(jnp.arange(100.0 * size)).reshape(100, size)
+
+    def outer(hp, remat):
+        solve = hypergrad.unroll(loop, num_steps=num_steps, remat=remat, grad=hypergrad.mixed_grad)
+        return (solve(KEY, hp, data).params ** 2).sum()
+
+    found = {}
+    for remat in ("step", "grads", "sqrt"):
+        residuals = jax.eval_shape(lambda hp, remat=remat: jax.vjp(functools.partial(outer, remat=remat), hp)[1], 0.1)
+        stored = sum(leaf.size for leaf in jax.tree.leaves(residuals)) / size**2  # in copies of the parameters
+        slope = jax.grad(functools.partial(outer, remat=remat))
+        found[remat] = jax.jit(slope)(0.1), stored, hypergrad.flops(slope, 0.1)
+    (step, step_stored, step_flops), (grads, grads_stored, grads_flops), (sqrt, sqrt_stored, sqrt_flops) = (
+        found.values()
+    )
+    assert abs(step) > 1e-3
+    np.testing.assert_allclose([grads, sqrt], step, rtol=1e-11)
+    assert step_stored >= 4 * num_steps and num_steps + 9 <= grads_stored <= num_steps + 20 and sqrt_stored <= 20, found
+    assert step_flops < grads_flops < step_flops + 0.2 * (sqrt_flops - step_flops), found
 
 
 def test_parameters_that_are_no_floats_are_named():

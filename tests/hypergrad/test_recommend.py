@@ -162,9 +162,11 @@ def test_biased_rules_are_taken_in_their_order_and_before_stochastic_ones():
         "stochastic": hypergrad.evolution(problems.RIDGE, num_steps=1, sigma=0.1, num_pairs=1),
         "refused": hypergrad.hypergradient_descent(problems.RIDGE),
         "dear": hypergrad.lookahead(problems.RIDGE, num_steps=3),
-        "cheap": hypergrad.lookahead(problems.RIDGE, num_steps=0),
+        "cheap": hypergrad.lookahead(problems.RIDGE, num_steps=1),
     }
     found = hypergrad.recommend(problems.RIDGE, problems.LAM, problems.TASK, num_steps=4, rules=rules)
+    costs = {c.name: c for c in found.costs}
+    assert costs["cheap"].flops < costs["dear"].flops and costs["refused"].refused
     assert found.take == "dear" and "first biased one" in found.why
 
 

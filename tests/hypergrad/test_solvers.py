@@ -205,6 +205,15 @@ def test_counts_its_products(solver):
     assert int(num_products) == count
 
 
+@pytest.mark.parametrize("name", [*SOLVERS, "nystrom"])
+def test_what_is_no_number_is_not_answered_with_the_guess(name):
+    solver = hypergrad.nystrom(rank=3, damping=0.1) if name == "nystrom" else made(name)
+    a, nan = matrix(30.0), np.where(np.arange(SIZE) == 2, np.nan, 0.0)
+    for bad, b in ((a, B + nan), (a + np.diag(nan), B)):
+        for guess in (0 * B, GUESS):
+            assert np.isnan(solve(solver, bad, b, guess)[0]).any()
+
+
 @pytest.mark.parametrize("name", ["cg", "normal_cg", "bicgstab", "neumann", "nystrom", "dense"])
 def test_float32_stays_float32(name):
     make = SOLVERS.get(name, (lambda: hypergrad.nystrom(rank=3, damping=0.1), True))[0]

@@ -147,7 +147,12 @@ def test_checkpointing_changes_nothing(num_steps):
 
     expected = results("none")
     assert num_steps == 0 or optax.tree.norm(expected[1]) > 1e-2
-    for remat in ("step", "sqrt", *[3] * (num_steps > 17)):  # the same operations, fused otherwise: equal to rounding
+    for remat in (
+        "step",
+        "grads",
+        "sqrt",
+        *[3] * (num_steps > 17),
+    ):  # the same operations, fused otherwise: equal to rounding
         chex.assert_trees_all_close(results(remat), expected, rtol=1e-11, atol=1e-14)
 
 
@@ -164,7 +169,7 @@ def test_orders_of_nesting_agree():
         chex.assert_trees_all_close(hessian(outer, remat), expected, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("remat", ["none", "step", "sqrt", 3, 4])
+@pytest.mark.parametrize("remat", ["none", "step", "grads", "sqrt", 3, 4])
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 9, 11, 28])
 def test_checkpointed_scan_keeps_the_order_of_its_steps(length, remat):
     xs = {"x": jnp.arange(1.0, length + 1), "unused": None}
@@ -352,7 +357,11 @@ def test_the_outer_batch_is_drawn_from_the_task():
         ({"num_steps": "x"}, "`num_steps` must be an integer of at least 0; got 'x'"),
         ({"num_steps": True}, "`num_steps` must be an integer of at least 0; got True"),
         ({"num_steps": None}, "`num_steps` must be an integer of at least 0; got None"),
-        ({"num_steps": 1, "remat": "all"}, "`remat` must be one of 'none', 'step', 'sqrt', or a number.*; got 'all'"),
+        (
+            {"num_steps": 1, "remat": "all"},
+            "`remat` must be one of 'none', 'step', 'grads', 'sqrt', or a number.*; got 'all'",
+        ),
+        ({"num_steps": 1, "remat": True}, "or a number of levels, at least 1; got True"),
         ({"num_steps": 1, "remat": 0}, "or a number of levels, at least 1; got 0"),
         ({"num_steps": 2, "outer": "first"}, '`outer` must be "last", "mean" or 2 weights; got \'first\''),
         ({"num_steps": 2, "outer": [1.0]}, r"`outer` must have one weight per step, shape \(2,\); got \(1,\)"),
