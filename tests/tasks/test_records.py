@@ -1,0 +1,150 @@
+"""Records on disk: what is read is what was written, and what breaks loses nothing else."""
+
+import concurrent.futures
+import math
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metaopt import Record, tasks
+
+RECORDS = [
+    Record("iris", {"rate": 0.1, "model": "svm", "deep": True, "cap": None, "num": 3}, 0.25, 1 / 3, 1.5, 7, trial=0),
+    Record("iris", {"rate": 1e-300}, status="FAIL", trial=1, reason="signal SIGSEGV"),
+    Record("wine", {}, math.inf, status="PRUNED", trial=0),
+]
+
+
+def same(records, others):
+    return [repr(record) for record in records] == [repr(record) for record in others]  # NaN equals NaN
+
+
+def test_records_come_back_and_are_filtered(tmp_path):
+    file = tmp_path / "records.db"
+    tasks.append_records(file, RECORDS[:2], study="a")
+    tasks.append_records(str(file), RECORDS[2:], study="b")
+    tasks.append_records(file, [])
+    assert same(tasks.read_records(file), RECORDS)
+    assert type(tasks.read_records(file)[0].configuration["deep"]) is bool
+    for filters, expected in (
+        ({"study": "b"}, RECORDS[2:]),
+        ({"task": "iris", "status": "FAIL"}, RECORDS[1:2]),
+        ({"task": ["iris", "wine"], "status": ("FAIL", "PRUNED")}, RECORDS[1:]),
+        ({"study": "b", "task": "iris"}, []),
+    ):
+        assert same(tasks.read_records(file, **filters), expected)
+
+
+def test_the_last_row_of_a_trial_counts_and_none_is_overwritten(tmp_path):
+    file = tmp_path / "records.db"
+    running = [record._replace(status="RUNNING", outcome=math.nan, reason="") for record in RECORDS]
+    tasks.append_records(file, running)
+    tasks.append_records(file, RECORDS[1:])
+    assert same(tasks.read_records(file), [running[0], *RECORDS[1:]])
+    assert same(tasks.read_records(file, history=True), running + RECORDS[1:])
+    assert same(tasks.read_records(file, status="RUNNING"), running[:1])
+    # Another fidelity, seed, task or study is another trial.
+    tasks.append_records(file, [RECORDS[0]._replace(fidelity=1.0), RECORDS[0]._replace(seed=8)])
+    tasks.append_records(file, RECORDS[:1], study="b")
+    assert len(tasks.read_records(file)) == 6
+
+
+def write(file, name, num):
+    for trial in range(num):
+        tasks.append_records(file, [Record(name, {"trial": trial}, float(trial), trial=trial)])
+
+
+def test_two_writers_do_not_disturb_each_other(tmp_path):
+    file = tmp_path / "records.db"
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # each `append_records` has a connection of its own
+        list(pool.map(lambda name: write(file, name, 20), "ab"))
+    for name in "ab":
+        assert [record.trial for record in tasks.read_records(file, task=name)] == list(range(20))
+
+
+WRITER = "import sys, test_records; test_records.write(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+
+
+@pytest.mark.slow
+def test_two_processes_write_and_one_that_is_killed_loses_nothing_that_it_had_written(tmp_path):
+    file = tmp_path / "records.db"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    start = lambda name, num: subprocess.Popen([sys.executable, "-c", WRITER, str(file), name, num], env=environment)
+    killed, others = start("k", "1000000"), [start(name, "200") for name in "ab"]
+    assert [other.wait(timeout=300) for other in others] == [0, 0]
+    killed.kill()
+    killed.wait()
+    for name in "ab":
+        assert [record.trial for record in tasks.read_records(file, task=name)] == list(range(200))
+    trials = [record.trial for record in tasks.read_records(file, task="k")]
+    assert trials == list(range(len(trials))) and trials
+
+
+def test_a_file_of_something_else_and_a_later_version_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file of records at"):
+        tasks.read_records(tmp_path / "none.db")
+    other = tmp_path / "other.db"
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE x (y)")
+    connection.close()
+    for fn in (lambda: tasks.read_records(other), lambda: tasks.append_records(other, RECORDS)):
+        with pytest.raises(ValueError, match="other.db is an SQLite file, but none of records"):
+            fn()
+    (tmp_path / "text.db").write_text("a,b\n" * 1_000)
+    with pytest.raises(ValueError, match="damaged, or is no file of records: file is not a database.*recover_records"):
+        tasks.read_records(tmp_path / "text.db")
+    file = tmp_path / "records.db"
+    tasks.append_records(file, RECORDS)
+    with sqlite3.connect(file) as connection:
+        connection.execute("PRAGMA user_version = 9")
+    connection.close()
+    with pytest.raises(ValueError, match="has version 9; this metaopt reads version 1"):
+        tasks.read_records(file)
+
+
+def damaged(file, num=2_000):
+    """A file of many pages, of which some in the middle are overwritten."""
+    records = [Record("t", {"x": trial}, trial / 8, trial=trial, reason="r" * 50) for trial in range(num)]
+    tasks.append_records(file, records, study="s")
+    size = os.path.getsize(file)
+    with open(file, "r+b") as stream:
+        stream.seek(size // 8 // 4096 * 4096)
+        stream.write(b"\xff" * 4 * 4096)
+    return records
+
+
+def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path):
+    file, new = tmp_path / "records.db", tmp_path / "new.db"
+    records = damaged(file)
+    before = Path(file).read_bytes()
+    with pytest.raises(ValueError, match="records.db is damaged, .*malformed.*`tasks.recover_records`"):
+        tasks.read_records(file, history=True)
+    num = tasks.recover_records(file, new)
+    recovered = tasks.read_records(new, study="s")
+    assert 0.8 * len(records) < num == len(recovered) < len(records)
+    assert set(map(repr, recovered)) < set(map(repr, records))
+    assert Path(file).read_bytes() == before
+    with pytest.raises(FileExistsError, match="new file"):
+        tasks.recover_records(file, new)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (Record("t", {}, status="DONE"), "status must be one of WAITING, .*; got 'DONE'"),
+        (Record("t", {"x": object()}), "must be plain numbers, strings, booleans and None"),
+        (Record("t", {"x": math.nan}), "must be plain numbers"),
+    ],
+)
+def test_records_that_cannot_be_written_are_refused_and_nothing_is_written(tmp_path, record, message):
+    file = tmp_path / "records.db"
+    with pytest.raises(ValueError, match=message):
+        tasks.append_records(file, [RECORDS[0], record])
+    assert not file.exists()
+    tasks.append_records(file, [])
+    with pytest.raises(ValueError, match=r"`status` must be of WAITING, .*; got \['DONE'\]"):
+        tasks.read_records(file, status="DONE")
