@@ -29,6 +29,7 @@ https://mc-stan.org/docs/reference-manual/transforms.html
 
 from metaopt.spaces._configuration import active, configuration, from_configuration
 from metaopt.spaces._constrain import constrain
+from metaopt.spaces._convert import from_configspace, from_optuna, suggest, to_configspace, to_optuna
 from metaopt.spaces._leaves import (
     Choice,
     Fixed,
@@ -80,8 +81,10 @@ __all__ = [
     "discretize",
     "encode",
     "fixed",
+    "from_configspace",
     "from_configuration",
     "from_json",
+    "from_optuna",
     "integer",
     "interval",
     "names",
@@ -90,8 +93,11 @@ __all__ = [
     "real",
     "sample",
     "simplex",
+    "suggest",
+    "to_configspace",
     "to_constrained",
     "to_json",
+    "to_optuna",
     "to_unconstrained",
     "unit_interval",
 ]

@@ -36,6 +36,7 @@ def collect(
     searcher: base.Searcher | None = None,
     batch_size: int | None = None,
     same_trials: bool = False,
+    resumes: bool = False,
     store: str | os.PathLike[str] | None = None,
     study: str = "",
     num_workers: int | None = None,
@@ -66,9 +67,11 @@ def collect(
         for random search, which does not listen, all.
       same_trials: give every task's searcher the same key. Random search then tries the same configurations with the
         same seeds everywhere, which makes the records a matrix.
+      resumes: whether the objective continues a trial that it has run at a lower fidelity (from a checkpoint of its
+        own), so that only the difference of the two is spent.
       store: a file of records (`append_records`), made where there is none; by default, none.
       study: the collection's name in the store. One is continued by calling again with the same space, searcher,
-        `batch_size`, `same_trials` and key, `num_trials` may be larger; tasks may come and go.
+        `batch_size`, `same_trials`, `resumes` and key; `num_trials` may be larger, tasks may come and go.
       num_workers: how many trials run at a time, on one core each: joblib's `n_jobs`.
       isolated: whether trials run in children, on POSIX systems. Otherwise they run in joblib's workers: faster where
         a trial takes less than milliseconds, without limits, and no protection against what ends the process.
@@ -126,6 +129,7 @@ def collect(
     }
     told: dict[str, list[base.Record]] = {name: [] for name in named}
     asking, spent = set(named), dict.fromkeys(named, 0.0)
+    paid: dict[tuple[str, int], float] = {}  # the highest fidelity of each trial, where it resumes
     try:
         with _progress_bar(num_trials * len(named), progress) as show:
             while asking:
@@ -136,7 +140,9 @@ def collect(
                     batches[name] = []
                     for trial in asked:
                         if spent[name] < num_trials - 1e-6:  # a sum of thirds is no whole number
-                            spent[name] += trial.fidelity
+                            spent[name] += trial.fidelity - paid.get((name, trial.trial), 0.0)
+                            if resumes:
+                                paid[name, trial.trial] = trial.fidelity
                             batches[name].append(trial._replace(task=name))
                     if not asked or spent[name] >= num_trials - 1e-6:
                         asking.discard(name)
@@ -148,8 +154,8 @@ def collect(
                     elif (known.configuration, known.seed) != (trial.configuration, trial.seed):
                         raise ValueError(
                             f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed "
-                            f"than is asked for now: it comes from another space, searcher, key or `batch_size`. Give this "
-                            f"collection another `study` than {study!r}."
+                            f"than is asked for now: it comes from another space, searcher, key or `batch_size`. "
+                            f"Give this collection another `study` than {study!r}."
                         )
                     else:
                         show(known)

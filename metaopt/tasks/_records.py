@@ -132,7 +132,7 @@ def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqli
     # Wait for other writers; transactions are begun by hand.
     connection = sqlite3.connect(path, timeout=60, isolation_level=None)
     try:
-        _check(connection, file, create)
+        _check(connection, file)
         yield connection
     except sqlite3.DatabaseError as error:
         if (error.sqlite_errorname or "").startswith(_NOT_ITS_FAULT):
@@ -143,22 +143,26 @@ def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqli
         connection.close()
 
 
-def _check(connection, file, create):
-    (application,), (version,) = (
-        connection.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
-    )
-    if application == 0 and create:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("BEGIN IMMEDIATE")  # another process may make it at the same time
+def _check(connection, file):
+    application, version = _header(connection)
+    made = application == 0
+    if made:  # new, or another process is just making it
         with connection:
+            connection.execute("BEGIN IMMEDIATE")
             if not connection.execute("SELECT * FROM sqlite_master").fetchone():
                 for statement in _SCHEMA.split(";")[:-1]:
                     connection.execute(statement)
-        return _check(connection, file, create=False)
+        application, version = _header(connection)
     if application != _APPLICATION:
         raise ValueError(f"{file} is an SQLite file, but none of records.")
     if version > VERSION:
         raise ValueError(f"{file} has version {version}; this metaopt reads version {VERSION}. Use a later metaopt.")
+    if made:
+        connection.execute("PRAGMA journal_mode = WAL")  # stays with the file
+
+
+def _header(connection) -> list[int]:
+    return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
 
 
 def _to_row(record: Record) -> tuple:
