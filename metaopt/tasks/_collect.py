@@ -215,9 +215,8 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
                 append_records(store, [trial._replace(status="RUNNING")], study=study)
             yield joblib.delayed(run)(objective, named[trial.task], trial)
 
-    parallel = joblib.Parallel(
-        n_jobs=num_workers, prefer="threads", return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1
-    )
+    kwargs: dict[str, Any] = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs", "batch_size": 1}
+    parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", **kwargs)
     try:
         for record in parallel(jobs()):
             if store is not None:

@@ -109,7 +109,7 @@ def run_isolated(
     _busy[child.process.pid] = owner, child
     start = time.perf_counter()
     fails = lambda reason: trial._replace(status="FAIL", cost=time.perf_counter() - start, reason=reason)
-    keep = False
+    keep, answer = False, trial
     try:
         child.connection.send_bytes(message)
         for answer_of in ("read", "run"):
@@ -120,7 +120,7 @@ def run_isolated(
             if exceeded:
                 return fails(exceeded)
             answer = child.connection.recv()
-            if isinstance(answer, str) and answer != "read":
+            if answer_of == "read" and answer != "read":
                 raise RuntimeError(
                     f"A trial's process cannot read the objective or the task: {answer}. What they need must be "
                     "importable there; `isolated=False` runs trials in this process."
