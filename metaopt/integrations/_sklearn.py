@@ -123,10 +123,10 @@ def _folds(x, y, estimator, num_folds, seed):
     return split(num_folds, shuffle=True, random_state=seed).split(x, y if stratified else None)
 
 
-def _subset(train, y, fidelity, seed):
+def _subset(train, y: Any, fidelity, seed):
     """The rows of a fold's training part that a fidelity allows."""
-    discrete = y is not None and not np.issubdtype(y.dtype, np.floating)
-    return train[_part(np.random.default_rng(seed), y[train] if discrete else np.zeros(len(train)), fidelity)]
+    labels = np.zeros(len(train)) if y is None or np.issubdtype(y.dtype, np.floating) else y[train]
+    return train[_part(np.random.default_rng(seed), labels, fidelity)]
 
 
 def _part(rng, labels, fidelity) -> np.ndarray:
@@ -136,7 +136,7 @@ def _part(rng, labels, fidelity) -> np.ndarray:
     return np.sort(np.concatenate([rows[: max(1, math.ceil(fidelity * len(rows) - 1e-9))] for rows in kept]))
 
 
-def _data(task):
+def _data(task) -> tuple[np.ndarray, Any, np.ndarray]:
     """x [n, d], y [n] or None, categorical [d] bool."""
     if hasattr(task, "x"):
         return task.x, task.y, np.asarray(task.categorical)

@@ -1,4 +1,5 @@
-"""What is solved: tables, their preparation, batches and features of tasks; episodes, their sources and splits."""
+"""What is solved: tables, their preparation, batches and features of tasks; episodes, their sources and splits;
+records of trials, how they are collected, kept and read."""
 
 from metaopt.base import Task
 from metaopt.tasks._batching import Buckets, TaskShape, bucket, resplit, shape_of, stack, to_task, unstack
@@ -23,6 +24,7 @@ from metaopt.tasks._episodes import (
     episodes,
     meta_dataset_episodes,
 )
+from metaopt.tasks._frames import records_from_frame, records_to_frame
 from metaopt.tasks._function_families import function_episodes, mixed_functions, sinusoids
 from metaopt.tasks._hierarchy import ontology_nodes
 from metaopt.tasks._meta_dataset import from_meta_dataset, read_example, read_tfrecords
@@ -47,6 +49,18 @@ from metaopt.tasks._tables import (
     deduplicate,
     family_name,
     split_by_family,
+)
+from metaopt.tasks._trial_tables import (
+    TrialTable,
+    from_hpob,
+    from_hpobench_mlp,
+    from_lcdb,
+    from_oboe,
+    from_openml_evaluations,
+    from_pmlb_results,
+    from_taskset,
+    table_records,
+    tabulate,
 )
 from metaopt.tasks._trials import ObjectiveFn, Pruned
 from metaopt.tasks._users import (
@@ -75,6 +89,7 @@ __all__ = [
     "Table",
     "Task",
     "TaskShape",
+    "TrialTable",
     "UserTable",
     "append_records",
     "apply_scaling",
@@ -90,11 +105,18 @@ __all__ = [
     "from_csv_folder",
     "from_data_folder",
     "from_heart_disease",
+    "from_hpob",
+    "from_hpobench_mlp",
     "from_image_folder",
     "from_image_sets",
+    "from_lcdb",
     "from_meta_dataset",
+    "from_oboe",
+    "from_openml_evaluations",
     "from_parkinsons",
+    "from_pmlb_results",
     "from_sklearn",
+    "from_taskset",
     "from_tfds",
     "from_user_records",
     "function_episodes",
@@ -112,6 +134,8 @@ __all__ = [
     "read_example",
     "read_records",
     "read_tfrecords",
+    "records_from_frame",
+    "records_to_frame",
     "recover_records",
     "resplit",
     "save_split",
@@ -124,6 +148,8 @@ __all__ = [
     "split_sources",
     "stack",
     "standardize_users",
+    "table_records",
+    "tabulate",
     "to_task",
     "unstack",
     "user_episodes",

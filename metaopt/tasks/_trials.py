@@ -18,16 +18,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from metaopt.base import Record
 
-ObjectiveFn = Callable[[Record, Any], float]  # trial, task -> outcome
+
+class ObjectiveFn(Protocol):
+    """A black box: `(trial, task) -> outcome`, a number, smaller is better."""
+
+    def __call__(self, trial: Record, task: Any, /) -> float: ...
+
 
 _SECONDS_TO_START = 300.0
 # One thread a trial, unless the environment says otherwise: workers do not crowd each other, and the order in which
@@ -109,7 +113,7 @@ def run_isolated(
     _busy[child.process.pid] = owner, child
     start = time.perf_counter()
     fails = lambda reason: trial._replace(status="FAIL", cost=time.perf_counter() - start, reason=reason)
-    keep, answer = False, trial
+    keep = False
     try:
         child.connection.send_bytes(message)
         for answer_of in ("read", "run"):
@@ -120,11 +124,12 @@ def run_isolated(
             if exceeded:
                 return fails(exceeded)
             answer = child.connection.recv()
-            if answer_of == "read" and answer != "read":
+            if answer_of == "read" and answer is not None:
                 raise RuntimeError(
                     f"A trial's process cannot read the objective or the task: {answer}. What they need must be "
                     "importable there; `isolated=False` runs trials in this process."
                 )
+        assert isinstance(answer, Record)
         keep = memory_limit is None or _memory(child.process.pid) < memory_limit / 2
         return answer
     except (EOFError, ConnectionError):
@@ -190,7 +195,7 @@ def _take() -> _Child:
 
 
 def _serve(descriptor: int) -> None:
-    """The child's own loop: a trial comes in, "read" goes out, a record goes out."""
+    """The child's own loop: a trial comes in; None goes out, or why it cannot be read; then its record goes out."""
     life = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
@@ -209,7 +214,7 @@ def _serve(descriptor: int) -> None:
         except BaseException as error:
             connection.send(f"{type(error).__name__}: {error}")
             continue
-        connection.send("read")
+        connection.send(None)
         random.seed(trial.seed)
         np.random.seed(trial.seed)
         record = run_here(objective, task, trial)
