@@ -42,7 +42,7 @@ def test_the_default_of_every_space_is_scikit_learn_s_and_every_choice_is_valid(
     y = None if "classifier" not in name and not regressor else TARGET if regressor else Y
     for index in range(max(len(labels) for labels in values.values())):
         configuration = {parameter: labels[index % len(labels)] for parameter, labels in values.items()}
-        small = {"n_estimators": 10, "n_neighbors": 3} | {"n_clusters": 5, "n_components": 5}
+        small = {"n_estimators": 2, "n_neighbors": 3} | {"n_clusters": 5, "n_components": 5}
         configuration |= {key: value for key, value in small.items() if key in configuration}
         found = integrations.sklearn_objective(model.estimator, num_folds=2)(
             TRIAL._replace(configuration=configuration), (X, y)

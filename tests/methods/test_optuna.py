@@ -25,8 +25,8 @@ def bowl(trial, task):
     return (c["x"] - task) ** 2 + (math.log10(c["y"]) + 3) ** 2 / 10 + (c["kind"] == "bad") * (0.5 + c.get("shift", 0))
 
 
-def collect(searcher, objective=bowl, num_trials=30, on=None, **kwargs):
-    on = {"a": 0.6, "b": -0.6, "c": 0.3} if on is None else on
+def collect(searcher, objective=bowl, num_trials=25, on=None, **kwargs):
+    on = {"a": 0.6, "b": -0.6} if on is None else on
     kwargs = {"num_trials": num_trials, "key": KEY, "searcher": searcher, "isolated": False} | kwargs
     return tasks.collect(objective, SPACE, on, **kwargs)
 
