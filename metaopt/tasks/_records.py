@@ -11,7 +11,9 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -104,16 +106,34 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
     """
     if os.path.exists(to):
         raise FileExistsError(f"{to} exists; records are recovered to a new file.")
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"There is no file of records at {file}.")
     rows = []
-    with _open(file, recover=True) as connection:
-        # A row takes more than 30 bytes, so that there are no more rows than this; the counts may be unreadable.
-        for number in range(1, os.path.getsize(file) // 30 + 1):
-            with contextlib.suppress(sqlite3.DatabaseError, ValueError, TypeError):
-                row = connection.execute(f"SELECT study, {_COLUMNS} FROM records WHERE id = ?", (number,)).fetchone()
-                if row is not None:
-                    rows.append((row[0], *_to_row(_from_row(row[1:]))))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(file).name
+        for end in ("", "-wal"):
+            if os.path.isfile(f"{file}{end}"):
+                shutil.copyfile(f"{file}{end}", f"{copy}{end}")
+        _pad(copy)
+        with _open(copy, recover=True) as connection:
+            # A row takes more than 30 bytes, so that there are no more rows than this; the counts may be unreadable.
+            for number in range(1, os.path.getsize(copy) // 30 + 1):
+                with contextlib.suppress(sqlite3.DatabaseError, ValueError, TypeError):
+                    query = f"SELECT study, {_COLUMNS} FROM records WHERE id = ?"
+                    row = connection.execute(query, (number,)).fetchone()
+                    if row is not None:
+                        rows.append((row[0], *_to_row(_from_row(row[1:]))))
     _insert(to, rows)
     return len(rows)
+
+
+def _pad(file: Path) -> None:
+    """Zeros for the pages that a file has lost at its end: SQLite reads none of one that is shorter than it says."""
+    with open(file, "r+b") as stream:
+        header = stream.read(32)
+        if header.startswith(b"SQLite format 3\0"):
+            page, num_pages = int.from_bytes(header[16:18]), int.from_bytes(header[28:32])
+            stream.truncate(max(os.path.getsize(file), page * num_pages))
 
 
 def _insert(file, rows):

@@ -24,7 +24,7 @@ def collect(objective=black_boxes.pure, *, on=TASKS, num_trials=6, **kwargs):
 
 
 def listener(*, stop=math.inf):
-    """A searcher whose trials depend on all that it was told before, and on the order of it."""
+    """A searcher whose trials depend on all that it heard before, on the order of it, and on how many it is asked."""
 
     def init(key, space):
         return {"key": key, "space": space, "asked": 0, "told": 0.0}
@@ -32,7 +32,7 @@ def listener(*, stop=math.inf):
     def ask(state, num):
         num = int(min(num, stop - state["asked"]))
         numbers = range(state["asked"], state["asked"] + num)
-        x = [0.9 * math.sin(state["told"] + number) for number in numbers]
+        x = [0.9 * math.sin(state["told"] + number + num) for number in numbers]
         trials = [
             base.Record("", {"x": x, "size": 1}, seed=n, status="WAITING", trial=n)
             for n, x in zip(numbers, x, strict=True)
@@ -128,6 +128,14 @@ def test_a_trial_at_a_fraction_of_the_budget_counts_as_much():
     records = collect(objective, searcher=fidelities(), num_trials=4, on={"t": 0})
     assert [record.outcome for record in records] == [1 / 3, 1] * 3
     assert [record.trial for record in records] == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_bar_counts_trials_and_what_became_of_them(capsys):
+    fails = lambda trial, task: math.nan if trial.trial else 1.0
+    collect(fails, num_trials=3, progress=True)
+    assert "6/6" in (shown := capsys.readouterr().err) and "4 failed  0 pruned" in shown
+    collect(fails, num_trials=3)
+    assert capsys.readouterr().err == ""  # no terminal
 
 
 def test_a_searcher_may_end_by_itself():

@@ -97,6 +97,8 @@ def test_a_file_of_something_else_and_a_later_version_are_refused(tmp_path):
     (tmp_path / "text.db").write_text("a,b\n" * 1_000)
     with pytest.raises(ValueError, match="damaged, or is no file of records: file is not a database.*recover_records"):
         tasks.read_records(tmp_path / "text.db")
+    with pytest.raises(ValueError, match="damaged, or is no file of records: file is not a database.$"):
+        tasks.recover_records(tmp_path / "text.db", tmp_path / "new.db")
     file = tmp_path / "records.db"
     tasks.append_records(file, RECORDS)
     with sqlite3.connect(file) as connection:
@@ -106,26 +108,30 @@ def test_a_file_of_something_else_and_a_later_version_are_refused(tmp_path):
         tasks.read_records(file)
 
 
-def damaged(file, num=2_000):
-    """A file of many pages, of which some in the middle are overwritten."""
+def damaged(file, how, num=2_000):
+    """A file of many pages, of which some in the middle are overwritten, or the last third is missing."""
     records = [Record("t", {"x": trial}, trial / 8, trial=trial, reason="r" * 50) for trial in range(num)]
     tasks.append_records(file, records, study="s")
     size = os.path.getsize(file)
     with open(file, "r+b") as stream:
-        stream.seek(size // 8 // 4096 * 4096)
-        stream.write(b"\xff" * 4 * 4096)
+        if how == "cut":
+            stream.truncate(size // 3 * 2 // 4096 * 4096)
+        else:
+            stream.seek(size // 8 // 4096 * 4096)
+            stream.write(b"\xff" * 4 * 4096)
     return records
 
 
-def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path):
+@pytest.mark.parametrize("how", ["overwritten", "cut"])
+def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path, how):
     file, new = tmp_path / "records.db", tmp_path / "new.db"
-    records = damaged(file)
+    records = damaged(file, how)
     before = Path(file).read_bytes()
     with pytest.raises(ValueError, match="records.db is damaged, .*malformed.*`tasks.recover_records`"):
         tasks.read_records(file, history=True)
     num = tasks.recover_records(file, new)
     recovered = tasks.read_records(new, study="s")
-    assert 0.8 * len(records) < num == len(recovered) < len(records)
+    assert (0.8 if how == "overwritten" else 0.3) * len(records) < num == len(recovered) < len(records)
     assert set(map(repr, recovered)) < set(map(repr, records))
     assert Path(file).read_bytes() == before
     with pytest.raises(FileExistsError, match="new file"):
