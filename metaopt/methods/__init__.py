@@ -32,6 +32,7 @@ from metaopt.methods._few_shot import (
     ridge_head,
 )
 from metaopt.methods._fine_tune import FineTuned, fine_tune
+from metaopt.methods._optuna import bohb, tpe
 
 __all__ = [
     "AdaptFn",
@@ -43,6 +44,7 @@ __all__ = [
     "adapted",
     "anil",
     "average_ranks",
+    "bohb",
     "boil",
     "by_number",
     "cavia",
@@ -65,4 +67,5 @@ __all__ = [
     "prototypical_networks",
     "reptile",
     "ridge_head",
+    "tpe",
 ]

@@ -10,6 +10,7 @@ the coordinate in [0, 1] in which that distribution is uniform.
     interval, log  log λ = log low + (log high − log low)·σ(z)        log λ ~ U(log low, log high)
     integer        the interval [low − ½, high + ½], rounded by `discretize`
     simplex        λ = softmax(z)                                     λ ~ Dirichlet(1)
+    choice         a simplex with a label for each weight             every label is equally probable
     fixed          λ is the value; there is no z, and so no gradient
 
 The functions are pure in everything but the space; `jax.jit`, `jax.vmap` and differentiation in
@@ -18,12 +19,19 @@ either mode work on all but the space, which is static: close over it, or use `f
 Values outside a leaf's range never raise, because a traced value cannot: they are clipped into the interior.
 What does not fit the space in structure or shape raises a `ValueError` while tracing.
 
+What is tuned without a gradient runs with a **configuration**: `configuration` writes λ as plain values by name,
+integers rounded, choices as their labels, and leaves out what is not active (`active_if`); `from_configuration` reads
+it back.
+
 Source for the bijections: Stan Reference Manual, "Constraint transforms",
 https://mc-stan.org/docs/reference-manual/transforms.html
 """
 
+from metaopt.spaces._configuration import active, configuration, from_configuration
 from metaopt.spaces._constrain import constrain
+from metaopt.spaces._convert import from_configspace, from_optuna, suggest, to_configspace, to_optuna
 from metaopt.spaces._leaves import (
+    Choice,
     Fixed,
     Integer,
     Interval,
@@ -31,6 +39,8 @@ from metaopt.spaces._leaves import (
     Positive,
     Real,
     Simplex,
+    active_if,
+    choice,
     fixed,
     integer,
     interval,
@@ -53,6 +63,7 @@ from metaopt.spaces._tree import (
 )
 
 __all__ = [
+    "Choice",
     "Fixed",
     "Integer",
     "Interval",
@@ -60,13 +71,20 @@ __all__ = [
     "Positive",
     "Real",
     "Simplex",
+    "active",
+    "active_if",
     "at_bounds",
+    "choice",
+    "configuration",
     "constrain",
     "default",
     "discretize",
     "encode",
     "fixed",
+    "from_configspace",
+    "from_configuration",
     "from_json",
+    "from_optuna",
     "integer",
     "interval",
     "names",
@@ -75,8 +93,11 @@ __all__ = [
     "real",
     "sample",
     "simplex",
+    "suggest",
+    "to_configspace",
     "to_constrained",
     "to_json",
+    "to_optuna",
     "to_unconstrained",
     "unit_interval",
 ]

@@ -23,15 +23,17 @@ _FLOAT32_EPS = float(np.finfo(np.float32).eps)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Leaf(abc.ABC):
-    """One quantity of a space; made by `real`, `positive`, `interval`, `integer`, `simplex` or `fixed`.
+    """One quantity of a space; made by `real`, `positive`, `interval`, `integer`, `simplex`, `choice` or `fixed`.
 
     Not a pytree node: `jax.tree.map` over a space sees whole leaves. The methods take arrays of `value_shape`.
 
     Attributes:
       shape: of the quantity; a simplex has one more axis in its values.
+      condition: (name, values) of other quantities, all of which must hold for this one to matter (`active_if`).
     """
 
     shape: tuple[int, ...] = ()
+    condition: tuple[tuple[str, tuple], ...] = ()
 
     @property
     def kind(self) -> str:
@@ -47,6 +49,21 @@ class Leaf(abc.ABC):
     def value_shape(self) -> tuple[int, ...]:
         """The shape of λ, and of z."""
         return self.shape
+
+    @property
+    def plain_shape(self) -> tuple[int, ...]:
+        """How many plain values a configuration has for the leaf: one an index."""
+        return self.value_shape
+
+    def to_plain(self, value: np.ndarray) -> Any:
+        """The plain Python value of one entry of λ."""
+        return value.item()
+
+    def from_plain(self, value: Any, strict: bool) -> Any:
+        """One entry of λ from its plain value; raises ValueError where it is not one."""
+        if isinstance(value, numbers.Real) and math.isfinite(value):
+            return value
+        raise ValueError("a finite number")
 
     @abc.abstractmethod
     def default_value(self) -> jax.Array:
@@ -188,20 +205,22 @@ class Integer(_Bounded):
     def discretize(self, value):
         return jnp.clip(jnp.round(value), self.low, self.high).astype(jnp.int32)
 
+    def to_plain(self, value):
+        return int(np.clip(np.round(value), self.low, self.high))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Simplex(Leaf):
-    """Nonnegative weights that sum to one; made by `simplex`."""
+class _Weights(Leaf):
+    """Leaves of nonnegative weights that sum to one on the last axis, through a softmax."""
 
-    num: int
-    default: tuple
+    @property
+    @abc.abstractmethod
+    def num_weights(self) -> int:
+        """The length of the last axis."""
 
     @property
     def value_shape(self):
-        return (*self.shape, self.num)
-
-    def default_value(self):
-        return jnp.asarray(np.broadcast_to(self.default, self.value_shape), _default_float())
+        return (*self.shape, self.num_weights)
 
     def sample(self, key):
         # Independent exponentials, normalized, are Dirichlet(1).
@@ -220,10 +239,57 @@ class Simplex(Leaf):
         return jnp.clip(value, 0.0, 1.0)
 
     def discretize(self, value):
-        return jax.nn.one_hot(jnp.argmax(value, axis=-1), self.num, dtype=value.dtype)
+        return jax.nn.one_hot(jnp.argmax(value, axis=-1), self.num_weights, dtype=value.dtype)
 
     def at_bounds(self, value, tol):
         return jnp.max(value, axis=-1) >= 1.0 - tol
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Simplex(_Weights):
+    """Nonnegative weights that sum to one; made by `simplex`."""
+
+    num: int
+    default: tuple
+
+    @property
+    def num_weights(self):
+        return self.num
+
+    def default_value(self):
+        return jnp.asarray(np.broadcast_to(self.default, self.value_shape), _default_float())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice(_Weights):
+    """One of several labels, relaxed to a weight for each; made by `choice`."""
+
+    labels: tuple
+    default: Any
+
+    @property
+    def num_weights(self):
+        return len(self.labels)
+
+    @property
+    def plain_shape(self):
+        return self.shape
+
+    def default_value(self):
+        # Twice as heavy as each of the others: `discretize` gives the default label, and z is finite.
+        weights = np.ones(len(self.labels))
+        weights[self.labels.index(self.default)] = 2
+        return jnp.asarray(np.broadcast_to(weights / weights.sum(), self.value_shape), _default_float())
+
+    def to_plain(self, value):
+        return self.labels[int(np.argmax(value))]
+
+    def from_plain(self, value, strict):
+        if value in self.labels:
+            return np.eye(len(self.labels))[self.labels.index(value)]
+        if strict:
+            raise ValueError(f"one of {self.labels}")
+        return np.full(len(self.labels), 1 / len(self.labels))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -244,7 +310,7 @@ class Fixed(Leaf):
 
     @property
     def _content(self):
-        return self.shape, self.value.dtype.name, self.value.tobytes()
+        return self.shape, self.value.dtype.name, self.value.tobytes(), self.condition
 
     @property
     def tuned(self):
@@ -439,6 +505,74 @@ def simplex(num: int, *, default: Any = None, shape: Sequence[int] = ()) -> Simp
     if np.max(np.abs(np.sum(weights, axis=-1) - 1)) > 1e-5:
         raise ValueError(f"`default` must sum to one on the last axis; got {default}.")
     return Simplex(num=num, default=_tuples(weights.tolist()), shape=shape)
+
+
+def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] = ()) -> Choice:
+    """One of several labels, relaxed to weights as by `simplex`: λ = softmax(z), one weight a label.
+
+    Differentiable code is given the weights (of a mixture); code that needs the label itself is given it by
+    `configuration`, and `discretize` gives the one-hot of the largest weight.
+
+    Args:
+      labels: at least two different strings, numbers, booleans or None.
+      default: one of the labels; by default, the first. It has twice the weight of each other one.
+      shape: how many independent choices among the same labels.
+
+    Returns:
+      A leaf of values [*shape, number of labels], whose samples are Dirichlet(1): every label is equally probable.
+
+    Raises:
+      ValueError: the labels are fewer than two, of another type or not different (1, 1.0 and True are equal), or
+        `default` is none of them.
+
+    >>> import jax
+    >>> from metaopt import spaces
+    >>> space = {"criterion": spaces.choice(["gini", "entropy"], default="entropy")}
+    >>> spaces.configuration(space, spaces.default(space))
+    {'criterion': 'entropy'}
+    """
+    plain = isinstance(labels, Sequence) and not isinstance(labels, str)
+    if not plain or not all(x is None or (isinstance(x, (str, int, float)) and x == x) for x in labels):
+        raise ValueError(f"`labels` must be a list of strings, numbers, booleans or None; got {labels!r}.")
+    labels = tuple(labels)
+    if len(set(labels)) < len(labels) or len(labels) < 2:
+        raise ValueError(f"`labels` must be at least two that differ; got {labels}. For one value, use `fixed`.")
+    if default is None and None not in labels:
+        default = labels[0]
+    if default not in labels:
+        raise ValueError(f"`default` must be one of {labels}; got {default!r}.")
+    return Choice(labels=labels, default=labels[labels.index(default)], shape=_shape(shape))
+
+
+def active_if(leaf: Leaf, name: str, values: Sequence[Any]) -> Leaf:
+    """The leaf, which matters only where another quantity has one of some values: an SVM's γ where the kernel is RBF.
+
+    It stays in λ, in its coordinates and in the encoding, so that shapes do not depend on values; `configuration`
+    leaves it out where it is not active, and `active` says where it is. Applied again, both conditions must hold; what
+    depends on an inactive quantity is inactive.
+
+    Args:
+      leaf: a leaf.
+      name: the other one, a `choice` or an `integer` without shape, by its path as in `names` (`"svm.kernel"`).
+      values: some of its labels or integers.
+
+    Returns:
+      A leaf.
+
+    Raises:
+      ValueError: `values` is no list or is empty; later, in what uses conditions, there is no such quantity or value.
+
+    >>> from metaopt import spaces
+    >>> space = {
+    ...     "kernel": spaces.choice(["linear", "rbf"]),
+    ...     "gamma": spaces.active_if(spaces.interval(1e-3, 1e3, log=True), "kernel", ["rbf"]),
+    ... }
+    >>> spaces.configuration(space, spaces.default(space))
+    {'kernel': 'linear'}
+    """
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise ValueError(f"`values` must be a list of at least one value; got {values!r}.")
+    return dataclasses.replace(leaf, condition=(*leaf.condition, (name, tuple(values))))
 
 
 def fixed(value: Any) -> Fixed:

@@ -1,7 +1,8 @@
 """Spaces as JSON, for records that outlive the program that made them.
 
 A document is `{"version": 1, "space": node}`. A node is null, a container `{"type": "dict", "items": ...}` (or
-"list", "tuple"), or a leaf `{"type": kind, ...}` with the arguments of its factory.
+"list", "tuple"), or a leaf `{"type": kind, ...}` with the arguments of its factory, and with `"condition"`, a list of
+[name, values], where it is active only under one.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ _FACTORIES = {
     "interval": _leaves.interval,
     "integer": _leaves.integer,
     "simplex": _leaves.simplex,
+    "choice": _leaves.choice,
 }
 
 
@@ -70,9 +72,12 @@ def _to_node(space, path: str):
     if isinstance(space, _leaves.Fixed):
         floating = jnp.issubdtype(space.value.dtype, jnp.floating)
         value = space.value.astype(np.float64) if floating else space.value
-        return {"type": "fixed", "value": value.tolist(), "dtype": space.value.dtype.name}
+        condition = {"condition": _lists(space.condition)} if space.condition else {}
+        return {"type": "fixed", "value": value.tolist(), "dtype": space.value.dtype.name, **condition}
     if isinstance(space, _leaves.Leaf):
         fields = {field.name: _lists(getattr(space, field.name)) for field in dataclasses.fields(space)}
+        if not space.condition:
+            del fields["condition"]
         return {"type": space.kind, **fields}
     if type(space) is dict:
         for key in space:
@@ -105,9 +110,14 @@ def _from_node(node, path: str):
         if kind in ("list", "tuple"):
             items = [_from_node(child, f"{path}.{i}") for i, child in enumerate(arguments["items"])]
             return items if kind == "list" else tuple(items)
+        condition = arguments.pop("condition", [])
         if kind == "fixed":
-            return _leaves.fixed(np.asarray(arguments["value"], jnp.dtype(arguments["dtype"])))
-        return _FACTORIES[kind](**arguments)
+            leaf = _leaves.fixed(np.asarray(arguments["value"], jnp.dtype(arguments["dtype"])))
+        else:
+            leaf = _FACTORIES[kind](**arguments)
+        for name, values in condition:
+            leaf = _leaves.active_if(leaf, name, values)
+        return leaf
     except (KeyError, TypeError) as error:
         raise ValueError(f"The node of type {kind!r} at `{path}` cannot be read ({error}); got {node!r}.") from None
 

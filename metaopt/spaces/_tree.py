@@ -239,7 +239,8 @@ def _flatten(space):
         if not isinstance(leaf, Leaf):
             raise ValueError(
                 f"Every leaf of a space must be made by `real`, `positive`, `interval`, `unit_interval`, `integer`, "
-                f"`simplex` or `fixed`; got {leaf!r} at `{_name(path)}`. A value that is not tuned is `fixed(value)`."
+                f"`simplex`, `choice` or `fixed`; got {leaf!r} at `{_name(path)}`. A value that is not tuned is "
+                "`fixed(value)`."
             )
     return leaves, treedef
 

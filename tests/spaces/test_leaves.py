@@ -26,9 +26,11 @@ LEAVES = {
     "integer_log": spaces.integer(1, 64, log=True),
     "simplex": spaces.simplex(4),
     "simplex_array": spaces.simplex(3, default=[0.2, 0.3, 0.5], shape=(2,)),
+    "choice": spaces.choice(["sgd", 3, None, True], default=None),
+    "choice_array": spaces.active_if(spaces.choice([0.5, 2.0], shape=(2,)), "other", [1]),
 }
 BOUNDED = [name for name in LEAVES if name.startswith(("interval", "unit", "integer"))]
-SIMPLEX = [name for name in LEAVES if name.startswith("simplex")]
+SIMPLEX = [name for name in LEAVES if name.startswith(("simplex", "choice"))]
 ALL = pytest.mark.parametrize("name", LEAVES)
 
 # λ from z in SciPy and NumPy.
@@ -45,6 +47,8 @@ FORMULAS = {
     "integer_log": lambda z: 0.5 * 129 ** scipy.special.expit(z),
     "simplex": lambda z: scipy.special.softmax(z, axis=-1),
     "simplex_array": lambda z: scipy.special.softmax(z, axis=-1),
+    "choice": lambda z: scipy.special.softmax(z, axis=-1),
+    "choice_array": lambda z: scipy.special.softmax(z, axis=-1),
 }
 
 # The distribution of one entry of a sample.
@@ -61,6 +65,8 @@ DISTRIBUTIONS = {
     "integer_log": scipy.stats.loguniform(0.5, 64.5),
     "simplex": scipy.stats.beta(1, 3),
     "simplex_array": scipy.stats.beta(1, 2),
+    "choice": scipy.stats.beta(1, 3),
+    "choice_array": scipy.stats.beta(1, 1),
 }
 
 
@@ -117,7 +123,7 @@ def test_entries_of_a_sample_are_independent(name):
     ranks = scipy.stats.rankdata(draws, axis=0)
     if draws.shape[1] > 1:
         correlation = np.corrcoef(ranks[:, 0], ranks[:, -1])[0, 1]
-        expected = -1 / 3 if name == "simplex" else 0.0  # of Dirichlet(1), −1 / (num − 1)
+        expected = -1 / 3 if name in ("simplex", "choice") else 0.0  # of Dirichlet(1), −1 / (num − 1)
         assert abs(correlation - expected) < 0.06
 
 
@@ -342,6 +348,12 @@ def test_python_numbers_and_integers_become_the_default_float(name):
         (lambda: spaces.simplex(3, default=[0.5, 0.5]), r"`default` must have shape \(3,\)"),
         (lambda: spaces.simplex(2, default=[1.0, 0.0]), r"`default` must be positive.*got \[1.0, 0.0\]"),
         (lambda: spaces.simplex(2, default=[0.5, 0.6]), "`default` must sum to one"),
+        (lambda: spaces.choice("ab"), "`labels` must be a list of strings, numbers, booleans or None; got 'ab'"),
+        (lambda: spaces.choice([(1,), (2,)]), "`labels` must be a list of strings"),
+        (lambda: spaces.choice([1, True]), r"`labels` must be at least two that differ; got \(1, True\)"),
+        (lambda: spaces.choice(["a"]), "at least two that differ.*For one value, use `fixed`"),
+        (lambda: spaces.choice(["a", "b"], default="c"), r"`default` must be one of \('a', 'b'\); got 'c'"),
+        (lambda: spaces.active_if(spaces.real(), "a", "b"), "`values` must be a list of at least one value; got 'b'"),
         (lambda: spaces.fixed("adam"), "`value` must be a number or an array of real numbers.*got 'adam'"),
         (lambda: spaces.fixed(None), "`value` must be a number"),
         (lambda: spaces.fixed(1j), "`value` must be a number"),

@@ -1,145 +1,156 @@
-"""Meta-Dataset's files, written here byte by byte."""
+"""Records on disk: what is read is what was written, and what breaks loses nothing else."""
 
-import io
-import json
-import struct
+import concurrent.futures
+import math
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from metaopt import tasks
+from metaopt import Record, tasks
 
-
-def crc32c(data):
-    """By division of polynomials, bit by bit."""
-    register = 0xFFFFFFFF
-    for byte in data:
-        register ^= byte
-        for _ in range(8):
-            register = (register >> 1) ^ (0x82F63B78 * (register & 1))
-    return register ^ 0xFFFFFFFF
+RECORDS = [
+    Record("iris", {"rate": 0.1, "model": "svm", "deep": True, "cap": None, "num": 3}, 0.25, 1 / 3, 1.5, 7, trial=0),
+    Record("iris", {"rate": 1e-300}, status="FAIL", trial=1, reason="signal SIGSEGV"),
+    Record("wine", {}, math.inf, status="PRUNED", trial=0),
+]
 
 
-def test_the_published_check_value():
-    assert crc32c(b"123456789") == 0xE3069283
+def same(records, others):
+    return [repr(record) for record in records] == [repr(record) for record in others]  # NaN equals NaN
 
 
-def masked(data):
-    crc = crc32c(data)
-    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) % 2**32)
-
-
-def record(data):
-    head = struct.pack("<Q", len(data))
-    return head + masked(head) + data + masked(data)
-
-
-def varint(number):
-    number %= 2**64
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def field(number, data):
-    return varint(number << 3 | 2) + varint(len(data)) + data
-
-
-def example(**features):
-    """Name -> bytes, or a list of ints or floats."""
-    entries = b""
-    for name, value in features.items():
-        if isinstance(value, bytes):
-            content = field(1, field(1, value))
-        elif isinstance(value[0], float):
-            content = field(2, field(1, struct.pack(f"<{len(value)}f", *value)))
-        else:
-            content = field(3, field(1, b"".join(map(varint, value))))
-        entries += field(1, field(1, name.encode()) + field(2, content))
-    return field(1, entries)
-
-
-def test_an_example_is_read():
-    data = example(image=b"\x00\xff" * 100, label=[3, 300, -1], size=[0.5, -2.0], empty=b"")
-    found = tasks.read_example(data)
-    assert found == {"image": [b"\x00\xff" * 100], "label": [3, 300, -1], "size": [0.5, -2.0], "empty": [b""]}
-    unpacked = field(1, field(1, field(1, b"n") + field(2, field(3, varint(1 << 3) + varint(7)))))
-    assert tasks.read_example(unpacked) == {"n": [7]}
-    for damaged in (data[:-3], b"\x0b\x00", b"\xff"):
-        with pytest.raises(ValueError, match="no `Example`"):
-            tasks.read_example(damaged)
-
-
-def test_records_and_their_checksums(tmp_path):
-    file = tmp_path / "a.tfrecords"
-    file.write_bytes(record(b"first") + record(b"") + record(b"third" * 50))
-    assert list(tasks.read_tfrecords(file, check=True)) == [b"first", b"", b"third" * 50]
-    whole = file.read_bytes()
-    changed = whole.replace(b"first", b"furst")
-    for content, check, message in (
-        (changed, True, "a record does not match"),
-        (whole[:-2], False, "cut off"),
-        (b"\x07" + whole[1:], False, "a length does not match"),
-        (whole + b"abc", False, "no TFRecord file"),
+def test_records_come_back_and_are_filtered(tmp_path):
+    file = tmp_path / "records.db"
+    tasks.append_records(file, RECORDS[:2], study="a")
+    tasks.append_records(str(file), RECORDS[2:], study="b")
+    tasks.append_records(file, [])
+    assert same(tasks.read_records(file), RECORDS)
+    assert type(tasks.read_records(file)[0].configuration["deep"]) is bool
+    for filters, expected in (
+        ({"study": "b"}, RECORDS[2:]),
+        ({"task": "iris", "status": "FAIL"}, RECORDS[1:2]),
+        ({"task": ["iris", "wine"], "status": ("FAIL", "PRUNED")}, RECORDS[1:]),
+        ({"study": "b", "task": "iris"}, []),
     ):
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            list(tasks.read_tfrecords(file, check=check))
-    file.write_bytes(changed)
-    assert next(tasks.read_tfrecords(file)) == b"furst"  # not looked at
+        assert same(tasks.read_records(file, **filters), expected)
 
 
-def write(folder, spec, num_classes, per_class=2):
-    for k in range(num_classes):
-        records = b""
-        for i in range(per_class):
-            stream = io.BytesIO()
-            Image.fromarray(np.full((4, 4, 3), 10 * k + i, np.uint8)).save(stream, "PNG")
-            records += record(example(image=stream.getvalue(), label=[k]))
-        (folder / f"{k}.tfrecords").write_bytes(records)
-    spec = {"name": "toy", "file_pattern": "{}.tfrecords", **spec}
-    (folder / "dataset_spec.json").write_text(json.dumps(spec))
+def test_the_last_row_of_a_trial_counts_and_none_is_overwritten(tmp_path):
+    file = tmp_path / "records.db"
+    running = [record._replace(status="RUNNING", outcome=math.nan, reason="") for record in RECORDS]
+    tasks.append_records(file, running)
+    tasks.append_records(file, RECORDS[1:])
+    assert same(tasks.read_records(file), [running[0], *RECORDS[1:]])
+    assert same(tasks.read_records(file, history=True), running + RECORDS[1:])
+    assert same(tasks.read_records(file, status="RUNNING"), running[:1])
+    # Another fidelity, seed, task or study is another trial.
+    tasks.append_records(file, [RECORDS[0]._replace(fidelity=1.0), RECORDS[0]._replace(seed=8)])
+    tasks.append_records(file, RECORDS[:1], study="b")
+    assert len(tasks.read_records(file)) == 6
 
 
-def test_a_flat_data_set(tmp_path):
-    names = {str(k): f"class {k}" for k in range(6)}
-    write(tmp_path, {"classes_per_split": {"TRAIN": 3, "VALID": 1, "TEST": 2}, "class_names": names}, 6)
-    train, valid, test = (tasks.from_meta_dataset(tmp_path, part=p, size=2) for p in ("train", "valid", "test"))
-    assert [s.class_names for s in (train, valid)] == [("class 0", "class 1", "class 2"), ("class 3",)]
-    np.testing.assert_array_equal(test.x[:, 0, 0, 0], [40, 41, 50, 51])
-    assert train.x.shape == (6, 2, 2, 3) and test.name == "toy"
-    with pytest.raises(ValueError, match="`part` must be one of"):
-        tasks.from_meta_dataset(tmp_path, part="dev", size=2)
-    with pytest.raises(FileNotFoundError, match="has no dataset_spec.json"):
-        tasks.from_meta_dataset(tmp_path / "..", part="test", size=2)
-    write(tmp_path, {"classes_per_split": {"TRAIN": 3, "TEST": 3}}, 6)
-    with pytest.raises(ValueError, match="lacks 'class_names'"):
-        tasks.from_meta_dataset(tmp_path, part="test", size=2)
-    write(tmp_path, {"classes_per_split": {"TRAIN": 6}, "class_names": names}, 6)
-    with pytest.raises(ValueError, match="'test' has no classes"):
-        tasks.from_meta_dataset(tmp_path, part="test", size=2)
+def write(file, name, num):
+    for trial in range(num):
+        tasks.append_records(file, [Record(name, {"trial": trial}, float(trial), trial=trial)])
 
 
-def test_superclasses_and_ontologies(tmp_path):
-    spec = {
-        "superclasses_per_split": {"TRAIN": 1, "VALID": 0, "TEST": 2},
-        "classes_per_superclass": {"0": 2, "1": 1, "2": 3},
-        "class_names": {str(k): "character01" if k in (0, 3) else f"c{k}" for k in range(6)},
-    }
-    write(tmp_path, spec, 6)
-    test = tasks.from_meta_dataset(tmp_path, part="test", size=4, channels=1)
-    np.testing.assert_array_equal(test.superclass, [0, 1, 1, 1])
-    np.testing.assert_array_equal(test.x[:, 0, 0], [20, 21, 30, 31, 40, 41, 50, 51])
-    graph = [
-        {"wn_id": "n0", "words": "", "children_ids": ["n1", "n2"], "parents_ids": []},
-        *[{"wn_id": name, "words": "", "children_ids": [], "parents_ids": ["n0"]} for name in ("n1", "n2")],
-    ]
-    other = [{"wn_id": "n3", "words": "", "children_ids": [], "parents_ids": []}]
-    names = {"0": "n1", "1": "n2", "2": "n3"}
-    write(tmp_path, {"split_subgraphs": {"TRAIN": graph, "VALID": [], "TEST": other}, "class_names": names}, 3)
-    train = tasks.from_meta_dataset(tmp_path, part="train", size=4)
-    assert tasks.ontology_nodes(train.ontology, train.class_names, min_leaves=2) == [("n0", [0, 1])]
-    assert tasks.from_meta_dataset(tmp_path, part="test", size=4).class_names == ("n3",)
+def test_two_writers_do_not_disturb_each_other(tmp_path):
+    file = tmp_path / "records.db"
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # each `append_records` has a connection of its own
+        list(pool.map(lambda name: write(file, name, 20), "ab"))
+    for name in "ab":
+        assert [record.trial for record in tasks.read_records(file, task=name)] == list(range(20))
+
+
+WRITER = "import sys, test_records; test_records.write(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+
+
+@pytest.mark.slow
+def test_two_processes_write_and_one_that_is_killed_loses_nothing_that_it_had_written(tmp_path):
+    file = tmp_path / "records.db"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    start = lambda name, num: subprocess.Popen([sys.executable, "-c", WRITER, str(file), name, num], env=environment)
+    killed, others = start("k", "1000000"), [start(name, "200") for name in "ab"]
+    assert [other.wait(timeout=300) for other in others] == [0, 0]
+    killed.kill()
+    killed.wait()
+    for name in "ab":
+        assert [record.trial for record in tasks.read_records(file, task=name)] == list(range(200))
+    trials = [record.trial for record in tasks.read_records(file, task="k")]
+    assert trials == list(range(len(trials))) and trials
+
+
+def test_a_file_of_something_else_and_a_later_version_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file of records at"):
+        tasks.read_records(tmp_path / "none.db")
+    other = tmp_path / "other.db"
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE x (y)")
+    connection.close()
+    for fn in (lambda: tasks.read_records(other), lambda: tasks.append_records(other, RECORDS)):
+        with pytest.raises(ValueError, match="other.db is an SQLite file, but none of records"):
+            fn()
+    (tmp_path / "text.db").write_text("a,b\n" * 1_000)
+    with pytest.raises(ValueError, match="damaged, or is no file of records: file is not a database.*recover_records"):
+        tasks.read_records(tmp_path / "text.db")
+    with pytest.raises(ValueError, match="damaged, or is no file of records: file is not a database.$"):
+        tasks.recover_records(tmp_path / "text.db", tmp_path / "new.db")
+    file = tmp_path / "records.db"
+    tasks.append_records(file, RECORDS)
+    with sqlite3.connect(file) as connection:
+        connection.execute("PRAGMA user_version = 9")
+    connection.close()
+    with pytest.raises(ValueError, match="has version 9; this metaopt reads version 1"):
+        tasks.read_records(file)
+
+
+def damaged(file, how, num=2_000):
+    """A file of many pages, of which some in the middle are overwritten, or the last third is missing."""
+    records = [Record("t", {"x": trial}, trial / 8, trial=trial, reason="r" * 50) for trial in range(num)]
+    tasks.append_records(file, records, study="s")
+    size = os.path.getsize(file)
+    with open(file, "r+b") as stream:
+        if how == "cut":
+            stream.truncate(size // 3 * 2 // 4096 * 4096)
+        else:
+            stream.seek(size // 8 // 4096 * 4096)
+            stream.write(b"\xff" * 4 * 4096)
+    return records
+
+
+@pytest.mark.parametrize("how", ["overwritten", "cut"])
+def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path, how):
+    file, new = tmp_path / "records.db", tmp_path / "new.db"
+    records = damaged(file, how)
+    before = Path(file).read_bytes()
+    with pytest.raises(ValueError, match="records.db is damaged, .*malformed.*`tasks.recover_records`"):
+        tasks.read_records(file, history=True)
+    num = tasks.recover_records(file, new)
+    recovered = tasks.read_records(new, study="s")
+    assert (0.8 if how == "overwritten" else 0.3) * len(records) < num == len(recovered) < len(records)
+    assert set(map(repr, recovered)) < set(map(repr, records))
+    assert Path(file).read_bytes() == before
+    with pytest.raises(FileExistsError, match="new file"):
+        tasks.recover_records(file, new)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (Record("t", {}, status="DONE"), "status must be one of WAITING, .*; got 'DONE'"),
+        (Record("t", {"x": object()}), "must be plain numbers, strings, booleans and None"),
+        (Record("t", {"x": math.nan}), "must be plain numbers"),
+    ],
+)
+def test_records_that_cannot_be_written_are_refused_and_nothing_is_written(tmp_path, record, message):
+    file = tmp_path / "records.db"
+    with pytest.raises(ValueError, match=message):
+        tasks.append_records(file, [RECORDS[0], record])
+    assert not file.exists()
+    tasks.append_records(file, [])
+    with pytest.raises(ValueError, match=r"`status` must be of WAITING, .*; got \['DONE'\]"):
+        tasks.read_records(file, status="DONE")

@@ -1,0 +1,288 @@
+"""Any scikit-learn classifier, regressor or clusterer as an objective, and default spaces of eight families."""
+
+import importlib
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaopt import base, spaces
+from metaopt.tasks import ObjectiveFn
+
+
+class SklearnModel(NamedTuple):
+    """A family of models.
+
+    Attributes:
+      estimator: scikit-learn's, unfitted.
+      space: of its parameters, under their own names; the default is scikit-learn's, as far as one space can say it.
+      scoring: what `sklearn_objective` judges it by.
+    """
+
+    estimator: Any
+    space: dict[str, spaces.Leaf]
+    scoring: str
+
+
+# What judges a clustering without labels, from the rows and the labels of clusters; and whether larger is better.
+_INTERNAL = {
+    "silhouette": ("silhouette_score", True),
+    "davies_bouldin": ("davies_bouldin_score", False),
+    "calinski_harabasz": ("calinski_harabasz_score", True),
+}
+
+
+def sklearn_objective(
+    estimator: Any, *, scoring: str | None = None, num_folds: int = 5, split_seed: int = 0
+) -> ObjectiveFn:
+    """An objective for `tasks.collect`: a scikit-learn estimator with a trial's parameters, cross-validated.
+
+    Gaps are filled with the column's median (where the table says that a column is categorical, they are a category),
+    categories are one-hot, other columns are standardized: fitted on the training rows of each fold. The folds are the
+    same in all trials, stratified by class; the estimator's `random_state` is the trial's seed. At fidelity s < 1 it is
+    fitted on a stratified part s of the training rows, nested in those of larger fidelities.
+
+    Args:
+      estimator: unfitted; a trial sets its parameters by their names (`"svc__C"` in a pipeline).
+      scoring: a scorer's name (`sklearn.metrics.get_scorer_names()`), or for clusterers "silhouette", "davies_bouldin"
+        or "calinski_harabasz", of all rows without folds. "log_likelihood" is a density's per held-out row. By default
+        "balanced_accuracy" for classifiers, "r2" for regressors, "silhouette" for clusterers, "log_likelihood" for
+        densities.
+      num_folds: K of K-fold cross-validation, at least 2.
+      split_seed: of the folds.
+
+    Returns:
+      `(trial, task) -> outcome`, for tasks that are a `Table` or a pair (x, y), where y may be None for clusterers. The
+      outcome is 1 − the mean score; without "1" where the scorer's name starts with "neg_", for internal scores other
+      than the silhouette, which are not at most 1 (and a score that is better the smaller is the outcome itself), and
+      for the log-likelihood.
+
+    Raises:
+      ValueError: `num_folds` is no integer of at least 2, or the estimator is of no kind that has a default `scoring`.
+      ImportError: scikit-learn is not installed.
+    """
+    base.check_integer("num_folds", num_folds, 2)
+    import sklearn.base
+
+    if scoring is None:
+        if sklearn.base.is_classifier(estimator):
+            scoring = "balanced_accuracy"
+        elif sklearn.base.is_regressor(estimator):
+            scoring = "r2"
+        elif sklearn.base.is_clusterer(estimator):
+            scoring = "silhouette"
+        elif hasattr(estimator, "score_samples"):
+            scoring = "log_likelihood"
+        else:
+            raise ValueError(f"`scoring` must be given for what is no classifier, regressor or clusterer: {estimator}.")
+
+    def objective(trial, task):
+        from sklearn import metrics
+
+        x, y, categorical = _data(task)
+        parameters = dict(trial.configuration)
+        if "random_state" in estimator.get_params():
+            parameters["random_state"] = trial.seed
+        model: Any = sklearn.base.clone(estimator)
+        model.set_params(**parameters)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of models that have not converged, of classes that a fold lacks
+            if scoring in _INTERNAL:
+                rows = _part(np.random.default_rng(split_seed), np.zeros(len(x)), trial.fidelity)
+                filled = _preparation(categorical).fit_transform(x[rows])
+                name, larger = _INTERNAL[scoring]
+                score = getattr(metrics, name)(filled, model.fit_predict(filled))
+                return 1 - score if scoring == "silhouette" else -score if larger else score
+            scores = [
+                _score(model, scoring, categorical, x, y, _subset(train, y, trial.fidelity, split_seed + fold), test)
+                for fold, (train, test) in enumerate(_folds(x, y, estimator, num_folds, split_seed))
+            ]
+        score = float(np.mean(scores))
+        return -score if scoring == "log_likelihood" or scoring.startswith("neg_") else 1 - score
+
+    return objective
+
+
+def _score(model, scoring, categorical, x, y: Any, train, test) -> float:
+    import sklearn.base
+    from sklearn import metrics, pipeline
+
+    fitted = pipeline.make_pipeline(_preparation(categorical), sklearn.base.clone(model))
+    if scoring == "log_likelihood":
+        return fitted.fit(x[train]).score(x[test])
+    return metrics.get_scorer(scoring)(fitted.fit(x[train], y[train]), x[test], y[test])
+
+
+def _folds(x, y, estimator, num_folds, seed):
+    import sklearn.base
+    from sklearn import model_selection
+
+    stratified = sklearn.base.is_classifier(estimator)
+    split = model_selection.StratifiedKFold if stratified else model_selection.KFold
+    return split(num_folds, shuffle=True, random_state=seed).split(x, y if stratified else None)
+
+
+def _subset(train, y: Any, fidelity, seed):
+    """The rows of a fold's training part that a fidelity allows."""
+    labels = np.zeros(len(train)) if y is None or np.issubdtype(y.dtype, np.floating) else y[train]
+    return train[_part(np.random.default_rng(seed), labels, fidelity)]
+
+
+def _part(rng, labels, fidelity) -> np.ndarray:
+    """Rows: a part of each class, at least one, contained in those of every larger fidelity."""
+    order = rng.permutation(len(labels))
+    kept = [order[labels[order] == label] for label in np.unique(labels)]
+    return np.sort(np.concatenate([rows[: max(1, math.ceil(fidelity * len(rows) - 1e-9))] for rows in kept]))
+
+
+def _data(task) -> tuple[np.ndarray, Any, np.ndarray]:
+    """x [n, d], y [n] or None, categorical [d] bool."""
+    if hasattr(task, "x"):
+        return task.x, task.y, np.asarray(task.categorical)
+    x, y = task
+    x = np.asarray(x)
+    return x, None if y is None else np.asarray(y), np.zeros(x.shape[1], bool)
+
+
+def _preparation(categorical):
+    from sklearn import compose, impute, pipeline, preprocessing
+
+    numeric = pipeline.make_pipeline(impute.SimpleImputer(strategy="median"), preprocessing.StandardScaler())
+    labels = pipeline.make_pipeline(
+        impute.SimpleImputer(strategy="constant", fill_value=-1),
+        preprocessing.OneHotEncoder(handle_unknown="ignore", sparse_output=False),
+    )
+    return compose.ColumnTransformer([("numeric", numeric, ~categorical), ("labels", labels, categorical)])
+
+
+def sklearn_model(name: str) -> SklearnModel:
+    """A family of scikit-learn's models with a space of what is worth tuning.
+
+    Args:
+      name: one of `SKLEARN_MODELS`, such as "random_forest_classifier".
+
+    Returns:
+      Its estimator, space and scoring.
+
+    Raises:
+      ValueError: there is no such family.
+      ImportError: scikit-learn is not installed.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"`name` must be one of {', '.join(SKLEARN_MODELS)}; got {name!r}.")
+    module, cls, arguments, space = _MODELS[name]
+    estimator = getattr(importlib.import_module(f"sklearn.{module}"), cls)(**arguments)
+    kind = name.rpartition("_")[2]
+    scoring = {"classifier": "balanced_accuracy", "regressor": "r2", "mixture": "log_likelihood"}.get(
+        kind, "silhouette"
+    )
+    return SklearnModel(estimator, dict(space), scoring)
+
+
+def _count(low, high, default):
+    return spaces.integer(low, high, log=True, default=default)
+
+
+def _forest(criteria, features, bootstrap):
+    return {
+        "n_estimators": _count(10, 500, 100),
+        "criterion": spaces.choice(criteria),
+        "max_depth": _count(1, 64, 64),  # scikit-learn's own default has no limit
+        "max_features": spaces.choice(
+            [features, *(f for f in ("sqrt", "log2", 0.25, 0.5, 0.75, 1.0) if f != features)]
+        ),
+        "min_samples_leaf": _count(1, 32, 1),
+        "min_samples_split": _count(2, 64, 2),
+        "bootstrap": spaces.choice([bootstrap, not bootstrap]),
+    }
+
+
+def _boosting(losses):
+    return {
+        "n_estimators": _count(10, 500, 100),
+        "learning_rate": spaces.interval(1e-3, 1.0, log=True, default=0.1),
+        "max_depth": _count(1, 12, 3),
+        "max_features": spaces.choice([1.0, 0.75, 0.5, 0.25]),
+        "min_samples_leaf": _count(1, 32, 1),
+        "subsample": spaces.choice([1.0, 0.9, 0.75, 0.5]),
+    } | ({"loss": spaces.choice(losses)} if losses else {})
+
+
+def _svm(**more):
+    return {
+        "C": spaces.interval(1e-3, 1e3, log=True, default=1.0),
+        "kernel": spaces.choice(["rbf", "linear", "poly", "sigmoid"]),
+        # scikit-learn's own default depends on the number of columns.
+        "gamma": spaces.active_if(
+            spaces.interval(1e-4, 10.0, log=True, default=0.1), "kernel", ["rbf", "poly", "sigmoid"]
+        ),
+        "degree": spaces.active_if(spaces.integer(2, 5, default=3), "kernel", ["poly"]),
+        "coef0": spaces.active_if(spaces.interval(-1.0, 1.0, default=0.0), "kernel", ["poly", "sigmoid"]),
+        **more,
+    }
+
+
+_NEIGHBORS = {
+    "n_neighbors": _count(1, 100, 5),
+    "weights": spaces.choice(["uniform", "distance"]),
+    "p": spaces.choice([2, 1]),
+}
+_SQUARES = ["squared_error", "absolute_error", "friedman_mse"]
+
+# name -> module of scikit-learn, class, arguments, space
+_MODELS: dict[str, tuple[str, str, dict[str, Any], Any]] = {
+    "random_forest_classifier": (
+        "ensemble",
+        "RandomForestClassifier",
+        {},
+        _forest(["gini", "entropy"], "sqrt", True),
+    ),
+    "random_forest_regressor": ("ensemble", "RandomForestRegressor", {}, _forest(_SQUARES[:2], 1.0, True)),
+    "extra_trees_classifier": ("ensemble", "ExtraTreesClassifier", {}, _forest(["gini", "entropy"], "sqrt", False)),
+    "extra_trees_regressor": ("ensemble", "ExtraTreesRegressor", {}, _forest(_SQUARES[:2], 1.0, False)),
+    "gradient_boosting_classifier": ("ensemble", "GradientBoostingClassifier", {}, _boosting(None)),
+    "gradient_boosting_regressor": (
+        "ensemble",
+        "GradientBoostingRegressor",
+        {},
+        _boosting(["squared_error", "absolute_error", "huber"]),
+    ),
+    "svm_classifier": ("svm", "SVC", {}, _svm(class_weight=spaces.choice([None, "balanced"]))),
+    "svm_regressor": ("svm", "SVR", {}, _svm(epsilon=spaces.interval(1e-3, 1.0, log=True, default=0.1))),
+    "k_nearest_classifier": ("neighbors", "KNeighborsClassifier", {}, _NEIGHBORS),
+    "k_nearest_regressor": ("neighbors", "KNeighborsRegressor", {}, _NEIGHBORS),
+    "linear_classifier": (
+        "linear_model",
+        "LogisticRegression",
+        {"max_iter": 1_000},
+        {
+            "C": spaces.interval(1e-4, 1e4, log=True, default=1.0),
+            "class_weight": spaces.choice([None, "balanced"]),
+        },
+    ),
+    "linear_regressor": ("linear_model", "Ridge", {}, {"alpha": spaces.interval(1e-4, 1e4, log=True, default=1.0)}),
+    "k_means": (
+        "cluster",
+        "KMeans",
+        {},
+        {
+            "n_clusters": _count(2, 32, 8),
+            "init": spaces.choice(["k-means++", "random"]),
+            "n_init": _count(1, 16, 1),
+        },
+    ),
+    "gaussian_mixture": (
+        "mixture",
+        "GaussianMixture",
+        {},
+        {
+            "n_components": _count(1, 32, 1),
+            "covariance_type": spaces.choice(["full", "tied", "diag", "spherical"]),
+            "reg_covar": spaces.interval(1e-8, 1e-1, log=True, default=1e-6),
+        },
+    ),
+}
+
+# The names of the families of `sklearn_model`.
+SKLEARN_MODELS = tuple(_MODELS)

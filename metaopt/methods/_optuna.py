@@ -1,0 +1,199 @@
+"""Optuna's samplers and pruners as searchers: TPE, and BOHB."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from metaopt import base, spaces
+
+
+class OptunaState(NamedTuple):
+    """Carried from one call to the next.
+
+    Attributes:
+      study: Optuna's, which changes in place: a state is good for one call of `ask` or `tell`.
+      space: what is searched.
+      key: of the seeds of trials.
+      trials: Optuna's trial, by number, of what is asked for and has not ended.
+      num_asked: how many trials there are.
+      survivors: (number, index of its next fidelity) of trials that were not pruned, in the order in which to run them.
+    """
+
+    study: Any
+    space: base.PyTree
+    key: jax.Array
+    trials: dict[int, Any]
+    num_asked: int
+    survivors: list[tuple[int, int]]
+
+
+def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 10) -> base.Searcher:
+    """Tree-structured Parzen estimators, by Optuna (extra `optuna`).
+
+    Densities of the good and the other configurations are estimated, jointly over the parameters of one branch of a
+    conditional space, and the next configuration maximizes their ratio. Trials that are still running count as bad
+    ones, so that a batch spreads out.
+
+    Args:
+      first: configurations to try first; what they lack is at its default. By default, the space's default.
+      num_random: trials that are random, before there is a model.
+
+    Returns:
+      A searcher; its spaces are those of `spaces.to_optuna`. `tell` also takes records of trials that it never asked
+      for, which it learns from.
+
+    Raises:
+      ValueError: `num_random` is no integer of at least 0.
+      ImportError: when a search starts, Optuna is not installed.
+
+    Source: Bergstra et al., NeurIPS 2011, https://papers.nips.cc/paper/4443-algorithms-for-hyper-parameter-optimization;
+    Optuna: Akiba et al., KDD 2019, https://arxiv.org/abs/1907.10902
+    """
+    return _searcher([1.0], first, num_random, lambda optuna: optuna.pruners.NopPruner())
+
+
+def bohb(
+    *,
+    first: Sequence[Mapping[str, Any]] | None = None,
+    num_random: int = 10,
+    reduction_factor: int = 3,
+    num_rungs: int = 4,
+) -> base.Searcher:
+    """BOHB: configurations from TPE, budgets from Hyperband, both by Optuna (extra `optuna`).
+
+    A trial runs at fidelity η^(1 − `num_rungs`) first, η the reduction factor, and, as long as Hyperband's brackets do
+    not prune it, at η times as much, up to 1. So one trial has a record for each fidelity that it reached. As in
+    Optuna, pruning is asynchronous (a trial is compared with those that have been there before it), every bracket has a
+    model of its own, and trials of the brackets that prune late are run at the low fidelities, too. An objective that
+    resumes its own checkpoints (`tasks.collect(resumes=True)`) pays for none of that.
+
+    Args:
+      first: configurations to try first; what they lack is at its default. By default, the space's default.
+      num_random: trials of each bracket that are random, before there is a model.
+      reduction_factor: η, at least 2.
+      num_rungs: how many fidelities there are, at least 2: 1/27, 1/9, 1/3 and 1 by default.
+
+    Returns:
+      A searcher.
+
+    Raises:
+      ValueError: an argument is no integer, or is too small.
+      ImportError: when a search starts, Optuna is not installed.
+
+    Source: Falkner, Klein & Hutter, ICML 2018, https://arxiv.org/abs/1807.01774
+    """
+    base.check_integer("reduction_factor", reduction_factor, 2)
+    base.check_integer("num_rungs", num_rungs, 2)
+    fidelities = [float(reduction_factor) ** (rung - num_rungs + 1) for rung in range(num_rungs)]
+    steps = reduction_factor ** (num_rungs - 1)
+    pruner = lambda optuna: optuna.pruners.HyperbandPruner(1, steps, reduction_factor)
+    return _searcher(fidelities, first, num_random, pruner)
+
+
+def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
+    base.check_integer("num_random", num_random, 0)
+
+    def init(key, space):
+        try:
+            import optuna
+        except ImportError as error:
+            raise ImportError(
+                'This searcher needs Optuna; install it with `pip install "metaopt-jax[optuna]"`.'
+            ) from error
+        seed_key, key = jax.random.split(key)
+        seed = int(jax.random.randint(seed_key, (), 0, 2**31 - 1))
+        distributions = spaces.to_optuna(space)  # raises where it cannot
+        kwargs = {
+            "n_startup_trials": num_random,
+            "seed": seed,
+            "multivariate": True,
+            "group": True,
+            "constant_liar": True,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(**kwargs)
+        # The name is part of what assigns a trial to a bracket.
+        kwargs = {"study_name": "metaopt", "sampler": sampler, "pruner": pruner_fn(optuna)}
+        study = _quietly(optuna, lambda: optuna.create_study(**kwargs))
+        for configuration in [{}] if first is None else first:
+            whole = spaces.configuration(space, spaces.from_configuration(space, configuration))
+            study.enqueue_trial({name: value for name, value in whole.items() if name in distributions})
+        return OptunaState(study, space, key, {}, 0, [])
+
+    def ask(state, num):
+        asked = []
+        survivors, trials = list(state.survivors), dict(state.trials)
+        num_asked = state.num_asked
+        for _ in range(num):
+            if survivors:
+                number, rung = survivors.pop(0)
+            else:
+                number, rung = num_asked, 0
+                trials[number] = state.study.ask()
+                num_asked += 1
+            asked.append(
+                base.Record(
+                    "",
+                    spaces.suggest(trials[number], state.space),
+                    fidelity=fidelities[rung],
+                    seed=int(jax.random.randint(jax.random.fold_in(state.key, number), (), 0, 2**31 - 1)),
+                    status="WAITING",
+                    trial=number,
+                )
+            )
+        return asked, state._replace(trials=trials, num_asked=num_asked, survivors=survivors)
+
+    def tell(state, records):
+        from optuna.trial import TrialState
+
+        survivors, trials = list(state.survivors), dict(state.trials)
+        for record in records:
+            trial = trials.get(record.trial)
+            if trial is None:
+                _add(state.study, state.space, record)
+                continue
+            rung = fidelities.index(record.fidelity)
+            if record.status == "COMPLETE" and rung + 1 < len(fidelities):
+                trial.report(record.outcome, step=round(record.fidelity / fidelities[0]))
+                if not trial.should_prune():
+                    survivors.append((record.trial, rung + 1))
+                    continue
+            elif record.status == "PRUNED":
+                trial.report(record.outcome, step=round(record.fidelity / fidelities[0]))
+            whole = record.status == "COMPLETE" and rung + 1 == len(fidelities)
+            if whole:
+                state.study.tell(trial, record.outcome)
+            else:
+                failed = record.status == "FAIL"
+                state.study.tell(trial, state=TrialState.FAIL if failed else TrialState.PRUNED)
+            del trials[record.trial]
+        return state._replace(trials=trials, survivors=survivors)
+
+    return base.Searcher(init, ask, tell)
+
+
+def _add(study, space, record: base.Record) -> None:
+    """A trial that was not asked for: another search's, or an earlier one's."""
+    import optuna
+
+    distributions = spaces.to_optuna(space)
+    params = {name: value for name, value in record.configuration.items() if name in distributions}
+    if record.status == "COMPLETE" and record.fidelity == 1.0:
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=params, distributions={name: distributions[name] for name in params}, value=record.outcome
+            )
+        )
+
+
+def _quietly(optuna, fn):
+    """Without a line on standard error for every study."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return fn()
+    finally:
+        optuna.logging.set_verbosity(before)

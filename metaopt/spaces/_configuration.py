@@ -1,0 +1,176 @@
+"""λ as plain values: what a black box runs with, and what a record of it keeps.
+
+A configuration is a flat dict from names to Python's numbers, strings, booleans and None, so that it is the same in
+JSON, in a data base and in Optuna or ConfigSpace.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base
+from metaopt.spaces._leaves import Choice, Integer, Leaf
+from metaopt.spaces._tree import _flatten, _match, _name
+
+
+def configuration(space: base.PyTree, hyperparams: base.HyperParams) -> dict[str, Any]:
+    """λ as plain values by name: integers rounded, choices as their labels, without what is not active.
+
+    Args:
+      space: a tree of leaves.
+      hyperparams: λ, structured like the space; relaxed or not. Not traced.
+
+    Returns:
+      A value for each entry of each active leaf, fixed ones among them: a float (also for each weight of a `simplex`),
+      an int, or a label. Names are paths, with an index where a leaf has a shape: `"adam.rate"`, `"mix[0]"`.
+
+    Raises:
+      ValueError: λ does not fit the space, or a condition names what the space does not have.
+
+    >>> import numpy as np
+    >>> from metaopt import spaces
+    >>> space = {"depth": spaces.integer(1, 8), "loss": spaces.choice(["mse", "mae"])}
+    >>> spaces.configuration(space, {"depth": 2.7, "loss": np.array([0.4, 0.6])})
+    {'depth': 3, 'loss': 'mae'}
+    """
+    conditions = _conditions(space)
+    plain = {}
+    for path, leaf, value in _match(space, hyperparams)[0]:
+        array = np.asarray(value)
+        for index in np.ndindex(leaf.plain_shape):
+            plain[_entry(_name(path), index)] = leaf.to_plain(array[index])
+    holds: dict[str, bool] = {}
+    for name in conditions:  # parents come first
+        holds[name] = all(holds[parent] and plain[parent] in values for parent, values in conditions[name])
+    return {name: value for name, value in plain.items() if holds[_leaf_name(name, conditions)]}
+
+
+def from_configuration(
+    space: base.PyTree, configuration: Mapping[str, Any], *, strict: bool = True
+) -> base.HyperParams:
+    """λ from plain values by name. What the configuration lacks (what is not active, among others) is at its default.
+
+    Args:
+      space: a tree of leaves.
+      configuration: plain values by name, as from `configuration`; those of fixed leaves are not looked at.
+      strict: whether names and labels that the space does not have are refused. Otherwise such names are ignored, and
+        such labels give all labels the same weight: for records of a space that has changed since.
+
+    Returns:
+      λ, structured like the space, of NumPy arrays of JAX's default floating-point type; a choice is one-hot.
+
+    Raises:
+      ValueError: a value is not of its leaf's kind; or, where `strict`, a name or a label is not known.
+
+    >>> from metaopt import spaces
+    >>> space = {"depth": spaces.integer(1, 8, default=2), "loss": spaces.choice(["mse", "mae"])}
+    >>> λ = spaces.from_configuration(space, {"loss": "mae"})
+    >>> λ["depth"].item(), λ["loss"].tolist()
+    (2.0, [0.0, 1.0])
+    """
+    leaves, treedef = _flatten(space)
+    unknown = dict(configuration)
+    values = []
+    for path, leaf in leaves:
+        value = np.array(_default_value(leaf, jnp.result_type(float)))
+        for index in np.ndindex(leaf.plain_shape):
+            name = _entry(_name(path), index)
+            given = unknown.pop(name, _MISSING)
+            if given is not _MISSING and leaf.tuned:
+                try:
+                    value[index] = leaf.from_plain(given, strict)
+                except ValueError as error:
+                    raise ValueError(f"The configuration's `{name}` must be {error}; got {given!r}.") from None
+        values.append(value)
+    if unknown and strict:
+        raise ValueError(
+            f"The space has no {', '.join(f'`{name}`' for name in unknown)}; it has {', '.join(_plain_names(leaves))}. "
+            "`strict=False` ignores what it does not have."
+        )
+    return treedef.unflatten(values)
+
+
+def active(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
+    """Which dimensions of the encoding matter at λ; `jax.vmap` and `jax.jit` work over λ.
+
+    Args:
+      space: a tree of leaves.
+      hyperparams: λ, structured like the space; relaxed or not.
+
+    Returns:
+      [num_dims] bool, ordered like `encode`: whether the conditions of the leaf hold, those of its parents included.
+
+    Raises:
+      ValueError: λ does not fit the space, or a condition names what the space does not have.
+
+    >>> from metaopt import spaces
+    >>> space = {
+    ...     "depth": spaces.integer(0, 8),
+    ...     "width": spaces.active_if(spaces.integer(1, 64), "depth", range(1, 9)),
+    ... }
+    >>> spaces.active(space, {"depth": 0, "width": 8}).tolist()
+    [True, False]
+    """
+    conditions = _conditions(space)
+    leaves = {_name(path): (leaf, value) for path, leaf, value in _match(space, hyperparams)[0]}
+    holds: dict[str, jax.Array] = {}
+    for name in conditions:
+        here = jnp.array(True)
+        for parent, values in conditions[name]:
+            leaf, value = leaves[parent]
+            if isinstance(leaf, Choice):
+                at, among = jnp.argmax(value), [leaf.labels.index(label) for label in values]
+            else:
+                at, among = leaf.discretize(value), list(values)
+            here &= holds[parent] & jnp.isin(at, jnp.array(among))
+        holds[name] = here
+    parts = [jnp.full(leaf.value_shape, holds[name]) for name, (leaf, _) in leaves.items() if leaf.tuned]
+    return jnp.concatenate([jnp.ravel(part) for part in parts]) if parts else jnp.zeros((0,), bool)
+
+
+_MISSING = object()
+
+
+@functools.lru_cache(maxsize=1024)
+def _default_value(leaf: Leaf, dtype) -> np.ndarray:
+    """In NumPy, and once per type of λ: thousands of records are read with one space."""
+    return np.asarray(leaf.default_value())
+
+
+def _entry(name: str, index: tuple[int, ...]) -> str:
+    return name + (f"[{','.join(map(str, index))}]" if index else "")
+
+
+def _leaf_name(name: str, conditions) -> str:
+    return name if name in conditions else name[: name.rindex("[")]
+
+
+def _plain_names(leaves) -> list[str]:
+    return [f"`{_entry(_name(path), index)}`" for path, leaf in leaves for index in np.ndindex(leaf.plain_shape)]
+
+
+def _conditions(space) -> dict[str, tuple[tuple[str, tuple], ...]]:
+    """The condition of every leaf by its name, parents before their children; raises where one cannot be met."""
+    leaves: dict[str, Leaf] = {_name(path): leaf for path, leaf in _flatten(space)[0]}
+    for name, leaf in leaves.items():
+        for parent, values in leaf.condition:
+            other = leaves.get(parent)
+            if not isinstance(other, (Choice, Integer)) or other.shape:
+                raise ValueError(
+                    f"The condition of `{name}` names `{parent}`, which must be a `choice` or an `integer` of the "
+                    f"space, without shape; got {other!r}."
+                )
+            allowed = other.labels if isinstance(other, Choice) else range(other.low, other.high + 1)
+            if wrong := [value for value in values if value not in allowed]:
+                raise ValueError(f"The condition of `{name}` has {wrong[0]!r}, which is no value of `{parent}`.")
+    ordered: dict[str, tuple] = {}
+    while len(ordered) < len(leaves):
+        ready = [n for n, x in leaves.items() if n not in ordered and all(p in ordered for p, _ in x.condition)]
+        if not ready:
+            raise ValueError(f"The conditions of {[n for n in leaves if n not in ordered]} depend on one another.")
+        ordered.update({name: leaves[name].condition for name in ready})
+    return ordered

@@ -1,0 +1,250 @@
+"""Spaces as Optuna's distributions and as ConfigSpace's JSON, and back.
+
+Names are those of a configuration. `real` and `positive`, which have no bounds here, get those at ±3 z, between which
+99.7 % of their samples lie. A simplex has no counterpart in either.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from metaopt import base
+from metaopt.spaces import _leaves
+from metaopt.spaces._configuration import _conditions, _entry
+from metaopt.spaces._leaves import Leaf
+from metaopt.spaces._tree import _flatten, _name
+
+_MOST_VALUES = 1_000  # of an integer, in a condition that is an inequality
+
+
+def to_optuna(space: base.PyTree) -> dict[str, Any]:
+    """Optuna's distribution of every tuned entry, by name; conditions, which Optuna does not have, are left out.
+
+    Args:
+      space: a tree of leaves.
+
+    Returns:
+      Float, integer and categorical distributions, parents of conditions before what depends on them.
+
+    Raises:
+      ValueError: the space has a simplex, or a condition that cannot be met.
+      ImportError: Optuna is not installed.
+    """
+    from optuna import distributions as optuna
+
+    found = {}
+    for name, leaf, index in _entries(space):
+        if isinstance(leaf, _leaves.Choice):
+            found[name] = optuna.CategoricalDistribution(leaf.labels)
+        elif isinstance(leaf, _leaves.Integer):
+            found[name] = optuna.IntDistribution(leaf.low, leaf.high, log=leaf.log)
+        elif leaf.tuned:
+            found[name] = optuna.FloatDistribution(*_bounds(name, leaf, index)[:2], log=_is_log(leaf))
+    return found
+
+
+def suggest(trial: Any, space: base.PyTree) -> dict[str, Any]:
+    """A configuration from Optuna's sampler, for an objective of a study: conditions are obeyed as it is drawn.
+
+    Args:
+      trial: an `optuna.Trial`.
+      space: a tree of leaves.
+
+    Returns:
+      Plain values by name, as from `configuration`.
+
+    Raises:
+      ValueError: the space has a simplex, or a condition that cannot be met.
+    """
+    found: dict[str, Any] = {}
+    for name, leaf, index in _entries(space):
+        if not all(parent in found and found[parent] in values for parent, values in leaf.condition):
+            continue
+        if isinstance(leaf, _leaves.Fixed):
+            found[name] = leaf.value[index].item()
+        elif isinstance(leaf, _leaves.Choice):
+            found[name] = trial.suggest_categorical(name, leaf.labels)
+        else:
+            fn = trial.suggest_int if isinstance(leaf, _leaves.Integer) else trial.suggest_float
+            found[name] = fn(name, *_bounds(name, leaf, index)[:2], log=_is_log(leaf))
+    return found
+
+
+def from_optuna(distributions: Mapping[str, Any]) -> dict[str, Leaf]:
+    """The space of Optuna's distributions, as of a study's trials.
+
+    Args:
+      distributions: by name. An integer with a step becomes a choice of its values.
+
+    Returns:
+      A flat dict of leaves; a distribution of one value is fixed.
+
+    Raises:
+      ValueError: a distribution has no counterpart: a float with a step, one label that is no number, a step that gives
+        more than 1,000 values.
+    """
+    space: dict[str, Leaf] = {}
+    for name, distribution in distributions.items():
+        kind = type(distribution).__name__
+        if kind == "CategoricalDistribution":
+            space[name] = _choice(distribution.choices)
+        elif distribution.single():
+            space[name] = _leaves.fixed(distribution.low)
+        elif kind == "IntDistribution" and distribution.step == 1:
+            space[name] = _leaves.integer(distribution.low, distribution.high, log=distribution.log)
+        elif kind == "IntDistribution":
+            space[name] = _choice(_few(name, range(distribution.low, distribution.high + 1, distribution.step)))
+        elif kind == "FloatDistribution" and distribution.step is None:
+            space[name] = _leaves.interval(distribution.low, distribution.high, log=distribution.log)
+        else:
+            raise ValueError(f"`{name}` has no counterpart in a space: {distribution}.")
+    return space
+
+
+def to_configspace(space: base.PyTree) -> dict[str, Any]:
+    """ConfigSpace's JSON (its format 0.4) of a space, with conditions.
+
+    Args:
+      space: a tree of leaves.
+
+    Returns:
+      A document for `json.dump`, which `ConfigurationSpace.from_json` reads.
+
+    Raises:
+      ValueError: the space has a simplex, or a condition that cannot be met.
+    """
+    hyperparameters, conditions = [], []
+    for name, leaf, index in _entries(space):
+        entry: dict[str, Any] = {"name": name, "meta": None}
+        if isinstance(leaf, _leaves.Fixed):
+            entry |= {"type": "constant", "value": leaf.value[index].item()}
+        elif isinstance(leaf, _leaves.Choice):
+            entry |= {"type": "categorical", "choices": list(leaf.labels), "weights": None}
+            entry["default_value"] = leaf.default
+        else:
+            low, high, default = _bounds(name, leaf, index)
+            entry |= {
+                "type": f"uniform_{'int' if isinstance(leaf, _leaves.Integer) else 'float'}",
+                "log": _is_log(leaf),
+            }
+            entry |= {"lower": low, "upper": high, "default_value": default}
+        hyperparameters.append(entry)
+        each = [
+            {"type": "IN", "child": name, "parent": parent, "values": list(values)} for parent, values in leaf.condition
+        ]
+        conditions += each if len(each) <= 1 else [{"type": "AND", "child": name, "conditions": each}]
+    document = {"name": None, "hyperparameters": hyperparameters, "conditions": conditions, "forbiddens": []}
+    return document | {"format_version": 0.4}
+
+
+def from_configspace(document: Mapping[str, Any]) -> dict[str, Leaf]:
+    """The space of ConfigSpace's JSON (its format 0.4).
+
+    A normal distribution with bounds becomes uniform between them, and an ordinal parameter a choice. A default at a
+    bound is moved inside by a millionth of the range. Conditions may be =, ≠, in, <, > and their conjunctions.
+
+    Args:
+      document: `json.load` of what `ConfigurationSpace.to_json` wrote.
+
+    Returns:
+      A flat dict of leaves.
+
+    Raises:
+      ValueError: there is a forbidden clause, a disjunction of conditions, or a parameter without a counterpart.
+    """
+    if document.get("forbiddens"):
+        raise ValueError("A space has no forbidden clauses; let the objective raise where they hold.")
+    space: dict[str, Leaf] = {}
+    for entry in document["hyperparameters"]:
+        name, kind = entry["name"], entry["type"]
+        default = entry.get("default_value")
+        if kind in ("constant", "unparametrized"):
+            space[name] = _choice([entry["value"]])
+        elif kind == "categorical":
+            space[name] = _choice(entry["choices"], default)
+        elif kind == "ordinal":
+            space[name] = _choice(entry["sequence"], default)
+        elif kind.endswith("_int") and entry.get("lower") is not None:
+            space[name] = _leaves.integer(entry["lower"], entry["upper"], log=entry.get("log", False), default=default)
+        elif kind.endswith("_float") and entry.get("lower") is not None:
+            low, high, log = entry["lower"], entry["upper"], entry.get("log", False)
+            space[name] = _leaves.interval(low, high, log=log, default=_inside(low, high, log, default))
+        else:
+            raise ValueError(f"`{name}` has no counterpart in a space: {entry}.")
+    for condition in document.get("conditions", []):
+        for one in condition["conditions"] if condition["type"] == "AND" else [condition]:
+            name, parent = one.get("child"), one.get("parent")
+            if one["type"] not in _HOLDS or name not in space or parent not in space:
+                raise ValueError(f"A condition that has no counterpart in a space: {one}.")
+            holds, other = _HOLDS[one["type"]], space[parent]
+            if isinstance(other, _leaves.Integer):
+                allowed = _few(parent, range(other.low, other.high + 1))
+            else:
+                allowed = getattr(other, "labels", ())  # of what is no choice, `_conditions` says that it is none
+            wanted = one["values"] if one["type"] == "IN" else one["value"]
+            space[name] = _leaves.active_if(space[name], parent, [v for v in allowed if holds(v, wanted)] or [wanted])
+    _conditions(space)
+    return space
+
+
+_HOLDS = {
+    "EQ": lambda value, wanted: value == wanted,
+    "NEQ": lambda value, wanted: value != wanted,
+    "IN": lambda value, wanted: value in wanted,
+    "LT": lambda value, wanted: value < wanted,
+    "GT": lambda value, wanted: value > wanted,
+}
+
+
+def _entries(space) -> list[tuple[str, Leaf, tuple[int, ...]]]:
+    """Name, leaf and index of every plain value, parents of conditions first."""
+    leaves = {_name(path): leaf for path, leaf in _flatten(space)[0]}
+    return [
+        (_entry(name, index), leaves[name], index)
+        for name in _conditions(space)
+        for index in np.ndindex(leaves[name].plain_shape)
+    ]
+
+
+def _bounds(name: str, leaf: Leaf, index) -> tuple[float, float, float]:
+    """The smallest value of one entry, the largest, and the default."""
+    if isinstance(leaf, _leaves.Simplex):
+        raise ValueError(f"`{name}` is of a simplex, which has no counterpart; use a `choice`, or weights that add up.")
+    assert isinstance(leaf, (_leaves.Real, _leaves.Positive, _leaves._Bounded))
+    default = float(np.broadcast_to(leaf.default, leaf.shape)[index])
+    if isinstance(leaf, _leaves.Integer):
+        return leaf.low, leaf.high, int(default)
+    if isinstance(leaf, _leaves._Bounded):
+        return leaf.low, leaf.high, default
+    if isinstance(leaf, _leaves.Positive):
+        return default * math.exp(-3 * leaf.scale), default * math.exp(3 * leaf.scale), default
+    return default - 3 * leaf.scale, default + 3 * leaf.scale, default
+
+
+def _is_log(leaf: Leaf) -> bool:
+    return isinstance(leaf, _leaves.Positive) or getattr(leaf, "log", False)
+
+
+def _inside(low, high, log, default):
+    if default is None:
+        return None
+    low, high, at = (math.log(x) if log else x for x in (low, high, default))
+    inside = min(max(at, low + 1e-6 * (high - low)), high - 1e-6 * (high - low))
+    if inside == at:
+        return default
+    return math.exp(inside) if log else inside
+
+
+def _choice(labels, default=None) -> Leaf:
+    labels = list(labels)
+    if len(labels) > 1:
+        return _leaves.choice(labels, default=default)
+    return _leaves.fixed(labels[0])
+
+
+def _few(name, values):
+    if len(values) > _MOST_VALUES:
+        raise ValueError(f"`{name}` has {len(values)} values, and at most {_MOST_VALUES} can be written out.")
+    return values

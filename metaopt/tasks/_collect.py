@@ -1,0 +1,250 @@
+"""Collects records: any searcher, any Python callable, many tasks at a time; interrupted and continued at any point.
+
+There is one loop. In each round the searcher of every task is asked for a batch of trials; they run, through joblib,
+wherever there is room; then every searcher is told what came of its own, in the order in which it had asked. A trial
+depends on its own seed alone. So what is found depends on the size of a batch, and not on how many workers there are.
+
+A collection is continued by doing it again: the searchers are asked again from the start, which gives the same trials,
+and those of which the store has the end are told without being run. Nothing of a searcher is ever saved.
+"""
+
+import contextlib
+import os
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from metaopt import base
+from metaopt.tasks._random_search import random_search
+from metaopt.tasks._records import append_records, read_records
+from metaopt.tasks._trials import ObjectiveFn, end_children, memory_is_known, run_here, run_isolated
+
+_ENDED = ("COMPLETE", "PRUNED", "FAIL")
+
+
+def collect(
+    objective: ObjectiveFn,
+    space: base.PyTree,
+    tasks: Mapping[str, Any] | Sequence[Any],
+    *,
+    num_trials: float,
+    key: jax.Array,
+    searcher: base.Searcher | None = None,
+    batch_size: int | None = None,
+    same_trials: bool = False,
+    resumes: bool = False,
+    store: str | os.PathLike[str] | None = None,
+    study: str = "",
+    num_workers: int | None = None,
+    isolated: bool = True,
+    time_limit: float | None = None,
+    memory_limit: float | None = None,
+    budget: float | None = None,
+    progress: bool | None = None,
+) -> list[base.Record]:
+    """Runs trials of an objective on tasks, and records them.
+
+    By default every trial runs in a spawned child process, whose end is a record and no more: one that raises, returns
+    no finite number, crashes or exceeds a limit has status "FAIL" and a reason. The children belong to the workers, not
+    to joblib: a pool that kills one of its own processes takes the pool's other trials along, and cannot say which
+    limit it was. So joblib's workers only wait, in threads by default; under `joblib.parallel_config(backend=...)`
+    they are threads or processes of loky, Dask or Ray, each with children on its own machine.
+
+    Args:
+      objective: `(trial, task) -> outcome`, a number, smaller is better. `trial` is a `Record`: it should obey
+        `trial.configuration`, plain values by name, use `trial.seed` for all that is random, and `trial.fidelity` if
+        the searcher asks for less than the full budget. It may raise `tasks.Pruned(outcome)`.
+      space: a tree of leaves.
+      tasks: what the objective is given, by name; or a list of what has a `name`, as `Table`s do.
+      num_trials: how many full budgets to spend on each task: a trial at fidelity 1/9 counts 1/9.
+      key: of the search; each task's is folded from it and the task's name.
+      searcher: by default `random_search()`: the space's default first, then random configurations.
+      batch_size: how many trials a task's searcher is asked for at a time, before it hears of them. By default 1, and
+        for random search, which does not listen, all.
+      same_trials: give every task's searcher the same key. Random search then tries the same configurations with the
+        same seeds everywhere, which makes the records a matrix.
+      resumes: whether the objective continues a trial that it has run at a lower fidelity (from a checkpoint of its
+        own), so that only the difference of the two is spent.
+      store: a file of records (`append_records`), made where there is none; by default, none.
+      study: the collection's name in the store. One is continued by calling again with the same space, searcher,
+        `batch_size`, `same_trials`, `resumes` and key; `num_trials` may be larger, tasks may come and go.
+      num_workers: how many trials run at a time, on one core each: joblib's `n_jobs`.
+      isolated: whether trials run in children, on POSIX systems. Otherwise they run in joblib's workers: faster where
+        a trial takes less than milliseconds, without limits, and no protection against what ends the process.
+      time_limit: seconds a trial.
+      memory_limit: MiB of a trial's process and what that starts; read 20 times a second, on Linux. Python with metaopt
+        and JAX takes 200 to 300 of them.
+      budget: seconds in all, after which no trial starts; those that run then go on to their end, or their limit.
+      progress: a bar on the terminal; None shows it in a terminal or a notebook.
+
+    Returns:
+      The records of these tasks, each "COMPLETE", "PRUNED" or "FAIL", task by task in the order of the trials; without
+      what the budget did not allow.
+
+    Raises:
+      ValueError: an argument is not valid, or the store has this study from another space, searcher or key.
+      RuntimeError: a child cannot start, or cannot read the objective or a task.
+      ImportError: joblib or, for isolated trials, cloudpickle is not installed.
+
+    >>> import jax
+    >>> from metaopt import spaces, tasks
+    >>> def objective(trial, task):
+    ...     return (trial.configuration["x"] - task) ** 2
+    >>> space = {"x": spaces.interval(-1.0, 1.0)}
+    >>> kwargs = {"num_trials": 3, "key": jax.random.key(0), "isolated": False}
+    >>> records = tasks.collect(objective, space, {"left": -0.5, "right": 0.5}, **kwargs)
+    >>> [(record.task, record.trial, record.status) for record in records][2:4]
+    [('left', 2, 'COMPLETE'), ('right', 0, 'COMPLETE')]
+    >>> records[0].configuration, records[0].outcome
+    ({'x': 0.0}, 0.25)
+    """
+    base.check_positive("num_trials", num_trials)
+    base.check_integer("batch_size", batch_size, 1, optional=True)
+    for name, value in (("time_limit", time_limit), ("memory_limit", memory_limit), ("budget", budget)):
+        base.check_positive(name, value, optional=True)
+    if not isolated and (time_limit is not None or memory_limit is not None):
+        raise ValueError("A limit needs `isolated=True`: what runs in this process cannot be ended.")
+    if isolated and os.name != "posix":
+        raise ValueError(f"Isolated trials need a POSIX system; on {os.name!r}, use `isolated=False`.")
+    if memory_limit is not None and not memory_is_known():
+        raise ValueError("`memory_limit` needs Linux, whose /proc says what a process holds; leave it out.")
+    named = dict(tasks) if isinstance(tasks, Mapping) else {task.name: task for task in tasks}
+    if len(named) < len(tasks):
+        raise ValueError("The names of `tasks` must differ.")
+    if batch_size is None:
+        batch_size = 1 if searcher is not None else max(1, round(num_trials))
+    searcher = random_search() if searcher is None else searcher
+
+    owner = uuid.uuid4().hex
+    run = run_here if not isolated else _Isolated(time_limit, memory_limit, owner)
+    deadline = float("inf") if budget is None else time.monotonic() + budget
+    ended = _read_ended(store, study, named)
+    states = {
+        name: searcher.init(key if same_trials else jax.random.fold_in(key, zlib.crc32(name.encode())), space)
+        for name in named
+    }
+    told: dict[str, list[base.Record]] = {name: [] for name in named}
+    asking, spent = set(named), dict.fromkeys(named, 0.0)
+    paid: dict[tuple[str, int], float] = {}  # the highest fidelity of each trial, where it resumes
+    try:
+        with _progress_bar(num_trials * len(named), progress) as show:
+            while asking:
+                batches: dict[str, list[base.Record]] = {}
+                for name in [name for name in named if name in asking]:
+                    # A whole batch is asked for, even where less is left to spend, so that more can be spent later.
+                    asked, states[name] = searcher.ask(states[name], batch_size)
+                    batches[name] = []
+                    for trial in asked:
+                        if spent[name] < num_trials - 1e-6:  # a sum of thirds is no whole number
+                            spent[name] += trial.fidelity - paid.get((name, trial.trial), 0.0)
+                            if resumes:
+                                paid[name, trial.trial] = trial.fidelity
+                            batches[name].append(trial._replace(task=name))
+                    if not asked or spent[name] >= num_trials - 1e-6:
+                        asking.discard(name)
+                waiting = []
+                for trial in (trial for batch in batches.values() for trial in batch):
+                    known = ended.get(_identity(trial))
+                    if known is None:
+                        waiting.append(trial)
+                    elif (known.configuration, known.seed) != (trial.configuration, trial.seed):
+                        raise ValueError(
+                            f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed "
+                            f"than is asked for now: it comes from another space, searcher, key or `batch_size`. "
+                            f"Give this collection another `study` than {study!r}."
+                        )
+                    else:
+                        show(known)
+                for record in _run_all(run, objective, named, waiting, store, study, num_workers, deadline):
+                    ended[_identity(record)] = record
+                    show(record)
+                for name, batch in batches.items():
+                    done = [ended[_identity(trial)] for trial in batch if _identity(trial) in ended]
+                    told[name] += done
+                    if len(done) < len(batch):
+                        asking.clear()  # the budget is spent
+                    else:
+                        states[name] = searcher.tell(states[name], done)
+    finally:
+        if isolated:
+            end_children(owner)
+    return [record for records in told.values() for record in records]
+
+
+class _Isolated:
+    """`run_isolated` with its limits, for joblib to send."""
+
+    def __init__(self, time_limit, memory_limit, owner):
+        self.limits = {"time_limit": time_limit, "memory_limit": memory_limit, "owner": owner}
+
+    def __call__(self, objective, task, trial):
+        return run_isolated(objective, task, trial, **self.limits)
+
+
+def _identity(record: base.Record) -> tuple:
+    return record.task, record.trial, record.fidelity
+
+
+def _read_ended(store, study, named) -> dict[tuple, base.Record]:
+    """What the store has of the study; a trial without an end is queued again."""
+    if store is None or not os.path.exists(store):
+        return {}
+    records = read_records(store, study=study, status=_ENDED)
+    return {_identity(record): record for record in records if record.task in named}
+
+
+def _run_all(run, objective, named, trials, store, study, num_workers, deadline) -> Iterator[base.Record]:
+    """The records of trials as they end, each appended to the store at once."""
+    if not trials:
+        return
+    try:
+        import joblib
+    except ImportError as error:
+        raise ImportError('`collect` needs joblib; install it with `pip install "metaopt-jax[records]"`.') from error
+    stopped = False
+
+    def jobs():
+        for trial in trials:  # taken by joblib when a worker is free
+            if stopped or time.monotonic() >= deadline:
+                return
+            if store is not None:
+                append_records(store, [trial._replace(status="RUNNING")], study=study)
+            yield joblib.delayed(run)(objective, named[trial.task], trial)
+
+    kwargs: dict[str, Any] = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs", "batch_size": 1}
+    parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", **kwargs)
+    try:
+        for record in parallel(jobs()):
+            if store is not None:
+                append_records(store, [record], study=study)
+            yield record
+    finally:
+        stopped = True
+
+
+@contextlib.contextmanager
+def _progress_bar(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
+    """Yields what is called with every record that there is."""
+    if show is not False:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        if show or console.is_terminal or console.is_jupyter:
+            text = "{task.fields[failed]} failed  {task.fields[pruned]} pruned"
+            columns = BarColumn(), MofNCompleteColumn(), TextColumn(text), TimeRemainingColumn()
+            with Progress(*columns, console=console) as bar:
+                line = bar.add_task("", total=total, failed=0, pruned=0)
+
+                def update(record):
+                    counts = bar.tasks[0].fields
+                    failed, pruned = counts["failed"] + (record.status == "FAIL"), record.status == "PRUNED"
+                    bar.update(line, advance=record.fidelity, failed=failed, pruned=counts["pruned"] + pruned)
+
+                yield update
+            return
+    yield lambda record: None

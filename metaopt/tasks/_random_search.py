@@ -1,0 +1,96 @@
+"""Random search, from the distributions of the space."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from metaopt import base, spaces
+
+
+class RandomSearchState(NamedTuple):
+    """Carried from one call to the next.
+
+    Attributes:
+      key: of the search; a trial's own is folded from it and the trial's number.
+      space: what is searched.
+      first: the configurations of the first trials.
+      num_asked: how many trials have been asked for.
+    """
+
+    key: jax.Array
+    space: base.PyTree
+    first: list[dict[str, Any]]
+    num_asked: int
+
+
+def random_search(*, first: Sequence[Mapping[str, Any]] | None = None) -> base.Searcher:
+    """Every configuration is drawn by itself, as by `spaces.sample`; a few given ones come first.
+
+    What is drawn depends on the key and the trial's number alone: on no outcome, and not on how many are asked for at a
+    time.
+
+    Args:
+      first: configurations to try first; what they lack is at its default. By default, the space's default.
+
+    Returns:
+      A searcher.
+
+    >>> import jax
+    >>> from metaopt import spaces, tasks
+    >>> searcher = tasks.random_search()
+    >>> state = searcher.init(jax.random.key(0), {"depth": spaces.integer(1, 9)})
+    >>> trials, state = searcher.ask(state, 3)
+    >>> trials[0].configuration, [trial.trial for trial in trials]
+    ({'depth': 5}, [0, 1, 2])
+    """
+
+    def init(key, space):
+        return RandomSearchState(key, space, complete(space, first), 0)
+
+    def ask(state, num):
+        leaves, treedef = jax.tree.flatten(state.space)
+        draw = _draw_fn(tuple(leaves), treedef)
+        trials = []
+        for trial in range(state.num_asked, state.num_asked + num):
+            drawn, seed = draw(state.key, trial)
+            given = trial < len(state.first)
+            configuration = state.first[trial] if given else spaces.configuration(state.space, drawn)
+            trials.append(base.Record("", configuration, seed=int(seed), status="WAITING", trial=trial))
+        return trials, state._replace(num_asked=state.num_asked + num)
+
+    def tell(state, records):
+        del records
+        return state
+
+    return base.Searcher(init, ask, tell)
+
+
+def complete(space: base.PyTree, first: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """The configurations to try first, with what they lack at its default.
+
+    Args:
+      space: a tree of leaves.
+      first: configurations, or None for the space's default alone.
+
+    Returns:
+      Whole configurations, without what is not active.
+
+    Raises:
+      ValueError: one of them does not fit the space.
+    """
+    return [
+        spaces.configuration(space, spaces.from_configuration(space, c)) for c in ([{}] if first is None else first)
+    ]
+
+
+@functools.lru_cache(maxsize=64)
+def _draw_fn(leaves, treedef):
+    space = treedef.unflatten(leaves)
+
+    def draw(key, trial):
+        sample_key, seed_key = jax.random.split(jax.random.fold_in(key, trial))
+        return spaces.sample(sample_key, space), jax.random.randint(seed_key, (), 0, 2**31 - 1)
+
+    return jax.jit(draw)

@@ -1,0 +1,341 @@
+"""Records as one array: many configurations on many tasks, and published tables of them.
+
+The readers take the folder that METAOPT_DATA names. Outcomes are losses: 1 − accuracy where a table has accuracies.
+"""
+
+import csv
+import gzip
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaopt.base import Record
+
+
+class TrialTable(NamedTuple):
+    """C configurations on T tasks at F fidelities.
+
+    Attributes:
+      tasks: T names.
+      configurations: C plain configurations.
+      outcomes: [T, C, F] float; NaN where there is none.
+      costs: [T, C, F] seconds; NaN where they are not known.
+      fidelities: [F] in (0, 1], ascending.
+      families: T names of what near-duplicates and parts of one source share; leave out whole families.
+    """
+
+    tasks: tuple[str, ...]
+    configurations: tuple[dict[str, Any], ...]
+    outcomes: np.ndarray
+    costs: np.ndarray
+    fidelities: np.ndarray
+    families: tuple[str, ...]
+
+
+def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = None) -> TrialTable:
+    """Records as a table: one row a task, one column a configuration; the mean over seeds.
+
+    Args:
+      records: "COMPLETE" or "PRUNED" ones count; of the others, only that they were tried is known.
+      families: the family of each task, by name; by default, each task is one of its own.
+
+    Returns:
+      A table of the records' tasks, configurations and fidelities, in the order in which they first occur; fidelities
+      ascend.
+
+    >>> from metaopt import Record, tasks
+    >>> table = tasks.tabulate([Record("a", {"x": 1}, 0.5), Record("a", {"x": 2}, 0.25), Record("b", {"x": 2}, 0.75)])
+    >>> table.configurations, table.outcomes[:, :, 0].tolist()
+    (({'x': 1}, {'x': 2}), [[0.5, 0.25], [nan, 0.75]])
+    """
+    keys = [json.dumps(record.configuration, sort_keys=True) for record in records]
+    names, columns = _positions(record.task for record in records), _positions(keys)
+    fidelities = sorted({record.fidelity for record in records})
+    sums = np.zeros((3, len(names), len(columns), len(fidelities)))
+    for key, record in zip(keys, records, strict=True):
+        if math.isfinite(record.outcome):
+            at = names[record.task], columns[key], fidelities.index(record.fidelity)
+            sums[:, *at] += record.outcome, record.cost, 1
+    with np.errstate(invalid="ignore"):
+        outcomes, costs = sums[:2] / sums[2]
+    family = {} if families is None else families
+    return TrialTable(
+        tuple(names),
+        tuple(json.loads(key) for key in columns),
+        outcomes,
+        costs,
+        np.array(fidelities),
+        tuple(family.get(name, name) for name in names),
+    )
+
+
+def table_records(table: TrialTable) -> list[Record]:
+    """A table's entries as records; a trial's number is its configuration's.
+
+    Args:
+      table: a table.
+
+    Returns:
+      A record for every outcome that is not NaN, task by task.
+    """
+    records = []
+    for t, c, f in np.argwhere(np.isfinite(table.outcomes)):
+        outcome, cost, fidelity = (
+            float(table.outcomes[t, c, f]),
+            float(table.costs[t, c, f]),
+            float(table.fidelities[f]),
+        )
+        records.append(Record(table.tasks[t], table.configurations[c], outcome, fidelity, cost, trial=int(c)))
+    return records
+
+
+def from_pmlb_results(
+    path: str | os.PathLike[str] | None = None, *, algorithms: Sequence[str] = ("RandomForestClassifier",)
+) -> TrialTable:
+    """scikit-learn's classifiers on 164 tables of PMLB: 1 − balanced accuracy. Forests have all 56 on 163.
+
+    Args:
+      path: the folder; None: the environment variable METAOPT_DATA.
+      algorithms: of "RandomForestClassifier", "DecisionTreeClassifier", "GradientBoostingClassifier",
+        "KNeighborsClassifier", "LogisticRegression", "SVC"; a configuration says which where there are several.
+
+    Returns:
+      A table with one fidelity.
+
+    Raises:
+      FileNotFoundError: there is no such folder or file.
+      ValueError: there is no such algorithm.
+      ImportError: pandas is not installed.
+
+    Source: EpistasisLab, https://github.com/EpistasisLab/Aliro (GPL-3.0).
+    """
+    import pandas as pd
+
+    frame: Any = pd.read_parquet(_file(path, "pmlb_sklearn_results.parquet"))
+    frame = frame[frame["file"] == "kb_r6"]
+    if unknown := set(algorithms) - set(frame["algorithm"]):
+        raise ValueError(f"`algorithms` must be of {sorted(set(frame['algorithm']))}; got {sorted(unknown)}.")
+    frame = frame[frame["algorithm"].isin(algorithms)]
+    with gzip.open(_file(path, "pmlb_metafeatures.csv.gz"), "rt", encoding="utf-8") as lines:
+        families = {row["dataset"]: row["family"] for row in csv.DictReader(lines)}
+    parameters = [column for column in frame.columns if column.startswith("hp_")]
+    keys = frame["algorithm"].astype(str) + " " + frame["config_id"].astype(str)
+    configurations = {}
+    for key, row in zip(keys, frame[["algorithm", *parameters]].to_dict("records"), strict=True):
+        if key not in configurations:
+            given = {name[3:]: _plain(row[name]) for name in parameters if not pd.isna(row[name])}
+            configurations[key] = given if len(algorithms) == 1 else {"algorithm": row["algorithm"], **given}
+    names, columns = sorted(set(frame["dataset"].astype(str))), _positions(configurations)
+    outcomes = np.full((len(names), len(columns), 1), np.nan)
+    rows = [names.index(name) for name in frame["dataset"]]
+    outcomes[rows, [columns[key] for key in keys], 0] = 1 - frame["bal_accuracy"]
+    return TrialTable(
+        tuple(names),
+        tuple(configurations.values()),
+        outcomes,
+        np.full(outcomes.shape, np.nan),
+        np.ones(1),
+        tuple(families.get(name, name) for name in names),
+    )
+
+
+def from_oboe(path: str | os.PathLike[str] | None = None) -> TrialTable:
+    """OBOE: 219 scikit-learn classifiers on 418 tables of OpenML, balanced error and seconds.
+
+    Args:
+      path: the folder; None: the environment variable METAOPT_DATA.
+
+    Returns:
+      A table with one fidelity; a configuration says its "algorithm".
+
+    Raises:
+      FileNotFoundError: there is no such folder or file.
+
+    Source: Yang et al., KDD 2019, https://arxiv.org/abs/1808.03233 (BSD-3-Clause).
+    """
+    with np.load(_file(path, "oboe_error_matrix.npz"), allow_pickle=False) as data:
+        configs = [json.loads(str(config)) for config in data["configs"]]
+        return TrialTable(
+            tuple(data["openml_id"].tolist()),
+            tuple({"algorithm": config["algorithm"], **config["hyperparameters"]} for config in configs),
+            data["error"][..., None].astype(np.float64),
+            data["runtime"][..., None].astype(np.float64),
+            np.ones(1),
+            tuple(data["family"].tolist()),
+        )
+
+
+def from_taskset(path: str | os.PathLike[str] | None = None, *, split: str = "valid") -> TrialTable:
+    """TaskSet: the losses of 12 text RNNs over training, by 1,000 configurations of Adam; NaN after divergence.
+
+    Args:
+      path: the folder; None: the environment variable METAOPT_DATA.
+      split: "valid" or "test".
+
+    Returns:
+      A table with 50 fidelities, parts of the training's steps; the loss before training is left out. A configuration
+      has eight parameters of the optimizer.
+
+    Raises:
+      FileNotFoundError: there is no such folder or file.
+      ValueError: `split` is another one.
+
+    Source: Metz et al., 2020, https://arxiv.org/abs/2002.11887 (Apache-2.0).
+    """
+    if split not in ("valid", "test"):
+        raise ValueError(f'`split` must be "valid" or "test"; got {split!r}.')
+    with np.load(_file(path, "taskset_rnn_curves.npz"), allow_pickle=False) as data:
+        outcomes = data["curves"][:, :, data["splits"].tolist().index(split), 1:].astype(np.float64)
+        names, parameters = tuple(data["tasks"].tolist()), data["hp_names"].tolist()
+        configurations = tuple(dict(zip(parameters, row, strict=True)) for row in data["hp"].tolist())
+    fidelities = np.arange(1, outcomes.shape[-1] + 1) / outcomes.shape[-1]
+    return TrialTable(names, configurations, outcomes, np.full(outcomes.shape, np.nan), fidelities, names)
+
+
+def from_lcdb(path: str | os.PathLike[str] | None = None, *, split: str = "valid") -> TrialTable:
+    """LCDB: 20 learners with default parameters on 248 tables of OpenML, 1 − accuracy over the training set's size.
+
+    Args:
+      path: the folder; None: the environment variable METAOPT_DATA.
+      split: "valid" or "test".
+
+    Returns:
+      A table with 28 fidelities, sizes as parts of the largest one (which small tables do not reach: NaN); a
+      configuration is the "learner".
+
+    Raises:
+      FileNotFoundError: there is no such folder or file.
+      ValueError: `split` is another one.
+
+    Source: Mohr et al., ECML 2022, https://github.com/fmohr/lcdb (MIT).
+    """
+    if split not in ("valid", "test"):
+        raise ValueError(f'`split` must be "valid" or "test"; got {split!r}.')
+    with np.load(_file(path, "lcdb_accuracy_curves.npz"), allow_pickle=False) as data:
+        names = tuple(str(name) for name in data["openml_id"])
+        return TrialTable(
+            names,
+            tuple({"learner": learner} for learner in data["learners"].tolist()),
+            1.0 - data[split].astype(np.float64),
+            data["traintime"].astype(np.float64),
+            data["anchors"] / data["anchors"][-1],
+            names,
+        )
+
+
+def from_hpobench_mlp(path: str | os.PathLike[str] | None = None) -> TrialTable:
+    """HPOBench's grid of 30,000 multilayer perceptrons on 8 tables, 1 − accuracy (mean over 5 seeds) and seconds.
+
+    Args:
+      path: the folder; None: the environment variable METAOPT_DATA.
+
+    Returns:
+      A table with one fidelity.
+
+    Raises:
+      FileNotFoundError: there is no such folder or file.
+
+    Source: Eggensperger et al., NeurIPS 2021, https://arxiv.org/abs/2109.06716 (Apache-2.0).
+    """
+    with np.load(_file(path, "hpobench_mlp_table.npz"), allow_pickle=False) as data:
+        names, values = data["hp_names"].tolist(), json.loads(str(data["hp_values"]))
+        return TrialTable(
+            tuple(data["datasets"].tolist()),
+            tuple({n: values[n][i] for n, i in zip(names, row, strict=True)} for row in data["hp_index"].tolist()),
+            1.0 - data["val_acc_mean"][..., None].astype(np.float64),
+            data["train_time_mean"][..., None].astype(np.float64),
+            np.ones(1),
+            tuple(data["datasets"].tolist()),
+        )
+
+
+def from_hpob(file: str | os.PathLike[str], search_space: str) -> list[Record]:
+    """The trials of one search space of HPO-B, from its JSON (`meta-train-dataset.json` and so on).
+
+    Args:
+      file: the JSON: {search space: {data set: {"X": [[...]], "y": [[accuracy]]}}}, X in [0, 1].
+      search_space: its number, such as "5860".
+
+    Returns:
+      A record for each row, in that order: the task is the data set's number, a configuration {"x0": ..., "x1": ...},
+      the outcome 1 − accuracy.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file has no such search space.
+
+    Source: Pineda Arango et al., NeurIPS 2021, https://arxiv.org/abs/2106.06257
+    """
+    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    if search_space not in content:
+        raise ValueError(f"{file} has no search space {search_space!r}; it has {', '.join(content)}.")
+    return [
+        Record(name, {f"x{i}": value for i, value in enumerate(x)}, 1.0 - float(np.ravel(y)[0]), trial=trial)
+        for name, rows in content[search_space].items()
+        for trial, (x, y) in enumerate(zip(rows["X"], rows["y"], strict=True))
+    ]
+
+
+def from_openml_evaluations(rows: Sequence[Mapping[str, Any]]) -> list[Record]:
+    """OpenML's runs, as openml-python lists them.
+
+    Args:
+      rows: `openml.evaluations.list_evaluations_setups(...).to_dict("records")`: each with "data_name" (or "task_id"),
+        "run_id", "value", at most 1 and larger is better, such as an accuracy, and "parameters", whose values are JSON.
+
+    Returns:
+      A record a row: the task is the data set's name; a parameter's name loses its flow, what stands before and after
+      it in `sklearn.svm.classes.SVC(16)_gamma`, where that is not ambiguous; the outcome is 1 − value. Values that are
+      no plain data are left out.
+    """
+    records = []
+    for row in rows:
+        parameters = dict(row["parameters"] or {})
+        short = {name: name.rpartition(")_")[2] for name in parameters}
+        ambiguous = {name for name in short.values() if list(short.values()).count(name) > 1}
+        configuration = {}
+        for name, text in parameters.items():
+            value = _parsed(text)
+            if (
+                value is None
+                or isinstance(value, (bool, int, str))
+                or isinstance(value, float)
+                and math.isfinite(value)
+            ):
+                configuration[name if short[name] in ambiguous else short[name]] = value
+        task = str(row["data_name"] if "data_name" in row else row["task_id"])
+        records.append(Record(task, configuration, 1.0 - float(row["value"]), trial=int(row["run_id"])))
+    return records
+
+
+def _file(path, name: str) -> Path:
+    folder = os.environ.get("METAOPT_DATA") if path is None else path
+    if not folder:
+        raise FileNotFoundError("no data folder: set METAOPT_DATA to it, or pass `path`.")
+    if not (Path(folder) / name).is_file():
+        raise FileNotFoundError(f"the data folder {folder} has no {name}.")
+    return Path(folder) / name
+
+
+def _positions(values) -> dict[str, int]:
+    """Where each value first occurs among the different ones."""
+    return {value: index for index, value in enumerate(dict.fromkeys(values))}
+
+
+def _parsed(text):
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        return text
+
+
+def _plain(value):
+    """A value of a data frame: text may be a number, and where a column has gaps, 3.0 stands for 3."""
+    if isinstance(value, str):
+        return _parsed(value)
+    return int(value) if float(value).is_integer() else float(f"{value:.7g}")  # float32, as it was written

@@ -1,0 +1,276 @@
+"""One trial, in a process of its own: what it does to that process is a record, and not the end of the search.
+
+A child is started by `exec`, never by a fork of a process in which JAX runs threads, and serves one trial after the
+other, since starting Python with JAX costs seconds. It is ended, with all processes that it started, where a trial
+exceeds a limit; a trial that ends it (a segmentation fault, the system's own killer) is a record as well. A child whose
+parent is gone ends itself.
+
+Objective, task and trial travel by cloudpickle: functions of a notebook and of `__main__` are sent by value.
+"""
+
+import atexit
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from metaopt.base import Record
+
+
+class ObjectiveFn(Protocol):
+    """A black box: `(trial, task) -> outcome`, a number, smaller is better."""
+
+    def __call__(self, trial: Record, task: Any, /) -> float: ...
+
+
+_SECONDS_TO_START = 300.0
+# One thread a trial, unless the environment says otherwise: workers do not crowd each other, and the order in which
+# sums are taken does not depend on how many there are.
+_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+class Pruned(Exception):
+    """Raised by an objective that gives up early: `raise tasks.Pruned(outcome)`; the trial's status is "PRUNED"."""
+
+
+def run_here(objective: ObjectiveFn, task: Any, trial: Record) -> Record:
+    """Runs a trial in this process: an exception is a record, and there are no limits.
+
+    Args:
+      objective: `(trial, task) -> outcome`, a number, smaller is better.
+      task: whatever the objective takes.
+      trial: what is to be tried.
+
+    Returns:
+      The trial with its outcome, cost, status and reason.
+    """
+    start, outcome, reason = time.perf_counter(), math.nan, ""
+    try:
+        outcome = float(objective(trial._replace(status="RUNNING"), task))
+        status = "COMPLETE"
+    except Pruned as pruned:
+        outcome, status, reason = float(pruned.args[0]) if pruned.args else math.nan, "PRUNED", "by the objective"
+    except (Exception, SystemExit) as error:
+        status, reason = "FAIL", f"{type(error).__name__}: {error}"[:2_000]
+    if status == "COMPLETE" and not math.isfinite(outcome):
+        outcome, status, reason = math.nan, "FAIL", f"the outcome is {outcome}"
+    return trial._replace(outcome=outcome, cost=time.perf_counter() - start, status=status, reason=reason)
+
+
+class _Child(NamedTuple):
+    process: subprocess.Popen
+    connection: Connection
+
+
+_idle: list[_Child] = []
+_busy: dict[int, tuple[str, _Child]] = {}  # by process, with who had it started
+
+
+def run_isolated(
+    objective: ObjectiveFn,
+    task: Any,
+    trial: Record,
+    *,
+    time_limit: float | None = None,
+    memory_limit: float | None = None,
+    owner: str = "",
+) -> Record:
+    """Runs a trial in a child.
+
+    Args:
+      objective: `(trial, task) -> outcome`.
+      task: whatever the objective takes.
+      trial: what is to be tried; `random` and `numpy.random` of the child are seeded with its seed.
+      time_limit: seconds, without the child's start and imports.
+      memory_limit: MiB of the child and what it starts, Python and its libraries included.
+      owner: whose trial it is, for `end_children`.
+
+    Returns:
+      The trial with its outcome, cost, status and reason.
+
+    Raises:
+      RuntimeError: a child cannot be started, or cannot read the objective or the task.
+      ImportError: cloudpickle is not installed.
+    """
+    try:
+        import cloudpickle
+    except ImportError as error:
+        raise ImportError(
+            'Isolated trials need cloudpickle; install it with `pip install "metaopt-jax[records]"`.'
+        ) from error
+    message = cloudpickle.dumps((objective, task, trial))
+    child = _take()
+    _busy[child.process.pid] = owner, child
+    start = time.perf_counter()
+    fails = lambda reason: trial._replace(status="FAIL", cost=time.perf_counter() - start, reason=reason)
+    keep = False
+    try:
+        child.connection.send_bytes(message)
+        for answer_of in ("read", "run"):
+            start = time.perf_counter()
+            # Reading imports what the objective needs, for which the first trial of a child is not to pay.
+            limit = None if time_limit is None else time_limit + (_SECONDS_TO_START if answer_of == "read" else 0)
+            exceeded = _wait(child, limit, memory_limit)
+            if exceeded:
+                return fails(exceeded)
+            answer = child.connection.recv()
+            if answer_of == "read" and answer is not None:
+                raise RuntimeError(
+                    f"A trial's process cannot read the objective or the task: {answer}. What they need must be "
+                    "importable there; `isolated=False` runs trials in this process."
+                )
+        assert isinstance(answer, Record)
+        keep = memory_limit is None or _memory(child.process.pid) < memory_limit / 2
+        return answer
+    except (EOFError, ConnectionError):
+        return fails(_how_it_ended(child.process))
+    finally:
+        _busy.pop(child.process.pid, None)
+        if keep:
+            _idle.append(child)
+        else:
+            _end(child)
+
+
+def end_children(owner: str) -> None:
+    """Ends the children that run an owner's trials, and those that run none.
+
+    Args:
+      owner: as in `run_isolated`.
+    """
+    for whose, child in list(_busy.values()):
+        if whose == owner:
+            _kill(child)  # whoever waits for it ends the rest
+    while _idle:
+        _end(_idle.pop())
+
+
+atexit.register(end_children, "")
+
+
+def memory_is_known() -> bool:
+    """Whether the memory of a process can be read here.
+
+    Returns:
+      True on Linux.
+    """
+    return Path("/proc/self/statm").is_file()
+
+
+def _take() -> _Child:
+    while _idle:
+        child = _idle.pop()
+        if child.process.poll() is None:
+            return child
+        _end(child)
+    here, there = multiprocessing.Pipe()
+    environment = _THREADS | os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from metaopt.tasks import _trials; _trials._serve({there.fileno()})"],
+        stdin=subprocess.PIPE,  # never written to: its end is the parent's end
+        env=environment,
+        pass_fds=[there.fileno()],
+        start_new_session=True,  # so that what it starts ends with it, and Ctrl-C does not reach it
+    )
+    there.close()
+    child = _Child(process, here)
+    try:
+        if here.poll(_SECONDS_TO_START) and here.recv() == "ready":
+            return child
+    except (EOFError, ConnectionError):
+        pass
+    reason = "it did not start in time" if process.poll() is None else _how_it_ended(process)
+    _end(child)
+    raise RuntimeError(f"A process for trials cannot be started ({reason}); its error is above, on standard error.")
+
+
+def _serve(descriptor: int) -> None:
+    """The child's own loop: a trial comes in; None goes out, or why it cannot be read; then its record goes out."""
+    life = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def end_with_the_parent():
+        os.read(life, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    connection = Connection(descriptor)
+    connection.send("ready")
+    while True:
+        try:
+            objective, task, trial = connection.recv()
+        except EOFError:
+            return
+        except BaseException as error:
+            connection.send(f"{type(error).__name__}: {error}")
+            continue
+        connection.send(None)
+        random.seed(trial.seed)
+        np.random.seed(trial.seed)
+        record = run_here(objective, task, trial)
+        del objective, task, trial
+        connection.send(record)
+
+
+def _wait(child: _Child, time_limit, memory_limit) -> str:
+    """Waits for the child's answer, or its end; says which limit it has exceeded, if any."""
+    start = time.perf_counter()
+    while True:
+        left = math.inf if time_limit is None else time_limit - (time.perf_counter() - start)
+        if child.connection.poll(min(max(left, 0.0), 3600.0 if memory_limit is None else 0.05)):
+            return ""
+        if left <= 0:
+            return f"time limit of {time_limit:g} s"
+        if memory_limit is not None and _memory(child.process.pid) > memory_limit:
+            return f"memory limit of {memory_limit:g} MiB"
+
+
+def _memory(process: int) -> float:
+    """Resident MiB of a process and all that it has started."""
+    try:
+        folder = Path(f"/proc/{process}")
+        pages = int((folder / "statm").read_text().split()[1])
+        children = [child for thread in (folder / "task").iterdir() for child in _children(thread)]
+    except (OSError, IndexError):  # it is gone
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20 + sum(_memory(child) for child in children)
+
+
+def _children(thread: Path) -> list[int]:
+    try:
+        return [int(child) for child in (thread / "children").read_text().split()]
+    except OSError:  # the thread is gone, or the kernel does not say
+        return []
+
+
+def _how_it_ended(process: subprocess.Popen) -> str:
+    code = process.wait()
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"signal {name}" + (", as from a system that is out of memory" if name == "SIGKILL" else "")
+
+
+def _kill(child: _Child) -> None:
+    try:
+        os.killpg(child.process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # all of it is gone
+        pass
+
+
+def _end(child: _Child) -> None:
+    _kill(child)
+    child.process.wait()
+    child.connection.close()
+    assert child.process.stdin is not None
+    child.process.stdin.close()

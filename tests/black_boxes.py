@@ -1,0 +1,65 @@
+"""Objectives that behave, and that do not; in a file of their own, which a trial's process imports."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from metaopt import spaces, tasks
+
+SPACE = {
+    "x": spaces.interval(-1.0, 1.0),
+    "size": spaces.integer(1, 64, log=True),
+    "kind": spaces.choice(["a", "b"]),
+    "only_b": spaces.active_if(spaces.positive(1e-2), "kind", ["b"]),
+}
+
+
+def quadratic(trial, task):
+    """Noisy, from the generators that a trial's process seeds and from the trial's own seed."""
+    noise = np.random.default_rng(trial.seed).normal() + np.random.normal()
+    return (trial.configuration["x"] - task) ** 2 + trial.configuration["size"] / 100 + noise / 100
+
+
+def pure(trial, task):
+    return (trial.configuration["x"] - task) ** 2 + np.random.default_rng(trial.seed).normal() / 100
+
+
+def allocate(trial, task):
+    held = []
+    for _ in range(100):
+        held.append(np.ones(2**23))  # 64 MiB
+        time.sleep(0.02)
+
+
+def allocate_below(trial, task):
+    """In a process of the trial's own."""
+    subprocess.run([sys.executable, "-c", "import black_boxes; black_boxes.allocate(None, None)"])
+
+
+def misbehave(trial, task):
+    if task == "raise":
+        raise KeyError("no such column")
+    if task == "hang":
+        time.sleep(600)
+    if task == "exit":
+        sys.exit("enough")
+    if task == "exit at once":
+        os._exit(3)
+    if task == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if task == "prune":
+        raise tasks.Pruned(0.5)
+    if task == "memory":
+        allocate(trial, task)
+    if task == "memory below":
+        allocate_below(trial, task)
+    return {"nan": float("nan"), "inf": float("inf"), "text": "much", "good": 0.25}[task]
+
+
+def slow(trial, task):
+    time.sleep(0.3)
+    return quadratic(trial, task)

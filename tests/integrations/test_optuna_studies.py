@@ -1,0 +1,58 @@
+"""Records as Optuna's studies, and studies as records."""
+
+import math
+
+import pytest
+
+from metaopt import Record, integrations, spaces
+
+optuna = pytest.importorskip("optuna")
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+SPACE = {
+    "rate": spaces.interval(1e-3, 1.0, log=True),
+    "kind": spaces.choice(["a", "b"]),
+    "depth": spaces.active_if(spaces.integer(1, 8), "kind", ["b"]),
+    "three": spaces.fixed(3),
+}
+RECORDS = [
+    Record("t", {"rate": 0.5, "kind": "b", "depth": 2, "three": 3}, 0.25, 1.0, 1.5, 11, trial=0),
+    Record("t", {"rate": 0.1, "kind": "a", "three": 3}, math.nan, 1.0, 2.0, 12, "FAIL", 1, "time limit of 1 s"),
+    Record("t", {"rate": 0.2, "kind": "a", "three": 3}, 0.75, 0.25, 0.5, 13, trial=2),
+    Record("t", {"rate": 0.2, "kind": "a", "three": 3}, 0.5, 0.5, 1.0, 13, trial=2),
+]
+
+
+def test_records_become_a_study_and_come_back():
+    study = integrations.to_optuna_study(RECORDS, SPACE, study_name="t")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "PRUNED"]
+    assert study.best_value == 0.25 and study.best_params == {"rate": 0.5, "kind": "b", "depth": 2}
+    assert study.trials[2].intermediate_values == {250: 0.75, 500: 0.5}
+    assert study.trials[1].user_attrs["reason"] == "time limit of 1 s"
+    back = integrations.from_optuna_study(study)
+    without = lambda record: {name: value for name, value in record.configuration.items() if name != "three"}
+    expected = [RECORDS[0], RECORDS[1], RECORDS[3]._replace(status="PRUNED", fidelity=0.5)]
+    assert list(map(repr, back)) == [repr(record._replace(configuration=without(record))) for record in expected]
+
+
+def test_a_study_that_optuna_made_is_read():
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+
+    def objective(trial):
+        configuration = spaces.suggest(trial, SPACE)
+        assert ("depth" in configuration) == (configuration["kind"] == "b") and configuration["three"] == 3
+        return configuration["rate"]
+
+    study.optimize(objective, n_trials=8)
+    records = integrations.from_optuna_study(study, task="mine")
+    assert [record.outcome for record in records] == [-trial.value for trial in study.trials]
+    assert all(record.task == "mine" and record.cost >= 0 and record.status == "COMPLETE" for record in records)
+    for record in records:
+        spaces.from_configuration(SPACE, record.configuration)
+
+
+def test_what_is_no_study_of_one_task_and_one_objective_is_refused():
+    with pytest.raises(ValueError, match=r"of one task; got records of \['t', 'u'\]"):
+        integrations.to_optuna_study([*RECORDS, RECORDS[0]._replace(task="u")], SPACE)
+    with pytest.raises(ValueError, match="several objectives"):
+        integrations.from_optuna_study(optuna.create_study(directions=["minimize", "minimize"]))

@@ -1,0 +1,137 @@
+"""scikit-learn's models as objectives, against scikit-learn's own cross-validation."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from metaopt import Record, integrations, spaces, tasks
+
+sklearn = pytest.importorskip("sklearn")
+from sklearn import datasets, metrics, model_selection, pipeline, preprocessing  # noqa: E402
+
+RNG = np.random.default_rng(0)
+X, Y = datasets.load_iris(return_X_y=True)
+X, Y = X[::3], Y[::3]
+TARGET = X[:, 3] + 0.1 * RNG.normal(size=len(X))
+TRIAL = Record("t", {}, seed=5, status="RUNNING")
+
+
+def outcome(name, configuration=None, *, fidelity=1.0, data=None, **kwargs):
+    model = integrations.sklearn_model(name)
+    objective = integrations.sklearn_objective(model.estimator, **kwargs)
+    trial = TRIAL._replace(configuration=configuration or {}, fidelity=fidelity)
+    y = TARGET if name.endswith("regressor") else Y
+    return objective(trial, (X[:, :3], y) if data is None else data)
+
+
+@pytest.mark.parametrize("name", integrations.SKLEARN_MODELS)
+def test_the_default_of_every_space_is_scikit_learn_s_and_every_choice_is_valid(name):
+    model = integrations.sklearn_model(name)
+    default = spaces.configuration(model.space, spaces.default(model.space))
+    theirs = model.estimator.get_params()
+    for parameter, value in default.items():
+        if (parameter, value) not in {("max_depth", 64), ("gamma", 0.1), ("n_init", 1), ("max_features", 1.0)}:
+            assert value == pytest.approx(theirs[parameter]) if isinstance(value, float) else value == theirs[parameter]
+    # scikit-learn checks the values of parameters when it fits: every label, and both bounds.
+    values = {}
+    for parameter, leaf in model.space.items():
+        values[parameter] = getattr(leaf, "labels", None) or (leaf.low, leaf.high)
+    regressor = name.endswith("regressor")
+    y = None if "classifier" not in name and not regressor else TARGET if regressor else Y
+    for index in range(max(len(labels) for labels in values.values())):
+        configuration = {parameter: labels[index % len(labels)] for parameter, labels in values.items()}
+        small = {"n_estimators": 2, "n_neighbors": 3} | {"n_clusters": 5, "n_components": 5}
+        configuration |= {key: value for key, value in small.items() if key in configuration}
+        found = integrations.sklearn_objective(model.estimator, num_folds=2)(
+            TRIAL._replace(configuration=configuration), (X, y)
+        )
+        assert np.isfinite(found)
+    assert model.scoring in (*metrics.get_scorer_names(), "silhouette", "log_likelihood")
+
+
+def test_a_classifier_s_outcome_is_scikit_learn_s_cross_validation():
+    forest = integrations.sklearn_model("random_forest_classifier").estimator
+    split = model_selection.StratifiedKFold(3, shuffle=True, random_state=0)
+    scores = model_selection.cross_val_score(
+        forest.set_params(n_estimators=10, max_depth=2, random_state=5),
+        X[:, :3],
+        Y,
+        cv=split,
+        scoring="balanced_accuracy",
+    )
+    assert outcome("random_forest_classifier", {"n_estimators": 10, "max_depth": 2}, num_folds=3) == pytest.approx(
+        1 - scores.mean()
+    )
+
+
+def test_regressors_and_other_scores():
+    ridge = pipeline.make_pipeline(
+        preprocessing.StandardScaler(), integrations.sklearn_model("linear_regressor").estimator
+    )
+    split = model_selection.KFold(5, shuffle=True, random_state=7)
+    for scoring in ("r2", "neg_mean_squared_error"):
+        scores = model_selection.cross_val_score(ridge, X[:, :3], TARGET, cv=split, scoring=scoring)
+        expected = -scores.mean() if scoring[:4] == "neg_" else 1 - scores.mean()
+        assert outcome("linear_regressor", scoring=scoring, split_seed=7) == pytest.approx(expected)
+
+
+def test_clusterers_are_judged_without_labels():
+    scaled = preprocessing.StandardScaler().fit_transform(X[:, :3])
+    labels = (
+        integrations.sklearn_model("k_means").estimator.set_params(n_clusters=3, random_state=5).fit_predict(scaled)
+    )
+    for scoring, expected in (
+        ("silhouette", 1 - metrics.silhouette_score(scaled, labels)),
+        ("davies_bouldin", metrics.davies_bouldin_score(scaled, labels)),
+        ("calinski_harabasz", -metrics.calinski_harabasz_score(scaled, labels)),
+    ):
+        found = outcome("k_means", {"n_clusters": 3}, scoring=scoring, data=(X[:, :3], None))
+        assert found == pytest.approx(expected)
+    # Three species: two or three components explain held-out flowers better than one.
+    mixture = lambda n: outcome("gaussian_mixture", {"n_components": n, "covariance_type": "tied"}, data=(X, None))
+    assert mixture(2) < mixture(1)
+
+
+def test_a_fidelity_is_a_nested_part_of_the_training_rows_with_every_class():
+    from metaopt.integrations._sklearn import _part
+
+    labels = np.repeat([0, 1, 2], [30, 60, 3])
+    parts = [_part(np.random.default_rng(0), labels, fidelity) for fidelity in (0.01, 1 / 3, 0.5, 1.0)]
+    assert [np.bincount(labels[part]).tolist() for part in parts] == [[1, 1, 1], [10, 20, 1], [15, 30, 2], [30, 60, 3]]
+    assert all(set(small) <= set(large) for small, large in zip(parts, parts[1:], strict=False))
+    one = {"n_neighbors": 1}
+    assert outcome("k_nearest_classifier", one, fidelity=0.05) != outcome("k_nearest_classifier", one)
+
+
+def test_tables_with_gaps_and_categories():
+    codes = RNG.integers(0, 3, size=(90, 1)).astype(np.float32)
+    x = np.concatenate([RNG.normal(size=(90, 1)), codes], axis=1).astype(np.float32)
+    x[::7, 0] = np.nan
+    y = (codes[:, 0] == 1).astype(np.int32)  # linear in one-hot categories, not in their codes
+    x[::11, 1] = np.nan
+    table = tasks.Table("t", "t", x, y, np.array([False, True]))
+    assert outcome("linear_classifier", data=table) < 0.2
+    assert outcome("linear_classifier", data=table._replace(categorical=np.array([False, False]))) > 0.3
+
+
+def test_a_search_is_the_same_with_two_workers():
+    model = integrations.sklearn_model("k_nearest_classifier")
+    objective = integrations.sklearn_objective(model.estimator, num_folds=2)
+    kwargs = {"num_trials": 4, "key": jax.random.key(0), "isolated": False}
+    records = tasks.collect(objective, model.space, {"iris": (X, Y)}, **kwargs)
+    again = tasks.collect(objective, model.space, {"iris": (X, Y)}, num_workers=2, **kwargs)
+    assert [r.outcome for r in records] == [r.outcome for r in again]
+    assert {record.status for record in records} == {"COMPLETE"}
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="`name` must be one of random_forest_classifier, .*; got 'forest'"):
+        integrations.sklearn_model("forest")
+    with pytest.raises(ValueError, match="`num_folds` must be at least 2; got 1"):
+        integrations.sklearn_objective(None, num_folds=1)
+    with pytest.raises(ValueError, match="`scoring` must be given"):
+        integrations.sklearn_objective(preprocessing.StandardScaler())
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="Invalid parameter 'rate'"):
+        outcome("k_means", {"rate": 1})

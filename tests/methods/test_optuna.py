@@ -1,0 +1,96 @@
+"""Optuna's samplers and pruners as searchers."""
+
+import math
+
+import jax
+import pytest
+
+from metaopt import Record, methods, spaces, tasks
+
+pytest.importorskip("optuna")
+
+KEY = jax.random.key(0)
+SPACE = {
+    "x": spaces.interval(-1.0, 1.0),
+    "y": spaces.interval(1e-4, 1.0, log=True),
+    "kind": spaces.choice(["good", "bad"], default="bad"),
+    "shift": spaces.active_if(spaces.interval(0.0, 1.0), "kind", ["bad"]),
+    "three": spaces.fixed(3),
+}
+
+
+def bowl(trial, task):
+    c = trial.configuration
+    assert c["three"] == 3 and ("shift" in c) == (c["kind"] == "bad")
+    return (c["x"] - task) ** 2 + (math.log10(c["y"]) + 3) ** 2 / 10 + (c["kind"] == "bad") * (0.5 + c.get("shift", 0))
+
+
+def collect(searcher, objective=bowl, num_trials=25, on=None, **kwargs):
+    on = {"a": 0.6, "b": -0.6} if on is None else on
+    kwargs = {"num_trials": num_trials, "key": KEY, "searcher": searcher, "isolated": False} | kwargs
+    return tasks.collect(objective, SPACE, on, **kwargs)
+
+
+def best(records):
+    """The mean over tasks of the smallest outcome."""
+    names = {record.task for record in records}
+    return sum(min(record.outcome for record in records if record.task == name) for name in names) / len(names)
+
+
+def test_tpe_finds_more_than_random_search():
+    records = collect(methods.tpe(), batch_size=2)
+    assert records[0].configuration == {"x": 0.0, "y": pytest.approx(1e-2), "kind": "bad", "shift": 0.5, "three": 3}
+    assert best(records) < 0.5 * best(collect(None))
+
+
+def test_the_same_key_gives_the_same_trials_however_they_are_interrupted(tmp_path):
+    store = tmp_path / "records.db"
+    fails = lambda trial, task: math.nan if trial.trial % 5 == 3 else bowl(trial, task)
+    kwargs = {"on": {"a": 0.6}, "batch_size": 4}
+    for searcher in (methods.tpe(num_random=4), methods.bohb(num_random=2, num_rungs=3)):
+        whole = collect(searcher, fails, 14, **kwargs)
+        collect(searcher, fails, 7, store=store, study=str(searcher), **kwargs)
+        found = collect(searcher, fails, 14, store=store, study=str(searcher), num_workers=3, **kwargs)
+        repr_of = lambda records: [repr(record._replace(cost=0.0)) for record in records]
+        assert repr_of(found) == repr_of(whole) and sum(record.status == "FAIL" for record in whole) >= 2
+
+
+def test_bohb_runs_few_trials_at_the_full_budget_and_they_are_the_good_ones():
+    budgets = lambda trial, task: bowl(trial, task) + (1 - trial.fidelity) / 10
+    searcher = methods.bohb(num_rungs=3)
+    records = collect(searcher, budgets, num_trials=20, on={"a": 0.6})
+    at = lambda fidelity: {r.trial: r for r in records if r.fidelity == pytest.approx(fidelity)}
+    low, middle, full = at(1 / 9), at(1 / 3), at(1.0)
+    assert len(low) + len(middle) + len(full) == len(records) and set(full) < set(middle) < set(low)
+    assert sum(record.fidelity for record in records) == pytest.approx(20, abs=1)
+    # One configuration a trial, and a seed.
+    assert all(low[n].configuration == middle[n].configuration == full[n].configuration for n in full)
+    assert all(low[n].seed == full[n].seed for n in full)
+    mean = lambda found: sum(record.outcome for record in found) / len(found)
+    assert mean([low[n] for n in full]) < mean(list(low.values()))
+    # What resumes pays for the difference alone.
+    resumed = collect(searcher, budgets, num_trials=20, on={"a": 0.6}, resumes=True)
+    assert len(resumed) > len(records)
+
+
+def test_tpe_learns_from_trials_that_it_did_not_ask_for():
+    searcher = methods.tpe(num_random=0)
+    history = [
+        Record("a", {"x": i / 20 - 1, "y": 1e-3, "kind": "good", "three": 3}, (i / 20 - 1.6) ** 2) for i in range(40)
+    ]
+    state = searcher.init(KEY, SPACE)
+    state = searcher.tell(state, history)
+    state = searcher.ask(state, 1)[1]  # the default
+    asked, _ = searcher.ask(state, 5)
+    assert [record.trial for record in asked] == list(range(1, 6))
+    assert sum(record.configuration["x"] for record in asked) / 5 > 0.2
+
+
+def test_arguments_are_checked():
+    for kwargs, message in (({"reduction_factor": 1}, "reduction_factor"), ({"num_rungs": 1}, "num_rungs")):
+        with pytest.raises(ValueError, match=f"`{message}` must be at least 2; got 1"):
+            methods.bohb(**kwargs)
+    with pytest.raises(ValueError, match="`num_random` must be at least 0; got -1"):
+        methods.tpe(num_random=-1)
+    with pytest.raises(ValueError, match="which has no counterpart"):
+        methods.tpe().init(KEY, {"mix": spaces.simplex(2)})

@@ -1,0 +1,118 @@
+"""Plain values: what a black box sees of λ, and λ back from it."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import spaces
+
+SPACE = {
+    "model": spaces.choice(["svm", "forest"]),
+    "svm": {
+        "kernel": spaces.active_if(spaces.choice(["linear", "rbf"], default="rbf"), "model", ["svm"]),
+        "gamma": spaces.active_if(spaces.interval(1e-3, 10.0, log=True), "svm.kernel", ["rbf"]),
+    },
+    "forest": {
+        "depth": spaces.active_if(spaces.integer(0, 9), "model", ["forest"]),
+        "leaves": spaces.active_if(spaces.integer(2, 64), "forest.depth", [0]),
+    },
+    "mix": spaces.simplex(2, default=[0.25, 0.75]),
+    "scale": spaces.positive(shape=(2,)),
+    "flag": spaces.choice([True, False], shape=(2,)),
+    "fixed": spaces.fixed(3),
+}
+
+
+DEFAULT = spaces.default(SPACE)
+
+
+def at(**values):
+    """The default, with relaxed values in some places."""
+    hyperparams = dict(DEFAULT)
+    hyperparams["model"] = jnp.array(values.get("model", [0.6, 0.4]))
+    hyperparams["svm"] = {"kernel": jnp.array(values.get("kernel", [0.1, 0.9])), "gamma": jnp.array(0.1)}
+    hyperparams["forest"] = {"depth": jnp.array(values.get("depth", 0.3)), "leaves": jnp.array(7.6)}
+    return hyperparams
+
+
+ALWAYS = {
+    "mix[0]": 0.25,
+    "mix[1]": 0.75,
+    "scale[0]": 1.0,
+    "scale[1]": 1.0,
+    "flag[0]": True,
+    "flag[1]": True,
+    "fixed": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, {"model": "svm", "svm.kernel": "rbf", "svm.gamma": 0.1}),
+        ({"kernel": [0.8, 0.2]}, {"model": "svm", "svm.kernel": "linear"}),
+        ({"model": [0.1, 0.9]}, {"model": "forest", "forest.depth": 0, "forest.leaves": 8}),
+        ({"model": [0.1, 0.9], "depth": 0.6}, {"model": "forest", "forest.depth": 1}),
+    ],
+)
+def test_a_configuration_has_what_is_active_and_active_says_so_too(values, expected):
+    hyperparams = at(**values)
+    found = spaces.configuration(SPACE, hyperparams)
+    assert found == expected | ALWAYS
+    assert all(type(found[name]) is type(value) for name, value in expected.items())
+    assert json.loads(json.dumps(found)) == found
+    active = jax.jit(lambda λ: spaces.active(SPACE, λ))(hyperparams)
+    names = {name for name, here in zip(spaces.names(SPACE), active, strict=True) if here}
+    assert {name.split("[")[0] for name in names} == {name.split("[")[0] for name in found} - {"fixed"}
+
+
+def test_configurations_of_samples_come_back():
+    draws = jax.jit(jax.vmap(lambda key: spaces.sample(key, SPACE)))(jax.random.split(jax.random.key(0), 10))
+    for index in range(10):
+        drawn = spaces.configuration(SPACE, jax.tree.map(lambda x, index=index: x[index], draws))
+        hyperparams = spaces.from_configuration(SPACE, drawn)
+        assert spaces.configuration(SPACE, hyperparams) == drawn
+        chex.assert_trees_all_equal_shapes_and_dtypes(hyperparams, DEFAULT)
+        # In the corners of the simplex, and at the defaults where nothing is active.
+        assert set(np.unique(hyperparams["model"])) == {0.0, 1.0}
+        if drawn["model"] == "forest":
+            assert hyperparams["svm"]["gamma"] == pytest.approx(0.1)
+
+
+def test_a_space_that_has_changed_since_is_read_as_far_as_it_goes():
+    old = {"model": "boosting", "svm.gamma": 2, "rate": 0.1}
+    hyperparams = spaces.from_configuration(SPACE, old, strict=False)
+    assert hyperparams["model"].tolist() == [0.5, 0.5] and hyperparams["svm"]["gamma"] == 2.0
+    with pytest.raises(ValueError, match=r"`model` must be one of \('svm', 'forest'\); got 'boosting'"):
+        spaces.from_configuration(SPACE, old)
+    with pytest.raises(ValueError, match="The space has no `rate`; it has `fixed`, `flag"):
+        spaces.from_configuration(SPACE, {"rate": 0.1})
+    with pytest.raises(ValueError, match="`svm.gamma` must be a finite number; got 'auto'"):
+        spaces.from_configuration(SPACE, {"svm.gamma": "auto"}, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("b", [1], "condition of `a` names `b`, which must be a `choice` or an `integer`.*got None"),
+        ("real", [1], r"names `real`, .* got Real\("),
+        ("model", ["tree"], "condition of `a` has 'tree', which is no value of `model`"),
+        ("a", [1], r"conditions of \['a'\] depend on one another"),
+    ],
+)
+def test_conditions_that_cannot_be_met_are_refused(name, values, message):
+    space = {"a": spaces.active_if(spaces.integer(0, 3), name, values)}
+    space |= {"real": spaces.real(), "model": spaces.choice(["svm", "forest"])}
+    for fn in (spaces.configuration, spaces.active):
+        with pytest.raises(ValueError, match=message):
+            fn(space, spaces.default(space))
+
+
+def test_conditions_survive_json():
+    assert spaces.from_json(json.loads(json.dumps(spaces.to_json(SPACE)))) == SPACE
+    fixed = spaces.active_if(spaces.fixed(1.0), "model", ["svm"])
+    assert spaces.from_json(spaces.to_json(fixed)) == fixed != spaces.fixed(1.0)

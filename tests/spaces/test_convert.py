@@ -1,0 +1,131 @@
+"""Optuna's distributions and ConfigSpace's JSON: what goes out comes back."""
+
+import json
+import math
+
+import pytest
+
+from metaopt import spaces
+
+SPACE = {
+    "a": spaces.integer(1, 10, default=6),
+    "b": spaces.interval(1e-3, 1.0, default=0.5005),
+    "flag": spaces.choice([True, False]),
+    "g": spaces.active_if(spaces.interval(1e-4, 1.0, log=True, default=1e-2), "kind", ["x"]),
+    "kind": spaces.choice(["x", "y", "z"], default="y"),
+    "n": spaces.active_if(spaces.active_if(spaces.integer(1, 64, log=True), "kind", ["x", "y"]), "a", [9, 10]),
+    "three": spaces.fixed(3),
+}
+
+# Written by ConfigSpace 1.2.0.
+DOCUMENT = json.loads("""
+{"name": null, "hyperparameters": [
+{"type": "uniform_int", "name": "a", "lower": 1, "upper": 10, "default_value": 6, "log": false, "meta": null},
+{"type": "constant", "name": "const", "value": 3, "meta": null},
+{"type": "categorical", "name": "kind", "choices": ["x", "y", "z"], "weights": null, "default_value": "x",
+ "meta": null},
+{"type": "normal_float", "name": "norm", "mu": 0.0, "sigma": 1.0, "lower": -3.0, "upper": 3.0, "default_value": 3.0,
+ "log": false, "meta": null},
+{"type": "ordinal", "name": "o", "sequence": ["s", "m", "l"], "default_value": "m", "meta": null},
+{"type": "uniform_float", "name": "b", "lower": 0.001, "upper": 1.0, "default_value": 0.5005, "log": false,
+ "meta": null},
+{"type": "uniform_float", "name": "g", "lower": 0.0001, "upper": 1.0, "default_value": 0.01, "log": true,
+ "meta": null},
+{"type": "uniform_int", "name": "n", "lower": 1, "upper": 64, "default_value": 8, "log": true, "meta": null}],
+"conditions": [
+{"type": "AND", "child": "b", "conditions": [{"type": "NEQ", "child": "b", "parent": "kind", "value": "x"},
+ {"type": "GT", "child": "b", "parent": "a", "value": 5}]},
+{"type": "EQ", "child": "g", "parent": "kind", "value": "x"},
+{"type": "IN", "child": "n", "parent": "kind", "values": ["x", "y"]}],
+"forbiddens": [], "python_module_version": "1.2.0", "format_version": 0.4}
+""")
+
+
+def test_a_space_comes_back_from_configspace_s_json():
+    document = spaces.to_configspace(SPACE)
+    assert spaces.from_configspace(json.loads(json.dumps(document))) == SPACE
+
+
+def test_configspace_s_own_json_is_read():
+    space = spaces.from_configspace(DOCUMENT)
+    b = spaces.active_if(spaces.interval(0.001, 1.0), "kind", ["y", "z"])
+    assert space == {
+        "a": spaces.integer(1, 10, default=6),
+        "const": spaces.fixed(3),
+        "kind": spaces.choice(["x", "y", "z"]),
+        "norm": spaces.interval(-3.0, 3.0, default=3.0 - 6e-6),
+        "o": spaces.choice(["s", "m", "l"], default="m"),
+        "b": spaces.active_if(b, "a", [6, 7, 8, 9, 10]),
+        "g": spaces.active_if(spaces.interval(1e-4, 1.0, log=True, default=0.01), "kind", ["x"]),
+        "n": spaces.active_if(spaces.integer(1, 64, log=True, default=8), "kind", ["x", "y"]),
+    }
+
+
+def test_configspace_reads_what_is_written_for_it(tmp_path):
+    ConfigSpace = pytest.importorskip("ConfigSpace")
+    (tmp_path / "space.json").write_text(json.dumps(spaces.to_configspace(SPACE)))
+    theirs = ConfigSpace.ConfigurationSpace.from_json(tmp_path / "space.json")
+    default = spaces.configuration(SPACE, spaces.default(SPACE))
+    assert dict(theirs.get_default_configuration()) == pytest.approx(default)
+    for drawn in theirs.sample_configuration(50):
+        ours = spaces.configuration(SPACE, spaces.from_configuration(SPACE, dict(drawn)))
+        assert ours == pytest.approx(dict(drawn))
+    theirs.to_json(tmp_path / "again.json")
+    assert spaces.from_configspace(json.loads((tmp_path / "again.json").read_text())) == SPACE
+
+
+def change(**fields):
+    first = DOCUMENT["hyperparameters"][0]
+    return DOCUMENT | {"hyperparameters": [first | fields], "conditions": []}
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (DOCUMENT | {"forbiddens": [{"type": "EQUALS"}]}, "no forbidden clauses"),
+        (change(type="beta_int", lower=None), "`a` has no counterpart in a space"),
+        (
+            change() | {"conditions": [{"type": "OR", "child": "a", "conditions": []}]},
+            "condition that has no counterpart",
+        ),
+        (
+            DOCUMENT | {"conditions": [{"type": "EQ", "child": "a", "parent": "b", "value": 0.5}]},
+            "condition of `a` names `b`, which must be a `choice` or an `integer`",
+        ),
+        (
+            DOCUMENT | {"conditions": [{"type": "EQ", "child": "a", "parent": "kind", "value": "w"}]},
+            "condition of `a` has 'w', which is no value of `kind`",
+        ),
+    ],
+)
+def test_what_has_no_counterpart_in_a_space_is_refused(document, message):
+    with pytest.raises(ValueError, match=message):
+        spaces.from_configspace(document)
+
+
+def test_optuna_s_distributions():
+    optuna = pytest.importorskip("optuna").distributions
+    distributions = spaces.to_optuna(SPACE | {"real": spaces.real(1.0, 2.0), "rates": spaces.positive(0.1, shape=(2,))})
+    rate = optuna.FloatDistribution(0.1 * math.exp(-3), 0.1 * math.exp(3), log=True)
+    assert distributions == {
+        "a": optuna.IntDistribution(1, 10),
+        "b": optuna.FloatDistribution(1e-3, 1.0),
+        "flag": optuna.CategoricalDistribution([True, False]),
+        "kind": optuna.CategoricalDistribution(["x", "y", "z"]),
+        "rates[0]": rate,
+        "rates[1]": rate,
+        "real": optuna.FloatDistribution(-5.0, 7.0),
+        "g": optuna.FloatDistribution(1e-4, 1.0, log=True),
+        "n": optuna.IntDistribution(1, 64, log=True),
+    }
+    assert list(distributions).index("kind") < list(distributions).index("g")
+    again = spaces.from_optuna(distributions)
+    assert again["g"] == spaces.interval(1e-4, 1.0, log=True) and again["flag"] == SPACE["flag"]
+    assert again["n"] == spaces.integer(1, 64, log=True)
+    stepped = {"i": optuna.IntDistribution(2, 6, step=2), "one": optuna.FloatDistribution(0.5, 0.5)}
+    assert spaces.from_optuna(stepped) == {"i": spaces.choice([2, 4, 6]), "one": spaces.fixed(0.5)}
+    with pytest.raises(ValueError, match="`f` has no counterpart in a space: FloatDistribution"):
+        spaces.from_optuna({"f": optuna.FloatDistribution(0.0, 1.0, step=0.25)})
+    for fn in (spaces.to_optuna, spaces.to_configspace):
+        with pytest.raises(ValueError, match=r"`mix\[0\]` is of a simplex, which has no counterpart"):
+            fn({"mix": spaces.simplex(2)})

@@ -1,0 +1,292 @@
+"""Collections: what is found depends on the key alone, and what a trial does ends that trial alone."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import black_boxes
+import jax
+import pytest
+
+from metaopt import base, spaces, tasks
+
+TASKS = {"left": -0.5, "right": 0.5}
+KEY = jax.random.key(3)
+
+
+def collect(objective=black_boxes.pure, *, on=TASKS, num_trials=6, **kwargs):
+    kwargs = {"key": KEY, "isolated": False} | kwargs
+    return tasks.collect(objective, black_boxes.SPACE, on, num_trials=num_trials, **kwargs)
+
+
+def listener(*, stop=math.inf):
+    """A searcher whose trials depend on all that it heard before, on the order of it, and on how many it is asked."""
+
+    def init(key, space):
+        return {"key": key, "space": space, "asked": 0, "told": 0.0}
+
+    def ask(state, num):
+        num = int(min(num, stop - state["asked"]))
+        numbers = range(state["asked"], state["asked"] + num)
+        x = [0.9 * math.sin(state["told"] + number + num) for number in numbers]
+        trials = [
+            base.Record("", {"x": x, "size": 1}, seed=n, status="WAITING", trial=n)
+            for n, x in zip(numbers, x, strict=True)
+        ]
+        return trials, state | {"asked": state["asked"] + num}
+
+    def tell(state, records):
+        told = state["told"]
+        for record in records:
+            told = 2 * told + record.outcome
+        return state | {"told": told}
+
+    return base.Searcher(init, ask, tell)
+
+
+def without_cost(records):
+    return [repr(record._replace(cost=0.0)) for record in records]
+
+
+def test_every_task_gets_its_trials_in_order_the_default_first():
+    records = collect()
+    assert [(record.task, record.trial) for record in records] == [(t, n) for t in TASKS for n in range(6)]
+    assert all(record.status == "COMPLETE" and record.cost > 0 for record in records)
+    assert records[0].configuration == records[6].configuration == {"x": 0.0, "size": 6, "kind": "a"}
+    # Every configuration is one of the space, and all differ; `only_b` is there where it matters.
+    assert len({repr(record.configuration) for record in records}) == 11
+    for record in records:
+        spaces.from_configuration(black_boxes.SPACE, record.configuration)
+        assert ("only_b" in record.configuration) == (record.configuration["kind"] == "b")
+    same = collect(same_trials=True)
+    assert [r.configuration for r in same[:6]] == [r.configuration for r in same[6:]]
+    assert [r.seed for r in same[:6]] == [r.seed for r in same[6:]]
+    # A task's trials do not depend on which others there are.
+    assert without_cost(collect(on={"right": 0.5})) == without_cost(records[6:])
+
+
+@pytest.mark.parametrize("searcher", [None, listener()], ids=["random", "listens"])
+def test_workers_change_nothing(searcher):
+    kwargs = {"searcher": searcher, "batch_size": 4, "num_trials": 9}
+    assert without_cost(collect(num_workers=4, **kwargs)) == without_cost(collect(**kwargs))
+    if searcher is not None:  # the size of a batch does: the test is of a searcher that listens
+        assert without_cost(collect(**kwargs | {"batch_size": 3})) != without_cost(collect(**kwargs))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("searcher", [None, listener()], ids=["random", "listens"])
+def test_what_is_interrupted_and_continued_equals_what_was_not(tmp_path, searcher):
+    store, calls = tmp_path / "records.db", []
+
+    def dies(trial, task):
+        calls.append(trial)
+        if len(calls) == 8:
+            raise Killed
+        return black_boxes.pure(trial, task)
+
+    kwargs = {"searcher": searcher, "batch_size": 4}
+    whole = collect(num_trials=10, **kwargs)
+    with pytest.raises(Killed):
+        collect(dies, num_trials=5, store=store, **kwargs)
+    # Seven had ended, and the eighth is known to have been running; it is queued again.
+    assert [record.status for record in tasks.read_records(store)] == ["COMPLETE"] * 7 + ["RUNNING"]
+    collect(dies, num_trials=5, store=store, **kwargs)
+    assert len(calls) == 11 and len(tasks.read_records(store, status="COMPLETE")) == 10
+    found = collect(dies, num_trials=10, store=store, **kwargs)
+    assert len(calls) == 21
+    assert without_cost(found) == without_cost(whole)
+    # Nothing is run again, and more tasks and other studies may come.
+    collect(dies, num_trials=10, store=store, **kwargs)
+    collect(dies, on=TASKS | {"new": 0.0}, num_trials=2, store=store, **kwargs)
+    collect(dies, num_trials=1, store=store, study="b", **kwargs)
+    assert len(calls) == 25
+    message = "trial 0 of 'left' with another configuration or seed .* another `study` than ''"
+    with pytest.raises(ValueError, match=message):
+        collect(store=store, key=jax.random.key(4), searcher=tasks.random_search(first=[{"x": 0.5}]))
+
+
+def fidelities():
+    """A searcher that asks for a third of the budget, then for the whole, of one configuration."""
+
+    def ask(state, num):
+        numbers = range(state, state + num)
+        trial = lambda n: base.Record("", {"x": 0.1}, fidelity=(1 / 3, 1.0)[n % 2], status="WAITING", trial=n // 2)
+        return [trial(number) for number in numbers], state + num
+
+    return base.Searcher(lambda key, space: 0, ask, lambda state, records: state)
+
+
+def test_a_trial_at_a_fraction_of_the_budget_counts_as_much():
+    objective = lambda trial, task: trial.fidelity
+    records = collect(objective, searcher=fidelities(), num_trials=4, on={"t": 0})
+    assert [record.outcome for record in records] == [1 / 3, 1] * 3
+    assert [record.trial for record in records] == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_bar_counts_trials_and_what_became_of_them(capsys):
+    fails = lambda trial, task: math.nan if trial.trial else 1.0
+    collect(fails, num_trials=3, progress=True)
+    assert "6/6" in (shown := capsys.readouterr().err) and "4 failed  0 pruned" in shown
+    collect(fails, num_trials=3)
+    assert capsys.readouterr().err == ""  # no terminal
+
+
+def test_a_searcher_may_end_by_itself():
+    assert len(collect(searcher=listener(stop=3), batch_size=2, num_trials=100)) == 6
+
+
+def test_first_configurations_come_first():
+    records = collect(searcher=tasks.random_search(first=[{"kind": "b"}, {"x": 0.5, "size": 2}]), on={"t": 0.0})
+    assert records[0].configuration == {"x": 0.0, "size": 6, "kind": "b", "only_b": pytest.approx(1e-2)}
+    assert records[1].configuration == {"x": 0.5, "size": 2, "kind": "a"}
+    # What is drawn afterwards is what would have been.
+    assert without_cost(records[2:]) == without_cost(collect(on={"t": 0.0})[2:])
+    with pytest.raises(ValueError, match="The space has no `y`"):
+        collect(searcher=tasks.random_search(first=[{"y": 1}]))
+
+
+@pytest.mark.parametrize(
+    ("task", "status", "outcome", "reason"),
+    [
+        ("raise", "FAIL", math.nan, "KeyError: 'no such column'"),
+        ("exit", "FAIL", math.nan, "SystemExit: enough"),
+        ("nan", "FAIL", math.nan, "the outcome is nan"),
+        ("inf", "FAIL", math.nan, "the outcome is inf"),
+        ("text", "FAIL", math.nan, "ValueError: could not convert string to float: 'much'"),
+        ("prune", "PRUNED", 0.5, "by the objective"),
+        ("good", "COMPLETE", 0.25, ""),
+    ],
+)
+def test_what_ends_a_trial_alone_is_a_record(task, status, outcome, reason):
+    (record,) = collect(black_boxes.misbehave, on={"t": task}, num_trials=1)
+    assert (record.status, record.reason) == (status, reason)
+    assert record.outcome == outcome or math.isnan(outcome) and math.isnan(record.outcome)
+
+
+def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
+    on = {name: name for name in ("good", "hang", "crash", "raise", "good again")} | {"good again": "good"}
+    start, store = time.monotonic(), tmp_path / "records.db"
+    kwargs = {"isolated": True, "time_limit": 1.0, "num_trials": 1, "store": store}
+    records = collect(black_boxes.misbehave, on=on, **kwargs)
+    found = [(record.status, record.reason) for record in records]
+    assert found == [
+        ("COMPLETE", ""),
+        ("FAIL", "time limit of 1 s"),
+        ("FAIL", "signal SIGSEGV"),
+        ("FAIL", "KeyError: 'no such column'"),
+        ("COMPLETE", ""),
+    ]
+    assert 1.0 <= records[1].cost < 5.0 and time.monotonic() - start < 300
+    # Failures are kept, and not tried again.
+    assert without_cost(collect(black_boxes.misbehave, on=on, **kwargs)) == without_cost(records)
+    assert len(tasks.read_records(store, history=True)) == 10
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_trials": 0}, "`num_trials` must be positive; got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, or None; got 0"),
+        ({"time_limit": 0, "isolated": True}, "`time_limit` must be positive, or None; got 0"),
+        ({"time_limit": 1}, "A limit needs `isolated=True`"),
+        ({"on": [black_boxes.tasks.Table("a", "", *[None] * 3)] * 2}, "names of `tasks` must differ"),  # pyright: ignore
+    ],
+)
+def test_arguments_are_checked(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        collect(**kwargs)
+
+
+def test_the_budget_ends_a_collection_and_the_next_one_goes_on(tmp_path):
+    calls = []
+
+    def objective(trial, task):
+        calls.append(trial)
+        time.sleep(0.1)
+        return 0.0
+
+    store, start = tmp_path / "records.db", time.monotonic()
+    records = collect(objective, on={"t": 0}, num_trials=50, store=store, budget=0.25)
+    took = time.monotonic() - start
+    assert 1 <= len(records) == len(calls) <= 3 and took >= 0.25
+    assert len(collect(objective, on={"t": 0}, num_trials=4, store=store)) == 4 == len(calls)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ("memory", "memory limit of 700 MiB"),
+        ("memory below", "memory limit of 700 MiB"),
+        ("exit at once", "exit code 3"),
+    ],
+)
+def test_children_that_end_or_are_ended(task, reason):
+    (record,) = collect(black_boxes.misbehave, on={"t": task}, num_trials=1, isolated=True, memory_limit=700)
+    assert (record.status, record.reason) == ("FAIL", reason)
+
+
+@pytest.mark.slow
+def test_isolated_workers_change_nothing_and_generators_are_seeded():
+    kwargs = {"isolated": True, "num_trials": 4}
+    one = collect(black_boxes.quadratic, **kwargs)
+    assert {record.status for record in one} == {"COMPLETE"}
+    assert without_cost(collect(black_boxes.quadratic, num_workers=4, **kwargs)) == without_cost(one)
+
+
+@pytest.mark.slow
+def test_an_objective_that_a_child_cannot_read_is_an_error_and_no_record():
+    module = type(sys)("nowhere")
+    exec("def objective(trial, task): return 0.0", vars(module))
+    sys.modules["nowhere"] = module
+    with pytest.raises(RuntimeError, match="cannot read the objective or the task: ModuleNotFoundError.*nowhere"):
+        collect(vars(module)["objective"], isolated=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_joblib_s_backends(backend):
+    joblib = pytest.importorskip("joblib")
+    with joblib.parallel_config(backend=backend, n_jobs=2):
+        records = collect(black_boxes.quadratic, isolated=True, num_trials=2)
+    assert without_cost(records) == without_cost(collect(black_boxes.quadratic, isolated=True, num_trials=2))
+
+
+COLLECTOR = """
+import sys, black_boxes, jax
+from metaopt import tasks
+tasks.collect(black_boxes.slow, black_boxes.SPACE, {"left": -0.5}, num_trials=int(sys.argv[2]), key=jax.random.key(3),
+              store=sys.argv[1], num_workers=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_collector_loses_the_trials_in_flight_and_its_children_end(tmp_path, number):
+    store = tmp_path / "records.db"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_ENABLE_X64": "1"}
+    collector = subprocess.Popen(
+        [sys.executable, "-c", COLLECTOR, str(store), "50"], env=environment, stderr=subprocess.DEVNULL
+    )
+    num = lambda: len(tasks.read_records(store, status="COMPLETE")) if store.exists() else 0
+    while num() < 4 and collector.poll() is None:
+        time.sleep(0.1)
+    below = {int(p) for f in Path(f"/proc/{collector.pid}/task").glob("*/children") for p in f.read_text().split()}
+    collector.send_signal(number)
+    collector.wait(timeout=60)
+    assert below and 4 <= num() < 50
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(Path(f"/proc/{process}").exists() for process in below):
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{process}").exists() for process in below)
+    assert len(tasks.read_records(store, status="RUNNING")) <= 2
+    found = collect(black_boxes.slow, on={"left": -0.5}, num_trials=12, store=store, isolated=True, num_workers=2)
+    whole = collect(black_boxes.slow, on={"left": -0.5}, num_trials=12, isolated=True)
+    assert without_cost(found) == without_cost(whole)

@@ -1,0 +1,145 @@
+"""Meta-Dataset's files, written here byte by byte."""
+
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metaopt import tasks
+
+
+def crc32c(data):
+    """By division of polynomials, bit by bit."""
+    register = 0xFFFFFFFF
+    for byte in data:
+        register ^= byte
+        for _ in range(8):
+            register = (register >> 1) ^ (0x82F63B78 * (register & 1))
+    return register ^ 0xFFFFFFFF
+
+
+def test_the_published_check_value():
+    assert crc32c(b"123456789") == 0xE3069283
+
+
+def masked(data):
+    crc = crc32c(data)
+    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) % 2**32)
+
+
+def record(data):
+    head = struct.pack("<Q", len(data))
+    return head + masked(head) + data + masked(data)
+
+
+def varint(number):
+    number %= 2**64
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def field(number, data):
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def example(**features):
+    """Name -> bytes, or a list of ints or floats."""
+    entries = b""
+    for name, value in features.items():
+        if isinstance(value, bytes):
+            content = field(1, field(1, value))
+        elif isinstance(value[0], float):
+            content = field(2, field(1, struct.pack(f"<{len(value)}f", *value)))
+        else:
+            content = field(3, field(1, b"".join(map(varint, value))))
+        entries += field(1, field(1, name.encode()) + field(2, content))
+    return field(1, entries)
+
+
+def test_an_example_is_read():
+    data = example(image=b"\x00\xff" * 100, label=[3, 300, -1], size=[0.5, -2.0], empty=b"")
+    found = tasks.read_example(data)
+    assert found == {"image": [b"\x00\xff" * 100], "label": [3, 300, -1], "size": [0.5, -2.0], "empty": [b""]}
+    unpacked = field(1, field(1, field(1, b"n") + field(2, field(3, varint(1 << 3) + varint(7)))))
+    assert tasks.read_example(unpacked) == {"n": [7]}
+    for damaged in (data[:-3], b"\x0b\x00", b"\xff"):
+        with pytest.raises(ValueError, match="no `Example`"):
+            tasks.read_example(damaged)
+
+
+def test_records_and_their_checksums(tmp_path):
+    file = tmp_path / "a.tfrecords"
+    file.write_bytes(record(b"first") + record(b"") + record(b"third" * 50))
+    assert list(tasks.read_tfrecords(file, check=True)) == [b"first", b"", b"third" * 50]
+    whole = file.read_bytes()
+    changed = whole.replace(b"first", b"furst")
+    for content, check, message in (
+        (changed, True, "a record does not match"),
+        (whole[:-2], False, "cut off"),
+        (b"\x07" + whole[1:], False, "a length does not match"),
+        (whole + b"abc", False, "no TFRecord file"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            list(tasks.read_tfrecords(file, check=check))
+    file.write_bytes(changed)
+    assert next(tasks.read_tfrecords(file)) == b"furst"  # not looked at
+
+
+def write(folder, spec, num_classes, per_class=2):
+    for k in range(num_classes):
+        records = b""
+        for i in range(per_class):
+            stream = io.BytesIO()
+            Image.fromarray(np.full((4, 4, 3), 10 * k + i, np.uint8)).save(stream, "PNG")
+            records += record(example(image=stream.getvalue(), label=[k]))
+        (folder / f"{k}.tfrecords").write_bytes(records)
+    spec = {"name": "toy", "file_pattern": "{}.tfrecords", **spec}
+    (folder / "dataset_spec.json").write_text(json.dumps(spec))
+
+
+def test_a_flat_data_set(tmp_path):
+    names = {str(k): f"class {k}" for k in range(6)}
+    write(tmp_path, {"classes_per_split": {"TRAIN": 3, "VALID": 1, "TEST": 2}, "class_names": names}, 6)
+    train, valid, test = (tasks.from_meta_dataset(tmp_path, part=p, size=2) for p in ("train", "valid", "test"))
+    assert [s.class_names for s in (train, valid)] == [("class 0", "class 1", "class 2"), ("class 3",)]
+    np.testing.assert_array_equal(test.x[:, 0, 0, 0], [40, 41, 50, 51])
+    assert train.x.shape == (6, 2, 2, 3) and test.name == "toy"
+    with pytest.raises(ValueError, match="`part` must be one of"):
+        tasks.from_meta_dataset(tmp_path, part="dev", size=2)
+    with pytest.raises(FileNotFoundError, match="has no dataset_spec.json"):
+        tasks.from_meta_dataset(tmp_path / "..", part="test", size=2)
+    write(tmp_path, {"classes_per_split": {"TRAIN": 3, "TEST": 3}}, 6)
+    with pytest.raises(ValueError, match="lacks 'class_names'"):
+        tasks.from_meta_dataset(tmp_path, part="test", size=2)
+    write(tmp_path, {"classes_per_split": {"TRAIN": 6}, "class_names": names}, 6)
+    with pytest.raises(ValueError, match="'test' has no classes"):
+        tasks.from_meta_dataset(tmp_path, part="test", size=2)
+
+
+def test_superclasses_and_ontologies(tmp_path):
+    spec = {
+        "superclasses_per_split": {"TRAIN": 1, "VALID": 0, "TEST": 2},
+        "classes_per_superclass": {"0": 2, "1": 1, "2": 3},
+        "class_names": {str(k): "character01" if k in (0, 3) else f"c{k}" for k in range(6)},
+    }
+    write(tmp_path, spec, 6)
+    test = tasks.from_meta_dataset(tmp_path, part="test", size=4, channels=1)
+    np.testing.assert_array_equal(test.superclass, [0, 1, 1, 1])
+    np.testing.assert_array_equal(test.x[:, 0, 0], [20, 21, 30, 31, 40, 41, 50, 51])
+    graph = [
+        {"wn_id": "n0", "words": "", "children_ids": ["n1", "n2"], "parents_ids": []},
+        *[{"wn_id": name, "words": "", "children_ids": [], "parents_ids": ["n0"]} for name in ("n1", "n2")],
+    ]
+    other = [{"wn_id": "n3", "words": "", "children_ids": [], "parents_ids": []}]
+    names = {"0": "n1", "1": "n2", "2": "n3"}
+    write(tmp_path, {"split_subgraphs": {"TRAIN": graph, "VALID": [], "TEST": other}, "class_names": names}, 3)
+    train = tasks.from_meta_dataset(tmp_path, part="train", size=4)
+    assert tasks.ontology_nodes(train.ontology, train.class_names, min_leaves=2) == [("n0", [0, 1])]
+    assert tasks.from_meta_dataset(tmp_path, part="test", size=4).class_names == ("n3",)

@@ -1,0 +1,176 @@
+"""Tables of trials: records as an array and back, and the published ones."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+
+from metaopt import Record, tasks
+
+DATA = os.environ.get("METAOPT_DATA", "")
+needs_data = pytest.mark.skipif(not DATA, reason="METAOPT_DATA is not set")
+
+
+def test_records_become_a_table_and_come_back():
+    records = [
+        Record("b", {"x": 1, "kind": "p"}, 0.5, 1 / 3, 2.0),
+        Record("b", {"kind": "p", "x": 1}, 0.4, 1.0, 6.0),  # the same configuration
+        Record("a", {"x": 2}, 0.1, 1.0, 1.0, seed=0),
+        Record("a", {"x": 2}, 0.3, 1.0, 2.0, seed=1),
+        Record("a", {"x": 3}, status="FAIL"),
+    ]
+    table = tasks.tabulate(records, families={"a": "letters"})
+    assert table.tasks == ("b", "a") and table.families == ("b", "letters")
+    assert table.configurations == ({"x": 1, "kind": "p"}, {"x": 2}, {"x": 3})
+    nan = math.nan
+    expected = [[[0.5, 0.4], [nan, nan], [nan, nan]], [[nan, nan], [nan, 0.2], [nan, nan]]]
+    np.testing.assert_allclose(table.outcomes, expected)
+    np.testing.assert_allclose(table.costs[0, 0], [2.0, 6.0])
+    back = tasks.table_records(table)
+    assert [(r.task, r.trial, r.fidelity, r.outcome) for r in back] == [
+        ("b", 0, pytest.approx(1 / 3), 0.5),
+        ("b", 0, 1.0, 0.4),
+        ("a", 1, 1.0, pytest.approx(0.2)),
+    ]
+
+
+def test_hpob_s_json(tmp_path):
+    content = {"5860": {"3": {"X": [[0.0, 1.0], [0.5, 0.25]], "y": [[0.75], [0.5]]}, "9": {"X": [[1, 0]], "y": [[1]]}}}
+    (tmp_path / "meta.json").write_text(json.dumps(content))
+    records = tasks.from_hpob(tmp_path / "meta.json", "5860")
+    assert records == [
+        Record("3", {"x0": 0.0, "x1": 1.0}, 0.25, trial=0, cost=records[0].cost),
+        Record("3", {"x0": 0.5, "x1": 0.25}, 0.5, trial=1, cost=records[1].cost),
+        Record("9", {"x0": 1, "x1": 0}, 0.0, trial=0, cost=records[2].cost),
+    ]
+    with pytest.raises(ValueError, match="has no search space '1'; it has 5860"):
+        tasks.from_hpob(tmp_path / "meta.json", "1")
+
+
+def test_openml_s_evaluations():
+    flow = "sklearn.svm.classes.SVC(16)"
+    pipe = "sklearn.pipeline.Pipeline(imputer=a.Imputer,svc=sklearn.svm.classes.SVC)(1)"
+    row = {
+        "run_id": 7,
+        "task_id": 3,
+        "setup_id": 5,
+        "flow_id": 16,
+        "data_id": 3,
+        "data_name": "kr-vs-kp",
+        "value": 0.75,
+    }
+    parameters = {f"{flow}_C": "1.5", f"{flow}_kernel": '"rbf"', f"{flow}_shrinking": "true", f"{flow}_tol": "null"}
+    parameters |= {f"{flow}_steps": '[{"oml-python:serialized_object": 1}]', f"{flow}_note": "free text"}
+    both = {f"{flow}_verbose": "1", f"{pipe}_verbose": "2"}
+    records = tasks.from_openml_evaluations([row | {"parameters": parameters}, row | {"parameters": both}])
+    expected = {"C": 1.5, "kernel": "rbf", "shrinking": True, "tol": None, "note": "free text"}
+    assert records[0] == Record("kr-vs-kp", expected, 0.25, trial=7, cost=records[0].cost)
+    assert records[1].configuration == {f"{flow}_verbose": 1, f"{pipe}_verbose": 2}
+
+
+def write(folder):
+    """The published tables' formats, with a few entries."""
+    np.savez(
+        folder / "oboe_error_matrix.npz",
+        error=np.array([[0.25, 0.5]], np.float32),
+        runtime=np.array([[1.0, 2.0]], np.float32),
+        openml_id=np.array(["3"]),
+        configs=np.array([json.dumps({"algorithm": a, "hyperparameters": {"k": 3}}) for a in ("AB", "KNN")]),
+        family=np.array(["chess"]),
+    )
+    np.savez(
+        folder / "taskset_rnn_curves.npz",
+        hp=np.array([[1e-3, 0.9]]),
+        hp_names=np.array(["learning_rate", "beta1"]),
+        curves=np.array([[[[0.7, 0.5, 0.25], [0.7, 0.6, 0.5]]]], np.float32),
+        splits=np.array(["valid", "test"]),
+        tasks=np.array(["rnn"]),
+    )
+    np.savez(
+        folder / "lcdb_accuracy_curves.npz",
+        openml_id=np.array([3], np.int32),
+        learners=np.array(["SVC_linear"]),
+        anchors=np.array([16, 64]),
+        valid=np.array([[[0.5, np.nan]]], np.float32),
+        test=np.array([[[0.25, np.nan]]], np.float32),
+        traintime=np.array([[[0.5, np.nan]]], np.float16),
+    )
+    np.savez(
+        folder / "hpobench_mlp_table.npz",
+        hp_index=np.array([[0, 1]], np.uint8),
+        hp_names=np.array(["alpha", "depth"]),
+        hp_values=np.array(json.dumps({"alpha": [1e-8, 1], "depth": [1, 2]})),
+        datasets=np.array(["car"]),
+        val_acc_mean=np.array([[0.75]], np.float32),
+        train_time_mean=np.array([[3.0]], np.float32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("read", "expected"),
+    [
+        (tasks.from_oboe, ({"algorithm": "KNN", "k": 3}, [[[0.25], [0.5]]], [1.0], ("chess",))),
+        (tasks.from_taskset, ({"learning_rate": 1e-3, "beta1": 0.9}, [[[0.5, 0.25]]], [0.5, 1.0], ("rnn",))),
+        (tasks.from_lcdb, ({"learner": "SVC_linear"}, [[[0.5, math.nan]]], [0.25, 1.0], ("3",))),
+        (tasks.from_hpobench_mlp, ({"alpha": 1e-8, "depth": 2}, [[[0.25]]], [1.0], ("car",))),
+    ],
+)
+def test_published_tables_are_read(tmp_path, read, expected):
+    write(tmp_path)
+    table = read(tmp_path)
+    configuration, outcomes, fidelities, families = expected
+    assert table.configurations[-1] == configuration and table.families == families
+    np.testing.assert_allclose(table.outcomes, outcomes)
+    np.testing.assert_allclose(table.fidelities, fidelities)
+    assert table.costs.shape == table.outcomes.shape
+    with pytest.raises(FileNotFoundError, match="has no .*npz"):
+        read(tmp_path / "none")
+    if read in (tasks.from_taskset, tasks.from_lcdb):
+        assert read(tmp_path, split="test").outcomes[0, 0, 0] > table.outcomes[0, 0, 0]
+        with pytest.raises(ValueError, match='`split` must be "valid" or "test"; got \'train\''):
+            read(tmp_path, split="train")
+
+
+def average_best(table, numbers=(1, 5, 20)):
+    """Mean normalized regret of the configurations that are best on average over the tasks of other families."""
+    y = table.outcomes[:, :, -1]
+    y = (y - np.nanmin(y, 1, keepdims=True)) / np.maximum(np.nanmax(y, 1) - np.nanmin(y, 1), 1e-12)[:, None]
+    families, regrets = np.array(table.families), []
+    for t, family in enumerate(families):
+        order = np.argsort(np.nanmean(y[families != family], axis=0), stable=True)
+        order = order[np.isfinite(y[t, order])]  # what was not tried here is passed over
+        regrets.append([y[t, order[:n]].min() for n in numbers])
+    return np.mean(regrets, axis=0)
+
+
+@needs_data
+def test_the_random_forests_of_pmlb_are_those_of_the_published_baseline():
+    pytest.importorskip("pandas")
+    table = tasks.from_pmlb_results(DATA)
+    assert table.outcomes.shape == (164, 56, 1) and np.isfinite(table.outcomes).mean() > 0.99
+    assert len(set(map(str, table.configurations))) == 56
+    np.testing.assert_allclose(average_best(table), [0.089, 0.052, 0.009], atol=2e-3)
+    several = tasks.from_pmlb_results(DATA, algorithms=["SVC", "KNeighborsClassifier"])
+    assert {c["algorithm"] for c in several.configurations} == {"SVC", "KNeighborsClassifier"}
+    with pytest.raises(ValueError, match=r"`algorithms` must be of \['DecisionTreeClassifier'.*got \['Forest'\]"):
+        tasks.from_pmlb_results(DATA, algorithms=["Forest"])
+
+
+@needs_data
+def test_oboe_s_baseline():
+    table = tasks.from_oboe(DATA)
+    assert table.outcomes.shape == (418, 219, 1)
+    np.testing.assert_allclose(average_best(table), [0.155, 0.100, 0.067], atol=2e-3)
+
+
+@needs_data
+def test_the_whole_of_the_other_tables_is_read():
+    shapes = {
+        tasks.from_taskset: (12, 1000, 50),
+        tasks.from_lcdb: (248, 20, 28),
+        tasks.from_hpobench_mlp: (8, 30_000, 1),
+    }
+    for read, shape in shapes.items():
+        assert read(DATA).outcomes.shape == shape
