@@ -33,6 +33,7 @@ from metaopt.methods._few_shot import (
 )
 from metaopt.methods._fine_tune import FineTuned, fine_tune
 from metaopt.methods._meta_optimizer import (
+    ACQUISITIONS,
     MetaOptimizer,
     MetaSearcherState,
     train_meta_optimizer,
@@ -41,6 +42,7 @@ from metaopt.methods._meta_optimizer import (
 from metaopt.methods._optuna import bohb, tpe
 
 __all__ = [
+    "ACQUISITIONS",
     "AdaptFn",
     "Adaptation",
     "Evaluation",

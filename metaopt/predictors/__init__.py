@@ -19,6 +19,7 @@ from metaopt.predictors._surrogates import (
     normalize,
     posterior,
     posterior_given,
+    rank_features,
     surrogate,
     task_weights,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "normalize",
     "posterior",
     "posterior_given",
+    "rank_features",
     "save",
     "surrogate",
     "task_weights",

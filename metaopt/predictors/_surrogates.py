@@ -456,8 +456,7 @@ def _condition(mu_seen, mu_x, cov, cov_x, var_x, log_scales, trials):
     white = lambda v: jax.scipy.linalg.solve_triangular(chol, v, lower=True)
     one, at_y, at_mu, at_x = white(mask), white(y), white(mu_seen), white(cov_x.T)  # [N], [N], [N, K], [N, P]
     total = one @ one
-    center = lambda v: v - one.reshape(-1, *[1] * (v.ndim - 1)) * (one @ v) / total
-    y_c, mu_c = center(at_y), center(at_mu)
+    y_c, mu_c = at_y - one * (one @ at_y) / total, at_mu - jnp.outer(one, one @ at_mu) / total
     quadratic = (y_c @ y_c) / scales**2 - 2 * (y_c @ mu_c)[:, None] / scales + (mu_c**2).sum(0)[:, None]
     likelihood = -quadratic / 2 - jnp.log(jnp.diag(chol)).sum() - jnp.log(total) / 2 - (num - 1) * log_scales
     # Means: offset + μ(c) + k K⁻¹(r − offset), and those are linear in y/b and in μ.
