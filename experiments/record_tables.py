@@ -2,18 +2,19 @@
 
 A table holds the outcome of every configuration on every task (balanced error, one run each): a random forest on 164
 tables of PMLB × 56 configurations, six algorithms on the same × 381, and 418 tables of OpenML × 219 pipelines (OBOE).
-All near-duplicates of a table are in one of five folds. Each fold is left out in turn; what methods learn, they learn on
-the other four. Normalized regret of a task is 0 at its best and 1 at its worst configuration.
+All near-duplicates of a table are in one of five folds. Each fold is left out in turn; what methods learn, they learn
+on the other four. The normalized regret of a task is 0 at its best and 1 at its worst configuration.
 
-`metaopt` is `methods.train_meta_searcher`, with a task's features; its searcher begins with what it predicts and goes on
-by expected improvement. It was developed by the regrets in folds 0–2; those of folds 3 and 4 had not been seen when this was run,
-and are reported by themselves, too. The others: random search; TPE (Optuna, the parameters as categories; a configuration
-that the table lacks becomes the nearest one); the 1-nearest neighbour in features, and its best configurations in turn;
-the best configurations on average, in turn; a greedy portfolio; a Gaussian process with expected improvement and no other
-task, from a random start. A configuration that failed on the task at hand is no candidate for any method. BOHB and SMAC are
-not here: a table has one fidelity, at which BOHB is TPE; SMAC is not among the packages that this project is tested with.
+`metaopt` is `methods.train_meta_searcher`, with a task's features; its searcher begins with what it predicts and goes
+on by expected improvement. It was developed by the regrets in folds 0–2; those of folds 3 and 4 had not been looked at
+before the first whole run, and are reported by themselves, too. The others: random search; TPE (Optuna, the parameters
+as categories; a configuration that the table lacks becomes the nearest one); the 1-nearest neighbour in features, and
+its best configurations in turn; the best configurations on average, in turn; a greedy portfolio; a Gaussian process
+with expected improvement and no other task, from a random start. A configuration that failed on the task at hand is no
+candidate for any method. BOHB and SMAC are not here: a table has one fidelity, at which BOHB is TPE; SMAC is not among
+the packages that this project is tested with.
 
-    python experiments/record_tables.py             minutes; writes experiments/results/record_tables.md and .png
+    python experiments/record_tables.py             writes experiments/results/record_tables.md and .png
     python experiments/record_tables.py --smoke     seconds; prints only
 
 The tables are read from the folder that METAOPT_DATA names.
@@ -35,7 +36,7 @@ from metaopt import base, methods, predictors, spaces
 
 NUM_TRIALS = 20
 AT = (1, 5, 20)
-LEARNED = ("metaopt, no features", "metaopt")
+LEARNED = ("metaopt, no features", "metaopt")  # the first with --ablate
 
 
 class Records(NamedTuple):
@@ -125,8 +126,8 @@ def greedy(regret: np.ndarray) -> np.ndarray:
     return np.array(order)
 
 
-@partial(jax.jit, static_argnames="transfer")
-def search(surrogate, functions, gram, weights, error, start, transfer):
+@jax.jit
+def search(surrogate, functions, gram, weights, error, start):
     """[NUM_TRIALS] configurations: the searcher of `methods` on one task, for all steps in one program."""
     open_ = jnp.isfinite(error)
     error = jnp.where(open_, error, 0.0)
@@ -136,9 +137,6 @@ def search(surrogate, functions, gram, weights, error, start, transfer):
         y = error[seen]
         within, between = gram[seen][:, seen], gram[:, seen]
         mixture = predictors.posterior_given(surrogate, weights, (functions[seen], y, mask), functions, within, between)
-        if not transfer:  # the component without other tasks alone
-            mixture = predictors.Mixture(*(leaf[..., -5:] for leaf in mixture))
-            mixture = mixture._replace(log_weights=jax.nn.log_softmax(mixture.log_weights))
         score = predictors.expected_improvement(mixture, jnp.where(mask > 0, y, jnp.inf).min())
         new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
         return (seen.at[i].set(new), mask.at[i].set(1.0), tried.at[new].set(True)), None
@@ -147,6 +145,36 @@ def search(surrogate, functions, gram, weights, error, start, transfer):
     tried = jnp.zeros(len(error), bool).at[start].set(True)
     (seen, _, _), _ = jax.lax.scan(step, (seen, mask, tried), jnp.arange(1, NUM_TRIALS))
     return seen
+
+
+@jax.jit
+def plain_search(gram, error, starts):
+    """[runs, NUM_TRIALS]: one Gaussian process, its mean and amplitude by maximum likelihood, expected improvement."""
+    open_ = jnp.isfinite(error)
+    error = jnp.where(open_, error, 0.0)
+
+    def one(start):
+        def step(carry, i):
+            seen, mask, tried = carry
+            y = error[seen]
+            both = mask[:, None] * mask[None]
+            inverse = jnp.linalg.inv(gram[seen][:, seen] * both + jnp.diag(jnp.where(mask > 0, 1e-3, 1.0)))
+            cross, total = gram[:, seen] * mask[None], mask @ inverse @ mask
+            mean = (mask @ inverse @ y) / total
+            rest = (y - mean) * mask
+            scale = jnp.sqrt((rest @ inverse @ rest) / jnp.maximum(i - 1, 1) + 1e-8)
+            variance = 1 + 1e-3 - ((cross @ inverse) * cross).sum(1)
+            mu, std = mean + cross @ inverse @ rest, scale * jnp.sqrt(jnp.maximum(variance, 1e-9))
+            mixture = predictors.Mixture(jnp.zeros(1), mu[:, None], std[:, None])
+            score = predictors.expected_improvement(mixture, jnp.where(mask > 0, y, jnp.inf).min())
+            new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
+            return (seen.at[i].set(new), mask.at[i].set(1.0), tried.at[new].set(True)), None
+
+        seen, mask = jnp.full(NUM_TRIALS, start), jnp.zeros(NUM_TRIALS).at[0].set(1.0)
+        tried = jnp.zeros(len(error), bool).at[start].set(True)
+        return jax.lax.scan(step, (seen, mask, tried), jnp.arange(1, NUM_TRIALS))[0][0]
+
+    return jax.vmap(one)(starts)
 
 
 def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, plain_starts: int) -> dict:
@@ -169,27 +197,43 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
     encoded = jnp.stack([spaces.encode(space, spaces.from_configuration(space, c)) for c in plain])
     k = partial(predictors.kernel_matrix, surrogate.kernel)
     functions, gram = k(encoded, surrogate.reference) @ surrogate.coefficients, k(encoded, encoded)
-    without = surrogate._replace(
-        kernel=predictors.Kernel(jnp.full(encoded.shape[1], -0.5), jnp.array(2.0), jnp.log(0.1))
-    )
-    gram_without = predictors.kernel_matrix(without.kernel, encoded, encoded)
+    plain_kernel = predictors.Kernel(jnp.full(encoded.shape[1], -0.5), jnp.array(4.0), jnp.array(0.0))
+    plain_gram = predictors.kernel_matrix(plain_kernel, encoded, encoded)
     expected = predictors.expected_outcomes(surrogate, encoded)
-    curves = {name: [] for name in (*LEARNED, "GP, no other task")}
+    methods_ = LEARNED if options.ablate else LEARNED[1:]
+    curves = {name: [] for name in (*methods_, "GP, no other task")}
     rng = np.random.default_rng(0)
     for t in test:
         error, regret = jnp.asarray(data.error[t], jnp.float32), data.regret[t]
         open_ = np.flatnonzero(np.isfinite(regret))
-        for name in LEARNED:
+        for name in methods_:
             weights = predictors.task_weights(surrogate, data.features[t] if name == "metaopt" else None)
             start = open_[np.asarray(expected @ weights)[open_].argmin()]
-            tried = search(surrogate, functions, gram, weights, error, start, True)
+            tried = search(surrogate, functions, gram, weights, error, start)
             curves[name].append(curve(regret, np.asarray(tried)))
-        runs = []
-        for _ in range(plain_starts):
-            tried = search(without, functions, gram_without, weights, error, rng.choice(open_), False)
-            runs.append(curve(regret, np.asarray(tried)))
-        curves["GP, no other task"].append(np.mean(runs, 0))
-    return {name: np.stack(found) for name, found in curves.items()} | {"seconds": seconds}
+        tried = plain_search(plain_gram, error, jnp.asarray(rng.choice(open_, plain_starts)))
+        curves["GP, no other task"].append(np.mean([curve(regret, run) for run in np.asarray(tried)], 0))
+    tried = search(surrogate, functions, gram, weights, error, start)  # the last task's, again as a user has it
+    again, milliseconds = one_by_one(g, data, test[-1], plain)
+    if again != np.asarray(tried)[: len(again)].tolist():
+        print(f"{data.name}: the searcher's trials {again} differ from the program's {tried[: len(again)]}.")
+    return {name: np.stack(found) for name, found in curves.items()} | {"seconds": seconds, "ask": milliseconds}
+
+
+def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict]) -> tuple[list[int], float]:
+    """The first trials of the searcher, asked and told one by one, and the median milliseconds of an `ask`."""
+    searcher = g.searcher(data.features[t])
+    state, tried, times = searcher.init(jax.random.key(0), g.space), [], []
+    for _ in range(8):
+        begin = time.process_time()
+        (trial,), state = searcher.ask(state, 1)
+        times.append(1e3 * (time.process_time() - begin))
+        tried.append(plain.index(trial.configuration))
+        outcome = data.error[t, tried[-1]]
+        if not np.isfinite(outcome):  # which the program above does not try
+            return tried[:-1], float(np.median(times[2:]))
+        state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=float(outcome))])
+    return tried, float(np.median(times[2:]))
 
 
 def tpe(data: Records, t: int, seed: int) -> np.ndarray:
@@ -223,8 +267,9 @@ def tpe(data: Records, t: int, seed: int) -> np.ndarray:
     return curve(regret, np.array(tried))
 
 
-def run(data: Records, options: argparse.Namespace) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
-    """name -> [tasks, NUM_TRIALS] curves, means over seeds where a method is random; the tasks; training seconds."""
+def run(data: Records, options: argparse.Namespace) -> tuple[dict, np.ndarray, np.ndarray]:
+    """name -> [tasks, NUM_TRIALS] curves, means over seeds where a method is random; the tasks;
+    seconds of training and milliseconds of an `ask`."""
     curves: dict[str, np.ndarray] = {}
     regret, seconds, judged = data.regret, [], []
 
@@ -255,9 +300,9 @@ def run(data: Records, options: argparse.Namespace) -> tuple[dict[str, np.ndarra
             for seed in range(options.train_seeds)
         ]
         for name in repeats[0]:
-            if name != "seconds":
+            if name not in ("seconds", "ask"):
                 add(name, test, np.mean([r[name] for r in repeats], 0))
-        seconds += [r["seconds"] for r in repeats]
+        seconds += [(r["seconds"], r["ask"]) for r in repeats]
         print(
             data.name,
             "fold",
@@ -265,7 +310,7 @@ def run(data: Records, options: argparse.Namespace) -> tuple[dict[str, np.ndarra
             {n: c[test][:, [a - 1 for a in AT]].mean(0).round(4).tolist() for n, c in curves.items()},
             flush=True,
         )
-    return curves, np.array(sorted(judged)), float(np.mean(seconds))
+    return curves, np.array(sorted(judged)), np.mean(seconds, 0)
 
 
 def compare(curves: dict, data: Records, judged: np.ndarray, reference: str) -> tuple[list, list]:
@@ -331,6 +376,7 @@ def main() -> None:
     parser.add_argument("--tpe-seeds", type=int, default=20, help="of TPE; 0 leaves it out")
     parser.add_argument("--plain-seeds", type=int, default=20, help="random starts of the process without other tasks")
     parser.add_argument("--train-seeds", type=int, default=1, help="keys that metaopt is trained with")
+    parser.add_argument("--ablate", action="store_true", help="also without the features of the new task")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--tables", nargs="+", default=["forest", "six", "oboe"])
     parser.add_argument("--reference", default="average-best")
@@ -351,17 +397,19 @@ def main() -> None:
         header, rows = compare(curves, data, judged, options.reference)
         results[data.name] = curves, judged
         text += [
-            f"**{data.name}: {len(judged)} tasks of {len(np.unique(data.family[judged]))} families × {data.error.shape[1]} "
-            f"configurations**; metaopt is trained in {seconds:.0f} processor seconds a fold",
+            f"**{data.name}: {len(judged)} tasks of {len(np.unique(data.family[judged]))} families × "
+            f"{data.error.shape[1]} configurations**; metaopt is trained in {seconds[0]:.0f} processor seconds a "
+            f"fold, and asked for a trial in {seconds[1]:.0f} processor milliseconds (median)",
             "",
             script.table(header, rows),
             "",
         ]
     text.append(
-        f"Mean normalized regret over tasks; in brackets the difference to {options.reference}, its 95 % interval (bootstrap "
-        "over families), and the p of Wilcoxon's signed-rank test by Holm's method. Random methods are means over seeds: random "
-        f"search {options.seeds}, TPE {options.tpe_seeds}, the process without other tasks {options.plain_seeds}; metaopt "
-        f"and the lists are deterministic, given what they learn from ({options.train_seeds} training key(s))."
+        f"Mean normalized regret over tasks; in brackets the difference to {options.reference}, its 95 % interval "
+        "(bootstrap over families), and the p of Wilcoxon's signed-rank test by Holm's method. Random methods are "
+        f"means over seeds: random search {options.seeds}, TPE {options.tpe_seeds}, the process without other tasks "
+        f"{options.plain_seeds}; metaopt ({options.train_seeds} training key(s)) and the lists are deterministic, "
+        "given what they learn from."
     )
     script.publish(__file__, "Records of earlier tasks", "\n".join(text), options)
     if not options.smoke:

@@ -97,9 +97,9 @@ def train_meta_optimizer(
     earlier tasks, by the regret of what would have been chosen for each task had its family been unknown
     (`predictors.attention_loss`), as an ensemble of bootstrapped members.
 
-    `predict` minimizes the weighted mean outcome by gradient descent over the relaxed space from several starts, or over the
-    candidates. The searcher's first trial is that; afterwards it maximizes an acquisition function under
-    `predictors.posterior`. Records of unrelated tasks lose their weight after a few trials.
+    `predict` minimizes the weighted mean outcome by gradient descent over the relaxed space from several starts, or
+    over the candidates. The searcher's first trial is that; afterwards it maximizes an acquisition function under
+    `predictors.posterior`, in the same way. Records of unrelated tasks lose their weight after a few trials.
 
     Args:
       records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which count as bad. Names
@@ -313,9 +313,15 @@ def _meta_optimizer(surrogate, space, candidates, finite) -> MetaOptimizer:
     def suggest(acquisition, key, weights, trials):
         return search(key, lambda x: acquire(acquisition, key, weights, trials, x))
 
+    @jax.jit
+    def believe(weights, trials, x):
+        mixture = predictors.posterior(surrogate, weights, trials, x)
+        return mixture.mean @ jnp.exp(mixture.log_weights)
+
     suggest = jax.jit(suggest, static_argnums=0)
     acquire_finite = jax.jit(acquire, static_argnums=0)
     expected_finite = jax.jit(expected)
+    outcomes = jax.jit(lambda x: predictors.expected_outcomes(surrogate, x))
     to_configuration = lambda z: spaces.configuration(space, spaces.to_constrained(space, unravel(z)))
     encode = _encoder(space)
 
@@ -337,9 +343,9 @@ def _meta_optimizer(surrogate, space, candidates, finite) -> MetaOptimizer:
         else:
             zs = sample(jax.random.split(jax.random.key(1), num_random))
             pool = [chosen[0], *map(to_configuration, zs)]
-        curves = np.asarray(predictors.expected_outcomes(surrogate, jnp.asarray(np.stack([encode(c) for c in pool]))))
-        best = np.asarray(predictors.expected_outcomes(surrogate, jnp.asarray(encode(chosen[0])[None])))[0]
+        curves = np.asarray(outcomes(jnp.asarray(np.stack([encode(c) for c in pool]))))
         taken = {pool.index(chosen[0])}
+        best = curves[pool.index(chosen[0])]
         while len(chosen) < min(num, len(pool)):
             left = np.minimum(curves, best[None]) @ weights + 1e-4 * (curves @ weights)
             left[list(taken)] = np.inf
@@ -375,10 +381,10 @@ def _meta_optimizer(surrogate, space, candidates, finite) -> MetaOptimizer:
                 x, y = x[keep], y[keep]
             trials = _padded(x, y)
             if state.pending:  # they are believed to give what is expected
-                waiting = jnp.asarray(np.stack([x for _, x in state.pending]))
-                mixture = predictors.posterior(surrogate, weights, trials, waiting)
-                believed = np.asarray(mixture.mean @ jnp.exp(mixture.log_weights))
-                x, y = np.concatenate([x, np.asarray(waiting)]), np.concatenate([y, believed])
+                waiting = np.stack([x for _, x in state.pending])
+                padded = _padded(waiting, np.zeros(len(waiting)))[0]
+                believed = np.asarray(believe(weights, trials, padded))[: len(waiting)]
+                x, y = np.concatenate([x, waiting]), np.concatenate([y, believed])
                 trials = _padded(x, y)
             if finite is None:
                 return to_configuration(suggest(acquisition, key, weights, trials))

@@ -1,20 +1,22 @@
 """What earlier tasks say about a new one: a mixture of Gaussian processes, one around each earlier task.
 
-Let f_s(c) be the normalized outcome (0 best, 1 worst) of configuration c on the earlier task s, f̄ their mean and C their
-covariance over the S tasks, a function of two configurations. A new task t with features x_t has, up to an unknown offset
-a and scale b of its outcomes,
+Let f_s(c) be the normalized outcome (0 best, 1 worst) of configuration c on the earlier task s, f̄ their mean and C
+their covariance over the S tasks, a function of two configurations. A new task t with features x_t has, up to an
+unknown offset a and scale b of its outcomes,
 
     y_t(c) = a + b f(c),    f ~ Σ_s w_s(x_t) GP(f̄ + ρ (f_s − f̄), (1 − ρ²) C + η k).
 
-ρ is how far the mixture stands between two models that are each good at one thing: at ρ = 0 it is one process with a
-learned mean and covariance, at ρ = 1 (and η = 0) the new task is one of the earlier ones, as greedy portfolios have it. Mean
-and covariance of f are the same for every ρ. k is a plain kernel over encoded configurations. One more component, GP(0, v k),
-knows nothing of earlier tasks, and takes over where their predictions fail. Offsets have a flat prior; scales are
-those of the earlier tasks, times a few factors. Everything is in closed form, and differentiable in c.
+ρ is where the mixture stands between two models that are each good at one thing: at ρ = 0 it is one process with a
+learned mean and covariance; at ρ = 1 (and η = 0) the new task is one of the earlier ones, as a greedy portfolio has it.
+Mean and covariance of f are the same for every ρ, if all w_s are. k is a plain kernel over encoded configurations. One
+more component, GP(0, v k), knows nothing of earlier tasks, and takes over where their predictions fail. Offsets have a
+flat prior; scales are those of the earlier tasks, times a few factors. Everything is in closed form, and differentiable
+in c.
 
-Sources: Wang et al., Pre-trained Gaussian processes for Bayesian optimization, JMLR 2024, https://arxiv.org/abs/2109.08215
-(learned mean and covariance, ρ = 0); Silverman, Density estimation, 1986, section 6.4 (the smoothed bootstrap
-that keeps the covariance); Feurer et al., https://arxiv.org/abs/1802.02219 (mixtures of surrogates of earlier tasks).
+Sources: Wang et al., Pre-trained Gaussian processes for Bayesian optimization, JMLR 2024,
+https://arxiv.org/abs/2109.08215 (learned mean and covariance, ρ = 0); Silverman, Density estimation, 1986, section 6.4
+(the smoothed bootstrap that keeps the covariance); Feurer et al., https://arxiv.org/abs/1802.02219 (mixtures of the
+surrogates of earlier tasks).
 """
 
 from collections.abc import Sequence
@@ -25,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _NOISE = 1e-3  # variance of a repeated outcome, in normalized units
-_FACTORS = (-1.4, -0.7, 0.0, 0.7, 1.4)  # of scales, as logarithms
+_FACTORS = (-0.7, 0.0, 0.7)  # of scales, as logarithms
 
 
 class TaskTrials(NamedTuple):
@@ -147,9 +149,9 @@ def surrogate(
 ) -> Surrogate:
     """Learns f_s, their mean and their covariance from the trials of earlier tasks, by expectation and maximization.
 
-    Each f_s is the posterior mean given the task's trials under the mean and covariance of all tasks, which are those of
-    the f_s of the round before. A trial that failed counts as halfway between what it is expected to give and the worst.
-    It costs O(S N³ + S M N²) a round for N trials a task.
+    Each f_s is the posterior mean given the task's trials under the mean and covariance of all tasks, which are those
+    of the f_s of the round before. A trial that failed counts as halfway between what it is expected to give and the
+    worst. It costs O(S N³ + S M N²) a round for N trials a task.
 
     Args:
       tasks: S of them, each with a finite outcome.
@@ -182,8 +184,16 @@ def surrogate(
     mean = np.full(len(reference), np.mean([np.nanmean(y) for y, _ in normalized]))
     covariance = amplitude * gram
     curves = np.zeros((len(tasks), len(reference)))
+    whole = np.zeros(len(tasks), bool)
+    for s, ((y, _), a) in enumerate(zip(normalized, project, strict=True)):
+        at = a.argmax(1)
+        whole[s] = np.isfinite(y).all() and len(y) == len(np.unique(at)) == len(reference)
+        if whole[s]:  # each reference configuration was tried once: there is nothing to infer
+            curves[s, at] = y
     for done in range(1, num_rounds + 1):
         for s, ((y, _), a, rest) in enumerate(zip(normalized, project, left, strict=True)):
+            if whole[s]:
+                continue
             seen = np.isfinite(y)
             curve = _posterior(mean, covariance, a[seen], y[seen], rest[seen])
             if done == num_rounds and not seen.all():
@@ -378,7 +388,7 @@ def posterior(
       x: [P, D]; differentiable.
 
     Returns:
-      A `Mixture` of (S + 1)·5 Gaussians; it takes memory O(P (S + N + M)), and N² for the trials.
+      A `Mixture` of 3 S + 5 Gaussians; it takes memory O(P (S + N + M)), and N² for the trials.
     """
     seen, y, mask = trials
     at_seen, at_x = (
@@ -432,8 +442,7 @@ def posterior_given(
         jnp.quantile(surrogate.log_scales, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))[None],
         (y, mask),
     )
-    factors = jnp.array(_FACTORS)
-    prior = jax.nn.log_softmax(-(factors**2) / 2)[None] + jnp.log(weights + 1e-12)[:, None] + np.log(0.95)
+    prior = jnp.broadcast_to(jnp.log(0.95 * weights / len(_FACTORS) + 1e-12)[:, None], informed[0].shape)
     naive_prior = jnp.full((1, 5), np.log(0.05 / 5))
     log_weights = jnp.concatenate([(prior + informed[0]).ravel(), (naive_prior + naive[0]).ravel()])
     mean, std = (jnp.concatenate([a, b], axis=1) for a, b in zip(informed[1:], naive[1:], strict=True))
