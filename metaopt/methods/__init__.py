@@ -32,13 +32,23 @@ from metaopt.methods._few_shot import (
     ridge_head,
 )
 from metaopt.methods._fine_tune import FineTuned, fine_tune
+from metaopt.methods._meta_optimizer import (
+    ACQUISITIONS,
+    MetaOptimizer,
+    MetaSearcherState,
+    train_meta_optimizer,
+    train_meta_searcher,
+)
 from metaopt.methods._optuna import bohb, tpe
 
 __all__ = [
+    "ACQUISITIONS",
     "AdaptFn",
     "Adaptation",
     "Evaluation",
     "FineTuned",
+    "MetaOptimizer",
+    "MetaSearcherState",
     "accuracy",
     "adaptation",
     "adapted",
@@ -68,4 +78,6 @@ __all__ = [
     "reptile",
     "ridge_head",
     "tpe",
+    "train_meta_optimizer",
+    "train_meta_searcher",
 ]

@@ -3,5 +3,52 @@
 from metaopt.predictors._amortize import amortize
 from metaopt.predictors._files import SavedPredictor, load, save
 from metaopt.predictors._networks import dataset_embedding, ensemble, from_config, mlp
+from metaopt.predictors._surrogates import (
+    Kernel,
+    Mixture,
+    Surrogate,
+    TaskTrials,
+    attention_loss,
+    attention_weights,
+    expected_improvement,
+    expected_outcomes,
+    init_attention,
+    kernel_loss,
+    kernel_matrix,
+    lower_confidence_bound,
+    normalize,
+    posterior,
+    posterior_given,
+    rank_features,
+    surrogate,
+    task_weights,
+)
 
-__all__ = ["SavedPredictor", "amortize", "dataset_embedding", "ensemble", "from_config", "load", "mlp", "save"]
+__all__ = [
+    "Kernel",
+    "Mixture",
+    "SavedPredictor",
+    "Surrogate",
+    "TaskTrials",
+    "amortize",
+    "attention_loss",
+    "attention_weights",
+    "dataset_embedding",
+    "ensemble",
+    "expected_improvement",
+    "expected_outcomes",
+    "from_config",
+    "init_attention",
+    "kernel_loss",
+    "kernel_matrix",
+    "load",
+    "lower_confidence_bound",
+    "mlp",
+    "normalize",
+    "posterior",
+    "posterior_given",
+    "rank_features",
+    "save",
+    "surrogate",
+    "task_weights",
+]

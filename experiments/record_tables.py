@@ -1,0 +1,420 @@
+"""Three tables of real records: what earlier tasks are worth on a new one, after 1, 5 and 20 trials.
+
+A table holds the outcome of every configuration on every task (balanced error, one run each): a random forest on 164
+tables of PMLB × 56 configurations, six algorithms on the same × 381, and 418 tables of OpenML × 219 pipelines (OBOE).
+All near-duplicates of a table are in one of five folds. Each fold is left out in turn; what methods learn, they learn
+on the other four. The normalized regret of a task is 0 at its best and 1 at its worst configuration.
+
+`metaopt` is `methods.train_meta_searcher`, with a task's features; its searcher begins with what it predicts and goes
+on by expected improvement. It was developed by the regrets in folds 0–2; those of folds 3 and 4 had not been looked at
+before the first whole run, and are reported by themselves, too. The others: random search; TPE (Optuna, the parameters
+as categories; a configuration that the table lacks becomes the nearest one); the 1-nearest neighbour in features, and
+its best configurations in turn; the best configurations on average, in turn; a greedy portfolio; a Gaussian process
+with expected improvement and no other task, from a random start. A configuration that failed on the task at hand is no
+candidate for any method. BOHB and SMAC are not here: a table has one fidelity, at which BOHB is TPE; SMAC is not among
+the packages that this project is tested with.
+
+    python experiments/record_tables.py             writes experiments/results/record_tables.md and .png
+    python experiments/record_tables.py --smoke     seconds; prints only
+
+The tables are read from the folder that METAOPT_DATA names.
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import script
+
+from metaopt import base, methods, predictors, spaces
+
+NUM_TRIALS = 20
+AT = (1, 5, 20)
+LEARNED = ("metaopt, no features", "metaopt")  # the first with --ablate
+
+
+class Records(NamedTuple):
+    """T tasks × C configurations."""
+
+    name: str
+    error: np.ndarray  # [T, C], NaN where the configuration failed
+    features: np.ndarray  # [T, F]
+    family: np.ndarray  # [T]
+    fold: np.ndarray  # [T]
+    configurations: list[dict]
+
+    @property
+    def regret(self) -> np.ndarray:
+        low, high = np.nanmin(self.error, 1, keepdims=True), np.nanmax(self.error, 1, keepdims=True)
+        return (self.error - low) / np.maximum(high - low, 1e-12)
+
+
+def load_pmlb(name: str, forest_only: bool) -> Records:
+    import pandas as pd
+
+    rows = pd.read_parquet(script.data_file(__file__, "pmlb_sklearn_results.parquet"))
+    rows = rows[rows["file"] == "kb_r6"]
+    if forest_only:
+        rows = rows[rows["algorithm"] == "RandomForestClassifier"]
+    rows = rows.assign(**{column: rows[column].astype(object) for column in rows if rows[column].dtype == "category"})
+    described = pd.read_csv(script.data_file(__file__, "pmlb_metafeatures.csv.gz")).set_index("dataset")
+    rows = rows.assign(c=rows["algorithm"] + ":" + rows["config_id"].astype(str))
+    error = 1 - rows.pivot_table(index="dataset", columns="c", values="bal_accuracy")
+    first = rows.drop_duplicates("c").set_index("c").loc[error.columns]
+    keys = [column for column in first if column == "algorithm" or column.startswith("hp_")]
+    configurations = [
+        {key.removeprefix("hp_"): row[key] for key in keys if not pd.isna(row[key])} for _, row in first.iterrows()
+    ]
+    described = described.loc[error.index]
+    numbers = described.drop(columns=["family", "fold5", "aliro_id"], errors="ignore").select_dtypes("number")
+    family, fold = described["family"].astype(str).to_numpy(), described["fold5"].to_numpy()
+    return Records(name, error.to_numpy(), numbers.to_numpy(float), family, fold, configurations)
+
+
+def load_oboe() -> Records:
+    data = np.load(script.data_file(__file__, "oboe_error_matrix.npz"), allow_pickle=False)
+    parsed = [json.loads(text) for text in data["configs"]]
+    configurations = [{"algorithm": c["algorithm"], **c["hyperparameters"]} for c in parsed]
+    rows, columns = data["size"].astype(float).T
+    features = np.stack([rows, columns, rows / columns], 1)
+    return Records("OBOE", data["error"].astype(float), features, data["family"], data["fold5"], configurations)
+
+
+def make_space(configurations: list[dict]) -> tuple[dict, list[dict]]:
+    """A space that all fit, and the configurations in it: numbers between their extremes, all else as categories."""
+    values: dict[str, list] = {}
+    for configuration in configurations:
+        for name, value in configuration.items():
+            values.setdefault(name, []).append(value)
+    space = {}
+    for name, found in values.items():
+        numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in found)
+        low, high = (min(found), max(found)) if numeric else (0, 0)
+        if numeric and low < high:
+            log = low > 0 and high / low > 20
+            space[name] = spaces.interval(float(low), float(high), log=log)
+        elif len({str(v) for v in found}) > 1:
+            space[name] = spaces.choice(sorted({str(v) for v in found}))
+    plain = [
+        {n: float(v) if isinstance(space[n], spaces.Interval) else str(v) for n, v in c.items() if n in space}
+        for c in configurations
+    ]
+    return space, plain
+
+
+def curve(regret: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The best regret so far of one task, of configurations tried in this order, without those that failed."""
+    tried = regret[order]
+    tried = tried[np.isfinite(tried)][:NUM_TRIALS]
+    return np.minimum.accumulate(np.pad(tried, (0, NUM_TRIALS - len(tried)), mode="edge"))
+
+
+def greedy(regret: np.ndarray) -> np.ndarray:
+    """Configurations that complement one another on these tasks; one that failed counts as the worst."""
+    regret, best, order = np.where(np.isnan(regret), 1, regret), np.ones(len(regret)), []
+    for _ in range(min(8 * NUM_TRIALS, regret.shape[1])):
+        value = np.minimum(best[:, None], regret).mean(0) + 1e-6 * regret.mean(0)
+        value[order] = np.inf
+        order.append(int(value.argmin()))
+        best = np.minimum(best, regret[:, order[-1]])
+    return np.array(order)
+
+
+@jax.jit
+def search(surrogate, functions, gram, weights, error, start):
+    """[NUM_TRIALS] configurations: the searcher of `methods` on one task, for all steps in one program."""
+    open_ = jnp.isfinite(error)
+    error = jnp.where(open_, error, 0.0)
+
+    def step(carry, i):
+        seen, mask, tried = carry
+        y = error[seen]
+        within, between = gram[seen][:, seen], gram[:, seen]
+        mixture = predictors.posterior_given(surrogate, weights, (functions[seen], y, mask), functions, within, between)
+        score = predictors.expected_improvement(mixture, jnp.where(mask > 0, y, jnp.inf).min())
+        new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
+        return (seen.at[i].set(new), mask.at[i].set(1.0), tried.at[new].set(True)), None
+
+    seen, mask = jnp.full(NUM_TRIALS, start), jnp.zeros(NUM_TRIALS).at[0].set(1.0)
+    tried = jnp.zeros(len(error), bool).at[start].set(True)
+    (seen, _, _), _ = jax.lax.scan(step, (seen, mask, tried), jnp.arange(1, NUM_TRIALS))
+    return seen
+
+
+@jax.jit
+def plain_search(gram, error, starts):
+    """[runs, NUM_TRIALS]: one Gaussian process, its mean and amplitude by maximum likelihood, expected improvement."""
+    open_ = jnp.isfinite(error)
+    error = jnp.where(open_, error, 0.0)
+
+    def one(start):
+        def step(carry, i):
+            seen, mask, tried = carry
+            y = error[seen]
+            both = mask[:, None] * mask[None]
+            inverse = jnp.linalg.inv(gram[seen][:, seen] * both + jnp.diag(jnp.where(mask > 0, 1e-3, 1.0)))
+            cross, total = gram[:, seen] * mask[None], mask @ inverse @ mask
+            mean = (mask @ inverse @ y) / total
+            rest = (y - mean) * mask
+            scale = jnp.sqrt((rest @ inverse @ rest) / jnp.maximum(i - 1, 1) + 1e-8)
+            variance = 1 + 1e-3 - ((cross @ inverse) * cross).sum(1)
+            mu, std = mean + cross @ inverse @ rest, scale * jnp.sqrt(jnp.maximum(variance, 1e-9))
+            mixture = predictors.Mixture(jnp.zeros(1), mu[:, None], std[:, None])
+            score = predictors.expected_improvement(mixture, jnp.where(mask > 0, y, jnp.inf).min())
+            new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
+            return (seen.at[i].set(new), mask.at[i].set(1.0), tried.at[new].set(True)), None
+
+        seen, mask = jnp.full(NUM_TRIALS, start), jnp.zeros(NUM_TRIALS).at[0].set(1.0)
+        tried = jnp.zeros(len(error), bool).at[start].set(True)
+        return jax.lax.scan(step, (seen, mask, tried), jnp.arange(1, NUM_TRIALS))[0][0]
+
+    return jax.vmap(one)(starts)
+
+
+def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, plain_starts: int) -> dict:
+    """name -> [test tasks, NUM_TRIALS] curves of `metaopt`; and of the process without other tasks."""
+    space, plain = make_space(data.configurations)
+    names = [str(t) for t in range(len(data.error))]
+    records = [
+        base.Record(names[t], plain[c], float(e), status="COMPLETE" if np.isfinite(e) else "FAIL")
+        for t in train
+        for c, e in enumerate(data.error[t])
+    ]
+    features, families = dict(zip(names, data.features, strict=True)), dict(zip(names, data.family, strict=True))
+    num_steps = 5 if options.smoke else 150
+    begin = time.process_time()
+    g = methods.train_meta_searcher(
+        records, space=space, candidates=plain, features=features, families=families, key=key, num_steps=num_steps
+    )
+    seconds = time.process_time() - begin
+    surrogate = g.surrogate
+    encoded = jnp.stack([spaces.encode(space, spaces.from_configuration(space, c)) for c in plain])
+    k = partial(predictors.kernel_matrix, surrogate.kernel)
+    functions, gram = k(encoded, surrogate.reference) @ surrogate.coefficients, k(encoded, encoded)
+    plain_kernel = predictors.Kernel(jnp.full(encoded.shape[1], -0.5), jnp.array(4.0), jnp.array(0.0))
+    plain_gram = predictors.kernel_matrix(plain_kernel, encoded, encoded)
+    expected = predictors.expected_outcomes(surrogate, encoded)
+    methods_ = LEARNED if options.ablate else LEARNED[1:]
+    curves = {name: [] for name in (*methods_, "GP, no other task")}
+    rng = np.random.default_rng(0)
+    for t in test:
+        error, regret = jnp.asarray(data.error[t], jnp.float32), data.regret[t]
+        open_ = np.flatnonzero(np.isfinite(regret))
+        for name in methods_:
+            weights = predictors.task_weights(surrogate, data.features[t] if name == "metaopt" else None)
+            start = open_[np.asarray(expected @ weights)[open_].argmin()]
+            tried = search(surrogate, functions, gram, weights, error, start)
+            curves[name].append(curve(regret, np.asarray(tried)))
+        tried = plain_search(plain_gram, error, jnp.asarray(rng.choice(open_, plain_starts)))
+        curves["GP, no other task"].append(np.mean([curve(regret, run) for run in np.asarray(tried)], 0))
+    tried = search(surrogate, functions, gram, weights, error, start)  # the last task's, again as a user has it
+    again, milliseconds = one_by_one(g, data, test[-1], plain)
+    if again != np.asarray(tried)[: len(again)].tolist():
+        print(f"{data.name}: the searcher's trials {again} differ from the program's {tried[: len(again)]}.")
+    return {name: np.stack(found) for name, found in curves.items()} | {"seconds": seconds, "ask": milliseconds}
+
+
+def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict]) -> tuple[list[int], float]:
+    """The first trials of the searcher, asked and told one by one, and the median milliseconds of an `ask`."""
+    searcher = g.searcher(data.features[t])
+    state, tried, times = searcher.init(jax.random.key(0), g.space), [], []
+    for _ in range(8):
+        begin = time.process_time()
+        (trial,), state = searcher.ask(state, 1)
+        times.append(1e3 * (time.process_time() - begin))
+        tried.append(plain.index(trial.configuration))
+        outcome = data.error[t, tried[-1]]
+        if not np.isfinite(outcome):  # which the program above does not try
+            return tried[:-1], float(np.median(times[2:]))
+        state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=float(outcome))])
+    return tried, float(np.median(times[2:]))
+
+
+def tpe(data: Records, t: int, seed: int) -> np.ndarray:
+    """The curve of Optuna's TPE: every parameter a category, and snapped to the nearest row of the table."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    found = [{n: str(v) for n, v in c.items()} for c in data.configurations]
+    labels = {}
+    for c in found:
+        for name, value in c.items():
+            labels.setdefault((c.get("algorithm", "") if name != "algorithm" else "", name), set()).add(value)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    regret, tried = data.regret[t], []
+    open_ = np.isfinite(regret)
+    while len(tried) < min(NUM_TRIALS, open_.sum()):
+        trial = study.ask()
+        given = {}
+        if len(labels.get(("", "algorithm"), ())) > 1:
+            given["algorithm"] = trial.suggest_categorical("algorithm", sorted(labels["", "algorithm"]))
+        algorithm = given.get("algorithm", found[0].get("algorithm", ""))
+        for (of, name), values in labels.items():
+            if of == algorithm and name != "algorithm" and len(values) > 1:
+                given[name] = trial.suggest_categorical(f"{of}.{name}", sorted(values))
+        same = np.array(
+            [sum(c.get(n) == v for n, v in given.items()) + 100 * (c.get("algorithm", "") == algorithm) for c in found]
+        )
+        at = int(np.where(open_ & ~np.isin(np.arange(len(found)), tried), same, -1).argmax())
+        tried.append(at)
+        study.tell(trial, float(data.error[t, at]))
+    return curve(regret, np.array(tried))
+
+
+def run(data: Records, options: argparse.Namespace) -> tuple[dict, np.ndarray, np.ndarray]:
+    """name -> [tasks, NUM_TRIALS] curves, means over seeds where a method is random; the tasks;
+    seconds of training and milliseconds of an `ask`."""
+    curves: dict[str, np.ndarray] = {}
+    regret, seconds, judged = data.regret, [], []
+
+    def add(name, t, found):
+        curves.setdefault(name, np.full((len(regret), NUM_TRIALS), np.nan))[t] = found
+
+    for fold in options.folds:
+        train, test = np.flatnonzero(data.fold != fold), np.flatnonzero(data.fold == fold)
+        test = test[:: options.stride]
+        judged.extend(test)
+        average, portfolio = np.nanmean(regret[train], 0).argsort(), greedy(regret[train])
+        ranks = predictors.rank_features(np.sort(data.features[train], 0).T, data.features, len(regret))
+        for t in test:
+            add("average-best", t, curve(regret[t], average))
+            add("portfolio", t, curve(regret[t], portfolio))
+            nearest = train[((ranks[train] - ranks[t]) ** 2).sum(1).argmin()]
+            add(
+                "1-NN in features",
+                t,
+                curve(regret[t], np.where(np.isnan(regret[nearest]), 2, regret[nearest]).argsort()),
+            )
+            rngs = [np.random.default_rng([seed, t]) for seed in range(options.seeds)]
+            add("random", t, np.mean([curve(regret[t], rng.permutation(regret.shape[1])) for rng in rngs], 0))
+            if options.tpe_seeds:
+                add("TPE", t, np.mean([tpe(data, t, seed) for seed in range(options.tpe_seeds)], 0))
+        repeats = [
+            learned(data, train, test, jax.random.key(seed), options, options.plain_seeds)
+            for seed in range(options.train_seeds)
+        ]
+        for name in repeats[0]:
+            if name not in ("seconds", "ask"):
+                add(name, test, np.mean([r[name] for r in repeats], 0))
+        seconds += [(r["seconds"], r["ask"]) for r in repeats]
+        print(
+            data.name,
+            "fold",
+            fold,
+            {n: c[test][:, [a - 1 for a in AT]].mean(0).round(4).tolist() for n, c in curves.items()},
+            flush=True,
+        )
+    return curves, np.array(sorted(judged)), np.mean(seconds, 0)
+
+
+def compare(curves: dict, data: Records, judged: np.ndarray, reference: str) -> tuple[list, list]:
+    """Rows of the table: regret, mean rank, paired differences to the reference with 95 % intervals, Holm's p."""
+    from scipy import stats
+
+    _, of = np.unique(data.family[judged], return_inverse=True)
+    # Families are drawn with replacement, not tasks: near-duplicates are one observation.
+    draws = np.random.default_rng(0).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), size=4000)
+    weights = draws[:, of] / draws[:, of].sum(1, keepdims=True)
+    names, rows, untouched = list(curves), [], data.fold[judged] >= 3
+    ranks, tests = {}, {}
+    for at in AT:
+        values = np.stack([curves[name][judged, at - 1] for name in names])
+        ranks[at] = stats.rankdata(values.round(9), axis=0).mean(1)
+        p = {}
+        for name in names:
+            difference = curves[name][judged, at - 1] - curves[reference][judged, at - 1]
+            if name != reference:
+                p[name] = stats.wilcoxon(difference, method="approx").pvalue if np.any(difference) else 1.0
+        worst = 0.0
+        for i, name in enumerate(sorted(p, key=lambda n: p[n])):  # Holm
+            worst = max(worst, min(1.0, (len(p) - i) * p[name]))
+            tests[at, name] = worst
+    for i, name in enumerate(names):
+        row = [name]
+        for at in AT:
+            values, others = curves[name][judged, at - 1], curves[reference][judged, at - 1]
+            cell = f"{values.mean():.4f}"
+            if name != reference:
+                low, high = np.quantile(weights @ (values - others), [0.025, 0.975])
+                cell += f" ({values.mean() - others.mean():+.4f} [{low:+.4f}, {high:+.4f}], p {tests[at, name]:.2g})"
+            row.append(cell)
+        row.append(" ".join(f"{ranks[at][i]:.2f}" for at in AT))
+        if untouched.any():
+            row.append(" ".join(f"{curves[name][judged[untouched], at - 1].mean():.4f}" for at in AT))
+        rows.append(row)
+    header = ["method", *(f"after {at}" for at in AT), f"mean rank after {', '.join(map(str, AT))}"]
+    return header + (["regret in folds 3, 4"] if untouched.any() else []), rows
+
+
+def plot(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(results), figsize=(5 * len(results), 4), squeeze=False)
+    for axes, (name, (curves, judged)) in zip(panels[0], results.items(), strict=True):
+        for method, found in curves.items():
+            ours = method in LEARNED
+            axes.plot(range(1, NUM_TRIALS + 1), found[judged].mean(0), lw=2.5 if ours else 1.2, label=method)
+        axes.set(title=name, xlabel="trials on the new task", yscale="log", xticks=[1, 5, 10, 15, 20])
+    panels[0][0].set_ylabel("mean normalized regret")
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = script.parser(__doc__, num_seeds=20)
+    parser.add_argument("--tpe-seeds", type=int, default=20, help="of TPE; 0 leaves it out")
+    parser.add_argument("--plain-seeds", type=int, default=20, help="random starts of the process without other tasks")
+    parser.add_argument("--train-seeds", type=int, default=1, help="keys that metaopt is trained with")
+    parser.add_argument("--ablate", action="store_true", help="also without the features of the new task")
+    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--tables", nargs="+", default=["forest", "six", "oboe"])
+    parser.add_argument("--reference", default="average-best")
+    options = parser.parse_args()
+    options.stride = 1
+    if options.smoke:
+        options.seeds = options.tpe_seeds = options.plain_seeds = options.train_seeds = 1
+        options.folds, options.tables, options.stride = [0], ["forest"], 4
+    load = {
+        "forest": lambda: load_pmlb("random forest", True),
+        "six": lambda: load_pmlb("six algorithms", False),
+        "oboe": load_oboe,
+    }
+    text, results = [], {}
+    for name in options.tables:
+        data = load[name]()
+        curves, judged, seconds = run(data, options)
+        header, rows = compare(curves, data, judged, options.reference)
+        results[data.name] = curves, judged
+        text += [
+            f"**{data.name}: {len(judged)} tasks of {len(np.unique(data.family[judged]))} families × "
+            f"{data.error.shape[1]} configurations**; metaopt is trained in {seconds[0]:.0f} processor seconds a "
+            f"fold, and asked for a trial in {seconds[1]:.0f} processor milliseconds (median)",
+            "",
+            script.table(header, rows),
+            "",
+        ]
+    text.append(
+        f"Mean normalized regret over tasks; in brackets the difference to {options.reference}, its 95 % interval "
+        "(bootstrap over families), and the p of Wilcoxon's signed-rank test by Holm's method. Random methods are "
+        f"means over seeds: random search {options.seeds}, TPE {options.tpe_seeds}, the process without other tasks "
+        f"{options.plain_seeds}; metaopt ({options.train_seeds} training key(s)) and the lists are deterministic, "
+        "given what they learn from."
+    )
+    script.publish(__file__, "Records of earlier tasks", "\n".join(text), options)
+    if not options.smoke:
+        plot(results, options.out / "record_tables.png")
+
+
+if __name__ == "__main__":
+    main()

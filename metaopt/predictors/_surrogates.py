@@ -1,0 +1,510 @@
+"""What earlier tasks say about a new one: a mixture of Gaussian processes, one around each earlier task.
+
+Let f_s(c) be the normalized outcome (0 best, 1 worst) of configuration c on the earlier task s, f̄ their mean and C
+their covariance over the S tasks, a function of two configurations. A new task t with features x_t has, up to an
+unknown offset a and scale b of its outcomes,
+
+    y_t(c) = a + b f(c),    f ~ Σ_s w_s(x_t) GP(f̄ + ρ (f_s − f̄), (1 − ρ²) C + η k).
+
+ρ is where the mixture stands between two models that are each good at one thing: at ρ = 0 it is one process with a
+learned mean and covariance; at ρ = 1 (and η = 0) the new task is one of the earlier ones, as a greedy portfolio has it.
+Mean and covariance of f are the same for every ρ, if all w_s are. k is a plain kernel over encoded configurations. One
+more component, GP(0, v k), knows nothing of earlier tasks, and takes over where their predictions fail. Offsets have a
+flat prior; scales are those of the earlier tasks, times a few factors. Everything is in closed form, and differentiable
+in c.
+
+Sources: Wang et al., Pre-trained Gaussian processes for Bayesian optimization, JMLR 2024,
+https://arxiv.org/abs/2109.08215 (learned mean and covariance, ρ = 0); Silverman, Density estimation, 1986, section 6.4
+(the smoothed bootstrap that keeps the covariance); Feurer et al., https://arxiv.org/abs/1802.02219 (mixtures of the
+surrogates of earlier tasks).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_NOISE = 1e-3  # variance of a repeated outcome, in normalized units
+_FACTORS = (-0.7, 0.0, 0.7)  # of scales, as logarithms
+
+
+class TaskTrials(NamedTuple):
+    """The trials of one task.
+
+    Attributes:
+      x: [N, D] encoded configurations.
+      y: [N] outcomes, smaller is better; NaN where the trial failed.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Kernel(NamedTuple):
+    """k(c, c') = smooth·exp(−½ Σ_d ((c_d − c'_d)/ℓ_d)²) + (1 − smooth)·[c = c'], at most 1.
+
+    Attributes:
+      log_lengths: [D] logarithms of ℓ, in units of the encoding.
+      logit_smooth: [] logit of smooth/.99, the share of the outcome that similar configurations have in common.
+      log_amplitude: [] logarithm of v, the variance of normalized outcomes within a task.
+    """
+
+    log_lengths: jax.Array
+    logit_smooth: jax.Array
+    log_amplitude: jax.Array
+
+
+class Surrogate(NamedTuple):
+    """What is known of earlier tasks, as arrays: M reference configurations, S tasks, E members, F features.
+
+    Attributes:
+      reference: [M, D] encoded configurations.
+      curves: [S, M] f_s at the reference configurations.
+      coefficients: [M, 1 + S] K⁻¹ of f̄ and f_s − f̄: k(c, reference) @ coefficients are the functions themselves.
+      log_scales: [S] logarithm of b.
+      kernel: k.
+      attention: how features weigh tasks (`attention_weights`).
+      sorted_features: [F, S] the features of earlier tasks in ascending order: raw ones become ranks.
+      features: [S, F] as ranks.
+      closeness: [] ρ.
+      residual: [] η.
+    """
+
+    reference: jax.Array
+    curves: jax.Array
+    coefficients: jax.Array
+    log_scales: jax.Array
+    kernel: Kernel
+    attention: dict[str, jax.Array]
+    sorted_features: np.ndarray
+    features: jax.Array
+    closeness: float
+    residual: float
+
+
+def kernel_matrix(kernel: Kernel, x: jax.Array, z: jax.Array) -> jax.Array:
+    """k between two sets of configurations.
+
+    Args:
+      kernel: its parameters.
+      x: [P, D].
+      z: [M, D].
+
+    Returns:
+      [P, M].
+    """
+    square = jnp.square(x[:, None] - z[None])
+    smooth = 0.99 * jax.nn.sigmoid(kernel.logit_smooth)  # below 1: inverses are taken
+    distance = (square * jnp.exp(-2 * kernel.log_lengths)[None, None]).sum(-1)
+    return smooth * jnp.exp(-distance / 2) + (1 - smooth) * (square.sum(-1) < 1e-8)
+
+
+def kernel_loss(kernel: Kernel, trials: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    """The negative log marginal likelihood of one task's outcomes, per trial, and a weak prior on k.
+
+    Args:
+      kernel: its parameters, to be learned.
+      trials: (x [N, D], y [N] normalized outcomes less their mean, mask [N]).
+
+    Returns:
+      [].
+    """
+    x, y, mask = trials
+    both = mask[:, None] * mask[None]
+    matrix = jnp.exp(kernel.log_amplitude) * kernel_matrix(kernel, x, x) * both
+    chol = jnp.linalg.cholesky(matrix + jnp.diag(_NOISE + 1 - mask))
+    white = jax.scipy.linalg.solve_triangular(chol, y * mask, lower=True)
+    nll = (white @ white) / 2 + jnp.log(jnp.diag(chol)).sum()
+    prior = ((kernel.log_lengths + 0.5) ** 2).sum() / 2 + kernel.logit_smooth**2 / 8
+    return (nll + 0.1 * prior) / mask.sum()
+
+
+def normalize(y: np.ndarray) -> tuple[np.ndarray, float]:
+    """Outcomes of one task from 0, its best, to 1, its worst; diverged ones do not set the scale.
+
+    Args:
+      y: [N], NaN where a trial failed; at least one is finite.
+
+    Returns:
+      [N] normalized outcomes, and their scale b.
+    """
+    finite = y[np.isfinite(y)]
+    low, upper = finite.min(), np.quantile(finite, 0.75)
+    scale = min(finite.max(), upper + 3 * (upper - low)) - low
+    scale = float(scale) if scale > 0 else 1.0
+    return np.minimum((y - low) / scale, 1.0), scale
+
+
+def surrogate(
+    tasks: Sequence[TaskTrials],
+    kernel: Kernel,
+    reference: np.ndarray,
+    *,
+    features: np.ndarray | None = None,
+    closeness: float = 0.8,
+    residual: float = 0.005,
+    num_rounds: int = 5,
+) -> Surrogate:
+    """Learns f_s, their mean and their covariance from the trials of earlier tasks, by expectation and maximization.
+
+    Each f_s is the posterior mean given the task's trials under the mean and covariance of all tasks, which are those
+    of the f_s of the round before. A trial that failed counts as halfway between what it is expected to give and the
+    worst. It costs O(S N³ + S M N²) a round for N trials a task.
+
+    Args:
+      tasks: S of them, each with a finite outcome.
+      kernel: k, by `kernel_loss`.
+      reference: [M, D] the configurations at which functions are kept; those tried, or some of them.
+      features: [S, F], NaN where unknown.
+      closeness: ρ, in [0, 1].
+      residual: η.
+      num_rounds: rounds.
+
+    Returns:
+      A `Surrogate` that weighs all tasks alike (`attention` has no member).
+
+    Raises:
+      ValueError: there is no task, or ρ is out of range.
+    """
+    if not tasks:
+        raise ValueError("`tasks` must hold at least one task with an outcome; it is empty.")
+    if not 0 <= closeness <= 1:
+        raise ValueError(f"`closeness` must lie in [0, 1]; got {closeness}.")
+    reference = np.asarray(reference, np.float64)
+    amplitude = float(np.exp(kernel.log_amplitude))
+    gram = _gram(kernel, reference, reference)
+    inverse = np.linalg.inv(gram + 1e-6 * np.eye(len(reference)))
+    normalized = [normalize(np.asarray(task.y, np.float64)) for task in tasks]
+    cross = [_gram(kernel, np.asarray(task.x, np.float64), reference) for task in tasks]
+    project = [k @ inverse for k in cross]
+    # What the reference configurations leave open of a configuration that is not among them.
+    left = [amplitude * np.maximum(1 - (k * a).sum(1), 0) for k, a in zip(cross, project, strict=True)]
+    mean = np.full(len(reference), np.mean([np.nanmean(y) for y, _ in normalized]))
+    covariance = amplitude * gram
+    curves = np.zeros((len(tasks), len(reference)))
+    whole = np.zeros(len(tasks), bool)
+    for s, ((y, _), a) in enumerate(zip(normalized, project, strict=True)):
+        at = a.argmax(1)
+        whole[s] = np.isfinite(y).all() and len(y) == len(np.unique(at)) == len(reference)
+        if whole[s]:  # each reference configuration was tried once: there is nothing to infer
+            curves[s, at] = y
+    for done in range(1, num_rounds + 1):
+        for s, ((y, _), a, rest) in enumerate(zip(normalized, project, left, strict=True)):
+            if whole[s]:
+                continue
+            seen = np.isfinite(y)
+            curve = _posterior(mean, covariance, a[seen], y[seen], rest[seen])
+            if done == num_rounds and not seen.all():
+                y = np.where(seen, y, (a @ curve + 1) / 2)
+                curve = _posterior(mean, covariance, a, y, rest)
+            curves[s] = curve
+        mean = curves.mean(0)
+        deviations = curves - mean
+        covariance = deviations.T @ deviations / len(tasks) + 2e-2 * amplitude * gram
+    sorted_features = np.zeros((0, len(tasks))) if features is None else np.sort(np.asarray(features, float), axis=0).T
+    dtype = jnp.result_type(float)
+    coefficients = inverse @ np.concatenate([mean[None], curves - mean]).T
+    return Surrogate(
+        jnp.asarray(reference, dtype),
+        jnp.asarray(curves, dtype),
+        jnp.asarray(coefficients, dtype),
+        jnp.asarray(np.log([scale for _, scale in normalized]), dtype),
+        Kernel(*(jnp.asarray(leaf, dtype) for leaf in kernel)),
+        init_attention(jax.random.key(0), 0, len(sorted_features)),
+        sorted_features,
+        jnp.asarray(rank_features(sorted_features, features, len(tasks)), dtype),
+        closeness,
+        residual,
+    )
+
+
+def _gram(kernel: Kernel, x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """`kernel_matrix` in float64, on the host: inverses of it are taken."""
+    lengths = np.exp(np.asarray(kernel.log_lengths, np.float64))
+    smooth = 0.99 / (1 + np.exp(-float(kernel.logit_smooth)))
+    a, b = x / lengths, z / lengths
+    square = lambda a, b: np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T, 0)
+    return smooth * np.exp(-square(a, b) / 2) + (1 - smooth) * (square(x, z) < 1e-8)
+
+
+def _posterior(mean, covariance, a, y, rest):
+    """The posterior mean of f ~ N(mean, covariance), given y = a f + noise of variance `rest`, and a little."""
+    cross = a @ covariance
+    return mean + cross.T @ np.linalg.solve(cross @ a.T + np.diag(rest + 1e-4), y - a @ mean)
+
+
+def rank_features(sorted_features: np.ndarray, features: Any, num: int) -> np.ndarray:
+    """Features as ranks among those of earlier tasks, of unit variance: heavy tails do not matter, nor do units.
+
+    Args:
+      sorted_features: [F, S].
+      features: [num, F], NaN where unknown (the middle); None: unknown altogether.
+      num: how many tasks.
+
+    Returns:
+      [num, F] in [−√3, √3].
+    """
+    if features is None:
+        return np.zeros((num, len(sorted_features)))
+    features = np.asarray(features, float)
+    ranks = np.zeros(features.shape)
+    for f, column in enumerate(sorted_features):
+        column = column[np.isfinite(column)]
+        if len(column):
+            below, upto = (np.searchsorted(column, features[:, f], side) for side in ("left", "right"))
+            ranks[:, f] = np.where(np.isfinite(features[:, f]), (below + upto) / len(column) - 1, 0)
+    return np.sqrt(3) * ranks
+
+
+def init_attention(key: jax.Array, num_members: int, num_features: int) -> dict[str, jax.Array]:
+    """Parameters of `attention_weights`, a row a member, spread so that members begin apart.
+
+    Args:
+      key: consumed.
+      num_members: E; 0 weighs all tasks alike.
+      num_features: F.
+
+    Returns:
+      "log_rates" [E, F], "logit_share" [E].
+    """
+    spread = jax.random.normal(key, (num_members, num_features))
+    log_rates = -1.0 - np.log(max(num_features, 1)) / 2 + 0.7 * spread
+    return {"log_rates": log_rates, "logit_share": jnp.zeros(num_members)}
+
+
+def attention_weights(
+    attention: dict[str, jax.Array], query: jax.Array, features: jax.Array, excluded: jax.Array | None = None
+) -> jax.Array:
+    """w_s(x) = share·softmax_s(−½ Σ_f (r_f (x_f − x_sf))²) + (1 − share)/S, for one member.
+
+    Args:
+      attention: of one member: "log_rates" [F], "logit_share" [].
+      query: [Q, F] ranked features.
+      features: [S, F] those of earlier tasks.
+      excluded: [Q, S] bool, earlier tasks that get no weight (the same family).
+
+    Returns:
+      [Q, S], rows sum to 1.
+    """
+    rates = jnp.exp(attention["log_rates"])[None]
+    a, b = query * rates, features * rates
+    square = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    open_ = jnp.ones(square.shape, bool) if excluded is None else ~excluded
+    near = jax.nn.softmax(jnp.where(open_, -square / 2, -1e9), axis=1)
+    share = jax.nn.sigmoid(attention["logit_share"])
+    return share * near + (1 - share) * open_ / open_.sum(1, keepdims=True)
+
+
+def attention_loss(
+    attention: dict[str, jax.Array],
+    data: dict[str, jax.Array],
+    *,
+    temperature: float = 0.02,
+    penalty: float = 1e-3,
+) -> jax.Array:
+    """The regret of choosing by the weighted mean of other tasks, each task left out with its family: a ranking loss.
+
+        Σ_t v_t Σ_c softmax_c(−f̂_t(c)/τ) f_t(c),    f̂_t = Σ_s w_s(x_t) f_s,    s not of t's family.
+
+    Only the order of the best configurations matters to it. Members see tasks with weights v of their own (the Bayesian
+    bootstrap).
+
+    Args:
+      attention: of all members, [E, ...].
+      data: "features" [S, F], "curves" [S, M], "same_family" [S, S] bool, "weights" [E, S].
+      temperature: τ.
+      penalty: on the sum of the rates.
+
+    Returns:
+      [], the sum over members.
+    """
+    features, curves = data["features"], data["curves"]
+
+    def member(attention, weights):
+        expected = attention_weights(attention, features, features, data["same_family"]) @ curves
+        regret = (jax.nn.softmax(-expected / temperature, axis=1) * curves).sum(1)
+        return weights @ regret / curves.std() + penalty * jnp.exp(attention["log_rates"]).sum()
+
+    return jax.vmap(member)(attention, data["weights"]).sum()
+
+
+def task_weights(surrogate: Surrogate, features: Any = None) -> jax.Array:
+    """How much each earlier task says about a new one: the mean over members.
+
+    Args:
+      surrogate: what is known.
+      features: [F] of the new task, raw; None or NaN where unknown.
+
+    Returns:
+      [S], sums to 1.
+    """
+    num_tasks = len(surrogate.curves)
+    if features is None or not len(surrogate.attention["logit_share"]):
+        return jnp.full(num_tasks, 1 / num_tasks)
+    query = jnp.asarray(rank_features(surrogate.sorted_features, np.asarray(features)[None], 1))
+    weights = lambda attention: attention_weights(attention, query, surrogate.features)[0]
+    return jax.vmap(weights)(surrogate.attention).mean(0)
+
+
+def expected_outcomes(surrogate: Surrogate, x: jax.Array) -> jax.Array:
+    """f_s at any configurations.
+
+    Args:
+      surrogate: what is known.
+      x: [P, D] encoded configurations.
+
+    Returns:
+      [P, S] normalized outcomes.
+    """
+    functions = kernel_matrix(surrogate.kernel, x, surrogate.reference) @ surrogate.coefficients
+    return functions[:, :1] + functions[:, 1:]
+
+
+class Mixture(NamedTuple):
+    """Outcomes at P configurations: K Gaussians each, in the units of the task, up to one offset for all.
+
+    Attributes:
+      log_weights: [K].
+      mean: [P, K].
+      std: [P, K].
+    """
+
+    log_weights: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+
+def posterior(
+    surrogate: Surrogate, weights: jax.Array, trials: tuple[jax.Array, jax.Array, jax.Array], x: jax.Array
+) -> Mixture:
+    """Few-shot adaptation in closed form: the outcomes to expect at x, given the trials seen on the new task.
+
+    Args:
+      surrogate: what is known.
+      weights: [S], by `task_weights`.
+      trials: (x [N, D], y [N], mask [N]); at least one is real. y may have any units.
+      x: [P, D]; differentiable.
+
+    Returns:
+      A `Mixture` of 3 S + 5 Gaussians; it takes memory O(P (S + N + M)), and N² for the trials.
+    """
+    seen, y, mask = trials
+    at_seen, at_x = (
+        kernel_matrix(surrogate.kernel, z, surrogate.reference) @ surrogate.coefficients for z in (seen, x)
+    )
+    between, within = (kernel_matrix(surrogate.kernel, z, seen) for z in (x, seen))
+    return posterior_given(surrogate, weights, (at_seen, y, mask), at_x, within, between)
+
+
+def posterior_given(
+    surrogate: Surrogate,
+    weights: jax.Array,
+    trials: tuple[jax.Array, jax.Array, jax.Array],
+    at_x: jax.Array,
+    within: jax.Array,
+    between: jax.Array,
+) -> Mixture:
+    """`posterior`, where all that configurations enter by has been computed: many searches over one finite set.
+
+    Args:
+      surrogate: what is known.
+      weights: [S].
+      trials: (at_seen [N, 1 + S], y [N], mask [N]), at_seen = k(seen, reference) @ coefficients.
+      at_x: [P, 1 + S], the same of x.
+      within: [N, N], k(seen, seen).
+      between: [P, N], k(x, seen).
+
+    Returns:
+      A `Mixture`.
+    """
+    at_seen, y, mask = trials
+    rho, num_tasks = surrogate.closeness, len(surrogate.curves)
+    share = (1 - rho**2) / num_tasks
+    log_scales = surrogate.log_scales[:, None] + jnp.array(_FACTORS)[None]
+    amplitude = jnp.exp(surrogate.kernel.log_amplitude)
+    informed = _condition(
+        at_seen[:, :1] + rho * at_seen[:, 1:],
+        at_x[:, :1] + rho * at_x[:, 1:],
+        share * at_seen[:, 1:] @ at_seen[:, 1:].T + surrogate.residual * within,
+        share * at_x[:, 1:] @ at_seen[:, 1:].T + surrogate.residual * between,
+        share * (at_x[:, 1:] ** 2).sum(1) + surrogate.residual,
+        log_scales,
+        (y, mask),
+    )
+    naive = _condition(
+        jnp.zeros((len(y), 1)),
+        jnp.zeros((len(at_x), 1)),
+        amplitude * within,
+        amplitude * between,
+        jnp.broadcast_to(amplitude, len(at_x)),
+        jnp.quantile(surrogate.log_scales, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))[None],
+        (y, mask),
+    )
+    prior = jnp.broadcast_to(jnp.log(0.95 * weights / len(_FACTORS) + 1e-12)[:, None], informed[0].shape)
+    naive_prior = jnp.full((1, 5), np.log(0.05 / 5))
+    log_weights = jnp.concatenate([(prior + informed[0]).ravel(), (naive_prior + naive[0]).ravel()])
+    mean, std = (jnp.concatenate([a, b], axis=1) for a, b in zip(informed[1:], naive[1:], strict=True))
+    return Mixture(jax.nn.log_softmax(log_weights), mean, std)
+
+
+def _condition(mu_seen, mu_x, cov, cov_x, var_x, log_scales, trials):
+    """A process given trials: log likelihoods [K, B]; means and standard deviations [P, K·B] in the task's units.
+
+    The offset is integrated out under a flat prior: with P = K⁻¹ − K⁻¹11ᵀK⁻¹/1ᵀK⁻¹1, residuals r = y/b − μ have the
+    log likelihood −½ (rᵀPr + log|K| + log 1ᵀK⁻¹1) − (n − 1) log b. It is quadratic in 1/b, and so costs one solve.
+    """
+    y, mask = trials
+    scales = jnp.exp(log_scales)
+    num = mask.sum()
+    middle = jnp.where(mask > 0, y, 0.0).sum() / num  # taken off, and put back: float32 has few digits
+    y = jnp.where(mask > 0, y - middle, 0.0)
+    mu_seen, cov_x = mu_seen * mask[:, None], cov_x * mask[None]
+    chol = jnp.linalg.cholesky(cov * mask[:, None] * mask[None] + jnp.diag(jnp.where(mask > 0, _NOISE, 1.0)))
+    white = lambda v: jax.scipy.linalg.solve_triangular(chol, v, lower=True)
+    one, at_y, at_mu, at_x = white(mask), white(y), white(mu_seen), white(cov_x.T)  # [N], [N], [N, K], [N, P]
+    total = one @ one
+    y_c, mu_c = at_y - one * (one @ at_y) / total, at_mu - jnp.outer(one, one @ at_mu) / total
+    quadratic = (y_c @ y_c) / scales**2 - 2 * (y_c @ mu_c)[:, None] / scales + (mu_c**2).sum(0)[:, None]
+    likelihood = -quadratic / 2 - jnp.log(jnp.diag(chol)).sum() - jnp.log(total) / 2 - (num - 1) * log_scales
+    # Means: offset + μ(c) + k K⁻¹(r − offset), and those are linear in y/b and in μ.
+    unexplained = 1 - one @ at_x  # [P]
+    offset_y, offset_mu = (one @ at_y) / total, (one @ at_mu) / total
+    mean_y = at_x.T @ at_y + unexplained * offset_y + middle  # [P]
+    mean_mu = mu_x - at_x.T @ at_mu - unexplained[:, None] * offset_mu[None]  # [P, K]
+    mean = mean_y[:, None, None] + scales[None] * mean_mu[..., None]
+    variance = jnp.maximum(var_x - (at_x**2).sum(0) + unexplained**2 / total, 1e-9)
+    std = jnp.sqrt(variance)[:, None, None] * scales[None]
+    return likelihood, mean.reshape(len(mu_x), -1), std.reshape(len(mu_x), -1)
+
+
+def expected_improvement(mixture: Mixture, best: jax.Array) -> jax.Array:
+    """E[max(best − y, 0)] under the mixture.
+
+    Args:
+      mixture: at P configurations.
+      best: [] the smallest outcome so far.
+
+    Returns:
+      [P], larger is better.
+    """
+    u = (best - mixture.mean) / mixture.std
+    improvement = mixture.std * (u * jax.scipy.special.ndtr(u) + jnp.exp(-(u**2) / 2) / np.sqrt(2 * np.pi))
+    return improvement @ jnp.exp(mixture.log_weights)
+
+
+def lower_confidence_bound(mixture: Mixture, width: float = 1.0) -> jax.Array:
+    """width·σ − μ, with mean and standard deviation of the whole mixture.
+
+    Args:
+      mixture: at P configurations.
+      width: standard deviations.
+
+    Returns:
+      [P], larger is better.
+    """
+    weights = jnp.exp(mixture.log_weights)
+    mean = mixture.mean @ weights
+    variance = (mixture.std**2 + (mixture.mean - mean[:, None]) ** 2) @ weights
+    return width * jnp.sqrt(variance) - mean

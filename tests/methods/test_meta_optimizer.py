@@ -1,0 +1,130 @@
+"""g from records, on a family of functions whose best configurations are known."""
+
+import jax
+import numpy as np
+import pytest
+
+from metaopt import base, methods, spaces
+
+SPACE = {"x": spaces.interval(0.0, 1.0), "kind": spaces.choice(["a", "b"])}
+
+
+def outcome(best, configuration):
+    wrong = configuration["kind"] != ("a" if best < 0.5 else "b")
+    return 5 + 2 * ((configuration["x"] - best) ** 2 + 0.3 * wrong)
+
+
+def make_records(rng, num_tasks=16, shuffled=False):
+    records, features = [], {}
+    for t in range(num_tasks):
+        best = rng.uniform()
+        xs, kinds = rng.uniform(size=15), rng.choice(["a", "b"], size=15)
+        configurations = [{"x": float(x), "kind": str(kind)} for x, kind in zip(xs, kinds, strict=True)]
+        outcomes = [outcome(best, c) for c in configurations]
+        if shuffled:
+            outcomes = rng.permutation(outcomes)
+        records += [base.Record(f"t{t}", c, float(y)) for c, y in zip(configurations, outcomes, strict=True)]
+        features[f"t{t}"] = [best, rng.normal()]
+    return records, features
+
+
+def search(searcher, best, num, seed=0, batch=1):
+    """The best regret after each trial."""
+    state, regrets = searcher.init(jax.random.key(seed), SPACE), []
+    while len(regrets) < num:
+        asked, state = searcher.ask(state, batch)
+        told = [trial._replace(outcome=outcome(best, trial.configuration), status="COMPLETE") for trial in asked]
+        regrets += [record.outcome - 5 for record in told]
+        state = searcher.tell(state, told)
+    return np.minimum.accumulate(regrets)
+
+
+@pytest.fixture(scope="module")
+def g():
+    records, features = make_records(np.random.default_rng(0))
+    return methods.train_meta_optimizer(records, space=SPACE, features=features, num_steps=60, num_members=2)
+
+
+def test_it_predicts_from_features_and_adapts_to_trials(g):
+    for best in (0.2, 0.85):
+        task = base.Task(None, None, np.array([best, 0.0]))
+        predicted = g.predict(task)
+        assert predicted == g.predict([best, 0.0])
+        assert abs(predicted["x"] - best) < 0.15 and predicted["kind"] == ("a" if best < 0.5 else "b")
+    # Nothing known of the task: the prediction is one for all, and trials make up for it.
+    for best in (0.2, 0.85):
+        regrets = search(g.searcher(), best, 6)
+        assert regrets[0] == outcome(best, g.predict()) - 5
+        assert regrets[-1] < 0.01
+
+
+def test_batches_failures_and_first_configurations(g):
+    first = [{"x": 0.9, "kind": "b"}]
+    searcher = g.searcher(first=first)
+    state = searcher.init(jax.random.key(0), SPACE)
+    asked, state = searcher.ask(state, 4)
+    assert asked[0].configuration == first[0] and [trial.trial for trial in asked] == [0, 1, 2, 3]
+    assert len({tuple(trial.configuration.items()) for trial in asked}) == 4
+    state = searcher.tell(state, [trial._replace(status="FAIL") for trial in asked])
+    again, state = searcher.ask(state, 1)
+    assert again[0].configuration not in [trial.configuration for trial in asked]
+    state = searcher.tell(state, [again[0]._replace(status="COMPLETE", outcome=5.2)])
+    batch, _ = searcher.ask(state, 2)
+    assert batch[0].configuration != batch[1].configuration
+    repeated, _ = searcher.ask(state, 2)
+    assert repeated == batch  # pure: the same state, the same trials
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("acquisition", ["ei", pytest.param("ucb", marks=slow), pytest.param("thompson", marks=slow)])
+def test_a_finite_set_is_never_left_nor_repeated(acquisition):
+    records, features = make_records(np.random.default_rng(1), num_tasks=6)
+    h = methods.train_meta_searcher(records[:40], space=SPACE, features=features, num_steps=2, num_members=1)
+    pool = [record.configuration for record in records[:40]]
+    portfolio = h.portfolio(3)
+    assert portfolio[0] == h.predict() and all(c in pool for c in portfolio) and portfolio[1] != portfolio[2]
+    state, seen = h.searcher(acquisition=acquisition).init(jax.random.key(0), SPACE), []
+    searcher = h.searcher(acquisition=acquisition)
+    for _ in range(5):
+        (trial,), state = searcher.ask(state, 1)
+        state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=outcome(0.3, trial.configuration))])
+        seen.append(tuple(sorted(trial.configuration.items())))
+    assert len(set(seen)) == 5 and all(dict(c) in pool for c in seen)
+
+
+@pytest.mark.slow
+def test_shuffled_records_do_no_harm():
+    """After 25 trials, beside a searcher that learned from one uninformative task."""
+    rng = np.random.default_rng(2)
+    shuffled, _ = make_records(rng, shuffled=True)
+    flat = [base.Record("flat", record.configuration, 1.0 + 1e-3 * rng.normal()) for record in shuffled[:15]]
+    one, other = (methods.train_meta_optimizer(r, space=SPACE, num_steps=60) for r in (shuffled, flat))
+    bests = rng.uniform(size=8)
+    ours, plain = (np.array([search(g.searcher(), b, 25)[-1] for b in bests]) for g in (one, other))
+    assert (ours - plain).mean() < max((ours - plain).std() / np.sqrt(len(bests)), 1e-3)
+
+
+def test_tasks_of_other_spaces_still_teach():
+    records, features = make_records(np.random.default_rng(3), num_tasks=6)
+    changed = [
+        record._replace(configuration={"x": record.configuration["x"], "old": 3.0}) if i % 2 else record
+        for i, record in enumerate(records)
+    ]
+    changed.append(base.Record("t0", {"x": 0.5, "kind": "gone"}, 7.0))
+    changed.append(base.Record("failed", {"x": 0.5}, status="FAIL"))  # a task without an outcome teaches nothing
+    g = methods.train_meta_optimizer(changed, space=SPACE, features=features, num_steps=2, num_members=1)
+    assert g.surrogate.curves.shape[0] == 6
+    assert set(g.predict()) == {"x", "kind"}
+
+
+def test_what_is_wrong_is_said():
+    records, features = make_records(np.random.default_rng(4), num_tasks=2)
+    with pytest.raises(ValueError, match="there is none"):
+        methods.train_meta_optimizer([r._replace(status="FAIL") for r in records], space=SPACE)
+    with pytest.raises(ValueError, match="as many `features`"):
+        methods.train_meta_optimizer(records, space=SPACE, features={"t0": [1.0], "t1": [1.0, 2.0]}, num_steps=0)
+    g = methods.train_meta_optimizer(records, space=SPACE, num_steps=0)
+    with pytest.raises(ValueError, match="`acquisition` must be one of"):
+        g.searcher(acquisition="best")

@@ -1,0 +1,155 @@
+"""The mixture of Gaussian processes against Gaussian processes that are written out here."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import predictors
+
+KERNEL = predictors.Kernel(jnp.array([-0.5, -1.0]), jnp.array(1.5), jnp.array(-2.0))
+RNG = np.random.default_rng(0)
+X = RNG.uniform(size=(12, 2))
+POSTERIOR = jax.jit(predictors.posterior)
+
+
+def curve(a, b):
+    return (X[:, 0] - a) ** 2 + b * X[:, 1]
+
+
+def surrogate(num=6, **kwargs):
+    trials = [predictors.TaskTrials(X, 3.0 + (s + 1) * curve(s / 5, 0.3 * (s % 2))) for s in range(num)]
+    return predictors.surrogate(trials, KERNEL, X, **kwargs)
+
+
+def test_functions_of_fully_seen_tasks_are_their_normalized_outcomes():
+    found = surrogate()
+    y = curve(0.4, 0.0)
+    np.testing.assert_allclose(found.curves[2], (y - y.min()) / (y.max() - y.min()), atol=1e-2)
+    # Away from the reference configurations they are interpolated; at them, they are themselves.
+    np.testing.assert_allclose(predictors.expected_outcomes(found, jnp.asarray(X)), found.curves.T, atol=1e-3)
+    np.testing.assert_allclose(np.exp(found.log_scales[2]), 3 * (y.max() - y.min()))
+
+
+def test_one_task_without_closeness_is_a_gaussian_process_with_a_flat_offset():
+    """ρ = 0: one process around the mean of all; its formulas are those of universal kriging, solved densely."""
+    found = surrogate(closeness=0.0, residual=0.05)
+    seen, at = np.array([1, 4, 7]), np.array([0, 2, 9])
+    y = jnp.array([1.0, 0.2, 0.6])
+    trials = (jnp.asarray(X[seen]), y, jnp.ones(3))
+    mixture = POSTERIOR(found, jnp.full(6, 1 / 6), trials, jnp.asarray(X[at]))
+    curves = np.asarray(found.coefficients)
+    functions = np.asarray(predictors.kernel_matrix(found.kernel, jnp.asarray(X), found.reference)) @ curves
+    mean, deviations = functions[:, 0], functions[:, 1:]
+    cov = deviations @ deviations.T / 6 + 0.05 * np.asarray(predictors.kernel_matrix(KERNEL, jnp.asarray(X), X))
+    for s, f in ((0, 1), (3, 0)):
+        b = np.exp(float(found.log_scales[s]) + (-0.7, 0.0, 0.7)[f])
+        # The offset as one more Gaussian, as wide as the sky.
+        wide = b**2 * cov + 1e4
+        gain = wide[np.ix_(at, seen)] @ np.linalg.inv(wide[np.ix_(seen, seen)] + b**2 * 1e-3 * np.eye(3))
+        expected = b * mean[at] + gain @ (np.asarray(y) - b * mean[seen])
+        variance = np.diag(wide[np.ix_(at, at)] - gain @ wide[np.ix_(seen, at)])
+        np.testing.assert_allclose(mixture.mean[:, 3 * s + f], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(mixture.std[:, 3 * s + f] ** 2, variance, rtol=1e-2, atol=1e-4)
+
+
+def test_the_weights_are_the_likelihoods():
+    """Of components that differ in their task and scale alone, by the density of the outcomes' differences."""
+    found = surrogate(closeness=0.6)
+    seen, y = np.array([1, 4, 7]), np.array([1.0, 0.2, 0.6])
+    weights = jnp.array([0.3, 0.1, 0.1, 0.2, 0.2, 0.1])
+    trials = (jnp.asarray(X[seen]), jnp.asarray(y), jnp.ones(3))
+    mixture = POSTERIOR(found, weights, trials, jnp.asarray(X[:1]))
+    functions = np.asarray(predictors.expected_outcomes(found, jnp.asarray(X[seen])))
+    mean = functions.mean(1, keepdims=True)
+    cov = 0.64 * (functions - mean) @ (functions - mean).T / 6
+    cov += found.residual * np.asarray(predictors.kernel_matrix(KERNEL, jnp.asarray(X[seen]), X[seen])) + 1e-3 * np.eye(
+        3
+    )
+    contrast = np.array([[1.0, -1, 0], [0, 1, -1]])  # what an offset does not change
+
+    def log_density(s, f):
+        b = np.exp(float(found.log_scales[s]) + f)
+        r = contrast @ (y / b - (mean[:, 0] + 0.6 * (functions[:, s] - mean[:, 0])))
+        c = contrast @ cov @ contrast.T
+        return -r @ np.linalg.solve(c, r) / 2 - 2 * np.log(b) + np.log(float(weights[s]))
+
+    expected = log_density(1, 0.7) - log_density(3, -0.7)
+    np.testing.assert_allclose(mixture.log_weights[3 + 2] - mixture.log_weights[9], expected, rtol=1e-3)
+
+
+def test_padding_units_and_offsets_change_nothing():
+    found = surrogate()
+    weights, x = jnp.full(6, 1 / 6), jnp.asarray(X)
+    y = jnp.array([1.0, 0.2, 0.6])
+    one = POSTERIOR(found, weights, (x[:3], y, jnp.ones(3)), x)
+    padded = (
+        jnp.concatenate([x[:3], 99 + x[:2]]),
+        jnp.array([1.0, 0.2, 0.6, 5.0, jnp.nan]),
+        jnp.array([1.0, 1, 1, 0, 0]),
+    )
+    chex.assert_trees_all_close(POSTERIOR(found, weights, padded, x), one, rtol=1e-6)
+    moved = POSTERIOR(found, weights, (x[:3], y + 7, jnp.ones(3)), x)
+    chex.assert_trees_all_close(moved, one._replace(mean=one.mean + 7), rtol=1e-6, atol=1e-6)
+
+
+def test_acquisitions_are_those_of_samples():
+    mixture = predictors.Mixture(jnp.log(jnp.array([0.3, 0.7])), jnp.array([[0.0, 1.0]]), jnp.array([[1.0, 0.5]]))
+    key, which = jax.random.split(jax.random.key(0))
+    at = jax.random.bernoulli(which, 0.7, (200_000,)).astype(int)
+    y = mixture.mean[0, at] + mixture.std[0, at] * jax.random.normal(key, at.shape)
+    improvement = jnp.maximum(0.4 - y, 0)
+    error = improvement.std() / np.sqrt(len(at))
+    assert abs(predictors.expected_improvement(mixture, jnp.array(0.4))[0] - improvement.mean()) < 3 * error
+    bound = predictors.lower_confidence_bound(mixture, 2.0)[0]
+    np.testing.assert_allclose(bound, 2 * y.std() - y.mean(), atol=0.02)
+
+
+def test_a_failed_trial_is_worse_than_expected():
+    y = np.stack([curve(s / 5, 0.0) for s in range(6)])
+    whole = [predictors.TaskTrials(X, row) for row in y]
+    failed = y[0].copy()
+    failed[3] = np.nan
+    found = predictors.surrogate([predictors.TaskTrials(X, failed), *whole[1:]], KERNEL, X)
+    absent = predictors.TaskTrials(np.delete(X, 3, 0), np.delete(y[0], 3))
+    other = predictors.surrogate([absent, *whole[1:]], KERNEL, X)
+    assert found.curves[0, 3] > other.curves[0, 3] + 0.2
+    np.testing.assert_allclose(np.delete(found.curves[0], 3), np.delete(other.curves[0], 3), atol=0.05)
+
+
+def test_attention_leaves_the_family_out_and_learns_what_matters():
+    num = 40
+    features = np.stack([np.arange(num) % 2, RNG.normal(size=num)], 1)
+    curves = np.where(features[:, :1] > 0, [[0.0, 1.0]], [[1.0, 0.0]])
+    ranked = jnp.asarray(predictors.rank_features(np.sort(features, 0).T, features, num))
+    same = np.eye(num, dtype=bool)
+    data = {"features": ranked, "curves": jnp.asarray(curves), "same_family": jnp.asarray(same)}
+    data["weights"] = jnp.full((1, num), 1 / num)
+    attention = {"log_rates": jnp.full((1, 2), -2.0), "logit_share": jnp.zeros(1)}
+    gradient = jax.jit(jax.grad(predictors.attention_loss))(attention, data)
+    assert gradient["log_rates"][0, 0] < -abs(gradient["log_rates"][0, 1])
+    weights = predictors.attention_weights(jax.tree.map(lambda a: a[0], attention), ranked, ranked, data["same_family"])
+    np.testing.assert_allclose(weights.sum(1), 1)
+    assert (np.asarray(weights)[same] == 0).all()
+
+
+def test_features_become_ranks_whatever_their_units():
+    features = np.array([[1.0, 5.0], [10.0, np.nan], [1e6, 7.0], [2.0, 6.0]])
+    ranked = predictors.rank_features(np.sort(features, 0).T, features, 4)
+    np.testing.assert_allclose(ranked[:, 0], np.sqrt(3) * np.array([-0.75, 0.25, 0.75, -0.25]))
+    assert ranked[1, 1] == 0
+    np.testing.assert_array_equal(predictors.rank_features(np.sort(features, 0).T, None, 4), 0)
+
+
+def test_diverged_outcomes_do_not_set_the_scale():
+    y, scale = predictors.normalize(np.array([0.0, 0.1, 0.2, 0.3, 1e18, np.nan]))
+    assert scale == pytest.approx(1.2) and y[4] == 1 and np.isnan(y[5])
+    assert predictors.normalize(np.array([2.0, 2.0]))[1] == 1
+
+
+def test_what_cannot_be_learned_from_is_refused():
+    with pytest.raises(ValueError, match="at least one task"):
+        predictors.surrogate([], KERNEL, X)
+    with pytest.raises(ValueError, match="`closeness` must lie in"):
+        surrogate(closeness=2.0)
