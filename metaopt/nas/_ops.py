@@ -49,18 +49,33 @@ def normalized(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
     return centered * jax.lax.rsqrt((centered**2).mean(axes, keepdims=True) + epsilon)
 
 
-def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, *, number: int = 0) -> jax.Array:
     """U(−1/√fan_in, 1/√fan_in): how the published code of all these spaces starts.
+
+    By a hash of the position and the key, in a few operations: a supernet draws hundreds of arrays, and the compiler
+    takes half a second for each draw of `jax.random`. Good enough to start from, and for nothing else.
 
     Args:
       key: a PRNG key.
       shape: of the weights.
       fan_in: how many inputs each output sums.
+      number: which draw of this key, so that an op needs no split.
 
     Returns:
       [*shape], in the default floating-point type.
     """
-    return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) / math.sqrt(max(fan_in, 1))
+    words = jax.random.key_data(key).ravel().astype(jnp.uint32)
+    position = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    bits = _hash(_hash(position + words[0]) ^ (words[-1] + jnp.uint32(0x9E3779B9 * number % 2**32)))
+    unit = (bits >> 8).astype(jnp.zeros(0).dtype) / 2**24  # in [0, 1)
+    return (2 * unit - 1) / math.sqrt(max(fan_in, 1))
+
+
+def _hash(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 that mixes all bits (the finalizer of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def convolve(x: jax.Array, w: jax.Array, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> jax.Array:
@@ -120,9 +135,9 @@ def _need_space(in_shape: tuple[int, ...], what: str) -> int:
     return len(in_shape) - 1
 
 
-def _linear(key: jax.Array, in_shape: tuple[int, ...], channels: int) -> jax.Array:
+def _linear(key: jax.Array, in_shape: tuple[int, ...], channels: int, number: int = 0) -> jax.Array:
     """The weights [C, channels] of a 1×1 convolution, which is a matrix product."""
-    return uniform(key, (in_shape[-1], channels), in_shape[-1])
+    return uniform(key, (in_shape[-1], channels), in_shape[-1], number=number)
 
 
 # ---- Nothing, and skipping ------------------------------------------------------------------------------------------
@@ -137,9 +152,8 @@ def _skip_init(key, in_shape, channels, stride):
     """Two halves of the channels where positions are dropped; a projection where channels differ."""
     if stride == 1 or len(in_shape) == 1:
         return () if in_shape[-1] == channels else {"w": _linear(key, in_shape, channels)}
-    first, second = jax.random.split(key)
     half = channels // 2
-    return {"even": _linear(first, in_shape, half), "odd": _linear(second, in_shape, channels - half)}
+    return {"even": _linear(key, in_shape, half), "odd": _linear(key, in_shape, channels - half, 1)}
 
 
 def _skip_apply(params, x, channels, stride):
@@ -188,12 +202,11 @@ def _separable(size: int, *, dilation: int = 1, times: int = 1) -> Op:
     def init(key, in_shape, channels, stride):
         spatial = _need_space(in_shape, f"A separable convolution of size {size}")
         window, params = (size,) * spatial, []
-        for i, key in enumerate(jax.random.split(key, times)):
+        for i in range(times):
             depth = in_shape[-1]  # the channels change in the last one
             out = channels if i == times - 1 else depth
-            keys = jax.random.split(key)
-            depthwise = uniform(keys[0], (*window, 1, depth), size**spatial)
-            params.append({"depthwise": depthwise, "pointwise": uniform(keys[1], (depth, out), depth)})
+            depthwise = uniform(key, (*window, 1, depth), size**spatial, number=2 * i)
+            params.append({"depthwise": depthwise, "pointwise": uniform(key, (depth, out), depth, number=2 * i + 1)})
         return params
 
     def apply(params, x, channels, stride):
@@ -247,12 +260,15 @@ def convolution(size: int, *, order: str = "relu_conv_norm", dilation: int = 1) 
 
 def _residual_init(key, in_shape, channels, stride):
     """NAS-Bench-201's block between stages: two convolutions, beside an average of 2 positions and a projection."""
-    first, second, third = jax.random.split(key, 3)
     out_shape = (*(-(-n // stride) for n in in_shape[:-1]), channels)
-    conv = convolution(3)
-    params = {"a": conv.init(first, in_shape, channels, stride), "b": conv.init(second, out_shape, channels, 1)}
+    window = (3,) * _need_space(in_shape, "'residual'")
+    fans = [3 ** len(window) * shape[-1] for shape in (in_shape, out_shape)]
+    params = {
+        "a": {"w": uniform(key, (*window, in_shape[-1], channels), fans[0])},
+        "b": {"w": uniform(key, (*window, channels, channels), fans[1], number=1)},
+    }
     plain = stride == 1 and in_shape[-1] == channels
-    return params if plain else {**params, "w": _linear(third, in_shape, channels)}
+    return params if plain else {**params, "w": _linear(key, in_shape, channels, 2)}
 
 
 def _residual_apply(params, x, channels, stride):
@@ -270,8 +286,8 @@ def _residual_apply(params, x, channels, stride):
 
 
 def _mlp_init(key, in_shape, channels, stride):
-    first, second = jax.random.split(key)
-    return {"in": _linear(first, in_shape, 2 * channels), "out": uniform(second, (2 * channels, channels), 2 * channels)}
+    width = 2 * channels
+    return {"in": _linear(key, in_shape, width), "out": uniform(key, (width, channels), width, number=1)}
 
 
 def _mlp_apply(params, x, channels, stride):
@@ -280,9 +296,8 @@ def _mlp_apply(params, x, channels, stride):
 
 def _attention_init(key, in_shape, channels, stride):
     _need_space(in_shape, "'attention'")
-    keys = jax.random.split(key, 4)
-    params = {name: _linear(k, in_shape, channels) for name, k in zip("qkv", keys, strict=False)}
-    return {**params, "out": uniform(keys[3], (channels, channels), channels)}
+    params = {name: _linear(key, in_shape, channels, i) for i, name in enumerate("qkv")}
+    return {**params, "out": uniform(key, (channels, channels), channels, number=3)}
 
 
 def _attention_apply(params, x, channels, stride):

@@ -78,7 +78,8 @@ def supernet(
       in_shape: of one input without the batch axis: (32, 32, 3), (100, 1) for a sequence, (8,) for rows of a table.
       ops: name -> `Op`: the space's set, such as `DARTS_OPS`, and one's own.
       partial: K. Only the first C/K channels of an edge go through the ops, whose channels are then C/K; the rest pass
-        by (by a maximum over the stride's positions), and the channels are shuffled (PC-DARTS). 1 is the whole.
+        by (by a maximum over the stride's positions), times Σ_o w[edge, o], and the channels are shuffled (PC-DARTS).
+        1 is the whole.
       single_path: w has one entry that is not zero in a row, or none; only the op with the largest entry runs, and
         others have no gradient. (Under `vmap` over different w, all run.)
 
@@ -98,8 +99,9 @@ def supernet(
     >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 8), nas.Layer("cell", 8)), num_outputs=3)
     >>> net = nas.supernet(table, (5,), ops=nas.BLOCKS)
     >>> alpha = nas.init_alpha(jax.random.key(0), table)
-    >>> weights = nas.softmax()(alpha["cell"], cell, jax.random.key(1), 0)
-    >>> net.apply(net.init(jax.random.key(2)), {"cell": weights}, jnp.ones((4, 5))).shape
+    >>> weights = nas.mixing_weights(nas.softmax(), table, alpha, jax.random.key(1))
+    >>> params = jax.jit(net.init)(jax.random.key(2))
+    >>> jax.jit(net.apply)(params, weights, jnp.ones((4, 5))).shape
     (4, 3)
     """
     check_network(network)
@@ -109,9 +111,11 @@ def supernet(
     features = runs[-1].out_shape[-1]
 
     def init(key):
-        *keys, head_key = jax.random.split(key, len(runs) + 1)
+        # One split for all: every draw of `jax.random` takes the compiler half a second.
+        nums = [run.length * _num_keys(run) for run in runs]
+        head_key, *keys = jnp.split(jax.random.split(key, 1 + sum(nums)), np.cumsum([1, *nums[:-1]]))
         layers = [_init_run(k, run, network.cells.get(run.layer.name), ops) for k, run in zip(keys, runs, strict=True)]
-        head = {"w": _ops.uniform(head_key, (features, network.num_outputs), features)}
+        head = {"w": _ops.uniform(head_key[0], (features, network.num_outputs), features)}
         return {"layers": layers, "head": {**head, "b": jnp.zeros(network.num_outputs)}}
 
     def apply(params, weights, x):
@@ -263,31 +267,32 @@ def _preprocess_stride(shape: tuple[int, ...], wanted: tuple[int, ...]) -> int:
 # ---- Parameters -----------------------------------------------------------------------------------------------------
 
 
-def _init_run(key: jax.Array, run: _Run, cell: Cell | None, ops: Mapping[str, _ops.Op]) -> base.PyTree:
-    """Parameters of a run: layers stacked, and within a cell the edges of a group."""
+def _num_keys(run: _Run) -> int:
+    return len(run.in_shapes) + sum(len(group.edges) * len(group.ops) for group in run.groups)
+
+
+def _init_run(keys: jax.Array, run: _Run, cell: Cell | None, ops: Mapping[str, _ops.Op]) -> base.PyTree:
+    """Parameters of a run: layers stacked, and within a cell the edges of a group; from a key for each op."""
     name, channels, stride = run.layer
 
-    def one(key):
+    def one(keys):
         if cell is None:
-            return ops[name].init(key, run.in_shapes[0], channels, stride)
-        input_key, edges_key = jax.random.split(key)
+            return ops[name].init(keys[0], run.in_shapes[0], channels, stride)
         inputs = [
-            _input_init(k, shape, channels, _preprocess_stride(shape, run.in_shapes[-1])) if cell.preprocess else ()
-            for k, shape in zip(jax.random.split(input_key, cell.num_inputs), run.in_shapes, strict=True)
+            _input_init(key, shape, channels, _preprocess_stride(shape, run.in_shapes[-1])) if cell.preprocess else ()
+            for key, shape in zip(keys, run.in_shapes, strict=False)
         ]
-        groups = []
-        for group, group_key in zip(run.groups, jax.random.split(edges_key, len(run.groups)), strict=True):
-            keys = jax.random.split(group_key, (len(group.ops), len(group.edges)))
-            width = group.in_shape[-1]
-            groups.append(
-                [
-                    jax.vmap(lambda k, op=ops[op], g=group, c=width: op.init(k, g.in_shape, c, g.stride))(keys[i])
-                    for i, op in enumerate(group.ops)
-                ]
-            )
+        groups, keys = [], keys[len(inputs) :]
+        for group in run.groups:
+            params, (num, width) = [], (len(group.edges), group.in_shape[-1])
+            for op in group.ops:
+                init = lambda key, op=ops[op], g=group, c=width: op.init(key, g.in_shape, c, g.stride)
+                params.append(jax.vmap(init)(keys[:num]))
+                keys = keys[num:]
+            groups.append(params)
         return {"inputs": inputs, "edges": groups}
 
-    return jax.vmap(one)(jax.random.split(key, run.length))
+    return jax.vmap(one)(keys.reshape(run.length, -1))
 
 
 def _input_init(key, shape, channels, stride):
@@ -355,7 +360,7 @@ def _cell(cell, run, params, weights, inputs, ops, partial, single_path):
         nodes = nodes.at[: cell.num_inputs].set(inputs)
     for group, group_params in zip(run.groups, params["edges"], strict=True):
         sources, targets = (np.array([cell.edges[e][i] for e in group.edges]) for i in (0, 1))
-        w = None if weights is None else jnp.asarray(weights)[np.array(group.edges)]
+        w = None if weights is None else jnp.asarray(weights, inputs.dtype)[np.array(group.edges)]
 
         def step(nodes, edge, group=group):
             params, w, source, target = edge
@@ -380,15 +385,15 @@ def _edge(params, w, x, group, ops, partial, single_path):
     if w is None:
         y = sum(apply(p, seen) for apply, p in zip(applied, params, strict=True))
     elif single_path:
-        index = jnp.argmax(w)
+        index = jnp.argmax(jnp.abs(w))
         branches = [lambda x, ps, i=i, apply=apply: apply(ps[i], x) for i, apply in enumerate(applied)]
-        y = w[index].astype(x.dtype) * jax.lax.switch(index, branches, seen, params)
+        y = w[index] * jax.lax.switch(index, branches, seen, params)
     else:
-        w = w.astype(x.dtype)
         y = sum(w[i] * apply(p, seen) for i, (apply, p) in enumerate(zip(applied, params, strict=True)))
     if partial == 1:
         return y
-    rest = x[..., width:]
+    # The sum is 1 after a softmax; it is what scales a whole edge, or drops it.
+    rest = x[..., width:] * (1 if w is None else w.sum())
     if stride > 1:
         window = (1, *[stride] * (x.ndim - 2), 1)
         padding = [(0, -n % size) for n, size in zip(rest.shape, window, strict=True)]
