@@ -8,6 +8,7 @@ A search makes the choice of ops differentiable: every edge mixes its candidates
 `methods.darts` and its kin put these together.
 """
 
+from metaopt.nas._early_stop import CurvatureState, sharpness_stop, stopped_by_curvature
 from metaopt.nas._genotypes import (
     NAS_BENCH_101_PRIMITIVES,
     Graph,
@@ -46,7 +47,7 @@ from metaopt.nas._relaxations import (
     edge_normalized,
     gumbel_softmax,
     mixing_weights,
-    sharpness_stop,
+
     sigmoid,
     softmax,
     uniform_path,
@@ -77,6 +78,7 @@ __all__ = [
     "NAS_BENCH_201_OPS",
     "NAS_BENCH_201_PRIMITIVES",
     "Cell",
+    "CurvatureState",
     "Edge",
     "Genotype",
     "Graph",
@@ -115,6 +117,7 @@ __all__ = [
     "sharpness_stop",
     "sigmoid",
     "softmax",
+    "stopped_by_curvature",
     "subsample",
     "supernet",
     "to_darts",

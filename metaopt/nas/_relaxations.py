@@ -4,7 +4,7 @@ A **relaxation** is a function `(alpha, cell, key, step) -> weights [edges, ops]
 those of `base.Context`, for noise and schedules. Those below are made by functions, and wrap one another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -228,30 +228,3 @@ def dominant_eigenvalue(loss: Callable, at: base.PyTree, key: jax.Array, *, num_
     off = off[:-1]
     values = jnp.linalg.eigvalsh(jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1))
     return values[jnp.argmax(jnp.abs(values))]
-
-
-def sharpness_stop(
-    eigenvalues: Sequence[float], *, window: int = 5, start: int = 10, delta: int = 4, factor: float = 1.3
-) -> int | None:
-    """The epoch whose α RobustDARTS keeps, once the curvature has grown too fast; None while it has not.
-
-        mean(last `window` at epoch e) > `factor` · mean(last `window` at epoch e − `delta`),    e ≥ `start`:  e − `delta`
-
-    Args:
-      eigenvalues: the dominant one at every epoch so far, from epoch 0.
-      window: epochs that are averaged.
-      start: the first epoch that may stop.
-      delta: how many epochs back to compare with, and to go.
-      factor: by how much the mean may grow.
-
-    Returns:
-      An epoch, the first for which this holds, less `delta`; or None.
-
-    Source: Zela et al., ICLR 2020, Sec. 4.3, https://arxiv.org/abs/1909.09656
-    """
-    values = np.asarray(eigenvalues, float)
-    means = [values[max(0, e + 1 - window) : e + 1].mean() for e in range(len(values))]
-    for e in range(max(start, delta), len(values)):
-        if means[e] > factor * means[e - delta]:
-            return e - delta
-    return None

@@ -221,7 +221,7 @@ def candidates(size):
     blank = np.zeros(matrices.shape[:2], np.int64)
     blank[:, 0], blank[:, -1] = 8, 9
     matrices = matrices[np.unique(rule(matrices, blank), return_index=True)[1]]
-    ops = np.array(list(itertools.product(range(3), repeat=size - 2)), np.int64).reshape(-1, size - 2)
+    ops = np.array(list(itertools.product(range(3), repeat=size - 2)), np.int64).reshape(3 ** (size - 2), size - 2)
     labels = np.concatenate([np.full((len(ops), 1), 8), ops, np.full((len(ops), 1), 9)], 1)
     return np.repeat(matrices, len(labels), 0), np.tile(labels, (len(matrices), 1))
 

@@ -104,14 +104,3 @@ def test_the_dominant_eigenvalue_where_the_space_is_exhausted():
     assert nas.dominant_eigenvalue(lambda x: x.sum() ** 2 * 0, at, KEY) == 0
     with pytest.raises(ValueError, match="`num_steps` must be at least 1"):
         nas.dominant_eigenvalue(jnp.sum, at, KEY, num_steps=0)
-
-
-def test_stopping_where_the_curvature_grows():
-    flat = [1.0] * 30
-    assert nas.sharpness_stop(flat) is None
-    # Means of five: 1, then 1.4 at epoch 16 (two of five at 2), four epochs after a mean of 1.
-    assert nas.sharpness_stop([1.0] * 15 + [2.0] * 5) == 12
-    # The growth is over before any epoch may stop.
-    assert nas.sharpness_stop([1.0] * 2 + [2.0] * 30) is None
-    assert nas.sharpness_stop([1.0] * 2 + [2.0] * 30, start=4) == 0
-    assert nas.sharpness_stop([1.0, 1.0, 3.0], window=1, start=0, delta=1) == 1

@@ -62,7 +62,12 @@ def image_case(name):
     return net, shape, ops
 
 
-@pytest.mark.parametrize(("name", "partial"), [("table", 1), ("201", 1), ("darts", 1), ("darts", 2)])
+@pytest.mark.parametrize(("name", "partial"), [
+        ("table", 1),
+        ("201", 1),
+        ("darts", 2),
+        pytest.param("darts", 1, marks=pytest.mark.slow),
+    ])
 def test_one_hot_weights_are_the_discrete_network(name, partial):
     net, shape, ops = (TABLE, (3,), nas.BLOCKS) if name == "table" else image_case(name)
     supernet = nas.supernet(net, shape, ops=ops, partial=partial)
