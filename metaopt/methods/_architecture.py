@@ -39,7 +39,7 @@ def _cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Ar
 
 def _sgd(hyperparams: base.HyperParams) -> optax.GradientTransformation:
     """DARTS's, at a constant rate."""
-    return optax.chain(optax.clip_by_global_norm(5.0), optax.add_decayed_weights(3e-4), optax.sgd(0.025, momentum=0.9))
+    return optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.025, momentum=0.9))
 
 
 def _outputs(supernet, relaxation, params, hyperparams, batch, context):
@@ -47,11 +47,12 @@ def _outputs(supernet, relaxation, params, hyperparams, batch, context):
     return supernet.apply(params, weights, batch["x"])
 
 
-def _loop(supernet, relaxation, loss, optimizer, sampler) -> base.InnerLoop:
+def _loop(supernet, relaxation, loss, decay, optimizer, sampler) -> base.InnerLoop:
     """The training of a supernet's weights."""
 
     def train_loss(params, hyperparams, batch, context):
-        return loss(_outputs(supernet, relaxation, params, hyperparams, batch, context), batch)
+        value = loss(_outputs(supernet, relaxation, params, hyperparams, batch, context), batch)
+        return value + decay / 2 * optax.tree.norm(params, squared=True)
 
     init = lambda key, hyperparams, data: (supernet.init(key), None)
     return inner.loop(train_loss, optimizer, init=init, sampler=sampler, with_context=True)
@@ -64,6 +65,7 @@ def architecture_search(
     *,
     ops: Mapping[str, nas.Op],
     loss: Callable = _cross_entropy,
+    decay: float = 3e-4,
     optimizer: Callable[[base.HyperParams], optax.GradientTransformation] = _sgd,
     sampler: inner.Sampler | None = None,
     outer_batch: base.OuterBatchFn | None = None,
@@ -77,7 +79,8 @@ def architecture_search(
 ) -> Search:
     """The search that all others are settings of.
 
-        g(θ, α) = loss on training rows,    f(θ, α) = loss on validation rows + penalty(α),    weights = relaxation(α)
+        g(θ, α) = loss on training rows + decay |θ|²/2,    f(θ, α) = loss on validation rows + penalty(α),
+        mixing weights = relaxation(α)
 
     Training and validation draw their noise apart. Schedules count inner steps.
 
@@ -88,8 +91,9 @@ def architecture_search(
       ops: of the space, such as `nas.DARTS_OPS`.
       loss: `(outputs [N, num_outputs], batch) -> []`; by default the mean cross-entropy of labels "y" [N]. Batches have
         "x" [N, *in_shape].
-      optimizer: as for `inner.loop`, by default DARTS's for weights (SGD, rate 0.025, momentum 0.9, decay 3e-4, clipped
-        at 5). DARTS's for α is `optax.chain(optax.add_decayed_weights(1e-3), optax.adam(3e-4, b1=0.5))`.
+      decay: of the weights, in the loss, so that implicit rules see it.
+      optimizer: as for `inner.loop`, by default DARTS's for weights (SGD, rate 0.025, momentum 0.9, clipped at 5).
+        DARTS's for α is `optax.chain(optax.add_decayed_weights(1e-3), optax.adam(3e-4, b1=0.5))`.
       sampler: of training rows, such as `inner.minibatch(64)`.
       outer_batch: `(key, task) -> batch` of validation rows; all of them by default.
       relaxation: softmax by default.
@@ -106,22 +110,18 @@ def architecture_search(
     Raises:
       ValueError: the spec and the shapes do not fit.
 
-    >>> import jax, optax
-    >>> from metaopt import base, methods, nas, training
+    >>> import jax
+    >>> from metaopt import methods, nas
     >>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
     >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
-    >>> search = methods.darts(table, (3,), ops=nas.BLOCKS, order="first", keep=None)
-    >>> rows = {"x": jax.random.normal(jax.random.key(0), (8, 3)), "y": jax.numpy.arange(8) % 2}
-    >>> result = training.fit(
-    ...     training.learner(search.estimator, optax.adam(0.1)), lambda key: base.Task(rows, rows),
-    ...     hyperparams=search.hyperparams(jax.random.key(1)), num_steps=2, key=jax.random.key(2),
-    ... )
-    >>> list(search.genotype(result.hyperparams))
-    ['cell']
+    >>> search = methods.darts(table, (3,), ops=nas.BLOCKS, keep=1)
+    >>> alpha = search.hyperparams(jax.random.key(0))  # and `training.fit(training.learner(search.estimator, ...), ...)`
+    >>> [edge[:2] for edge in search.genotype(alpha)["cell"]]
+    [(0, 1), (0, 2)]
     """
     relax = nas.softmax() if relaxation is None else relaxation
     supernet = nas.supernet(network, in_shape, ops=ops, partial=partial, single_path=single_path)
-    loop = _loop(supernet, relax, loss, optimizer, sampler)
+    loop = _loop(supernet, relax, loss, decay, optimizer, sampler)
 
     def valid_loss(params, hyperparams, batch, context):
         apart = context._replace(key=jax.random.fold_in(context.key, 1))
@@ -391,6 +391,7 @@ def single_path_one_shot(
     ops: Mapping[str, nas.Op],
     num_steps: int,
     loss: Callable = _cross_entropy,
+    decay: float = 3e-4,
     optimizer: Callable[[base.HyperParams], optax.GradientTransformation] = _sgd,
     sampler: inner.Sampler | None = None,
 ) -> OneShot:
@@ -404,6 +405,7 @@ def single_path_one_shot(
       ops: of the space.
       num_steps: of training.
       loss: as for `architecture_search`.
+      decay: likewise.
       optimizer: likewise.
       sampler: likewise.
 
@@ -413,7 +415,7 @@ def single_path_one_shot(
     Source: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420
     """
     supernet = nas.supernet(network, in_shape, ops=ops, single_path=True)
-    run = inner.run(_loop(supernet, nas.uniform_path(), loss, optimizer, sampler), num_steps)
+    run = inner.run(_loop(supernet, nas.uniform_path(), loss, decay, optimizer, sampler), num_steps)
 
     def train(key, data):
         return run(key, nas.init_alpha(key, network, scale=0.0), data).params

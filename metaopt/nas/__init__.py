@@ -47,7 +47,6 @@ from metaopt.nas._relaxations import (
     edge_normalized,
     gumbel_softmax,
     mixing_weights,
-
     sigmoid,
     softmax,
     uniform_path,

@@ -42,8 +42,8 @@ def discretize(network: Network, weights: Mapping[str, np.ndarray], *, keep: int
         w = np.asarray(weights[kind], np.float64)
         if w.shape != (len(cell.edges), len(cell.edges[0].ops)):
             raise ValueError(
-                f"The weights of {kind!r} must have a row for each of its {len(cell.edges)} edges and a column for each "
-                f"of {len(cell.edges[0].ops)} ops; got shape {w.shape}."
+                f"The weights of {kind!r} must have a row for each of its {len(cell.edges)} edges and a column for "
+                f"each of {len(cell.edges[0].ops)} ops; got shape {w.shape}."
             )
         if (w < 0).any():
             raise ValueError(

@@ -93,7 +93,7 @@ def convolve(x: jax.Array, w: jax.Array, *, stride: int = 1, dilation: int = 1, 
     """
     axes = "DHW"[5 - w.ndim :]
     numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
-    padding = [(dilation * (size // 2),) * 2 for size in w.shape[:-2]]
+    padding = [(dilation * (size // 2), dilation * (size // 2)) for size in w.shape[:-2]]
     return jax.lax.conv_general_dilated(
         x,
         w,
@@ -187,7 +187,9 @@ def _pool(kind: str, norm: bool) -> Op:
         if kind == "max":
             y = pool(x, stride, -jnp.inf, jax.lax.max)
         else:
-            y = pool(x, stride, 0.0, jax.lax.add) / pool(jnp.ones((1, *x.shape[1:-1], 1), x.dtype), stride, 0.0, jax.lax.add)
+            y = pool(x, stride, 0.0, jax.lax.add) / pool(
+                jnp.ones((1, *x.shape[1:-1], 1), x.dtype), stride, 0.0, jax.lax.add
+            )
         return normalized(y) if norm else y
 
     return Op(init, apply)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from metaopt import base
 from metaopt.nas._genotypes import SKIP
@@ -143,7 +144,7 @@ def edge_normalized(relaxation: Relaxation) -> Relaxation:
 def auxiliary_skip(relaxation: Relaxation, beta: Schedule) -> Relaxation:
     """β more weight on skipping, on every edge (DARTS−): what a skip gives to training is not laid to α's account.
 
-    The auxiliary path has the weights of the edge's own skip, which matters only where skipping has weights, at a stride.
+    The auxiliary path has the parameters of the edge's own skip, where it has any: at a stride.
 
     Args:
       relaxation: of the ops.
@@ -206,7 +207,7 @@ def dominant_eigenvalue(loss: Callable, at: base.PyTree, key: jax.Array, *, num_
     Source: Zela et al., ICLR 2020, https://arxiv.org/abs/1909.09656, of ∇²α of the validation loss
     """
     base.check_integer("num_steps", num_steps, 1)
-    flat, unravel = jax.flatten_util.ravel_pytree(at)
+    flat, unravel = ravel_pytree(at)
     steps = min(num_steps, flat.size)
     product = lambda v: jax.jvp(jax.grad(lambda x: loss(unravel(x))), (flat,), (v,))[1]
     start = jax.random.normal(key, flat.shape, flat.dtype)

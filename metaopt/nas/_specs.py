@@ -87,7 +87,9 @@ def check_network(network: Network) -> None:
                     f"{edge.target}."
                 )
             if len(edge.ops) != len(cell.edges[0].ops) or not edge.ops:
-                raise ValueError(f"Every edge of the cell {kind!r} must have the same number of candidates, at least 1.")
+                raise ValueError(
+                    f"Every edge of the cell {kind!r} must have the same number of candidates, at least 1."
+                )
         if not cell.output or min(cell.output) < cell.num_inputs:
             raise ValueError(f"`output` names nodes that are no inputs; that of {kind!r} is {cell.output}.")
         if kind not in {layer.name for layer in network.layers}:
@@ -103,7 +105,9 @@ def to_json(network: Network) -> str:
     Returns:
       Text, with the version of the form.
     """
-    cells = {kind: cell._replace(edges=[list(edge) for edge in cell.edges])._asdict() for kind, cell in network.cells.items()}
+    cells = {
+        kind: cell._replace(edges=[list(edge) for edge in cell.edges])._asdict() for kind, cell in network.cells.items()
+    }
     layers = [list(layer) for layer in network.layers]
     return json.dumps({"version": 1, "cells": cells, "layers": layers, "num_outputs": network.num_outputs})
 

@@ -100,8 +100,8 @@ def supernet(
     >>> net = nas.supernet(table, (5,), ops=nas.BLOCKS)
     >>> alpha = nas.init_alpha(jax.random.key(0), table)
     >>> weights = nas.mixing_weights(nas.softmax(), table, alpha, jax.random.key(1))
-    >>> params = jax.jit(net.init)(jax.random.key(2))
-    >>> jax.jit(net.apply)(params, weights, jnp.ones((4, 5))).shape
+    >>> params = jax.eval_shape(net.init, jax.random.key(2))
+    >>> jax.eval_shape(net.apply, params, weights, jnp.ones((4, 5))).shape
     (4, 3)
     """
     check_network(network)
@@ -314,7 +314,7 @@ def _unstacked(layers: list, runs: list[_Run], network: Network) -> list[dict]:
             if cell is None:
                 flat.append({"op": layer})
                 continue
-            one = {"inputs": layer["inputs"]}
+            one: dict = {"inputs": layer["inputs"]}
             for group, params in zip(run.groups, layer["edges"], strict=True):
                 for j, e in enumerate(group.edges):
                     for op, stack in zip(group.ops, params, strict=True):
@@ -335,7 +335,8 @@ def _stacked(flat: list[dict], runs: list[_Run], network: Network) -> list:
                 ones.append(one["op"])
                 continue
             edges = [
-                [stack([one[(*cell.edges[e][:2], op)] for e in group.edges]) for op in group.ops] for group in run.groups
+                [stack([one[(*cell.edges[e][:2], op)] for e in group.edges]) for op in group.ops]
+                for group in run.groups
             ]
             ones.append({"inputs": one["inputs"], "edges": edges})
         layers.append(stack(ones))

@@ -20,7 +20,9 @@ def test_the_rule():
 
 
 # f = c(t) |α|²/2, whose curvature in α is c(t) = 1 until step 7, and 1.5 times more at every step from then on.
-LOOP = inner.loop(lambda params, alpha, batch: (params - alpha["cell"].sum()) ** 2, lambda hp: optax.sgd(0.1), init=lambda *a: 0.0)
+LOOP = inner.loop(
+    lambda params, alpha, batch: (params - alpha["cell"].sum()) ** 2, lambda hp: optax.sgd(0.1), init=lambda *a: 0.0
+)
 GROWING = inner.problem(
     LOOP,
     lambda params, alpha, batch, context: 1.5 ** jnp.maximum(context.step - 7.0, 0.0) * (alpha["cell"] ** 2).sum() / 2,

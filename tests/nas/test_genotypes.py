@@ -28,7 +28,11 @@ def test_the_two_strongest_edges_are_those_of_the_softmax_and_not_of_alpha():
     cell = cell._replace(edges=(*cell.edges, nas.Edge(2, 3, cell.edges[0].ops)), output=(3,))
     net = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), 2)
     alpha = np.zeros((5, 3))
-    alpha[2:] = [[5.0, 4.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 2.0]]  # α's largest belongs to an edge that is nearly none
+    alpha[2:] = [
+        [5.0, 4.0, 0.0],
+        [0.0, 1.0, 0.0],
+        [0.0, 0.0, 2.0],
+    ]  # α's largest belongs to an edge that is nearly none
     found = nas.discretize(net, {"cell": softmax(alpha, -1)})
     assert found["cell"] == ((0, 2, "skip_connect"), (1, 2, "skip_connect"), (1, 3, "skip_connect"), (2, 3, "mlp"))
     # A constant on a row changes no weight.
@@ -197,6 +201,7 @@ def valid_matrices(size):
 
 def rule(matrices, labels):
     """The same rule as the hash's with sums of random functions in the place of digests: [M] names."""
+
     def digest(*parts):
         x = np.zeros_like(parts[0], np.uint64)
         for part in parts:

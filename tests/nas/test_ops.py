@@ -13,7 +13,9 @@ KEY = jax.random.key(0)
 SETS = {"DARTS": nas.DARTS_OPS, "201": nas.NAS_BENCH_201_OPS, "101": nas.NAS_BENCH_101_OPS}
 NEED_SPACE = {"stem", "residual", "attention"}
 KEEPS = {"norm_relu"}  # the shape: between layers alone
-OPS = sorted({(name, which) for which, ops in SETS.items() for name in ops if which == "DARTS" or name not in nas.BLOCKS})
+OPS = sorted(
+    {(name, which) for which, ops in SETS.items() for name in ops if which == "DARTS" or name not in nas.BLOCKS}
+)
 
 
 def apply(op, x, channels, stride):
@@ -57,9 +59,7 @@ def windows(x, size, stride, dilation):
     """For every position of the output, the rows and columns of x that the window sees, None for padding."""
     reach = dilation * (size // 2)
     for i, j in itertools.product(range(0, x.shape[1], stride), range(0, x.shape[2], stride)):
-        seen = [
-            [(i - reach + dilation * a, j - reach + dilation * b) for b in range(size)] for a in range(size)
-        ]
+        seen = [[(i - reach + dilation * a, j - reach + dilation * b) for b in range(size)] for a in range(size)]
         yield i // stride, j // stride, seen
 
 

@@ -10,7 +10,7 @@ from metaopt import nas
 
 KEY = jax.random.key(0)
 CELL = nas.complete_cell(2, ("none", "skip_connect", "mlp"))  # edges 0→1, 0→2, 1→2
-ALPHA = jax.random.normal(KEY, (3, 3))
+ALPHA, DOWN = np.random.default_rng(0).normal(size=(2, 3, 3))
 
 
 def test_the_plain_ones():
@@ -22,21 +22,27 @@ def test_the_plain_ones():
 
 def test_hard_gumbel_samples_the_softmax_and_has_the_soft_ones_gradient():
     hard, soft = (nas.gumbel_softmax(0.7, hard=h) for h in (True, False))
-    draws = jax.vmap(lambda key: hard(ALPHA, CELL, key, 0))(jax.random.split(KEY, 4_000))
+    draws = np.asarray(jax.jit(jax.vmap(lambda key: hard(ALPHA, CELL, key, 0)))(jax.random.split(KEY, 4_000)))
     assert set(np.unique(draws)) == {0.0, 1.0} and (draws.sum(-1) == 1).all()
     p = np.asarray(jax.nn.softmax(ALPHA, -1))
     assert (abs(draws.mean(0) - p) < 3.5 * np.sqrt(p * (1 - p) / 4_000)).all()
-    down = jax.random.normal(jax.random.key(1), (3, 3))
-    grads = [jax.grad(lambda a, r=r: (down * r(a, CELL, KEY, 0)).sum())(ALPHA) for r in (hard, soft)]
-    np.testing.assert_allclose(*grads, rtol=1e-12)
-    assert abs(grads[0]).max() > 0.01
-    w = soft(ALPHA, CELL, KEY, 0)
-    g = jax.random.gumbel(KEY, (3, 3))
-    np.testing.assert_allclose(w, jax.nn.softmax((ALPHA + g) / 0.7, -1), rtol=1e-9)
+
+    @jax.jit
+    def both():
+        w, pullback = jax.vjp(lambda a: soft(a, CELL, KEY, 0), ALPHA)
+        _, hard_pullback = jax.vjp(lambda a: hard(a, CELL, KEY, 0), ALPHA)
+        expected = jax.nn.softmax((ALPHA + jax.random.gumbel(KEY, (3, 3))) / 0.7, -1)
+        return w, expected, pullback(DOWN)[0], hard_pullback(DOWN)[0]
+
+    w, expected, soft_grad, hard_grad = both()
+    np.testing.assert_allclose(w, expected, rtol=1e-9)
+    np.testing.assert_allclose(hard_grad, soft_grad, rtol=1e-12)
+    assert abs(soft_grad).max() > 0.01
 
 
 def test_uniform_paths():
-    draws = jax.vmap(lambda key: nas.uniform_path()(ALPHA, CELL, key, 0))(jax.random.split(KEY, 3_000))
+    draw = jax.jit(jax.vmap(lambda key: nas.uniform_path()(ALPHA, CELL, key, 0)))
+    draws = np.asarray(draw(jax.random.split(KEY, 3_000)))
     assert (draws.sum(-1) == 1).all() and (abs(draws.mean(0) - 1 / 3) < 3.5 * np.sqrt(2 / 9 / 3_000)).all()
 
 
@@ -53,7 +59,9 @@ def test_an_auxiliary_skip_fades():
     relax = nas.auxiliary_skip(nas.softmax(), optax.linear_schedule(1.0, 0.0, 10))
     plain = nas.softmax()(ALPHA, CELL, KEY, 0)
     for step, beta in [(0, 1.0), (5, 0.5), (10, 0.0)]:
-        np.testing.assert_allclose(relax(ALPHA, CELL, KEY, jnp.array(step)) - plain, beta * np.eye(3)[[1, 1, 1]], atol=1e-7)
+        np.testing.assert_allclose(
+            relax(ALPHA, CELL, KEY, jnp.array(step)) - plain, beta * np.eye(3)[[1, 1, 1]], atol=1e-7
+        )
     with pytest.raises(ValueError, match="needs 'skip_connect'"):
         relax(ALPHA, nas.complete_cell(2, ("none", "mlp")), KEY, 0)
 
