@@ -115,9 +115,9 @@ def architecture_search(
     >>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
     >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
     >>> search = methods.darts(table, (3,), ops=nas.BLOCKS, keep=1)
-    >>> alpha = search.hyperparams(jax.random.key(0))  # and `training.fit(training.learner(search.estimator, ...), ...)`
-    >>> [edge[:2] for edge in search.genotype(alpha)["cell"]]
-    [(0, 1), (0, 2)]
+    >>> alpha = search.hyperparams(jax.random.key(0))  # then `training.fit` a learner of `search.estimator`
+    >>> len(search.genotype(alpha)["cell"])  # an edge into each of two nodes
+    2
     """
     relax = nas.softmax() if relaxation is None else relaxation
     supernet = nas.supernet(network, in_shape, ops=ops, partial=partial, single_path=single_path)

@@ -56,7 +56,6 @@ from metaopt.nas._specs import (
     NAS_BENCH_201_PRIMITIVES,
     Cell,
     Edge,
-    Genotype,
     Layer,
     Network,
     check_network,
@@ -66,6 +65,7 @@ from metaopt.nas._specs import (
     nas_bench_201_space,
     to_json,
 )
+from metaopt.nas._specs import Genotype as Genotype
 from metaopt.nas._supernet import Supernet, init_alpha, supernet
 
 __all__ = [
@@ -79,7 +79,6 @@ __all__ = [
     "Cell",
     "CurvatureState",
     "Edge",
-    "Genotype",
     "Graph",
     "Layer",
     "Network",
