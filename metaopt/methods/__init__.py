@@ -28,6 +28,7 @@ from metaopt.methods._evaluate import (
     mean_squared_error,
     paired_differences,
 )
+from metaopt.methods._evolution import EvolutionState, regularized_evolution
 from metaopt.methods._few_shot import (
     anil,
     boil,
@@ -51,6 +52,7 @@ __all__ = [
     "AdaptFn",
     "Adaptation",
     "Evaluation",
+    "EvolutionState",
     "FineTuned",
     "OneShot",
     "Search",
@@ -86,6 +88,7 @@ __all__ = [
     "pretrained",
     "proto_maml",
     "prototypical_networks",
+    "regularized_evolution",
     "reptile",
     "ridge_head",
     "robust_darts",

@@ -8,6 +8,14 @@ A search makes the choice of ops differentiable: every edge mixes its candidates
 `methods.darts` and its kin put these together.
 """
 
+from metaopt.nas._benchmarks import (
+    Benchmark,
+    nas_bench_101_table,
+    nas_bench_201_table,
+    nas_bench_graph_table,
+    nas_bench_macro_table,
+    trans_nas_bench_101_table,
+)
 from metaopt.nas._early_stop import CurvatureState, sharpness_stop, stopped_by_curvature
 from metaopt.nas._genotypes import (
     NAS_BENCH_101_PRIMITIVES,
@@ -76,6 +84,7 @@ __all__ = [
     "NAS_BENCH_101_PRIMITIVES",
     "NAS_BENCH_201_OPS",
     "NAS_BENCH_201_PRIMITIVES",
+    "Benchmark",
     "Cell",
     "CurvatureState",
     "Edge",
@@ -108,7 +117,11 @@ __all__ = [
     "nas_bench_101_hash",
     "nas_bench_201_genotypes",
     "nas_bench_201_space",
+    "nas_bench_101_table",
     "nas_bench_201_string",
+    "nas_bench_201_table",
+    "nas_bench_graph_table",
+    "nas_bench_macro_table",
     "normalized",
     "one_hot",
     "pruned",
@@ -121,6 +134,7 @@ __all__ = [
     "to_darts",
     "to_json",
     "to_nas_bench_201",
+    "trans_nas_bench_101_table",
     "uniform",
     "uniform_path",
 ]

@@ -180,7 +180,8 @@ def test_partial_searches_have_weights_for_edges():
     assert len(search.genotype(alpha)["cell"]) == 3
 
 
-def test_the_schedules_follow_the_inner_steps():
+def test_the_schedules_follow_the_inner_steps_and_noise_is_drawn_apart():
+    gumbel = FIRST["gumbel"](decay=0.0)
     minus, beta = FIRST["darts_minus"](), FIRST["beta_darts"]()
     alpha = alpha_of(minus)
 
@@ -189,9 +190,12 @@ def test_the_schedules_follow_the_inner_steps():
         params = minus.supernet.init(KEY)
         at = [(FIRST["darts"](), 0), (minus, 10), (minus, 0), (beta, 5)]
         contexts = [base.Context(KEY, jnp.array(step)) for _, step in at]
-        return [s.problem.outer_loss(params, alpha, TASK.valid, c) for (s, _), c in zip(at, contexts, strict=True)]
+        each = [s.problem.outer_loss(params, alpha, TASK.valid, c) for (s, _), c in zip(at, contexts, strict=True)]
+        noisy = gumbel.problem.outer_loss(params, alpha, TASK.valid, contexts[0])
+        return *each, noisy, gumbel.problem.loop.loss(params, alpha, TASK.valid, contexts[0])[0]
 
-    plain, at_end, at_start, decayed = map(float, outer())
+    plain, at_end, at_start, decayed, noisy, trained = map(float, outer())
+    assert abs(noisy - trained) > 1e-3
     np.testing.assert_allclose(at_end, plain, rtol=1e-6)
     assert abs(at_start - plain) > 1e-3
     np.testing.assert_allclose(decayed, plain + 1.0 * nas.beta_decay(alpha), rtol=1e-6)
