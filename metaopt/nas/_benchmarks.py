@@ -69,7 +69,8 @@ def _open(name: str, folder: str | os.PathLike | None):
     path = Path(os.environ.get("METAOPT_DATA", "") if folder is None else folder) / f"{name}.npz"
     if not path.is_file():
         raise ValueError(
-            f"There is no file {path}: give the folder of the tables, or name it by the environment variable METAOPT_DATA."
+            f"There is no file {path}: give the folder of the tables, or let the environment variable METAOPT_DATA "
+            "name it."
         )
     return np.load(path, allow_pickle=False)
 
