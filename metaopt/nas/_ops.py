@@ -187,9 +187,8 @@ def _pool(kind: str, norm: bool) -> Op:
         if kind == "max":
             y = pool(x, stride, -jnp.inf, jax.lax.max)
         else:
-            y = pool(x, stride, 0.0, jax.lax.add) / pool(
-                jnp.ones((1, *x.shape[1:-1], 1), x.dtype), stride, 0.0, jax.lax.add
-            )
+            counts = pool(jnp.ones((1, *x.shape[1:-1], 1), x.dtype), stride, 0.0, jax.lax.add)
+            y = pool(x, stride, 0.0, jax.lax.add) / counts
         return normalized(y) if norm else y
 
     return Op(init, apply)
