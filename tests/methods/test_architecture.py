@@ -192,10 +192,12 @@ def test_the_schedules_follow_the_inner_steps_and_noise_is_drawn_apart():
         contexts = [base.Context(KEY, jnp.array(step)) for _, step in at]
         each = [s.problem.outer_loss(params, alpha, TASK.valid, c) for (s, _), c in zip(at, contexts, strict=True)]
         noisy = gumbel.problem.outer_loss(params, alpha, TASK.valid, contexts[0])
-        return *each, noisy, gumbel.problem.loop.loss(params, alpha, TASK.valid, contexts[0])[0]
+        losses = [s.problem.loop.loss(params, alpha, TASK.valid, contexts[0])[0] for s in (gumbel, FIRST["darts"]())]
+        return *each, noisy, *losses, sum((leaf**2).sum() for leaf in jax.tree.leaves(params))
 
-    plain, at_end, at_start, decayed, noisy, trained = map(float, outer())
-    assert abs(noisy - trained) > 1e-3
+    plain, at_end, at_start, decayed, noisy, gumbel_trained, trained, squares = map(float, outer())
+    assert abs(noisy - gumbel_trained) > 1e-3
+    np.testing.assert_allclose(trained - plain, 0.03 / 2 * squares, rtol=1e-9)  # the weights' decay
     np.testing.assert_allclose(at_end, plain, rtol=1e-6)
     assert abs(at_start - plain) > 1e-3
     np.testing.assert_allclose(decayed, plain + 1.0 * nas.beta_decay(alpha), rtol=1e-6)
