@@ -13,8 +13,9 @@ an architecture is partly its own on every task (u), partly on this one (d), par
 
 The variances of digits and pairs maximize the marginal likelihood of the other tasks' scores; those of u, d and ε are
 moments of their residuals (of validation and test together: u is what tasks share, d what validation and test share).
-Nothing is chosen by the task that is left out; with no trial, nothing is known of it at all. Of trials only the order is
-used, laid on what was expected of them. (The form of the model, u and d among it, was written with these tables in view.)
+Nothing is chosen by the task that is left out; with no trial, nothing is known of it at all. Of trials only the order
+is used, laid on what was expected of them. (The form of the model was written with these tables in view, u and d after
+a first run.)
 
 Beside it: the architecture of best mean rank on the other tasks (and the best by validation of the five best such),
 the best of random ones, and the best by validation of the whole table, which is the ceiling of any selector that sees
@@ -111,12 +112,27 @@ def fit_prior(phi, is_pair, gram, valid, test) -> Prior:
     return Prior(expected, phi @ apart, (apart**2).sum(1), alone, max(total - real, 1e-6))
 
 
+def posterior(phi, prior: Prior, tried: list[int], losses) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and the variance [A] of all real scores, after trials with these losses."""
+    variance = (prior.spread**2).sum(1) + phi**2 @ prior.own + prior.alone
+    if not tried:
+        return prior.mean, variance
+    covariance = prior.spread @ prior.spread[tried].T + (phi * prior.own) @ phi[tried].T  # [A, k]
+    covariance[tried, range(len(tried))] += prior.alone
+    inner = covariance[tried] + prior.noise * np.eye(len(tried))
+    expected = prior.mean[tried]
+    scores = expected
+    if len(tried) > 1:
+        scores = expected.mean() + np.sqrt(np.diag(inner).mean()) * normal_scores(losses)
+    weights = np.linalg.solve(inner, covariance.T).T
+    return prior.mean + weights @ (scores - expected), variance - (weights * covariance).sum(1)
+
+
 def choose_with_trials(phi, prior: Prior, losses, num_trials) -> int:
     """The row that is chosen after `num_trials` trials on the new task, each of the most expected improvement."""
     tried: list[int] = []
-    variance = (prior.spread**2).sum(1) + phi**2 @ prior.own + prior.alone
-    mu, var = prior.mean, variance
     for _ in range(num_trials):
+        mu, var = posterior(phi, prior, tried, losses[tried])
         gain = mu
         if tried:
             sigma = np.sqrt(np.maximum(var, 1e-12))
@@ -124,17 +140,7 @@ def choose_with_trials(phi, prior: Prior, losses, num_trials) -> int:
             gain = sigma * (z * norm.cdf(z) + norm.pdf(z))
             gain[tried] = -np.inf
         tried.append(int(gain.argmax()))
-        covariance = prior.spread @ prior.spread[tried].T + (phi * prior.own) @ phi[tried].T  # [A, k]
-        covariance[tried, range(len(tried))] += prior.alone
-        inner = covariance[tried] + prior.noise * np.eye(len(tried))
-        expected = prior.mean[tried]
-        scores = expected
-        if len(tried) > 1:
-            scores = expected.mean() + np.sqrt(np.diag(inner).mean()) * normal_scores(losses[tried])
-        weights = np.linalg.solve(inner, covariance.T).T
-        mu = prior.mean + weights @ (scores - expected)
-        var = variance - (weights * covariance).sum(1)
-    return int(mu.argmax())
+    return int(posterior(phi, prior, tried, losses[tried])[0].argmax())
 
 
 def leave_one_out(table: nas.Benchmark, tasks: list[int], num_random: int) -> dict[str, np.ndarray]:
@@ -263,10 +269,9 @@ def plot(curves: dict, path: Path) -> None:
     columns = 3
     rows = -(-len(curves) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False)
-    for axis, ((name, task), found) in itertools.zip_longest(axes.flat, curves.items(), fillvalue=((None, None), {})):
-        if name is None:
-            axis.axis("off")
-            continue
+    for axis in axes.flat[len(curves) :]:
+        axis.axis("off")
+    for axis, ((name, task), found) in zip(axes.flat, curves.items(), strict=False):
         for method, values in found.items():
             steps, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
             (line,) = axis.plot(steps, mean, "--" if len(values) == 1 else "-", label=method)
