@@ -66,6 +66,7 @@ def test_in_the_state_of_an_estimator():
     del alphas
 
 
+@pytest.mark.slow
 def test_it_changes_no_estimate_and_keeps_the_state():
     watched = hypergrad.lookahead(GROWING, num_steps=0)
     estimator = nas.stopped_by_curvature(watched, GROWING, **SETTINGS)
