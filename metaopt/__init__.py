@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from metaopt import base, hypergrad, inner, methods, predictors, spaces, tasks, training, transforms
+from metaopt import base, hypergrad, inner, methods, nas, predictors, spaces, tasks, training, transforms
 from metaopt.base import Context, Estimate, Estimator, InnerLoop, Predictor, Problem, Record, Searcher, Task
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "hypergrad",
     "inner",
     "methods",
+    "nas",
     "plots",
     "predictors",
     "spaces",

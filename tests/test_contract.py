@@ -8,7 +8,7 @@ import optax
 import problems
 import pytest
 
-from metaopt import base, hypergrad, inner, predictors, spaces, training
+from metaopt import base, hypergrad, inner, nas, predictors, spaces, training
 
 SPACE = {"log_penalty": spaces.real(0.0, shape=(problems.NUM_FEATURES,))}
 UNROLLED = hypergrad.unrolled(problems.RIDGE, num_steps=1)
@@ -35,6 +35,7 @@ ESTIMATORS = {
     "truncated_es": hypergrad.truncated_es(problems.RIDGE, num_steps=2, truncation_length=1, sigma=0.1, num_pairs=1),
     "mix_with_es": hypergrad.mix_with_es(UNROLLED, sigma=0.1, num_pairs=3),
     "amortize": predictors.amortize(UNROLLED, MLP),
+    "stopped_by_curvature": nas.stopped_by_curvature(hypergrad.lookahead(problems.RIDGE), problems.RIDGE, every=1),
     "over_seeds": hypergrad.over_seeds(UNROLLED, 2),
     "over_tasks": hypergrad.over_tasks(UNROLLED),
 }
@@ -69,7 +70,7 @@ def test_estimators(name):
 def test_every_estimator_of_the_room_is_in_the_battery():
     factories = {
         name
-        for room in (hypergrad, predictors)
+        for room in (hypergrad, nas, predictors)
         for name in room.__all__
         if inspect.isfunction(getattr(room, name))
         and inspect.signature(getattr(room, name)).return_annotation is base.Estimator

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 SampleTasksFn = Callable[[jax.Array], base.PyTree]  # key -> tasks
 EvaluateFn = Callable[[jax.Array, base.HyperParams], jax.Array]  # key, λ -> [] loss
-CallbackFn = Callable[[int, dict[str, Any]], None]  # step, metrics
+CallbackFn = Callable[[int, dict[str, Any]], Any]  # step, metrics -> True to stop
 
 
 class FitResult(NamedTuple):
@@ -39,7 +39,7 @@ class FitResult(NamedTuple):
         empty without `evaluate`.
       best_hyperparams: λ with the smallest held-out loss; the last λ, without `evaluate`.
       best_value: that loss; NaN without `evaluate`, or where no loss was below infinity.
-      stopped: why: "num_steps", "patience" or "signal".
+      stopped: why: "num_steps", "patience", "callback" or "signal".
     """
 
     hyperparams: base.HyperParams
@@ -109,8 +109,9 @@ def fit(
         metrics take as long as they do. `sample_tasks` is then traced, and draws tasks of one shape. Evaluations and
         checkpoints keep their places, and cut a call short; signals wait for its end. The results are those of single
         steps, to rounding.
-      callback: `(step, metrics) -> None`, after every step, counted from 1; metrics are floats, and numpy arrays
-        where they are no scalars. After a resume, steps since the checkpoint are reported again.
+      callback: `(step, metrics) -> stop`, after every step, counted from 1; metrics are floats, and numpy arrays
+        where they are no scalars. Where it returns something true the run ends (after the call, with `steps_per_call`).
+        After a resume, steps since the checkpoint are reported again.
       progress: draw a progress bar; None draws one in a terminal or notebook only.
       checkpoint_dir: where the newest two checkpoints are kept, one directory for each run; None keeps none.
       checkpoint_every: steps between checkpoints; the end of the run leaves one too.
@@ -179,6 +180,7 @@ def fit(
         saved_step = None if saved is None else saved.step
         show = stack.enter_context(progress_bar(num_steps, run.step, progress))
         any_done = bool(_learner.num_true(run.state.done))
+        ended = False  # by the callback
 
         try:
             while True:
@@ -187,7 +189,7 @@ def fit(
                 if checkpoints and run.step > 0 and run.step % checkpoint_every == 0 and run.step != saved_step:
                     _save(checkpoints, run)
                     saved_step = run.step
-                stopped = _why_stop(run, num_steps, patience, signals)
+                stopped = _why_stop(run, num_steps, patience, signals) or ("callback" if ended else "")
                 if stopped:
                     break
                 stops = [num_steps, *([eval_every] if evaluate else []), *([checkpoint_every] if checkpoints else [])]
@@ -211,7 +213,7 @@ def fit(
                 show(run.step, several_metrics[-1])
                 if callback is not None:
                     for i, metrics in enumerate(several_metrics):
-                        callback(run.step - num + i + 1, metrics)
+                        ended |= bool(callback(run.step - num + i + 1, metrics))
         finally:
             # An error inside the step itself leaves nothing to save: the state was donated.
             if checkpoints and run.step != saved_step and _intact(run.state):

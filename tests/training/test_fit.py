@@ -89,6 +89,18 @@ def test_the_callback_is_given_floats_after_every_step():
         np.testing.assert_array_equal(column, [metrics[name] for _, metrics in seen])
 
 
+def test_the_callback_ends_the_run(tmp_path):
+    result = fit(num_steps=9, callback=lambda step, metrics: metrics["value"] < 9)  # 20.7, 14.9, 11.2, 8.9
+    assert (result.stopped, result.state.step, len(result.history["value"])) == ("callback", 4, 4)
+    np.testing.assert_array_equal(result.hyperparams, fit(num_steps=4).hyperparams)
+    # After the call, where it takes several steps; what there is is kept.
+    traced = lambda key: jnp.asarray(TASKS)
+    result = fit(QUADRATIC, traced, num_steps=9, steps_per_call=3, callback=lambda step, metrics: step == 4)
+    assert (result.stopped, result.state.step) == ("callback", 6)
+    fit(num_steps=9, callback=lambda step, metrics: step == 2, checkpoint_dir=tmp_path)
+    assert fit(num_steps=2, checkpoint_dir=tmp_path).stopped == "num_steps"
+
+
 def test_metrics_that_are_no_scalars_reach_the_callback_alone():
     estimator = small.quadratic()
 

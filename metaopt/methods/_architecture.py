@@ -1,0 +1,430 @@
+"""Architecture search under the papers' names: each is a setting of `architecture_search`, and adds no numerics to it.
+
+The next one is a few lines as well: a relaxation, a penalty, or a rule, in the place of DARTS's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import base, hypergrad, inner, nas
+
+
+class Search(NamedTuple):
+    """A search for α on one task; `training.learner` and `fit` run it.
+
+    Attributes:
+      estimator: of dF/dα.
+      problem: what it estimates for.
+      supernet: what is trained.
+      hyperparams: `(key) -> α` to start from.
+      weights: `(α) -> ` mixing weights, kind -> [edges, ops], as genotypes are read from them: without noise.
+      genotype: `(α) -> Genotype`.
+    """
+
+    estimator: base.Estimator
+    problem: base.Problem
+    supernet: nas.Supernet
+    hyperparams: Callable[[jax.Array], base.HyperParams]
+    weights: Callable[[base.HyperParams], dict[str, jax.Array]]
+    genotype: Callable[[base.HyperParams], nas.Genotype]
+
+
+def _cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return optax.losses.softmax_cross_entropy_with_integer_labels(outputs, batch["y"]).mean()
+
+
+def _sgd(hyperparams: base.HyperParams) -> optax.GradientTransformation:
+    """DARTS's, at a constant rate."""
+    return optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.025, momentum=0.9))
+
+
+def _outputs(supernet, relaxation, params, hyperparams, batch, context):
+    weights = nas.mixing_weights(relaxation, supernet.network, hyperparams, context.key, context.step)
+    return supernet.apply(params, weights, batch["x"])
+
+
+def _loop(supernet, relaxation, loss, decay, optimizer, sampler) -> base.InnerLoop:
+    """The training of a supernet's weights."""
+
+    def train_loss(params, hyperparams, batch, context):
+        value = loss(_outputs(supernet, relaxation, params, hyperparams, batch, context), batch)
+        return value + decay / 2 * optax.tree.norm(params, squared=True)
+
+    init = lambda key, hyperparams, data: (supernet.init(key), None)
+    return inner.loop(train_loss, optimizer, init=init, sampler=sampler, with_context=True)
+
+
+def architecture_search(
+    network: nas.Network,
+    in_shape: Sequence[int],
+    rule: Callable[[base.Problem], base.Estimator],
+    *,
+    ops: Mapping[str, nas.Op],
+    loss: Callable = _cross_entropy,
+    decay: float = 3e-4,
+    optimizer: Callable[[base.HyperParams], optax.GradientTransformation] = _sgd,
+    sampler: inner.Sampler | None = None,
+    outer_batch: base.OuterBatchFn | None = None,
+    relaxation: nas.Relaxation | None = None,
+    decode: nas.Relaxation | None = None,
+    penalty: Callable | None = None,
+    partial: int = 1,
+    single_path: bool = False,
+    edge_weights: bool = False,
+    keep: int | None = 2,
+) -> Search:
+    """The search that all others are settings of.
+
+        g(θ, α) = loss on training rows + decay |θ|²/2,    f(θ, α) = loss on validation rows + penalty(α),
+        mixing weights = relaxation(α)
+
+    Training and validation draw their noise apart. Schedules count inner steps.
+
+    Args:
+      network: a spec.
+      in_shape: of one input, without the batch axis.
+      rule: `(problem) -> Estimator`.
+      ops: of the space, such as `nas.DARTS_OPS`.
+      loss: `(outputs [N, num_outputs], batch) -> []`; by default the mean cross-entropy of labels "y" [N]. Batches have
+        "x" [N, *in_shape].
+      decay: of the weights, in the loss, so that implicit rules see it.
+      optimizer: as for `inner.loop`, by default DARTS's for weights (SGD, rate 0.025, momentum 0.9, clipped at 5).
+        DARTS's for α is `optax.chain(optax.add_decayed_weights(1e-3), optax.adam(3e-4, b1=0.5))`.
+      sampler: of training rows, such as `inner.minibatch(64)`.
+      outer_batch: `(key, task) -> batch` of validation rows; all of them by default.
+      relaxation: softmax by default.
+      decode: the relaxation that genotypes are read by; `relaxation` by default.
+      penalty: `(α, step) -> []`.
+      partial: as for `nas.supernet`.
+      single_path: as for `nas.supernet`.
+      edge_weights: α of a kind is {"ops": [edges, ops], "edges": [edges]}, as `nas.edge_normalized` takes it.
+      keep: edges into each node, as for `nas.discretize`; None in NAS-Bench-201, where every edge has its own argmax.
+
+    Returns:
+      A `Search`.
+
+    Raises:
+      ValueError: the spec and the shapes do not fit.
+
+    >>> import jax
+    >>> from metaopt import methods, nas
+    >>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
+    >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    >>> search = methods.darts(table, (3,), ops=nas.BLOCKS, keep=1)
+    >>> alpha = search.hyperparams(jax.random.key(0))  # then `training.fit` a learner of `search.estimator`
+    >>> len(search.genotype(alpha)["cell"])  # an edge into each of two nodes
+    2
+    """
+    relax = nas.softmax() if relaxation is None else relaxation
+    supernet = nas.supernet(network, in_shape, ops=ops, partial=partial, single_path=single_path)
+    loop = _loop(supernet, relax, loss, decay, optimizer, sampler)
+
+    def valid_loss(params, hyperparams, batch, context):
+        apart = context._replace(key=jax.random.fold_in(context.key, 1))
+        value = loss(_outputs(supernet, relax, params, hyperparams, batch, apart), batch)
+        return value if penalty is None else value + penalty(hyperparams, context.step)
+
+    problem = inner.problem(loop, valid_loss, outer_batch=outer_batch, with_context=True)
+
+    def hyperparams(key):
+        alpha = nas.init_alpha(key, network)
+        if not edge_weights:
+            return alpha
+        return {kind: {"ops": a, "edges": jnp.zeros(len(a), a.dtype)} for kind, a in alpha.items()}
+
+    def weights(hyperparams):
+        return nas.mixing_weights(decode or relax, network, hyperparams, jax.random.key(0))
+
+    def genotype(hyperparams):
+        return nas.discretize(network, jax.device_get(weights(hyperparams)), keep=keep)
+
+    return Search(rule(problem), problem, supernet, hyperparams, weights, genotype)
+
+
+def darts(
+    network: nas.Network,
+    in_shape: Sequence[int],
+    *,
+    ops: Mapping[str, nas.Op],
+    order: str = "second",
+    epsilon: float = 0.01,
+    **options: Any,
+) -> Search:
+    """DARTS: after every step of the weights, one hypergradient step of α, one step ahead.
+
+    Args:
+      network: a spec.
+      in_shape: of one input.
+      ops: of the space.
+      order: "first", dF/dα ≈ ∂f/∂α; "second", one step ahead by finite differences, as published
+        (`hypergrad.darts_fd`); "exact", the same by differentiation (`hypergrad.lookahead`).
+      epsilon: of the finite differences.
+      **options: as for `architecture_search`.
+
+    Returns:
+      A `Search`.
+
+    Raises:
+      ValueError: `order` is unknown.
+
+    Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055
+    """
+    rules = {
+        "first": lambda problem: hypergrad.lookahead(problem, num_steps=0),
+        "second": lambda problem: hypergrad.darts_fd(problem, epsilon=epsilon),
+        "exact": lambda problem: hypergrad.lookahead(problem, num_steps=1),
+    }
+    if order not in rules:
+        raise ValueError(f"`order` must be one of {', '.join(rules)}; got {order!r}.")
+    return architecture_search(network, in_shape, rules[order], ops=ops, **options)
+
+
+def unrolled_darts(
+    network: nas.Network,
+    in_shape: Sequence[int],
+    *,
+    ops: Mapping[str, nas.Op],
+    num_steps: int,
+    remat: str | int = "sqrt",
+    **options: Any,
+) -> Search:
+    """DARTS without its approximation: dF/dα through all of the training, which every estimate begins anew.
+
+    Args:
+      network: a spec.
+      in_shape: of one input.
+      ops: of the space.
+      num_steps: T.
+      remat: as for `hypergrad.unrolled`.
+      **options: as for `architecture_search`.
+
+    Returns:
+      A `Search`, exact.
+    """
+    rule = lambda problem: hypergrad.unrolled(problem, num_steps=num_steps, remat=remat)
+    return architecture_search(network, in_shape, rule, ops=ops, **options)
+
+
+def implicit_darts(
+    network: nas.Network,
+    in_shape: Sequence[int],
+    *,
+    ops: Mapping[str, nas.Op],
+    num_steps: int,
+    solver: hypergrad.Solver | None = None,
+    damping: float = 0.0,
+    **options: Any,
+) -> Search:
+    """DARTS by the implicit function theorem, as in iDARTS: dF/dα where the weights have come to rest.
+
+    Args:
+      network: a spec.
+      in_shape: of one input.
+      ops: of the space.
+      num_steps: of the weights an estimate; memory does not depend on it.
+      solver: of the linear system; iDARTS's is `hypergrad.neumann`.
+      damping: as for `hypergrad.implicit`; ∂²g/∂θ² of a network that is not at rest has negative eigenvalues.
+      **options: as for `architecture_search`.
+
+    Returns:
+      A `Search`, exact at a strict minimum.
+
+    Source: Zhang et al., ICML 2021, https://arxiv.org/abs/2106.10784
+    """
+    rule = lambda problem: hypergrad.implicit(problem, num_steps=num_steps, solver=solver, damping=damping)
+    return architecture_search(network, in_shape, rule, ops=ops, **options)
+
+
+def gdas(
+    network: nas.Network, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], num_steps: int, **options: Any
+) -> Search:
+    """GDAS: one op an edge in every step, sampled by a hard Gumbel-softmax whose temperature falls from 10 to 0.1.
+
+    Args:
+      network: a spec.
+      in_shape: of one input.
+      ops: of the space.
+      num_steps: inner steps over which the temperature falls.
+      **options: as for `architecture_search`.
+
+    Returns:
+      A `Search`, of first order. Only the sampled ops run, and only they have a gradient.
+
+    Source: Dong & Yang, CVPR 2019, https://arxiv.org/abs/1910.04465
+    """
+    relaxation = nas.gumbel_softmax(optax.linear_schedule(10.0, 0.1, num_steps), hard=True)
+    options = {"relaxation": relaxation, "decode": nas.softmax(), "single_path": True, **options}
+    return darts(network, in_shape, ops=ops, order="first", **options)
+
+
+def pc_darts(
+    network: nas.Network, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], partial: int = 4, **options: Any
+) -> Search:
+    """PC-DARTS: a K-th of the channels goes through the ops, and the edges into a node share its weight.
+
+    Args:
+      network: a spec; K divides its channels.
+      in_shape: of one input.
+      ops: of the space.
+      partial: K.
+      **options: as for `architecture_search`.
+
+    Returns:
+      A `Search`, of first order. (As published, α rests for the first epochs: start with a schedule for its rate.)
+
+    Source: Xu et al., ICLR 2020, https://arxiv.org/abs/1907.05737
+    """
+    options = {"relaxation": nas.edge_normalized(nas.softmax()), "edge_weights": True, "order": "first", **options}
+    return darts(network, in_shape, ops=ops, partial=partial, **options)
+
+
+def darts_minus(
+    network: nas.Network, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], num_steps: int, **options: Any
+) -> Search:
+    """DARTS−: an auxiliary skip beside every edge, whose weight falls from 1 to 0.
+
+    Args:
+      network: a spec whose edges all have "skip_connect".
+      in_shape: of one input.
+      ops: of the space.
+      num_steps: inner steps over which it falls.
+      **options: as for `architecture_search`.
+
+    Returns:
+      A `Search`, of first order unless `order` says otherwise.
+
+    Source: Chu et al., ICLR 2021, https://arxiv.org/abs/2009.01027
+    """
+    relaxation = nas.auxiliary_skip(nas.softmax(), optax.linear_schedule(1.0, 0.0, num_steps))
+    options = {"relaxation": relaxation, "decode": nas.softmax(), "order": "first", **options}
+    return darts(network, in_shape, ops=ops, **options)
+
+
+def beta_darts(
+    network: nas.Network,
+    in_shape: Sequence[int],
+    *,
+    ops: Mapping[str, nas.Op],
+    num_steps: int,
+    penalty: float = 50.0,
+    **options: Any,
+) -> Search:
+    """β-DARTS: f plus a penalty on logsumexp(α), whose weight grows from 0.
+
+    Args:
+      network: a spec.
+      in_shape: of one input.
+      ops: of the space.
+      num_steps: inner steps over which it grows.
+      penalty: the weight at the end.
+      **options: as for `architecture_search`.
+
+    Returns:
+      A `Search`, of first order unless `order` says otherwise.
+
+    Source: Ye et al., CVPR 2022, https://arxiv.org/abs/2203.01665
+    """
+    weight = optax.linear_schedule(0.0, penalty, num_steps)
+    decay = lambda alpha, step: weight(step) * nas.beta_decay(alpha)
+    return darts(network, in_shape, ops=ops, penalty=decay, **{"order": "first", **options})
+
+
+def robust_darts(
+    network: nas.Network,
+    in_shape: Sequence[int],
+    *,
+    ops: Mapping[str, nas.Op],
+    every: int,
+    window: int = 5,
+    start: int = 10,
+    delta: int = 4,
+    factor: float = 1.3,
+    **options: Any,
+) -> Search:
+    """RobustDARTS: DARTS that stops when the validation loss becomes too sharp in α, and takes an earlier α.
+
+    Run it with `callback=lambda step, metrics: metrics["stop"] > 0`; α is then `result.state.estimator_state.kept`.
+
+    Args:
+      network: a spec.
+      in_shape: of one input.
+      ops: of the space.
+      every: estimates an epoch.
+      window: as for `nas.stopped_by_curvature`.
+      start: likewise.
+      delta: likewise.
+      factor: likewise.
+      **options: as for `darts`.
+
+    Returns:
+      A `Search`, of first order unless `order` says otherwise.
+
+    Source: Zela et al., ICLR 2020, https://arxiv.org/abs/1909.09656
+    """
+    search = darts(network, in_shape, ops=ops, **{"order": "first", **options})
+    stop = {"every": every, "window": window, "start": start, "delta": delta, "factor": factor}
+    return search._replace(estimator=nas.stopped_by_curvature(search.estimator, search.problem, **stop))
+
+
+class OneShot(NamedTuple):
+    """A supernet that any search may ask.
+
+    Attributes:
+      train: `(key, data) -> params`.
+      score: `(params, genotype, batch) -> []`, the loss of a genotype with the shared weights, smaller is better.
+      supernet: what is trained.
+    """
+
+    train: Callable[[jax.Array, base.Data], base.Params]
+    score: Callable[[base.Params, nas.Genotype, base.Batch], jax.Array]
+    supernet: nas.Supernet
+
+
+def single_path_one_shot(
+    network: nas.Network,
+    in_shape: Sequence[int],
+    *,
+    ops: Mapping[str, nas.Op],
+    num_steps: int,
+    loss: Callable = _cross_entropy,
+    decay: float = 3e-4,
+    optimizer: Callable[[base.HyperParams], optax.GradientTransformation] = _sgd,
+    sampler: inner.Sampler | None = None,
+) -> OneShot:
+    """Single-path one-shot: weights shared by all architectures, one of which, drawn uniformly, trains in every step.
+
+    There is no α: whatever searches a finite space then asks `score`.
+
+    Args:
+      network: a spec.
+      in_shape: of one input.
+      ops: of the space.
+      num_steps: of training.
+      loss: as for `architecture_search`.
+      decay: likewise.
+      optimizer: likewise.
+      sampler: likewise.
+
+    Returns:
+      A `OneShot`.
+
+    Source: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420
+    """
+    supernet = nas.supernet(network, in_shape, ops=ops, single_path=True)
+    run = inner.run(_loop(supernet, nas.uniform_path(), loss, decay, optimizer, sampler), num_steps)
+
+    def train(key, data):
+        return run(key, nas.init_alpha(key, network, scale=0.0), data).params
+
+    @jax.jit
+    def evaluate(params, weights, batch):
+        return loss(supernet.apply(params, weights, batch["x"]), batch)
+
+    def score(params, genotype, batch):
+        return evaluate(params, nas.one_hot(network, genotype), batch)
+
+    return OneShot(train, score, supernet)

@@ -1,0 +1,205 @@
+"""Tables of trained architectures, for searches that take no time: one form for all of them.
+
+The files are those of the data folder (`METAOPT_DATA`), converted from what the benchmarks publish; their README says
+from where. An architecture is a row of integers, its encoding. **Outcomes are losses, smaller is better.**
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Benchmark(NamedTuple):
+    """Architectures × tasks × outcomes.
+
+    Attributes:
+      name: of the benchmark.
+      tasks: [T] names.
+      dims: [D] what the entries of an encoding say.
+      num_choices: [D] how many values each has.
+      encodings: [A, D] int; where all combinations are there, their number is the product of `num_choices`.
+      fidelities: [F] in (0, 1], increasing.
+      valid: [A, T, F] what a search may see; NaN where nothing was trained.
+      test: [A, T] what it is judged by; where a benchmark has none, `valid` at the full fidelity.
+      cost: [A, T, F] seconds of training; NaN where they are not known.
+      query: `(encoding, task, fidelity) -> (outcome, cost)`, of a row of integers, a task's name, a fidelity (1.0 by
+        default); raises a ValueError for what is not in the table.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    dims: tuple[str, ...]
+    num_choices: tuple[int, ...]
+    encodings: np.ndarray
+    fidelities: tuple[float, ...]
+    valid: np.ndarray
+    test: np.ndarray
+    cost: np.ndarray
+    query: Callable[..., tuple[float, float]]
+
+
+def _benchmark(
+    name, tasks, dims, num_choices, encodings, valid, *, fidelities=(1.0,), test=None, cost=None
+) -> Benchmark:
+    tasks, dims = tuple(map(str, tasks)), tuple(dims)
+    encodings = np.asarray(encodings, np.int64)
+    valid = np.asarray(valid, np.float32)
+    valid = valid if valid.ndim == 3 else valid[..., None]
+    test = valid[..., -1] if test is None else np.asarray(test, np.float32)
+    cost = np.full(valid.shape, np.nan, np.float32) if cost is None else np.asarray(cost, np.float32)
+    rows = {encoding: row for row, encoding in enumerate(map(tuple, encodings.tolist()))}
+
+    def query(encoding, task, fidelity=1.0):
+        row = rows.get(tuple(int(x) for x in encoding))
+        if row is None or task not in tasks or fidelity not in fidelities:
+            raise ValueError(
+                f"{name} has {len(rows)} architectures, the tasks {', '.join(tasks)} and the fidelities "
+                f"{', '.join(map(str, fidelities))}; got {tuple(encoding)}, {task!r}, {fidelity}."
+            )
+        at = row, tasks.index(task), fidelities.index(fidelity)
+        return float(valid[at]), float(cost[at])
+
+    return Benchmark(name, tasks, dims, tuple(num_choices), encodings, fidelities, valid, test, cost, query)
+
+
+def _open(name: str, folder: str | os.PathLike | None):
+    path = Path(os.environ.get("METAOPT_DATA", "") if folder is None else folder) / f"{name}.npz"
+    if not path.is_file():
+        raise ValueError(
+            f"There is no file {path}: give the folder of the tables, or let the environment variable METAOPT_DATA "
+            "name it."
+        )
+    return np.load(path, allow_pickle=False)
+
+
+def nas_bench_201_table(folder: str | os.PathLike | None = None) -> Benchmark:
+    """NAS-Bench-201: 15,625 cells on CIFAR-10, CIFAR-100 and ImageNet16-120, in the benchmark's order.
+
+    Validation is that of the separate schedule of 12 epochs, which is the only true one; the test error is after 200.
+    Errors in %. Seconds of the 12 epochs are known for CIFAR-10. Row 9930 is the cell that is best nearly everywhere.
+
+    Args:
+      folder: of nasbench201.npz; by default what METAOPT_DATA names.
+
+    Returns:
+      A `Benchmark`; a digit is an index into `NAS_BENCH_201_PRIMITIVES`.
+
+    Raises:
+      ValueError: the file is not there.
+    """
+    with _open("nasbench201", folder) as data:
+        valid, test, encodings = 100 - data["val_acc_12"], 100 - data["test_acc_200"], data["edge_ops"]
+        cost = np.full(valid.shape, np.nan, np.float32)
+        cost[:, 0] = data["cost_12_s_cifar10"]
+        dims, tasks = data["edge_order"].tolist(), data["datasets"]
+        return _benchmark("NAS-Bench-201", tasks, dims, [5] * 6, encodings, valid, test=test, cost=cost[..., None])
+
+
+def trans_nas_bench_101_table(folder: str | os.PathLike | None = None, *, space: str = "micro") -> Benchmark:
+    """TransNAS-Bench-101: 4,096 cells or 3,256 networks on six tasks; validation alone, in each task's own metric.
+
+    Args:
+      folder: of transnasbench101.npz.
+      space: "micro", whose digits are none, skip, 1×1 and 3×3 convolution on six edges; or "macro", whose digits are
+        what each of up to six blocks does (0: no block; plain, more channels, stride 2, both).
+
+    Returns:
+      A `Benchmark`; losses are minus the metric.
+
+    Raises:
+      ValueError: the file is not there, or `space` unknown.
+    """
+    if space not in ("micro", "macro"):
+        raise ValueError(f'`space` must be "micro" or "macro"; got {space!r}.')
+    with _open("transnasbench101", folder) as data:
+        encodings = data[f"{space}_enc"]
+        if space == "macro":
+            encodings = np.maximum(encodings, 0)  # -1, no block
+        dims = data["micro_edge_order"].tolist() if space == "micro" else [f"block{i}" for i in range(6)]
+        num_choices = [4 if space == "micro" else 5] * 6
+        return _benchmark(
+            f"TransNAS-Bench-101, {space}", data["tasks"], dims, num_choices, encodings, -data[f"{space}_val"]
+        )
+
+
+def nas_bench_macro_table(folder: str | os.PathLike | None = None) -> Benchmark:
+    """NAS-Bench-Macro: 6,561 networks of eight blocks on CIFAR-10.
+
+    It has the test accuracies of three runs: the first is what a search sees, the mean of the others what it is judged
+    by. Errors in %.
+
+    Args:
+      folder: of nasbenchmacro.npz.
+
+    Returns:
+      A `Benchmark`; digits are an identity and two sizes of blocks.
+
+    Raises:
+      ValueError: the file is not there.
+    """
+    with _open("nasbenchmacro", folder) as data:
+        errors = 100 - data["test_acc"]
+        dims = [f"block{i}" for i in range(8)]
+        return _benchmark(
+            "NAS-Bench-Macro",
+            ["cifar10"],
+            dims,
+            [3] * 8,
+            data["blocks"],
+            errors[:, :1],
+            test=errors[:, 1:].mean(1)[:, None],
+        )
+
+
+def nas_bench_graph_table(folder: str | os.PathLike | None = None) -> Benchmark:
+    """NAS-Bench-Graph: 26,206 graph networks on seven graphs. Errors are fractions.
+
+    On "proteins" only 2,021 of them were trained.
+
+    Args:
+      folder: of nasbenchgraph.npz.
+
+    Returns:
+      A `Benchmark`; the first digit is one of nine shapes of the cell, the others are the ops of its four nodes.
+
+    Raises:
+      ValueError: the file is not there.
+    """
+    with _open("nasbenchgraph", folder) as data:
+        encodings = np.concatenate([data["link_idx"][:, None], data["ops"]], 1)
+        dims = ["links", *(f"op{i}" for i in range(4))]
+        return _benchmark(
+            "NAS-Bench-Graph", data["datasets"], dims, [9] * 5, encodings, 1 - data["val"], test=1 - data["test"]
+        )
+
+
+def nas_bench_101_table(folder: str | os.PathLike | None = None) -> Benchmark:
+    """A part of NAS-Bench-101: 30,001 of its 423,624 cells, on CIFAR-10, at 4, 12, 36 and 108 epochs.
+
+    Validation alone, of one run each. Errors are fractions; seconds are of 108 epochs, and in proportion of fewer.
+
+    Args:
+      folder: of nasbench101_subset.npz.
+
+    Returns:
+      A `Benchmark`; digits are the 21 entries above the diagonal of the matrix, then the ops of vertices 1 to 5, where
+      1, 2 and 3 are `NAS_BENCH_101_PRIMITIVES`, and 0 is the output's and what is not there.
+
+    Raises:
+      ValueError: the file is not there.
+    """
+    with _open("nasbench101_subset", folder) as data:
+        ops = np.maximum(data["ops"][:, 1:6].astype(int), -1) + 1
+        encodings = np.concatenate([data["adj_upper"], ops], 1)
+        epochs = data["budgets"]
+        fidelities = tuple(float(x) for x in epochs / epochs[-1])
+        cost = data["train_time_s"][:, None, None] * np.array(fidelities)
+        pairs = [f"{s}->{t}" for s, t in zip(*np.triu_indices(7, 1), strict=True)]
+        valid = 1 - data["val_acc"][:, None]
+        dims, num_choices = [*pairs, *(f"op{i}" for i in range(1, 6))], [2] * 21 + [4] * 5
+        return _benchmark(
+            "NAS-Bench-101, a part", ["cifar10"], dims, num_choices, encodings, valid, fidelities=fidelities, cost=cost
+        )

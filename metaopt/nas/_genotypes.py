@@ -1,0 +1,390 @@
+"""Genotypes, the discrete architectures: from mixing weights, to text and back, and which of them are the same.
+
+A genotype says, for each kind of cell, which edges are kept and with which op: {kind: ((source, target, op), ...)}.
+"""
+
+import ast
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from metaopt.nas._specs import NAS_BENCH_201_PRIMITIVES, Edge, Genotype, Network, check_version
+
+NONE, SKIP = "none", "skip_connect"  # zero, and the identity where shapes are kept
+
+
+def discretize(network: Network, weights: Mapping[str, np.ndarray], *, keep: int | None = 2) -> Genotype:
+    """The genotype of mixing weights: the strongest op of every edge, of the strongest edges into every node.
+
+        strength(e) = max_{o ≠ none} w[e, o],    op(e) = argmax_{o ≠ none} w[e, o]
+
+    Weights, not α: the softmax is over all ops, none included, and without it other edges are kept, since α and α + c
+    are the same weights and not the same numbers.
+
+    Args:
+      network: a supernet's.
+      weights: kind -> [edges, ops], what the relaxation made of α; not negative.
+      keep: edges into each node, the strongest (of equal ones the first); 2 is DARTS's rule. None keeps every edge
+        whose largest weight is not that of "none".
+
+    Returns:
+      A `Genotype`, its edges in the network's order.
+
+    Raises:
+      ValueError: the weights do not have the network's shape, or some are negative.
+    """
+    genotype: Genotype = {}
+    for kind, cell in network.cells.items():
+        w = np.asarray(weights[kind], np.float64)
+        if w.shape != (len(cell.edges), len(cell.edges[0].ops)):
+            raise ValueError(
+                f"The weights of {kind!r} must have a row for each of its {len(cell.edges)} edges and a column for "
+                f"each of {len(cell.edges[0].ops)} ops; got shape {w.shape}."
+            )
+        if (w < 0).any():
+            raise ValueError(
+                f"The weights of {kind!r} are negative in places: they look like α. Pass what the relaxation makes of "
+                "it, for instance `jax.nn.softmax(alpha)`."
+            )
+        some = np.array([[op != NONE for op in edge.ops] for edge in cell.edges])
+        if keep is None:
+            best = w.argmax(1)
+            kept = [e for e, edge in enumerate(cell.edges) if edge.ops[best[e]] != NONE]
+        else:
+            among = np.where(some, w, -np.inf)
+            best, strength = among.argmax(1), among.max(1)
+            kept = []
+            for node in sorted({edge.target for edge in cell.edges}):
+                into = [e for e, edge in enumerate(cell.edges) if edge.target == node]
+                kept += sorted(into, key=lambda e: -strength[e])[:keep]
+        genotype[kind] = tuple((*cell.edges[e][:2], cell.edges[e].ops[best[e]]) for e in sorted(kept))
+    return genotype
+
+
+def discrete(network: Network, genotype: Genotype) -> Network:
+    """The network of a genotype: of each cell only the edges that are kept, with one op each.
+
+    Args:
+      network: a supernet's.
+      genotype: kind -> edges.
+
+    Returns:
+      A `Network`, for `supernet`, whose networks need no mixing weights then.
+
+    Raises:
+      ValueError: a kind is missing, or an edge or op is not in the network.
+    """
+    _check(network, genotype)
+    cells = {
+        kind: cell._replace(edges=tuple(Edge(s, t, (op,)) for s, t, op in sorted(genotype[kind], key=_by_target)))
+        for kind, cell in network.cells.items()
+    }
+    return network._replace(cells=cells)
+
+
+def one_hot(network: Network, genotype: Genotype) -> dict[str, np.ndarray]:
+    """The mixing weights at which a supernet is a genotype's network: 1 for its ops, 0 elsewhere.
+
+    Args:
+      network: a supernet's.
+      genotype: kind -> edges.
+
+    Returns:
+      kind -> [edges, ops].
+
+    Raises:
+      ValueError: as for `discrete`.
+    """
+    _check(network, genotype)
+    weights = {}
+    for kind, cell in network.cells.items():
+        kept = {(s, t): op for s, t, op in genotype[kind]}
+        weights[kind] = np.array([[float(kept.get(edge[:2]) == op) for op in edge.ops] for edge in cell.edges])
+    return weights
+
+
+def _by_target(edge: tuple[int, int, str]) -> tuple[int, int]:
+    return edge[1], edge[0]
+
+
+def _check(network: Network, genotype: Genotype) -> None:
+    if set(genotype) != set(network.cells):
+        raise ValueError(f"The genotype has the kinds {sorted(genotype)}, and the network {sorted(network.cells)}.")
+    for kind, cell in network.cells.items():
+        candidates = {edge[:2]: edge.ops for edge in cell.edges}
+        for s, t, op in genotype[kind]:
+            if op not in candidates.get((s, t), ()):
+                raise ValueError(f"The network has no op {op!r} on the edge {s} -> {t} of {kind!r}.")
+        if len({edge[:2] for edge in genotype[kind]}) < len(genotype[kind]):
+            raise ValueError(f"The genotype has an edge of {kind!r} twice.")
+
+
+# ---- Text -----------------------------------------------------------------------------------------------------------
+
+
+def genotype_to_json(genotype: Genotype) -> str:
+    """A genotype as JSON.
+
+    Args:
+      genotype: kind -> edges.
+
+    Returns:
+      Text, with the version of the form.
+    """
+    return json.dumps({"version": 1, "genotype": genotype})
+
+
+def genotype_from_json(text: str) -> Genotype:
+    """The genotype that `genotype_to_json` wrote.
+
+    Args:
+      text: JSON.
+
+    Returns:
+      A `Genotype`.
+
+    Raises:
+      ValueError: the version is unknown.
+    """
+    data = json.loads(text)
+    check_version(data)
+    return {kind: tuple((s, t, op) for s, t, op in edges) for kind, edges in data["genotype"].items()}
+
+
+def to_darts(genotype: Genotype) -> str:
+    """A genotype in DARTS's form, "Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=..., reduce=...)".
+
+    Args:
+      genotype: of kinds "normal" and "reduce" with two inputs, two edges into each node.
+
+    Returns:
+      Text, which DARTS's own code reads.
+
+    Raises:
+      ValueError: a node has not two edges.
+    """
+    parts = []
+    for kind, edges in genotype.items():
+        targets = sorted(t for _, t, _ in edges)
+        nodes = range(2, targets[-1] + 1)
+        if targets != [t for t in nodes for _ in range(2)]:
+            raise ValueError(f"DARTS's form has two edges into every node; the cell {kind!r} has {targets} as targets.")
+        pairs = [(op, s) for s, _, op in sorted(edges, key=_by_target)]
+        parts += [f"{kind}={pairs}", f"{kind}_concat={nodes}"]
+    return f"Genotype({', '.join(parts)})"
+
+
+def from_darts(text: str) -> Genotype:
+    """The genotype that DARTS's form says; it must give out all nodes.
+
+    Args:
+      text: "Genotype(normal=[...], normal_concat=..., reduce=[...], reduce_concat=...)".
+
+    Returns:
+      A `Genotype` of the kinds that are there.
+
+    Raises:
+      ValueError: the text has another form.
+    """
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        assert isinstance(call, ast.Call)
+        fields = {k.arg: k.value for k in call.keywords if not str(k.arg).endswith("_concat")}
+        concats = {str(k.arg).removesuffix("_concat"): k.value for k in call.keywords if k.arg not in fields}
+        genotype = {}
+        for kind, value in fields.items():
+            pairs = ast.literal_eval(value)
+            genotype[str(kind)] = tuple((source, 2 + i // 2, op) for i, (op, source) in enumerate(pairs))
+            nodes = concats[str(kind)]
+            if isinstance(nodes, ast.Call):  # range(2, 6)
+                given = list(range(*(ast.literal_eval(a) for a in nodes.args)))
+            else:
+                given = list(ast.literal_eval(nodes))
+            assert given == list(range(2, 2 + len(pairs) // 2))
+    except (SyntaxError, AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"This is no genotype in DARTS's form that gives out all of its nodes: {text!r}.") from error
+    return genotype
+
+
+def to_nas_bench_201(genotype: Genotype) -> str:
+    """A genotype in NAS-Bench-201's form, "|op~0|+|op~0|op~1|+|op~0|op~1|op~2|".
+
+    Args:
+      genotype: of the one kind "cell"; edges that are not there are "none".
+
+    Returns:
+      Text, as in the benchmark's tables.
+    """
+    ops = {(s, t): op for s, t, op in genotype["cell"]}
+    nodes = ("".join(f"|{ops.get((s, t), NONE)}~{s}" for s in range(t)) + "|" for t in (1, 2, 3))
+    return "+".join(nodes)
+
+
+def from_nas_bench_201(text: str) -> Genotype:
+    """The genotype that NAS-Bench-201's form says.
+
+    Args:
+      text: "|op~0|+|op~0|op~1|+|op~0|op~1|op~2|".
+
+    Returns:
+      A `Genotype` of the one kind "cell", without the edges that are "none".
+
+    Raises:
+      ValueError: the text has another form.
+    """
+    edges = []
+    for target, node in enumerate(text.split("+"), 1):
+        for source, term in enumerate(node.strip("|").split("|")):
+            op, _, at = term.partition("~")
+            if at != str(source) or source >= target:
+                raise ValueError(f"This is no cell in NAS-Bench-201's form: {text!r}.")
+            edges.append((source, target, op))
+    if len(edges) != 6:
+        raise ValueError(f"A cell of NAS-Bench-201 has 6 edges; {text!r} has {len(edges)}.")
+    return {"cell": tuple(edge for edge in edges if edge[2] != NONE)}
+
+
+# ---- Which are the same ---------------------------------------------------------------------------------------------
+
+
+def canonical(
+    edges: Iterable[tuple[int, int, str]], *, num_inputs: int = 1, output: Sequence[int], skip: str | None = SKIP
+) -> str:
+    """A cell as an expression, which cells share that compute the same function of their weights.
+
+    Each node is the sorted sum of its terms, op(node); zeros are left out, and what is skipped is part of the sum.
+    (As in NAS-Bench-201's rule, an op used twice and two ops alike, each with its weights, are written the same.)
+
+    Args:
+      edges: (source, target, op), of one kind of cell of a genotype.
+      num_inputs: 1 or 2.
+      output: the nodes whose channels are the output, in any order.
+      skip: the op that is the identity; None where none is (strides, or other channels).
+
+    Returns:
+      Text; "0" where nothing arrives at the output.
+    """
+    edges = sorted(edges, key=_by_target)
+    terms: dict[int, list[str]] = {i: [f"x{i}"] for i in range(num_inputs)}
+    for node in sorted({t for _, t, _ in edges} | set(output)):
+        terms.setdefault(node, [])
+        for s, t, op in edges:
+            arriving = terms.get(s, [])
+            if t == node and arriving and op != NONE:
+                terms[node] += arriving if op == skip else [f"{op}({'+'.join(arriving)})"]
+        terms[node].sort()
+    outputs = sorted("+".join(terms[node]) or "0" for node in output)
+    return ",".join(outputs)
+
+
+def nas_bench_201_string(genotype: Genotype) -> str:
+    """NAS-Bench-201's own canonical form, by which it has 6,466 cells; it keeps zeros ("#") as terms of sums.
+
+    Args:
+      genotype: of the one kind "cell".
+
+    Returns:
+      Text. `canonical` leaves zeros out, and has 4,930 cells.
+    """
+    ops = {(s, t): op for s, t, op in genotype["cell"]}
+    nodes = ["0"]
+    for t in (1, 2, 3):
+        terms = []
+        for s in range(t):
+            op = ops.get((s, t), NONE)
+            zero = op == NONE or nodes[s] == "#"
+            terms.append("#" if zero else nodes[s] if op == SKIP else f"({nodes[s]})@{op}")
+        nodes.append("+".join(sorted(terms)))
+    return nodes[-1]
+
+
+class Graph(NamedTuple):
+    """A cell of NAS-Bench-101: ops on vertices.
+
+    Attributes:
+      matrix: [V, V] of 0 and 1, upper triangular; the first vertex is the input, the last the output.
+      ops: [V] names, "input" first and "output" last.
+    """
+
+    matrix: tuple[tuple[int, ...], ...]
+    ops: tuple[str, ...]
+
+
+NAS_BENCH_101_PRIMITIVES = ("conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3")
+
+
+def pruned(graph: Graph) -> Graph | None:
+    """A graph without the vertices that are on no path from the input to the output.
+
+    Args:
+      graph: any.
+
+    Returns:
+      A `Graph`; None where no path leads from the input to the output.
+
+    Raises:
+      ValueError: the matrix is not square and upper triangular of 0 and 1, or there is not one op a vertex.
+    """
+    matrix = np.asarray(graph.matrix)
+    size = len(graph.ops)
+    if matrix.shape != (size, size) or (np.tril(matrix) != 0).any() or not np.isin(matrix, (0, 1)).all():
+        raise ValueError(f"`matrix` must be upper triangular, of 0 and 1 and shape {(size, size)}; got {graph.matrix}.")
+    reached, reaching = np.zeros(size, bool), np.zeros(size, bool)
+    reached[0] = reaching[-1] = True
+    for v in range(size):
+        reached |= reached[v] * (matrix[v] > 0)
+        reaching |= reaching[-1 - v] * (matrix[:, -1 - v] > 0)
+    on = np.flatnonzero(reached & reaching)
+    if not (on.size and on[0] == 0 and on[-1] == size - 1):
+        return None
+    rows = tuple(tuple(int(x) for x in matrix[v, on]) for v in on)
+    return Graph(rows, tuple(graph.ops[v] for v in on))
+
+
+def nas_bench_101_hash(graph: Graph) -> str:
+    """NAS-Bench-101's name of a cell: equal for isomorphic graphs.
+
+    Rounds of message passing, as many as vertices: a vertex starts at the digest of its degrees and its op, and
+    becomes the digest of (those before it, sorted | those behind it, sorted | itself).
+
+    Args:
+      graph: it is pruned first.
+
+    Returns:
+      32 hexadecimal digits, the key of the benchmark's tables.
+
+    Raises:
+      ValueError: nothing joins input and output; an op is unknown; as for `pruned`.
+
+    Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
+    """
+    whole = pruned(graph)
+    if whole is None:
+        raise ValueError("The graph has no path from its input to its output.")
+    if not set(whole.ops[1:-1]) <= set(NAS_BENCH_101_PRIMITIVES):
+        raise ValueError(f"The ops of NAS-Bench-101 are {NAS_BENCH_101_PRIMITIVES}; got {whole.ops}.")
+    digest = lambda text: hashlib.md5(text.encode()).hexdigest()
+    matrix = np.asarray(whole.matrix)
+    labels = [-1, *(NAS_BENCH_101_PRIMITIVES.index(op) for op in whole.ops[1:-1]), -2]
+    degrees = zip(matrix.sum(1).tolist(), matrix.sum(0).tolist(), labels, strict=True)
+    hashes = [digest(str(each)) for each in degrees]
+    around = [(np.flatnonzero(matrix[:, v]), np.flatnonzero(matrix[v])) for v in range(len(matrix))]
+    for _ in hashes:
+        sides = [["".join(sorted(hashes[u] for u in side)) for side in both] for both in around]
+        hashes = [digest(f"{before}|{behind}|{own}") for (before, behind), own in zip(sides, hashes, strict=True)]
+    return digest(str(sorted(hashes)))
+
+
+def nas_bench_201_genotypes() -> list[Genotype]:
+    """All 15,625 cells of NAS-Bench-201, in the order of `itertools.product` over its edges.
+
+    Returns:
+      Genotypes of the one kind "cell".
+    """
+    pairs = [(s, t) for t in (1, 2, 3) for s in range(t)]
+    choices = itertools.product(NAS_BENCH_201_PRIMITIVES, repeat=6)
+    return [{"cell": tuple((*p, op) for p, op in zip(pairs, ops, strict=True) if op != NONE)} for ops in choices]

@@ -1,0 +1,354 @@
+"""Operations on the edges of a cell, as plain functions over parameters, and dictionaries of them by name.
+
+Arrays are [N, spatial..., C]: images [N, H, W, C], sequences [N, L, C], rows of a table [N, C]. A shape written
+`in_shape` has no N. With a stride s every op gives ⌈n / s⌉ positions along every spatial axis.
+
+Normalization is by the mean and variance of the batch at hand, of each channel over all else, without scale, shift or
+running averages: what architecture search uses, since weights that are shared by many networks have no one average. So
+an output depends on the whole batch, rows of padding among them, at validation too.
+
+A set of ops is a dict from names to `Op`s. Each named space has its own, since names mean different things in them:
+DARTS's `avg_pool_3x3` is normalized, NAS-Bench-201's is not. One's own go in as `{**nas.BLOCKS, "mine": nas.Op(...)}`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metaopt import base
+
+
+class Op(NamedTuple):
+    """One operation.
+
+    Attributes:
+      init: `(key, in_shape, channels, stride) -> params`, any tree of floating-point arrays, or `()`. Called at build
+        time too, so this is where a ValueError says what the op cannot do.
+      apply: `(params, x, channels, stride) -> y`, of x [N, *in_shape] to [N, spatial..., channels].
+    """
+
+    init: Callable[[jax.Array, tuple[int, ...], int, int], base.PyTree]
+    apply: Callable[[base.PyTree, jax.Array, int, int], jax.Array]
+
+
+def normalized(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
+    """(x − mean) / √(var + ε), of each channel over the batch and all positions; zeros stay zeros.
+
+    Args:
+      x: [N, spatial..., C].
+      epsilon: ε.
+
+    Returns:
+      As x.
+    """
+    axes = tuple(range(x.ndim - 1))
+    centered = x - x.mean(axes, keepdims=True)
+    return centered * jax.lax.rsqrt((centered**2).mean(axes, keepdims=True) + epsilon)
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, *, number: int = 0) -> jax.Array:
+    """U(−1/√fan_in, 1/√fan_in): how the published code of all these spaces starts.
+
+    By a hash of the position and the key, in a few operations: a supernet draws hundreds of arrays, and the compiler
+    takes half a second for each draw of `jax.random`. Good enough to start from, and for nothing else.
+
+    Args:
+      key: a PRNG key.
+      shape: of the weights.
+      fan_in: how many inputs each output sums.
+      number: which draw of this key, so that an op needs no split.
+
+    Returns:
+      [*shape], in the default floating-point type.
+    """
+    words = jax.random.key_data(key).ravel().astype(jnp.uint32)
+    position = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    bits = _hash(_hash(position + words[0]) ^ (words[-1] + jnp.uint32(0x9E3779B9 * number % 2**32)))
+    unit = (bits >> 8).astype(jnp.zeros(0).dtype) / 2**24  # in [0, 1)
+    return (2 * unit - 1) / math.sqrt(max(fan_in, 1))
+
+
+def _hash(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 that mixes all bits (the finalizer of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def convolve(x: jax.Array, w: jax.Array, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> jax.Array:
+    """A convolution over all spatial axes, padded so that position 0 of y is centered at position 0 of x.
+
+    Args:
+      x: [N, spatial..., C].
+      w: [window..., C / groups, D], of odd window sizes.
+      stride: along every axis.
+      dilation: along every axis.
+      groups: of channels; C for a depthwise convolution.
+
+    Returns:
+      [N, ⌈spatial / stride⌉..., D].
+    """
+    axes = "DHW"[5 - w.ndim :]
+    numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+    padding = [(dilation * (size // 2), dilation * (size // 2)) for size in w.shape[:-2]]
+    return jax.lax.conv_general_dilated(
+        x,
+        w,
+        (stride,) * len(axes),
+        padding,
+        rhs_dilation=(dilation,) * len(axes),
+        dimension_numbers=numbers,
+        feature_group_count=groups,
+    )
+
+
+def subsample(x: jax.Array, stride: int, offset: int = 0) -> jax.Array:
+    """Every `stride`-th position along every spatial axis, from `offset` on; zeros beyond the end.
+
+    Args:
+      x: [N, spatial..., C].
+      stride: at least 1.
+      offset: below `stride`.
+
+    Returns:
+      [N, ⌈spatial / stride⌉..., C].
+    """
+    for axis in range(1, x.ndim - 1):
+        if stride > 1:
+            length = -(-x.shape[axis] // stride)
+            missing = max(0, offset + (length - 1) * stride + 1 - x.shape[axis])
+            x = jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
+            x = jax.lax.slice_in_dim(x, offset, offset + (length - 1) * stride + 1, stride, axis)
+    return x
+
+
+def _need_space(in_shape: tuple[int, ...], what: str) -> int:
+    """How many spatial axes; refuses none, and more than a convolution takes."""
+    if not 2 <= len(in_shape) <= 4:
+        raise ValueError(
+            f"{what} needs one to three spatial axes; got the shape {in_shape} of one input. Rows of a table take the "
+            "ops 'linear', 'mlp', 'skip_connect' and 'none'."
+        )
+    return len(in_shape) - 1
+
+
+def _linear(key: jax.Array, in_shape: tuple[int, ...], channels: int, number: int = 0) -> jax.Array:
+    """The weights [C, channels] of a 1×1 convolution, which is a matrix product."""
+    return uniform(key, (in_shape[-1], channels), in_shape[-1], number=number)
+
+
+# ---- Nothing, and skipping ------------------------------------------------------------------------------------------
+
+
+def _zero_apply(params, x, channels, stride):
+    shape = [-(-n // stride) for n in x.shape[1:-1]]
+    return jnp.zeros((x.shape[0], *shape, channels), x.dtype)
+
+
+def _skip_init(key, in_shape, channels, stride):
+    """Two halves of the channels where positions are dropped; a projection where channels differ."""
+    if stride == 1 or len(in_shape) == 1:
+        return () if in_shape[-1] == channels else {"w": _linear(key, in_shape, channels)}
+    half = channels // 2
+    return {"even": _linear(key, in_shape, half), "odd": _linear(key, in_shape, channels - half, 1)}
+
+
+def _skip_apply(params, x, channels, stride):
+    if not params:
+        return x
+    x = jax.nn.relu(x)
+    if "w" in params:
+        return normalized(x @ params["w"])
+    halves = [subsample(x, stride) @ params["even"], subsample(x, stride, 1) @ params["odd"]]
+    return normalized(jnp.concatenate(halves, -1))
+
+
+# ---- Pooling --------------------------------------------------------------------------------------------------------
+
+
+def _pool(kind: str, norm: bool) -> Op:
+    """Pooling over 3 positions along every axis; the average is over those that are not padding."""
+
+    def init(key, in_shape, channels, stride):
+        _need_space(in_shape, f"'{kind}_pool_3x3'")
+        return () if in_shape[-1] == channels else {"w": _linear(key, in_shape, channels)}
+
+    def pool(x, stride, start, combine):
+        spatial = x.ndim - 2
+        window, strides = (1, *[3] * spatial, 1), (1, *[stride] * spatial, 1)
+        return jax.lax.reduce_window(x, start, combine, window, strides, [(0, 0), *[(1, 1)] * spatial, (0, 0)])
+
+    def apply(params, x, channels, stride):
+        if params:  # the channels differ
+            x = normalized(jax.nn.relu(x) @ params["w"])
+        if kind == "max":
+            y = pool(x, stride, -jnp.inf, jax.lax.max)
+        else:
+            counts = pool(jnp.ones((1, *x.shape[1:-1], 1), x.dtype), stride, 0.0, jax.lax.add)
+            y = pool(x, stride, 0.0, jax.lax.add) / counts
+        return normalized(y) if norm else y
+
+    return Op(init, apply)
+
+
+# ---- Convolutions ---------------------------------------------------------------------------------------------------
+
+
+def _separable(size: int, *, dilation: int = 1, times: int = 1) -> Op:
+    """ReLU, depthwise, pointwise, normalize, `times` over; the stride is the first one's."""
+
+    def init(key, in_shape, channels, stride):
+        spatial = _need_space(in_shape, f"A separable convolution of size {size}")
+        window, params = (size,) * spatial, []
+        for i in range(times):
+            depth = in_shape[-1]  # the channels change in the last one
+            out = channels if i == times - 1 else depth
+            depthwise = uniform(key, (*window, 1, depth), size**spatial, number=2 * i)
+            params.append({"depthwise": depthwise, "pointwise": uniform(key, (depth, out), depth, number=2 * i + 1)})
+        return params
+
+    def apply(params, x, channels, stride):
+        for i, p in enumerate(params):
+            s = stride if i == 0 else 1
+            x = convolve(jax.nn.relu(x), p["depthwise"], stride=s, dilation=dilation, groups=x.shape[-1])
+            x = normalized(x @ p["pointwise"])
+        return x
+
+    return Op(init, apply)
+
+
+def convolution(size: int, *, order: str = "relu_conv_norm", dilation: int = 1) -> Op:
+    """A convolution with ReLU and normalization, in the order that is named.
+
+    Args:
+      size: of the window along every spatial axis, odd; 1 is a matrix product, which rows of a table take too.
+      order: "relu_conv_norm", "conv_norm_relu" or "conv_norm".
+      dilation: along every axis.
+
+    Returns:
+      An `Op`.
+
+    Raises:
+      ValueError: `size` is even, or `order` unknown; at build time, a window of more than 1 on rows of a table.
+    """
+    base.check_integer("size", size, 1)
+    if size % 2 == 0:
+        raise ValueError(f"`size` must be odd, so that the window has a center; got {size}.")
+    orders = ("relu_conv_norm", "conv_norm_relu", "conv_norm")
+    if order not in orders:
+        raise ValueError(f"`order` must be one of {', '.join(orders)}; got {order!r}.")
+
+    def init(key, in_shape, channels, stride):
+        if size == 1:
+            return {"w": _linear(key, in_shape, channels)}
+        spatial = _need_space(in_shape, f"A convolution of size {size}")
+        return {"w": uniform(key, (*(size,) * spatial, in_shape[-1], channels), size**spatial * in_shape[-1])}
+
+    def apply(params, x, channels, stride):
+        x = jax.nn.relu(x) if order.startswith("relu") else x
+        if size == 1:
+            y = subsample(x, stride) @ params["w"]
+        else:
+            y = convolve(x, params["w"], stride=stride, dilation=dilation)
+        y = normalized(y)
+        return jax.nn.relu(y) if order.endswith("relu") else y
+
+    return Op(init, apply)
+
+
+def _residual_init(key, in_shape, channels, stride):
+    """NAS-Bench-201's block between stages: two convolutions, beside an average of 2 positions and a projection."""
+    out_shape = (*(-(-n // stride) for n in in_shape[:-1]), channels)
+    window = (3,) * _need_space(in_shape, "'residual'")
+    fans = [3 ** len(window) * shape[-1] for shape in (in_shape, out_shape)]
+    params = {
+        "a": {"w": uniform(key, (*window, in_shape[-1], channels), fans[0])},
+        "b": {"w": uniform(key, (*window, channels, channels), fans[1], number=1)},
+    }
+    plain = stride == 1 and in_shape[-1] == channels
+    return params if plain else {**params, "w": _linear(key, in_shape, channels, 2)}
+
+
+def _residual_apply(params, x, channels, stride):
+    conv, beside = convolution(3), x
+    y = conv.apply(params["b"], conv.apply(params["a"], x, channels, stride), channels, 1)
+    if stride > 1:
+        window = (1, *[stride] * (x.ndim - 2), 1)
+        padding = [(0, -n % size) for n, size in zip(x.shape, window, strict=True)]
+        pool = lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, window, window, padding)
+        beside = pool(x) / pool(jnp.ones((1, *x.shape[1:-1], 1), x.dtype))
+    return y + (beside @ params["w"] if "w" in params else beside)
+
+
+# ---- Rows of tables and sequences -----------------------------------------------------------------------------------
+
+
+def _mlp_init(key, in_shape, channels, stride):
+    width = 2 * channels
+    return {"in": _linear(key, in_shape, width), "out": uniform(key, (width, channels), width, number=1)}
+
+
+def _mlp_apply(params, x, channels, stride):
+    return jax.nn.gelu(normalized(subsample(x, stride) @ params["in"])) @ params["out"]
+
+
+def _attention_init(key, in_shape, channels, stride):
+    _need_space(in_shape, "'attention'")
+    params = {name: _linear(key, in_shape, channels, i) for i, name in enumerate("qkv")}
+    return {**params, "out": uniform(key, (channels, channels), channels, number=3)}
+
+
+def _attention_apply(params, x, channels, stride):
+    """One head; every position attends to all of them, along all spatial axes together."""
+    queries = subsample(x, stride)
+    flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])
+    q, k, v = flat(queries) @ params["q"], flat(x) @ params["k"], flat(x) @ params["v"]
+    weights = jax.nn.softmax(jnp.einsum("nqc,nkc->nqk", q, k) / math.sqrt(channels), -1)
+    return (weights @ v @ params["out"]).reshape(*queries.shape[:-1], channels)
+
+
+def _none(key, in_shape, channels, stride):
+    return ()
+
+
+_ZERO = Op(_none, _zero_apply)
+_SKIP = Op(_skip_init, _skip_apply)
+
+# What stands around cells, and what sequences and rows of tables take.
+BLOCKS: dict[str, Op] = {
+    "none": _ZERO,
+    "skip_connect": _SKIP,
+    "stem": convolution(3, order="conv_norm"),
+    "linear": convolution(1, order="conv_norm"),
+    "residual": Op(_residual_init, _residual_apply),
+    "norm_relu": Op(_none, lambda params, x, channels, stride: jax.nn.relu(normalized(x))),
+    "mlp": Op(_mlp_init, _mlp_apply),
+    "attention": Op(_attention_init, _attention_apply),
+}
+
+DARTS_OPS: dict[str, Op] = {
+    **BLOCKS,
+    "max_pool_3x3": _pool("max", norm=True),
+    "avg_pool_3x3": _pool("avg", norm=True),
+    "sep_conv_3x3": _separable(3, times=2),
+    "sep_conv_5x5": _separable(5, times=2),
+    "dil_conv_3x3": _separable(3, dilation=2),
+    "dil_conv_5x5": _separable(5, dilation=2),
+}
+
+NAS_BENCH_201_OPS: dict[str, Op] = {
+    **BLOCKS,
+    "nor_conv_1x1": convolution(1),
+    "nor_conv_3x3": convolution(3),
+    "avg_pool_3x3": _pool("avg", norm=False),
+}
+
+NAS_BENCH_101_OPS: dict[str, Op] = {
+    **BLOCKS,
+    "conv3x3-bn-relu": convolution(3, order="conv_norm_relu"),
+    "conv1x1-bn-relu": convolution(1, order="conv_norm_relu"),
+    "maxpool3x3": _pool("max", norm=False),
+}

@@ -1,0 +1,231 @@
+"""Relaxations: from α to mixing weights; and what keeps a search from collapsing.
+
+A **relaxation** is a function `(alpha, cell, key, step) -> weights [edges, ops]` of one kind of cell; key and step are
+those of `base.Context`, for noise and schedules. Those below are made by functions, and wrap one another.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from metaopt import base
+from metaopt.nas._genotypes import SKIP
+from metaopt.nas._specs import Cell, Network
+
+Schedule = float | Callable[[Any], Any]  # a number, or step -> number, as optax has them
+
+
+class Relaxation(Protocol):
+    def __call__(self, alpha: Any, cell: Cell, key: jax.Array, step: jax.Array | int) -> jax.Array:
+        """Mixing weights [edges, ops] of one kind of cell."""
+        ...
+
+
+def _at(schedule: Schedule, step) -> Any:
+    return schedule(step) if callable(schedule) else schedule
+
+
+def mixing_weights(
+    relaxation: Relaxation, network: Network, alpha: base.HyperParams, key: jax.Array, step: jax.Array | int = 0
+) -> dict[str, jax.Array]:
+    """The mixing weights of all kinds of cells, with a key for each.
+
+    Args:
+      relaxation: from α to weights.
+      network: a supernet's spec.
+      alpha: kind -> α.
+      key: a PRNG key.
+      step: of a schedule.
+
+    Returns:
+      kind -> [edges, ops].
+    """
+    kinds = network.cells.items()
+    return {k: relaxation(alpha[k], cell, jax.random.fold_in(key, i), step) for i, (k, cell) in enumerate(kinds)}
+
+
+def softmax(temperature: Schedule = 1.0) -> Relaxation:
+    """w = softmax(α / τ) over the ops of an edge (DARTS).
+
+    Args:
+      temperature: τ, positive, or a schedule of the inner step.
+
+    Returns:
+      A `Relaxation`.
+    """
+    return lambda alpha, cell, key, step: jax.nn.softmax(alpha / _at(temperature, step), -1)
+
+
+def sigmoid() -> Relaxation:
+    """w = σ(α): ops do not compete (FairDARTS).
+
+    Returns:
+      A `Relaxation`.
+
+    Source: Chu et al., ECCV 2020, https://arxiv.org/abs/1911.12126
+    """
+    return lambda alpha, cell, key, step: jax.nn.sigmoid(alpha)
+
+
+def gumbel_softmax(temperature: Schedule, *, hard: bool) -> Relaxation:
+    """w = softmax((log softmax(α) + G) / τ), G Gumbel noise; or its largest entry's one-hot, with the gradient of w.
+
+        hard: onehot(argmax w) − stop(w) + w
+
+    Soft is SNAS; hard, with a `single_path` supernet, is GDAS. The argmax is a sample of softmax(α), whatever τ. The
+    hard form's gradient is biased, by the less the lower τ is.
+
+    Args:
+      temperature: τ, positive, or a schedule of the inner step such as `optax.linear_schedule(10, 0.1, num_steps)`.
+      hard: one op an edge.
+
+    Returns:
+      A `Relaxation`.
+
+    Sources: Xie et al., ICLR 2019, https://arxiv.org/abs/1812.09926; Dong & Yang, CVPR 2019,
+    https://arxiv.org/abs/1910.04465
+    """
+
+    def relax(alpha, cell, key, step):
+        noise = jax.random.gumbel(key, alpha.shape, alpha.dtype)
+        w = jax.nn.softmax((jax.nn.log_softmax(alpha, -1) + noise) / _at(temperature, step), -1)
+        if not hard:
+            return w
+        # 1 exactly, and 0 exactly: the rounding of w − stop(w) would let other ops in.
+        chosen = jax.nn.one_hot(jnp.argmax(w, -1), w.shape[-1], dtype=w.dtype)
+        return chosen + (w - jax.lax.stop_gradient(w))
+
+    return relax
+
+
+def uniform_path() -> Relaxation:
+    """One op an edge, each alike, whatever α is: single-path one-shot's sampling.
+
+    Returns:
+      A `Relaxation` without a gradient.
+
+    Source: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420
+    """
+
+    def relax(alpha, cell, key, step):
+        index = jax.random.randint(key, alpha.shape[:1], 0, alpha.shape[1])
+        return jax.nn.one_hot(index, alpha.shape[1], dtype=alpha.dtype)
+
+    return relax
+
+
+def edge_normalized(relaxation: Relaxation) -> Relaxation:
+    """w[e, o] · softmax(β)[e] over the edges into the same node (PC-DARTS): a softmax an edge cannot tell edges apart.
+
+    Args:
+      relaxation: of the ops.
+
+    Returns:
+      A `Relaxation` of {"ops": α [edges, ops], "edges": β [edges]}.
+
+    Source: Xu et al., ICLR 2020, https://arxiv.org/abs/1907.05737
+    """
+
+    def relax(alpha, cell, key, step):
+        w, beta = relaxation(alpha["ops"], cell, key, step), alpha["edges"]
+        targets = np.array([edge.target for edge in cell.edges])
+        same = jnp.asarray(targets[:, None] == targets[None])
+        # A softmax over each row's own group, of which the row's own entry is taken.
+        logs = jax.nn.logsumexp(jnp.where(same, beta[None], -jnp.inf), -1)
+        return w * jnp.exp(beta - logs)[:, None]
+
+    return relax
+
+
+def auxiliary_skip(relaxation: Relaxation, beta: Schedule) -> Relaxation:
+    """β more weight on skipping, on every edge (DARTS−): what a skip gives to training is not laid to α's account.
+
+    The auxiliary path has the parameters of the edge's own skip, where it has any: at a stride.
+
+    Args:
+      relaxation: of the ops.
+      beta: β, or a schedule of the inner step, such as `optax.linear_schedule(1, 0, num_steps)`: at its end nothing is
+        left, and genotypes are of the relaxation alone.
+
+    Returns:
+      A `Relaxation`.
+
+    Raises:
+      ValueError: when called, an edge has no "skip_connect".
+
+    Source: Chu et al., ICLR 2021, https://arxiv.org/abs/2009.01027
+    """
+
+    def relax(alpha, cell, key, step):
+        if any(SKIP not in edge.ops for edge in cell.edges):
+            raise ValueError(f"`auxiliary_skip` needs {SKIP!r} among the candidates of every edge.")
+        w = relaxation(alpha, cell, key, step)
+        skips = jnp.asarray([[op == SKIP for op in edge.ops] for edge in cell.edges], w.dtype)
+        return w + _at(beta, step) * skips
+
+    return relax
+
+
+def beta_decay(alpha: base.HyperParams) -> jax.Array:
+    """The mean over all edges of logsumexp(α), a penalty for the outer loss (β-DARTS).
+
+    Its gradient, softmax(α) / edges, shrinks the α of strong ops most, so that none runs away.
+
+    Args:
+      alpha: kind -> [edges, ops], or a tree with such leaves.
+
+    Returns:
+      [].
+
+    Source: Ye et al., CVPR 2022, https://arxiv.org/abs/2203.01665
+    """
+    return jnp.concatenate([jax.nn.logsumexp(leaf, -1) for leaf in jax.tree.leaves(alpha) if leaf.ndim > 1]).mean()
+
+
+def dominant_eigenvalue(loss: Callable, at: base.PyTree, key: jax.Array, *, num_steps: int = 20) -> jax.Array:
+    """The eigenvalue of ∇² loss at `at` that is largest in absolute value, by Lanczos iterations.
+
+    Each takes one Hessian-vector product, forward over reverse; the vectors are kept orthogonal. The error falls
+    exponentially in `num_steps` over the root of the relative gap, and is zero at the number of dimensions.
+
+    Args:
+      loss: `(at) -> []`, twice differentiable.
+      at: a tree of floating-point arrays, such as α.
+      key: of the first vector.
+      num_steps: at least 1; no more than there are dimensions are taken.
+
+    Returns:
+      [], with its sign.
+
+    Raises:
+      ValueError: `num_steps` is below 1.
+
+    Source: Zela et al., ICLR 2020, https://arxiv.org/abs/1909.09656, of ∇²α of the validation loss
+    """
+    base.check_integer("num_steps", num_steps, 1)
+    flat, unravel = ravel_pytree(at)
+    steps = min(num_steps, flat.size)
+    product = lambda v: jax.jvp(jax.grad(lambda x: loss(unravel(x))), (flat,), (v,))[1]
+    start = jax.random.normal(key, flat.shape, flat.dtype)
+
+    def step(carry, i):
+        basis, v = carry
+        basis = basis.at[i].set(v)
+        w = product(v)
+        diagonal = w @ v
+        for _ in range(2):  # twice, against rounding
+            w = w - basis.T @ (basis @ w)
+        norm = jnp.linalg.norm(w)
+        # Where the space is exhausted nothing follows, and nothing couples to it.
+        small = norm <= 1e-6 * jnp.maximum(jnp.abs(diagonal), jnp.finfo(flat.dtype).tiny)
+        return (basis, jnp.where(small, 0, w / jnp.where(small, 1, norm))), (diagonal, jnp.where(small, 0, norm))
+
+    basis = jnp.zeros((steps, flat.size), flat.dtype)
+    _, (diagonal, off) = jax.lax.scan(step, (basis, start / jnp.linalg.norm(start)), jnp.arange(steps))
+    off = off[:-1]
+    values = jnp.linalg.eigvalsh(jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1))
+    return values[jnp.argmax(jnp.abs(values))]

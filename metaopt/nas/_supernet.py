@@ -1,0 +1,403 @@
+"""Supernets: all networks of a spec in one, with mixing weights on its ops; and single networks by the same code.
+
+Edges of a cell that have the same candidates and the same shapes are one scan over their stacked parameters, and so
+are layers that follow one another and are alike: a program has each op once for a group, however many edges and layers
+there are, which is what keeps compilation short.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base
+from metaopt.nas import _genotypes, _ops
+from metaopt.nas._specs import Cell, Edge, Genotype, Layer, Network, check_network
+
+Weights = Mapping[str, Any]  # kind -> [edges, ops]
+
+
+class Supernet(NamedTuple):
+    """What `supernet` makes of a spec.
+
+    Attributes:
+      init: `(key) -> params`.
+      apply: `(params, weights, x) -> [N, num_outputs]`, of x [N, *in_shape]; weights None counts every op once.
+      inherit: `(params, genotype) -> params` of the genotype's discrete network, with the supernet's weights.
+      network: the spec.
+      in_shape: the shape of one input.
+    """
+
+    init: Callable[[jax.Array], base.Params]
+    apply: Callable[[base.Params, Weights | None, jax.Array], jax.Array]
+    inherit: Callable[[base.Params, Genotype], base.Params]
+    network: Network
+    in_shape: tuple[int, ...]
+
+
+class _Group(NamedTuple):
+    """Edges of a cell that are one scan: alike in candidates and stride, and next to one another in order."""
+
+    edges: tuple[int, ...]  # positions among the cell's edges
+    ops: tuple[str, ...]
+    in_shape: tuple[int, ...]  # of what the ops see, after the split of channels
+    stride: int
+
+
+class _Run(NamedTuple):
+    """Layers that follow one another and are alike: one scan."""
+
+    layer: Layer
+    length: int
+    in_shapes: tuple[tuple[int, ...], ...]  # of the inputs; of a single op, one
+    out_shape: tuple[int, ...]
+    groups: tuple[_Group, ...]  # of a single op, none
+
+
+def supernet(
+    network: Network,
+    in_shape: Sequence[int],
+    *,
+    ops: Mapping[str, _ops.Op],
+    partial: int = 1,
+    single_path: bool = False,
+) -> Supernet:
+    """The network of a spec; shapes are checked here.
+
+        node_t = Σ_{edges (s, t)} Σ_o w[edge, o] · o(node_s)
+
+    w are mixing weights, one row for each edge of a kind of cell, shared by all cells of the kind: what a relaxation
+    makes of α. Differentiable in w and in the parameters, in any mode; `vmap` over tasks that each have their own w
+    works. Memory of the backward pass grows with the number of ops that run.
+
+    Args:
+      network: a spec, or a discrete network.
+      in_shape: of one input without the batch axis: (32, 32, 3), (100, 1) for a sequence, (8,) for rows of a table.
+      ops: name -> `Op`: the space's set, such as `DARTS_OPS`, and one's own.
+      partial: K. Only the first C/K channels of an edge go through the ops, whose channels are then C/K; the rest pass
+        by (by a maximum over the stride's positions), times Σ_o w[edge, o], and the channels are shuffled (PC-DARTS).
+        1 is the whole.
+      single_path: w has one entry that is not zero in a row, or none; only the op with the largest entry runs, and
+        others have no gradient. (Under `vmap` over different w, all run.)
+
+    Returns:
+      A `Supernet`. Its parameters are a tree of arrays, with stacks of edges and of layers as leading axes.
+
+    Raises:
+      ValueError: the spec does not hold together; an op is unknown, or does not take or give the shape that it should;
+        K does not divide the channels.
+
+    Sources: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055; for K, Xu et al., ICLR 2020,
+    https://arxiv.org/abs/1907.05737
+
+    >>> import jax, jax.numpy as jnp
+    >>> from metaopt import nas
+    >>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
+    >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 8), nas.Layer("cell", 8)), num_outputs=3)
+    >>> net = nas.supernet(table, (5,), ops=nas.BLOCKS)
+    >>> alpha = nas.init_alpha(jax.random.key(0), table)
+    >>> weights = nas.mixing_weights(nas.softmax(), table, alpha, jax.random.key(1))
+    >>> params = jax.eval_shape(net.init, jax.random.key(2))
+    >>> jax.eval_shape(net.apply, params, weights, jnp.ones((4, 5))).shape
+    (4, 3)
+    """
+    check_network(network)
+    base.check_integer("partial", partial, 1)
+    in_shape = tuple(in_shape)
+    runs = _build(network, in_shape, ops, partial)
+    features = runs[-1].out_shape[-1]
+
+    def init(key):
+        # One split for all: every draw of `jax.random` takes the compiler half a second.
+        nums = [run.length * _num_keys(run) for run in runs]
+        head_key, *keys = jnp.split(jax.random.split(key, 1 + sum(nums)), np.cumsum([1, *nums[:-1]]))
+        layers = [_init_run(k, run, network.cells.get(run.layer.name), ops) for k, run in zip(keys, runs, strict=True)]
+        head = {"w": _ops.uniform(head_key[0], (features, network.num_outputs), features)}
+        return {"layers": layers, "head": {**head, "b": jnp.zeros(network.num_outputs)}}
+
+    def apply(params, weights, x):
+        if x.shape[1:] != in_shape:
+            raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, in_shape))}); got {x.shape}.")
+        before, last = x, x
+        for run, layers in zip(runs, params["layers"], strict=True):
+            cell = network.cells.get(run.layer.name)
+            w = None if weights is None or cell is None else weights[run.layer.name]
+            if cell is not None and w is not None and w.shape != (len(cell.edges), len(cell.edges[0].ops)):
+                raise ValueError(
+                    f"The weights of {run.layer.name!r} must have the shape "
+                    f"{(len(cell.edges), len(cell.edges[0].ops))}; got {w.shape}."
+                )
+
+            def step(carry, layer, run=run, cell=cell, w=w):
+                before, last = carry
+                if cell is None:
+                    new = ops[run.layer.name].apply(layer, last, run.layer.channels, run.layer.stride)
+                else:
+                    inputs = [before, last][2 - cell.num_inputs :]
+                    new = _cell(cell, run, layer, w, inputs, ops, partial, single_path)
+                return (last, new), None
+
+            if len(run.in_shapes) == 1:
+                before = last
+            if run.length > 1:
+                (before, last), _ = jax.lax.scan(step, (before, last), layers, length=run.length)
+            else:
+                (before, last), _ = step((before, last), jax.tree.map(lambda leaf: leaf[0], layers))
+        pooled = last.mean(tuple(range(1, last.ndim - 1)))
+        return pooled @ params["head"]["w"] + params["head"]["b"][None]
+
+    def inherit(params, genotype):
+        small = _genotypes.discrete(network, genotype)
+        whole = _unstacked(params["layers"], runs, network)
+        layers = _stacked(whole, _build(small, in_shape, ops, partial), small)
+        return {"layers": layers, "head": params["head"]}
+
+    return Supernet(init, apply, inherit, network, in_shape)
+
+
+def init_alpha(key: jax.Array, network: Network, *, scale: float = 1e-3) -> dict[str, jax.Array]:
+    """α to start from: `scale` · N(0, 1), one leaf for each kind of cell.
+
+    Args:
+      key: a PRNG key.
+      network: a supernet's spec.
+      scale: standard deviation; 0 starts with equal weights.
+
+    Returns:
+      kind -> [edges, ops].
+    """
+    keys = jax.random.split(key, len(network.cells))
+    shapes = {kind: (len(cell.edges), len(cell.edges[0].ops)) for kind, cell in network.cells.items()}
+    return {k: scale * jax.random.normal(key, shape) for key, (k, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+# ---- Shapes ---------------------------------------------------------------------------------------------------------
+
+
+def _build(network: Network, in_shape: tuple[int, ...], ops: Mapping[str, _ops.Op], partial: int) -> list[_Run]:
+    """What is run, with all shapes, which are checked against what the ops give."""
+    checked: dict[tuple, tuple[int, ...]] = {}
+
+    def out_shape(name, shape, channels, stride):
+        if name not in ops:
+            raise ValueError(f"There is no op {name!r} among {', '.join(ops)}.")
+        at = (name, shape, channels, stride)
+        if at not in checked:
+            op, key = ops[name], jax.eval_shape(lambda: jax.random.key(0))
+            x = jax.ShapeDtypeStruct((2, *shape), jnp.zeros(0).dtype)
+            params = jax.eval_shape(lambda key: op.init(key, shape, channels, stride), key)
+            y = jax.eval_shape(lambda params, x: op.apply(params, x, channels, stride), params, x)
+            wanted = (2, *(-(-n // stride) for n in shape[:-1]), channels)
+            if getattr(y, "shape", None) != wanted:
+                raise ValueError(
+                    f"The op {name!r} must turn the shape {x.shape} into {wanted} with {channels} channels and stride "
+                    f"{stride}; it gave {getattr(y, 'shape', type(y).__name__)}."
+                )
+            checked[at] = wanted[1:]
+        return checked[at]
+
+    runs: list[_Run] = []
+    before, last = in_shape, in_shape
+    for layer in network.layers:
+        base.check_integer("channels", layer.channels, 1)
+        base.check_integer("stride", layer.stride, 1)
+        cell = network.cells.get(layer.name)
+        if cell is None:
+            in_shapes, groups, new = (last,), (), out_shape(layer.name, last, layer.channels, layer.stride)
+        else:
+            in_shapes = (before, last)[2 - cell.num_inputs :]
+            groups, new = _groups(layer, cell, in_shapes, partial, out_shape)
+        run = _Run(layer, 1, in_shapes, new, groups)
+        alike = bool(runs) and runs[-1][2:] == run[2:] and runs[-1].layer == layer
+        # The carry of a scan keeps its shapes; what came before the last layer is no input of all.
+        if alike and last == new and (len(in_shapes) == 1 or before == last):
+            runs[-1] = runs[-1]._replace(length=runs[-1].length + 1)
+        else:
+            runs.append(run)
+        before, last = last, new
+    return runs
+
+
+def _groups(
+    layer: Layer, cell: Cell, in_shapes: tuple[tuple[int, ...], ...], partial: int, out_shape: Callable
+) -> tuple[tuple[_Group, ...], tuple[int, ...]]:
+    """The groups of a cell's edges, and the shape of its output."""
+    name, channels, stride = layer
+    spatial = in_shapes[-1][:-1]
+    if channels % partial:
+        raise ValueError(f"`partial` must divide the channels; got {partial}, and {channels} channels in {name!r}.")
+    if not cell.preprocess and in_shapes[-1][-1] != channels:
+        raise ValueError(
+            f"The cell {name!r} has {channels} channels, `preprocess=False`, and an input of {in_shapes[-1][-1]}: let "
+            "a layer before it change the channels, or set `preprocess`."
+        )
+    for shape in in_shapes[:-1]:
+        _preprocess_stride(shape, in_shapes[-1])  # raises
+    small = tuple(-(-n // stride) for n in spatial)
+
+    def of(edge):
+        edge_stride = stride if edge.source < cell.num_inputs else 1
+        return edge.ops, (*(spatial if edge.source < cell.num_inputs else small), channels // partial), edge_stride
+
+    # First what goes down in size, which comes from the inputs alone; then by target, so that sources are complete.
+    order = sorted(range(len(cell.edges)), key=lambda e: _order(cell.edges[e], of(cell.edges[e])[2]))
+    groups = []
+    for (names, shape, edge_stride), edges in itertools.groupby(order, key=lambda e: of(cell.edges[e])):
+        for op in names:
+            out_shape(op, shape, channels // partial, edge_stride)
+        groups.append(_Group(tuple(edges), names, shape, edge_stride))
+    return tuple(groups), (*small, channels * len(cell.output))
+
+
+def _order(edge: Edge, stride: int) -> tuple[bool, int, int]:
+    return stride == 1, edge.target, edge.source
+
+
+def _preprocess_stride(shape: tuple[int, ...], wanted: tuple[int, ...]) -> int:
+    """By how much an older input must be made smaller: the layer between may have had a stride."""
+    for stride in range(1, max((*shape[:-1], 1)) + 1):
+        if tuple(-(-n // stride) for n in shape[:-1]) == wanted[:-1]:
+            return stride
+    raise ValueError(f"An input of the shape {shape} cannot be made as small as {wanted} by one stride.")
+
+
+# ---- Parameters -----------------------------------------------------------------------------------------------------
+
+
+def _num_keys(run: _Run) -> int:
+    return len(run.in_shapes) + sum(len(group.edges) * len(group.ops) for group in run.groups)
+
+
+def _init_run(keys: jax.Array, run: _Run, cell: Cell | None, ops: Mapping[str, _ops.Op]) -> base.PyTree:
+    """Parameters of a run: layers stacked, and within a cell the edges of a group; from a key for each op."""
+    name, channels, stride = run.layer
+
+    def one(keys):
+        if cell is None:
+            return ops[name].init(keys[0], run.in_shapes[0], channels, stride)
+        inputs = [
+            _input_init(key, shape, channels, _preprocess_stride(shape, run.in_shapes[-1])) if cell.preprocess else ()
+            for key, shape in zip(keys, run.in_shapes, strict=False)
+        ]
+        groups, keys = [], keys[len(inputs) :]
+        for group in run.groups:
+            params, (num, width) = [], (len(group.edges), group.in_shape[-1])
+            for op in group.ops:
+                init = lambda key, op=ops[op], g=group, c=width: op.init(key, g.in_shape, c, g.stride)
+                params.append(jax.vmap(init)(keys[:num]))
+                keys = keys[num:]
+            groups.append(params)
+        return {"inputs": inputs, "edges": groups}
+
+    return jax.vmap(one)(keys.reshape(run.length, -1))
+
+
+def _input_init(key, shape, channels, stride):
+    """ReLU, 1×1 convolution, normalization; where the layer between had a stride, in two halves as in skipping."""
+    return (_ops.BLOCKS["skip_connect"] if stride > 1 else _ops.convolution(1)).init(key, shape, channels, stride)
+
+
+def _input_apply(params, x, channels, stride):
+    return (_ops.BLOCKS["skip_connect"] if stride > 1 else _ops.convolution(1)).apply(params, x, channels, stride)
+
+
+def _unstacked(layers: list, runs: list[_Run], network: Network) -> list[dict]:
+    """One entry a layer: {"inputs" or "op": ..., (source, target, op name): params}."""
+    flat = []
+    for run, stacked in zip(runs, layers, strict=True):
+        cell = network.cells.get(run.layer.name)
+        for i in range(run.length):
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+            if cell is None:
+                flat.append({"op": layer})
+                continue
+            one: dict = {"inputs": layer["inputs"]}
+            for group, params in zip(run.groups, layer["edges"], strict=True):
+                for j, e in enumerate(group.edges):
+                    for op, stack in zip(group.ops, params, strict=True):
+                        one[(*cell.edges[e][:2], op)] = jax.tree.map(lambda leaf, j=j: leaf[j], stack)
+            flat.append(one)
+    return flat
+
+
+def _stacked(flat: list[dict], runs: list[_Run], network: Network) -> list:
+    """The inverse of `_unstacked`, for a network that may have fewer edges and ops."""
+    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    flat, layers = list(flat), []
+    for run in runs:
+        cell, ones = network.cells.get(run.layer.name), []
+        for _ in range(run.length):
+            one = flat.pop(0)
+            if cell is None:
+                ones.append(one["op"])
+                continue
+            edges = [
+                [stack([one[(*cell.edges[e][:2], op)] for e in group.edges]) for op in group.ops]
+                for group in run.groups
+            ]
+            ones.append({"inputs": one["inputs"], "edges": edges})
+        layers.append(stack(ones))
+    return layers
+
+
+# ---- A cell ---------------------------------------------------------------------------------------------------------
+
+
+def _cell(cell, run, params, weights, inputs, ops, partial, single_path):
+    name, channels, stride = run.layer
+    if cell.preprocess:
+        inputs = [
+            _input_apply(p, x, channels, _preprocess_stride(shape, run.in_shapes[-1]))
+            for p, x, shape in zip(params["inputs"], inputs, run.in_shapes, strict=True)
+        ]
+    num_nodes = max([*cell.output, *(edge.target for edge in cell.edges)]) + 1
+    inputs = jnp.stack(inputs)
+    shape = (num_nodes, inputs.shape[1], *run.out_shape[:-1], channels)
+    nodes = jnp.zeros(shape, inputs.dtype)
+    if stride == 1:
+        nodes = nodes.at[: cell.num_inputs].set(inputs)
+    for group, group_params in zip(run.groups, params["edges"], strict=True):
+        sources, targets = (np.array([cell.edges[e][i] for e in group.edges]) for i in (0, 1))
+        w = None if weights is None else jnp.asarray(weights, inputs.dtype)[np.array(group.edges)]
+
+        def step(nodes, edge, group=group):
+            params, w, source, target = edge
+            x = jax.lax.dynamic_index_in_dim(inputs if group.stride > 1 else nodes, source, keepdims=False)
+            y = _edge(params, w, x, group, ops, partial, single_path)
+            old = jax.lax.dynamic_index_in_dim(nodes, target, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(nodes, old + y, target, 0), None
+
+        each = (group_params, w, sources, targets)
+        if len(sources) > 1:
+            nodes, _ = jax.lax.scan(step, nodes, jax.tree.map(jnp.asarray, each))
+        else:
+            nodes, _ = step(nodes, jax.tree.map(lambda leaf: leaf[0], each))
+    return jnp.concatenate([nodes[i] for i in cell.output], -1)
+
+
+def _edge(params, w, x, group, ops, partial, single_path):
+    """Σ_o w_o · o(x), on the first of K parts of the channels where K > 1."""
+    width, stride = group.in_shape[-1], group.stride
+    applied = [lambda p, x, op=ops[name]: op.apply(p, x, width, stride) for name in group.ops]
+    seen = x[..., :width]
+    if w is None:
+        y = sum(apply(p, seen) for apply, p in zip(applied, params, strict=True))
+    elif single_path:
+        index = jnp.argmax(jnp.abs(w))
+        branches = [lambda x, ps, i=i, apply=apply: apply(ps[i], x) for i, apply in enumerate(applied)]
+        y = w[index] * jax.lax.switch(index, branches, seen, params)
+    else:
+        y = sum(w[i] * apply(p, seen) for i, (apply, p) in enumerate(zip(applied, params, strict=True)))
+    if partial == 1:
+        return y
+    # The sum is 1 after a softmax; it is what scales a whole edge, or drops it.
+    rest = x[..., width:] * (1 if w is None else w.sum())
+    if stride > 1:
+        window = (1, *[stride] * (x.ndim - 2), 1)
+        padding = [(0, -n % size) for n, size in zip(rest.shape, window, strict=True)]
+        rest = jax.lax.reduce_window(rest, -jnp.inf, jax.lax.max, window, window, padding)
+    y = jnp.concatenate([y, rest], -1)
+    return y.reshape(*y.shape[:-1], partial, width).swapaxes(-1, -2).reshape(y.shape)  # shuffled

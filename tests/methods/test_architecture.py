@@ -1,0 +1,245 @@
+"""Searches: the α-hypergradient of every exact one against finite differences, and what each adds to DARTS."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import base, hypergrad, inner, methods, nas, training
+
+KEY = jax.random.key(0)
+
+
+def smooth(params, x, channels, stride):
+    return jnp.tanh(x @ params["w"])
+
+
+# No normalization, whose weights have no length at rest, and no kinks.
+OPS = {
+    **nas.BLOCKS,
+    "smooth": nas.Op(lambda key, shape, c, stride: {"w": nas.uniform(key, (shape[-1], c), shape[-1])}, smooth),
+}
+CELL = nas.complete_cell(2, ("none", "skip_connect", "smooth"), preprocess=False)
+NET = nas.Network({"cell": CELL}, (nas.Layer("smooth", 4), nas.Layer("cell", 4)), 2)
+RNG = np.random.default_rng(0)
+
+
+def rows(num):
+    x = RNG.normal(size=(num, 3))
+    return {"x": jnp.asarray(x), "y": jnp.asarray((x[:, 0] * x[:, 1] > 0).astype(np.int32))}
+
+
+TASK = base.Task(rows(9), rows(8))
+
+
+def sgd(hyperparams):
+    return optax.sgd(0.3, momentum=0.5)
+
+
+def search_of(method, **options):
+    return method(NET, (3,), ops=OPS, **{"optimizer": sgd, "decay": 0.03, **options})
+
+
+FIRST = {
+    "darts": lambda **o: search_of(methods.darts, **{"order": "first", **o}),
+    "gumbel": lambda **o: search_of(methods.darts, order="first", relaxation=nas.gumbel_softmax(1.0, hard=False), **o),
+    "pc_darts": lambda **o: search_of(methods.pc_darts, partial=2, **o),
+    "darts_minus": lambda **o: search_of(methods.darts_minus, num_steps=10, **o),
+    "beta_darts": lambda **o: search_of(methods.beta_darts, num_steps=10, penalty=2.0, **o),
+}
+QUICK = ("darts_minus-1",)
+
+
+def alpha_of(search):
+    key = jax.random.key(5)
+    return jax.jit(lambda: jax.tree.map(lambda a: a + 0.5 * jax.random.normal(key, a.shape), search.hyperparams(KEY)))()
+
+
+def estimate_of(search, alpha):
+    """The first estimate, from `KEY`."""
+    start = lambda: search.estimator.init(KEY, alpha, TASK)
+    return jax.jit(lambda: search.estimator.estimate(alpha, TASK, start()))()
+
+
+def differences(function, at, epsilon=1e-5):
+    """Central differences of a scalar function, one compiled program for all."""
+    flat, unravel = jax.flatten_util.ravel_pytree(at)
+    ends = np.concatenate([np.asarray(flat) + s * epsilon * np.eye(len(flat)) for s in (1, -1)])
+    values = np.asarray(jax.jit(lambda ends: jax.lax.map(lambda x: function(unravel(x)), ends))(ends))
+    ahead, behind = np.split(values, 2)
+    return (ahead - behind) / (2 * epsilon)
+
+
+def close(hypergrad, expected, rtol):
+    found = jax.flatten_util.ravel_pytree(hypergrad)[0]
+    assert np.linalg.norm(expected) > 1e-3
+    assert np.linalg.norm(found - expected) <= rtol * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "ahead"),
+    [
+        pytest.param(name, ahead, marks=[] if f"{name}-{ahead}" in QUICK else [pytest.mark.slow])
+        for name in FIRST
+        for ahead in (0, 1)
+        if (name, ahead) != ("gumbel", 1)
+    ],
+)
+def test_one_step_searches_against_finite_differences(name, ahead):
+    search = FIRST[name](**({"order": "exact"} if ahead else {}))
+    loop, alpha = search.problem.loop, alpha_of(search)
+    estimate, after = estimate_of(search, alpha)
+
+    def objective(alpha):
+        state = after.inner  # committed
+        for _ in range(ahead):
+            state = inner.step(loop, state, alpha, TASK.train)
+        return search.problem.outer_loss(loop.params(state), alpha, TASK.valid, loop.context(state))
+
+    close(estimate.hypergrad, differences(objective, alpha), 1e-6)
+    # The committed step is one step of training.
+    assert int(loop.context(after.inner).step) == 1
+
+
+@pytest.mark.slow
+def test_second_order_is_the_exact_one_up_to_its_differences():
+    exact, second = (search_of(methods.darts, order=order, epsilon=1e-3) for order in ("exact", "second"))
+    alpha = alpha_of(exact)
+    found = [estimate_of(search, alpha)[0].hypergrad["cell"] for search in (second, exact)]
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_unrolled_against_finite_differences():
+    search = search_of(methods.unrolled_darts, num_steps=4)
+    alpha = alpha_of(search)
+    value = lambda alpha: search.estimator.estimate(alpha, TASK, KEY)[0].value
+    close(estimate_of(search, alpha)[0].hypergrad, differences(value, alpha), 1e-6)
+
+
+@pytest.mark.slow
+def test_one_step_unrolled_is_the_lookahead():
+    search = search_of(methods.unrolled_darts, num_steps=1)
+    alpha = alpha_of(search)
+
+    @jax.jit
+    def both():
+        lookahead = hypergrad.lookahead(search.problem, commit=0, num_steps=1)
+        state = search.problem.loop.init(jax.random.split(jax.random.split(KEY)[0])[0], alpha, TASK.train)
+        start = hypergrad.LookaheadState(state, KEY)
+        return [
+            e.estimate(alpha, TASK, s)[0].hypergrad["cell"] for e, s in ((search.estimator, KEY), (lookahead, start))
+        ]
+
+    np.testing.assert_allclose(*both(), rtol=1e-10)
+
+
+@pytest.mark.slow
+def test_implicit_where_the_weights_rest():
+    search = search_of(methods.implicit_darts, num_steps=6_000, solver=hypergrad.dense())
+    alpha = alpha_of(search)
+    estimate, after = estimate_of(search, alpha)
+    assert estimate.metrics["inner_grad_norm"] < 1e-9
+
+    def value(alpha):
+        trained = jax.lax.fori_loop(
+            0, 6_000, lambda _, s: inner.step(search.problem.loop, s, alpha, TASK.train), after.inner
+        )
+        context = search.problem.loop.context(trained)
+        return search.problem.outer_loss(trained.params, alpha, TASK.valid, context)
+
+    close(estimate.hypergrad, differences(value, alpha), 1e-5)
+
+
+@pytest.mark.slow
+def test_gdas_trains_the_sampled_ops_alone_and_draws_anew():
+    search = search_of(methods.gdas, num_steps=20, decay=0.0, optimizer=lambda hp: optax.sgd(0.1))
+    alpha = alpha_of(search)
+
+    @jax.jit
+    def run():
+        def step(state, _):
+            estimate, after = search.estimator.estimate(alpha, TASK, state)
+            return after, (after.inner.params["layers"][1]["edges"][0][2]["w"][0], estimate.hypergrad["cell"])
+
+        return jax.lax.scan(step, search.estimator.init(KEY, alpha, TASK), length=13)[1]
+
+    weights, grads = jax.tree.map(np.asarray, run())
+    moved = abs(np.diff(weights, axis=0)).max((-1, -2)) > 0  # [steps, edges]: "smooth" was sampled, and reached
+    assert moved.shape == (12, 3) and 0 < moved.mean() < 1 and len(np.unique(moved, axis=0)) > 2
+    assert np.isfinite(grads).all() and (abs(grads).max((1, 2)) > 0).any()
+    assert search.weights(alpha)["cell"].sum(-1) == pytest.approx(np.ones(3))  # read without noise
+
+
+def test_partial_searches_have_weights_for_edges():
+    search = FIRST["pc_darts"]()
+    alpha = search.hyperparams(KEY)
+    assert {name: a.shape for name, a in alpha["cell"].items()} == {"ops": (3, 3), "edges": (3,)}
+    weights = search.weights(alpha)["cell"]
+    np.testing.assert_allclose(weights.sum(-1), [1, 0.5, 0.5], rtol=1e-9)
+    assert len(search.genotype(alpha)["cell"]) == 3
+
+
+def test_the_schedules_follow_the_inner_steps_and_noise_is_drawn_apart():
+    gumbel = FIRST["gumbel"](decay=0.0)
+    minus, beta = FIRST["darts_minus"](), FIRST["beta_darts"]()
+    alpha = alpha_of(minus)
+
+    @jax.jit
+    def outer():
+        params = minus.supernet.init(KEY)
+        at = [(FIRST["darts"](), 0), (minus, 10), (minus, 0), (beta, 5)]
+        contexts = [base.Context(KEY, jnp.array(step)) for _, step in at]
+        each = [s.problem.outer_loss(params, alpha, TASK.valid, c) for (s, _), c in zip(at, contexts, strict=True)]
+        noisy = gumbel.problem.outer_loss(params, alpha, TASK.valid, contexts[0])
+        losses = [s.problem.loop.loss(params, alpha, TASK.valid, contexts[0])[0] for s in (gumbel, FIRST["darts"]())]
+        return *each, noisy, *losses, sum((leaf**2).sum() for leaf in jax.tree.leaves(params))
+
+    plain, at_end, at_start, decayed, noisy, gumbel_trained, trained, squares = map(float, outer())
+    assert abs(noisy - gumbel_trained) > 1e-3
+    np.testing.assert_allclose(trained - plain, 0.03 / 2 * squares, rtol=1e-9)  # the weights' decay
+    np.testing.assert_allclose(at_end, plain, rtol=1e-6)
+    assert abs(at_start - plain) > 1e-3
+    np.testing.assert_allclose(decayed, plain + 1.0 * nas.beta_decay(alpha), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_same_seed_finds_the_same_alpha_killed_or_not(tmp_path):
+    search = search_of(methods.robust_darts, every=5, window=2, start=1, delta=1)
+    learner = training.learner(search.estimator, optax.adam(0.1))
+    start = search.hyperparams(KEY)
+
+    def fit(num_steps=30, **options):
+        return training.fit(learner, lambda key: TASK, hyperparams=start, num_steps=num_steps, key=KEY, **options)
+
+    first, second = fit(), fit()
+    np.testing.assert_array_equal(first.hyperparams["cell"], second.hyperparams["cell"])
+    assert first.history["value"][-1] < first.history["value"][0]
+    fit(13, checkpoint_dir=tmp_path)
+    resumed = fit(checkpoint_dir=tmp_path)
+    np.testing.assert_array_equal(first.hyperparams["cell"], resumed.hyperparams["cell"])
+    np.testing.assert_array_equal(first.history["curvature"], resumed.history["curvature"])
+    assert np.isfinite(first.history["curvature"]).sum() == 6
+    assert first.state.estimator_state.kept["cell"].shape == (3, 3)
+    nas.discrete(NET, search.genotype(first.hyperparams))
+
+
+@pytest.mark.slow
+def test_single_path_one_shot():
+    one_shot = search_of(methods.single_path_one_shot, num_steps=60, decay=0.0)
+    params = jax.jit(one_shot.train)(KEY, TASK.train)
+    empty = {"cell": ()}
+    full = {"cell": ((0, 1, "smooth"), (0, 2, "skip_connect"), (1, 2, "smooth"))}
+    scores = [float(one_shot.score(params, genotype, TASK.train)) for genotype in (full, empty)]
+    assert scores[0] < scores[1] - 0.02  # nothing arrives at the output of the second
+    small = nas.supernet(nas.discrete(NET, full), (3,), ops=OPS)
+    inherited = one_shot.supernet.inherit(params, full)
+    outputs = jax.jit(small.apply)(inherited, None, TASK.train["x"])
+    expected = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, TASK.train["y"]).mean()
+    np.testing.assert_allclose(scores[0], expected, rtol=1e-9)
+
+
+def test_bad_order():
+    with pytest.raises(ValueError, match="`order` must be one of first, second, exact; got 'third'"):
+        methods.darts(NET, (3,), ops=OPS, order="third")

@@ -1,0 +1,68 @@
+"""The tables, by what is published about them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metaopt import nas
+
+needs_tables = pytest.mark.skipif(
+    not Path(os.environ.get("METAOPT_DATA", "absent")).is_dir(), reason="needs the folder that METAOPT_DATA names"
+)
+TABLES = {
+    "201": (nas.nas_bench_201_table, (15_625, 6), 3),
+    "micro": (nas.trans_nas_bench_101_table, (4_096, 6), 6),
+    "macro": (lambda: nas.trans_nas_bench_101_table(space="macro"), (3_256, 6), 6),
+    "Macro": (nas.nas_bench_macro_table, (6_561, 8), 1),
+    "graph": (nas.nas_bench_graph_table, (26_206, 5), 7),
+    "101": (nas.nas_bench_101_table, (30_001, 26), 1),
+}
+
+
+@needs_tables
+@pytest.mark.parametrize("name", TABLES)
+def test_forms(name):
+    make, shape, num_tasks = TABLES[name]
+    table = make()
+    assert table.encodings.shape == shape == (len(table.encodings), len(table.dims)) and len(table.tasks) == num_tasks
+    assert (table.encodings >= 0).all() and (table.encodings.max(0) == np.array(table.num_choices) - 1)[1:].all()
+    assert len(np.unique(table.encodings, axis=0)) == len(table.encodings)
+    assert table.valid.shape == table.cost.shape == (shape[0], num_tasks, len(table.fidelities))
+    assert table.test.shape == (shape[0], num_tasks) and table.fidelities[-1] == 1.0
+    row = 1_234
+    outcome, cost = table.query(table.encodings[row].tolist(), table.tasks[-1])
+    np.testing.assert_equal([outcome, cost], [table.valid[row, -1, -1], table.cost[row, -1, -1]])
+    # Losses: what validation prefers, testing does too.
+    known = np.isfinite(table.test[:, 0]) & np.isfinite(table.valid[:, 0, -1])
+    assert (
+        np.corrcoef(table.valid[known, 0, -1].argsort().argsort(), table.test[known, 0].argsort().argsort())[0, 1] > 0.5
+    )
+    with pytest.raises(ValueError, match="architectures, the tasks"):
+        table.query([99] * shape[1], table.tasks[0])
+    with pytest.raises(ValueError, match="'other'"):
+        table.query(table.encodings[0], "other")
+
+
+@needs_tables
+def test_published_numbers():
+    table = nas.nas_bench_201_table()
+    np.testing.assert_allclose(100 - table.test.min(0), [94.37, 73.51, 47.31], atol=0.006)
+    np.testing.assert_allclose(100 - table.test[9930], [94.36, 73.51, 46.34], atol=0.006)
+    names = [nas.NAS_BENCH_201_PRIMITIVES[i] for i in table.encodings[9930]]
+    assert names == ["nor_conv_3x3"] * 3 + ["skip_connect"] + ["nor_conv_3x3"] * 2
+    skips = (table.encodings == 1).all(1)
+    np.testing.assert_allclose(100 - table.test[skips], [[54.30, 15.61, 16.32]], atol=0.006)
+    part = nas.nas_bench_101_table()
+    assert part.fidelities == (4 / 108, 12 / 108, 36 / 108, 1.0)
+    ranks = part.valid[:, 0].argsort(0).argsort(0)
+    found = [np.corrcoef(ranks[:, i], ranks[:, 3])[0, 1] for i in range(3)]
+    np.testing.assert_allclose(found, [0.45, 0.62, 0.88], atol=0.006)
+
+
+def test_absent_files_and_unknown_spaces(tmp_path):
+    with pytest.raises(ValueError, match="There is no file"):
+        nas.nas_bench_201_table(tmp_path)
+    with pytest.raises(ValueError, match='`space` must be "micro" or "macro"; got \'mini\''):
+        nas.trans_nas_bench_101_table(tmp_path, space="mini")

@@ -1,0 +1,90 @@
+"""Early stopping: the rule on lists, and the same in the state of an estimator, whose curvature is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import base, hypergrad, inner, nas, training
+
+
+def test_the_rule():
+    assert nas.sharpness_stop([1.0] * 30) is None
+    # The mean of five is 1.4 at epoch 16, and 1 four epochs before.
+    assert nas.sharpness_stop([1.0] * 15 + [2.0] * 5) == 12
+    assert nas.sharpness_stop([1.0] * 15 + [2.0] * 5, factor=1.5) == 13
+    # The growth is over before any epoch may stop.
+    assert nas.sharpness_stop([1.0] * 2 + [2.0] * 30) is None
+    assert nas.sharpness_stop([1.0, 1.0, 3.0], window=1, start=0, delta=1) == 1
+
+
+# f = c(t) |α|²/2, whose curvature in α is c(t) = 1 until step 7, and 1.5 times more at every step from then on.
+LOOP = inner.loop(
+    lambda params, alpha, batch: (params - alpha["cell"].sum()) ** 2, lambda hp: optax.sgd(0.1), init=lambda *a: 0.0
+)
+GROWING = inner.problem(
+    LOOP,
+    lambda params, alpha, batch, context: 1.5 ** jnp.maximum(context.step - 7.0, 0.0) * (alpha["cell"] ** 2).sum() / 2,
+    with_context=True,
+)
+SETTINGS = {"every": 2, "window": 2, "start": 3, "delta": 1}
+ALPHA = {"cell": jnp.array([1.0, -2.0, 0.5])}
+TASK = base.Task(jnp.zeros(1), jnp.zeros(1))
+
+
+def test_in_the_state_of_an_estimator():
+    watched = hypergrad.lookahead(GROWING, num_steps=0)
+    estimator = nas.stopped_by_curvature(watched, GROWING, **SETTINGS)
+    alphas, curvatures = [], []
+
+    def callback(step, metrics):
+        curvatures.append(metrics["curvature"])
+        return metrics["stop"] > 0
+
+    result = training.fit(
+        training.learner(estimator, optax.sgd(0.01)),
+        lambda key: TASK,
+        hyperparams=ALPHA,
+        num_steps=40,
+        key=jax.random.key(0),
+        callback=callback,
+    )
+    # By the rule on a list: curvature at epochs e is that at inner step 2 (e + 1).
+    steps = np.arange(1, 41)
+    expected = 1.5 ** np.maximum(steps - 7.0, 0)
+    np.testing.assert_allclose(np.array(curvatures)[1::2], expected[: len(curvatures)][1::2], rtol=1e-6)
+    assert np.isnan(curvatures[::2]).all()
+    kept = nas.sharpness_stop(expected[1::2], **{k: v for k, v in SETTINGS.items() if k != "every"})
+    assert kept == 3 and result.stopped == "callback" and len(curvatures) == 2 * (kept + 1 + SETTINGS["delta"])
+    # α of that epoch, by the updates themselves.
+    alpha = np.asarray(ALPHA["cell"])
+    for t in range(2 * (kept + 1) - 1):
+        alpha = alpha * (1 - 0.01 * expected[t])
+    np.testing.assert_allclose(result.state.estimator_state.kept["cell"], alpha, rtol=1e-6)
+    assert (abs(result.hyperparams["cell"]) < abs(alpha)).all()
+    del alphas
+
+
+@pytest.mark.slow
+def test_it_changes_no_estimate_and_keeps_the_state():
+    watched = hypergrad.lookahead(GROWING, num_steps=0)
+    estimator = nas.stopped_by_curvature(watched, GROWING, **SETTINGS)
+    state = estimator.init(jax.random.key(0), ALPHA, TASK)
+    found, after = jax.jit(estimator.estimate)(ALPHA, TASK, state)
+    plain, _ = watched.estimate(ALPHA, TASK, state.estimator)
+    np.testing.assert_allclose(found.hypergrad["cell"], plain.hypergrad["cell"])
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert types(after) == types(state) and (after.kept["cell"] == ALPHA["cell"]).all()
+    # Over tasks.
+    over = hypergrad.over_tasks(estimator)
+    tasks = jax.tree.map(lambda x: jnp.stack([x, x]), TASK)
+    shapes = jax.eval_shape(lambda key: over.estimate(ALPHA, tasks, over.init(key, ALPHA, tasks))[0], jax.random.key(0))
+    assert shapes.hypergrad["cell"].shape == (3,)
+
+
+def test_bad_arguments():
+    watched = hypergrad.lookahead(GROWING, num_steps=0)
+    for name, value in [("every", 0), ("window", 0), ("delta", 0), ("start", -1), ("factor", 0.0)]:
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            nas.stopped_by_curvature(watched, GROWING, **{**SETTINGS, name: value})

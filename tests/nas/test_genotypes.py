@@ -1,0 +1,256 @@
+"""Genotypes: counts that are published, keys of published tables, round trips, and the trap of ranking α."""
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from metaopt import nas
+
+CONV3, CONV1, POOL = nas.NAS_BENCH_101_PRIMITIVES
+TABLES = Path(os.environ.get("METAOPT_DATA", "absent"))
+needs_tables = pytest.mark.skipif(not TABLES.is_dir(), reason="needs the folder that METAOPT_DATA names")
+
+
+# ---- Discretization -------------------------------------------------------------------------------------------------
+
+THREE = nas.Network(
+    {"cell": nas.complete_cell(2, ("none", "skip_connect", "mlp"))}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), 2
+)
+
+
+def test_the_two_strongest_edges_are_those_of_the_softmax_and_not_of_alpha():
+    cell = nas.complete_cell(1, ("none", "skip_connect", "mlp"), num_inputs=2)
+    cell = cell._replace(edges=(*cell.edges, nas.Edge(0, 3, cell.edges[0].ops), nas.Edge(1, 3, cell.edges[0].ops)))
+    cell = cell._replace(edges=(*cell.edges, nas.Edge(2, 3, cell.edges[0].ops)), output=(3,))
+    net = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), 2)
+    alpha = np.zeros((5, 3))
+    alpha[2:] = [
+        [5.0, 4.0, 0.0],
+        [0.0, 1.0, 0.0],
+        [0.0, 0.0, 2.0],
+    ]  # α's largest belongs to an edge that is nearly none
+    found = nas.discretize(net, {"cell": softmax(alpha, -1)})
+    assert found["cell"] == ((0, 2, "skip_connect"), (1, 2, "skip_connect"), (1, 3, "skip_connect"), (2, 3, "mlp"))
+    # A constant on a row changes no weight.
+    alpha[3] -= 100
+    assert nas.discretize(net, {"cell": softmax(alpha, -1)}) == found
+    with pytest.raises(ValueError, match="they look like α"):
+        nas.discretize(net, {"cell": alpha})
+
+
+def test_every_edge_by_its_own_argmax():
+    weights = np.array([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3], [0.3, 0.3, 0.4]])
+    assert nas.discretize(THREE, {"cell": weights}, keep=None) == {"cell": ((0, 1, "skip_connect"), (1, 2, "mlp"))}
+    kept = nas.discretize(THREE, {"cell": weights}, keep=1)
+    assert kept == {"cell": ((0, 1, "skip_connect"), (1, 2, "mlp"))}
+    assert nas.discretize(THREE, {"cell": weights})["cell"][1] == (0, 2, "mlp")  # none is never kept by this rule
+    with pytest.raises(ValueError, match=r"a row for each of its 3 edges .*; got shape \(2, 3\)"):
+        nas.discretize(THREE, {"cell": weights[:2]})
+
+
+def test_one_hot_and_discrete():
+    genotype = {"cell": ((1, 2, "mlp"), (0, 1, "skip_connect"))}
+    np.testing.assert_array_equal(nas.one_hot(THREE, genotype)["cell"], [[0, 1, 0], [0, 0, 0], [0, 0, 1]])
+    edges = nas.discrete(THREE, genotype).cells["cell"].edges
+    assert edges == (nas.Edge(0, 1, ("skip_connect",)), nas.Edge(1, 2, ("mlp",)))
+    for bad, message in [
+        ({"cell": ((0, 1, "conv"),)}, "no op 'conv' on the edge 0 -> 1"),
+        ({"cell": ((0, 3, "mlp"),)}, "no op 'mlp' on the edge 0 -> 3"),
+        ({"other": ()}, "the kinds"),
+        ({"cell": ((0, 1, "mlp"), (0, 1, "none"))}, "twice"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            nas.discrete(THREE, bad)
+
+
+# ---- Forms ----------------------------------------------------------------------------------------------------------
+
+DARTS_V2 = (  # as its authors print it
+    "Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 1), "
+    "('sep_conv_3x3', 1), ('skip_connect', 0), ('skip_connect', 0), ('dil_conv_3x3', 2)], normal_concat=[2, 3, 4, 5], "
+    "reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2), ('max_pool_3x3', 1), ('max_pool_3x3', 0), "
+    "('skip_connect', 2), ('skip_connect', 2), ('max_pool_3x3', 1)], reduce_concat=[2, 3, 4, 5])"
+)
+
+
+def test_darts():
+    genotype = nas.from_darts(DARTS_V2)
+    assert len(genotype["normal"]) == len(genotype["reduce"]) == 8
+    assert genotype["normal"][-1] == (2, 5, "dil_conv_3x3") and genotype["reduce"][2] == (2, 3, "skip_connect")
+    nas.discrete(nas.darts_space(), genotype)  # it is in the space
+    again = nas.from_darts(nas.to_darts(genotype))
+    assert {kind: sorted(edges) for kind, edges in again.items()} == {k: sorted(e) for k, e in genotype.items()}
+    assert nas.to_darts(again) == nas.to_darts(genotype)
+    assert nas.genotype_from_json(nas.genotype_to_json(genotype)) == genotype
+    for bad in ("Genotype(normal=", "3", DARTS_V2.replace("[2, 3, 4, 5]", "[4, 5]"), DARTS_V2[:-37] + ")"):
+        with pytest.raises(ValueError, match="no genotype in DARTS's form"):
+            nas.from_darts(bad)
+    with pytest.raises(ValueError, match="two edges into every node"):
+        nas.to_darts({"normal": ((0, 2, "skip_connect"),)})
+    with pytest.raises(ValueError, match="version"):
+        nas.genotype_from_json('{"genotype": {}}')
+
+
+CELL_9930 = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"
+
+
+def test_nas_bench_201():
+    genotype = nas.from_nas_bench_201(CELL_9930)
+    assert nas.to_nas_bench_201(genotype) == CELL_9930
+    assert len(genotype["cell"]) == 6 and genotype["cell"][3] == (0, 3, "skip_connect")
+    assert nas.to_nas_bench_201({"cell": ()}) == "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
+    for bad in ("|a~0|", CELL_9930.replace("~2", "~1"), "|a~0|+|a~0|a~1|+|a~0|a~1|a~2|a~3|"):
+        with pytest.raises(ValueError):
+            nas.from_nas_bench_201(bad)
+
+
+def test_the_counts_of_nas_bench_201():
+    cells = nas.nas_bench_201_genotypes()
+    classes = [nas.canonical(g["cell"], output=(3,)) for g in cells]
+    assert len({nas.to_nas_bench_201(g) for g in cells}) == 15_625
+    assert sum(c != "0" for c in classes) == 15_284
+    assert len({nas.nas_bench_201_string(g) for g in cells}) == 6_466
+    assert len(set(classes)) == 4_930
+
+
+@needs_tables
+def test_the_canonical_forms_of_the_table():
+    with np.load(TABLES / "nasbench201.npz") as table:
+        names, forms = table["arch_str"].astype(str), table["unique_str"].astype(str)
+    for i in range(0, 15_625, 25):
+        assert nas.nas_bench_201_string(nas.from_nas_bench_201(names[i])) == forms[i]
+
+
+def test_what_is_the_same():
+    form = lambda *edges, **options: nas.canonical(edges, **{"output": (3,), **options})
+    assert form((0, 1, "a"), (1, 3, "b")) == form((0, 2, "a"), (2, 3, "b")) == "b(a(x0))"
+    assert form((0, 1, "a"), (0, 2, "b"), (1, 3, "skip_connect"), (2, 3, "skip_connect")) == "a(x0)+b(x0)"
+    assert form((0, 1, "a"), (1, 3, "skip_connect"), skip=None) == "skip_connect(a(x0))"
+    assert form((0, 1, "a"), (1, 3, "none"), (2, 3, "b")) == "0"
+    assert form((0, 2, "a"), (1, 3, "b"), num_inputs=2, output=(2, 3)) == "a(x0),b(x1)"
+    assert form((0, 2, "a"), (1, 3, "b"), num_inputs=2, output=(3, 2)) == "a(x0),b(x1)"
+
+
+# ---- NAS-Bench-101 --------------------------------------------------------------------------------------------------
+
+
+def graph(edges, ops):
+    size = len(ops) + 2
+    matrix = np.zeros((size, size), int)
+    for s, t in edges:
+        matrix[s, t] = 1
+    return nas.Graph(tuple(map(tuple, matrix.tolist())), ("input", *ops, "output"))
+
+
+PUBLISHED = graph(
+    [(0, 1), (0, 4), (0, 5), (1, 2), (2, 3), (2, 6), (3, 5), (4, 5), (5, 6)], (CONV3, POOL, CONV3, CONV3, CONV1)
+)
+
+
+def test_the_hash_is_the_key_of_the_published_table():
+    assert nas.nas_bench_101_hash(PUBLISHED) == "00005c142e6f48ac74fdcf73e3439874"
+
+
+def test_the_hash_knows_no_order_of_vertices_and_nothing_that_leads_nowhere():
+    # Vertices 3 and 4 trade places, and a vertex without a way out is added.
+    edges = [(0, 1), (0, 3), (0, 5), (1, 2), (2, 4), (2, 7), (4, 5), (3, 5), (5, 7), (1, 6)]
+    same = graph(edges, (CONV3, POOL, CONV3, CONV3, CONV1, POOL))
+    assert nas.nas_bench_101_hash(same) == nas.nas_bench_101_hash(PUBLISHED)
+    assert nas.pruned(same).ops == ("input", CONV3, POOL, CONV3, CONV3, CONV1, "output")
+    other = PUBLISHED._replace(ops=("input", POOL, CONV3, CONV3, CONV3, CONV1, "output"))
+    assert nas.nas_bench_101_hash(other) != nas.nas_bench_101_hash(PUBLISHED)
+    assert nas.pruned(graph([(0, 1)], (CONV3,))) is None
+    with pytest.raises(ValueError, match="no path"):
+        nas.nas_bench_101_hash(graph([(0, 1)], (CONV3,)))
+    with pytest.raises(ValueError, match="The ops of NAS-Bench-101"):
+        nas.nas_bench_101_hash(graph([(0, 1), (1, 2)], ("conv5x5",)))
+    with pytest.raises(ValueError, match="upper triangular"):
+        nas.pruned(nas.Graph(((0, 1), (1, 0)), ("input", "output")))
+
+
+@needs_tables
+def test_the_keys_of_the_table():
+    with np.load(TABLES / "nasbench101_subset.npz") as table:
+        keys, upper, codes = table["key"].astype(str), table["adj_upper"], table["ops"]
+    for i in range(0, len(keys), 300):
+        ops = [(CONV3, CONV1, POOL)[c] for c in codes[i] if c >= 0]
+        matrix = np.zeros((7, 7), int)
+        matrix[np.triu_indices(7, 1)] = upper[i]
+        size = len(ops) + 2
+        cell = nas.Graph(tuple(map(tuple, matrix[:size, :size].tolist())), ("input", *ops, "output"))
+        assert nas.nas_bench_101_hash(cell) == keys[i]
+
+
+def valid_matrices(size):
+    """[M, V, V] with at most 9 edges and every vertex between the input and the output."""
+    pairs = [(s, t) for t in range(size) for s in range(t)]
+    found = []
+    for chunk in np.array_split(np.arange(2 ** len(pairs)), max(1, 2 ** len(pairs) >> 16)):
+        bits = chunk[:, None] >> np.arange(len(pairs)) & 1
+        bits = bits[bits.sum(1) <= 9]
+        matrices = np.zeros((len(bits), size, size), np.int8)
+        for i, pair in enumerate(pairs):
+            matrices[:, *pair] = bits[:, i]
+        found.append(matrices[(matrices.any(1)[:, 1:]).all(1) & (matrices.any(2)[:, :-1]).all(1)])
+    return np.concatenate(found)
+
+
+def rule(matrices, labels):
+    """The same rule as the hash's with sums of random functions in the place of digests: [M] names."""
+
+    def digest(*parts):
+        x = np.zeros_like(parts[0], np.uint64)
+        for part in parts:
+            x = (x ^ part.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+            x ^= x >> np.uint64(29)
+            x = x * np.uint64(0xBF58476D1CE4E5B9)
+            x ^= x >> np.uint64(32)
+        return x
+
+    m = matrices.astype(np.uint64)
+    state = digest(m.sum(2), m.sum(1), labels)
+    for _ in range(m.shape[1]):
+        spread = digest(state, np.full_like(state, 7))
+        before, behind = (m.transpose(0, 2, 1) @ spread[..., None])[..., 0], (m @ spread[..., None])[..., 0]
+        state = digest(before, behind, state)
+    return digest(state, np.full_like(state, 11)).sum(1)
+
+
+def candidates(size):
+    """Labelled graphs, every class among them: all labels on one matrix of each unlabelled class."""
+    matrices = valid_matrices(size)
+    blank = np.zeros(matrices.shape[:2], np.int64)
+    blank[:, 0], blank[:, -1] = 8, 9
+    matrices = matrices[np.unique(rule(matrices, blank), return_index=True)[1]]
+    ops = np.array(list(itertools.product(range(3), repeat=size - 2)), np.int64).reshape(3 ** (size - 2), size - 2)
+    labels = np.concatenate([np.full((len(ops), 1), 8), ops, np.full((len(ops), 1), 9)], 1)
+    return np.repeat(matrices, len(labels), 0), np.tile(labels, (len(matrices), 1))
+
+
+@pytest.mark.slow  # half a minute
+def test_the_count_of_nas_bench_101():
+    counts = []
+    for size in range(2, 8):
+        matrices, labels = candidates(size)
+        names = np.concatenate(
+            [rule(*part) for part in zip(np.array_split(matrices, 20), np.array_split(labels, 20), strict=True)]
+        )
+        counts.append(len(np.unique(names)))
+        # The hash makes the same classes.
+        some = np.sort(np.random.default_rng(size).permutation(len(names))[:3_000])
+        hashes = [
+            nas.nas_bench_101_hash(
+                nas.Graph(
+                    tuple(map(tuple, matrices[i].tolist())),
+                    ("input", *(nas.NAS_BENCH_101_PRIMITIVES[o] for o in labels[i, 1:-1]), "output"),
+                )
+            )
+            for i in some
+        ]
+        pairs = {*zip(hashes, names[some].tolist(), strict=True)}
+        assert len(pairs) == len(set(hashes)) == len({name for _, name in pairs})
+    assert counts == [1, 6, 84, 2_441, 62_010, 359_082] and sum(counts) == 423_624

@@ -1,0 +1,144 @@
+"""Every op on every shape that it takes, and its arithmetic against loops in NumPy."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import nas
+
+KEY = jax.random.key(0)
+SETS = {"DARTS": nas.DARTS_OPS, "201": nas.NAS_BENCH_201_OPS, "101": nas.NAS_BENCH_101_OPS}
+NEED_SPACE = {"stem", "residual", "attention"}
+KEEPS = {"norm_relu"}  # the shape: between layers alone
+OPS = sorted(
+    {(name, which) for which, ops in SETS.items() for name in ops if which == "DARTS" or name not in nas.BLOCKS}
+)
+
+
+def apply(op, x, channels, stride):
+    return op.apply(op.init(KEY, x.shape[1:], channels, stride), x, channels, stride)
+
+
+@pytest.mark.parametrize(("name", "which"), OPS)
+def test_shapes(name, which):
+    op = SETS[which][name]
+    # One channel, not square, odd; a sequence; a volume; rows of a table.
+    for shape, channels, stride in itertools.product([(7, 4, 1), (9, 3), (4, 5, 3, 2), (6,)], (1, 3, 4), (1, 2)):
+        if name in KEEPS and (channels != shape[-1] or stride > 1):
+            continue
+        x = jax.ShapeDtypeStruct((2, *shape), jnp.float64)
+        call = lambda x, channels=channels, stride=stride: apply(op, x, channels, stride)
+        if len(shape) == 1 and (name in NEED_SPACE or "pool" in name or "3x3" in name or "5x5" in name):
+            with pytest.raises(ValueError, match="spatial axes; got the shape"):
+                jax.eval_shape(call, x)
+            continue
+        y = jax.eval_shape(call, x)
+        assert y.shape == (2, *(-(-n // stride) for n in shape[:-1]), channels), (shape, channels, stride)
+
+
+def test_an_op_of_ones_own_on_sequences_one_channel_and_images_that_are_not_square():
+    def init(key, in_shape, channels, stride):
+        return {"w": nas.uniform(key, (in_shape[-1], channels), in_shape[-1])}
+
+    def gated(params, x, channels, stride):
+        return jnp.tanh(nas.subsample(x, stride) @ params["w"])
+
+    ops = {**nas.BLOCKS, "gated": nas.Op(init, gated)}
+    cell = nas.complete_cell(2, ("skip_connect", "gated"))
+    for shape in [(9, 2), (6, 1), (7, 4, 1), (5,)]:
+        net = nas.Network({"cell": cell}, (nas.Layer("linear", 2), nas.Layer("cell", 4, 2)), 3)
+        supernet = nas.supernet(net, shape, ops=ops)
+        y = jax.eval_shape(lambda key, x, s=supernet: s.apply(s.init(key), None, x), KEY, jnp.zeros((2, *shape)))
+        assert y.shape == (2, 3)
+
+
+def windows(x, size, stride, dilation):
+    """For every position of the output, the rows and columns of x that the window sees, None for padding."""
+    reach = dilation * (size // 2)
+    for i, j in itertools.product(range(0, x.shape[1], stride), range(0, x.shape[2], stride)):
+        seen = [[(i - reach + dilation * a, j - reach + dilation * b) for b in range(size)] for a in range(size)]
+        yield i // stride, j // stride, seen
+
+
+def inside(x, at):
+    return 0 <= at[0] < x.shape[1] and 0 <= at[1] < x.shape[2]
+
+
+X = np.random.default_rng(0).normal(size=(2, 5, 6, 2))
+
+
+@pytest.mark.parametrize(("stride", "dilation", "groups"), [(1, 1, 1), (2, 2, 1), (2, 1, 2)])
+def test_convolutions_are_sums_over_a_centered_window(stride, dilation, groups):
+    w = np.random.default_rng(1).normal(size=(3, 3, 2 // groups, 4))
+    expected = np.zeros((2, -(-5 // stride), -(-6 // stride), 4))
+    for i, j, seen in windows(X, 3, stride, dilation):
+        for a, b in itertools.product(range(3), range(3)):
+            if inside(X, seen[a][b]):
+                x = X[:, seen[a][b][0], seen[a][b][1]]
+                for d in range(4):
+                    channels = slice(None) if groups == 1 else slice(d // 2, d // 2 + 1)
+                    expected[:, i, j, d] += x[:, channels] @ w[a, b, :, d]
+    y = nas.convolve(jnp.asarray(X), jnp.asarray(w), stride=stride, dilation=dilation, groups=groups)
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pooling_does_not_count_padding(stride):
+    average, maximum = np.zeros((2, 2, -(-5 // stride), -(-6 // stride), 2))
+    for i, j, seen in windows(X, 3, stride, 1):
+        values = np.stack([X[:, a, b] for row in seen for a, b in row if inside(X, (a, b))])
+        average[:, i, j], maximum[:, i, j] = values.mean(0), values.max(0)
+    x = jnp.asarray(X)
+    np.testing.assert_allclose(apply(nas.NAS_BENCH_201_OPS["avg_pool_3x3"], x, 2, stride), average, atol=1e-12)
+    np.testing.assert_allclose(apply(nas.NAS_BENCH_101_OPS["maxpool3x3"], x, 2, stride), maximum)
+    # DARTS's are normalized.
+    np.testing.assert_allclose(
+        apply(nas.DARTS_OPS["avg_pool_3x3"], x, 2, stride), nas.normalized(jnp.asarray(average)), atol=1e-10
+    )
+
+
+def test_normalized():
+    y = np.asarray(nas.normalized(jnp.asarray(X)))
+    np.testing.assert_allclose(y, (X - X.mean((0, 1, 2))) / np.sqrt(X.var((0, 1, 2)) + 1e-5), atol=1e-12)
+    assert (nas.normalized(jnp.zeros((2, 3))) == 0).all()
+
+
+def test_skipping_with_a_stride_sees_every_second_position_in_two_halves():
+    op = nas.DARTS_OPS["skip_connect"]
+    params = op.init(KEY, (5, 6, 2), 3, 2)
+    assert params["even"].shape == (2, 1) and params["odd"].shape == (2, 2)
+    x = np.maximum(X, 0)
+    odd = np.zeros((2, 3, 3, 2))
+    odd[:, :2] = x[:, 1::2, 1::2]  # the last row is beyond the end
+    halves = np.concatenate([x[:, ::2, ::2] @ params["even"], odd @ params["odd"]], -1)
+    np.testing.assert_allclose(op.apply(params, jnp.asarray(X), 3, 2), nas.normalized(jnp.asarray(halves)), atol=1e-10)
+    assert op.init(KEY, (5, 6, 2), 2, 1) == () and (op.apply((), jnp.asarray(X), 2, 1) == X).all()
+
+
+def test_attention_is_a_mean_of_values():
+    op, x = nas.BLOCKS["attention"], jnp.asarray(X[:, :, 0])  # [2, 5, 2]
+    params = op.init(KEY, (5, 2), 3, 1)
+    weights = np.exp((x @ params["q"]) @ (x @ params["k"]).transpose(0, 2, 1) / np.sqrt(3))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = weights @ (x @ params["v"]) @ params["out"]
+    np.testing.assert_allclose(op.apply(params, x, 3, 1), expected, atol=1e-12)
+    np.testing.assert_allclose(op.apply(params, x, 3, 2), expected[:, ::2], atol=1e-12)
+
+
+def test_initial_weights_are_uniform_and_unrelated():
+    draws = np.stack([nas.uniform(jax.random.key(k), (200, 200), 4, number=n).ravel() for k in (0, 1) for n in (0, 1)])
+    assert (abs(draws) <= 0.5).all()
+    shares = np.stack([np.histogram(d, 20, (-0.5, 0.5))[0] for d in draws]) / draws.shape[1]
+    assert (abs(shares - 0.05) < 4 * np.sqrt(0.05 * 0.95 / draws.shape[1])).all()
+    related = np.corrcoef(np.concatenate([draws, np.roll(draws, 1, 1), np.roll(draws, 200, 1)]))
+    assert (abs(related - np.eye(12)) < 4.5 / np.sqrt(draws.shape[1])).all()
+
+
+def test_bad_windows():
+    with pytest.raises(ValueError, match="`size` must be odd, so that the window has a center; got 2"):
+        nas.convolution(2)
+    with pytest.raises(ValueError, match="`order` must be one of"):
+        nas.convolution(3, order="norm_conv")

@@ -1,0 +1,58 @@
+"""Specs as data: the named spaces' counts, JSON, and what does not hold together."""
+
+import pytest
+
+from metaopt import nas
+
+
+def test_the_darts_space():
+    net = nas.darts_space()
+    assert [(layer.name[0], layer.channels, layer.stride) for layer in net.layers] == [
+        ("s", 48, 1),
+        ("n", 16, 1),
+        ("n", 16, 1),
+        ("r", 32, 2),
+        ("n", 32, 1),
+        ("n", 32, 1),
+        ("r", 64, 2),
+        ("n", 64, 1),
+        ("n", 64, 1),
+    ]
+    for cell in net.cells.values():
+        assert len(cell.edges) == 14 and len(cell.edges[0].ops) == 8 and cell.output == (2, 3, 4, 5)
+
+
+def test_the_space_of_nas_bench_201():
+    net = nas.nas_bench_201_space()
+    assert [e[:2] for e in net.cells["cell"].edges] == [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+    assert sum(layer.name == "cell" for layer in net.layers) == 15 and net.layers[-2].channels == 64
+
+
+@pytest.mark.parametrize("net", [nas.darts_space(num_cells=2), nas.nas_bench_201_space(cells_per_stage=1)])
+def test_json(net):
+    again = nas.from_json(nas.to_json(net))
+    assert again == net
+    with pytest.raises(ValueError, match="version of this form is 1; got 2"):
+        nas.from_json(nas.to_json(net).replace('"version": 1', '"version": 2'))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c._replace(edges=(nas.Edge(2, 1, ("none",)),)), "from a node to a later one"),
+        (lambda c: c._replace(edges=(nas.Edge(0, 0, ("none",)),)), "from a node to a later one"),
+        (lambda c: c._replace(edges=(nas.Edge(0, 1, ("none",)), nas.Edge(0, 2, ("none", "mlp")))), "same number"),
+        (lambda c: c._replace(edges=(nas.Edge(0, 1, ()),)), "at least 1"),
+        (lambda c: c._replace(output=()), "`output` names nodes"),
+        (lambda c: c._replace(output=(0,)), "`output` names nodes"),
+        (lambda c: c._replace(num_inputs=3), "1 or 2 inputs"),
+        (lambda c: c._replace(num_inputs=2, preprocess=False), "needs `preprocess=True`"),
+    ],
+)
+def test_cells_that_do_not_hold_together(change, message):
+    cell = nas.complete_cell(2, ("none", "skip_connect"))
+    net = nas.Network({"cell": change(cell)}, (nas.Layer("cell", 4),), 2)
+    with pytest.raises(ValueError, match=message):
+        nas.check_network(net)
+    with pytest.raises(ValueError, match="No layer is of the kind 'cell'"):
+        nas.check_network(nas.Network({"cell": cell}, (), 2))

@@ -1,0 +1,213 @@
+"""Supernets: a network by hand, the discrete network at one-hot weights, isomorphic cells, groups against no groups."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import inner, nas
+
+KEY = jax.random.key(0)
+TABLE = nas.Network(
+    {"cell": nas.complete_cell(3, ("none", "skip_connect", "linear", "mlp"), preprocess=False)},
+    (nas.Layer("linear", 4), nas.Layer("cell", 4), nas.Layer("cell", 4), nas.Layer("norm_relu", 4)),
+    2,
+)
+X = jax.random.normal(jax.random.key(3), (6, 3))
+
+
+def weights_of(net, seed=0):
+    return nas.mixing_weights(nas.softmax(), net, nas.init_alpha(jax.random.key(seed), net, scale=1.0), KEY)
+
+
+def test_a_network_by_hand():
+    supernet = nas.supernet(TABLE, (3,), ops=nas.BLOCKS)
+    params, w = jax.jit(supernet.init)(KEY), weights_of(TABLE)["cell"]
+    found = jax.jit(supernet.apply)(params, {"cell": w}, X)
+    linear, cells, norm = params["layers"]
+    assert jax.tree.leaves(norm) == [] and params["head"]["w"].shape == (4, 2)
+    # Two layers, each of one group of six edges.
+    assert cells["edges"][0][2]["w"].shape == (2, 6, 4, 4)
+    linear, cells, head, x, w = jax.tree.map(np.asarray, (linear, cells, params["head"], X, w))
+
+    def normalized(x):
+        return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+
+    def gelu(x):
+        return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
+
+    x = normalized(x @ linear["w"][0])
+    for layer in range(2):
+        nodes = [x, 0, 0, 0]
+        _, _, conv, mlp = cells["edges"][0]
+        for e, (source, target) in enumerate([(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]):
+            at = nodes[source]
+            hidden = gelu(normalized(at @ mlp["in"][layer, e]))
+            outputs = [0 * at, at, normalized(at @ conv["w"][layer, e]), hidden @ mlp["out"][layer, e]]
+            nodes[target] = nodes[target] + sum(w[e, o] * y for o, y in enumerate(outputs))
+        x = nodes[3]
+    np.testing.assert_allclose(found, np.maximum(normalized(x), 0) @ head["w"] + head["b"], rtol=1e-9)
+
+
+def image_case(name):
+    if name == "201":
+        net, shape = nas.nas_bench_201_space(3, channels=2, cells_per_stage=2), (5, 4, 1)
+        net = net._replace(layers=net.layers[:4])  # two cells and a residual block
+        ops = nas.NAS_BENCH_201_OPS
+    else:
+        primitives = ("none", "max_pool_3x3", "skip_connect", "dil_conv_3x3")
+        net, shape = nas.darts_space(3, channels=4, num_cells=3, num_nodes=2, primitives=primitives), (7, 4, 1)
+        ops = nas.DARTS_OPS
+    return net, shape, ops
+
+
+@pytest.mark.parametrize(
+    ("name", "partial"),
+    [
+        ("table", 1),
+        ("201", 1),
+        ("darts", 2),
+        pytest.param("darts", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_one_hot_weights_are_the_discrete_network(name, partial):
+    net, shape, ops = (TABLE, (3,), nas.BLOCKS) if name == "table" else image_case(name)
+    supernet = nas.supernet(net, shape, ops=ops, partial=partial)
+    if partial == 2:  # quicker: a normal cell and a reduction
+        net = net._replace(layers=net.layers[:3])
+    genotype = nas.discretize(net, weights_of(net), keep=2 if name == "darts" else None)
+    assert any(len(edges) < len(net.cells[kind].edges) for kind, edges in genotype.items())
+    small = nas.supernet(nas.discrete(net, genotype), shape, ops=ops, partial=partial)
+
+    @jax.jit
+    def both(x):
+        params = supernet.init(KEY)
+        inherited = supernet.inherit(params, genotype)
+        assert jax.tree.map(jnp.shape, inherited) == jax.tree.map(jnp.shape, jax.eval_shape(small.init, KEY))
+        return supernet.apply(params, nas.one_hot(net, genotype), x), small.apply(inherited, None, x)
+
+    mixed, discrete = map(np.asarray, both(np.random.default_rng(0).normal(size=(3, *shape))))
+    assert abs(discrete).max() > 0.01
+    np.testing.assert_allclose(mixed, discrete, atol=1e-9)
+
+
+def test_layers_that_are_alike_are_one_scan_and_still_have_their_own_weights():
+    """Runs are for the compiler: layers with another name are not alike, and give the same."""
+    twice = TABLE._replace(
+        cells={"cell": TABLE.cells["cell"], "again": TABLE.cells["cell"]},
+        layers=(*TABLE.layers[:2], nas.Layer("again", 4), TABLE.layers[3]),
+    )
+    one, two = (nas.supernet(net, (3,), ops=nas.BLOCKS) for net in (TABLE, twice))
+    params = jax.jit(one.init)(KEY)
+    linear, cells, norm = params["layers"]
+    apart = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], cells) for i in (0, 1)]
+    w = weights_of(TABLE)["cell"]
+    first, second = jax.jit(one.apply), jax.jit(two.apply)
+    expected = first(params, {"cell": w}, X)
+    found = second({**params, "layers": [linear, *apart, norm]}, {"cell": w, "again": w}, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    swapped = {**params, "layers": [linear, *apart[::-1], norm]}
+    assert abs(second(swapped, {"cell": w, "again": w}, X) - expected).max() > 1e-3
+
+
+def test_isomorphic_cells_give_equal_outputs():
+    """With the same weights on every edge, cells of one canonical form are one function, and others are not."""
+    net = nas.nas_bench_201_space(2, channels=2, cells_per_stage=1)
+    net = net._replace(layers=net.layers[:2])
+    supernet = nas.supernet(net, (3, 4, 1), ops=nas.NAS_BENCH_201_OPS)
+    params = jax.jit(supernet.init)(KEY)
+    tie = lambda leaf: jnp.broadcast_to(leaf[:, :1], leaf.shape)
+    params["layers"][1]["edges"] = jax.tree.map(tie, params["layers"][1]["edges"])
+    classes = collections.defaultdict(list)
+    for genotype in nas.nas_bench_201_genotypes():
+        classes[nas.canonical(genotype["cell"], output=(3,))].append(genotype)
+    large = [c for c in sorted(classes) if len(classes[c]) >= 4]
+    chosen = [classes[large[i]][j] for i in range(0, len(large), len(large) // 12) for j in (0, 1, -1)]
+    x = jax.random.normal(KEY, (3, 3, 4, 1))
+    w = np.stack([nas.one_hot(net, genotype)["cell"] for genotype in chosen])
+    outputs = jax.jit(jax.vmap(lambda w: supernet.apply(params, {"cell": w}, x)))(w)
+    outputs = np.asarray(outputs).reshape(-1, 3, 6)  # of each class three
+    assert len(outputs) >= 12
+    np.testing.assert_allclose(outputs, np.broadcast_to(outputs[:, :1], outputs.shape), atol=1e-9)
+    apart = abs(outputs[:, None, 0] - outputs[None, :, 0]).max(-1)
+    assert (apart + np.eye(len(apart)) > 1e-4).all()
+
+
+def test_a_single_path_runs_the_op_that_is_chosen():
+    net = TABLE._replace(layers=TABLE.layers[:2])
+    dense, single = (nas.supernet(net, (3,), ops=nas.BLOCKS, single_path=path) for path in (False, True))
+    weights = {"cell": np.eye(4)[[2, 1, 3, 3, 2, 0]]}
+
+    def loss(net):
+        return lambda params, weights: (net.apply(params, weights, X) ** 2).sum()
+
+    @jax.jit
+    def both():
+        params = dense.init(KEY)
+        return [jax.value_and_grad(loss(net), (0, 1))(params, weights) for net in (dense, single)]
+
+    (value, grads), (single_value, single_grads) = jax.tree.map(np.asarray, both())
+    np.testing.assert_allclose(single_value, value, rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), single_grads[0], grads[0])
+    # Of α's gradient only the chosen entries are there.
+    chosen, of_alpha = weights["cell"], grads[1]["cell"]
+    np.testing.assert_allclose(single_grads[1]["cell"], of_alpha * chosen, atol=1e-12)
+    assert abs(of_alpha * (1 - chosen)).max() > 1e-3
+
+
+def test_partial_channels():
+    """Channels that pass by: the ops see C/K, and the shuffle brings each part of the channels to the front."""
+    cell = nas.Cell(1, (nas.Edge(0, 1, ("linear",)),), (1,), preprocess=False)
+    net = nas.Network({"cell": cell}, (nas.Layer("cell", 6),), 6)
+    supernet = nas.supernet(net, (6,), ops={"linear": nas.BLOCKS["linear"]}, partial=3)
+    params = jax.jit(supernet.init)(KEY)
+    params["head"] = {"w": jnp.eye(6), "b": jnp.zeros(6)}
+    x = jax.random.normal(KEY, (5, 6))
+    w = params["layers"][0]["edges"][0][0]["w"][0, 0]
+    assert w.shape == (2, 2)
+    apply = jax.jit(supernet.apply)
+    y, z = apply(params, None, x), apply(params, {"cell": np.array([[0.5]])}, x)
+    mixed, x = np.asarray(nas.normalized(x[:, :2] @ w)), np.asarray(x)
+    expected = np.stack([mixed[:, 0], x[:, 2], x[:, 4], mixed[:, 1], x[:, 3], x[:, 5]], 1)
+    np.testing.assert_allclose(y, expected, rtol=1e-9)
+    np.testing.assert_allclose(z, expected / 2, rtol=1e-9)  # a weight is that of the whole edge
+    # At a stride the rest is a maximum.
+    net = nas.Network(
+        {"cell": cell._replace(edges=(nas.Edge(0, 1, ("skip_connect",)),))}, (nas.Layer("cell", 2, 2),), 1
+    )
+    supernet = nas.supernet(net, (3, 3, 2), ops=nas.BLOCKS, partial=2)
+    params = jax.jit(supernet.init)(KEY)
+    params["head"] = {"w": jnp.array([[0.0], [1.0]]), "b": jnp.zeros(1)}
+    x = np.random.default_rng(0).normal(size=(2, 3, 3, 2))
+    y, rest = jax.jit(supernet.apply)(params, None, x)[:, 0], x[..., 1]
+    pooled = [rest[:, :2, :2].max((1, 2)), rest[:, :2, 2].max(1), rest[:, 2, :2].max(1), rest[:, 2, 2]]
+    np.testing.assert_allclose(y, np.stack(pooled).mean(0))
+
+
+def test_works_inside_a_loop_as_matrix_products():
+    net, shape, ops = image_case("darts")
+    supernet = nas.supernet(net, shape, ops=ops)
+    params, w, x = jax.eval_shape(supernet.init, KEY), weights_of(net), jnp.zeros((2, *shape))
+    text = str(jax.make_jaxpr(inner.im2col(supernet.apply))(params, w, x))
+    assert "conv_general_dilated" not in text and "reduce_window" not in text and "scan" in text
+
+
+def test_what_does_not_fit_is_refused():
+    linear = nas.Op(lambda *a: (), lambda params, x, channels, stride: x)
+    cell = nas.complete_cell(1, ("linear",))
+    net = nas.Network({"cell": cell}, (nas.Layer("cell", 4),), 2)
+    with pytest.raises(ValueError, match=r"'own' must turn the shape \(2, 3\) into \(2, 4\) .*; it gave \(2, 3\)"):
+        nas.supernet(nas.Network({}, (nas.Layer("own", 4),), 2), (3,), ops={"own": linear})
+    with pytest.raises(ValueError, match="no op 'linear' among stem"):
+        nas.supernet(net, (3,), ops={"stem": nas.BLOCKS["stem"]})
+    with pytest.raises(ValueError, match="`partial` must divide the channels; got 3, and 4 channels in 'cell'"):
+        nas.supernet(net, (3,), ops=nas.BLOCKS, partial=3)
+    with pytest.raises(ValueError, match="`preprocess=False`, and an input of 3"):
+        nas.supernet(TABLE._replace(layers=TABLE.layers[1:]), (3,), ops=nas.BLOCKS)
+    supernet = nas.supernet(net, (3,), ops=nas.BLOCKS)
+    with pytest.raises(ValueError, match=r"`x` must have the shape \(N, 3\); got \(5, 2\)"):
+        supernet.apply(supernet.init(KEY), None, jnp.zeros((5, 2)))
+    with pytest.raises(ValueError, match=r"must have the shape \(1, 1\); got \(2, 1\)"):
+        supernet.apply(supernet.init(KEY), {"cell": jnp.ones((2, 1))}, jnp.zeros((5, 3)))
