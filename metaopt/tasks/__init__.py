@@ -20,6 +20,7 @@ from metaopt.tasks._episodes import (
     SampleEpisodeFn,
     episode_batches,
     episodes,
+    labelled_batches,
     meta_dataset_episodes,
 )
 from metaopt.tasks._function_families import function_episodes, mixed_functions, sinusoids
@@ -91,6 +92,7 @@ __all__ = [
     "from_user_records",
     "function_episodes",
     "keep",
+    "labelled_batches",
     "labelled_rows",
     "load_split",
     "merge_splits",

@@ -113,6 +113,18 @@ def test_places_and_keys_tell_nothing():
     assert (found.scores["key"]["all"] < 2).all()
 
 
+def test_every_user_is_judged_once():
+    """And users that are drawn with replacement, who would pass for many, are refused."""
+    table = tasks.from_user_records(np.arange(12.0)[:, None], np.arange(12.0), np.repeat([0, 1, 2], 4), time=np.arange(12))
+    sample = tasks.user_episodes(table, num_support=2)
+    last = lambda key, support, query: jnp.broadcast_to(support["y"][-1], (1, *query["mask"].shape))
+    options = {"score_fn": methods.mean_absolute_error, "higher_is_better": False}
+    found = methods.evaluate_episodes({"last": last}, sample, KEY, each=3, chunk_size=2, **options)
+    np.testing.assert_allclose(found.scores["last"]["episodes"], np.full((3, 1), 1.5))
+    with pytest.raises(ValueError, match="draws users with replacement.*`each=` the number of users"):
+        methods.evaluate_episodes({"last": last}, sample, KEY, num_episodes=3, **options)
+
+
 def by_hand(scores, num_ways=None, higher=True):
     scores = {m: {s: np.array(v, float) for s, v in of.items()} for m, of in scores.items()}
     sources = next(iter(scores.values()))
