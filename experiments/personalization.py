@@ -108,10 +108,9 @@ def compared(loss: Callable, rate: float) -> dict[str, methods.Adaptation]:
 # ---- Parkinson's -----------------------------------------------------------------------------------------------------
 
 
-def trend_features(params, z):
+def trend_features(params, batch):
     """Hidden units, and their products with the time that has passed: slopes and curvatures differ with the patient."""
-    passed = z[:, :1]
-    units = hidden(params, z)
+    passed, units = batch["x"][:, :1], hidden(params, batch["x"])
     return jnp.concatenate([units, units * passed, passed], axis=1)
 
 
@@ -189,7 +188,10 @@ def parkinsons(table: tasks.UserTable, shots: int, seeds: int, settings: Setting
 
     last = lambda key, support, query: jnp.zeros((1, len(query["mask"]), 1))
     found = {"the last value": of_all(jax.vmap(lambda run: errors(last, run, run["test"])[0])(runs))}
-    made = {**compared(trend_loss, 0.03), "ridge head (R2D2)": methods.ridge_head(trend_features, loss=methods.mean_absolute_error)}
+    made = {
+        **compared(trend_loss, 0.03),
+        "ridge head (R2D2)": methods.ridge_head(trend_features, loss=methods.mean_absolute_error),
+    }
     for name, adaptation in list(made.items())[slice(only)]:
         method = lambda hyperparams, a=adaptation: methods.adapted(a, hyperparams, trend)
         trained_steps = 0 if name == "one network for all" else -1
@@ -225,8 +227,8 @@ def parkinson_table(found: dict[int, dict[str, np.ndarray]]) -> str:
 
 # ---- Heart disease ---------------------------------------------------------------------------------------------------
 
-risk = methods.linear_head(lambda params, z: jnp.concatenate([hidden(params, z), z], axis=1))
-linear = methods.linear_head(lambda params, z: z)
+risk = methods.linear_head(lambda params, batch: jnp.concatenate([hidden(params, batch["x"]), batch["x"]], 1))
+linear = methods.linear_head(lambda params, batch: batch["x"])
 
 
 def log_loss_of(model: Callable) -> Callable:

@@ -1,6 +1,7 @@
 """Named compositions of the contract, with no numerics of their own."""
 
 from metaopt.methods._adaptation import Adaptation, adaptation, adapted
+from metaopt.methods._conv4 import NORMALIZATIONS, Network, conv4
 from metaopt.methods._evaluate import (
     AdaptFn,
     Evaluation,
@@ -34,10 +35,12 @@ from metaopt.methods._few_shot import (
 from metaopt.methods._fine_tune import FineTuned, fine_tune
 
 __all__ = [
+    "NORMALIZATIONS",
     "AdaptFn",
     "Adaptation",
     "Evaluation",
     "FineTuned",
+    "Network",
     "accuracy",
     "adaptation",
     "adapted",
@@ -46,6 +49,7 @@ __all__ = [
     "boil",
     "by_number",
     "cavia",
+    "conv4",
     "cross_entropy",
     "evaluate_episodes",
     "fine_tune",

@@ -29,10 +29,12 @@ class Carried(NamedTuple):
     Attributes:
       own: the model's.
       made: the leaves of the model that `init` made and that do not adapt, with None in place of the others.
+      support: the support set's "x" and "mask", where they are kept.
     """
 
     own: base.PyTree
     made: base.PyTree
+    support: dict[str, jax.Array] | None
 
 
 class Adaptation(NamedTuple):
@@ -45,7 +47,7 @@ class Adaptation(NamedTuple):
         `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)` follows the schedules.
       hyperparams: `(meta_params, data=None) -> λ` to start from; `data` is one task's support set, needed where `init`
         looks at it and each leaf or entry of θ has a rate.
-      params: `(state, hyperparams) -> ` all leaves of the model, adapted or not, after a state's steps.
+      params: `(state, hyperparams) -> ` all leaves of the model, adapted or not, after a state's steps; as f sees them.
       test_steps: steps at test.
     """
 
@@ -77,6 +79,7 @@ def adaptation(
     rule: Callable[[base.Problem], base.Estimator] | None = None,
     remat: str = "none",
     sampler: inner.Sampler | None = None,
+    keep_support: bool = False,
     with_context: bool = False,
 ) -> Adaptation:
     """Says how a model adapts to a task; `maml`, `anil`, `cavia` and the others are settings of it.
@@ -108,6 +111,8 @@ def adaptation(
         `order`, `outer` and `remat`, which are of unrolling.
       remat: as for `hypergrad.unrolled`.
       sampler: which rows of the support set a step sees; all by default.
+      keep_support: f and predictions find the support set's "x" and "mask" in `params["support"]` (`params` are then a
+        dict): for statistics that are of the support set alone, as in `conv4(normalization="support")`.
       with_context: losses and `init` are in their full form: dropout keys, batch statistics, the number of the step.
 
     Returns:
@@ -163,6 +168,11 @@ def adaptation(
         fill = lambda path, x: given[_path(path)] if x is None else x
         return jax.tree_util.tree_map_with_path(fill, params, is_leaf=lambda x: x is None)
 
+    def judged(params, carried, meta_params):
+        """What f and predictions see."""
+        params = whole(params, carried.made, meta_params)
+        return {**params, "support": carried.support} if keep_support else params
+
     def start(key, hyperparams, data):
         params = hyperparams["init"] if init is None else init(key, hyperparams, data)
         if with_context and init is not None:
@@ -191,26 +201,27 @@ def adaptation(
                 f"`init` made the leaves {list(_by_path(made))}, which do not adapt, and a `rule` sees no derivative "
                 "through them: let them adapt (`adapt`), or leave out the `rule`."
             )
-        return select(params), Carried(model_state, made)
+        support = {name: data[name] for name in ("x", "mask")} if keep_support else None
+        return select(params), Carried(model_state, made, support)
 
     if init is not None:
         start = inner.im2col(start, only_on_cpu=True)
 
     def g(params, hyperparams, batch, context):
-        own, made = context.model_state
+        carried, own = context.model_state, context.model_state.own
         context = context._replace(model_state=own)
-        value = inner_loss(whole(params, made, hyperparams["init"]), hyperparams, batch, context)
+        value = inner_loss(whole(params, carried.made, hyperparams["init"]), hyperparams, batch, context)
         if isinstance(value, tuple) and len(value) != 2:
             raise ValueError(f"The inner loss must return [] or ([], model_state); got {len(value)} things.")
         value, own = value if isinstance(value, tuple) else (value, own)
         if proximal:
             distance = optax.tree.norm(optax.tree.sub(params, select(hyperparams["init"])), squared=True)
             value = value + proximal / 2 * distance
-        return value, Carried(own, made)
+        return value, carried._replace(own=own)
 
     def f(params, hyperparams, batch, context):
-        own, made = context.model_state
-        value = judge(whole(params, made, hyperparams["init"]), hyperparams, batch, context._replace(model_state=own))
+        params = judged(params, context.model_state, hyperparams["init"])
+        value = judge(params, hyperparams, batch, context._replace(model_state=context.model_state.own))
         return value[0] if isinstance(value, tuple) else value
 
     grouped = transforms.per_parameter(optimizer) if rates in ("leaf", "entry") else optimizer
@@ -223,11 +234,13 @@ def adaptation(
     )
 
     def leaves_at(hyperparams, step):
-        found = {p: jnp.shape(x) for p, x in _by_path(hyperparams["init"]).items() if re.search(leaves_per_step or "", p)}
+        found = {
+            p: jnp.shape(x) for p, x in _by_path(hyperparams["init"]).items() if re.search(leaves_per_step or "", p)
+        }
         wrong = {path: shape for path, shape in found.items() if shape[:1] != (num_steps,)}
         if not found or wrong:
             raise ValueError(
-                f"`leaves_per_step` must find leaves in λ[\"init\"] with a leading axis of `num_steps` = {num_steps}; "
+                f'`leaves_per_step` must find leaves in λ["init"] with a leading axis of `num_steps` = {num_steps}; '
                 f"{leaves_per_step!r} finds {wrong or 'none'}."
             )
         pick = lambda path, x: x[step] if _path(path) in found else x
@@ -259,7 +272,7 @@ def adaptation(
     def params(state, hyperparams):
         if rates_per_step or leaves_per_step:
             hyperparams = at_step(hyperparams, loop.context(state).step - 1)
-        return whole(loop.params(state), loop.context(state).model_state.made, hyperparams["init"])
+        return judged(loop.params(state), loop.context(state).model_state, hyperparams["init"])
 
     def estimator_at(step):
         if rule is not None:

@@ -349,7 +349,8 @@ def by_number(
 
 
 def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None = None, digits: int = 3) -> str:
-    """The evaluation as a table in Markdown: a row a method, best average rank first.
+    """The evaluation as tables in Markdown, a row a method, best average rank first: of inductive methods, then, where
+    there are any, of transductive ones, which use more than the others and are compared among themselves.
 
     Args:
       evaluation: what `evaluate_episodes` returned.
@@ -358,15 +359,33 @@ def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None
       digits: after the point.
 
     Returns:
-      The table, and a line on how to read it. On each source the best method is bold, and so are those whose paired
-      difference to it is within the 95 % interval.
+      The tables, and a line on how to read them. On each source the best method of a table is bold, and so are those
+      whose paired difference to it is within the 95 % interval.
 
     Raises:
       ValueError: there is no such reference.
     """
+    differences = None if reference is None else paired_differences(evaluation, reference, step=step)
+    lines = []
+    for transductive in (False, True):
+        names = [name for name in evaluation.scores if evaluation.transductive[name] == transductive]
+        if names:
+            part = evaluation._replace(scores={name: evaluation.scores[name] for name in names})
+            kind = "transductive method" if transductive else "method"
+            lines += [*_table(part, kind, differences, reference, step, digits), ""]
+    counts = sorted({len(number) for number in evaluation.num_ways.values()})
+    better = "higher" if evaluation.higher_is_better else "lower"
+    lines.append(
+        f"{'–'.join(map(str, counts))} episodes of each source, the same for all; mean ± 95 %; {better} is better."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _table(
+    evaluation: Evaluation, kind: str, differences: dict | None, reference: str | None, step: int, digits: int
+) -> list[str]:
     means, ranks = mean_scores(evaluation, step=step), average_ranks(evaluation, step=step)
     sign = 1 if evaluation.higher_is_better else -1
-    differences = None if reference is None else paired_differences(evaluation, reference, step=step)
     bold = set()
     for source in evaluation.sources:
         best = max(means, key=lambda method: np.nan_to_num(sign * means[method][source][0], nan=-np.inf))
@@ -374,10 +393,10 @@ def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None
             difference, half = of[source]
             if method == best or abs(difference) <= half:
                 bold.add((method, source))
-    head = ["method", *evaluation.sources, "average rank", *([] if reference is None else [f"against {reference}"])]
+    head = [kind, *evaluation.sources, "average rank", *([] if reference is None else [f"against {reference}"])]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method, rank in ranks.items():
-        cells = [f"{method} (transductive)" if evaluation.transductive[method] else method]
+        cells = [method]
         for source in evaluation.sources:
             mean, half = means[method][source]
             text = f"{mean:.{digits}f} ± {half:.{digits}f}"
@@ -388,10 +407,4 @@ def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None
             half = math.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs)
             cells.append("" if method == reference else f"{pairs[:, 0].mean():+.{digits}f} ± {half:.{digits}f}")
         lines.append("| " + " | ".join(cells) + " |")
-    counts = sorted({len(number) for number in evaluation.num_ways.values()})
-    better = "higher" if evaluation.higher_is_better else "lower"
-    lines += [
-        "",
-        f"{'–'.join(map(str, counts))} episodes of each source, the same for all; mean ± 95 %; {better} is better.",
-    ]
-    return "\n".join(lines) + "\n"
+    return lines

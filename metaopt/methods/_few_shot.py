@@ -285,15 +285,15 @@ def _as_dict(params: Any) -> dict[str, Any]:
 
 
 def linear_head(features: Callable) -> Callable:
-    """`(params, batch) -> outputs` [N, W] of a linear head on features: x ↦ features(params, x) w + b.
+    """`(params, batch) -> outputs` [N, W] of a linear head on features: x ↦ features(x) w + b.
 
     Args:
-      features: `(params, x) -> [N, D]`.
+      features: `(params, batch) -> [N, D]`, of a batch with "x" and "mask": `conv4(...).features`, or any other.
 
     Returns:
       A function of `params` with "head": {"w": [D, W], "b": [W]}, and of a batch with "x"; `adapted` takes it.
     """
-    return lambda params, batch: features(params, batch["x"]) @ params["head"]["w"] + params["head"]["b"][None]
+    return lambda params, batch: features(params, batch) @ params["head"]["w"] + params["head"]["b"][None]
 
 
 def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -323,9 +323,10 @@ def _with_head(features: Callable, make: Callable, loss: Callable, **options: An
 
     def init(key, hyperparams, data):
         params = _as_dict(hyperparams["init"])
-        return {**params, "head": make(features(params, data["x"]), hyperparams, data)}
+        return {**params, "head": make(features(params, data), hyperparams, data)}
 
-    return adaptation(lambda params, hyperparams, batch: loss(head(params, batch), batch), init=init, **options)
+    inner_loss = lambda params, hyperparams, batch: loss(head(params, batch), batch)
+    return adaptation(inner_loss, init=init, **{"keep_support": True, **options})
 
 
 def proto_maml(features: Callable, *, num_steps: int = 5, rate: float = 0.01, **options: Any) -> Adaptation:
@@ -334,7 +335,7 @@ def proto_maml(features: Callable, *, num_steps: int = 5, rate: float = 0.01, **
         w_c = 2 p_c,    b_c = −|p_c|²,    so that the first logits are −|x − p_c|² up to what all classes share.
 
     Args:
-      features: `(params, x) -> [N, D]`; λ["init"] is a dict.
+      features: `(params, batch) -> [N, D]`; λ["init"] is a dict.
       num_steps: T; 0 is a prototypical network.
       rate: α.
       **options: as for `adaptation`.
@@ -377,7 +378,7 @@ def ridge_head(features: Callable, *, loss: Callable = cross_entropy, **options:
     "scale" and "shift".
 
     Args:
-      features: `(params, x) -> [N, D]`; λ["init"] is a dict.
+      features: `(params, batch) -> [N, D]`; λ["init"] is a dict.
       loss: `(outputs, batch) -> []`: `cross_entropy` (Y is one-hot), or `mean_squared_error` (Y is "y" [N, W]).
       **options: as for `adaptation`; with `num_steps` the head and the features adapt from there.
 

@@ -360,9 +360,7 @@ def test_what_init_makes_and_does_not_adapt_stays(order):
         return error(made | {"hidden": jax.tree.map(lambda a, b: a + b, made["hidden"], moved)}, DATA[1])
 
     expected = differences(by_hand, META)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), found.hypergrad["init"], expected
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), found.hypergrad["init"], expected)
     predict = lambda params, query: network(params, query["x"])
     outputs = methods.adapted(a, hyperparams, predict)(KEY, task.train, task.valid)
     np.testing.assert_allclose(outputs[-1], predicted(end, DATA[1]["x"]), rtol=1e-10)
@@ -376,7 +374,7 @@ def test_what_init_makes_and_does_not_adapt_stays(order):
 def test_convolutions_of_init_and_of_predictions_are_products():
     """On CPU those in a loop are slow, and those of one kernel a task too."""
     kernel = jnp.ones((2, 1, 3, 3), jnp.float32)
-    features = lambda params, x: jax.lax.conv(x[:, None], params["k"], (1, 1), "SAME").mean((2, 3))
+    features = lambda params, b: jax.lax.conv(b["x"][:, None], params["k"], (1, 1), "SAME").mean((2, 3))
     a = methods.prototypical_networks(features)
     part = {"x": jnp.ones((2, 5, 5), jnp.float32), "y": jnp.arange(2), "mask": jnp.ones(2), "class_mask": jnp.ones(2)}
     hyperparams = a.hyperparams({"k": kernel})

@@ -21,8 +21,8 @@ def side(num, num_padded):
     return {"x": x, "y": y, "mask": mask, "class_mask": np.array([1.0, 1.0, 0.0])}
 
 
-def features(params, x):
-    return x @ params["map"]
+def features(params, batch):
+    return batch["x"] @ params["map"]
 
 
 def to_jax(tree):
@@ -118,7 +118,10 @@ def test_imaml_is_the_implicit_derivative_in_closed_form():
         (lambda: methods.imaml(np.sum, proximal=1.0, rates="leaf"), "`imaml` has no option `rates`"),
         (lambda: methods.imaml(np.sum, proximal=1.0, order="first"), "they do not go with a `rule`"),
         (lambda: methods.ridge_head(features, with_context=True), "has no option `with_context`"),
-        (lambda: estimate(methods.ridge_head(lambda p, x: x), base.Task(side(4, 0), side(4, 0)), 1.0), "must be a dict"),
+        (
+            lambda: estimate(methods.ridge_head(lambda p, b: b["x"]), base.Task(side(4, 0), side(4, 0)), 1.0),
+            "must be a dict",
+        ),
     ],
 )
 def test_options_that_a_method_does_not_have(make, message):
@@ -147,7 +150,7 @@ def test_pretraining_on_all_classes_is_a_baseline_for_labels_that_change():
         return tasks.from_arrays(x, y, name=name)
 
     train, test = source(np.arange(6) * 0.5, "train"), source(np.arange(3) * 0.8 + 0.2, "test")
-    net = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+    net = lambda params, batch: jnp.tanh(batch["x"] @ params["a"]) @ params["b"]
     head = methods.linear_head(net)
     before = methods.pretrained(lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch))
     keys = jax.random.split(KEY, 2)
