@@ -136,7 +136,7 @@ def parkinson_runs(num_patients: int, seeds: int, table: tasks.UserTable) -> dic
 
 
 def seen(run, episode: tasks.Episode) -> tasks.Episode:
-    """What the network sees: days passed, score and slope at the last support recording, the others; y is the change."""
+    """What the network sees: days passed, score and slope at the last support recording, the rest; y is the change."""
     support, query, meta = episode
     day, score = support["x"][:, TIME], support["y"]
     span = day[-1] - day[0]
@@ -197,7 +197,7 @@ def parkinsons(table: tasks.UserTable, shots: int, seeds: int, settings: Setting
         trained_steps = 0 if name == "one network for all" else -1
         judge = lambda run, hp, method=method, at=trained_steps: errors(method(hp), run, run["kept"])[at].mean()
         num_inputs = table.x.shape[1] + 3
-        start = lambda key: initial(key, num_inputs, 2 * settings.width + 1, settings.width)
+        start = lambda key, inputs=num_inputs: initial(key, inputs, 2 * settings.width + 1, settings.width)
         run_one = train(adaptation, start, sample, judge, settings)
 
         def outcome(key, run, run_one=run_one, method=method):
@@ -290,7 +290,7 @@ def hospitals(table: tasks.UserTable, seeds: int, settings: Settings, only: int 
     for name, (adaptation, model, drawn) in list(made.items())[slice(only)]:
         inputs = 2 * columns
         features = inputs if model is linear else inputs + settings.width
-        start = lambda key, features=features: initial(key, inputs, features, settings.width)
+        start = lambda key, sizes=(inputs, features): initial(key, *sizes, settings.width)
         never = lambda run, hyperparams: jnp.zeros([])  # ties: the last
         run_one = train(adaptation, start, drawn, never, settings)
 
@@ -337,14 +337,14 @@ def main() -> None:
     text = "## Parkinson's telemonitoring\n\n" + parkinson_table(found)
     text += (
         f"\n\nMean absolute error of the motor score over {table.num_users} patients, each tested once a seed; mean ± "
-        f"standard deviation over {seeds} seed(s), which differ in folds and initialization; in brackets the difference "
-        "to the last value, ± 1.96 standard errors over patients."
+        f"standard deviation over {seeds} seed(s), which differ in folds and initialization; in brackets the "
+        "difference to the last value, ± 1.96 standard errors over patients."
     )
     text += "\n\n## Heart disease, leave one hospital out\n\n" + hospital_table(areas, hearts.user_names)
     text += (
-        f"\n\nArea under the ROC curve among the patients of the hospital that are not in its support set of 20, the mean "
-        f"over {settings.draws} draws of those; mean ± standard deviation over {seeds} seed(s). The published figures use "
-        "no support set and judge all patients."
+        "\n\nArea under the ROC curve among the patients of the hospital that are not in its support set of 20, the "
+        f"mean over {settings.draws} draws of those; mean ± standard deviation over {seeds} seed(s). The published "
+        "figures use no support set and judge all patients."
     )
     script.publish(__file__, "Personalization", text, options)
 

@@ -166,7 +166,7 @@ def evaluate_episodes(
         # What draws an episode, what a method may use and what puts query examples in order know nothing of each other.
         three = jax.random.split(jax.random.fold_in(key, number), 3)
         draw_keys, method_keys, order_keys = (jax.random.split(k, num_episodes) for k in three)
-        # An argument of the program: the data that it holds, if it says which (`tasks.episodes`), are no constants in it.
+        # An argument of the program: the data that it holds, if it says which (`tasks.episodes`), are no constants.
         sample = sample if isinstance(sample, Partial) else Partial(sample)
         draw = jax.jit(jax.vmap(functools.partial(_shuffled, each is not None), in_axes=(None, 0, 0, 0)))
         found: dict[str, list[np.ndarray]] = {name: [] for name in [*methods, "ways", "shots"]}

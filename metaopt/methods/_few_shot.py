@@ -247,10 +247,10 @@ def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **op
     with `tasks.labelled_batches`, and give every task a new head at test, as Chen et al. (ICLR 2019) do:
 
         head = methods.linear_head(features)
-        before = methods.pretrained(lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch))
-        learner = training.learner(before.estimator, optax.adam(1e-3))        # λ["init"]["head"]: {"w": [D, C], "b": [C]}
-        result = training.fit(learner, tasks.labelled_batches(sources, 64), ...)
-        tuned = methods.proto_maml(features, adapt="^head", num_steps=10)     # from prototypes; adapt="" tunes it all
+        loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+        learner = training.learner(methods.pretrained(loss).estimator, optax.adam(1e-3))
+        result = training.fit(learner, tasks.labelled_batches(sources, 64), ...)    # head: {"w": [D, C], "b": [C]}
+        tuned = methods.proto_maml(features, adapt="^head", num_steps=10)    # from prototypes; adapt="" tunes it all
         method = methods.adapted(tuned, result.hyperparams, head)
 
     Args:
