@@ -1,9 +1,9 @@
-"""Omniglot: new characters from one or five drawings, by the methods of the MAML family and those they are compared with.
+"""Omniglot: new characters from one or five drawings, by the MAML family and by what it is compared with.
 
-Trained on background characters, turned by 0, 90, 180 and 270 degrees; 64 of them, not turned, say which λ of a training
-is taken. Judged on episodes of evaluation characters, the same for all methods: 5 or 20 ways, 1 or 5 shots, and Lake's
-20 one-shot runs. The official split has other alphabets in the evaluation set; the usual random one has 1,200
-characters to train on. Pixel prototypes, the nearest class mean by cosine, are what every method must beat.
+Trained on background characters, turned by 0, 90, 180 and 270 degrees; 64 others, not turned, say which λ of a
+training is taken. Judged on episodes of evaluation characters, the same for all methods: 5 or 20 ways, 1 or 5 shots,
+and Lake's 20 one-shot runs. The official split has other alphabets in the evaluation set; the usual random one has
+1,200 characters to train on. Pixel prototypes, the nearest class mean by cosine, are what every method must beat.
 
     python experiments/omniglot.py                   # conv4-64 on 28 × 28: hours; a GPU is of use
     python experiments/omniglot.py --small           # three blocks of 16 filters on 14 × 14: a processor's scale
@@ -250,12 +250,12 @@ def main() -> None:
     one_shot = script.data_file(__file__, "omniglot.npz").parent / "omniglot_oneshot_runs.npz"
     found = judge(trained, parts, scale, one_shot)
     text = report(found, curves)
+    shares = ", ".join(f"{name} {ROWS[name].share:g}" for name in options.methods)
     text += (
-        f"\n\n{scale.episodes} episodes of unseen characters, {options.split} split, the same for all; mean ± 95 % over "
-        f"episodes, of one training each. {scale.blocks} blocks of {scale.filters} filters on {scale.size} × {scale.size} "
-        f"pixels, {scale.steps:,} outer steps of prototypical networks, and a share of them for the others: "
-        + ", ".join(f"{name} {ROWS[name].share:g}" for name in options.methods)
-        + ". Trained with one shot (Reptile five), tested with one and five; pixel prototypes see the same small images."
+        f"\n\n{scale.episodes} episodes of unseen characters, {options.split} split, the same for all; mean ± 95 % "
+        f"over episodes, of one training each. {scale.blocks} blocks of {scale.filters} filters on {scale.size} × "
+        f"{scale.size} pixels, {scale.steps:,} outer steps, of which methods take a share: {shares}. Trained with one "
+        "shot (Reptile five), tested with one and five; pixel prototypes see the same images."
     )
     file = Path(__file__).with_name("omniglot_small.py") if options.small else Path(__file__)
     script.publish(str(file), "Omniglot", text, options)

@@ -288,9 +288,8 @@ def hospitals(table: tasks.UserTable, seeds: int, settings: Settings, only: int 
     made |= {name: (a, risk, sample) for name, a in compared(log_loss_of(risk), 0.1).items()}
     found = {}
     for name, (adaptation, model, drawn) in list(made.items())[slice(only)]:
-        inputs = 2 * columns
-        features = inputs if model is linear else inputs + settings.width
-        start = lambda key, sizes=(inputs, features): initial(key, *sizes, settings.width)
+        features = 2 * columns + (0 if model is linear else settings.width)
+        start = lambda key, features=features: initial(key, 2 * columns, features, settings.width)
         never = lambda run, hyperparams: jnp.zeros([])  # ties: the last
         run_one = train(adaptation, start, drawn, never, settings)
 

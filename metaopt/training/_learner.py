@@ -102,8 +102,9 @@ def learner(
       (0 or 1).
 
     Raises:
-      ValueError: `stagger` is below 1, or `estimator` is none; at trace time, a leaf of λ is not floating-point, the
-        tasks are empty, or `done` is no prefix of the axes of a leaf. (AssertionError: the estimator broke its contract.)
+      ValueError: `stagger` is below 1, or `estimator` is none; at trace time, a leaf of λ is not floating-point,
+        the tasks are empty, or `done` is no prefix of the axes of a leaf. (AssertionError: the estimator broke its
+        contract.)
 
     Example:
       >>> def estimate(hyperparams, task, state):
