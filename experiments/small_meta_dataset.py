@@ -30,9 +30,9 @@ LEFT_OUT = ("quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist
 
 
 class Settings(NamedTuple):
-    filters: int = 16
+    filters: int = 12
     tasks: int = 4  # a step, of each training
-    steps: int = 200
+    steps: int = 150
     rows: int = 2000  # of a source, at most; Omniglot's are all used
     episodes: int = 600
     sources: int = len(LEFT_OUT)
@@ -107,8 +107,7 @@ def main() -> None:
     made = {
         "prototypical networks": (methods.prototypical_networks(network.features), network.init),
         "ridge head (R2D2)": (methods.ridge_head(network.features), network.init),
-        "Proto-MAML": (methods.proto_maml(network.features, num_steps=2, rate=0.05), network.init),
-        "first-order MAML": (methods.fomaml(loss, num_steps=3, rate=0.2, keep_support=True), with_head),
+        "first-order MAML": (methods.fomaml(loss, num_steps=2, rate=0.3, keep_support=True), with_head),
     }
     judged: dict[str, methods.AdaptFn] = {"pixel prototypes": pixels}
     for name, (adaptation, start) in list(made.items())[: 1 if options.smoke else None]:
