@@ -106,10 +106,14 @@ def conv4(
         return params
 
     def features(params, batch):
-        x, mask = batch["x"], batch["mask"]
+        dtype = params["block0"]["w"].dtype
+        x, mask = (batch[name].astype(dtype) for name in ("x", "mask"))
         support = params.get("support") if needs_support else None
         if support is not None:  # both sets, by the statistics of the first
-            x, mask = jnp.concatenate([support["x"], x]), jnp.append(support["mask"], jnp.zeros_like(mask))
+            x, mask = (
+                jnp.concatenate([support["x"].astype(dtype), x]),
+                jnp.append(support["mask"].astype(dtype), 0 * mask),
+            )
         x = x.reshape(*x.shape[:3], num_channels)
         if min(x.shape[1:3]) < 2**num_blocks:
             raise ValueError(
