@@ -30,9 +30,9 @@ LEFT_OUT = ("quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist
 
 
 class Settings(NamedTuple):
-    filters: int = 12
+    filters: int = 8
     tasks: int = 4  # a step, of each training
-    steps: int = 150
+    steps: int = 100
     rows: int = 2000  # of a source, at most; Omniglot's are all used
     episodes: int = 600
     sources: int = len(LEFT_OUT)
