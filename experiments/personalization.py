@@ -10,9 +10,9 @@ predicts none, and so is the baseline, the last value.
 under the ROC curve, the mean over draws of the 20. Training episodes are of the three other hospitals, with a random
 third of the columns blank, since hospitals differ in what they measure. Nothing says when to stop.
 
-To see in the committed results: with learned rates (Meta-SGD) adaptation is best or level on patients; with a fixed rate
-it harms, and most of the gain over the last value is that of one network which sees score and slope. Twenty patients of
-a new hospital help at three of four. Of Switzerland's 123 patients 8 are healthy: its areas say little.
+To see in the committed results: with learned rates (Meta-SGD) adaptation is best or level on patients; with a fixed
+rate it harms, and most of the gain over the last value is that of one network which sees score and slope. Twenty
+patients of a new hospital help at three of four. Of Switzerland's 123 patients 8 are healthy: its areas say little.
 
 All folds and seeds of a method are trained by one program, a `vmap` over the learner's two functions. No
 setting was chosen by patients or hospitals that are tested on.
