@@ -303,6 +303,15 @@ class Estimator(NamedTuple):
     kind: str
 
 
+def check_estimator(estimator: Any, *, or_function: bool = False) -> None:
+    """ValueError where it is no estimator (nor, where that is allowed, a function of the outer step)."""
+    if isinstance(estimator, Estimator) or or_function and callable(estimator):
+        return
+    instead = "; take its `.estimator`" if isinstance(getattr(estimator, "estimator", None), Estimator) else ""
+    function = ", or a function `step -> Estimator`" if or_function else ""
+    raise ValueError(f"`estimator` must be a `base.Estimator`{function}; got {type(estimator).__name__}{instead}.")
+
+
 class Predictor(NamedTuple):
     """g or h: maps a task to λ; its weights φ are meta-parameters.
 

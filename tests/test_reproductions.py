@@ -53,6 +53,31 @@ def test_smoke_prints_a_table_and_writes_nothing(name, tmp_path):
     assert "nan" not in done.stdout and not list(tmp_path.iterdir())
 
 
+FEW_SHOT = {
+    "personalization": (
+        "parkinsons_telemonitoring.csv.gz",
+        ("the last value | 3.19", "logistic regression, fine-tuned"),
+    ),
+    "omniglot": ("omniglot.npz", ("pixel prototypes", "MAML | ", "MAML, 5 ways", "prototypical networks, 5 ways")),
+    "small_meta_dataset": ("omniglot.npz", ("pixel prototypes", "prototypical networks, untrained")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEW_SHOT)
+def test_smoke_of_few_shot_learning(name, tmp_path):
+    file, expected = FEW_SHOT[name]
+    if not (Path(os.environ.get("METAOPT_DATA", "")) / file).is_file():
+        pytest.skip(f"METAOPT_DATA names no folder with {file}")
+    done = run(name, "--smoke", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert all(any(text in line for line in table) for text in expected)
+    assert "nan" not in done.stdout and not list(tmp_path.iterdir())
+    absent = run(name, "--smoke", METAOPT_DATA=str(tmp_path))
+    assert absent.returncode == 1 and f"{name} needs {file}" in absent.stderr
+
+
 @pytest.mark.slow
 def test_smoke_of_the_sinusoids(tmp_path):
     done = run("sinusoid", "--smoke", "--out", tmp_path, "--work", tmp_path)

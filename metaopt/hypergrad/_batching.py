@@ -135,8 +135,10 @@ def over_tasks(
       "num_finite", "num_nonfinite", and "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
 
     Raises:
-      ValueError: an argument is out of range; at trace time, an empty batch, or leaves that disagree on B.
+      ValueError: `estimator` is none, or an argument is out of range; at trace time, an empty batch, or leaves that
+        disagree on B.
     """
+    base.check_estimator(estimator)
     base.check_integer("task_chunk", task_chunk, 1, optional=True)
     base.check_positive("max_norm", max_norm, optional=True)
     if normalize and max_norm is not None:

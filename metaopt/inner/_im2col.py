@@ -24,7 +24,7 @@ _MOST_POSITIONS = 128
 _LARGE = 2**28
 
 
-def im2col(fn: Callable) -> Callable:
+def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
     """`fn`, with its convolutions as matrix products and its pooling as maxima and sums of slices.
 
         y[n, p, d] = Σ_{k, c} x[n, s p + r k − pad, c] w[k, c, d] = (patches of x) · (w as a matrix)
@@ -43,6 +43,7 @@ def im2col(fn: Callable) -> Callable:
       fn: any JAX function. Convolutions inside functions with a derivative of their own (`jax.custom_vjp`), of kernels
         of over 128 positions, with `batch_group_count`, or of other than real floating-point numbers are left as they
         are, as is a function that cannot be traced (because Python branches on a value).
+      only_on_cpu: leaves everything as it is where the default backend, when the function is called, is no CPU.
 
     Returns:
       A function of the same positional arguments, with the same result.
@@ -61,6 +62,8 @@ def im2col(fn: Callable) -> Callable:
     """
 
     def rewritten(*args):
+        if only_on_cpu and jax.default_backend() != "cpu":
+            return fn(*args)
         leaves, structure = jax.tree.flatten(args)
         # What is not traced (a number that Python decides by) stays what it is.
         traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]

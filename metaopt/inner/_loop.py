@@ -35,13 +35,8 @@ class LoopState(NamedTuple):
 
 
 def _with_products(fn: Callable, choice: bool | None) -> Callable:
-    """`fn` with its convolutions as matrix products where they are chosen, which is known when it is called."""
-
-    def called(params, hyperparams, batch, context):
-        chosen = jax.default_backend() == "cpu" if choice is None else choice
-        return (_im2col.im2col(fn) if chosen else fn)(params, hyperparams, batch, context)
-
-    return called
+    """`fn` with its convolutions as matrix products where they are chosen."""
+    return fn if choice is False else _im2col.im2col(fn, only_on_cpu=choice is None)
 
 
 def _is_array(leaf: Any) -> bool:

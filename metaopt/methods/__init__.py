@@ -15,6 +15,7 @@ from metaopt.methods._architecture import (
     single_path_one_shot,
     unrolled_darts,
 )
+from metaopt.methods._conv4 import NORMALIZATIONS, Network, conv4
 from metaopt.methods._evaluate import (
     AdaptFn,
     Evaluation,
@@ -65,6 +66,8 @@ __all__ = [
     "FineTuned",
     "MetaOptimizer",
     "MetaSearcherState",
+    "NORMALIZATIONS",
+    "Network",
     "OneShot",
     "Search",
     "accuracy",
@@ -78,6 +81,7 @@ __all__ = [
     "boil",
     "by_number",
     "cavia",
+    "conv4",
     "cross_entropy",
     "darts",
     "darts_minus",

@@ -6,6 +6,7 @@
 None in place of the others, which are read from λ["init"]: what does not adapt costs nothing in the inner loop.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,20 @@ RATES = ("fixed", "one", "leaf", "entry")
 LATE = np.iinfo(np.int32).max  # an outer step after every schedule
 
 
+class Carried(NamedTuple):
+    """The model state of an adaptation's inner loop.
+
+    Attributes:
+      own: the model's.
+      made: the leaves of the model that `init` made and that do not adapt, with None in place of the others.
+      support: the support set's "x" and "mask", where they are kept.
+    """
+
+    own: base.PyTree
+    made: base.PyTree
+    support: dict[str, jax.Array] | None
+
+
 class Adaptation(NamedTuple):
     """What a specification makes; see `adaptation`.
 
@@ -32,7 +47,7 @@ class Adaptation(NamedTuple):
         `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)` follows the schedules.
       hyperparams: `(meta_params, data=None) -> λ` to start from; `data` is one task's support set, needed where `init`
         looks at it and each leaf or entry of θ has a rate.
-      params: `(state, hyperparams) -> ` all leaves of the model, adapted or not, after a state's steps.
+      params: `(state, hyperparams) -> ` all leaves of the model, adapted or not, after a state's steps; as f sees them.
       test_steps: steps at test.
     """
 
@@ -64,6 +79,7 @@ def adaptation(
     rule: Callable[[base.Problem], base.Estimator] | None = None,
     remat: str = "none",
     sampler: inner.Sampler | None = None,
+    keep_support: bool = False,
     with_context: bool = False,
 ) -> Adaptation:
     """Says how a model adapts to a task; `maml`, `anil`, `cavia` and the others are settings of it.
@@ -72,8 +88,9 @@ def adaptation(
       loss: g, `(params, hyperparams, batch) -> []` on the support set, where `params` are all leaves of the model. With
         `with_context`, `(params, hyperparams, batch, context) -> []` or `-> ([], model_state)`.
       outer_loss: f on the query set, with the same arguments, `-> []`; by default `loss` (without its model state).
-      init: `(key, hyperparams, data) -> params`, θ_0 and what does not adapt: λ["init"] by default; may add leaves,
-        such as a head made from the support set. With `with_context`, `-> (params, model_state)`.
+      init: `(key, hyperparams, data) -> params`, θ_0 and what does not adapt: λ["init"] by default; may add leaves or
+        change them, such as a head made from the support set: what it makes that does not adapt stays as it is. With
+        `with_context`, `-> (params, model_state)`.
       extra: more leaves of λ, by name, with the values to start from, for the losses and `init` to read.
       adapt: which leaves adapt: a regular expression that is searched for in paths like "layers/0/bias". Leaves that do
         not adapt are in λ["init"], and are learned by the outer step alone.
@@ -90,18 +107,21 @@ def adaptation(
         steps.
       outer: the weights w_1..w_T, as for `hypergrad.unrolled`, or a schedule of them, `step -> [T]` of the outer step.
       proximal: μ ≥ 0 adds μ |θ − λ["init"]|²/2, over the leaves that adapt, to g.
-      rule: `problem -> Estimator` in place of `hypergrad.unrolled`: `hypergrad.implicit` (iMAML), `reptile`. `order`,
-        `outer` and `remat` do not concern it.
+      rule: `problem -> Estimator` in place of `hypergrad.unrolled`: `hypergrad.implicit` (iMAML), `reptile`; without
+        `order`, `outer` and `remat`, which are of unrolling.
       remat: as for `hypergrad.unrolled`.
       sampler: which rows of the support set a step sees; all by default.
+      keep_support: f and predictions find the support set's "x" and "mask" in `params["support"]` (`params` are then a
+        dict): for statistics that are of the support set alone, as in `conv4(normalization="support")`.
       with_context: losses and `init` are in their full form: dropout keys, batch statistics, the number of the step.
 
     Returns:
       An `Adaptation`. Train `hypergrad.over_tasks(a.estimator)` by `training.fit`; `adapted` is what it does at test.
 
     Raises:
-      ValueError: an argument is out of range; at trace time, `adapt` finds no leaf, or a leaf adapts and has a value a
-        step.
+      ValueError: an argument is out of range; at trace time, `adapt` or `leaves_per_step` finds no leaf, a leaf adapts
+        and has a value a step, a leaf with a value a step has another leading axis than T, or `init` makes leaves that
+        do not adapt and there is a `rule`.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import base, methods
@@ -120,10 +140,13 @@ def adaptation(
     for name, value in {"num_steps": num_steps, "test_steps": test_steps, "proximal": proximal}.items():
         if value is not None and not value >= 0:
             raise ValueError(f"`{name}` must be at least 0; got {value}.")
-    if isinstance(order, str) and order not in ("first", "second") or isinstance(order, int) and order < 0:
+    if order not in ("first", "second") and (isinstance(order, bool) or not isinstance(order, int) or order < 0):
         raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')
     if rates_per_step and rates == "fixed":
         raise ValueError('`rates_per_step` needs learned rates: `rates="one"`, "leaf" or "entry".')
+    judged_last = isinstance(outer, str) and outer == "last"
+    if rule is not None and not (order == "second" and judged_last and remat == "none"):
+        raise ValueError("`order`, `outer` and `remat` say how training is unrolled: they do not go with a `rule`.")
     if num_steps == 0 and (rates_per_step or leaves_per_step):
         raise ValueError("With `num_steps=0` there is no step to have values of its own.")
 
@@ -139,16 +162,29 @@ def adaptation(
         """The leaves that adapt, with None in place of the others."""
         return jax.tree_util.tree_map_with_path(lambda path, x: x if re.search(adapt, _path(path)) else None, params)
 
-    def whole(params, meta_params):
-        """All leaves: those that do not adapt are read from the meta-parameters."""
-        given = {_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(meta_params)}
-        fill = lambda path, x: given.get(_path(path)) if x is None else x
+    def whole(params, made, meta_params):
+        """All leaves: those that do not adapt were made by `init`, or are read from the meta-parameters."""
+        given = _by_path(meta_params) | _by_path(made)
+        fill = lambda path, x: given[_path(path)] if x is None else x
         return jax.tree_util.tree_map_with_path(fill, params, is_leaf=lambda x: x is None)
+
+    def judged(params, carried, meta_params):
+        """What f and predictions see."""
+        params = whole(params, carried.made, meta_params)
+        return {**params, "support": carried.support} if keep_support else params
 
     def start(key, hyperparams, data):
         params = hyperparams["init"] if init is None else init(key, hyperparams, data)
-        params, model_state = params if with_context and init is not None else (params, None)
-        paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        if with_context and init is not None:
+            if type(params) not in (tuple, list) or len(params) != 2:
+                raise ValueError(
+                    "With `with_context=True`, `init` must return a pair (params, model state), where the model state "
+                    f"may be None; got {type(params).__name__}."
+                )
+            params, model_state = params
+        else:
+            model_state = None
+        paths = list(_by_path(params))
         if not any(re.search(adapt, path) for path in paths):
             raise ValueError(f"`adapt` must find a leaf: {adapt!r} is in none of {paths}.")
         both = [
@@ -156,18 +192,36 @@ def adaptation(
         ]
         if both:
             raise ValueError(f"Leaves with a value for each step cannot adapt: {both}. Leave them out of `adapt`.")
-        return select(params), model_state
+        given = _by_path(hyperparams["init"])
+        # What `init` passed on is the very leaf of λ["init"].
+        is_made = lambda path, x: not re.search(adapt, path) and x is not given.get(path)
+        made = jax.tree_util.tree_map_with_path(lambda path, x: x if is_made(_path(path), x) else None, params)
+        if rule is not None and jax.tree.leaves(made):
+            raise ValueError(
+                f"`init` made the leaves {list(_by_path(made))}, which do not adapt, and a `rule` sees no derivative "
+                "through them: let them adapt (`adapt`), or leave out the `rule`."
+            )
+        support = {name: data[name] for name in ("x", "mask")} if keep_support else None
+        return select(params), Carried(model_state, made, support)
+
+    if init is not None:
+        start = inner.im2col(start, only_on_cpu=True)
 
     def g(params, hyperparams, batch, context):
-        value = inner_loss(whole(params, hyperparams["init"]), hyperparams, batch, context)
-        if not proximal:
-            return value
-        value, model_state = value if isinstance(value, tuple) else (value, context.model_state)
-        distance = optax.tree.norm(optax.tree.sub(params, select(hyperparams["init"])), squared=True)
-        return value + proximal / 2 * distance, model_state
+        carried, own = context.model_state, context.model_state.own
+        context = context._replace(model_state=own)
+        value = inner_loss(whole(params, carried.made, hyperparams["init"]), hyperparams, batch, context)
+        if isinstance(value, tuple) and len(value) != 2:
+            raise ValueError(f"The inner loss must return [] or ([], model_state); got {len(value)} things.")
+        value, own = value if isinstance(value, tuple) else (value, own)
+        if proximal:
+            distance = optax.tree.norm(optax.tree.sub(params, select(hyperparams["init"])), squared=True)
+            value = value + proximal / 2 * distance
+        return value, carried._replace(own=own)
 
     def f(params, hyperparams, batch, context):
-        value = judge(whole(params, hyperparams["init"]), hyperparams, batch, context)
+        params = judged(params, context.model_state, hyperparams["init"])
+        value = judge(params, hyperparams, batch, context._replace(model_state=context.model_state.own))
         return value[0] if isinstance(value, tuple) else value
 
     grouped = transforms.per_parameter(optimizer) if rates in ("leaf", "entry") else optimizer
@@ -180,7 +234,16 @@ def adaptation(
     )
 
     def leaves_at(hyperparams, step):
-        pick = lambda path, x: x[step] if re.search(leaves_per_step or "", _path(path)) else x
+        found = {
+            p: jnp.shape(x) for p, x in _by_path(hyperparams["init"]).items() if re.search(leaves_per_step or "", p)
+        }
+        wrong = {path: shape for path, shape in found.items() if shape[:1] != (num_steps,)}
+        if not found or wrong:
+            raise ValueError(
+                f'`leaves_per_step` must find leaves in λ["init"] with a leading axis of `num_steps` = {num_steps}; '
+                f"{leaves_per_step!r} finds {wrong or 'none'}."
+            )
+        pick = lambda path, x: x[step] if _path(path) in found else x
         return {**hyperparams, "init": jax.tree_util.tree_map_with_path(pick, hyperparams["init"])}
 
     def at_step(hyperparams, step):
@@ -209,14 +272,17 @@ def adaptation(
     def params(state, hyperparams):
         if rates_per_step or leaves_per_step:
             hyperparams = at_step(hyperparams, loop.context(state).step - 1)
-        return whole(loop.params(state), hyperparams["init"])
+        return judged(loop.params(state), loop.context(state).model_state, hyperparams["init"])
 
     def estimator_at(step):
         if rule is not None:
             return rule(problem)
-        weights: Any = outer(step) if callable(outer) else outer
+        weights: Any = outer
         if callable(outer) and isinstance(step, int):  # known: where all weight is on the last, only that is judged
-            weights = np.asarray(weights)
+            with jax.ensure_compile_time_eval():
+                weights = np.asarray(outer(step))
+        elif callable(outer):
+            weights = outer(step)
 
         def unrolled(grad):
             return hypergrad.unrolled(problem, num_steps=num_steps, remat=remat, outer=weights, grad=grad)
@@ -266,9 +332,11 @@ def adapted(
     steps = adaptation.test_steps if num_steps is None else num_steps
 
     def method(key, support, query):
+        @functools.partial(inner.im2col, only_on_cpu=True)
         def outputs(state):
-            context = (loop.context(state),) if with_context else ()
-            return predict(adaptation.params(state, hyperparams), query, *context)
+            context = loop.context(state)
+            context = context._replace(model_state=context.model_state.own)
+            return predict(adaptation.params(state, hyperparams), query, *([context] if with_context else []))
 
         before = outputs(loop.init(key, hyperparams, support))
         _, after = inner.run(loop, steps, trace_fn=outputs)(key, hyperparams, support)
@@ -278,8 +346,18 @@ def adapted(
 
 
 def _held_grad(loss: Callable, has_aux: bool = False) -> Callable:
-    """`jax.grad` whose result has no derivative: first order. The new model state has none either."""
-    return lambda *args: jax.grad(loss, has_aux=has_aux)(*jax.lax.stop_gradient(args))
+    """`jax.grad` whose result has no derivative: first order. The model's new state has none either."""
+
+    def held(params, hyperparams, batch, context):
+        args = jax.lax.stop_gradient((params, hyperparams, batch, context))
+        grads, carried = jax.grad(loss, has_aux=has_aux)(*args)
+        return grads, carried._replace(made=context.model_state.made)  # which f reads as it reads λ
+
+    return held
+
+
+def _by_path(tree: base.PyTree) -> dict[str, Any]:
+    return {_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _path(path: Any) -> str:

@@ -19,8 +19,9 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
-from metaopt import tasks
+from metaopt import base, tasks
 
 
 class AdaptFn(Protocol):
@@ -114,6 +115,7 @@ def evaluate_episodes(
     key: jax.Array,
     *,
     num_episodes: int = 600,
+    each: int | None = None,
     chunk_size: int = 8,
     score_fn: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array] = accuracy,
     higher_is_better: bool = True,
@@ -130,6 +132,9 @@ def evaluate_episodes(
       samplers: source -> `key -> Episode`; one function alone is called "episodes".
       key: of the episodes; methods get keys that are the same for all of them.
       num_episodes: E, of each source; 600 is what is usually reported.
+      each: U, where there are only so many tasks (users, patients): samplers are then `(key, number) -> Episode`, as
+        those of `tasks.user_episodes`, and every number in 0..U-1 is judged once, E = U. Drawn with replacement, a few
+        users would pass for many, and intervals would be too narrow.
       chunk_size: episodes at once, at least 1.
       score_fn: `(outputs after one step [Q, ...], query) -> []`.
       higher_is_better: False where the score is an error.
@@ -138,7 +143,8 @@ def evaluate_episodes(
       An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
 
     Raises:
-      ValueError: there is no method or no source, or a number is below 1; at trace time, outputs have no axis of steps.
+      ValueError: there is no method or no source, a number is below 1, or a sampler draws users with replacement; at
+        trace time, outputs have no axis of steps.
     """
     if not methods:
         raise ValueError("`methods` must hold at least one method; it is empty.")
@@ -148,6 +154,8 @@ def evaluate_episodes(
         raise ValueError("`samplers` must hold at least one source; it is empty.")
     if num_episodes < 1 or chunk_size < 1:
         raise ValueError(f"`num_episodes` and `chunk_size` must be at least 1; got {num_episodes} and {chunk_size}.")
+    base.check_integer("each", each, 1, optional=True)
+    num_episodes = num_episodes if each is None else each
     chunk_size = min(chunk_size, num_episodes)
     jitted = {name: jax.jit(jax.vmap(_scored(name, method, score_fn))) for name, method in methods.items()}
     transductive: dict[str, bool] = {}
@@ -158,13 +166,15 @@ def evaluate_episodes(
         # What draws an episode, what a method may use and what puts query examples in order know nothing of each other.
         three = jax.random.split(jax.random.fold_in(key, number), 3)
         draw_keys, method_keys, order_keys = (jax.random.split(k, num_episodes) for k in three)
-        draw = jax.jit(jax.vmap(functools.partial(_shuffled, sample)))
+        # An argument of the program: the data that it holds, if it says which (`tasks.episodes`), are no constants.
+        sample = sample if isinstance(sample, Partial) else Partial(sample)
+        draw = jax.jit(jax.vmap(functools.partial(_shuffled, each is not None), in_axes=(None, 0, 0, 0)))
         found: dict[str, list[np.ndarray]] = {name: [] for name in [*methods, "ways", "shots"]}
         for done in range(0, num_episodes, chunk_size):
             # The last chunk is filled up with episodes that were done, so that there is one program.
             start = min(done, num_episodes - chunk_size)
             chunk, new = slice(start, start + chunk_size), slice(done - start, None)
-            support, query = draw(draw_keys[chunk], order_keys[chunk])
+            support, query = draw(sample, draw_keys[chunk], order_keys[chunk], jnp.arange(num_episodes)[chunk])
             for name, run in jitted.items():
                 score, outputs = run(method_keys[chunk], support, query)
                 found[name].append(np.asarray(score)[new])
@@ -181,10 +191,15 @@ def evaluate_episodes(
 
 
 def _shuffled(
-    sample: Callable, draw_key: jax.Array, order_key: jax.Array
+    by_number: bool, sample: Callable, draw_key: jax.Array, order_key: jax.Array, number: jax.Array
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Support and query, the latter's real examples in random order: their places tell nothing of their classes."""
-    support, query, _ = sample(draw_key)
+    support, query, meta = sample(draw_key, number) if by_number else sample(draw_key)
+    if not by_number and isinstance(meta, dict) and "user" in meta:
+        raise ValueError(
+            "The sampler draws users with replacement, so that episodes are not independent, and intervals over them "
+            "false. Judge every user once: `each=` the number of users."
+        )
     size = query["y"].shape[0]
     places = jnp.where(query["mask"] > 0, jax.random.uniform(order_key, (size,)), 2.0)  # padding stays last
     rows = {name: query[name][jnp.argsort(places)] for name in ("x", "y", "mask")}
@@ -334,7 +349,8 @@ def by_number(
 
 
 def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None = None, digits: int = 3) -> str:
-    """The evaluation as a table in Markdown: a row a method, best average rank first.
+    """The evaluation as tables in Markdown, a row a method, best average rank first: of inductive methods, then, where
+    there are any, of transductive ones, which use more than the others and are compared among themselves.
 
     Args:
       evaluation: what `evaluate_episodes` returned.
@@ -343,15 +359,33 @@ def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None
       digits: after the point.
 
     Returns:
-      The table, and a line on how to read it. On each source the best method is bold, and so are those whose paired
-      difference to it is within the 95 % interval.
+      The tables, and a line on how to read them. On each source the best method of a table is bold, and so are those
+      whose paired difference to it is within the 95 % interval.
 
     Raises:
       ValueError: there is no such reference.
     """
+    differences = None if reference is None else paired_differences(evaluation, reference, step=step)
+    lines = []
+    for transductive in (False, True):
+        names = [name for name in evaluation.scores if evaluation.transductive[name] == transductive]
+        if names:
+            part = evaluation._replace(scores={name: evaluation.scores[name] for name in names})
+            kind = "transductive method" if transductive else "method"
+            lines += [*_table(part, kind, differences, reference, step, digits), ""]
+    counts = sorted({len(number) for number in evaluation.num_ways.values()})
+    better = "higher" if evaluation.higher_is_better else "lower"
+    lines.append(
+        f"{'–'.join(map(str, counts))} episodes of each source, the same for all; mean ± 95 %; {better} is better."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _table(
+    evaluation: Evaluation, kind: str, differences: dict | None, reference: str | None, step: int, digits: int
+) -> list[str]:
     means, ranks = mean_scores(evaluation, step=step), average_ranks(evaluation, step=step)
     sign = 1 if evaluation.higher_is_better else -1
-    differences = None if reference is None else paired_differences(evaluation, reference, step=step)
     bold = set()
     for source in evaluation.sources:
         best = max(means, key=lambda method: np.nan_to_num(sign * means[method][source][0], nan=-np.inf))
@@ -359,10 +393,10 @@ def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None
             difference, half = of[source]
             if method == best or abs(difference) <= half:
                 bold.add((method, source))
-    head = ["method", *evaluation.sources, "average rank", *([] if reference is None else [f"against {reference}"])]
+    head = [kind, *evaluation.sources, "average rank", *([] if reference is None else [f"against {reference}"])]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method, rank in ranks.items():
-        cells = [f"{method} (transductive)" if evaluation.transductive[method] else method]
+        cells = [method]
         for source in evaluation.sources:
             mean, half = means[method][source]
             text = f"{mean:.{digits}f} ± {half:.{digits}f}"
@@ -373,10 +407,4 @@ def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None
             half = math.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs)
             cells.append("" if method == reference else f"{pairs[:, 0].mean():+.{digits}f} ± {half:.{digits}f}")
         lines.append("| " + " | ".join(cells) + " |")
-    counts = sorted({len(number) for number in evaluation.num_ways.values()})
-    better = "higher" if evaluation.higher_is_better else "lower"
-    lines += [
-        "",
-        f"{'–'.join(map(str, counts))} episodes of each source, the same for all; mean ± 95 %; {better} is better.",
-    ]
-    return "\n".join(lines) + "\n"
+    return lines

@@ -198,12 +198,13 @@ def imaml(
       An `Adaptation` whose estimator is `hypergrad.implicit`, "biased" where θ is not at θ*.
 
     Raises:
-      ValueError: `proximal` is not positive.
+      ValueError: `proximal` is not positive, or an option is set here, or is of unrolling (`order`, `outer`, `remat`).
 
     Source: Rajeswaran et al., NeurIPS 2019, https://arxiv.org/abs/1909.04630
     """
     if not proximal > 0:
         raise ValueError(f"`proximal` must be positive, or θ* does not depend on the initialization; got {proximal}.")
+    _check_options("imaml", options, "rule", "rates", "rates_per_step")
     rule = lambda problem: hypergrad.implicit(problem, num_steps=num_steps, solver=solver, warm_start=False)
     return adaptation(loss, proximal=proximal, num_steps=num_steps, rate=rate, rule=rule, **options)
 
@@ -217,17 +218,23 @@ def cavia(loss: Callable, *, num_context: int, num_steps: int = 2, rate: float =
       num_context: the entries of φ.
       num_steps: T.
       rate: α.
-      **options: as for `adaptation`.
+      **options: as for `adaptation`, without `init` and `adapt`.
 
     Returns:
       An `Adaptation`. `hyperparams` needs no context in the meta-parameters.
 
+    Raises:
+      ValueError: `num_context` is below 1, or an option is set here; at trace time, λ["init"] is no dict.
+
     Source: Zintgraf et al., ICML 2019, https://arxiv.org/abs/1810.03642
     """
+    base.check_integer("num_context", num_context, 1)
+    _check_options("cavia", options, "init", "adapt")
 
     def init(key, hyperparams, data):
         dtype = jnp.result_type(*jax.tree.leaves(hyperparams["init"]))
-        return {**hyperparams["init"], "context": jnp.zeros(num_context, dtype)}
+        params = {**_as_dict(hyperparams["init"]), "context": jnp.zeros(num_context, dtype)}
+        return (params, None) if options.get("with_context") else params
 
     return adaptation(loss, init=init, adapt="^context$", num_steps=num_steps, rate=rate, **options)
 
@@ -236,8 +243,15 @@ def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **op
     """Pre-training and fine-tuning, the baseline: λ is trained on all tasks at once, and adapts at test alone.
 
     For regression, and for classes that keep their labels from task to task. Where every episode labels its classes
-    anew there is nothing that one λ could learn for all of them, and this is no fair baseline: train on
-    `tasks.labelled_rows` instead.
+    anew there is nothing that one head could learn for all of them: train features and a head on all classes at once,
+    with `tasks.labelled_batches`, and give every task a new head at test, as Chen et al. (ICLR 2019) do:
+
+        head = methods.linear_head(features)
+        loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+        learner = training.learner(methods.pretrained(loss).estimator, optax.adam(1e-3))
+        result = training.fit(learner, tasks.labelled_batches(sources, 64), ...)    # head: {"w": [D, C], "b": [C]}
+        tuned = methods.proto_maml(features, adapt="^head", num_steps=10)    # from prototypes; adapt="" tunes it all
+        method = methods.adapted(tuned, result.hyperparams, head)
 
     Args:
       loss: as for `maml`; F(λ) is the loss of λ itself on the query set.
@@ -254,16 +268,32 @@ def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **op
 # ---- Heads that the support set makes --------------------------------------------------------------------------------
 
 
+def _check_options(name: str, options: Mapping[str, Any], *taken: str) -> None:
+    """ValueError where an option is given that the method sets itself, or cannot have."""
+    given = [option for option in taken if option in options]
+    if given:
+        raise ValueError(f"`{name}` has no option `{given[0]}`: the method says what it is. Take `methods.adaptation`.")
+
+
+def _as_dict(params: Any) -> dict[str, Any]:
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            'λ["init"] must be a dict, to which the method adds leaves of its own; '
+            f"got {type(params).__name__}. Put the meta-parameters into one."
+        )
+    return dict(params)
+
+
 def linear_head(features: Callable) -> Callable:
-    """`(params, batch) -> outputs` [N, W] of a linear head on features: x ↦ features(params, x) w + b.
+    """`(params, batch) -> outputs` [N, W] of a linear head on features: x ↦ features(x) w + b.
 
     Args:
-      features: `(params, x) -> [N, D]`.
+      features: `(params, batch) -> [N, D]`, of a batch with "x" and "mask": `conv4(...).features`, or any other.
 
     Returns:
       A function of `params` with "head": {"w": [D, W], "b": [W]}, and of a batch with "x"; `adapted` takes it.
     """
-    return lambda params, batch: features(params, batch["x"]) @ params["head"]["w"] + params["head"]["b"][None]
+    return lambda params, batch: features(params, batch) @ params["head"]["w"] + params["head"]["b"][None]
 
 
 def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -289,12 +319,14 @@ def _one_hot(batch: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
 def _with_head(features: Callable, make: Callable, loss: Callable, **options: Any) -> Adaptation:
     """An adaptation whose head is `make(features [N, D], λ, support)`."""
     head = linear_head(features)
+    _check_options("a method whose head the support set makes", options, "init", "outer_loss", "with_context")
 
     def init(key, hyperparams, data):
-        params = hyperparams["init"]
-        return {**params, "head": make(features(params, data["x"]), hyperparams, data)}
+        params = _as_dict(hyperparams["init"])
+        return {**params, "head": make(features(params, data), hyperparams, data)}
 
-    return adaptation(lambda params, hyperparams, batch: loss(head(params, batch), batch), init=init, **options)
+    inner_loss = lambda params, hyperparams, batch: loss(head(params, batch), batch)
+    return adaptation(inner_loss, init=init, **{"keep_support": True, **options})
 
 
 def proto_maml(features: Callable, *, num_steps: int = 5, rate: float = 0.01, **options: Any) -> Adaptation:
@@ -303,7 +335,7 @@ def proto_maml(features: Callable, *, num_steps: int = 5, rate: float = 0.01, **
         w_c = 2 p_c,    b_c = −|p_c|²,    so that the first logits are −|x − p_c|² up to what all classes share.
 
     Args:
-      features: `(params, x) -> [N, D]`; λ["init"] is a dict.
+      features: `(params, batch) -> [N, D]`; λ["init"] is a dict.
       num_steps: T; 0 is a prototypical network.
       rate: α.
       **options: as for `adaptation`.
@@ -346,7 +378,7 @@ def ridge_head(features: Callable, *, loss: Callable = cross_entropy, **options:
     "scale" and "shift".
 
     Args:
-      features: `(params, x) -> [N, D]`; λ["init"] is a dict.
+      features: `(params, batch) -> [N, D]`; λ["init"] is a dict.
       loss: `(outputs, batch) -> []`: `cross_entropy` (Y is one-hot), or `mean_squared_error` (Y is "y" [N, W]).
       **options: as for `adaptation`; with `num_steps` the head and the features adapt from there.
 

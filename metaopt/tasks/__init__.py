@@ -22,6 +22,7 @@ from metaopt.tasks._episodes import (
     SampleEpisodeFn,
     episode_batches,
     episodes,
+    labelled_batches,
     meta_dataset_episodes,
 )
 from metaopt.tasks._frames import records_from_frame, records_to_frame
@@ -121,6 +122,7 @@ __all__ = [
     "from_user_records",
     "function_episodes",
     "keep",
+    "labelled_batches",
     "labelled_rows",
     "load_split",
     "merge_splits",

@@ -181,11 +181,11 @@ def with_rotations(source: Source) -> Source:
     )
 
 
-def labelled_rows(sources: Sequence[Source]) -> dict[str, np.ndarray]:
+def labelled_rows(sources: Source | Sequence[Source]) -> dict[str, np.ndarray]:
     """Sources without episodes, for training on all classes at once: fine-tuning's pre-training, and baselines.
 
     Args:
-      sources: at least one, with examples of one shape and type.
+      sources: one or several, with examples of one shape and type.
 
     Returns:
       "x" [N, ...] as it is in the sources, "y" [N] int32, classes numbered through all sources, "source" [N] int32: as
@@ -194,6 +194,7 @@ def labelled_rows(sources: Sequence[Source]) -> dict[str, np.ndarray]:
     Raises:
       ValueError: there is no source, or shapes or types differ.
     """
+    sources = [sources] if isinstance(sources, Source) else list(sources)
     check_alike(sources)
     offsets = np.cumsum([0] + [source.num_classes for source in sources])
     return {

@@ -3,7 +3,8 @@
 An episode has a support set, which a method adapts to, and a query set, on which the outcome is judged. Both have one
 shape in all draws, with padding at the end and masks that say what is real; so draws can be jitted, mapped over keys
 and carried by scans. All sources lie on the device, joined to one array; drawing an episode costs one gather of its
-examples and little else. A task distribution of one's own is any function `key -> Episode`, or `key -> base.Task`:
+examples and little else. Samplers are `jax.tree_util.Partial`s, so that programs can take them as an argument, and hold
+no copy of the data. A task distribution of one's own is any function `key -> Episode`, or `key -> base.Task`:
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import tasks
@@ -25,9 +26,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from metaopt import base
-from metaopt.tasks._class_sources import Source, check_alike
+from metaopt.tasks._class_sources import Source, check_alike, labelled_rows
 from metaopt.tasks._hierarchy import ontology_nodes
 
 
@@ -36,7 +38,9 @@ class Episode(NamedTuple):
 
     Attributes:
       support: of a classification episode, "x" [S, ...] float32, "y" [S] int32 in 0..W-1, "mask" [S] float32 (1 a real
-        row, 0 padding), "class_mask" [W] float32 and "num_rows" [] int32. Padding is zeros, at the end.
+        row, 0 padding), "class_mask" [W] float32 and "num_rows" [] int32. Padding is zeros, at the end: a model whose
+        derivative is not finite at zeros, such as x / |x|, gives NaN there, which a mask does not take away (0 · NaN).
+        Write x / √(|x|² + ε).
       query: the same with Q rows.
       meta: what else is known; methods do not see it. `EpisodeMeta`, or a family's coefficients.
     """
@@ -87,7 +91,8 @@ def episode_batches(sample: Callable[[jax.Array], Any], num_tasks: int) -> Calla
       num_tasks: B, at least 1.
 
     Returns:
-      `key -> base.Task` whose leaves have a leading axis of B; jitted.
+      `key -> base.Task` whose leaves have a leading axis of B; jitted. The data that a sampler of `episodes` holds are
+      an argument of the program, and of those of `training.fit`: not constants in them, which take long to compile.
 
     Raises:
       ValueError: `num_tasks` is below 1.
@@ -95,11 +100,45 @@ def episode_batches(sample: Callable[[jax.Array], Any], num_tasks: int) -> Calla
     if num_tasks < 1:
         raise ValueError(f"`num_tasks` must be at least 1; got {num_tasks}.")
 
-    def one(key):
-        drawn = sample(key)
-        return drawn.task if isinstance(drawn, Episode) else drawn
+    def batch(sample, key):
+        def one(key):
+            drawn = sample(key)
+            return drawn.task if isinstance(drawn, Episode) else drawn
 
-    return jax.jit(lambda key: jax.vmap(one)(jax.random.split(key, num_tasks)))
+        return jax.vmap(one)(jax.random.split(key, num_tasks))
+
+    return Partial(jax.jit(batch), sample if isinstance(sample, Partial) else Partial(sample))
+
+
+def labelled_batches(
+    sources: Source | Sequence[Source], batch_size: int, *, preprocess: Callable[[jax.Array], jax.Array] | None = None
+) -> Callable[[jax.Array], base.Task]:
+    """Rows of all classes at once, as tasks: what is trained on before fine-tuning (`methods.pretrained`).
+
+    Args:
+      sources: one or several; their examples have one shape. Their `C` classes are numbered through.
+      batch_size: N, at least 1; rows are drawn uniformly, with repetition.
+      preprocess: as for `episodes`.
+
+    Returns:
+      `key -> base.Task`, pure, on the device: `train` and `valid` are the same rows, "x" [N, ...], "y" [N] int32 in
+      0..C-1, "mask" [N] and "class_mask" [C], both ones. One task, for an estimator of one task.
+
+    Raises:
+      ValueError: `batch_size` is below 1, or sources cannot be joined.
+    """
+    base.check_integer("batch_size", batch_size, 1)
+    rows = labelled_rows(_as_list(sources))
+    num_classes = int(rows["y"].max()) + 1
+
+    def sample(x, y, key):
+        at = jax.random.randint(key, (batch_size,), 0, len(y))
+        drawn = _to_floats(x[at]) if preprocess is None else preprocess(x[at])
+        masks = {"mask": jnp.ones(batch_size, jnp.float32), "class_mask": jnp.ones(num_classes, jnp.float32)}
+        batch = {"x": drawn, "y": y[at], **masks}
+        return base.Task(batch, batch)
+
+    return Partial(jax.jit(sample), jnp.asarray(rows["x"]), jnp.asarray(rows["y"]))
 
 
 def episodes(
@@ -163,17 +202,17 @@ def episodes(
         if not nodes[-1]:
             raise ValueError(f"No superclass of source {source.name!r} has {num_ways} classes; take fewer ways.")
     support_groups = [_support_groups(source, num_shots, num_query, disjoint_groups) for source in sources]
-    pool = _pool(sources, nodes, support_groups, weights)
+    pool, widest = _pool(sources, nodes, support_groups, weights)
     sizes = (num_ways * num_shots, num_ways * num_query)
 
-    def sample(key):
-        noise, row_key = _noise(pool, key, num_ways)
+    def sample(pool, key):
+        noise, row_key = _noise(widest, pool.cells.shape[1], key, num_ways)
         source, classes = _draw_classes(pool, noise, lambda bits, source, size: num_ways)
         sides = _sides(pool, noise, source, classes)
         shots = jnp.full(num_ways, num_shots, jnp.int32)
         return _gather(pool, row_key, source, classes, sides, shots, jnp.int32(num_query), sizes, preprocess)
 
-    return sample
+    return Partial(sample, pool)
 
 
 def meta_dataset_episodes(
@@ -259,7 +298,7 @@ def meta_dataset_episodes(
         else:
             nodes.append([np.arange(source.num_classes)])
     support_groups = [_support_groups(source, 1, 1, disjoint_groups) for source in sources]
-    pool = _pool(sources, nodes, support_groups, weights)
+    pool, widest = _pool(sources, nodes, support_groups, weights)
     takes_all = jnp.asarray(whole)
     padded_ways = min(max_ways, max(len(members) for of in nodes for members in of))
     counts = [np.sort(np.bincount(source.y))[::-1] for source in sources]
@@ -270,8 +309,8 @@ def meta_dataset_episodes(
         most = jnp.minimum(size, max_ways)
         return jnp.where(takes_all[source], most, min_ways + _below(bits, most + 1 - min_ways))
 
-    def sample(key):
-        noise, row_key = _noise(pool, key, padded_ways)
+    def sample(pool, key):
+        noise, row_key = _noise(widest, pool.cells.shape[1], key, padded_ways)
         source, classes = _draw_classes(pool, noise, draw_ways)
         sides = _sides(pool, noise, source, classes)
         real, grouped = classes >= 0, pool.support_groups[source] > 0
@@ -287,7 +326,7 @@ def meta_dataset_episodes(
         shots = jnp.where(real, jnp.minimum(shots, left), 0)
         return _gather(pool, row_key, source, classes, sides, shots, query, sizes, preprocess)
 
-    return sample
+    return Partial(sample, pool)
 
 
 # --- what both draw from ---------------------------------------------------------------------------------------------
@@ -308,7 +347,6 @@ class _Pool(NamedTuple):
     node_start: jax.Array  # [nodes], in `members`
     node_size: jax.Array  # [nodes]
     members: jax.Array  # the classes of all nodes, one node after the other
-    widest: int  # of the nodes
     shares: jax.Array  # [sources], cumulated, of the episodes
 
 
@@ -372,14 +410,15 @@ def _pool(
     nodes: Sequence[Sequence[np.ndarray]],
     support_groups: Sequence[int],
     weights: Sequence[float] | None,
-) -> _Pool:
+) -> tuple[_Pool, int]:
+    """The pool, and the classes of the widest node."""
     weights = [1.0] * len(sources) if weights is None else list(weights)
     if len(weights) != len(sources) or not min(weights) > 0:
         raise ValueError(f"`weights` must be positive, one for each of the {len(sources)} sources; got {weights}.")
     # Where groups do not matter, all examples of a class are one group's.
     sources = [s if num else s._replace(group=None) for s, num in zip(sources, support_groups, strict=True)]
-    widest = max(source.num_groups for source in sources)
-    cells = np.concatenate([np.pad(c, [(0, 0), (0, widest - c.shape[1])]) for c in map(_cells, sources)])
+    most = max(source.num_groups for source in sources)
+    cells = np.concatenate([np.pad(c, [(0, 0), (0, most - c.shape[1])]) for c in map(_cells, sources)])
     rows = [np.lexsort((s.y if s.group is None else s.group, s.y)) for s in sources]
     first_class = np.cumsum([0] + [source.num_classes for source in sources])
     flat = [members + first for of, first in zip(nodes, first_class, strict=False) for members in of]
@@ -389,7 +428,7 @@ def _pool(
     def index(values):
         return jnp.asarray(np.asarray(values), jnp.int32)
 
-    return _Pool(
+    pool = _Pool(
         x=jnp.concatenate([jnp.asarray(s.x[r]) for s, r in zip(sources, rows, strict=True)]),
         row=index(np.concatenate(rows)),
         cells=index(cells),
@@ -402,9 +441,9 @@ def _pool(
         node_start=index(np.cumsum(sizes) - sizes),
         node_size=index(sizes),
         members=index(np.concatenate(flat)),
-        widest=int(sizes.max()),
         shares=jnp.asarray(np.cumsum(weights) / np.sum(weights), jnp.float32),
     )
+    return pool, int(sizes.max())
 
 
 class _Noise(NamedTuple):
@@ -419,9 +458,9 @@ class _Noise(NamedTuple):
     groups: jax.Array  # [groups]
 
 
-def _noise(pool: _Pool, key: jax.Array, padded_ways: int) -> tuple[_Noise, jax.Array]:
+def _noise(widest: int, num_groups: int, key: jax.Array, padded_ways: int) -> tuple[_Noise, jax.Array]:
     bits_key, row_key = jax.random.split(key)
-    ends = np.cumsum([4, padded_ways, pool.widest, pool.cells.shape[1]])
+    ends = np.cumsum([4, padded_ways, widest, num_groups])
     numbers, *others = jnp.split(jax.random.bits(bits_key, (int(ends[-1]),), jnp.uint32), ends[:-1])
     return _Noise(*numbers, *others), row_key
 

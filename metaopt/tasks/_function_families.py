@@ -122,7 +122,8 @@ def mixed_functions(*, num_shots: int = 10, num_query: int = 10, noise: float = 
     Raises:
       ValueError: an argument is out of range.
 
-    Source: Vuorio et al., NeurIPS 2019, https://arxiv.org/abs/1910.13616
+    Source: Vuorio et al., NeurIPS 2019, https://arxiv.org/abs/1910.13616; the ranges are those of the authors' code
+    (`ManyFunctionsMetaDataset` of https://github.com/vuoristo/MMAML-Regression), with shares drawn and not fixed.
     """
     ranges = jnp.array(
         [

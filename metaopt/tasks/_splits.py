@@ -117,11 +117,11 @@ def merge_splits(*splits: Split) -> Split:
     return merged
 
 
-def select(sources: Mapping[str, Source] | Sequence[Source], split: Split, part: str) -> list[Source]:
+def select(sources: Source | Mapping[str, Source] | Sequence[Source], split: Split, part: str) -> list[Source]:
     """The sources of one part, each without what is not in the part.
 
     Args:
-      sources: all of them.
+      sources: all of them; one alone is one.
       split: part -> source -> what of it.
       part: which.
 
@@ -131,6 +131,8 @@ def select(sources: Mapping[str, Source] | Sequence[Source], split: Split, part:
     Raises:
       ValueError: there is no such part, source, class or row; or two parts share an example.
     """
+    _check_split(split, "`split`")
+    sources = [sources] if isinstance(sources, Source) else sources  # itself a tuple
     by_name = {s.name: s for s in (sources.values() if isinstance(sources, Mapping) else sources)}
     if part not in split:
         raise ValueError(f"The split has no part {part!r}; it has {', '.join(map(repr, split))}.")
@@ -166,9 +168,15 @@ def load_split(path: str | os.PathLike[str]) -> Split:
       ValueError: it holds something else.
     """
     split = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(split, dict) or not all(isinstance(of, dict) for part in split.values() for of in part.values()):
-        raise ValueError(f"{path} is no split: it must be part -> source -> classes and rows.")
+    _check_split(split, str(path))
     return split
+
+
+def _check_split(split: Any, name: str) -> None:
+    """ValueError where it is no split."""
+    parts = list(split.values()) if isinstance(split, Mapping) else [None]
+    if not all(isinstance(part, Mapping) and all(isinstance(of, Mapping) for of in part.values()) for part in parts):
+        raise ValueError(f"{name} is no split: it must be part -> source -> classes and rows.")
 
 
 def _draw(name, units, sizes: Mapping[str, int], seed: int, what: str) -> list[tuple[str, np.ndarray]]:

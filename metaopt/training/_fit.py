@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from metaopt import base
 from metaopt.training import _learner
@@ -111,7 +112,8 @@ def fit(
         steps, to rounding.
       callback: `(step, metrics) -> stop`, after every step, counted from 1; metrics are floats, and numpy arrays
         where they are no scalars. Where it returns something true the run ends (after the call, with `steps_per_call`).
-        After a resume, steps since the checkpoint are reported again.
+        An error that it raises ends the run, once it was called for the other steps of the same call. After a resume,
+        steps since the checkpoint are reported again.
       progress: draw a progress bar; None draws one in a terminal or notebook only.
       checkpoint_dir: where the newest two checkpoints are kept, one directory for each run; None keeps none.
       checkpoint_every: steps between checkpoints; the end of the run leaves one too.
@@ -147,14 +149,21 @@ def fit(
     init_key, sample_key, eval_key = jax.random.split(key, 3)
     init, step = jax.jit(learner.init), jax.jit(learner.step, donate_argnums=0)
 
-    def draw(at: int) -> base.PyTree:
+    def draw(at: Any, sample_tasks: SampleTasksFn = sample_tasks) -> base.PyTree:
         return _learner.check_tasks(sample_tasks(jax.random.fold_in(sample_key, at)))
 
     @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-    def several(state, start, num):
+    def several(state, start, num, sample_tasks):
         # Slots that are not done ignore what is drawn for them.
-        body = lambda state, at: learner.step(state, draw(at))
+        def body(state, at):
+            with _explained(steps_per_call):
+                tasks = draw(at, sample_tasks)
+            return learner.step(state, tasks)
+
         return jax.lax.scan(body, state, start + jnp.arange(num))
+
+    # An argument of the program: the data that it holds, if it says which (`tasks.episodes`), are no constants in it.
+    sampler = sample_tasks if isinstance(sample_tasks, Partial) else Partial(sample_tasks)
 
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(_signals())
@@ -196,7 +205,7 @@ def fit(
                 num = min(steps_per_call, *(every - run.step % every for every in stops))
                 state, drawn = run.state, run.drawn
                 if num > 1:
-                    state, metrics = several(state, run.step, num)
+                    state, metrics = several(state, run.step, num, sampler)
                     drawn = run.step + num - 1
                 else:
                     if any_done:
@@ -212,8 +221,7 @@ def fit(
                 run = run._replace(state=state, step=run.step + num, drawn=drawn)
                 show(run.step, several_metrics[-1])
                 if callback is not None:
-                    for i, metrics in enumerate(several_metrics):
-                        ended |= bool(callback(run.step - num + i + 1, metrics))
+                    ended |= _report(callback, run.step - num + 1, several_metrics)
         finally:
             # An error inside the step itself leaves nothing to save: the state was donated.
             if checkpoints and run.step != saved_step and _intact(run.state):
@@ -250,6 +258,32 @@ def _each(metrics: dict[str, np.ndarray], num: int) -> list[dict[str, Any]]:
     """The metrics of each step of a call: floats, and arrays where they are no scalars."""
     each = [metrics] if num == 1 else [{name: x[i] for name, x in metrics.items()} for i in range(num)]
     return [{name: float(x) if x.ndim == 0 else x for name, x in one.items()} for one in each]
+
+
+def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, Any]]) -> bool:
+    """Calls back for every step; whether one said stop. Then raises the first error: a resumed run goes on after all."""
+    errors, ended = [], False
+    for i, metrics in enumerate(several_metrics):
+        try:
+            ended |= bool(callback(start + i, metrics))
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return ended
+
+
+@contextlib.contextmanager
+def _explained(steps_per_call: int) -> Iterator[None]:
+    """Says what several steps a call ask of `sample_tasks`, where they cannot be traced."""
+    try:
+        yield
+    except jax.errors.JAXTypeError as error:
+        raise ValueError(
+            f"With `steps_per_call={steps_per_call}`, `sample_tasks` is traced, and that failed (the error above says "
+            "where): it must be made of JAX operations. Take `steps_per_call=1` for a sampler that runs on the host "
+            "(NumPy, files, buckets)."
+        ) from error
 
 
 def _check_all_done(state: LearnerState, tasks: base.PyTree) -> None:

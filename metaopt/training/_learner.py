@@ -102,8 +102,9 @@ def learner(
       (0 or 1).
 
     Raises:
-      ValueError: `stagger` is below 1; at trace time, a leaf of λ is not floating-point, the tasks are empty, or
-        `done` is no prefix of the axes of a leaf. (AssertionError: the estimator broke its contract.)
+      ValueError: `stagger` is below 1, or `estimator` is none; at trace time, a leaf of λ is not floating-point,
+        the tasks are empty, or `done` is no prefix of the axes of a leaf. (AssertionError: the estimator broke its
+        contract.)
 
     Example:
       >>> def estimate(hyperparams, task, state):
@@ -121,6 +122,7 @@ def learner(
         raise ValueError(f"`optimizer` must be an optax transform, such as `optax.adam(1e-2)`; got {got!r}.")
     optimizer = optax.with_extra_args_support(optimizer)
     estimator_at = (lambda step: estimator) if isinstance(estimator, base.Estimator) else estimator
+    base.check_estimator(estimator, or_function=True)
 
     def spread(hyperparams, tasks, estimator_state, done):
         """Slots ahead of one another. Only here is a first start known from a renewal, which starts at the start."""

@@ -311,6 +311,8 @@ def test_model_state_is_carried_and_seen():
         ({"proximal": -1.0}, "`proximal` must be at least 0"),
         ({"order": "third"}, '`order` must be "first", "second" or a number'),
         ({"order": -2}, '`order` must be "first", "second" or a number'),
+        ({"order": True}, '`order` must be "first", "second" or a number.*got True'),
+        ({"order": "first", "rule": lambda problem: None}, "they do not go with a `rule`"),
         ({"rates_per_step": True}, "`rates_per_step` needs learned rates"),
         ({"num_steps": 0, "leaves_per_step": "gain"}, "there is no step to have values of its own"),
     ],
@@ -324,11 +326,79 @@ def test_bad_patterns():
     with pytest.raises(ValueError, match="`adapt` must find a leaf: 'head' is in none of \\['hidden/b'"):
         a = methods.anil(loss)
         a.problem.loop.init(KEY, {"init": META}, DATA[0])
-    with pytest.raises(ValueError, match=r"Leaves with a value for each step cannot adapt: \['out/b', 'out/w'\]"):
-        a = methods.maml(loss, leaves_per_step="out")
+    with pytest.raises(ValueError, match=r"Leaves with a value for each step cannot adapt: \['hidden/w'\]"):
+        a = methods.maml(loss, leaves_per_step="hidden/w")
         a.problem.loop.init(KEY, {"init": META}, DATA[0])
+    for pattern, found in (("gain", "'gain' finds none"), ("out", r"'out' finds {'out/w': \(3, 1\)}")):
+        with pytest.raises(ValueError, match="`leaves_per_step` must find leaves.*`num_steps` = 1; " + found):
+            methods.maml(loss, adapt="hidden", leaves_per_step=pattern).problem.loop.init(KEY, {"init": META}, DATA[0])
     with pytest.raises(ValueError, match="`proximal` must be positive"):
         methods.imaml(loss, proximal=0.0)
+
+
+def with_made(params):
+    """A gain out of the support set, and a changed bias, neither of which adapts."""
+    gain = 1 + 0.3 * params["hidden"]["b"][0] * DATA[0]["y"].mean()
+    return {**params, "gain": gain, "out": {"w": params["out"]["w"], "b": 2.0 * params["out"]["b"]}}
+
+
+@pytest.mark.parametrize("order", ["second", "first"])
+def test_what_init_makes_and_does_not_adapt_stays(order):
+    a = methods.anil(
+        loss, init=lambda key, hp, data: with_made(hp["init"]), head="hidden", num_steps=2, rate=RATE, order=order
+    )
+    hyperparams, task = jax.tree.map(jnp.asarray, (a.hyperparams(META), TASK))
+    found = jax.jit(lambda hp: a.estimator.estimate(hp, task, KEY)[0])(hyperparams)
+    end = trained(with_made(META), 2, lambda path: "hidden" in path)[-1]
+    assert found.value == pytest.approx(error(end, DATA[1]), rel=1e-12)
+
+    def by_hand(meta):
+        if order == "second":
+            return error(trained(with_made(meta), 2, lambda path: "hidden" in path)[-1], DATA[1])
+        moved = jax.tree.map(lambda a, b: a - b, end["hidden"], META["hidden"])  # held
+        made = with_made(meta)
+        return error(made | {"hidden": jax.tree.map(lambda a, b: a + b, made["hidden"], moved)}, DATA[1])
+
+    expected = differences(by_hand, META)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), found.hypergrad["init"], expected)
+    predict = lambda params, query: network(params, query["x"])
+    outputs = methods.adapted(a, hyperparams, predict)(KEY, task.train, task.valid)
+    np.testing.assert_allclose(outputs[-1], predicted(end, DATA[1]["x"]), rtol=1e-10)
+    with pytest.raises(ValueError, match=r"made the leaves \['gain', 'out/b'\], which do not adapt, and a `rule`"):
+        ruled = methods.imaml(
+            loss, proximal=1.0, init=lambda key, hp, data: with_made(hp["init"]), adapt="hidden", num_steps=1
+        )
+        ruled.problem.loop.init(KEY, hyperparams, task.train)
+
+
+def test_convolutions_of_init_and_of_predictions_are_products():
+    """On CPU those in a loop are slow, and those of one kernel a task too."""
+    kernel = jnp.ones((2, 1, 3, 3), jnp.float32)
+    features = lambda params, b: jax.lax.conv(b["x"][:, None], params["k"], (1, 1), "SAME").mean((2, 3))
+    a = methods.prototypical_networks(features)
+    part = {"x": jnp.ones((2, 5, 5), jnp.float32), "y": jnp.arange(2), "mask": jnp.ones(2), "class_mask": jnp.ones(2)}
+    hyperparams = a.hyperparams({"k": kernel})
+    init = jax.make_jaxpr(a.problem.loop.init)(KEY, hyperparams, part)
+    method = jax.make_jaxpr(methods.adapted(a, hyperparams, methods.linear_head(features)))(KEY, part, part)
+    for jaxpr in (init, method):
+        assert ("conv_general_dilated" in str(jaxpr)) == (jax.default_backend() != "cpu")
+
+
+def test_a_schedule_may_be_made_inside_a_program():
+    outside = methods.maml_plus_plus(loss, num_steps=2, rate=RATE, multi_step_steps=3)
+    program = lambda hp: (
+        methods.maml_plus_plus(loss, num_steps=2, rate=RATE, multi_step_steps=3)
+        .estimator.estimate(hp, jax.tree.map(jnp.asarray, TASK), KEY)[0]
+        .value
+    )
+    hyperparams = outside.hyperparams(jax.tree.map(jnp.asarray, META))
+    assert float(jax.jit(program)(hyperparams)) == pytest.approx(error(trained(META, 2)[-1], DATA[1]), rel=1e-12)
+
+
+def test_an_adaptation_is_no_estimator():
+    for wrap in (hypergrad.over_tasks, lambda a: training.learner(a, optax.sgd(0.1))):
+        with pytest.raises(ValueError, match="must be a `base.Estimator`.*got Adaptation; take its `.estimator`"):
+            wrap(methods.maml(loss))
 
 
 @pytest.mark.slow

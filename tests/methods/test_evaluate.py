@@ -113,6 +113,20 @@ def test_places_and_keys_tell_nothing():
     assert (found.scores["key"]["all"] < 2).all()
 
 
+def test_every_user_is_judged_once():
+    """And users that are drawn with replacement, who would pass for many, are refused."""
+    table = tasks.from_user_records(
+        np.arange(12.0)[:, None], np.arange(12.0), np.repeat([0, 1, 2], 4), time=np.arange(12)
+    )
+    sample = tasks.user_episodes(table, num_support=2)
+    last = lambda key, support, query: jnp.broadcast_to(support["y"][-1], (1, *query["mask"].shape))
+    options = {"score_fn": methods.mean_absolute_error, "higher_is_better": False}
+    found = methods.evaluate_episodes({"last": last}, sample, KEY, each=3, chunk_size=2, **options)
+    np.testing.assert_allclose(found.scores["last"]["episodes"], np.full((3, 1), 1.5))
+    with pytest.raises(ValueError, match="draws users with replacement.*`each=` the number of users"):
+        methods.evaluate_episodes({"last": last}, sample, KEY, num_episodes=3, **options)
+
+
 def by_hand(scores, num_ways=None, higher=True):
     scores = {m: {s: np.array(v, float) for s, v in of.items()} for m, of in scores.items()}
     sources = next(iter(scores.values()))
@@ -162,7 +176,10 @@ def test_the_leaderboard():
     assert lines[3] == "| b | 0.50 ± 0.11 | **0.20 ± 0.11** | 1.75 |  |"
     assert "3 episodes of each source" in lines[-1] and "higher is better" in lines[-1]
     errors = methods.leaderboard(HAND._replace(higher_is_better=False, transductive={"a": True, "b": False}))
-    assert errors.splitlines()[2].startswith("| b | **0.50") and "| a (transductive) |" in errors
+    lines = errors.splitlines()  # two tables: each has its own best
+    assert lines[0].startswith("| method |") and lines[2].startswith("| b | **0.500") and "**0.200" in lines[2]
+    assert lines[4].startswith("| transductive method |") and lines[6].startswith("| a | **0.600 ± 0.113** | **0.200")
+    assert lines[2].endswith("1.00 |") and lines[6].endswith("1.00 |") and "lower is better" in lines[-1]
 
 
 def test_scores_of_masked_rows():

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from metaopt import base, methods
+from metaopt import base, methods, tasks, training
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(1)
@@ -20,8 +21,8 @@ def side(num, num_padded):
     return {"x": x, "y": y, "mask": mask, "class_mask": np.array([1.0, 1.0, 0.0])}
 
 
-def features(params, x):
-    return x @ params["map"]
+def features(params, batch):
+    return batch["x"] @ params["map"]
 
 
 def to_jax(tree):
@@ -38,8 +39,8 @@ def cross_entropy(logits, side):
     return float(np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(y)), y]))
 
 
-def estimate(a, task):
-    hyperparams = to_jax(a.hyperparams(to_jax(META)))
+def estimate(a, task, meta=META):
+    hyperparams = to_jax(a.hyperparams(to_jax(meta)))
     found = jax.jit(a.estimator.estimate)(hyperparams, to_jax(task), KEY)[0]
     return hyperparams, jax.device_get(found)
 
@@ -107,3 +108,75 @@ def test_imaml_is_the_implicit_derivative_in_closed_form():
     slope = xq.T @ (xq @ theta - yq) / len(yq)
     assert found.value == pytest.approx(((xq @ theta - yq) ** 2).mean() / 2, rel=1e-9)
     np.testing.assert_allclose(found.hypergrad["init"], proximal * np.linalg.solve(regular, slope), rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: methods.cavia(np.sum, num_context=0), "`num_context` must be at least 1; got 0"),
+        (lambda: methods.cavia(np.sum, num_context=2, adapt="x"), "`cavia` has no option `adapt`"),
+        (lambda: methods.imaml(np.sum, proximal=1.0, rates="leaf"), "`imaml` has no option `rates`"),
+        (lambda: methods.imaml(np.sum, proximal=1.0, order="first"), "they do not go with a `rule`"),
+        (lambda: methods.ridge_head(features, with_context=True), "has no option `with_context`"),
+        (
+            lambda: estimate(methods.ridge_head(lambda p, b: b["x"]), base.Task(side(4, 0), side(4, 0)), 1.0),
+            "must be a dict",
+        ),
+    ],
+)
+def test_options_that_a_method_does_not_have(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_cavia_with_a_context():
+    """Where the loss is in its full form, so is the `init` that CAVIA makes."""
+    loss = lambda params, hyperparams, batch, context: ((params["w"] + params["context"][0] - batch) ** 2).sum() / 2
+    a = methods.cavia(loss, num_context=1, num_steps=1, rate=0.5, with_context=True)
+    found = a.estimator.estimate(a.hyperparams({"w": jnp.array(1.0)}), base.Task(jnp.array(3.0), jnp.array(4.0)), KEY)
+    assert float(found[0].value) == pytest.approx((1 + 0.5 * 2 - 4) ** 2 / 2)
+
+
+@pytest.mark.slow
+def test_pretraining_on_all_classes_is_a_baseline_for_labels_that_change():
+    """Classes are directions in a plane; four other inputs are noise, which features must learn to leave out."""
+    rng = np.random.default_rng(0)
+
+    def source(angles, name):
+        y = np.repeat(np.arange(len(angles)), 100)
+        radius = rng.uniform(1, 3, len(y))
+        x = np.stack([radius * np.cos(angles[y]), radius * np.sin(angles[y])], 1) + 0.05 * rng.normal(size=(len(y), 2))
+        x = np.concatenate([x, 2 * rng.normal(size=(len(y), 4))], 1).astype(np.float32)
+        return tasks.from_arrays(x, y, name=name)
+
+    train, test = source(np.arange(6) * 0.5, "train"), source(np.arange(3) * 0.8 + 0.2, "test")
+    net = lambda params, batch: jnp.tanh(batch["x"] @ params["a"]) @ params["b"]
+    head = methods.linear_head(net)
+    before = methods.pretrained(lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch))
+    keys = jax.random.split(KEY, 2)
+    start = before.hyperparams(
+        {
+            "a": jax.random.normal(keys[0], (6, 16), jnp.float32) / 4,
+            "b": jax.random.normal(keys[1], (16, 8), jnp.float32) / 4,
+            "head": {"w": jnp.zeros((8, 6), jnp.float32), "b": jnp.zeros(6, jnp.float32)},
+        }
+    )
+    result = training.fit(
+        training.learner(before.estimator, optax.adam(0.02)),
+        tasks.labelled_batches(train, 64),
+        hyperparams=start,
+        num_steps=150,
+        key=KEY,
+        steps_per_call=150,
+    )
+    assert result.history["value"][0] == pytest.approx(np.log(6)) and result.history["value"][-1] < 0.5
+    tuned = methods.proto_maml(net, adapt="^head", num_steps=3)
+    found = methods.evaluate_episodes(
+        {name: methods.adapted(tuned, hp, head) for name, hp in (("start", start), ("tuned", result.hyperparams))},
+        tasks.episodes(test, num_ways=3, num_shots=1, num_query=5),
+        KEY,
+        num_episodes=100,
+        chunk_size=100,
+    )
+    scores = {name: methods.mean_scores(found)[name]["episodes"][0] for name in ("start", "tuned")}
+    assert scores["tuned"] > 0.8 and scores["tuned"] > scores["start"] + 0.2

@@ -334,3 +334,16 @@ FEW = source([20, 20, 3, 20, 20, 20])
 def test_what_cannot_be_drawn_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_programs_hold_no_copy_of_the_data():
+    images = tasks.from_arrays(np.zeros((600, 20, 20), np.uint8), np.arange(600) // 20)
+    key = jax.random.key(0)
+    batches = tasks.episode_batches(tasks.episodes(images, num_query=1), 2)
+    rows = tasks.labelled_batches(images, 3)
+    for sample in (batches, rows):
+        assert 600 * 400 in [leaf.size for leaf in jax.tree.leaves(sample)]
+        assert len(jax.jit(lambda sample, key: sample(key)).lower(sample, key).as_text()) < 150_000  # two digits a byte
+    task = rows(key)
+    assert task.train["x"].shape == (3, 20, 20) and task.train["x"].dtype == jnp.float32
+    assert task.valid["class_mask"].shape == (30,) and (task.valid["y"] < 30).all()

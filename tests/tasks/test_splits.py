@@ -51,9 +51,13 @@ def test_splits_are_json_and_merge(tmp_path):
     train, test = (tasks.select({"a": LETTERS, "b": DIGITS}, split, part) for part in ("train", "test"))
     assert [s.name for s in train] == ["letters"] and [s.name for s in test] == ["letters", "digits"]
     assert test[1].num_classes == 2
-    (tmp_path / "other.json").write_text("[1]")
-    with pytest.raises(ValueError, match="is no split"):
-        tasks.load_split(tmp_path / "other.json")
+    assert tasks.select(DIGITS, tasks.split_sources({"all": ["digits"]}), "all")[0].num_classes == 2  # one alone
+    for other in ("[1]", '{"train": [1]}', '{"train": {"digits": [1]}}'):
+        (tmp_path / "other.json").write_text(other)
+        with pytest.raises(ValueError, match="is no split"):
+            tasks.load_split(tmp_path / "other.json")
+        with pytest.raises(ValueError, match="`split` is no split"):
+            tasks.select([DIGITS], json.loads(other), "train")
 
 
 @pytest.mark.parametrize(

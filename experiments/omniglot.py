@@ -1,0 +1,267 @@
+"""Omniglot: new characters from one or five drawings, by the MAML family and by what it is compared with.
+
+Trained on background characters, turned by 0, 90, 180 and 270 degrees; 64 others, not turned, say which λ of a
+training is taken. Judged on episodes of evaluation characters, the same for all methods: 5 or 20 ways, 1 or 5 shots,
+and Lake's 20 one-shot runs. The official split has other alphabets in the evaluation set; the usual random one has
+1,200 characters to train on. Pixel prototypes, the nearest class mean by cosine, are what every method must beat.
+
+    python experiments/omniglot.py                   # conv4-64 on 28 × 28: hours; a GPU is of use
+    python experiments/omniglot.py --small           # three blocks of 16 filters on 14 × 14: for one processor core;
+                                                     # methods with a head for each number of ways have five alone
+    python experiments/omniglot.py --split random --methods MAML "prototypical networks"
+    python experiments/omniglot.py --smoke           # seconds; prints only
+
+A training is kept in the folder that `--work` names, and goes on from there when it was stopped. Omniglot is read from
+the folder that METAOPT_DATA names. Results go to experiments/results/omniglot.md, or omniglot_small.md.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import script
+
+from metaopt import hypergrad, methods, tasks, training
+
+SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
+LITERATURE = {(5, 1): 0.987, (5, 5): 0.999, (20, 1): 0.958, (20, 5): 0.989}  # MAML, transductive, the random split
+ONE_SHOT = "Lake's 20 runs"
+
+
+class Scale(NamedTuple):
+    size: int = 28
+    filters: int = 64
+    blocks: int = 4
+    steps: int = 20_000  # of prototypical networks; the others' are shares of it
+    tasks: int = 16  # a step, of five ways; a quarter as many of twenty
+    episodes: int = 600
+    checks: int = 10  # of a training, by validation
+
+
+SMALL = Scale(size=14, filters=16, blocks=3, steps=400, tasks=8, checks=5)
+SMOKE = Scale(size=7, filters=2, blocks=2, steps=2, tasks=4, episodes=2, checks=1)
+
+
+class Row(NamedTuple):
+    make: Callable  # (features, loss) -> Adaptation
+    share: float  # of the steps
+    ways: bool = True  # needs a head of its own for each number of ways
+    normalization: str = "support"
+    shots: int | None = None  # in training; None: one
+    at_test: Callable | None = None  # another adaptation, at test
+
+
+ROWS = {
+    "prototypical networks": Row(lambda f, loss: methods.prototypical_networks(f), 1, ways=False),
+    "ridge head (R2D2)": Row(lambda f, loss: methods.ridge_head(f), 1, ways=False),
+    "MAML": Row(lambda f, loss: methods.maml(loss, num_steps=1, test_steps=3, rate=0.4, keep_support=True), 0.5),
+    "MAML, batch statistics": Row(
+        lambda f, loss: methods.maml(loss, num_steps=1, test_steps=3, rate=0.4), 0.5, normalization="batch"
+    ),
+    "FOMAML": Row(lambda f, loss: methods.fomaml(loss, num_steps=1, test_steps=3, rate=0.4, keep_support=True), 0.75),
+    "Reptile": Row(
+        lambda f, loss: methods.reptile(loss, num_steps=4, test_steps=8, rate=0.2, keep_support=True), 0.25, shots=5
+    ),
+    "fine-tuning": Row(
+        lambda f, loss: methods.pretrained(loss),
+        1,
+        ways=False,
+        at_test=lambda f: methods.proto_maml(f, adapt="^head", num_steps=5, rate=0.1),
+    ),
+}
+
+
+def load(split: str, size: int) -> dict[str, tasks.Source]:
+    """The parts train, valid and test, with images of `size`."""
+    path = script.data_file(__file__, "omniglot.npz").parent
+    source = tasks.from_image_sets(["omniglot"], path=path)["omniglot"]
+    source = source._replace(x=shrunk(source.x, size))
+    parts = tasks.omniglot_split(path)
+    if split == "random":
+        parts = tasks.split_classes(source, {"train": 1200, "test": 423}, seed=0)
+    train, test = (tasks.select(source, parts, part)[0] for part in ("train", "test"))
+    held = tasks.split_classes(train, {"valid": 64, "train": train.num_classes - 64}, seed=1)
+    train, valid = (tasks.select(train, held, part)[0] for part in ("train", "valid"))
+    return {"train": tasks.with_rotations(train), "valid": valid, "test": test}
+
+
+def shrunk(images: np.ndarray, size: int) -> np.ndarray:
+    """[N, 28, 28] to [N, size, size], means over squares."""
+    step = images.shape[1] // size
+    return images.reshape(len(images), size, step, size, step).mean((2, 4)).astype(np.uint8)
+
+
+def pixels(key, support, query):
+    """The nearest class mean of the images, by cosine."""
+    flat = lambda x: x.reshape(len(x), -1)
+    center = jax.nn.one_hot(support["y"], len(support["class_mask"])).T @ (
+        flat(support["x"]) * support["mask"][:, None]
+    )
+    return (flat(query["x"]) @ (center / jnp.linalg.norm(center, axis=1, keepdims=True)).T)[None]
+
+
+def train(name: str, ways: int, parts: dict, scale: Scale, options) -> tuple[Callable, list[float]]:
+    """`(key, support, query) -> outputs` of a trained method, and its validation accuracies on the way."""
+    row = ROWS[name]
+    network = methods.conv4(normalization=row.normalization, num_filters=scale.filters, num_blocks=scale.blocks)
+    head = methods.linear_head(network.features)
+    loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+    adaptation = row.make(network.features, loss)
+    num = max(1, scale.tasks * 5 // ways)
+    if row.at_test is None:
+        sample = tasks.episodes(parts["train"], num_ways=ways, num_shots=row.shots or 1, num_query=5)
+        draw, outputs = tasks.episode_batches(sample, num), ways
+    else:
+        draw = tasks.episode_batches(tasks.labelled_batches(parts["train"], 30), num)
+        outputs = parts["train"].num_classes
+    params = network.init(jax.random.key(0))
+    depth = scale.filters * (scale.size // 2**scale.blocks) ** 2
+    params["head"] = {"w": jnp.zeros((depth, outputs)), "b": jnp.zeros(outputs)}
+    if row.ways is False and row.at_test is None:
+        del params["head"]  # which the support set makes
+    at_test = adaptation if row.at_test is None else row.at_test(network.features)
+    method = lambda hyperparams: methods.adapted(at_test, hyperparams, head)
+    valid = tasks.episodes(parts["valid"], num_ways=ways, num_shots=1, num_query=5)
+    drawn = tasks.episode_batches(valid, max(2, scale.episodes // 10))(jax.random.key(1))
+
+    @jax.jit
+    def mistakes(hyperparams, batch):
+        def one(support, query):
+            seen = {k: v for k, v in query.items() if k != "y"}
+            return methods.accuracy(method(hyperparams)(jax.random.key(0), support, seen)[-1], query)
+
+        return 1 - jax.lax.map(lambda task: one(*task[:2]), batch).mean()
+
+    steps = max(scale.checks, int(scale.steps * row.share) // scale.checks * scale.checks)
+    optimizer = optax.adam(optax.cosine_decay_schedule(options.rate, steps))
+    if name == "Reptile":  # its direction is a way gone, and no gradient
+        optimizer = optax.sgd(optax.cosine_decay_schedule(1.0, steps))
+    folder = (
+        options.work / f"{name.replace(', ', '_').replace(' ', '-')}_{ways}_{options.split}_{scale.filters}_{steps}"
+    )
+    result = training.fit(
+        training.learner(hypergrad.over_tasks(adaptation.estimator), optax.chain(optimizer)),
+        draw,
+        hyperparams=adaptation.hyperparams(params),
+        num_steps=steps,
+        key=jax.random.key(2),
+        evaluate=lambda key, hyperparams: mistakes(hyperparams, drawn),
+        eval_every=steps // scale.checks,
+        steps_per_call=min(20, steps // scale.checks),
+        progress=False,
+        checkpoint_dir=None if options.smoke else folder.absolute(),
+        checkpoint_every=steps // scale.checks,
+    )
+    if result.stopped == "signal":
+        sys.exit("stopped by a signal")
+    return method(result.best_hyperparams), list(1 - result.evaluations)
+
+
+def one_shot_runs(path: Path, size: int) -> Callable:
+    """`(key, number) -> Episode`, one of Lake's 20 runs."""
+    data = np.load(path)
+    support, query = (
+        jnp.asarray(shrunk(data[name].reshape(-1, 28, 28), size).reshape(20, 20, size, size)) / 255
+        for name in ("support", "query")
+    )
+    label = jnp.asarray(data["label"], jnp.int32)
+
+    def sample(key, number):
+        whole = {"mask": jnp.ones(20), "class_mask": jnp.ones(20), "num_rows": jnp.int32(20)}
+        return tasks.Episode(
+            {"x": support[number], "y": jnp.arange(20), **whole}, {"x": query[number], "y": label[number], **whole}
+        )
+
+    return sample
+
+
+def judge(trained: dict[int, dict[str, Any]], parts: dict, scale: Scale, one_shot: Path) -> dict[str, Any]:
+    """Setting -> evaluation: all methods on the same episodes."""
+    found = {}
+    for ways, shots in SETTINGS:
+        if ways in trained:
+            sample = tasks.episodes(parts["test"], num_ways=ways, num_shots=shots, num_query=15 if ways == 5 else 5)
+            found[f"{ways}w{shots}s"] = methods.evaluate_episodes(
+                trained[ways],
+                sample,
+                jax.random.key(2025),
+                num_episodes=scale.episodes,
+                chunk_size=min(20, scale.episodes),
+            )
+    if 20 in trained and one_shot.is_file():
+        runs = one_shot_runs(one_shot, scale.size)
+        found[ONE_SHOT] = methods.evaluate_episodes(trained[20], runs, jax.random.key(0), each=20, chunk_size=10)
+    return found
+
+
+def report(found: dict, curves: dict[str, list[float]]) -> str:
+    names = list(dict.fromkeys(name for of in found.values() for name in of.scores))
+    first = next(iter(found.values()))
+    means = {setting: methods.mean_scores(of) for setting, of in found.items()}
+
+    def cell(name, setting):
+        if name not in means[setting]:
+            return ""
+        mean, half = means[setting][name][found[setting].sources[0]]
+        return f"{100 * mean:.1f} ± {100 * half:.1f}"
+
+    rows = [[name, *(cell(name, s) for s in found), "yes" if first.transductive.get(name) else ""] for name in names]
+    known = {f"{w}w{s}s": f"{100 * LITERATURE[w, s]:.1f}" for w, s in SETTINGS}
+    rows.append(["MAML, in the literature", *(known.get(s, "") for s in found), "yes"])
+    text = script.table(["accuracy, %", *found, "transductive"], rows)
+    ways = [[name, " ".join(f"{100 * one:.0f}" for one in curve)] for name, curve in curves.items()]
+    text += (
+        "\n\nOn the way (validation accuracy of one shot, in %, at equal distances from the first step to the last):"
+    )
+    return text + "\n\n" + script.table(["training", "validation"], ways)
+
+
+def main() -> None:
+    parser = script.parser(__doc__, num_seeds=1)
+    parser.add_argument("--small", action="store_true", help="a network and a number of steps for one processor core")
+    parser.add_argument("--split", choices=("official", "random"), default="official")
+    parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--ways", nargs="+", type=int, choices=(5, 20), default=[5, 20])
+    parser.add_argument("--steps", type=int, help="outer steps of prototypical networks")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of the outer Adam, at the start")
+    parser.add_argument("--work", type=Path, default=Path("omniglot_runs"), help="where trainings are kept")
+    options = parser.parse_args()
+    scale = SMOKE if options.smoke else SMALL if options.small else Scale()
+    scale = scale._replace(steps=options.steps or scale.steps)
+    if options.smoke:
+        options.methods, options.ways = ["MAML", "prototypical networks"], [5]
+    parts = load(options.split, scale.size)
+    trained: dict[int, dict[str, Any]] = {ways: {"pixel prototypes": pixels} for ways in options.ways}
+    curves = {}
+    for name in options.methods:
+        own_head = [ways for ways in options.ways if ways == 5 or not options.small]  # a core has no time for more
+        for ways in own_head if ROWS[name].ways else options.ways[-1:]:
+            started = time.process_time()
+            method, curve = train(name, ways, parts, scale, options)
+            label = f"{name}, {ways} ways"
+            curves[label] = curve
+            print(f"[{time.process_time() - started:5.0f} s] {label}: {np.round(curve, 3)}", flush=True)
+            for tested in [ways] if ROWS[name].ways else options.ways:
+                trained[tested][name] = method
+    one_shot = script.data_file(__file__, "omniglot.npz").parent / "omniglot_oneshot_runs.npz"
+    found = judge(trained, parts, scale, one_shot)
+    text = report(found, curves)
+    shares = ", ".join(f"{name} {ROWS[name].share:g}" for name in options.methods)
+    text += (
+        f"\n\n{scale.episodes} episodes of unseen characters, {options.split} split, the same for all; mean ± 95 % "
+        f"over episodes, of one training each. {scale.blocks} blocks of {scale.filters} filters on {scale.size} × "
+        f"{scale.size} pixels, {scale.steps:,} outer steps, of which methods take a share: {shares}. Trained with one "
+        "shot (Reptile five), tested with one and five; pixel prototypes see the same images."
+    )
+    file = Path(__file__).with_name("omniglot_small.py") if options.small else Path(__file__)
+    script.publish(str(file), "Omniglot", text, options)
+
+
+if __name__ == "__main__":
+    main()

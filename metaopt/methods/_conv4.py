@@ -1,0 +1,149 @@
+"""The network of the few-shot literature, with what it is normalized by as an explicit choice.
+
+Statistics of a batch make an example's features depend on the others. Whose they are decides what is measured: those
+of the query set tell a method about its labels (all classes are there, in equal shares), and a result with them is
+*transductive*, which `evaluate_episodes` finds out and reports apart.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metaopt import base
+
+NORMALIZATIONS = ("batch", "support", "tasknorm", "group", "layer", "none")
+_GROUPS = 8
+_EPSILON = 1e-5
+
+
+class Network(NamedTuple):
+    """Plain functions over a pytree.
+
+    Attributes:
+      init: `(key) -> params`, without a head.
+      features: `(params, batch) -> [N, D]`, of a batch with "x" [N, H, W] or [N, H, W, C] and "mask" [N].
+    """
+
+    init: Callable[[jax.Array], dict[str, Any]]
+    features: Callable[[Mapping[str, Any], Mapping[str, jax.Array]], jax.Array]
+
+
+def conv4(
+    *,
+    normalization: str = "batch",
+    num_filters: int = 64,
+    num_blocks: int = 4,
+    num_channels: int = 1,
+    num_steps: int | None = None,
+) -> Network:
+    """Blocks of a 3 × 3 convolution, a normalization, ReLU and 2 × 2 max-pooling; four of 64 filters are usual.
+
+        h ← pool(relu((h * w − μ) / √(σ² + ε) ∘ scale + shift)),  μ and σ² per filter, over places and
+
+    | normalization | the examples | inductive | |
+    |---|---|---|---|
+    | "batch" | of the set at hand: the query set's own, too | no | what MAML's results have |
+    | "support" | of the support set, for both sets | yes | |
+    | "tasknorm" | of the support set, mixed with one example's own | yes | Bronskill et al., ICML 2020 |
+    | "group" | none: one example's, over 8 filters at a time | yes | Wu & He, ECCV 2018 |
+    | "layer" | none: one example's, over all filters | yes | |
+    | "none" | no normalization, a shift alone | yes | |
+
+    TaskNorm's moments are those of the mixture of both, with weights α and 1 − α, α = sigmoid(a |support| + b) and a, b
+    learned in each block. Padded rows enter no statistics. With a batch of 28 × 28, D = `num_filters`.
+
+    "support" and "tasknorm" need the support set where the query set is seen: `adaptation(keep_support=True)` puts it
+    into `params["support"]`, and the methods with `features` do. Without it the statistics are of the batch itself.
+
+    Args:
+      normalization: one of the table.
+      num_filters: of each block; a multiple of 8 for "group".
+      num_blocks: each halves height and width.
+      num_channels: C of the images.
+      num_steps: T, if scale and shift have a value for each inner step (MAML++), as their leading axis: then
+        `adaptation(leaves_per_step="scale|shift", adapt="^(?!.*(scale|shift))")`.
+
+    Returns:
+      A `Network`; `features` are flat, block by block smaller images. All floating-point leaves; differentiable in any
+      mode.
+
+    Raises:
+      ValueError: an argument is out of range; at trace time, the images are too small for so many blocks.
+
+    Source: Vinyals et al., NIPS 2016, https://arxiv.org/abs/1606.04080; TaskNorm: https://arxiv.org/abs/2003.03284
+
+    >>> import jax, jax.numpy as jnp
+    >>> network = conv4(num_filters=16, normalization="group")
+    >>> batch = {"x": jnp.ones((3, 28, 28)), "mask": jnp.ones(3)}
+    >>> network.features(network.init(jax.random.key(0)), batch).shape
+    (3, 16)
+    """
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"`normalization` must be one of {', '.join(map(repr, NORMALIZATIONS))}; got {normalization!r}."
+        )
+    for name, value in {"num_filters": num_filters, "num_blocks": num_blocks, "num_channels": num_channels}.items():
+        base.check_integer(name, value, 1)
+    base.check_integer("num_steps", num_steps, 1, optional=True)
+    if normalization == "group" and num_filters % _GROUPS:
+        raise ValueError(f"`num_filters` must be a multiple of {_GROUPS} for group normalization; got {num_filters}.")
+    needs_support = normalization in ("support", "tasknorm")
+
+    def init(key):
+        params = {}
+        lead = () if num_steps is None else (num_steps,)
+        for i, block_key in enumerate(jax.random.split(key, num_blocks)):
+            depth = num_channels if i == 0 else num_filters
+            w = jax.random.normal(block_key, (3, 3, depth, num_filters), jnp.float32) * (2 / (9 * depth)) ** 0.5
+            block = {"w": w, "shift": jnp.zeros((*lead, num_filters), jnp.float32)}
+            if normalization != "none":
+                block["scale"] = jnp.ones((*lead, num_filters), jnp.float32)
+            if normalization == "tasknorm":
+                block["mix"] = jnp.zeros(2, jnp.float32)  # a, b
+            params[f"block{i}"] = block
+        return params
+
+    def features(params, batch):
+        dtype = params["block0"]["w"].dtype
+        x, mask = (batch[name].astype(dtype) for name in ("x", "mask"))
+        support = params.get("support") if needs_support else None
+        if support is not None:  # both sets, by the statistics of the first
+            x, mask = (
+                jnp.concatenate([support["x"].astype(dtype), x]),
+                jnp.append(support["mask"].astype(dtype), 0 * mask),
+            )
+        x = x.reshape(*x.shape[:3], num_channels)
+        if min(x.shape[1:3]) < 2**num_blocks:
+            raise ValueError(
+                f"Images of {x.shape[1:3]} are too small for {num_blocks} blocks, each of which halves them."
+            )
+        for i in range(num_blocks):
+            block = params[f"block{i}"]
+            x = jax.lax.conv_general_dilated(x, block["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            if normalization != "none":
+                mean, variance = _moments(x, mask, block)
+                x = (x - mean) * jax.lax.rsqrt(variance + _EPSILON) * block["scale"].reshape(1, 1, 1, -1)
+            x = jax.nn.relu(x + block["shift"].reshape(1, 1, 1, -1))
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        x = x.reshape(len(x), -1)
+        return x if support is None else x[len(support["x"]) :]
+
+    def _moments(x, mask, block):
+        if normalization in ("group", "layer"):
+            groups = _GROUPS if normalization == "group" else 1
+            parts = x.reshape(*x.shape[:3], groups, -1)
+            mean, variance = parts.mean((1, 2, 4)), parts.var((1, 2, 4))  # [N, groups]
+            return tuple(jnp.repeat(m, num_filters // groups, axis=1)[:, None, None] for m in (mean, variance))
+        own = x.mean((1, 2), keepdims=True), x.var((1, 2), keepdims=True)  # of each example
+        weights = (mask / mask.sum())[:, None, None, None]
+        mean = (weights * own[0]).sum(0, keepdims=True)
+        variance = (weights * (own[1] + (own[0] - mean) ** 2)).sum(0, keepdims=True)
+        if normalization != "tasknorm":
+            return mean, variance
+        alpha = jax.nn.sigmoid(block["mix"][0] * mask.sum() + block["mix"][1])
+        both = alpha * mean + (1 - alpha) * own[0]
+        return both, alpha * (variance + (mean - both) ** 2) + (1 - alpha) * (own[1] + (own[0] - both) ** 2)
+
+    return Network(init, features)

@@ -1,0 +1,113 @@
+"""Each normalization against NumPy; which of them are transductive; statistics of the support set alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import methods, tasks
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+FILTERS = 16
+IMAGES = RNG.normal(size=(7, 4, 4, 2)).astype(np.float32)
+MASK = np.array([1, 1, 1, 1, 1, 0, 0], np.float32)
+SUPPORT = {"x": RNG.normal(size=(4, 4, 4, 2)).astype(np.float32) + 1, "mask": np.array([1, 1, 1, 0], np.float32)}
+
+
+def convolved(x, w):
+    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    return sum(padded[:, i : i + 4, j : j + 4] @ w[i, j] for i in range(3) for j in range(3))
+
+
+def by_hand(kind, params, x, whose):
+    """One block of images [N, 4, 4, 2]; statistics of the images `whose`, already without padding."""
+    block = {name: np.asarray(leaf, float) for name, leaf in params["block0"].items()}
+    h, of = convolved(x, block["w"]), convolved(whose, block["w"])
+    if kind in ("batch", "support"):
+        mean, variance = of.mean((0, 1, 2)), of.var((0, 1, 2))
+    elif kind in ("group", "layer"):
+        groups = h.reshape(len(h), 16, 8 if kind == "group" else 1, -1)
+        spread = lambda m: np.repeat(m, FILTERS // m.shape[1], axis=1)[:, None, None]
+        mean, variance = spread(groups.mean((1, 3))), spread(groups.var((1, 3)))
+    elif kind == "tasknorm":
+        # Half of the places drawn from the support set, by alpha, and the others from the example.
+        alpha = 1 / (1 + np.exp(-(block["mix"][0] * len(whose) + block["mix"][1])))
+        m, square = of.mean((0, 1, 2)), (of**2).mean((0, 1, 2))
+        own, own_square = h.mean((1, 2), keepdims=True), (h**2).mean((1, 2), keepdims=True)
+        mean = alpha * m + (1 - alpha) * own
+        variance = alpha * square + (1 - alpha) * own_square - mean**2
+    if kind != "none":
+        h = (h - mean) / np.sqrt(variance + 1e-5) * block["scale"]
+    h = np.maximum(h + block["shift"], 0).reshape(len(h), 2, 2, 2, 2, FILTERS)
+    return h.max((2, 4)).reshape(len(h), -1)
+
+
+@pytest.mark.parametrize("kind", methods.NORMALIZATIONS)
+def test_a_block_is_numpys(kind):
+    network = methods.conv4(normalization=kind, num_filters=FILTERS, num_blocks=1, num_channels=2)
+    params = network.init(KEY)
+    leaves, structure = jax.tree.flatten(params)
+    params = structure.unflatten([leaf + 0.2 * RNG.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    features = lambda params, batch: np.asarray(network.features(params, batch))  # without `jit`: four small programs
+    batch = {"x": jnp.asarray(IMAGES), "mask": jnp.asarray(MASK)}
+    real = features(params, batch)[:5]
+    np.testing.assert_allclose(real, by_hand(kind, params, IMAGES[:5], IMAGES[:5]), rtol=2e-4, atol=2e-4)
+    kept = features({**params, "support": jax.tree.map(jnp.asarray, SUPPORT)}, batch)[:5]
+    whose = SUPPORT["x"][:3] if kind in ("support", "tasknorm") else IMAGES[:5]
+    np.testing.assert_allclose(kept, by_hand(kind, params, IMAGES[:5], whose), rtol=2e-4, atol=2e-4)
+    assert real.std() > 0.1
+
+
+def test_only_batch_statistics_are_transductive():
+    """Prototypical networks and MAML, without a word from the user on whose statistics they are."""
+    images = RNG.normal(size=(8 * 6, 4, 4)).astype(np.float32)
+    sample = tasks.episodes(tasks.from_arrays(images, np.arange(48) // 6), num_ways=2, num_query=2)
+    found = {}
+    for kind in ("batch", "support", "tasknorm"):
+        network = methods.conv4(normalization=kind, num_filters=2, num_blocks=1)
+        head, params = methods.linear_head(network.features), network.init(KEY)
+        a = methods.prototypical_networks(network.features)
+        found[kind] = methods.adapted(a, a.hyperparams(params), head)
+    network = methods.conv4(normalization="support", num_filters=2, num_blocks=1)
+    head = methods.linear_head(network.features)
+    params = {**network.init(KEY), "head": {"w": jnp.zeros((8, 2), jnp.float32), "b": jnp.zeros(2, jnp.float32)}}
+    loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+    for name, keep in (("maml", True), ("maml, forgotten", False)):
+        a = methods.maml(loss, rate=1.0, keep_support=keep)
+        found[name] = methods.adapted(a, a.hyperparams(params), head)
+    kinds = methods.evaluate_episodes(found, sample, KEY, num_episodes=4, chunk_size=4).transductive
+    assert kinds == {"batch": True, "support": False, "tasknorm": False, "maml": False, "maml, forgotten": True}
+
+
+def test_scales_of_each_step():
+    network = methods.conv4(num_filters=2, num_blocks=1, num_steps=2)
+    head = methods.linear_head(network.features)
+    loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+    a = methods.maml(loss, num_steps=2, adapt="^(?!.*(scale|shift))", leaves_per_step="scale|shift")
+    params = {**network.init(KEY), "head": {"w": jnp.ones((8, 2), jnp.float32), "b": jnp.zeros(2, jnp.float32)}}
+    params["head"]["w"] = params["head"]["w"].at[0, 0].set(2.0)
+    part = {
+        "x": jnp.asarray(IMAGES[..., 0]),
+        "y": jnp.arange(7) % 2,
+        "mask": jnp.asarray(MASK),
+        "class_mask": jnp.ones(2),
+    }
+    out = a.estimator.estimate(a.hyperparams(params), tasks.Task(part, part), KEY)[0]
+    scale = np.abs(out.hypergrad["init"]["block0"]["scale"]).max(1)
+    assert scale.shape == (2,) and (scale > 1e-6).all() and np.isfinite(out.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalization": "instance"}, "`normalization` must be one of 'batch'"),
+        ({"num_filters": 0}, "`num_filters` must be at least 1; got 0"),
+        ({"num_filters": 12, "normalization": "group"}, "a multiple of 8 for group normalization; got 12"),
+        ({"num_blocks": 5}, r"Images of \(28, 28\) are too small for 5 blocks"),
+    ],
+)
+def test_bad_networks(options, message):
+    with pytest.raises(ValueError, match=message):
+        network = methods.conv4(**{"num_filters": 2, **options})
+        network.features(network.init(KEY), {"x": jnp.ones((1, 28, 28)), "mask": jnp.ones(1)})
