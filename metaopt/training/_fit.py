@@ -261,7 +261,7 @@ def _each(metrics: dict[str, np.ndarray], num: int) -> list[dict[str, Any]]:
 
 
 def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, Any]]) -> bool:
-    """Calls back for every step; whether one said stop. Then raises the first error: a resumed run goes on after all."""
+    """Whether a callback said stop, of every step; then raises the first error: a resumed run goes on after them."""
     errors, ended = [], False
     for i, metrics in enumerate(several_metrics):
         try:
