@@ -83,8 +83,8 @@ def supernet(
         1 is the whole.
       single_path: w has one entry that is not zero in a row, or none; only the op with the largest entry runs, and
         others have no gradient. (Under `vmap` over different w, all run.)
-      remat_edges: the backward pass runs the ops again rather than keep what is inside them: its memory is that of the nodes
-        and of one edge, for one more forward pass.
+      remat_edges: the backward pass runs the ops again rather than keep what is inside them: its memory is that of the
+        nodes and of one edge, for one more forward pass.
 
     Returns:
       A `Supernet`. Its parameters are a tree of arrays, with stacks of edges and of layers as leading axes.
