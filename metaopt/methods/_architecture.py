@@ -74,6 +74,7 @@ def architecture_search(
     penalty: Callable | None = None,
     partial: int = 1,
     single_path: bool = False,
+    remat_edges: bool = False,
     edge_weights: bool = False,
     keep: int | None = 2,
 ) -> Search:
@@ -101,6 +102,7 @@ def architecture_search(
       penalty: `(α, step) -> []`.
       partial: as for `nas.supernet`.
       single_path: as for `nas.supernet`.
+      remat_edges: as for `nas.supernet`.
       edge_weights: α of a kind is {"ops": [edges, ops], "edges": [edges]}, as `nas.edge_normalized` takes it.
       keep: edges into each node, as for `nas.discretize`; None in NAS-Bench-201, where every edge has its own argmax.
 
@@ -120,7 +122,9 @@ def architecture_search(
     2
     """
     relax = nas.softmax() if relaxation is None else relaxation
-    supernet = nas.supernet(network, in_shape, ops=ops, partial=partial, single_path=single_path)
+    supernet = nas.supernet(
+        network, in_shape, ops=ops, partial=partial, single_path=single_path, remat_edges=remat_edges
+    )
     loop = _loop(supernet, relax, loss, decay, optimizer, sampler)
 
     def valid_loss(params, hyperparams, batch, context):

@@ -64,6 +64,7 @@ def supernet(
     ops: Mapping[str, _ops.Op],
     partial: int = 1,
     single_path: bool = False,
+    remat_edges: bool = False,
 ) -> Supernet:
     """The network of a spec; shapes are checked here.
 
@@ -82,6 +83,8 @@ def supernet(
         1 is the whole.
       single_path: w has one entry that is not zero in a row, or none; only the op with the largest entry runs, and
         others have no gradient. (Under `vmap` over different w, all run.)
+      remat_edges: the backward pass runs the ops again rather than keep what is inside them: its memory is that of the
+        nodes and of one edge, for one more forward pass.
 
     Returns:
       A `Supernet`. Its parameters are a tree of arrays, with stacks of edges and of layers as leading axes.
@@ -137,7 +140,7 @@ def supernet(
                     new = ops[run.layer.name].apply(layer, last, run.layer.channels, run.layer.stride)
                 else:
                     inputs = [before, last][2 - cell.num_inputs :]
-                    new = _cell(cell, run, layer, w, inputs, ops, partial, single_path)
+                    new = _cell(cell, run, layer, w, inputs, ops, partial, single_path, remat_edges)
                 return (last, new), None
 
             if len(run.in_shapes) == 1:
@@ -346,7 +349,7 @@ def _stacked(flat: list[dict], runs: list[_Run], network: Network) -> list:
 # ---- A cell ---------------------------------------------------------------------------------------------------------
 
 
-def _cell(cell, run, params, weights, inputs, ops, partial, single_path):
+def _cell(cell, run, params, weights, inputs, ops, partial, single_path, remat_edges):
     name, channels, stride = run.layer
     if cell.preprocess:
         inputs = [
@@ -366,7 +369,8 @@ def _cell(cell, run, params, weights, inputs, ops, partial, single_path):
         def step(nodes, edge, group=group):
             params, w, source, target = edge
             x = jax.lax.dynamic_index_in_dim(inputs if group.stride > 1 else nodes, source, keepdims=False)
-            y = _edge(params, w, x, group, ops, partial, single_path)
+            apply = lambda params, w, x: _edge(params, w, x, group, ops, partial, single_path)
+            y = (jax.checkpoint(apply) if remat_edges else apply)(params, w, x)
             old = jax.lax.dynamic_index_in_dim(nodes, target, keepdims=False)
             return jax.lax.dynamic_update_index_in_dim(nodes, old + y, target, 0), None
 

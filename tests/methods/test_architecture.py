@@ -172,6 +172,26 @@ def test_gdas_trains_the_sampled_ops_alone_and_draws_anew():
     assert search.weights(alpha)["cell"].sum(-1) == pytest.approx(np.ones(3))  # read without noise
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gdas", "darts_minus"])
+def test_over_tasks_each_has_its_own_draws_and_weights(name):
+    search = search_of(methods.gdas, num_steps=20) if name == "gdas" else FIRST[name](order="exact")
+    alpha = alpha_of(search)
+    tasks = [TASK, base.Task(TASK.valid, TASK.train)]
+    tasks = [base.Task(*(jax.tree.map(lambda x: x[:8], part) for part in task[:2])) for task in tasks]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
+    keys = jax.random.split(KEY, 2)
+    one = jax.jit(lambda key, task: search.estimator.estimate(alpha, task, search.estimator.init(key, alpha, task))[0])
+    many = jax.jit(jax.vmap(one))(keys, stacked)
+    for i, task in enumerate(tasks):
+        single = one(keys[i], task)
+        np.testing.assert_allclose(many.hypergrad["cell"][i], single.hypergrad["cell"], atol=1e-12)
+        np.testing.assert_allclose(many.value[i], single.value, rtol=1e-10)
+    over = hypergrad.over_tasks(search.estimator)
+    estimate = jax.jit(lambda: over.estimate(alpha, stacked, over.init(KEY, alpha, stacked))[0])()
+    assert np.isfinite(estimate.hypergrad["cell"]).all() and estimate.done.shape == (2,)
+
+
 def test_partial_searches_have_weights_for_edges():
     search = FIRST["pc_darts"]()
     alpha = search.hyperparams(KEY)
