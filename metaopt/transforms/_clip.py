@@ -7,7 +7,7 @@ from jax.core import Tracer
 
 
 def learnable_clip(
-    max_norm: jax.typing.ArrayLike, *, scope: str = "global", sharpness: jax.typing.ArrayLike | None = None
+    max_norm: jax.typing.ArrayLike, *, scope: str = "global", sharpness: jax.Array | float | None = None
 ) -> optax.GradientTransformation:
     """Scales updates down to a norm c: u = g · min(1, c/‖g‖), with finite derivatives everywhere.
 
