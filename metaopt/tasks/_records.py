@@ -14,12 +14,14 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from metaopt.base import Record
 
 VERSION = 1
+_TIMEOUT = 300  # seconds that a writer waits for others
 STATUSES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")
 
 _APPLICATION = 0x6D657461  # "meta", in the header of the file
@@ -149,8 +151,8 @@ def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqli
     path = Path(file)
     if not create and not path.is_file():
         raise FileNotFoundError(f"There is no file of records at {file}.")
-    # Wait for other writers; transactions are begun by hand.
-    connection = sqlite3.connect(path, timeout=60, isolation_level=None)
+    # Transactions are begun by hand.
+    connection = sqlite3.connect(path, isolation_level=None)
     try:
         _check(connection, file)
         yield connection
@@ -164,25 +166,33 @@ def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqli
 
 
 def _check(connection, file):
-    application, version = _header(connection)
-    made = application == 0
-    if made:  # new, or another process is just making it
-        with connection:
-            connection.execute("BEGIN IMMEDIATE")
-            if not connection.execute("SELECT * FROM sqlite_master").fetchone():
-                for statement in _SCHEMA.split(";")[:-1]:
-                    connection.execute(statement)
-        application, version = _header(connection)
+    application, version = _header_of_made(connection)
     if application != _APPLICATION:
         raise ValueError(f"{file} is an SQLite file, but none of records.")
     if version > VERSION:
         raise ValueError(f"{file} has version {version}; this metaopt reads version {VERSION}. Use a later metaopt.")
-    if made:
-        connection.execute("PRAGMA journal_mode = WAL")  # stays with the file
 
 
-def _header(connection) -> list[int]:
-    return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+def _header_of_made(connection) -> list[int]:
+    """The application and the version in the header, once the file is made: by this process, or by another."""
+    header = lambda: [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+    deadline = time.monotonic() + _TIMEOUT
+    connection.execute("PRAGMA busy_timeout = 100")  # then look again whether another process has made it
+    while True:
+        try:
+            if header()[0] == 0 and not connection.execute("SELECT * FROM sqlite_master").fetchone():
+                with connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    if not connection.execute("SELECT * FROM sqlite_master").fetchone():
+                        for statement in _SCHEMA.split(";")[:-1]:
+                            connection.execute(statement)
+                connection.execute("PRAGMA journal_mode = WAL")  # stays with the file
+            found = header()
+            connection.execute(f"PRAGMA busy_timeout = {1000 * _TIMEOUT}")
+            return found
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > deadline:
+                raise
 
 
 def _to_row(record: Record) -> tuple:

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ def test_the_last_row_of_a_trial_counts_and_none_is_overwritten(tmp_path):
 def write(file, name, num):
     for trial in range(num):
         tasks.append_records(file, [Record(name, {"trial": trial}, float(trial), trial=trial)])
+        time.sleep(1e-3)
 
 
 def test_two_writers_do_not_disturb_each_other(tmp_path):
@@ -66,7 +68,7 @@ def test_two_writers_do_not_disturb_each_other(tmp_path):
         assert [record.trial for record in tasks.read_records(file, task=name)] == list(range(20))
 
 
-WRITER = "import sys, test_records; test_records.write(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+WRITER = "import sys, test_records; test_records.write(*sys.argv[1:3], int(sys.argv[3]))"
 
 
 @pytest.mark.slow
