@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # script -> its data, and what stands in its table.
 SCRIPTS = {
     "data_cleaning": ("mnist.npz", ("oracle: clean rows and validation rows", "`implicit`, 2 steps, warm CG")),
+    "record_tables": ("pmlb_sklearn_results.parquet", ("| portfolio", "| TPE", "| metaopt")),
     "feature_penalties": ("sms_spam.tsv.gz", ("one penalty, grid of 3", "`implicit`, fixed point, K = 2")),
     "parameter_decay": ("fashion_mnist_sub.npz", ("each parameter (3,818)", "each layer (3)")),
 }
@@ -37,7 +38,10 @@ def has_data(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["data_cleaning", *(pytest.param(n, marks=pytest.mark.slow) for n in ("feature_penalties", "parameter_decay"))],
+    [
+        "data_cleaning",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("feature_penalties", "parameter_decay", "record_tables")),
+    ],
 )
 def test_smoke_prints_a_table_and_writes_nothing(name, tmp_path):
     file, expected = SCRIPTS[name]
