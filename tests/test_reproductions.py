@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "architecture_tables": ("nasbench201.npz", ("h, no trial", "regularized evolution", "the cell 9930")),
     "data_cleaning": ("mnist.npz", ("oracle: clean rows and validation rows", "`implicit`, 2 steps, warm CG")),
+    "record_tables": ("pmlb_sklearn_results.parquet", ("| portfolio", "| TPE", "| metaopt")),
     "feature_penalties": ("sms_spam.tsv.gz", ("one penalty, grid of 3", "`implicit`, fixed point, K = 2")),
     "parameter_decay": ("fashion_mnist_sub.npz", ("each parameter (3,818)", "each layer (3)")),
 }

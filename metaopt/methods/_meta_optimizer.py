@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from metaopt import base, hypergrad, predictors, spaces, training
 
+# Expected improvement, a confidence bound, Thompson sampling.
 ACQUISITIONS = ("ei", "ucb", "thompson")
 _MAX_TRIALS = 256  # of the new task that the surrogate looks at
 _NUM_RESTARTS, _NUM_ASCENTS = 8, 20

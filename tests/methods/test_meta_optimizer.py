@@ -6,6 +6,7 @@ import pytest
 
 from metaopt import base, methods, spaces
 
+slow = pytest.mark.slow
 SPACE = {"x": spaces.interval(0.0, 1.0), "kind": spaces.choice(["a", "b"])}
 
 
@@ -45,6 +46,7 @@ def g():
     return methods.train_meta_optimizer(records, space=SPACE, features=features, num_steps=60, num_members=2)
 
 
+@slow
 def test_it_predicts_from_features_and_adapts_to_trials(g):
     for best in (0.2, 0.85):
         task = base.Task(None, None, np.array([best, 0.0]))
@@ -58,6 +60,7 @@ def test_it_predicts_from_features_and_adapts_to_trials(g):
         assert regrets[-1] < 0.01
 
 
+@slow
 def test_batches_failures_and_first_configurations(g):
     first = [{"x": 0.9, "kind": "b"}]
     searcher = g.searcher(first=first)
@@ -73,9 +76,6 @@ def test_batches_failures_and_first_configurations(g):
     assert batch[0].configuration != batch[1].configuration
     repeated, _ = searcher.ask(state, 2)
     assert repeated == batch  # pure: the same state, the same trials
-
-
-slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize("acquisition", ["ei", pytest.param("ucb", marks=slow), pytest.param("thompson", marks=slow)])
@@ -94,7 +94,7 @@ def test_a_finite_set_is_never_left_nor_repeated(acquisition):
     assert len(set(seen)) == 5 and all(dict(c) in pool for c in seen)
 
 
-@pytest.mark.slow
+@slow
 def test_shuffled_records_do_no_harm():
     """After 25 trials, beside a searcher that learned from one uninformative task."""
     rng = np.random.default_rng(2)
@@ -106,6 +106,7 @@ def test_shuffled_records_do_no_harm():
     assert (ours - plain).mean() < max((ours - plain).std() / np.sqrt(len(bests)), 1e-3)
 
 
+@slow
 def test_tasks_of_other_spaces_still_teach():
     records, features = make_records(np.random.default_rng(3), num_tasks=6)
     changed = [
