@@ -60,7 +60,8 @@ with 64 rows a step elementwise work and memory traffic do, and all ratios to pl
 - "/ plain": time over plain training, of the same library and with the same recomputation within the loss.
 - "floor": forward passes counted, in units of plain training, and whether the time is within 15 % of it.
 - "operations": floating-point operations of the program (`hypergrad.flops`), over those of plain training.
-- "/ by hand": time over the hand-written scan with the same checkpoints. "/ metaopt": time over "mixed, step".
+- "/ by hand": time over the hand-written scan with the same checkpoints ("grads": with those of "step"). "/ metaopt": \
+time over "mixed, step".
 - "MiB": temporary memory; of torch, the most that its allocator held above the start. "/ naive": over "reverse, none".
 - "error": the largest relative error of a leaf of the hypergradient against "by hand: step"; {agree} of metaopt and \
 of JAX are below {tol:g}. Of the MLP and the conv net at T = 64, torch.func, higher and hypertorch are off by 2e-2: in \
@@ -600,7 +601,7 @@ def main() -> None:
         options.repetitions = 1
     options.clock = time.process_time if options.cpu_time else time.perf_counter
     # The interpreter's place is its own business.
-    options.flags = " --peers PYTHON" if options.peers else ""
+    options.flags = (" --peers PYTHON" if options.peers else "") + (" --cpu-time" if options.cpu_time else "")
     text, wrong = report(options)
     print(text)
     if not (options.smoke or options.problems or options.num_steps):
