@@ -259,8 +259,7 @@ def main() -> None:
         f"{scale.size} pixels, {scale.steps:,} outer steps, of which methods take a share: {shares}. Trained with one "
         "shot (Reptile five), tested with one and five; pixel prototypes see the same images."
     )
-    file = Path(__file__).with_name("omniglot_small.py") if options.small else Path(__file__)
-    script.publish(str(file), "Omniglot", text, options)
+    script.publish(__file__, "Omniglot", text, options, name="omniglot_small" if options.small else None)
 
 
 if __name__ == "__main__":
