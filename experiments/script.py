@@ -51,8 +51,11 @@ def spread(values, digits: int = 3) -> str:
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
 
 
-def publish(file: str, title: str, text: str, options: argparse.Namespace) -> None:
-    """Prints a result and the line that says what made it, and writes both as Markdown, but for a smoke run."""
+def publish(file: str, title: str, text: str, options: argparse.Namespace, *, name: str | None = None) -> None:
+    """Prints a result and the line that says what made it, and writes both as Markdown, but for a smoke run.
+
+    `name` is that of the result, where it is not the script's.
+    """
     command = " ".join([f"python experiments/{Path(file).name}", *sys.argv[1:]])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     text += (
@@ -63,4 +66,4 @@ def publish(file: str, title: str, text: str, options: argparse.Namespace) -> No
     print(text)
     if not options.smoke:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"{Path(file).stem}.md").write_text(f"# {title}\n\n{text}")
+        (options.out / f"{name or Path(file).stem}.md").write_text(f"# {title}\n\n{text}")
