@@ -116,6 +116,7 @@ def test_tables_with_gaps_and_categories():
     assert outcome("linear_classifier", data=table._replace(categorical=np.array([False, False]))) > 0.3
 
 
+@pytest.mark.slow
 def test_a_search_is_the_same_with_two_workers():
     model = integrations.sklearn_model("k_nearest_classifier")
     objective = integrations.sklearn_objective(model.estimator, num_folds=2)

@@ -27,7 +27,6 @@ LEAVES = {
     "simplex": spaces.simplex(4),
     "simplex_array": spaces.simplex(3, default=[0.2, 0.3, 0.5], shape=(2,)),
     "choice": spaces.choice(["sgd", 3, None, True], default=None),
-    "choice_array": spaces.active_if(spaces.choice([0.5, 2.0], shape=(2,)), "other", [1]),
 }
 BOUNDED = [name for name in LEAVES if name.startswith(("interval", "unit", "integer"))]
 SIMPLEX = [name for name in LEAVES if name.startswith(("simplex", "choice"))]
@@ -48,7 +47,6 @@ FORMULAS = {
     "simplex": lambda z: scipy.special.softmax(z, axis=-1),
     "simplex_array": lambda z: scipy.special.softmax(z, axis=-1),
     "choice": lambda z: scipy.special.softmax(z, axis=-1),
-    "choice_array": lambda z: scipy.special.softmax(z, axis=-1),
 }
 
 # The distribution of one entry of a sample.
@@ -66,7 +64,6 @@ DISTRIBUTIONS = {
     "simplex": scipy.stats.beta(1, 3),
     "simplex_array": scipy.stats.beta(1, 2),
     "choice": scipy.stats.beta(1, 3),
-    "choice_array": scipy.stats.beta(1, 1),
 }
 
 
