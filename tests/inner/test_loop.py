@@ -42,6 +42,16 @@ def test_steps_equal_a_plain_optax_loop():
         chex.assert_trees_all_close((loop.params(state), state.opt_state), (params, opt_state), rtol=1e-12)
 
 
+@pytest.mark.parametrize(("zero", "expected"), [("drop", 0.0), ("exact", -0.1 / 1e-8)])
+def test_the_derivative_at_a_gradient_of_zero_is_what_was_chosen(zero, expected):
+    # Adam's first step, u = -0.1 g / (|g| + 1e-8), at g = λ = 0; optax's own derivative is NaN.
+    loop = make(
+        lambda params, lam, data: lam * params, lambda lam: optax.adam(0.1), lambda *_: jnp.zeros(()), zero=zero
+    )
+    after = lambda lam: loop.params(inner.step(loop, loop.init(KEY, lam, None), lam, None))
+    np.testing.assert_allclose(jax.jit(jax.grad(after))(0.0), expected, rtol=1e-6)
+
+
 def test_context_has_fresh_keys_the_step_and_the_model_state():
     def loss(params, hyperparams, batch, context):
         assert isinstance(context, base.Context)
