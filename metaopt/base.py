@@ -304,7 +304,15 @@ class Estimator(NamedTuple):
 
 
 def check_estimator(estimator: Any, *, or_function: bool = False) -> None:
-    """ValueError where it is no estimator (nor, where that is allowed, a function of the outer step)."""
+    """Refuses what is no estimator.
+
+    Args:
+      estimator: what was given.
+      or_function: whether a function of the outer step is allowed, too.
+
+    Raises:
+      ValueError: it is something else.
+    """
     if isinstance(estimator, Estimator) or or_function and callable(estimator):
         return
     instead = "; take its `.estimator`" if isinstance(getattr(estimator, "estimator", None), Estimator) else ""
