@@ -321,6 +321,7 @@ def compare(curves: dict, data: Records, judged: np.ndarray, reference: str) -> 
     draws = np.random.default_rng(0).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), size=4000)
     weights = draws[:, of] / draws[:, of].sum(1, keepdims=True)
     names, rows, untouched = list(curves), [], data.fold[judged] >= 3
+    wilcoxon: Any = stats.wilcoxon
     ranks, tests = {}, {}
     for at in AT:
         values = np.stack([curves[name][judged, at - 1] for name in names])
@@ -329,7 +330,7 @@ def compare(curves: dict, data: Records, judged: np.ndarray, reference: str) -> 
         for name in names:
             difference = curves[name][judged, at - 1] - curves[reference][judged, at - 1]
             if name != reference:
-                p[name] = float(stats.wilcoxon(difference, method="approx")[1]) if np.any(difference) else 1.0
+                p[name] = wilcoxon(difference, method="approx").pvalue if np.any(difference) else 1.0
         worst = 0.0
         for i, name in enumerate(sorted(p, key=lambda n: p[n])):  # Holm
             worst = max(worst, min(1.0, (len(p) - i) * p[name]))
