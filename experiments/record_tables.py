@@ -25,7 +25,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Records(NamedTuple):
 def load_pmlb(name: str, forest_only: bool) -> Records:
     import pandas as pd
 
-    rows = pd.read_parquet(script.data_file(__file__, "pmlb_sklearn_results.parquet"))
+    rows: Any = pd.read_parquet(script.data_file(__file__, "pmlb_sklearn_results.parquet"))
     rows = rows[rows["file"] == "kb_r6"]
     if forest_only:
         rows = rows[rows["algorithm"] == "RandomForestClassifier"]
@@ -246,6 +246,7 @@ def tpe(data: Records, t: int, seed: int) -> np.ndarray:
     for c in found:
         for name, value in c.items():
             labels.setdefault((c.get("algorithm", "") if name != "algorithm" else "", name), set()).add(value)
+    columns = {name: np.array([c.get(name, "") for c in found]) for name in {"algorithm", *(n for _, n in labels)}}
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
     regret, tried = data.regret[t], []
     open_ = np.isfinite(regret)
@@ -258,9 +259,7 @@ def tpe(data: Records, t: int, seed: int) -> np.ndarray:
         for (of, name), values in labels.items():
             if of == algorithm and name != "algorithm" and len(values) > 1:
                 given[name] = trial.suggest_categorical(f"{of}.{name}", sorted(values))
-        same = np.array(
-            [sum(c.get(n) == v for n, v in given.items()) + 100 * (c.get("algorithm", "") == algorithm) for c in found]
-        )
+        same = sum(columns[name] == value for name, value in given.items()) + 100 * (columns["algorithm"] == algorithm)
         at = int(np.where(open_ & ~np.isin(np.arange(len(found)), tried), same, -1).argmax())
         tried.append(at)
         study.tell(trial, float(data.error[t, at]))
@@ -322,6 +321,7 @@ def compare(curves: dict, data: Records, judged: np.ndarray, reference: str) -> 
     draws = np.random.default_rng(0).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), size=4000)
     weights = draws[:, of] / draws[:, of].sum(1, keepdims=True)
     names, rows, untouched = list(curves), [], data.fold[judged] >= 3
+    wilcoxon: Any = stats.wilcoxon
     ranks, tests = {}, {}
     for at in AT:
         values = np.stack([curves[name][judged, at - 1] for name in names])
@@ -330,7 +330,7 @@ def compare(curves: dict, data: Records, judged: np.ndarray, reference: str) -> 
         for name in names:
             difference = curves[name][judged, at - 1] - curves[reference][judged, at - 1]
             if name != reference:
-                p[name] = stats.wilcoxon(difference, method="approx").pvalue if np.any(difference) else 1.0
+                p[name] = wilcoxon(difference, method="approx").pvalue if np.any(difference) else 1.0
         worst = 0.0
         for i, name in enumerate(sorted(p, key=lambda n: p[n])):  # Holm
             worst = max(worst, min(1.0, (len(p) - i) * p[name]))

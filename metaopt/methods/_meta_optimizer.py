@@ -288,7 +288,7 @@ def _meta_optimizer(surrogate, space, candidates, finite) -> MetaOptimizer:
             return (optax.apply_updates(z, updates), state), None
 
         (ascended, _), _ = jax.lax.scan(ascend, (top, optimizer.init(top)), length=_NUM_ASCENTS)
-        both = jnp.concatenate([top, ascended])
+        both = jnp.concatenate([top, jnp.asarray(ascended)])
         return both[jnp.argmax(score(jax.vmap(rounded)(both)))]
 
     def expected(weights, x):
@@ -358,12 +358,12 @@ def _meta_optimizer(surrogate, space, candidates, finite) -> MetaOptimizer:
     def searcher(new_task: Any = None, *, acquisition: str = "ei", first: Sequence[Mapping[str, Any]] = ()):
         if acquisition not in ACQUISITIONS:
             raise ValueError(f"`acquisition` must be one of {', '.join(map(repr, ACQUISITIONS))}; got {acquisition!r}.")
-        weights = weights_of(new_task)
+        weights, structure = weights_of(new_task), jax.tree.structure(space)
         given = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in first]
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome
 
-        def init(key, space_):
-            if space_ is not None and jax.tree.structure(space_) != jax.tree.structure(space):
+        def init(key, space):
+            if space is not None and jax.tree.structure(space) != structure:
                 raise ValueError("The searcher was trained for another space; give `init` that one, or None.")
             return MetaSearcherState(key, 0, (), (), ())
 
