@@ -36,7 +36,12 @@ class LoopState(NamedTuple):
 
 def _with_products(fn: Callable, choice: bool | None) -> Callable:
     """`fn` with its convolutions as matrix products where they are chosen."""
-    return fn if choice is False else _im2col.im2col(fn, only_on_cpu=choice is None)
+    chosen = fn if choice is False else _im2col.im2col(fn, only_on_cpu=choice is None)
+
+    def called(params, hyperparams, batch, context):
+        return chosen(params, hyperparams, batch, context)
+
+    return called
 
 
 def _is_array(leaf: Any) -> bool:
