@@ -14,8 +14,9 @@ To see in the committed results: with learned rates (Meta-SGD) adaptation is bes
 rate it harms, and most of the gain over the last value is that of one network which sees score and slope. Twenty
 patients of a new hospital help at three of four. Of Switzerland's 123 patients 8 are healthy: its areas say little.
 
-All folds and seeds of a method are trained by one program, a `vmap` over the learner's two functions. No
-setting was chosen by patients or hospitals that are tested on.
+All folds and seeds of a method are trained by one program, a `vmap` over the learner's two functions. Sizes
+and steps were not chosen by patients or hospitals that are tested on; what the network sees was, after one look at the
+errors of a linear model over all patients.
 
     python experiments/personalization.py             minutes; writes experiments/results/personalization.md
     python experiments/personalization.py --smoke     seconds; prints only

@@ -89,6 +89,7 @@ def test_smoke_of_the_sinusoids(tmp_path):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.once
 def test_absent_data_are_named(name, tmp_path):
     done = run(name, "--smoke", METAOPT_DATA=str(tmp_path))
     assert done.returncode == 1
@@ -224,6 +225,7 @@ def load_architecture_tables():
         sys.path.pop(0)
 
 
+@pytest.mark.once
 def test_the_prior_of_tasks_finds_its_own_variances_and_conditions_exactly():
     tables = load_architecture_tables()
     rng = np.random.default_rng(0)

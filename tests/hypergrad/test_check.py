@@ -25,6 +25,7 @@ def broken(estimator, change, kind=None):
     return base.Estimator(estimator.init, estimate, kind or estimator.kind)
 
 
+@pytest.mark.once
 def test_a_right_hypergradient_passes_wherever_lambda_enters():
     estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=3)
     report = CHECK(estimator, problems.EVERYTHING_LAM, problems.TASK)

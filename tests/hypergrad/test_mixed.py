@@ -75,6 +75,7 @@ def test_auxiliary_outputs_pass_their_cotangent_on():
     chex.assert_trees_all_close(found, expected, rtol=1e-12)
 
 
+@pytest.mark.once
 def test_everything_through_training():
     # Dropout, minibatches, running statistics, Adam; λ enters everywhere; stretches within which gradients are kept.
     def estimate(grad):
@@ -214,6 +215,7 @@ def test_an_outer_loop_does_not_keep_the_gradients_of_an_inner_one(remat):
     assert (memory(80, hypergrad.mixed_grad) - memory(20, hypergrad.mixed_grad)) / 60 < 5 * size * 8
 
 
+@pytest.mark.once
 def test_all_gradients_and_few_states():
     # Adam's state is three times the parameters; the loss has matrix products, the update has none. 19 = 3 · 5 + 4.
     size, num_steps = 20, 19

@@ -105,6 +105,7 @@ def check_figures(found, problem, hp, num_steps, names):
         np.testing.assert_allclose(costs[name].flops, operations / plain, rtol=0.02)
 
 
+@pytest.mark.once
 def test_the_figures_of_rules_on_a_network():
     problem, hp = multilayer("start")
     names = {'unrolled, remat="none"', "es_single, 3 pairs, 2 steps"}

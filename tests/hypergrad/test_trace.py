@@ -31,6 +31,7 @@ def by_hand(at):
     return jax.lax.scan(step, state, (at.steps, jnp.array(WEIGHTS)))[1].sum()
 
 
+@pytest.mark.once
 def test_each_contribution_equals_finite_differences_of_its_hyperparams_alone():
     @jax.jit
     def contributions(lam):

@@ -39,6 +39,7 @@ def numerical_gradient(function, tree, eps=1e-5):
 # Dropout, minibatches, running statistics and Adam; λ in the initialization, both losses and the optimizer.
 
 
+@pytest.mark.once
 def test_forward_and_reverse_equal_finite_differences_wherever_hyperparams_enter():
     objective = everything_objective(num_steps=4)
     lam = problems.EVERYTHING_LAM
@@ -50,6 +51,7 @@ def test_forward_and_reverse_equal_finite_differences_wherever_hyperparams_enter
     chex.assert_trees_all_close(forward, reverse, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.once
 def test_the_estimator_equals_finite_differences_of_its_own_value():
     estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=3, remat="step", outer="mean")
     lam = problems.EVERYTHING_LAM
@@ -59,6 +61,7 @@ def test_the_estimator_equals_finite_differences_of_its_own_value():
     chex.assert_trees_all_close(estimate.hypergrad, expected, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.once
 def test_second_order_equals_finite_differences():
     grad = jax.jit(jax.grad(everything_objective(num_steps=2)))
     lam = problems.EVERYTHING_LAM
@@ -74,6 +77,7 @@ def test_second_order_equals_finite_differences():
     chex.assert_trees_all_close(forward_over_reverse, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.once
 def test_three_levels_equal_the_closed_form():
     # Level 1: θ ← θ − r(θ − a), so θ_3 = a (1 − (1 − r)³). Level 2: r ← r − s dF/dr, F = (θ_3 − b)²/2, two steps.
     # Level 3: the derivative with respect to s of F at the end.
@@ -137,6 +141,7 @@ SMALL_TASK = base.Task(None, None)
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 5, 16, 17, 23])
+@pytest.mark.once
 def test_checkpointing_changes_nothing(num_steps):
     def results(remat):
         def objective(lam):
@@ -156,6 +161,7 @@ def test_checkpointing_changes_nothing(num_steps):
         chex.assert_trees_all_close(results(remat), expected, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.once
 def test_orders_of_nesting_agree():
     def hessian(outer, remat):
         def objective(lam):
@@ -240,6 +246,7 @@ def weighted_by_hand(hyperparams, weights, key):
         ([1, 0, 0, 0, 0], [1, 0, 0, 0, 0]),
     ],
 )
+@pytest.mark.once
 def test_outer_weights_equal_a_loop_over_steps(outer, weights, remat):
     estimator = hypergrad.unrolled(SMALL, num_steps=5, outer=outer, remat=remat)
     estimate, _ = jax.jit(estimator.estimate)(SMALL_LAM, SMALL_TASK, KEY)

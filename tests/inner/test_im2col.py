@@ -217,6 +217,7 @@ class Net(nn.Module):
         return nn.Dense(3, param_dtype=float)(nn.max_pool(x, (2, 2), (2, 2)).reshape(x.shape[0], -1))
 
 
+@pytest.mark.once
 def test_training_uses_it_on_cpu_and_gives_the_same_hypergradient():
     net, start = Net(), Net().init(KEY, jnp.ones((1, 8, 8, 1)))
     x, y = jax.random.normal(KEY, (6, 8, 8, 1)), jnp.arange(6) % 3

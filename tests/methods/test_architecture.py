@@ -86,6 +86,7 @@ def close(hypergrad, expected, rtol):
         if (name, ahead) != ("gumbel", 1)
     ],
 )
+@pytest.mark.once
 def test_one_step_searches_against_finite_differences(name, ahead):
     search = FIRST[name](**({"order": "exact"} if ahead else {}))
     loop, alpha = search.problem.loop, alpha_of(search)

@@ -59,6 +59,7 @@ def test_a_block_is_numpys(kind):
     assert real.std() > 0.1
 
 
+@pytest.mark.once
 def test_only_batch_statistics_are_transductive():
     """Prototypical networks and MAML, without a word from the user on whose statistics they are."""
     images = RNG.normal(size=(8 * 6, 4, 4)).astype(np.float32)
@@ -80,6 +81,7 @@ def test_only_batch_statistics_are_transductive():
     assert kinds == {"batch": True, "support": False, "tasknorm": False, "maml": False, "maml, forgotten": True}
 
 
+@pytest.mark.once
 def test_scales_of_each_step():
     network = methods.conv4(num_filters=2, num_blocks=1, num_steps=2)
     head = methods.linear_head(network.features)

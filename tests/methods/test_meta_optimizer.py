@@ -79,6 +79,7 @@ def test_batches_failures_and_first_configurations(g):
 
 
 @pytest.mark.parametrize("acquisition", ["ei", pytest.param("ucb", marks=slow), pytest.param("thompson", marks=slow)])
+@pytest.mark.once
 def test_a_finite_set_is_never_left_nor_repeated(acquisition):
     records, features = make_records(np.random.default_rng(1), num_tasks=6)
     h = methods.train_meta_searcher(records[:40], space=SPACE, features=features, num_steps=2, num_members=1)

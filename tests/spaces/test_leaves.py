@@ -147,6 +147,7 @@ def test_samples_and_defaults_lie_in_the_range_and_have_the_default_type(name, x
 
 @ALL
 @pytest.mark.parametrize("fn", [spaces.to_constrained, spaces.to_unconstrained, spaces.encode])
+@pytest.mark.once
 def test_derivatives_equal_finite_differences(name, fn):
     leaf, at = LEAVES[name], coordinates(name)
     if fn is not spaces.to_constrained:
@@ -159,6 +160,7 @@ def test_derivatives_equal_finite_differences(name, fn):
 
 @ALL
 @pytest.mark.parametrize("at", [-50.0, 50.0, -1e4, 1e4])
+@pytest.mark.once
 def test_extreme_coordinates_are_finite_with_finite_derivatives_in_float32(name, at):
     leaf = LEAVES[name]
     z = jnp.zeros(leaf.value_shape, jnp.float32)

@@ -170,6 +170,7 @@ def test_what_ends_a_trial_alone_is_a_record(task, status, outcome, reason):
     assert record.outcome == outcome or math.isnan(outcome) and math.isnan(record.outcome)
 
 
+@pytest.mark.once
 def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
     on = {name: name for name in ("good", "hang", "crash", "raise", "good again")} | {"good again": "good"}
     start, store = time.monotonic(), tmp_path / "records.db"

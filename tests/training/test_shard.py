@@ -71,6 +71,7 @@ RUN = """
 """
 
 
+@pytest.mark.once
 def test_equals_the_unsharded_estimator_with_nonfinite_tasks_and_unequal_counts():
     env = {
         **os.environ,

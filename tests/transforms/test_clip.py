@@ -45,6 +45,7 @@ def test_the_smooth_one(sharpness):
         pytest.param({"sharpness": 0.5, "scope": "leaf"}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.once
 def test_derivatives(kwargs):
     def value(c, grads):
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(clip(grads, c, **kwargs)))

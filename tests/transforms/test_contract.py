@@ -121,6 +121,7 @@ def test_jit_vmap_and_scan(name):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.once
 def test_it_composes_and_ignores_extra_arguments(name):
     params = like(PARAMS, jnp.float64)
     for compose in COMPOSED.values():
@@ -132,6 +133,7 @@ def test_it_composes_and_ignores_extra_arguments(name):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.once
 def test_inject_hyperparams(name):
     """It may put another value, traced, in the place of the one that the transform was made with."""
     injected, params = optax.inject_hyperparams(TRANSFORMS[name])(), like(PARAMS, jnp.float64)

@@ -91,6 +91,7 @@ def test_values_are_equal_to_the_bit(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.once
 def test_derivatives_with_dead_entries(name):
     # One program: value and gradient, differentiated forward along λ itself, for two λ at once.
     value_and_grad = jax.value_and_grad(lambda lam: objective(OPTIMIZERS[name], lam))

@@ -242,6 +242,7 @@ def plain_transform(transform):
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.once
 def test_values_and_gradients(name):
     case = CASES[name]
     # One program without `differentiable`, at λ and around it; one with it.

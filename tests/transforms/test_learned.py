@@ -45,6 +45,7 @@ def moved(weights, slopes=None):
     return optax.tree.sum(jax.tree.map(lambda a, b: jnp.sin(5 * b) * (a - b), after, params))
 
 
+@pytest.mark.once
 def test_the_gradient_in_the_weights_is_that_of_finite_differences():
     flat, unravel = jax.flatten_util.ravel_pytree(WEIGHTS)
     function = lambda x: moved(unravel(x))

@@ -57,6 +57,7 @@ def objective(hp):
 
 
 @pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3, 0.0], [0.0, 1.0, 0.0, 0.0]])
+@pytest.mark.once
 def test_derivatives(weights):
     hp = {"rate": jnp.array(0.1), "sign": jnp.array(0.01), "broken": jnp.array(0.3), "weights": jnp.array(weights)}
     reverse = jax.jit(jax.grad(objective))(hp)
@@ -93,6 +94,7 @@ def test_an_idle_member_that_is_switched_on_later_has_the_derivatives_of_its_sta
     np.testing.assert_allclose(values(0.5, weights)[1], expected, rtol=1e-7)
 
 
+@pytest.mark.once
 def test_mixed_second_derivatives_at_an_idle_member():
     cube = optax.GradientTransformation(lambda params: (), lambda u, state, params=None: (u**3, state))
 

@@ -364,6 +364,7 @@ def test_what_is_not_finite_is_kept_out_by_apply_if_finite():
     chex.assert_tree_all_finite((updates, state.inner_state))
 
 
+@pytest.mark.once
 def test_flax_holds_it():
     params = {"w": jnp.zeros(2)}
     optimizer = small()
