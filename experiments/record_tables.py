@@ -201,7 +201,7 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
     plain_gram = predictors.kernel_matrix(plain_kernel, encoded, encoded)
     expected = predictors.expected_outcomes(surrogate, encoded)
     methods_ = LEARNED if options.ablate else LEARNED[1:]
-    curves = {name: [] for name in (*methods_, "GP, no other task")}
+    curves = {name: [] for name in (*methods_, "GP, fixed kernel, no other task")}
     rng = np.random.default_rng(0)
     for t in test:
         error, regret = jnp.asarray(data.error[t], jnp.float32), data.regret[t]
@@ -212,7 +212,7 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
             tried = search(surrogate, functions, gram, weights, error, start)
             curves[name].append(curve(regret, np.asarray(tried)))
         tried = plain_search(plain_gram, error, jnp.asarray(rng.choice(open_, plain_starts)))
-        curves["GP, no other task"].append(np.mean([curve(regret, run) for run in np.asarray(tried)], 0))
+        curves["GP, fixed kernel, no other task"].append(np.mean([curve(regret, run) for run in np.asarray(tried)], 0))
     tried = search(surrogate, functions, gram, weights, error, start)  # the last task's, again as a user has it
     again, milliseconds = one_by_one(g, data, test[-1], plain)
     if again != np.asarray(tried)[: len(again)].tolist():

@@ -71,13 +71,15 @@ def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Recor
         raise ValueError("Records have one outcome; the study has several objectives.")
     sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
     trials = study.get_trials()
-    steps = max((trial.last_step for trial in trials if trial.last_step is not None), default=0)
+    # Steps are counted from 0 or from 1: what the first one reported was seen after one.
+    first = int(any(0 in trial.intermediate_values for trial in trials))
+    steps = max((trial.last_step for trial in trials if trial.last_step is not None), default=0) + first
     records = []
     for trial in trials:
         outcome, fidelity = trial.value, 1.0
         if trial.state.name == "PRUNED" and trial.last_step is not None:
             outcome = trial.intermediate_values[trial.last_step]
-            fidelity = trial.last_step / steps if trial.last_step > 0 else 1.0
+            fidelity = (trial.last_step + first) / steps
         seconds = trial.duration.total_seconds() if trial.duration is not None else float("nan")
         attributes = trial.user_attrs
         records.append(

@@ -94,8 +94,11 @@ def sklearn_objective(
                 name, larger = _INTERNAL[scoring]
                 score = getattr(metrics, name)(filled, model.fit_predict(filled))
                 return 1 - score if scoring == "silhouette" else -score if larger else score
+            labels = y if sklearn.base.is_classifier(estimator) else None
             scores = [
-                _score(model, scoring, categorical, x, y, _subset(train, y, trial.fidelity, split_seed + fold), test)
+                _score(
+                    model, scoring, categorical, x, y, _subset(train, labels, trial.fidelity, split_seed + fold), test
+                )
                 for fold, (train, test) in enumerate(_folds(x, y, estimator, num_folds, split_seed))
             ]
         score = float(np.mean(scores))
@@ -110,7 +113,9 @@ def _score(model, scoring, categorical, x, y: Any, train, test) -> float:
 
     fitted = pipeline.make_pipeline(_preparation(categorical), sklearn.base.clone(model))
     if scoring == "log_likelihood":
-        return fitted.fit(x[train]).score(x[test])
+        fitted.fit(x[train])
+        # A density's `score` is a sum over rows, a mixture's the mean.
+        return float(np.mean(fitted.score_samples(x[test])))
     return metrics.get_scorer(scoring)(fitted.fit(x[train], y[train]), x[test], y[test])
 
 
@@ -125,7 +130,7 @@ def _folds(x, y, estimator, num_folds, seed):
 
 def _subset(train, y: Any, fidelity, seed):
     """The rows of a fold's training part that a fidelity allows."""
-    labels = np.zeros(len(train)) if y is None or np.issubdtype(y.dtype, np.floating) else y[train]
+    labels = np.zeros(len(train)) if y is None else y[train]
     return train[_part(np.random.default_rng(seed), labels, fidelity)]
 
 

@@ -13,6 +13,7 @@ from metaopt import base, hypergrad, predictors, spaces, training
 
 # Expected improvement, a confidence bound, Thompson sampling.
 ACQUISITIONS = ("ei", "ucb", "thompson")
+_RANDOM_EVERY = 4  # trials of a search without candidates
 _MAX_TRIALS = 256  # of the new task that the surrogate looks at
 _NUM_RESTARTS, _NUM_ASCENTS = 8, 20
 
@@ -130,6 +131,10 @@ def train_meta_optimizer(
     encode = _encoder(space)
     names, trials = _by_task(records, encode)
     kernel = _fit_kernel(kernel_key, trials, num_steps)
+    if candidates is None:
+        # What a configuration has for itself can be found out in a finite set alone: in a continuum every new point
+        # would promise it, next to the best one too.
+        kernel = kernel._replace(logit_smooth=jnp.maximum(kernel.logit_smooth, 5.0))
     tried = np.unique(np.concatenate([task.x for task in trials]).round(6), axis=0)
     if len(tried) > max_reference:
         tried = tried[np.asarray(jax.random.permutation(reference_key, len(tried)))[:max_reference]]
@@ -328,6 +333,9 @@ def _meta_optimizer(surrogate, space, candidates, finite) -> MetaOptimizer:
 
     def weights_of(new_task):
         features = new_task.features if isinstance(new_task, base.Task) else new_task
+        num_features = len(surrogate.sorted_features)
+        if features is not None and num_features and np.shape(features) != (num_features,):
+            raise ValueError(f"A new task has [{num_features}] features; got shape {np.shape(features)}.")
         return predictors.task_weights(surrogate, features)
 
     def predict(new_task: Any = None) -> dict[str, Any]:
@@ -343,7 +351,7 @@ def _meta_optimizer(surrogate, space, candidates, finite) -> MetaOptimizer:
             pool = list(candidates)
         else:
             zs = sample(jax.random.split(jax.random.key(1), num_random))
-            pool = [chosen[0], *map(to_configuration, zs)]
+            pool = list({tuple(sorted(c.items())): c for c in [chosen[0], *map(to_configuration, zs)]}.values())
         curves = np.asarray(outcomes(jnp.asarray(np.stack([encode(c) for c in pool]))))
         taken = {pool.index(chosen[0])}
         best = curves[pool.index(chosen[0])]
@@ -360,6 +368,7 @@ def _meta_optimizer(surrogate, space, candidates, finite) -> MetaOptimizer:
             raise ValueError(f"`acquisition` must be one of {', '.join(map(repr, ACQUISITIONS))}; got {acquisition!r}.")
         weights, structure = weights_of(new_task), jax.tree.structure(space)
         given = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in first]
+        widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome
 
         def init(key, space):
@@ -376,6 +385,7 @@ def _meta_optimizer(surrogate, space, candidates, finite) -> MetaOptimizer:
                     plan[:] = portfolio(len(known) + 8, new_task)
                 return next((c for c in plan if tuple(encode(c)) not in known), plan[-1])
             x, y = np.stack(state.x), np.where(seen, state.y, np.max(np.array(state.y)[seen]))
+            y = np.minimum(y, y.min() + widest)  # what diverged does not set the scale
             if len(y) > _MAX_TRIALS:  # the best, and the latest
                 half = _MAX_TRIALS // 2
                 keep = np.union1d(np.argsort(y)[:half], np.arange(len(y) - half, len(y)))
@@ -387,13 +397,15 @@ def _meta_optimizer(surrogate, space, candidates, finite) -> MetaOptimizer:
                 believed = np.asarray(believe(weights, trials, padded))[: len(waiting)]
                 x, y = np.concatenate([x, waiting]), np.concatenate([y, believed])
                 trials = _padded(x, y)
+            if finite is None and state.num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
+                return to_configuration(sample(key[None])[0])  # what the surrogate will not look at
             if finite is None:
                 return to_configuration(suggest(acquisition, key, weights, trials))
             score = np.array(acquire_finite(acquisition, key, weights, trials, jnp.asarray(finite)))
             tried = {tuple(row) for row in x}
             score[[tuple(row) in tried for row in finite]] = -np.inf
             if not np.isfinite(score).any():
-                score = -np.asarray(expected_finite(weights, jnp.asarray(finite)))
+                score = np.asarray(expected_finite(weights, jnp.asarray(finite)))  # all were tried
             return dict(candidates[int(score.argmax())])
 
         def ask(state, num):

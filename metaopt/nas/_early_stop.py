@@ -54,7 +54,7 @@ def sharpness_stop(
     Returns:
       The first epoch that stops, less `delta`; or None.
     """
-    values = np.asarray(curvatures, float)
+    values = np.abs(np.asarray(curvatures, float))
     for e in range(max(start, window + delta - 1), len(values)):
         now, before = (values[end + 1 - window : end + 1].mean() for end in (e, e - delta))
         if now > factor * before:
@@ -134,7 +134,8 @@ def stopped_by_curvature(
         curvatures = push(state.curvatures, curvature)
         alphas = jax.tree.map(push, state.alphas, hyperparams)
         # Comparisons with the NaN of epochs that were not are false.
-        grows = curvatures[-window:].mean() > factor * curvatures[:window].mean()
+        sharpness = jnp.abs(curvatures)
+        grows = sharpness[-window:].mean() > factor * sharpness[:window].mean()
         stops = ends & (count // every > start) & grows & ~state.stopped
         kept = jax.tree.map(lambda old, a: jnp.where(stops, a[0], old), state.kept, alphas)
         stopped = state.stopped | stops

@@ -157,7 +157,10 @@ def from_configspace(document: Mapping[str, Any]) -> dict[str, Leaf]:
     if document.get("forbiddens"):
         raise ValueError("A space has no forbidden clauses; let the objective raise where they hold.")
     space: dict[str, Leaf] = {}
+    ordinals = {e["name"]: list(e["sequence"]) for e in document["hyperparameters"] if e["type"] == "ordinal"}
     for entry in document["hyperparameters"]:
+        if entry.get("q") is not None:
+            raise ValueError(f"`{entry['name']}` is quantized, which has no counterpart: {entry}.")
         name, kind = entry["name"], entry["type"]
         default = entry.get("default_value")
         if kind in ("constant", "unparametrized"):
@@ -184,7 +187,14 @@ def from_configspace(document: Mapping[str, Any]) -> dict[str, Leaf]:
             else:
                 allowed = getattr(other, "labels", ())  # of what is no choice, `_conditions` says that it is none
             wanted = one["values"] if one["type"] == "IN" else one["value"]
-            space[name] = _leaves.active_if(space[name], parent, [v for v in allowed if holds(v, wanted)] or [wanted])
+            if parent in ordinals and one["type"] in ("LT", "GT"):  # by their places, not by the alphabet
+                place = ordinals[parent].index
+                holding = [v for v in allowed if holds(place(v), place(wanted))]
+            else:
+                holding = [v for v in allowed if holds(v, wanted)]
+            if allowed and not holding:
+                raise ValueError(f"A condition that never holds: {one}.")
+            space[name] = _leaves.active_if(space[name], parent, holding or [wanted])
     _conditions(space)
     return space
 

@@ -97,14 +97,47 @@ def test_a_finite_set_is_never_left_nor_repeated(acquisition):
 
 @slow
 def test_shuffled_records_do_no_harm():
-    """After 25 trials, beside a searcher that learned from one uninformative task."""
+    """After 25 trials, beside random search, and a searcher that learned from one uninformative task."""
     rng = np.random.default_rng(2)
     shuffled, _ = make_records(rng, shuffled=True)
-    flat = [base.Record("flat", record.configuration, 1.0 + 1e-3 * rng.normal()) for record in shuffled[:15]]
+    flat = [base.Record("flat", record.configuration, 1.0 + rng.normal()) for record in shuffled[:15]]
     one, other = (methods.train_meta_optimizer(r, space=SPACE, num_steps=60) for r in (shuffled, flat))
     bests = rng.uniform(size=8)
-    ours, plain = (np.array([search(g.searcher(), b, 25)[-1] for b in bests]) for g in (one, other))
-    assert (ours - plain).mean() < max((ours - plain).std() / np.sqrt(len(bests)), 1e-3)
+    searchers = (one.searcher(), other.searcher(), tasks.random_search())
+    ours, plain, random = (np.array([search(s, b, 25)[-1] for b in bests]) for s in searchers)
+    for beside in (plain, random):
+        assert (ours - beside).mean() < max((ours - beside).std() / np.sqrt(len(bests)), 1e-3)
+    assert ours.mean() < random.mean()
+
+
+def test_what_diverges_does_not_set_the_scale_and_the_best_is_repeated_when_all_were_tried():
+    records, _ = make_records(np.random.default_rng(0), num_tasks=4)
+    pool = [{"x": x, "kind": kind} for x in (0.0, 0.3, 0.6, 0.9) for kind in SPACE["kind"].labels]
+    g = methods.train_meta_optimizer(records, space=SPACE, candidates=pool, num_steps=2)
+
+    def told(first_outcome, num):
+        searcher, asked = g.searcher(), []
+        state = searcher.init(jax.random.key(0), SPACE)
+        for i in range(num):
+            (trial,), state = searcher.ask(state, 1)
+            asked.append(trial.configuration)
+            outcome = first_outcome if i == 0 else (trial.configuration["x"] - 0.3) ** 2
+            state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=outcome)])
+        return asked
+
+    assert told(1e3, 4) == told(1e25, 4)
+    asked = told(0.0, len(pool) + 1)
+    assert {tuple(c.items()) for c in asked[:-1]} == {tuple(c.items()) for c in pool} and asked[-1] == g.predict()
+
+
+def test_a_portfolio_has_no_configuration_twice():
+    space = {"n": spaces.integer(1, 5)}
+    records = [base.Record(f"t{t}", {"n": n}, float((n - t) ** 2)) for t in range(1, 4) for n in range(1, 6)]
+    g = methods.train_meta_optimizer(records, space=space, num_steps=2)
+    assert sorted(c["n"] for c in g.portfolio(5)) == [1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match=r"A new task has \[2\] features; got shape \(3,\)"):
+        features = {f"t{t}": np.array([t, 1.0]) for t in range(1, 4)}
+        methods.train_meta_optimizer(records, space=space, features=features, num_steps=2).predict(np.zeros(3))
 
 
 @slow

@@ -17,6 +17,9 @@ def test_the_rule():
     # The growth is over before any epoch may stop.
     assert nas.sharpness_stop([1.0] * 2 + [2.0] * 30) is None
     assert nas.sharpness_stop([1.0, 1.0, 3.0], window=1, start=0, delta=1) == 1
+    # The eigenvalue of largest size may be negative.
+    assert nas.sharpness_stop([-1.0] * 30) is None
+    assert nas.sharpness_stop([-1.0] * 15 + [-2.0] * 5) == 12
 
 
 # f = c(t) |α|²/2, whose curvature in α is c(t) = 1 until step 7, and 1.5 times more at every step from then on.
