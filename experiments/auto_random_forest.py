@@ -296,17 +296,19 @@ def read_test_rows(parallel, splits, chosen) -> dict[str, np.ndarray]:
     return {name: np.stack([mean(t, c) for t, c in enumerate(choices)]) for name, choices in chosen.items()}
 
 
-def compare(scores: dict[str, np.ndarray], chosen, families) -> tuple[list[str], list[list[str]], dict]:
+def compare(scores: dict[str, np.ndarray], chosen, families, reference: str) -> tuple[list[str], list[list[str]], dict]:
     """Rows of the table: means, ranks, and differences with intervals by drawing families with replacement."""
     names, (_, of) = list(scores), np.unique(families, return_inverse=True)
     draws = np.random.default_rng(0).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), size=4000)
     weights = draws[:, of] / draws[:, of].sum(1, keepdims=True)
     losses = np.stack([scores[name][:, 0] for name in names])
     ranks, differences, rows = stats.rankdata(losses.round(9), axis=0).mean(1), {}, []
-    references = names[0], next(name for name in names if name.startswith("random search"))
+    references = names[0], reference
     for i, name in enumerate(names):
         row = [name, f"{chosen[name][0].trials}", f"{np.mean([c.seconds for c in chosen[name]]):.1f}"]
         row += [f"{losses[i].mean():.4f}", f"{scores[name][:, 1].mean():.4f}", f"{ranks[i]:.2f}"]
+        better = np.sign((losses[names.index(reference)] - losses[i]).round(9))
+        row.append("" if name == reference else f"{(better > 0).sum()} / {(better < 0).sum()}")
         for reference in references:
             difference = losses[i] - losses[names.index(reference)]
             low, high = np.quantile(weights @ difference, [0.025, 0.975])
@@ -314,6 +316,7 @@ def compare(scores: dict[str, np.ndarray], chosen, families) -> tuple[list[str],
             row.append("" if name == reference else f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]")
         rows.append(row)
     header = ["method", "trials", "their seconds", "test log loss", "test error", "mean rank"]
+    header.append(f"better / worse than {reference}")
     return [*header, *(f"log loss minus that of {reference}" for reference in references)], rows, differences
 
 
@@ -365,7 +368,10 @@ def main() -> None:
     with joblib.parallel_config("loky", inner_max_num_threads=1), joblib.Parallel(options.workers) as parallel:
         chosen, clock = choose(parallel, splits, records, config, options)
         scores = read_test_rows(parallel, splits, chosen)
-    header, rows, differences = compare(scores, chosen, families)
+    ours, reference = (f"{name}, {max(config.trials)} trials" for name in ("g(t') and its searcher", "random search"))
+    header, rows, differences = compare(scores, chosen, families, reference)
+    change = scores[ours][:, 0] - scores[reference][:, 0]
+    largest = np.argsort(-np.abs(change))[:5]
     spent = sum(records[1][s.train.name].sum() for s in splits)
     text = (
         f"{len(splits)} tables of {len(set(families))} families, at most {config.max_rows} training rows; records of "
@@ -380,7 +386,10 @@ def main() -> None:
         "of the workers. The chosen configuration is fitted to all training rows, and judged once on the test rows. "
         f"Random search is the mean of {options.seeds} orders of the records, the defaults "
         "first; portfolio and random search look their trials up in the records. In brackets: paired 95 % interval, "
-        f"bootstrap over families. The whole run took {time.perf_counter() - begin:.0f} s."
+        f"bootstrap over families. The largest differences in log loss between {ours!r} and {reference!r}: "
+        + ", ".join(f"{splits[t].train.name} {change[t]:+.2f} ({len(splits[t].test_y)} test rows)" for t in largest)
+        + f"; the median over tables is {np.median(change):+.4f}. "
+        f"The whole run took {time.perf_counter() - begin:.0f} s."
     )
     if not options.smoke:
         text = "![Differences in test log loss](auto_random_forest.png)\n\n" + text
