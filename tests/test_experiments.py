@@ -156,3 +156,50 @@ def test_auto_tune_reads_a_persons_own_tables_and_names_the_bad_file(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert "broken.csv" in done.stderr
     assert "8 tables of 8 families" in done.stdout
+
+
+# ---- A random forest from records -----------------------------------------------------------------------------------
+
+
+def load_auto_random_forest():
+    sys.path.insert(0, str(ROOT / "experiments"))  # for `script`
+    try:
+        return importlib.import_module("auto_random_forest")
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_auto_random_forest_smoke(tmp_path):
+    pytest.importorskip("sklearn")
+    printed = run("experiments/auto_random_forest.py", "--smoke", "--workers", "1", "--out", tmp_path)
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][2:]
+    ranks = {row[0]: float(row[5]) for row in rows}
+    assert {"scikit-learn's defaults", "g(t'), no trial", "g(t') and its searcher, 3 trials"} <= set(ranks)
+    assert sum(ranks.values()) == pytest.approx(len(ranks) * (len(ranks) + 1) / 2, abs=0.005 * len(ranks))
+    assert all(0 < float(row[3]) < 5 and 0 <= float(row[4]) < 1 for row in rows) and not list(tmp_path.iterdir())
+
+
+def test_the_rows_of_a_forests_table_are_split_once_and_rare_classes_are_left_out():
+    forest = load_auto_random_forest()
+    y = np.repeat([0, 1, 2], [60, 3, 37])
+    x = np.arange(100.0)[:, None]  # which row it is
+    split = forest.split(tasks.Table("t", "t", x, y, np.zeros(1, bool)), 70)
+    train, test = split.train.x[:, 0].astype(int), split.test_x[:, 0].astype(int)
+    assert not set(train) & set(test) and 60 < len(train) <= 70 and 20 < len(test) <= 25
+    np.testing.assert_array_equal(np.array([0, 2])[split.train.y], y[train])
+    np.testing.assert_array_equal(np.array([0, 2])[split.test_y], y[test])
+
+
+def test_the_shipped_records_of_forests_fit_the_default_run():
+    forest = load_auto_random_forest()
+    outcomes, seconds, configurations = forest.unpack(forest.RECORDS, forest.Config())
+    space, _ = forest.make_objective(forest.Config())
+    plain = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in configurations]
+    assert plain[0] == spaces.configuration(space, spaces.default(space)) and plain[0]["n_estimators"] == 100
+    assert plain == configurations and len(configurations) == forest.Config().num_configurations
+    assert np.isfinite(list(outcomes.values())).all() and set(seconds) == set(outcomes)
+    assert forest.RECORDS.stat().st_size < 1_000_000
+    with pytest.raises(SystemExit, match="other sizes"):
+        forest.unpack(forest.RECORDS, forest.FULL)
