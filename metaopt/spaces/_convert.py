@@ -192,7 +192,7 @@ def from_configspace(document: Mapping[str, Any]) -> dict[str, Leaf]:
                 holding = [v for v in allowed if holds(place(v), place(wanted))]
             else:
                 holding = [v for v in allowed if holds(v, wanted)]
-            if allowed and not holding:
+            if allowed and not holding and one["type"] in ("LT", "GT"):
                 raise ValueError(f"A condition that never holds: {one}.")
             space[name] = _leaves.active_if(space[name], parent, holding or [wanted])
     _conditions(space)

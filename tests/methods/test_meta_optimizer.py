@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt import base, methods, spaces
+from metaopt import base, methods, spaces, tasks
 
 slow = pytest.mark.slow
 SPACE = {"x": spaces.interval(0.0, 1.0), "kind": spaces.choice(["a", "b"])}

@@ -129,3 +129,15 @@ def test_optuna_s_distributions():
     for fn in (spaces.to_optuna, spaces.to_configspace):
         with pytest.raises(ValueError, match=r"`mix\[0\]` is of a simplex, which has no counterpart"):
             fn({"mix": spaces.simplex(2)})
+
+
+def test_an_ordinals_places_are_compared_and_not_its_labels():
+    size = {"name": "size", "type": "ordinal", "sequence": ["small", "medium", "large"], "default_value": "small"}
+    rate = {"name": "rate", "type": "uniform_float", "lower": 0.0, "upper": 1.0}
+    condition = {"type": "LT", "child": "rate", "parent": "size", "value": "large"}
+    space = spaces.from_configspace({"hyperparameters": [size, rate], "conditions": [condition]})
+    assert space["rate"].condition == (("size", ("small", "medium")),)
+    with pytest.raises(ValueError, match="A condition that never holds"):
+        spaces.from_configspace({"hyperparameters": [size, rate], "conditions": [{**condition, "value": "small"}]})
+    with pytest.raises(ValueError, match="`rate` is quantized"):
+        spaces.from_configspace({"hyperparameters": [{**rate, "q": 0.25}]})
