@@ -139,8 +139,8 @@ def main() -> None:
         f"\n{settings.filters} filters in each of two blocks, normalized by the support set; {settings.steps} outer "
         f"steps of {settings.tasks} episodes; one training for each source that was left out. 5 to 8 ways, at most 40 "
         'support and 5 query examples of a class. "Untrained" is the same method with the network as it was drawn. '
-        "A first network (8 filters in three blocks) lost to pixel prototypes on every source, and was changed when that "
-        "was seen."
+        "A first network (8 filters in three blocks) lost to pixel prototypes on every source, and was changed when "
+        "that was seen."
     )
     script.publish(__file__, "A small Meta-Dataset", text, options)
 
