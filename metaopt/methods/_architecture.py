@@ -21,7 +21,7 @@ class Search(NamedTuple):
       problem: what it estimates for.
       supernet: what is trained.
       hyperparams: `(key) -> α` to start from.
-      weights: `(α) -> ` mixing weights, kind -> [edges, ops], as genotypes are read from them: without noise.
+      weights: `(α) -> ` mixing weights, kind -> [edges, ops], as genotypes are read from them (`decode`).
       genotype: `(α) -> Genotype`.
     """
 
@@ -98,7 +98,8 @@ def architecture_search(
       sampler: of training rows, such as `inner.minibatch(64)`.
       outer_batch: `(key, task) -> batch` of validation rows; all of them by default.
       relaxation: softmax by default.
-      decode: the relaxation that genotypes are read by; `relaxation` by default.
+      decode: the relaxation that genotypes are read by, at step 0 and one fixed key; `relaxation` by default. One with
+        noise or a schedule (`gumbel_softmax`, `auxiliary_skip`) needs another here, such as `nas.softmax()`.
       penalty: `(α, step) -> []`.
       partial: as for `nas.supernet`.
       single_path: as for `nas.supernet`.
