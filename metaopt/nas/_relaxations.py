@@ -149,7 +149,7 @@ def auxiliary_skip(relaxation: Relaxation, beta: Schedule) -> Relaxation:
     Args:
       relaxation: of the ops.
       beta: β, or a schedule of the inner step, such as `optax.linear_schedule(1, 0, num_steps)`: at its end nothing is
-        left, and genotypes are of the relaxation alone.
+        left. Genotypes are to be read by the relaxation alone (`decode`).
 
     Returns:
       A `Relaxation`.

@@ -187,6 +187,8 @@ def darts_space(
 ) -> Network:
     """The DARTS space: normal cells, and reduction cells at a third and two thirds of the depth.
 
+    The two inputs of the first cell are the image and the stem; in the published code both are the stem.
+
     Args:
       num_outputs: classes.
       channels: of the first cells; the stem has three times as many, and reductions double them.
