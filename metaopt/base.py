@@ -215,8 +215,15 @@ def reparametrized(problem: Problem, hyperparams_fn: Callable[[HyperParams, Any]
     return problem._replace(loop=loop._replace(init=init, loss=loss, update=update), outer_loss=outer_loss)
 
 
-def _hash(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 that mixes all bits (the finalizer of MurmurHash3)."""
+def mix_bits(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 that mixes all bits: the finalizer of MurmurHash3.
+
+    Args:
+      x: [...] uint32.
+
+    Returns:
+      [...] uint32.
+    """
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
@@ -243,14 +250,14 @@ def shuffled(key: jax.Array, epoch: jax.Array, position: jax.Array, size: int | 
     seed = jax.random.bits(key, (2,), jnp.uint32)
     # The network's rounds: the statistics of 64 rows among 5,000 are those of true permutations from 12 on; twice that.
     rounds = jnp.arange(24, dtype=jnp.uint32)
-    salt = _hash(seed[0] ^ _hash(jnp.asarray(epoch).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
+    salt = mix_bits(seed[0] ^ mix_bits(jnp.asarray(epoch).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
     x = jnp.asarray(position).astype(jnp.uint32)
 
     def swap_or_not(i, x):
-        round_salt = _hash(salt + rounds[i] * jnp.uint32(0x9E3779B9))
+        round_salt = mix_bits(salt + rounds[i] * jnp.uint32(0x9E3779B9))
         partner = (round_salt % size + size - x) % size
         larger = jnp.maximum(x, partner)
-        return jnp.where(_hash(larger ^ round_salt ^ seed[1]) & 1, partner, x)
+        return jnp.where(mix_bits(larger ^ round_salt ^ seed[1]) & 1, partner, x)
 
     return jax.lax.fori_loop(0, len(rounds), swap_or_not, x).astype(jnp.int32)
 

@@ -66,16 +66,9 @@ def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, *, number: int 
     """
     words = jax.random.key_data(key).ravel().astype(jnp.uint32)
     position = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    bits = _hash(_hash(position + words[0]) ^ (words[-1] + jnp.uint32(0x9E3779B9 * number % 2**32)))
+    bits = base.mix_bits(base.mix_bits(position + words[0]) ^ (words[-1] + jnp.uint32(0x9E3779B9 * number % 2**32)))
     unit = (bits >> 8).astype(jnp.zeros(0).dtype) / 2**24  # in [0, 1)
     return (2 * unit - 1) / math.sqrt(max(fan_in, 1))
-
-
-def _hash(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 that mixes all bits (the finalizer of MurmurHash3)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
 
 
 def convolve(x: jax.Array, w: jax.Array, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> jax.Array:
