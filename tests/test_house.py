@@ -109,6 +109,9 @@ def faults_of_docstring(value):
             faults.append(f"`{parameter.name}` is not under Args")
     if signature.return_annotation not in (None, signature.empty) and "Returns:" not in text:
         faults.append("what it returns is not under Returns")
+    body = inspect.getsource(value).replace(value.__doc__ or "", "")
+    if re.search(r"\braise \w+Error|base\.check_|\b_check\w*\(", body) and "Raises:" not in text:
+        faults.append("what it raises is not under Raises")
     return faults
 
 
@@ -127,6 +130,8 @@ def test_docstrings_that_lack_something_are_seen():
         Args:
           x: one.
         """
+        if x < 0:
+            raise ValueError("x")
         return x + y
 
     assert faults_of_docstring(nothing) == [
@@ -134,7 +139,11 @@ def test_docstrings_that_lack_something_are_seen():
         "`x` is not under Args",
         "what it returns is not under Returns",
     ]
-    assert faults_of_docstring(half) == ["`y` is not under Args", "what it returns is not under Returns"]
+    assert faults_of_docstring(half) == [
+        "`y` is not under Args",
+        "what it returns is not under Returns",
+        "what it raises is not under Raises",
+    ]
 
 
 def run_python(code, **kwargs):

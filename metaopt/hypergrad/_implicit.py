@@ -80,7 +80,7 @@ def refuse_unanswerable(
     *,
     condition: str = "gradient",
 ) -> None:
-    """Raises a `ValueError` that names the leaves of λ which neither the condition nor f depends on.
+    """Refuses leaves of λ which neither the condition nor f depends on.
 
     A minimum does not know which rate or which initialization led to it: the implicit hypergradient there would be
     zero, and wrong.
@@ -91,6 +91,9 @@ def refuse_unanswerable(
       hyperparams: λ.
       task: likewise.
       condition: "gradient", where ∇θ g depends on λ, or "step", where a training step does.
+
+    Raises:
+      ValueError: there are such leaves; the message names them.
     """
     loop = problem.loop
 

@@ -158,6 +158,9 @@ def maml_plus_plus(
     Returns:
       An `Adaptation`; its schedules are followed by `estimator_at`. λ's "rate" is like θ, with a leading axis of T.
 
+    Raises:
+      ValueError: a number of steps is negative, or an option is not valid.
+
     Source: Antoniou, Edwards & Storkey, ICLR 2019, https://arxiv.org/abs/1810.09502
     """
 

@@ -36,9 +36,11 @@ def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Calla
       factory: such as `optax.adamw`: `(...) -> optax.GradientTransformation`.
 
     Returns:
-      A factory with the same arguments, `-> optax.GradientTransformationExtraArgs`. Its `init` and `update` raise
-      ValueError where a tree does not fit the parameters; and `update` where the update of one group would depend on
-      the gradient or the parameters of another (a global norm, D-Adaptation, a line search).
+      A factory with the same arguments, `-> optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: by `init` and `update`, a tree does not fit the parameters; by `update`, the update of one group would
+        depend on the gradient or the parameters of another (a global norm, D-Adaptation, a line search).
 
     >>> import jax, optax
     >>> from metaopt import transforms
