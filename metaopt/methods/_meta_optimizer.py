@@ -385,7 +385,7 @@ def _meta_optimizer(surrogate, space, candidates, finite) -> MetaOptimizer:
                     plan[:] = portfolio(len(known) + 8, new_task)
                 return next((c for c in plan if tuple(encode(c)) not in known), plan[-1])
             x, y = np.stack(state.x), np.where(seen, state.y, np.max(np.array(state.y)[seen]))
-            y = np.minimum(y, y.min() + widest)  # what diverged does not set the scale
+            y = np.minimum(y - y.min(), widest)  # an offset means nothing; what diverged does not set the scale
             if len(y) > _MAX_TRIALS:  # the best, and the latest
                 half = _MAX_TRIALS // 2
                 keep = np.union1d(np.argsort(y)[:half], np.arange(len(y) - half, len(y)))

@@ -136,3 +136,20 @@ def test_arguments_are_checked():
         integrations.sklearn_objective(preprocessing.StandardScaler())
     with warnings.catch_warnings(), pytest.raises(ValueError, match="Invalid parameter 'rate'"):
         outcome("k_means", {"rate": 1})
+
+
+def test_a_density_is_scored_by_row_and_integer_targets_of_a_regressor_are_no_classes():
+    neighbors, linear_model = pytest.importorskip("sklearn.neighbors"), pytest.importorskip("sklearn.linear_model")
+    x = np.random.default_rng(0).normal(size=(200, 2))
+    loss = integrations.sklearn_objective(neighbors.KernelDensity())(Record("t", {}), (x, None))
+    assert 2 < loss < 4  # the entropy of N(0, I) is 2.84; a sum over rows is a hundred
+    sizes = []
+
+    class Spy(linear_model.Ridge):
+        def fit(self, x, y):
+            sizes.append(len(y))
+            return super().fit(x, y)
+
+    y = np.arange(200)
+    integrations.sklearn_objective(Spy(), num_folds=2)(Record("t", {}, fidelity=0.1), (x, y))
+    assert sizes == [10, 10]

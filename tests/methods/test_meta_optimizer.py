@@ -114,8 +114,10 @@ def test_what_diverges_does_not_set_the_scale_and_the_best_is_repeated_when_all_
     records, _ = make_records(np.random.default_rng(0), num_tasks=4)
     pool = [{"x": x, "kind": kind} for x in (0.0, 0.3, 0.6, 0.9) for kind in SPACE["kind"].labels]
     g = methods.train_meta_optimizer(records, space=SPACE, candidates=pool, num_steps=2)
+    line = [{"x": float(x), "kind": "a"} for x in np.linspace(0, 1, 30)]
+    finer = methods.train_meta_optimizer(records, space=SPACE, candidates=line, num_steps=2)
 
-    def told(first_outcome, num):
+    def told(first_outcome, num, g=g):
         searcher, asked = g.searcher(), []
         state = searcher.init(jax.random.key(0), SPACE)
         for i in range(num):
@@ -125,7 +127,7 @@ def test_what_diverges_does_not_set_the_scale_and_the_best_is_repeated_when_all_
             state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=outcome)])
         return asked
 
-    assert told(1e3, 4) == told(1e25, 4)
+    assert told(10.0, 7, finer) == told(1e6, 7, finer) == told(1e25, 7, finer)
     asked = told(0.0, len(pool) + 1)
     assert {tuple(c.items()) for c in asked[:-1]} == {tuple(c.items()) for c in pool} and asked[-1] == g.predict()
 
