@@ -70,7 +70,7 @@ def sklearn_objective(
             scoring = "balanced_accuracy"
         elif sklearn.base.is_regressor(estimator):
             scoring = "r2"
-        elif isinstance(estimator, sklearn.base.ClusterMixin):
+        elif issubclass(type(estimator), sklearn.base.ClusterMixin):
             scoring = "silhouette"
         elif hasattr(estimator, "score_samples"):
             scoring = "log_likelihood"
