@@ -59,7 +59,7 @@ def _loop(supernet, relaxation, loss, decay, optimizer, sampler) -> base.InnerLo
 
 
 def architecture_search(
-    network: nas.Network,
+    network: nas.Space,
     in_shape: Sequence[int],
     rule: Callable[[base.Problem], base.Estimator],
     *,
@@ -151,7 +151,7 @@ def architecture_search(
 
 
 def darts(
-    network: nas.Network,
+    network: nas.Space,
     in_shape: Sequence[int],
     *,
     ops: Mapping[str, nas.Op],
@@ -189,7 +189,7 @@ def darts(
 
 
 def unrolled_darts(
-    network: nas.Network,
+    network: nas.Space,
     in_shape: Sequence[int],
     *,
     ops: Mapping[str, nas.Op],
@@ -215,7 +215,7 @@ def unrolled_darts(
 
 
 def implicit_darts(
-    network: nas.Network,
+    network: nas.Space,
     in_shape: Sequence[int],
     *,
     ops: Mapping[str, nas.Op],
@@ -245,7 +245,7 @@ def implicit_darts(
 
 
 def gdas(
-    network: nas.Network, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], num_steps: int, **options: Any
+    network: nas.Space, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], num_steps: int, **options: Any
 ) -> Search:
     """GDAS: one op an edge in every step, sampled by a hard Gumbel-softmax whose temperature falls from 10 to 0.1.
 
@@ -267,7 +267,7 @@ def gdas(
 
 
 def pc_darts(
-    network: nas.Network, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], partial: int = 4, **options: Any
+    network: nas.Space, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], partial: int = 4, **options: Any
 ) -> Search:
     """PC-DARTS: a K-th of the channels goes through the ops, and the edges into a node share its weight.
 
@@ -288,7 +288,7 @@ def pc_darts(
 
 
 def darts_minus(
-    network: nas.Network, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], num_steps: int, **options: Any
+    network: nas.Space, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], num_steps: int, **options: Any
 ) -> Search:
     """DARTS−: an auxiliary skip beside every edge, whose weight falls from 1 to 0.
 
@@ -310,7 +310,7 @@ def darts_minus(
 
 
 def beta_darts(
-    network: nas.Network,
+    network: nas.Space,
     in_shape: Sequence[int],
     *,
     ops: Mapping[str, nas.Op],
@@ -339,7 +339,7 @@ def beta_darts(
 
 
 def robust_darts(
-    network: nas.Network,
+    network: nas.Space,
     in_shape: Sequence[int],
     *,
     ops: Mapping[str, nas.Op],
@@ -390,7 +390,7 @@ class OneShot(NamedTuple):
 
 
 def single_path_one_shot(
-    network: nas.Network,
+    network: nas.Space,
     in_shape: Sequence[int],
     *,
     ops: Mapping[str, nas.Op],

@@ -8,16 +8,18 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
-from metaopt.nas._specs import NAS_BENCH_201_PRIMITIVES, Edge, Genotype, Network, check_version
+from metaopt import spaces
+from metaopt.nas import _elastic
+from metaopt.nas._specs import NAS_BENCH_201_PRIMITIVES, Edge, ElasticNetwork, Genotype, Network, Space, check_version
 
 NONE, SKIP = "none", "skip_connect"  # zero, and the identity where shapes are kept
 
 
-def discretize(network: Network, weights: Mapping[str, np.ndarray], *, keep: int | None = 2) -> Genotype:
+def discretize(network: Space, weights: Mapping[str, np.ndarray], *, keep: int | None = 2) -> Genotype:
     """The genotype of mixing weights: the strongest op of every edge, of the strongest edges into every node.
 
         strength(e) = max_{o ≠ none} w[e, o],    op(e) = argmax_{o ≠ none} w[e, o]
@@ -65,20 +67,30 @@ def discretize(network: Network, weights: Mapping[str, np.ndarray], *, keep: int
     return genotype
 
 
-def discrete(network: Network, genotype: Genotype) -> Network:
-    """The network of a genotype: of each cell only the edges that are kept, with one op each.
+@overload
+def discrete(network: Network, genotype: Genotype) -> Network: ...
+
+
+@overload
+def discrete(network: ElasticNetwork, genotype: Genotype) -> ElasticNetwork: ...
+
+
+def discrete(network, genotype):
+    """The network of a genotype: of each cell only the edges that are kept, with one op each; of each size one.
 
     Args:
       network: a supernet's.
       genotype: kind -> edges.
 
     Returns:
-      A `Network`, for `supernet`, whose networks need no mixing weights then.
+      A `Network`, or an `ElasticNetwork`, for `supernet`; it needs no mixing weights then.
 
     Raises:
       ValueError: a kind is missing, or an edge or op is not in the network.
     """
     _check(network, genotype)
+    if isinstance(network, ElasticNetwork):
+        return _elastic.chosen(network, genotype)
     cells = {
         kind: cell._replace(edges=tuple(Edge(s, t, (op,)) for s, t, op in sorted(genotype[kind], key=_by_target)))
         for kind, cell in network.cells.items()
@@ -86,7 +98,7 @@ def discrete(network: Network, genotype: Genotype) -> Network:
     return network._replace(cells=cells)
 
 
-def one_hot(network: Network, genotype: Genotype) -> dict[str, np.ndarray]:
+def one_hot(network: Space, genotype: Genotype) -> dict[str, np.ndarray]:
     """The mixing weights at which a supernet is a genotype's network: 1 for its ops, 0 elsewhere.
 
     Args:
@@ -111,7 +123,7 @@ def _by_target(edge: tuple[int, int, str]) -> tuple[int, int]:
     return edge[1], edge[0]
 
 
-def _check(network: Network, genotype: Genotype) -> None:
+def _check(network: Space, genotype: Genotype) -> None:
     if set(genotype) != set(network.cells):
         raise ValueError(f"The genotype has the kinds {sorted(genotype)}, and the network {sorted(network.cells)}.")
     for kind, cell in network.cells.items():
@@ -121,6 +133,57 @@ def _check(network: Network, genotype: Genotype) -> None:
                 raise ValueError(f"The network has no op {op!r} on the edge {s} -> {t} of {kind!r}.")
         if len({edge[:2] for edge in genotype[kind]}) < len(genotype[kind]):
             raise ValueError(f"The genotype has an edge of {kind!r} twice.")
+        if isinstance(network, ElasticNetwork) and not genotype[kind]:
+            raise ValueError(f"The genotype has no size for {kind!r}.")
+
+
+def configuration_space(network: Space) -> dict[str, spaces.Integer]:
+    """A space's choices as integers, for searchers without a gradient: evolution, random search, Optuna.
+
+    Args:
+      network: a supernet's.
+
+    Returns:
+      "kind.source-target", of an edge, or the name of a size -> which op, or which candidate; `from_configuration` is
+      the way back.
+    """
+    sizes = {name: len(edge.ops) for name, (_, edge) in _choices(network).items()}
+    return {name: spaces.integer(0, size - 1) for name, size in sizes.items()}
+
+
+def from_configuration(network: Space, configuration: Mapping[str, int]) -> Genotype:
+    """The genotype that integers say.
+
+    Args:
+      network: a supernet's.
+      configuration: as in `configuration_space`.
+
+    Returns:
+      A `Genotype`, without the edges whose op is "none".
+
+    Raises:
+      ValueError: an entry is missing, too much, or out of range.
+    """
+    choices = _choices(network)
+    if set(configuration) != set(choices):
+        raise ValueError(f"A configuration has the entries {sorted(choices)}; got {sorted(configuration)}.")
+    genotype: dict[str, list] = {kind: [] for kind in network.cells}
+    for name, (kind, edge) in choices.items():
+        if not 0 <= configuration[name] < len(edge.ops):
+            raise ValueError(f"{name!r} must be in [0, {len(edge.ops) - 1}]; got {configuration[name]}.")
+        op = edge.ops[int(configuration[name])]
+        if op != NONE:
+            genotype[kind].append((edge.source, edge.target, op))
+    return {kind: tuple(edges) for kind, edges in genotype.items()}
+
+
+def _choices(network: Space) -> dict[str, tuple[str, Edge]]:
+    plain = isinstance(network, ElasticNetwork)
+    return {
+        kind if plain else f"{kind}.{edge.source}-{edge.target}": (kind, edge)
+        for kind, cell in network.cells.items()
+        for edge in cell.edges
+    }
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from metaopt import base
 from metaopt.nas._genotypes import SKIP
-from metaopt.nas._specs import Cell, Network
+from metaopt.nas._specs import Cell, Space
 
 Schedule = float | Callable[[Any], Any]  # a number, or step -> number, as optax has them
 
@@ -30,7 +30,11 @@ def _at(schedule: Schedule, step) -> Any:
 
 
 def mixing_weights(
-    relaxation: Relaxation, network: Network, alpha: base.HyperParams, key: jax.Array, step: jax.Array | int = 0
+    relaxation: Relaxation,
+    network: Space,
+    alpha: base.HyperParams,
+    key: jax.Array,
+    step: jax.Array | int = 0,
 ) -> dict[str, jax.Array]:
     """The mixing weights of all kinds of cells, with a key for each.
 

@@ -62,6 +62,57 @@ class Network(NamedTuple):
     num_outputs: int
 
 
+class ElasticLayer(NamedTuple):
+    """Layers of one kind whose sizes are candidates: those with more than one are chosen by mixing weights.
+
+    Attributes:
+      kind: "conv" and "linear", with bias, normalization (if any) and ReLU; "max_pool" and "avg_pool" over windows as
+        wide as the stride; "flatten", which makes positions into features of the linear layer behind it.
+      width: candidates for channels, or features; the first of them that a mask keeps. None of pools and "flatten".
+      kernel: candidates for the window of a convolution along every spatial axis, odd; smaller ones are the center of
+        the largest.
+      depth: candidates for how many times the layer is there, the later ones with as many channels and stride 1.
+      stride: of a convolution's first time, or a pool.
+      norm: None; "batch", of each channel over the batch and all positions; "layer", over the channels of each position
+        that are there. Both without scale and shift.
+    """
+
+    kind: str
+    width: tuple[int, ...] = ()
+    kernel: tuple[int, ...] = ()
+    depth: tuple[int, ...] = (1,)
+    stride: int = 1
+    norm: str | None = None
+
+
+SIZES = ("width", "kernel", "depth")
+
+
+class ElasticNetwork(NamedTuple):
+    """Layers in order, of which sizes are searched, then a linear layer to `num_outputs`.
+
+    A size with more than one candidate is a choice, "conv1.width": for relaxations, α, genotypes and searches it is a
+    kind of cell with one edge, whose ops are the sizes as text. Between a last layer with positions and the outputs is
+    the mean over them, unless "flatten" stands there.
+
+    Attributes:
+      layers: name -> `ElasticLayer`, in order; the first one sees the data.
+      num_outputs: classes, or targets of a regression.
+    """
+
+    layers: Mapping[str, ElasticLayer]
+    num_outputs: int
+
+    @property
+    def cells(self) -> dict[str, Cell]:
+        """Choice -> a cell of one edge, in the order of the layers."""
+        choices = {f"{n}.{size}": getattr(layer, size) for n, layer in self.layers.items() for size in SIZES}
+        edge = lambda sizes: Edge(0, 1, tuple(map(str, sizes)))
+        return {name: Cell(1, (edge(sizes),), (1,), False) for name, sizes in choices.items() if len(sizes) > 1}
+
+
+Space = Network | ElasticNetwork  # what a search may be over
+
 # kind -> (source, target, op) of the edges that are kept
 Genotype = dict[str, tuple[tuple[int, int, str], ...]]
 
@@ -96,7 +147,7 @@ def check_network(network: Network) -> None:
             raise ValueError(f"No layer is of the kind {kind!r}.")
 
 
-def to_json(network: Network) -> str:
+def to_json(network: Space) -> str:
     """A network as JSON.
 
     Args:
@@ -105,6 +156,9 @@ def to_json(network: Network) -> str:
     Returns:
       Text, with the version of the form.
     """
+    if isinstance(network, ElasticNetwork):
+        elastic = [[name, layer._asdict()] for name, layer in network.layers.items()]
+        return json.dumps({"version": 1, "elastic": elastic, "num_outputs": network.num_outputs})
     cells = {
         kind: cell._replace(edges=[list(edge) for edge in cell.edges])._asdict() for kind, cell in network.cells.items()
     }
@@ -112,20 +166,27 @@ def to_json(network: Network) -> str:
     return json.dumps({"version": 1, "cells": cells, "layers": layers, "num_outputs": network.num_outputs})
 
 
-def from_json(text: str) -> Network:
+def from_json(text: str) -> Space:
     """The network that `to_json` wrote.
 
     Args:
       text: JSON.
 
     Returns:
-      A `Network`.
+      A `Network`, or an `ElasticNetwork`.
 
     Raises:
       ValueError: the version is unknown, or the network does not hold together.
     """
     data = json.loads(text)
     check_version(data)
+    if "elastic" in data:
+        layers = {}
+        for name, fields in data["elastic"]:
+            layers[name] = ElasticLayer(**{**fields, **{size: tuple(fields[size]) for size in SIZES}})
+        network = ElasticNetwork(layers, data["num_outputs"])
+        check_elastic(network)
+        return network
     cells = {
         kind: Cell(
             cell["num_inputs"],
@@ -138,6 +199,47 @@ def from_json(text: str) -> Network:
     network = Network(cells, tuple(Layer(*layer) for layer in data["layers"]), data["num_outputs"])
     check_network(network)
     return network
+
+
+KINDS = ("conv", "linear", "max_pool", "avg_pool", "flatten")
+
+
+def check_elastic(network: ElasticNetwork) -> None:
+    """ValueError where the sizes of a network do not hold together; shapes are checked by `supernet`.
+
+    Args:
+      network: a spec.
+
+    Raises:
+      ValueError: an unknown kind or normalization, sizes that are missing, not increasing, or of no use.
+    """
+    base.check_integer("num_outputs", network.num_outputs, 1)
+    if not network.layers:
+        raise ValueError("An `ElasticNetwork` must have a layer.")
+    for name, layer in network.layers.items():
+        if layer.kind not in KINDS:
+            raise ValueError(f"The kind of a layer is one of {', '.join(KINDS)}; {name!r} has {layer.kind!r}.")
+        if layer.norm not in (None, "batch", "layer"):
+            raise ValueError(f'`norm` must be None, "batch" or "layer"; {name!r} has {layer.norm!r}.')
+        base.check_integer(f"{name}.stride", layer.stride, 1)
+        wants = {"width": layer.kind in ("conv", "linear"), "kernel": layer.kind == "conv", "depth": True}
+        for size in SIZES:
+            candidates = getattr(layer, size)
+            if not isinstance(candidates, tuple) or bool(candidates) != wants[size]:
+                raise ValueError(
+                    f"{name}.{size} must be {'a tuple of integers' if wants[size] else 'empty'}, since the layer is "
+                    f"{layer.kind!r}; got {candidates!r}."
+                )
+            for candidate in candidates:
+                base.check_integer(f"{name}.{size}", candidate, 1)
+            if list(candidates) != sorted(set(candidates)):
+                raise ValueError(f"The candidates of {name}.{size} must increase; got {candidates}.")
+        if any(k % 2 == 0 for k in layer.kernel):
+            raise ValueError(f"{name}.kernel must be odd, so that windows have one center; got {layer.kernel}.")
+        if layer.kind not in ("conv", "linear") and (layer.depth != (1,) or layer.norm):
+            raise ValueError(f"{name} is {layer.kind!r}, which has no depth and no normalization.")
+        if layer.kind in ("linear", "flatten") and layer.stride > 1:
+            raise ValueError(f"{name} is {layer.kind!r}, which has no stride; got {layer.stride}.")
 
 
 def check_version(data: Mapping) -> None:
@@ -242,3 +344,62 @@ def nas_bench_201_space(num_outputs: int = 10, *, channels: int = 16, cells_per_
         layers += [Layer("residual", width, 2), *stage(width)]
     cell = complete_cell(3, NAS_BENCH_201_PRIMITIVES, preprocess=False)
     return Network({"cell": cell}, (*layers, Layer("norm_relu", 4 * channels)), num_outputs)
+
+
+def conv_net_space(
+    num_outputs: int = 10,
+    *,
+    widths: Sequence[int] = (16, 32, 48, 64),
+    kernels: Sequence[int] = (3, 5, 7),
+    depths: Sequence[int] = (1, 2),
+    hidden: Sequence[int] = (256, 512, 1024),
+    norm: str | None = None,
+) -> ElasticNetwork:
+    """Conv–ReLU–Pool–Conv–ReLU–Pool–Flatten–Linear with all of its sizes searched, for images, sequences and volumes.
+
+    Args:
+      num_outputs: classes.
+      widths: candidates for the channels of both convolutions.
+      kernels: for their windows.
+      depths: for how often Conv–ReLU stands before each pool; (1,) is the network as written above.
+      hidden: for the features of the linear layer (and ReLU), behind which is the one to the outputs.
+      norm: of the convolutions, as for `ElasticLayer`.
+
+    Returns:
+      An `ElasticNetwork`: 1,728 networks by default.
+
+    Raises:
+      ValueError: sizes are not integers that increase.
+    """
+    conv = ElasticLayer("conv", tuple(widths), tuple(kernels), tuple(depths), norm=norm)
+    pool = ElasticLayer("max_pool", stride=2)
+    layers = {"conv1": conv, "pool1": pool, "conv2": conv, "pool2": pool, "flatten": ElasticLayer("flatten")}
+    network = ElasticNetwork({**layers, "linear": ElasticLayer("linear", tuple(hidden))}, num_outputs)
+    check_elastic(network)
+    return network
+
+
+def mlp_space(
+    num_outputs: int,
+    *,
+    widths: Sequence[int] = (64, 128, 256, 512),
+    depths: Sequence[int] = (1, 2, 3, 4),
+    norm: str | None = None,
+) -> ElasticNetwork:
+    """Linear–ReLU, as often as `depths` says, for rows of a table: one width for all layers.
+
+    Args:
+      num_outputs: classes, or targets.
+      widths: candidates for the features.
+      depths: for the hidden layers.
+      norm: as for `ElasticLayer`.
+
+    Returns:
+      An `ElasticNetwork`.
+
+    Raises:
+      ValueError: sizes are not integers that increase.
+    """
+    network = ElasticNetwork({"linear": ElasticLayer("linear", tuple(widths), (), tuple(depths), 1, norm)}, num_outputs)
+    check_elastic(network)
+    return network

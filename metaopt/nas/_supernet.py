@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import base
-from metaopt.nas import _genotypes, _ops
-from metaopt.nas._specs import Cell, Edge, Genotype, Layer, Network, check_network
+from metaopt.nas import _elastic, _genotypes, _ops
+from metaopt.nas._specs import Cell, Edge, ElasticNetwork, Genotype, Layer, Network, Space, check_network
 
 Weights = Mapping[str, Any]  # kind -> [edges, ops]
 
@@ -25,7 +25,8 @@ class Supernet(NamedTuple):
 
     Attributes:
       init: `(key) -> params`.
-      apply: `(params, weights, x) -> [N, num_outputs]`, of x [N, *in_shape]; weights None counts every op once.
+      apply: `(params, weights, x) -> [N, num_outputs]`, of x [N, *in_shape]; weights None counts every op once (of an
+        `ElasticNetwork`, all sizes are then the largest).
       inherit: `(params, genotype) -> params` of the genotype's discrete network, with the supernet's weights.
       network: the spec.
       in_shape: the shape of one input.
@@ -34,7 +35,7 @@ class Supernet(NamedTuple):
     init: Callable[[jax.Array], base.Params]
     apply: Callable[[base.Params, Weights | None, jax.Array], jax.Array]
     inherit: Callable[[base.Params, Genotype], base.Params]
-    network: Network
+    network: Space
     in_shape: tuple[int, ...]
 
 
@@ -58,7 +59,7 @@ class _Run(NamedTuple):
 
 
 def supernet(
-    network: Network,
+    network: Space,
     in_shape: Sequence[int],
     *,
     ops: Mapping[str, _ops.Op],
@@ -75,9 +76,10 @@ def supernet(
     works. Memory of the backward pass grows with the number of ops that run.
 
     Args:
-      network: a spec, or a discrete network.
+      network: a spec, or a discrete network. One of sizes (`ElasticNetwork`) has the weights of the largest network,
+        every step costs as much as that one, and layers run on all of its channels, `single_path` or not.
       in_shape: of one input without the batch axis: (32, 32, 3), (100, 1) for a sequence, (8,) for rows of a table.
-      ops: name -> `Op`: the space's set, such as `DARTS_OPS`, and one's own.
+      ops: name -> `Op`: the space's set, such as `DARTS_OPS`, and one's own. An `ElasticNetwork` has none: {}.
       partial: K. Only the first C/K channels of an edge go through the ops, whose channels are then C/K; the rest pass
         by (by a maximum over the stride's positions), times Σ_o w[edge, o], and the channels are shuffled (PC-DARTS).
         1 is the whole.
@@ -91,7 +93,7 @@ def supernet(
 
     Raises:
       ValueError: the spec does not hold together; an op is unknown, or does not take or give the shape that it should;
-        K does not divide the channels.
+        K does not divide the channels, or is more than 1 where sizes are searched.
 
     Sources: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055; for K, Xu et al., ICLR 2020,
     https://arxiv.org/abs/1907.05737
@@ -107,9 +109,14 @@ def supernet(
     >>> jax.eval_shape(net.apply, params, weights, jnp.ones((4, 5))).shape
     (4, 3)
     """
-    check_network(network)
     base.check_integer("partial", partial, 1)
     in_shape = tuple(in_shape)
+    if isinstance(network, ElasticNetwork):
+        if partial > 1:
+            raise ValueError(f"`partial` splits the channels that ops see, and sizes have no ops: 1, not {partial}.")
+        functions = _elastic.elastic_functions(network, in_shape, single_path=single_path, remat=remat_edges)
+        return Supernet(*functions, network, in_shape)
+    check_network(network)
     runs = _build(network, in_shape, ops, partial)
     features = runs[-1].out_shape[-1]
 
@@ -161,8 +168,8 @@ def supernet(
     return Supernet(init, apply, inherit, network, in_shape)
 
 
-def init_alpha(key: jax.Array, network: Network, *, scale: float = 1e-3) -> dict[str, jax.Array]:
-    """α to start from: `scale` · N(0, 1), one leaf for each kind of cell.
+def init_alpha(key: jax.Array, network: Space, *, scale: float = 1e-3) -> dict[str, jax.Array]:
+    """α to start from: `scale` · N(0, 1), one leaf for each kind of cell, or choice of a size.
 
     Args:
       key: a PRNG key.

@@ -1,0 +1,264 @@
+"""Supernets of sizes: the weights of the largest network, of which smaller ones are slices.
+
+A convolution with candidates k for its window, c for its channels and d for its depth, under mixing weights w:
+
+    W̄ = (Σ_k w_k 1[|position| ≤ k/2]) ⊙ W                the center of the largest window
+    h_l = Σ_c w_c 1[channel < c] ⊙ relu(norm_c(W̄ * h_{l−1} + b))
+    output = Σ_d w_d h_d
+
+The mixture over windows is one convolution, since convolutions are linear in W. norm_c is that of the small network: by
+batch, each channel has its own statistics, and masks come after it (before it, it would undo them); by layer, the mean
+and variance are over the first c channels alone. At one-hot weights channels that are masked are exact zeros, so what
+their rows of the next W hold does not matter: the supernet is the small network, whose parameters are slices.
+
+**In search, masks save no compute**: every step costs as much as the largest network with all of its depth, whatever w
+is. Only the discrete network is cheaper. (Windows and depths cost nothing more, and a width only a mask: a search costs
+what training the largest network costs.)
+
+Sources: for masks, Wan et al., CVPR 2020, https://arxiv.org/abs/2004.05565; for windows, Stamoulis et al., 2019,
+https://arxiv.org/abs/1904.02877; for depths, Cai et al., ICLR 2020, https://arxiv.org/abs/1908.09791
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt.nas import _ops
+from metaopt.nas._specs import ElasticLayer, ElasticNetwork, Genotype, check_elastic
+
+
+class Placed(NamedTuple):
+    """A layer where it stands.
+
+    Attributes:
+      name: of the layer; "head" is the linear layer to the outputs.
+      layer: its sizes.
+      spatial: of its input.
+      in_width: candidates for the channels of its input.
+      in_choice: the name of the choice among them; None where there is one.
+      flat: whether positions are features of this linear layer.
+    """
+
+    name: str
+    layer: ElasticLayer
+    spatial: tuple[int, ...]
+    in_width: tuple[int, ...]
+    in_choice: str | None
+    flat: bool
+
+    @property
+    def out_spatial(self) -> tuple[int, ...]:
+        return () if self.flat else tuple(-(-n // self.layer.stride) for n in self.spatial)
+
+    def choices(self) -> dict[str, str]:
+        """Size -> the name of its choice, where there is one; "in" is the width of the input."""
+        own = {s: f"{self.name}.{s}" for s in ("kernel", "width", "depth") if len(getattr(self.layer, s)) > 1}
+        return {**({"in": self.in_choice} if self.in_choice else {}), **own}
+
+    def sized(self, sizes: Mapping[str, int]) -> "Placed":
+        """The same with one candidate for each size that is named."""
+        given = {s: (sizes[s],) for s in ("width", "kernel", "depth") if s in sizes}
+        small = self._replace(layer=self.layer._replace(**given))
+        return small._replace(in_width=(sizes["in"],), in_choice=None) if "in" in sizes else small
+
+
+def placed(network: ElasticNetwork, in_shape: Sequence[int]) -> list[Placed]:
+    """All layers with the shapes of their inputs, the head last."""
+    check_elastic(network)
+    if not in_shape:
+        raise ValueError("`in_shape` must have an axis of channels: (8,) for rows of a table of 8 columns; got ().")
+    *spatial, channels = in_shape
+    spatial, width, choice, flat = tuple(spatial), (channels,), None, False
+    layers = []
+    head = ElasticLayer("linear", (network.num_outputs,))
+    for name, layer in [*network.layers.items(), ("head", head)]:
+        if layer.kind in ("conv", "max_pool", "avg_pool", "flatten"):
+            if flat:
+                raise ValueError(
+                    f"{name!r} is {layer.kind!r}, and stands behind a 'flatten': let a 'linear' follow it."
+                )
+            if not 1 <= len(spatial) <= 3:
+                raise ValueError(
+                    f"{name!r} is {layer.kind!r}, which needs one to three spatial axes; its input has the shape "
+                    f"{(*spatial, width[-1])}. Rows of a table take 'linear' alone, as in `mlp_space`."
+                )
+        if layer.kind == "flatten":
+            flat = True
+            continue
+        at = Placed(name, layer, spatial, width, choice, flat)
+        layers.append(at)
+        spatial, flat = at.out_spatial, False
+        if layer.width:
+            width = layer.width
+            choice = f"{name}.width" if len(width) > 1 else None
+    if sum(at.name == "head" for at in layers) > 1:
+        raise ValueError("A layer is called 'head', which is the name of the one to the outputs: call it otherwise.")
+    return layers
+
+
+# ---- One layer ------------------------------------------------------------------------------------------------------
+
+
+def num_keys(at: Placed) -> int:
+    return at.layer.depth[-1] if at.layer.width else 0
+
+
+def init_layer(at: Placed, keys: jax.Array) -> list[dict[str, jax.Array]]:
+    """The parameters of the largest sizes, one entry for each time that the layer is there."""
+    if not at.layer.width:
+        return []
+    params, width = [], max(at.layer.width)
+    for i in range(at.layer.depth[-1]):
+        in_width = at.in_width[-1] if i == 0 else width
+        if at.layer.kind == "conv":
+            window = (at.layer.kernel[-1],) * len(at.spatial)
+        else:
+            window = (math.prod(at.spatial) if at.flat and i == 0 else 1,)
+        w = _ops.uniform(keys[i], (*window, in_width, width), math.prod(window) * in_width)
+        params.append({"w": w, "b": jnp.zeros(width)})
+    return params
+
+
+def slice_layer(at: Placed, small: Placed, params: list[dict[str, jax.Array]]) -> list[dict[str, jax.Array]]:
+    """The parameters of `small`, whose sizes are single, out of those of `at`."""
+    if not at.layer.width:
+        return []
+    (width,), (depth,), (in_width,) = small.layer.width, small.layer.depth, small.in_width
+    sliced = []
+    for i, p in enumerate(params[:depth]):
+        w = p["w"][..., : in_width if i == 0 else width, :width]
+        if at.layer.kind == "conv":
+            kernel = small.layer.kernel[0]
+            rim = (at.layer.kernel[-1] - kernel) // 2
+            w = w[(slice(rim, rim + kernel),) * len(at.spatial)]
+        sliced.append({"w": w, "b": p["b"][:width]})
+    return sliced
+
+
+def apply_layer(at: Placed, params, x: jax.Array, weights: Mapping[str, jax.Array], remat: bool = False) -> jax.Array:
+    """A layer under the weights of its choices, each [candidates]; sizes without one are the largest."""
+    layer, last = at.layer, at.name == "head"
+    if not layer.width:
+        return _pool(layer.kind, layer.stride, x)
+    if last and not at.flat:
+        x = x.mean(tuple(range(1, x.ndim - 1)))
+    kernel, width, depth = (weights.get(f"{at.name}.{size}") for size in ("kernel", "width", "depth"))
+    under = np.arange(layer.width[-1])[None] < np.array(layer.width)[:, None]  # [candidates, channels]
+
+    def once(p, x, first):
+        if layer.kind == "conv":
+            w = p["w"] if kernel is None else p["w"] * _window(kernel, layer.kernel, len(at.spatial))
+            y = _ops.convolve(x, w, stride=layer.stride if first else 1)
+        elif first and at.flat:
+            y = jnp.einsum("npc,pcd->nd", x.reshape(x.shape[0], -1, x.shape[-1]), p["w"])
+        else:
+            y = x @ p["w"][0]
+        y = y + p["b"].reshape((1,) * (y.ndim - 1) + (-1,))
+        if last:
+            return y
+        broadcast = lambda mask: mask.reshape((1,) * (y.ndim - 1) + (-1,))
+        if layer.norm == "layer" and width is not None:
+            parts = [jax.nn.relu(_layer_norm(y, broadcast(jnp.asarray(m, y.dtype)))) for m in under]
+            return jnp.tensordot(width, jnp.stack(parts), 1)
+        if layer.norm:
+            y = _ops.normalized(y) if layer.norm == "batch" else _layer_norm(y, jnp.ones_like(y[:1]))
+        y = jax.nn.relu(y)
+        return y if width is None else y * broadcast(width @ jnp.asarray(under, y.dtype))
+
+    outputs = []
+    for i, p in enumerate(params):
+        run = lambda p, x, first=i == 0: once(p, x, first)
+        x = (jax.checkpoint(run) if remat else run)(p, x)
+        outputs.append(x)
+    if depth is None:
+        return x
+    return jnp.tensordot(depth, jnp.stack([outputs[d - 1] for d in layer.depth]), 1)
+
+
+def _window(weights: jax.Array, sizes: tuple[int, ...], spatial: int) -> jax.Array:
+    """[window..., 1, 1]: at each position the weight of the windows that hold it."""
+    far = abs(np.arange(sizes[-1]) - sizes[-1] // 2)
+    distance = np.max(np.stack(np.meshgrid(*[far] * spatial, indexing="ij")), 0)
+    inside = np.stack([distance <= size // 2 for size in sizes], -1)
+    return (jnp.asarray(inside, weights.dtype) @ weights)[..., None, None]
+
+
+def _layer_norm(y: jax.Array, mask: jax.Array, epsilon: float = 1e-5) -> jax.Array:
+    """Over the channels that the mask [1..., C] keeps; 0 elsewhere."""
+    num = mask.sum(-1, keepdims=True)
+    centered = (y - (y * mask).sum(-1, keepdims=True) / num) * mask
+    return centered * jax.lax.rsqrt((centered**2).sum(-1, keepdims=True) / num + epsilon)
+
+
+def _pool(kind: str, stride: int, x: jax.Array) -> jax.Array:
+    window = (1, *[stride] * (x.ndim - 2), 1)
+    padding = [(0, -n % size) for n, size in zip(x.shape, window, strict=True)]
+    if kind == "max_pool":
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, padding)
+    total = lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, window, window, padding)
+    return total(x) / total(jnp.ones((1, *x.shape[1:-1], 1), x.dtype))
+
+
+# ---- The network ----------------------------------------------------------------------------------------------------
+
+
+def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, single_path: bool, remat: bool):
+    """`init`, `apply` and `inherit` of a `Supernet`."""
+    layers, cells = placed(network, in_shape), network.cells
+
+    def init(key):
+        keys, used, params = jax.random.split(key, sum(map(num_keys, layers))), 0, {}
+        for at in layers:
+            params[at.name] = init_layer(at, keys[used : used + num_keys(at)])
+            used += num_keys(at)
+        return params
+
+    def apply(params, weights, x):
+        if x.shape[1:] != in_shape:
+            raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, in_shape))}); got {x.shape}.")
+        rows = {} if weights is None else _rows(cells, weights, x.dtype, single_path)
+        for at in layers:
+            x = apply_layer(at, params[at.name], x, rows, remat)
+        return x
+
+    def inherit(params, genotype):
+        small = placed(chosen(network, genotype), in_shape)
+        return {a.name: slice_layer(a, b, params[a.name]) for a, b in zip(layers, small, strict=True)}
+
+    return init, apply, inherit
+
+
+def _rows(cells, weights: Mapping[str, Any], dtype, single_path: bool) -> dict[str, jax.Array]:
+    """Choice -> [candidates], checked."""
+    rows = {}
+    for name, cell in cells.items():
+        if name not in weights:
+            raise ValueError(f"There are no weights of {name!r}, which is a choice; got those of {sorted(weights)}.")
+        w, shape = weights[name], (1, len(cell.edges[0].ops))
+        if w.shape != shape:
+            raise ValueError(f"The weights of {name!r} must have the shape {shape}; got {w.shape}.")
+        w = jnp.asarray(w, dtype)[0]
+        if single_path:  # others have no gradient, as where they are not run
+            w = w * jax.nn.one_hot(jnp.argmax(jnp.abs(w)), w.size, dtype=dtype)
+        rows[name] = w
+    return rows
+
+
+def chosen(network: ElasticNetwork, genotype: Genotype) -> ElasticNetwork:
+    """The network with the sizes of a genotype, which is of this network."""
+    layers = dict(network.layers)
+    for choice, ((_, _, size),) in genotype.items():
+        name, _, what = choice.rpartition(".")
+        layers[name] = layers[name]._replace(**{what: (int(size),)})
+    return network._replace(layers=layers)
+
+
+def combinations(at: Placed) -> Iterator[tuple[tuple[int, ...], dict[str, int]]]:
+    """Every choice of a layer's sizes but its depth, as digits and as sizes, in the order of `choices`."""
+    sizes = {s: at.in_width if s == "in" else getattr(at.layer, s) for s in at.choices() if s != "depth"}
+    for digits in np.ndindex(*map(len, sizes.values())):
+        yield digits, {s: candidates[d] for d, (s, candidates) in zip(digits, sizes.items(), strict=True)}

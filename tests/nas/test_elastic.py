@@ -1,0 +1,315 @@
+"""Searched sizes: a network by hand, the small network at one-hot weights, and gradients of the mixing weights."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.signal import correlate
+
+from metaopt import base, inner, methods, nas
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+
+
+def conv_net(norm=None, **options):
+    sizes = {"widths": (3, 4, 6), "kernels": (1, 3, 5), "depths": (1, 2), "hidden": (4, 6), "norm": norm, **options}
+    return nas.conv_net_space(3, **sizes)
+
+
+def genotype_of(network, **sizes):
+    """The largest of what is not named."""
+    wanted = {name.replace("_", "."): str(size) for name, size in sizes.items()}
+    return {name: ((0, 1, wanted.get(name, cell.edges[0].ops[-1])),) for name, cell in network.cells.items()}
+
+
+def random_weights(network, seed=0):
+    alpha = nas.init_alpha(jax.random.key(seed), network, scale=1.0)
+    return nas.mixing_weights(nas.softmax(), network, alpha, KEY)
+
+
+def by_hand(params, genotype, x, norm):
+    """The seed's network in NumPy, of sizes that slice the largest network's weights."""
+    size = {name: int(edges[0][2]) for name, edges in genotype.items()}
+    params = jax.tree.map(np.asarray, params)
+
+    def normalized(y):
+        axes = {"batch": (0, 1, 2), "layer": (3,), None: ()}[norm]
+        return (y - y.mean(axes, keepdims=True)) / np.sqrt(y.var(axes, keepdims=True) + 1e-5) if norm else y
+
+    for name in ("conv1", "conv2"):
+        for p in params[name][: size[f"{name}.depth"]]:
+            k, c, rim = size[f"{name}.kernel"], size[f"{name}.width"], (5 - size[f"{name}.kernel"]) // 2
+            w = p["w"][rim : rim + k, rim : rim + k, : x.shape[-1], :c]
+            full = np.zeros((len(x), x.shape[1] + k - 1, x.shape[2] + k - 1, c))
+            for n, o, i in itertools.product(range(len(x)), range(c), range(x.shape[-1])):
+                full[n, ..., o] += correlate(x[n, ..., i], w[..., i, o], "full")
+            half = k // 2
+            y = full[:, half : half + x.shape[1], half : half + x.shape[2]] + p["b"][:c]
+            x = np.maximum(normalized(y), 0)
+        height, width = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
+        pooled = np.zeros((len(x), height, width, x.shape[-1]))
+        for i, j in itertools.product(range(height), range(width)):
+            pooled[:, i, j] = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].max((1, 2))
+        x = pooled
+    w = params["linear"][0]["w"][:, : x.shape[-1], : size["linear.width"]]
+    x = np.maximum(np.tensordot(x.reshape(len(x), -1, x.shape[-1]), w, 2) + params["linear"][0]["b"][: w.shape[-1]], 0)
+    return x @ params["head"][0]["w"][0, : x.shape[-1]] + params["head"][0]["b"]
+
+
+def with_biases(params):
+    """Zeros hide a bias that a mask should have hidden; and weights so large that logits differ."""
+    return jax.tree.map(lambda leaf: leaf + 0.3 if leaf.ndim == 1 else 3 * leaf, params)
+
+
+@pytest.mark.parametrize("norm", [None, "batch", "layer"])
+def test_a_one_hot_choice_is_the_small_network_and_that_by_hand(norm):
+    """On images of one channel that are not square; the small network's parameters are what it would have itself."""
+    network, shape = conv_net(norm), (7, 4, 1)
+    supernet = nas.supernet(network, shape, ops={})
+    sizes = {"conv1_width": 4, "conv1_kernel": 3, "conv1_depth": 1, "conv2_width": 3, "conv2_kernel": 1}
+    chosen = genotype_of(network, **sizes, linear_width=4)  # conv2 is there twice
+    small = nas.supernet(nas.discrete(network, chosen), shape, ops={})
+    x = RNG.normal(size=(3, *shape))
+
+    @jax.jit
+    def both(params, x):
+        inherited = supernet.inherit(params, chosen)
+        assert jax.tree.map(jnp.shape, inherited) == jax.tree.map(jnp.shape, jax.eval_shape(small.init, KEY))
+        return supernet.apply(params, nas.one_hot(network, chosen), x), small.apply(inherited, None, x)
+
+    params = with_biases(jax.jit(supernet.init)(KEY))
+    mixed, discrete = map(np.asarray, both(params, x))
+    expected = by_hand(params, chosen, x, norm)
+    assert np.ptp(expected, 0).max() > 1e-2
+    np.testing.assert_allclose(mixed, expected, atol=1e-9)
+    np.testing.assert_allclose(discrete, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_rows_and_sequences_too(norm):
+    layers = {
+        "conv": nas.ElasticLayer("conv", (4, 6), (3, 5), (1, 3), stride=2, norm=norm),
+        "pool": nas.ElasticLayer("avg_pool", stride=3),
+        "tokens": nas.ElasticLayer("linear", (4, 6), norm=norm),  # at every position
+    }
+    sequences = nas.ElasticNetwork(layers, 2)
+    cases = [(sequences, (11, 2)), (nas.mlp_space(2, widths=(5, 8), depths=(1, 2, 3), norm=norm), (4,))]
+    for network, shape in cases:
+        supernet = nas.supernet(network, shape, ops={})
+        chosen = genotype_of(network, conv_width=4, conv_kernel=3, tokens_width=4, linear_width=5, linear_depth=2)
+        small = nas.supernet(nas.discrete(network, chosen), shape, ops={})
+
+        @jax.jit
+        def both(x, network=network, supernet=supernet, small=small, chosen=chosen):
+            params = with_biases(supernet.init(KEY))
+            mixed = supernet.apply(params, nas.one_hot(network, chosen), x)
+            return mixed, small.apply(supernet.inherit(params, chosen), None, x)
+
+        mixed, discrete = both(RNG.normal(size=(6, *shape)))
+        assert mixed.shape == (6, 2) and np.ptp(discrete, 0).max() > 1e-3
+        np.testing.assert_allclose(mixed, discrete, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def mixing():
+    """Logits as a function of all mixing weights in one vector, and of the network's parameters, compiled once."""
+    network = conv_net("layer", depths=(1, 2), kernels=(1, 3))
+    supernet = nas.supernet(network, (4, 3, 2), ops={})
+    params = with_biases(jax.jit(supernet.init)(KEY))
+    x, start = RNG.normal(size=(3, 4, 3, 2)), random_weights(network)
+    flat, unravel = jax.flatten_util.ravel_pytree(start)
+    logits = jax.jit(lambda w: supernet.apply(params, unravel(w), x))
+    return network, logits, flat, unravel
+
+
+def test_gradients_of_mixing_weights_are_finite_differences(mixing):
+    _, logits, flat, _ = mixing
+    probe = RNG.normal(size=(3, 3))
+    found = np.asarray(jax.jit(jax.grad(lambda w: (logits(w) * probe).sum()))(flat))
+    ends = np.asarray(flat) + 1e-6 * np.concatenate([np.eye(flat.size), -np.eye(flat.size)])
+    ahead, behind = np.split(np.array([(logits(end) * probe).sum() for end in ends]), 2)
+    expected = (ahead - behind) / 2e-6
+    assert (abs(expected) > 1e-5).sum() > flat.size // 2
+    np.testing.assert_allclose(found, expected, atol=1e-7 * abs(expected).max())
+
+
+def test_a_mixture_of_the_last_widths_is_the_mixture_of_their_logits(mixing):
+    network, logits, flat, unravel = mixing
+    weights = unravel(flat)
+    at = lambda w: np.asarray(logits(jax.flatten_util.ravel_pytree({**weights, "linear.width": w})[0]))
+    single = [at(jnp.eye(2)[i : i + 1]) for i in range(2)]
+    assert abs(single[0] - single[1]).max() > 1e-3
+    np.testing.assert_allclose(at(jnp.array([[0.3, 0.7]])), 0.3 * single[0] + 0.7 * single[1], atol=1e-12)
+
+
+def test_a_single_path_gives_a_gradient_to_what_is_chosen_alone():
+    network = nas.mlp_space(2, widths=(2, 4), depths=(1, 2))
+    dense, single = (nas.supernet(network, (3,), ops={}, single_path=path, remat_edges=path) for path in (False, True))
+    chosen = genotype_of(network, linear_width=2)
+    weights = {name: jnp.asarray(w) for name, w in nas.one_hot(network, chosen).items()}
+    x = RNG.normal(size=(5, 3))
+
+    @jax.jit
+    def both():
+        params = dense.init(KEY)
+        loss = lambda net: jax.value_and_grad(lambda w: (net.apply(params, w, x) ** 2).sum())(weights)
+        return loss(dense), loss(single)
+
+    (value, grads), (single_value, single_grads) = both()
+    np.testing.assert_allclose(single_value, value, rtol=1e-12)
+    for name, w in weights.items():
+        assert abs(grads[name] * (1 - w)).max() > 1e-4
+        np.testing.assert_allclose(single_grads[name], grads[name] * w, atol=1e-12)
+
+
+def rows(num):
+    x = RNG.normal(size=(num, 3))
+    return {"x": jnp.asarray(x), "y": jnp.asarray((x[:, 0] * x[:, 1] > 0).astype(np.int32))}
+
+
+TASK = base.Task(rows(9), rows(8))
+SIZES = nas.mlp_space(2, widths=(2, 4), depths=(1, 2))
+SEARCHES = {
+    "darts": {},
+    "unrolled_darts": {"num_steps": 2},
+    "implicit_darts": {"num_steps": 2},
+    "gdas": {"num_steps": 5},
+    "pc_darts": {"partial": 1},
+    "beta_darts": {"num_steps": 5},
+    "robust_darts": {"every": 2},
+    "sigmoid": {"relaxation": nas.sigmoid()},
+    "gumbel": {"relaxation": nas.gumbel_softmax(1.0, hard=False), "decode": nas.softmax()},
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_search_takes_sizes(name):
+    method = getattr(methods, name, methods.darts)
+    search = method(SIZES, (3,), ops={}, **SEARCHES[name])
+    alpha = jax.tree.map(lambda a: a + 0.1, search.hyperparams(KEY))
+
+    def estimate(key):
+        return search.estimator.estimate(alpha, TASK, search.estimator.init(key, alpha, TASK))[0]
+
+    shapes = jax.eval_shape(estimate, KEY)
+    assert jax.tree.map(jnp.shape, shapes.hypergrad) == jax.tree.map(jnp.shape, alpha)
+    genotype = search.genotype(alpha)
+    assert nas.genotype_from_json(nas.genotype_to_json(genotype)) == genotype
+    assert [len(edges) for edges in genotype.values()] == [1, 1]
+    assert not nas.discrete(SIZES, genotype).cells
+
+
+@pytest.mark.once
+def test_the_exact_hypergradient_is_finite_differences():
+    """In windows, widths and depths at once, one step ahead, through `methods.darts`."""
+    network = conv_net(widths=(1, 2), kernels=(1, 3), depths=(1, 2), hidden=(2, 3), norm="batch")
+    sgd = lambda hyperparams: optax.sgd(0.3)
+    search = methods.darts(network, (4, 2, 1), ops={}, order="exact", optimizer=sgd)
+    images = lambda num: {"x": jnp.asarray(RNG.normal(size=(num, 4, 2, 1))), "y": jnp.arange(num) % 3}
+    task, loop = base.Task(images(6), images(5)), search.problem.loop
+    alpha = nas.init_alpha(KEY, network, scale=1.0)
+    flat, unravel = jax.flatten_util.ravel_pytree(alpha)
+
+    def objective(alpha, state):
+        state = inner.step(loop, state, alpha, task.train)
+        return search.problem.outer_loss(loop.params(state), alpha, task.valid, loop.context(state))
+
+    @jax.jit
+    def both():
+        estimate, after = search.estimator.estimate(alpha, task, search.estimator.init(KEY, alpha, task))
+        ends = flat[None] + 1e-5 * jnp.concatenate([jnp.eye(flat.size), -jnp.eye(flat.size)])
+        values = jax.lax.map(lambda end: objective(unravel(end), after.inner), ends)
+        return estimate.hypergrad, values
+
+    found, values = both()
+    expected = np.subtract(*np.split(np.asarray(values), 2)) / 2e-5
+    found = np.asarray(jax.flatten_util.ravel_pytree(found)[0])
+    assert np.linalg.norm(expected) > 1e-3
+    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.once
+def test_single_path_one_shot_and_evolution_over_sizes():
+    one_shot = methods.single_path_one_shot(SIZES, (3,), ops={}, num_steps=20)
+    params = one_shot.train(KEY, TASK.train)
+    searcher = methods.regularized_evolution(population_size=4, sample_size=2)
+    state, seen = searcher.init(KEY, nas.configuration_space(SIZES)), {}
+    for _ in range(12):
+        (trial,), state = searcher.ask(state, 1)
+        genotype = nas.from_configuration(SIZES, trial.configuration)
+        score = float(one_shot.score(params, genotype, TASK.valid))
+        seen[nas.genotype_to_json(genotype)] = score
+        state = searcher.tell(state, [trial._replace(outcome=score, status="COMPLETE")])
+    assert len(seen) >= 3 and np.ptp(list(seen.values())) > 1e-6  # of 4 networks
+    for text, score in seen.items():
+        genotype = nas.genotype_from_json(text)
+        small = nas.supernet(nas.discrete(SIZES, genotype), (3,), ops={})
+        logits = small.apply(one_shot.supernet.inherit(params, genotype), None, TASK.valid["x"])
+        expected = optax.losses.softmax_cross_entropy_with_integer_labels(logits, TASK.valid["y"]).mean()
+        np.testing.assert_allclose(score, expected, rtol=1e-9)
+
+
+def test_configurations_are_genotypes():
+    network = conv_net(kernels=(3,))  # one candidate is no choice
+    assert list(network.cells) == ["conv1.width", "conv1.depth", "conv2.width", "conv2.depth", "linear.width"]
+    space = nas.configuration_space(network)
+    assert {name: leaf.high for name, leaf in space.items()} == dict(zip(space, (2, 1, 2, 1, 1), strict=True))
+    genotype = nas.from_configuration(network, dict(zip(space, (1, 0, 2, 1, 0), strict=True)))
+    small = nas.discrete(network, genotype)
+    assert (small.layers["conv1"].width, small.layers["conv2"].depth) == ((4,), (2,))
+    assert nas.from_json(nas.to_json(small)) == small and nas.from_json(nas.to_json(network)) == network
+    cells = nas.nas_bench_201_space(channels=2, cells_per_stage=1)
+    digits = dict(zip(nas.configuration_space(cells), (3, 0, 1, 0, 0, 2), strict=True))
+    assert list(digits)[1] == "cell.0-2"
+    text = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|nor_conv_1x1~2|"
+    assert nas.from_configuration(cells, digits) == nas.from_nas_bench_201(text)
+    with pytest.raises(ValueError, match=r"'conv1.width' must be in \[0, 2\]; got 3"):
+        nas.from_configuration(network, {**dict.fromkeys(space, 0), "conv1.width": 3})
+    with pytest.raises(ValueError, match="A configuration has the entries .*; got"):
+        nas.from_configuration(network, {"conv1.width": 1})
+
+
+CONV = nas.ElasticLayer("conv", (2, 4), (3,))
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "message"),
+    [
+        ({"a": CONV._replace(kind="dense")}, (4, 1), "The kind of a layer is one of .*; 'a' has 'dense'"),
+        ({"a": CONV._replace(width=(4, 2))}, (4, 1), "candidates of a.width must increase"),
+        ({"a": CONV._replace(width=())}, (4, 1), "a.width must be a tuple of integers, since the layer is 'conv'"),
+        ({"a": CONV._replace(width=[2, 4])}, (4, 1), "a.width must be a tuple of integers"),
+        ({"a": CONV._replace(kernel=(2, 3))}, (4, 1), "a.kernel must be odd"),
+        ({"a": CONV._replace(depth=(0, 1))}, (4, 1), "`a.depth` must be at least 1; got 0"),
+        ({"a": CONV._replace(norm="group")}, (4, 1), '`norm` must be None, "batch" or "layer"'),
+        ({"a": nas.ElasticLayer("max_pool", kernel=(3,))}, (4, 1), "a.kernel must be empty"),
+        ({"a": CONV}, (4,), r"'a' is 'conv', which needs one to three spatial axes; .* \(4,\)"),
+        ({"f": nas.ElasticLayer("flatten"), "a": CONV}, (4, 1), "stands behind a 'flatten'"),
+        ({"head": CONV}, (4, 1), "A layer is called 'head'"),
+        ({}, (4, 1), "must have a layer"),
+    ],
+)
+def test_what_does_not_fit_is_refused(layers, shape, message):
+    with pytest.raises(ValueError, match=message):
+        nas.supernet(nas.ElasticNetwork(layers, 2), shape, ops={})
+
+
+def test_bad_weights_and_inputs():
+    supernet = nas.supernet(SIZES, (3,), ops={})
+    params, x = jax.eval_shape(supernet.init, KEY), jnp.zeros((2, 3))
+    apply = lambda weights, x: jax.eval_shape(supernet.apply, params, weights, x)
+    assert apply(None, x).shape == (2, 2)  # the largest
+    with pytest.raises(ValueError, match="no weights of 'linear.depth'"):
+        apply({"linear.width": jnp.ones((1, 2))}, x)
+    with pytest.raises(ValueError, match=r"of 'linear.width' must have the shape \(1, 2\); got \(2,\)"):
+        apply({"linear.width": jnp.ones(2), "linear.depth": jnp.ones((1, 2))}, x)
+    with pytest.raises(ValueError, match=r"must have the shape \(N, 3\)"):
+        apply(None, jnp.zeros((2, 4)))
+    with pytest.raises(ValueError, match="sizes have no ops: 1, not 4"):
+        methods.pc_darts(SIZES, (3,), ops={})
+    with pytest.raises(ValueError, match="The genotype has no size for 'linear.width'"):
+        nas.discrete(SIZES, {"linear.width": (), "linear.depth": ((0, 1, "1"),)})
