@@ -8,7 +8,7 @@ import jax
 from jax.interpreters import partial_eval
 
 
-def flops(function: Callable, *args: Any) -> float:
+def flops(function: Callable, *args: Any, products_only: bool = False) -> float:
     """Floating-point operations of one call, counted in the program's jaxpr with the lengths of its scans.
 
     Matrix products and convolutions count two operations per multiplication and addition, everything else one per
@@ -19,6 +19,8 @@ def flops(function: Callable, *args: Any) -> float:
     Args:
       function: any traceable function.
       *args: what it is called with; only shapes matter.
+      products_only: count matrix products and convolutions alone, as is the custom for architectures (where one
+        multiplication and addition often counts as one).
 
     Returns:
       The number of operations.
@@ -28,20 +30,20 @@ def flops(function: Callable, *args: Any) -> float:
     >>> print(hypergrad.flops(lambda a, b: a @ b, jnp.zeros((2, 3)), jnp.zeros((3, 4))))
     48.0
     """
-    return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, products_only)
 
 
-def of_jaxpr(jaxpr: Any) -> float:
+def of_jaxpr(jaxpr: Any, products_only: bool = False) -> float:
     """Operations of a program that is traced already."""
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _count(live)
+    return _count(live, products_only)
 
 
 def _size(variable: Any) -> float:
     return float(math.prod(getattr(variable.aval, "shape", ())))
 
 
-def _count(jaxpr: Any) -> float:
+def _count(jaxpr: Any, products_only: bool) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params, outputs = equation.primitive.name, equation.params, sum(map(_size, equation.outvars))
@@ -59,10 +61,12 @@ def _count(jaxpr: Any) -> float:
             kernel = equation.invars[1].aval.shape
             total += 2 * outputs * math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
         elif inner_jaxprs:
-            counts = [_count(part) for part in inner_jaxprs]
+            counts = [_count(part, products_only) for part in inner_jaxprs]
             total += (
                 params["length"] * sum(counts) if name == "scan" else max(counts) if name == "cond" else sum(counts)
             )
+        elif products_only:
+            continue
         elif name.startswith(("reduce_", "cum", "arg")):
             total += sum(map(_size, equation.invars))
         else:

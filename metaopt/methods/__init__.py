@@ -13,6 +13,7 @@ from metaopt.methods._architecture import (
     pc_darts,
     robust_darts,
     single_path_one_shot,
+    under_budget,
     unrolled_darts,
 )
 from metaopt.methods._conv4 import NORMALIZATIONS, Network, conv4
@@ -112,5 +113,6 @@ __all__ = [
     "tpe",
     "train_meta_optimizer",
     "train_meta_searcher",
+    "under_budget",
     "unrolled_darts",
 ]

@@ -23,6 +23,7 @@ class Search(NamedTuple):
       hyperparams: `(key) -> α` to start from.
       weights: `(α) -> ` mixing weights, kind -> [edges, ops], as genotypes are read from them (`decode`).
       genotype: `(α) -> Genotype`.
+      rule: `(problem) -> Estimator`, which made `estimator`; `under_budget` makes another one by it.
     """
 
     estimator: base.Estimator
@@ -31,6 +32,7 @@ class Search(NamedTuple):
     hyperparams: Callable[[jax.Array], base.HyperParams]
     weights: Callable[[base.HyperParams], dict[str, jax.Array]]
     genotype: Callable[[base.HyperParams], nas.Genotype]
+    rule: Callable[[base.Problem], base.Estimator]
 
 
 def _cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -147,7 +149,7 @@ def architecture_search(
     def genotype(hyperparams):
         return nas.discretize(network, jax.device_get(weights(hyperparams)), keep=keep)
 
-    return Search(rule(problem), problem, supernet, hyperparams, weights, genotype)
+    return Search(rule(problem), problem, supernet, hyperparams, weights, genotype, rule)
 
 
 def darts(
@@ -372,7 +374,58 @@ def robust_darts(
     """
     search = darts(network, in_shape, ops=ops, **{"order": "first", **options})
     stop = {"every": every, "window": window, "start": start, "delta": delta, "factor": factor}
-    return search._replace(estimator=nas.stopped_by_curvature(search.estimator, search.problem, **stop))
+    rule = lambda problem: nas.stopped_by_curvature(search.rule(problem), problem, **stop)
+    return search._replace(estimator=rule(search.problem), rule=rule)
+
+
+def under_budget(
+    search: Search,
+    table: nas.CostTable,
+    *,
+    budget: float,
+    multiplier: float = -3.0,
+    damping: float = 0.0,
+    relaxation: nas.Relaxation | None = None,
+) -> Search:
+    """The same search within a budget: min over α, max over μ ≥ 0 of F(α) + μ (C(α)/budget − 1).
+
+    λ is then {"hyperparams": α, "multiplier": m}, with μ = softplus(m); one descending optimizer moves both. Where the
+    budget binds, the expected cost comes to it. Of the genotype the argmax is taken, and that one may cost more or
+    less: `nas.within_budget(network, search.weights(λ), table, budget)` projects it.
+
+    Args:
+      search: any whose rule differentiates the outer loss, and which counts α by `relaxation`.
+      table: of its space.
+      budget: in the table's unit.
+      multiplier: m to start from; softplus(−3) = .049.
+      damping: as for `nas.lagrangian`.
+      relaxation: as for `nas.resource_penalty`.
+
+    Returns:
+      A `Search`.
+
+    Raises:
+      ValueError: the budget is not positive.
+
+    Source: Platt & Barr, Constrained Differential Optimization, NIPS 1987
+
+    >>> import jax
+    >>> from metaopt import methods, nas
+    >>> space = nas.mlp_space(2, widths=(4, 64), depths=(1, 3))
+    >>> table = nas.cost_table(space, (3,), nas.num_params, ops={})
+    >>> search = methods.under_budget(methods.darts(space, (3,), ops={}), table, budget=1_000.0)
+    >>> sorted(search.hyperparams(jax.random.key(0)))
+    ['hyperparams', 'multiplier']
+    """
+    excess = nas.over_budget(table, search.supernet.network, budget=budget, relaxation=relaxation)
+    problem = nas.lagrangian(search.problem, excess, damping=damping)
+    return search._replace(
+        estimator=search.rule(problem),
+        problem=problem,
+        hyperparams=lambda key: {"hyperparams": search.hyperparams(key), "multiplier": jnp.asarray(multiplier)},
+        weights=lambda both: search.weights(both["hyperparams"]),
+        genotype=lambda both: search.genotype(both["hyperparams"]),
+    )
 
 
 class OneShot(NamedTuple):

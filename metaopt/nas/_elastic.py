@@ -20,7 +20,7 @@ https://arxiv.org/abs/1904.02877; for depths, Cai et al., ICLR 2020, https://arx
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +84,7 @@ def placed(network: ElasticNetwork, in_shape: Sequence[int]) -> list[Placed]:
             if not 1 <= len(spatial) <= 3:
                 raise ValueError(
                     f"{name!r} is {layer.kind!r}, which needs one to three spatial axes; its input has the shape "
-                    f"{(*spatial, width[-1])}. Rows of a table take 'linear' alone, as in `mlp_space`."
+                    f"{(*spatial, *width[-1:])}. Rows of a table take 'linear' alone, as in `mlp_space`."
                 )
         if layer.kind == "flatten":
             flat = True
@@ -255,10 +255,3 @@ def chosen(network: ElasticNetwork, genotype: Genotype) -> ElasticNetwork:
         name, _, what = choice.rpartition(".")
         layers[name] = layers[name]._replace(**{what: (int(size),)})
     return network._replace(layers=layers)
-
-
-def combinations(at: Placed) -> Iterator[tuple[tuple[int, ...], dict[str, int]]]:
-    """Every choice of a layer's sizes but its depth, as digits and as sizes, in the order of `choices`."""
-    sizes = {s: at.in_width if s == "in" else getattr(at.layer, s) for s in at.choices() if s != "depth"}
-    for digits in np.ndindex(*map(len, sizes.values())):
-        yield digits, {s: candidates[d] for d, (s, candidates) in zip(digits, sizes.items(), strict=True)}

@@ -1,0 +1,349 @@
+"""What an architecture costs, as a differentiable function of its mixing weights.
+
+A table has the cost of every op where it stands, so that the cost of a mixture is what the networks that it mixes cost
+on average, were each choice drawn by its weights:
+
+    C(w) = c₀ + Σ_terms Σ_(i, j, ...) w_a[i] · w_b[j] · ... · c[i, j, ...]
+
+A term is an edge of a cell (c of its ops), or a layer of an `ElasticNetwork` (c of its sizes and those of its input).
+At one-hot weights C is the discrete network's cost. What it costs to train the supernet is another matter: that runs
+every op, and every size at its largest.
+
+Source: the expected latency of Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs/1812.00332
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base
+from metaopt.nas import _benchmarks, _elastic, _genotypes, _ops, _supernet
+from metaopt.nas._specs import ElasticNetwork, Genotype, Network, Space, check_network, check_version
+
+Measure = Callable[..., float]  # (apply, params, x) -> cost
+
+
+class CostTerm(NamedTuple):
+    """A part of a cost that depends on some choices together.
+
+    Attributes:
+      rows: (kind of cell or name of a size, edge), one for each axis of `values`.
+      values: the cost at each combination of candidates.
+    """
+
+    rows: tuple[tuple[str, int], ...]
+    values: np.ndarray
+
+
+class CostTable(NamedTuple):
+    """What the parts of a space's networks cost.
+
+    Attributes:
+      fixed: of what all networks have.
+      terms: of what is chosen.
+      unit: of the costs, for people.
+    """
+
+    fixed: float
+    terms: tuple[CostTerm, ...]
+    unit: str = ""
+
+
+def cost_table(
+    network: Space,
+    in_shape: Sequence[int],
+    measure: Measure,
+    *,
+    ops: Mapping[str, _ops.Op],
+    partial: int = 1,
+    batch_size: int = 1,
+    unit: str = "",
+) -> CostTable:
+    """Measures every op of a space once at every shape at which it stands.
+
+    Sums of nodes, concatenations and the supernet's own copies are not in it.
+
+    Args:
+      network: a supernet's spec.
+      in_shape: of one input, without the batch axis.
+      measure: `(apply, params, x) -> cost`, of a function `apply(params, x)` and the shapes of its arguments:
+        `hypergrad.flops` (or `functools.partial(hypergrad.flops, products_only=True)`, which is what the literature
+        counts, twice over), `nas.num_params`, `nas.latency()`, or one's own.
+      ops: as for `supernet`.
+      partial: likewise.
+      batch_size: of the input that is measured.
+      unit: of the costs.
+
+    Returns:
+      A `CostTable`, for a batch of `batch_size`.
+
+    Raises:
+      ValueError: as for `supernet`.
+
+    >>> from metaopt import hypergrad, nas
+    >>> space = nas.mlp_space(2, widths=(4, 8), depths=(1, 2))
+    >>> table = nas.cost_table(space, (3,), nas.num_params, ops={})
+    >>> wide = {"linear.width": ((0, 1, "8"),), "linear.depth": ((0, 1, "2"),)}
+    >>> nas.cost_of(table, space, wide)  # (3 + 1)8 + (8 + 1)8 + (8 + 1)2
+    122.0
+    """
+    base.check_integer("batch_size", batch_size, 1)
+    known: dict[Any, float] = {}
+    dtype = jnp.zeros(0).dtype
+
+    def cost(name, init, apply, shape):
+        """Of one op by name; what has the same name and shape is the same."""
+        if (name, shape) not in known:
+            params = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+            known[name, shape] = float(measure(apply, params, jax.ShapeDtypeStruct((batch_size, *shape), dtype)))
+        return known[name, shape]
+
+    in_shape = tuple(in_shape)
+    if isinstance(network, ElasticNetwork):
+        return CostTable(*_elastic_costs(network, in_shape, cost), unit)
+    check_network(network)
+    return CostTable(*_cell_costs(network, in_shape, ops, partial, cost), unit)
+
+
+def _cell_costs(network: Network, in_shape, ops, partial, cost) -> tuple[float, tuple[CostTerm, ...]]:
+    runs = _supernet._build(network, in_shape, ops, partial)
+    fixed = 0.0
+    values = {
+        (kind, e): np.zeros(len(edge.ops)) for kind, cell in network.cells.items() for e, edge in enumerate(cell.edges)
+    }
+
+    def of(name, op, shape, channels, stride):
+        apply = lambda params, x: op.apply(params, x, channels, stride)
+        return cost((name, channels, stride), lambda key: op.init(key, shape, channels, stride), apply, shape)
+
+    inputs = _ops.Op(_supernet._input_init, _supernet._input_apply)
+    for run in runs:
+        kind, channels, stride = run.layer
+        if kind not in network.cells:
+            fixed += run.length * of(kind, ops[kind], run.in_shapes[0], channels, stride)
+            continue
+        for shape in run.in_shapes if network.cells[kind].preprocess else ():
+            by = _supernet._preprocess_stride(shape, run.in_shapes[-1])
+            fixed += run.length * of("preprocess", inputs, shape, channels, by)
+        for group in run.groups:
+            width = group.in_shape[-1]
+            each = [of(op, ops[op], group.in_shape, width, group.stride) for op in group.ops]
+            for e in group.edges:
+                values[kind, e] += run.length * np.array(each)
+    shape, num = runs[-1].out_shape, network.num_outputs
+    init = lambda key: {"w": jnp.zeros((shape[-1], num)), "b": jnp.zeros(num)}
+    pool = lambda x: x.mean(tuple(range(1, x.ndim - 1)))
+    fixed += cost("head", init, lambda p, x: pool(x) @ p["w"] + p["b"][None], shape)
+    return fixed, tuple(CostTerm((row,), c) for row, c in values.items())
+
+
+def _elastic_costs(network: ElasticNetwork, in_shape, cost) -> tuple[float, tuple[CostTerm, ...]]:
+    fixed, terms = 0.0, []
+
+    def of(at: _elastic.Placed):
+        init = lambda key: _elastic.init_layer(at, jax.random.split(key, 1))
+        apply = lambda params, x: _elastic.apply_layer(at, params, x, {})
+        # Where it stands matters by the shape alone, but for the head, which has no ReLU.
+        name = (at.name == "head", at.layer, at.in_width, at.flat)
+        return cost(name, init, apply, (*at.spatial, at.in_width[0]))
+
+    def of_depth(at: _elastic.Placed, depth: int):
+        layer = at.layer._replace(depth=(1,))
+        total = of(at._replace(layer=layer))
+        if depth > 1:
+            again = at._replace(layer=layer._replace(stride=1), spatial=at.out_spatial, in_width=layer.width)
+            total += (depth - 1) * of(again._replace(flat=False))
+        return total
+
+    for at in _elastic.placed(network, in_shape):
+        choices = at.choices()
+        depths = at.layer.depth
+        sizes = {name: at.in_width if name == "in" else getattr(at.layer, name) for name in choices if name != "depth"}
+        values = np.zeros([*map(len, sizes.values()), len(depths)])
+        for digits in np.ndindex(values.shape[:-1]):
+            small = at.sized({name: c[d] for d, (name, c) in zip(digits, sizes.items(), strict=True)})
+            values[digits] = [of_depth(small, depth) for depth in depths]
+        if "depth" not in choices:
+            values = values[..., 0]
+        rows = tuple((choices[name], 0) for name in [*sizes, *(["depth"] if "depth" in choices else [])])
+        if rows:
+            terms.append(CostTerm(rows, values))
+        else:
+            fixed += float(values)
+    return fixed, tuple(terms)
+
+
+def expected_cost(table: CostTable, weights: Mapping[str, Any]) -> jax.Array:
+    """C(w), what the networks under mixing weights cost on average.
+
+    It is the mean over networks whose choices are drawn apart, each by its own weights, where these are a softmax's.
+    Differentiable in any mode; linear in the weights of each choice.
+
+    Args:
+      table: of the space.
+      weights: kind -> [edges, ops].
+
+    Returns:
+      [], in the table's unit.
+
+    Raises:
+      ValueError: the weights are not of this space.
+    """
+    dtype = jnp.zeros(0).dtype
+    total = jnp.asarray(table.fixed, dtype)
+    for term in table.terms:
+        left = jnp.asarray(term.values, dtype)
+        for kind, edge in term.rows:
+            if kind not in weights or np.ndim(weights[kind]) != 2 or np.shape(weights[kind])[1] != left.shape[0]:
+                got = {kind: np.shape(w) for kind, w in weights.items()}
+                raise ValueError(f"The weights of {kind!r} must have {left.shape[0]} columns; got the shapes {got}.")
+            left = jnp.tensordot(jnp.asarray(weights[kind], dtype)[edge], left, 1)
+        total = total + left
+    return total
+
+
+def cost_of(table: CostTable, network: Space, genotype: Genotype) -> float:
+    """What one architecture costs.
+
+    Args:
+      table: of the space.
+      network: the space.
+      genotype: of it.
+
+    Returns:
+      The cost, in the table's unit, in double precision.
+
+    Raises:
+      ValueError: the genotype is not of this space.
+    """
+    weights, total = _genotypes.one_hot(network, genotype), table.fixed
+    for term in table.terms:
+        left = term.values
+        for kind, edge in term.rows:
+            left = np.tensordot(weights[kind][edge], left, 1)
+        total += float(left)
+    return total
+
+
+# ---- Measures, and tables that are there ----------------------------------------------------------------------------
+
+
+def num_params(apply: Callable, params: base.PyTree, x: Any) -> float:
+    """A measure for `cost_table`: the number of parameters.
+
+    Args:
+      apply: not looked at.
+      params: of the op.
+      x: not looked at.
+
+    Returns:
+      A number of entries.
+    """
+    return float(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)))
+
+
+def latency(*, num_samples: int = 15, min_seconds: float = 1e-3) -> Measure:
+    """A measure for `cost_table`: seconds on this device, of the compiled op by itself, warm.
+
+    The median of `num_samples` times, each of so many calls that they take `min_seconds` together. Ops by themselves
+    are not what they are in one program, where they are fused and none is dispatched: sums of them rank networks, and
+    are above what a network takes. Take the batch size at which it will run, and a machine that does nothing else.
+
+    Args:
+      num_samples: at least 1.
+      min_seconds: positive.
+
+    Returns:
+      `(apply, params, x) -> seconds`.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+    base.check_integer("num_samples", num_samples, 1)
+    base.check_positive("min_seconds", min_seconds)
+
+    def measure(apply, params, x):
+        rng = np.random.default_rng(0)  # zeros may be quicker, and denormal numbers slower
+        arguments = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), (params, x))
+        compiled = jax.jit(apply).lower(*arguments).compile()
+
+        def seconds(calls):
+            start = time.perf_counter()
+            for _ in range(calls):
+                out = compiled(*arguments)
+            jax.block_until_ready(out)
+            return time.perf_counter() - start
+
+        calls = 1
+        while seconds(calls) < min_seconds:
+            calls *= 2
+        return float(np.median([seconds(calls) / calls for _ in range(num_samples)]))
+
+    return measure
+
+
+def nas_bench_201_costs(resource: str, task: str = "cifar10", *, folder: str | os.PathLike | None = None) -> CostTable:
+    """What HW-NAS-Bench measured of NAS-Bench-201's networks, as a table: one term over all six edges.
+
+    Args:
+      resource: "edgegpu_latency", "raspi4_latency", "edgetpu_latency", "pixel3_latency", "eyeriss_latency" or
+        "fpga_latency" (ms); "edgegpu_energy", "eyeriss_energy" or "fpga_energy" (mJ); "eyeriss_arithmetic_intensity".
+      task: "cifar10", "cifar100" or "ImageNet16-120".
+      folder: of nasbench201.npz; by default what METAOPT_DATA names.
+
+    Returns:
+      A `CostTable` of `nas_bench_201_space`, for one image.
+
+    Raises:
+      ValueError: the file is not there, or has no such resource or task.
+
+    Source: Li et al., ICLR 2021, https://arxiv.org/abs/2103.10584
+    """
+    with _benchmarks._open("nasbench201", folder) as data:
+        names, tasks = data["hw_names"].tolist(), data["datasets"].tolist()
+        for name, given, known in (("resource", resource, names), ("task", task, tasks)):
+            if given not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {given!r}.")
+        values = np.zeros([5] * 6)
+        values[tuple(data["edge_ops"].T.astype(int))] = data["hw_cost"][tasks.index(task), :, names.index(resource)]
+    unit = "ms" if resource.endswith("latency") else "mJ" if resource.endswith("energy") else ""
+    return CostTable(0.0, (CostTerm(tuple(("cell", e) for e in range(6)), values),), unit)
+
+
+def cost_table_to_json(table: CostTable) -> str:
+    """A table as JSON: a device is measured once.
+
+    Args:
+      table: any.
+
+    Returns:
+      Text, with the version of the form.
+    """
+    terms = [{"rows": term.rows, "values": term.values.tolist()} for term in table.terms]
+    return json.dumps({"version": 1, "fixed": table.fixed, "unit": table.unit, "terms": terms})
+
+
+def cost_table_from_json(text: str) -> CostTable:
+    """The table that `cost_table_to_json` wrote.
+
+    Args:
+      text: JSON.
+
+    Returns:
+      A `CostTable`.
+
+    Raises:
+      ValueError: the version is unknown.
+    """
+    data = json.loads(text)
+    check_version(data)
+    rows = lambda term: tuple((kind, edge) for kind, edge in term["rows"])
+    terms = tuple(CostTerm(rows(term), np.asarray(term["values"], float)) for term in data["terms"])
+    return CostTable(data["fixed"], terms, data["unit"])
