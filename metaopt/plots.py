@@ -1,4 +1,6 @@
-"""Pictures: a learning curve, λ over the outer steps, methods compared, episodes. They need the extra `examples`.
+"""Pictures: a learning curve, λ over the outer steps, methods compared, episodes, fronts.
+
+They need the extra `examples`.
 
 Every function draws on the axes that it is given, or makes a figure, and returns the axes: what else a picture needs is
 matplotlib's business. Matplotlib is imported when a function is called.
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from metaopt import base, methods
+from metaopt import base, methods, nas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,6 +242,49 @@ def leaderboard(
         pairs = np.array([pair for name, pair in table[method].items() if source in (None, name)])
         means[method], halves[method] = pairs[:, 0].mean(), np.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs)
     return comparison(means, errors=halves, axes=axes, xlabel=source or "mean over sources")
+
+
+def pareto_front(
+    points: Mapping[str, Any],
+    *,
+    axes: "Axes | None" = None,
+    xlabel: str = "cost",
+    ylabel: str = "loss",
+    log: bool = False,
+) -> "Axes":
+    """Architectures by two objectives, both the smaller the better, and of each set the front that none dominates.
+
+    Args:
+      points: name of a set -> [n, 2], such as costs and errors.
+      axes: where to draw; None makes a figure.
+      xlabel: the first objective.
+      ylabel: the second.
+      log: draw the first on a logarithmic axis.
+
+    Returns:
+      The axes: for each set its points, and its front as steps.
+
+    Raises:
+      ValueError: there is no set, or one is not [n, 2].
+      ImportError: matplotlib is not installed.
+    """
+    if not points:
+        raise ValueError("`points` must hold at least one set; it is empty.")
+    sets = {name: np.asarray(values, float) for name, values in points.items()}
+    for name, values in sets.items():
+        if values.ndim != 2 or values.shape[1] != 2:
+            raise ValueError(f"Every set of `points` must be [n, 2]; {name!r} has the shape {values.shape}.")
+    axes = _axes(axes)
+    for i, (name, values) in enumerate(sets.items()):
+        front = values[nas.pareto_front(values)]
+        axes.scatter(values[:, 0], values[:, 1], s=10, color=f"C{i}", alpha=0.6)
+        axes.plot(front[:, 0], front[:, 1], drawstyle="steps-post", color=f"C{i}", label=name)
+    if log:
+        axes.set_xscale("log")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.legend(fontsize="small")
+    return axes
 
 
 def _axes(axes: "Axes | None", height: float = 3.2) -> "Axes":

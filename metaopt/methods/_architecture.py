@@ -382,7 +382,7 @@ def under_budget(
     search: Search,
     table: nas.CostTable,
     *,
-    budget: float,
+    budget: float | jax.Array,
     multiplier: float = -3.0,
     damping: float = 0.0,
     relaxation: nas.Relaxation | None = None,
@@ -396,7 +396,7 @@ def under_budget(
     Args:
       search: any whose rule differentiates the outer loss, and which counts α by `relaxation`.
       table: of its space.
-      budget: in the table's unit.
+      budget: in the table's unit; it may be traced, so that one program searches within many.
       multiplier: m to start from; softplus(−3) = .049.
       damping: as for `nas.lagrangian`.
       relaxation: as for `nas.resource_penalty`.

@@ -58,14 +58,14 @@ def resource_penalty(
 
 
 def over_budget(
-    table: CostTable, network: Space, *, budget: float, relaxation: Relaxation | None = None
+    table: CostTable, network: Space, *, budget: float | jax.Array, relaxation: Relaxation | None = None
 ) -> Callable[[base.HyperParams, Any], jax.Array]:
     """C(w(α))/budget − 1, a constraint for `lagrangian`: at most 0 within the budget.
 
     Args:
       table: of the space.
       network: the space.
-      budget: in the table's unit, positive.
+      budget: in the table's unit, positive; it may be traced, and is not checked then.
       relaxation: as for `resource_penalty`.
 
     Returns:
@@ -74,7 +74,8 @@ def over_budget(
     Raises:
       ValueError: the budget is not positive.
     """
-    base.check_positive("budget", budget)
+    if not isinstance(budget, jax.core.Tracer):
+        base.check_positive("budget", budget)
     relax = softmax() if relaxation is None else relaxation
 
     def excess(alpha, step):

@@ -227,7 +227,10 @@ def cost_of(table: CostTable, network: Space, genotype: Genotype) -> float:
     for term in table.terms:
         left = term.values
         for kind, edge in term.rows:
-            left = np.tensordot(weights[kind][edge], left, 1)
+            row = weights[kind][edge]
+            if len(term.rows) > 1 and not row.any():  # in a table of whole networks an edge that is not there is "none"
+                row = np.array([float(op == _genotypes.NONE) for op in network.cells[kind].edges[edge].ops])
+            left = np.tensordot(row, left, 1)
         total += float(left)
     return total
 

@@ -1,0 +1,346 @@
+"""Costs of architectures: against formulas, whole programs and the published tables; and what is done with them."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import base, hypergrad, inner, methods, nas, training
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+FLOPS = functools.partial(hypergrad.flops, products_only=True)
+MEASURES = {"flops": FLOPS, "params": nas.num_params}
+SIZES = nas.conv_net_space(3, widths=(2, 3, 5), kernels=(1, 3), depths=(1, 3), hidden=(4, 6))
+CELLS = nas.nas_bench_201_space(3, channels=4, cells_per_stage=2)
+DARTS = nas.darts_space(3, channels=4, num_cells=3, num_nodes=2, primitives=("none", "skip_connect", "sep_conv_3x3"))
+SPACES = {
+    "sizes": (SIZES, (7, 4, 2), {}, 1),
+    "201": (CELLS, (8, 6, 1), nas.NAS_BENCH_201_OPS, 1),
+    "darts": (DARTS, (8, 6, 1), nas.DARTS_OPS, 2),
+}
+
+
+@functools.cache
+def table_of(space, measure):
+    network, shape, ops, partial = SPACES[space]
+    return nas.cost_table(network, shape, MEASURES[measure], ops=ops, partial=partial)
+
+
+def weights_of(network, scale=1.0):
+    alpha = nas.init_alpha(KEY, network, scale=scale)
+    return nas.mixing_weights(nas.softmax(), network, alpha, KEY)
+
+
+def draws(network, num):
+    space = nas.configuration_space(network)
+    for _ in range(num):
+        yield nas.from_configuration(network, {n: int(RNG.integers(leaf.high + 1)) for n, leaf in space.items()})
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_one_hot_costs_are_those_of_the_discrete_network(space):
+    """Parameters of its tree, and products of its whole jaxpr: scans, stacks of layers and all."""
+    network, shape, ops, partial = SPACES[space]
+    found = set()
+    for genotype in draws(network, 4):
+        small = nas.supernet(nas.discrete(network, genotype), shape, ops=ops, partial=partial)
+        params = jax.eval_shape(small.init, KEY)
+        x = jax.ShapeDtypeStruct((1, *shape), jnp.float64)
+        apply = lambda params, x, small=small: small.apply(params, None, x)
+        counted = {"flops": FLOPS(apply, params, x), "params": sum(leaf.size for leaf in jax.tree.leaves(params))}
+        for measure, expected in counted.items():
+            table = table_of(space, measure)
+            assert nas.cost_of(table, network, genotype) == expected
+            assert float(nas.expected_cost(table, nas.one_hot(network, genotype))) == expected
+        found.add(counted["flops"])
+    assert len(found) > 1
+
+
+def test_sizes_by_formula():
+    """2 k² c_in c_out per position and time; (k² c_in + 1) c_out parameters."""
+    sizes = {"conv1": (3, 1, 3), "conv2": (5, 3, 1)}  # width, kernel, depth
+    genotype = {
+        f"{n}.{s}": ((0, 1, str(v)),)
+        for n, each in sizes.items()
+        for s, v in zip(("width", "kernel", "depth"), each, strict=True)
+    }
+    genotype["linear.width"] = ((0, 1, "4"),)
+    flops = 2 * (28 * (2 * 3 + 3 * 3 + 3 * 3) + 8 * 9 * 3 * 5 + 2 * 5 * 4 + 4 * 3)  # 7×4, then 4×2, then 2×1 positions
+    params = (2 + 1) * 3 + 2 * (3 + 1) * 3 + (9 * 3 + 1) * 5 + (10 + 1) * 4 + (4 + 1) * 3
+    assert nas.cost_of(table_of("sizes", "flops"), SIZES, genotype) == flops
+    assert nas.cost_of(table_of("sizes", "params"), SIZES, genotype) == params
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_gradient_of_the_expected_cost_is_finite_differences(space):
+    table, network = table_of(space, "flops"), SPACES[space][0]
+    flat, unravel = jax.flatten_util.ravel_pytree(nas.init_alpha(KEY, network, scale=1.0))
+
+    def cost(flat):
+        return nas.expected_cost(table, nas.mixing_weights(nas.softmax(), network, unravel(flat), KEY)) / 1e4
+
+    found = jax.jit(jax.grad(cost))(flat)
+    ends = flat[None] + 1e-5 * jnp.concatenate([jnp.eye(flat.size), -jnp.eye(flat.size)])
+    expected = np.subtract(*np.split(np.asarray(jax.jit(jax.vmap(cost))(ends)), 2)) / 2e-5
+    assert abs(expected).max() > 1e-3
+    np.testing.assert_allclose(found, expected, atol=1e-8 * abs(expected).max())
+
+
+def test_the_expected_cost_is_the_mean_over_networks():
+    """Every choice drawn apart, by its weights; all 96 networks."""
+    network = nas.conv_net_space(3, widths=(2, 3), kernels=(1, 3), depths=(1, 2), hidden=(4,))
+    table = nas.cost_table(network, (5, 4, 1), FLOPS, ops={})
+    weights, mean = jax.device_get(weights_of(network)), 0.0
+    for digits in itertools.product(*(range(w.size) for w in weights.values())):
+        chance = np.prod([w[0, d] for w, d in zip(weights.values(), digits, strict=True)])
+        genotype = nas.from_configuration(network, dict(zip(weights, digits, strict=True)))
+        mean += chance * nas.cost_of(table, network, genotype)
+    np.testing.assert_allclose(nas.expected_cost(table, weights), mean, rtol=1e-12)
+
+
+def data_is_there():
+    try:
+        nas.nas_bench_201_table()
+    except ValueError:
+        return False
+    return True
+
+
+needs_data = pytest.mark.skipif(not data_is_there(), reason="needs METAOPT_DATA")
+
+
+@needs_data
+def test_nas_bench_201_as_published():
+    """Its parameters to the last, less scale and shift of normalizations; its FLOPs less what is no product."""
+    network, shape = nas.nas_bench_201_space(10), (32, 32, 3)
+    tables = [nas.cost_table(network, shape, m, ops=nas.NAS_BENCH_201_OPS) for m in (nas.num_params, FLOPS)]
+    with nas._benchmarks._open("nasbench201", None) as data:
+        published, digits = data["flops_params_M_cifar10"], data["edge_ops"]
+        measured = np.flatnonzero(data["flops_params_measured"])
+    for row in measured[:: len(measured) // 20]:
+        configuration = dict(zip(nas.configuration_space(network), digits[row].tolist(), strict=True))
+        genotype = nas.from_configuration(network, configuration)
+        params, flops = (nas.cost_of(table, network, genotype) for table in tables)
+        convolutions = sum(op.startswith("nor_conv") for _, _, op in genotype["cell"])
+        # Two for each channel: 5 cells a stage of 16, 32 and 64, the stem, two residual blocks, the last layer's.
+        affine = 2 * (convolutions * 5 * (16 + 32 + 64) + 16 + 2 * 32 + 2 * 64 + 64)
+        np.testing.assert_allclose((params + affine) / 1e6, published[row, 1], rtol=1e-6)
+        assert 0.85 < flops / 2e6 / published[row, 0] < 1
+
+
+@needs_data
+def test_a_device_measured_by_others_is_a_table():
+    table, network = nas.nas_bench_201_costs("edgegpu_latency", "cifar100"), nas.nas_bench_201_space()
+    with nas._benchmarks._open("nasbench201", None) as data:
+        costs, digits = data["hw_cost"][1, :, 0], data["edge_ops"].astype(int)
+    weights = np.asarray(weights_of(network)["cell"])
+    chances = weights[np.arange(6), digits].prod(1)
+    np.testing.assert_allclose(nas.expected_cost(table, {"cell": weights}), chances @ costs, rtol=1e-5)
+    text = np.array(nas.NAS_BENCH_201_PRIMITIVES)[digits[77]]
+    edges = tuple((e.source, e.target, op) for e, op in zip(network.cells["cell"].edges, text, strict=True))
+    genotype = {"cell": tuple(edge for edge in edges if edge[2] != "none")}
+    np.testing.assert_allclose(nas.cost_of(table, network, genotype), costs[77], rtol=1e-6)
+    assert table.unit == "ms"
+    with pytest.raises(ValueError, match="`resource` must be one of edgegpu_latency, .*; got 'watts'"):
+        nas.nas_bench_201_costs("watts")
+    with pytest.raises(ValueError, match="`task` must be one of"):
+        nas.nas_bench_201_costs("fpga_energy", "mnist")
+
+
+def test_latency_is_seconds_of_a_call(monkeypatch):
+    """By a clock of our own, that every call of the op moves on by its milliseconds."""
+    from metaopt.nas import _costs
+
+    clock = [0.0]
+    monkeypatch.setattr(_costs.time, "perf_counter", lambda: clock[0])
+    spent = iter([0.5, 4.0, 2.0, 3.0, *[1.0] * 1_000])  # warming; then what the median is of
+
+    class Compiled:
+        def lower(self, *arguments):
+            assert arguments[1].shape == (2, 3) and np.isfinite(arguments[1]).all()
+            return self
+
+        def compile(self):
+            return self
+
+        def __call__(self, params, x):
+            clock[0] += next(spent) * 1e-3
+            return x
+
+    monkeypatch.setattr(_costs.jax, "jit", lambda apply: Compiled())
+    x = jax.ShapeDtypeStruct((2, 3), jnp.float64)
+    # .5 ms is too short; then two calls in 6 ms are enough, and samples are of two.
+    seconds = nas.latency(num_samples=3, min_seconds=5e-3)(None, (), x)
+    np.testing.assert_allclose(seconds, 1e-3)
+
+
+@pytest.mark.once
+def test_latencies_of_this_device_go_to_json_and_back():
+    network = nas.mlp_space(2, widths=(4, 1024), depths=(1, 2))
+    measure = nas.latency(num_samples=3, min_seconds=1e-4)
+    table = nas.cost_table(network, (512,), measure, ops={}, batch_size=128, unit="s")
+    again = nas.cost_table_from_json(nas.cost_table_to_json(table))
+    small, large = (
+        {"linear.width": ((0, 1, w),), "linear.depth": ((0, 1, d),)} for w, d in (("4", "1"), ("1024", "2"))
+    )
+    costs = [nas.cost_of(again, network, genotype) for genotype in (small, large)]
+    assert costs == [nas.cost_of(table, network, genotype) for genotype in (small, large)] and again.unit == "s"
+    assert 0 < 3 * costs[0] < costs[1] < 1
+    with pytest.raises(ValueError, match="version"):
+        nas.cost_table_from_json('{"version": 2}')
+
+
+def test_products_are_counted_alone():
+    function = lambda a, b: jnp.tanh(a @ b) + 1
+    shapes = jnp.zeros((2, 3)), jnp.zeros((3, 4))
+    assert FLOPS(function, *shapes) == 48 and hypergrad.flops(function, *shapes) == 64
+    scanned = lambda a, b: jax.lax.scan(lambda c, _: (c @ b, None), a, length=5)[0]
+    assert FLOPS(scanned, jnp.zeros((2, 3)), jnp.zeros((3, 3))) == 5 * 2 * 2 * 9
+
+
+# ---- Penalties and constraints --------------------------------------------------------------------------------------
+
+ROWS = nas.mlp_space(2, widths=(2, 16), depths=(1, 2))
+
+
+def rows(num):
+    x = RNG.normal(size=(num, 3))
+    return {"x": jnp.asarray(x), "y": jnp.asarray((x[:, 0] * x[:, 1] > 0).astype(np.int32))}
+
+
+TASK = base.Task(rows(16), rows(16))
+
+
+@functools.cache
+def row_table():
+    return nas.cost_table(ROWS, (3,), nas.num_params, ops={})
+
+
+def test_penalties_by_hand_and_in_a_problem():
+    alpha = nas.init_alpha(KEY, ROWS, scale=1.0)
+    cost = float(nas.expected_cost(row_table(), nas.mixing_weights(nas.softmax(), ROWS, alpha, KEY)))
+    found = {}
+    for form, target in itertools.product(("linear", "hinge", "absolute"), (2 * cost, cost / 2)):
+        penalty = nas.resource_penalty(row_table(), ROWS, weight=3.0, target=target, form=form)
+        found[form, target] = float(penalty(alpha, 0))
+    expected = {"linear": (1.5, 6.0), "hinge": (0.0, 3.0), "absolute": (1.5, 3.0)}
+    for form, values in expected.items():
+        np.testing.assert_allclose([found[form, 2 * cost], found[form, cost / 2]], values, rtol=1e-6)
+    search = methods.darts(ROWS, (3,), ops={}, order="first")
+    penalty = nas.resource_penalty(row_table(), ROWS, weight=3.0, target=cost)
+    problem = nas.penalized(search.problem, penalty)
+    optional = methods.darts(ROWS, (3,), ops={}, order="first", penalty=penalty).problem
+
+    @jax.jit
+    def values(alpha):
+        context = base.Context(KEY, jnp.array(0))
+        params = search.supernet.init(KEY)
+        return [p.outer_loss(params, alpha, TASK.valid, context) for p in (search.problem, problem, optional)]
+
+    plain, wrapped, option = values(alpha)
+    np.testing.assert_allclose([wrapped - plain, option - plain], 3.0, rtol=1e-9)
+    with pytest.raises(ValueError, match="`form` must be one of linear, hinge, absolute; got 'log'"):
+        nas.resource_penalty(row_table(), ROWS, weight=1.0, target=1.0, form="log")
+    with pytest.raises(ValueError, match="`budget` must be positive; got 0"):
+        nas.resource_penalty(row_table(), ROWS, weight=1.0, target=0)
+
+
+def quadratic():
+    """f = |λ − (2, 1)|², whatever is trained."""
+    loop = inner.loop(lambda params, hyperparams, batch: 0.0 * params, lambda hp: optax.sgd(0.1), init=lambda *a: 1.0)
+    target = jnp.array([2.0, 1.0])
+    return inner.problem(loop, lambda params, hyperparams, batch: ((hyperparams - target) ** 2).sum())
+
+
+@pytest.mark.parametrize("limit", [1.0, 5.0])
+def test_the_lagrangian_finds_the_constrained_minimum_and_the_multiplier(limit):
+    """min |λ − (2, 1)|² with λ₁ + λ₂ ≤ b: λ = (2, 1) − max(0, 3 − b)/2, μ = max(0, 3 − b)."""
+    problem = nas.lagrangian(quadratic(), lambda hp, step: hp.sum() - limit, damping=1.0)
+    context = base.Context(KEY, jnp.array(1))
+
+    @jax.jit
+    def descend(both):
+        def step(both, _):
+            value, grads = jax.value_and_grad(problem.outer_loss, 1)(1.0, both, None, context)
+            return jax.tree.map(lambda x, g: x - 0.05 * g, both, grads), value
+
+        return jax.lax.scan(step, both, length=3_000)
+
+    both, values = descend({"hyperparams": jnp.zeros(2), "multiplier": jnp.array(0.0)})
+    excess = max(0.0, 3 - limit)
+    np.testing.assert_allclose(both["hyperparams"], np.array([2, 1]) - excess / 2, atol=2e-2)
+    np.testing.assert_allclose(jax.nn.softplus(both["multiplier"]), excess, atol=2e-2)
+    np.testing.assert_allclose(values[0], 5.0)  # f alone
+    assert problem.loop.loss(2.0, {"hyperparams": jnp.zeros(2), "multiplier": jnp.array(0.0)}, None, context)[0] == 0
+    with pytest.raises(ValueError, match="`damping` must be at least 0"):
+        nas.lagrangian(quadratic(), lambda hp, step: 0.0, damping=-1.0)
+
+
+@pytest.mark.once
+def test_a_search_comes_to_its_budget():
+    search = methods.darts(ROWS, (3,), ops={}, order="first", optimizer=lambda hp: optax.sgd(0.05), decay=0.0)
+    budget = 60.0  # networks have 14 to 354 parameters
+    bound = methods.under_budget(search, row_table(), budget=budget, damping=1.0)
+    learner = training.learner(bound.estimator, optax.adam(0.05))
+    start = bound.hyperparams(KEY)
+    run = training.fit(learner, lambda key: TASK, hyperparams=start, num_steps=400, key=KEY, steps_per_call=200)
+    cost = lambda hp: float(nas.expected_cost(row_table(), bound.weights(hp)))
+    assert cost(start) > 1.5 * budget
+    assert cost(run.hyperparams) < 1.05 * budget
+    found = nas.within_budget(ROWS, jax.device_get(bound.weights(run.hyperparams)), row_table(), budget)
+    assert nas.cost_of(row_table(), ROWS, found) <= budget
+    robust = methods.robust_darts(ROWS, (3,), ops={}, every=2)
+    stopping = methods.under_budget(robust, row_table(), budget=budget)
+    state = jax.eval_shape(lambda: stopping.estimator.init(KEY, stopping.hyperparams(KEY), TASK))
+    assert "kept" in state._fields
+
+
+def test_the_projection_changes_what_loses_least():
+    weights = {"linear.width": np.array([[0.4, 0.6]]), "linear.depth": np.array([[0.1, 0.9]])}
+    sizes = lambda g: [edges[0][2] for edges in g.values()]
+    project = lambda budget: sizes(nas.within_budget(ROWS, weights, row_table(), budget))
+    assert project(1_000) == ["16", "2"]  # 4·16 + 17·16 + 17·2 = 370
+    assert project(369) == ["2", "2"]  # 8 + 6 + 6 = 20
+    assert project(19) == ["2", "1"]  # 14
+    with pytest.raises(ValueError, match="`budget` is 13 , and the cheapest network found costs 14"):
+        project(13)
+
+
+# ---- Fronts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_objectives", [1, 2, 3])
+def test_fronts_against_all_pairs(num_objectives):
+    points = RNG.integers(0, 6, size=(60, num_objectives)).astype(float)
+    points[7] = np.nan
+    better = (points[:, None] <= points[None]).all(-1) & (points[:, None] < points[None]).any(-1)
+    expected = np.flatnonzero(~better.any(0) & ~np.isnan(points).any(1))
+    front = nas.pareto_front(points)
+    assert sorted(front) == sorted(expected) and (np.diff(points[front, 0]) >= 0).all()
+
+
+@pytest.mark.parametrize("num_objectives", [1, 2, 3])
+def test_the_hypervolume_is_the_share_of_a_grid_that_is_dominated(num_objectives):
+    points = RNG.integers(0, 7, size=(12, num_objectives)).astype(float)
+    points = points[(points.sum(1) > 4) | (num_objectives == 1)]
+    limit = np.arange(5, 5 + num_objectives)
+    centers = np.stack(np.meshgrid(*[np.arange(n) + 0.5 for n in limit], indexing="ij"), -1).reshape(-1, num_objectives)
+    expected = (points[:, None] <= centers[None]).all(-1).any(0).sum()
+    assert 0 < expected < np.prod(limit) or num_objectives == 1
+    assert nas.hypervolume(points, limit) == expected
+    assert nas.hypervolume(points + 100, limit) == 0
+    with pytest.raises(ValueError, match="an entry for each of"):
+        nas.hypervolume(points, [1.0] * (num_objectives + 1))
+    with pytest.raises(ValueError, match=r"`points` must be \[n, k\]"):
+        nas.pareto_front(points[0])
+
+
+def test_weights_of_another_space_are_refused():
+    table = table_of("sizes", "flops")
+    with pytest.raises(ValueError, match="The weights of 'conv1.kernel' must have 2 columns; got the shapes"):
+        nas.expected_cost(table, {"cell": jnp.ones((6, 5))})
