@@ -101,3 +101,18 @@ def test_the_absence_of_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"metaopt-jax\[examples\]"):
         plots.learning_curve({"value": [1.0]})
+
+
+def test_fronts_are_steps_through_what_nothing_dominates():
+    sets = {"all": [[4.0, 1.0], [2.0, 2.0], [3.0, 3.0], [1.0, 5.0]], "one": [[2.0, 4.0]]}
+    axes = plots.pareto_front(sets, xlabel="FLOPs", log=True)
+    front, single = axes.lines
+    np.testing.assert_array_equal(front.get_xydata(), [[1, 5], [2, 2], [4, 1]])
+    assert front.get_drawstyle() == "steps-post" and (front.get_label(), single.get_label()) == ("all", "one")
+    assert [len(c.get_offsets()) for c in axes.collections] == [4, 1]
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "FLOPs"
+    assert plots.pareto_front(sets, axes=axes) is axes and len(axes.lines) == 4
+    with pytest.raises(ValueError, match="must hold at least one set"):
+        plots.pareto_front({})
+    with pytest.raises(ValueError, match=r"must be \[n, 2\]; 'a' has the shape \(3,\)"):
+        plots.pareto_front({"a": [1.0, 2.0, 3.0]})

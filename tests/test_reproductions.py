@@ -262,3 +262,17 @@ def test_the_marginal_likelihood_is_that_of_the_whole_covariance():
     noise = np.einsum("at,ab,bt->t", scores, np.linalg.inv(covariance), scores) / 15  # at its maximum
     expected = sum(-(15 * np.log(s) + np.linalg.slogdet(covariance)[1]) / 2 for s in noise)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+@pytest.mark.slow
+def test_smoke_of_searches_within_budgets(tmp_path):
+    pytest.importorskip("sklearn")
+    rows = smoke("resource_search", tmp_path)
+    fronts = {name: number(cells[0]) for name, cells in rows.items() if len(cells) == 1 and "±" in cells[0]}
+    assert len(fronts) == 4 and all(0 <= value <= 1 for value in fronts.values())
+    budgets = {
+        name: [number(cell.replace(",", "")) for cell in cells] for name, cells in rows.items() if name[0].isdigit()
+    }
+    assert len(budgets) == 2
+    for budget, (_, cost, error, *_) in budgets.items():
+        assert cost <= float(budget.replace(",", "")) and 0 < error < 100

@@ -58,6 +58,7 @@ from metaopt.nas._genotypes import (
     to_darts,
     to_nas_bench_201,
 )
+from metaopt.nas._graph_ops import TOKEN_OPS, graph_ops
 from metaopt.nas._ops import (
     BLOCKS,
     DARTS_OPS,
@@ -112,6 +113,7 @@ __all__ = [
     "NAS_BENCH_101_PRIMITIVES",
     "NAS_BENCH_201_OPS",
     "NAS_BENCH_201_PRIMITIVES",
+    "TOKEN_OPS",
     "Benchmark",
     "Cell",
     "CostTable",
@@ -152,6 +154,7 @@ __all__ = [
     "from_nas_bench_201",
     "genotype_from_json",
     "genotype_to_json",
+    "graph_ops",
     "gumbel_softmax",
     "hypervolume",
     "init_alpha",

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from metaopt import base
 from metaopt.nas import _genotypes
@@ -74,7 +75,7 @@ def over_budget(
     Raises:
       ValueError: the budget is not positive.
     """
-    if not isinstance(budget, jax.core.Tracer):
+    if not isinstance(budget, Tracer):
         base.check_positive("budget", budget)
     relax = softmax() if relaxation is None else relaxation
 

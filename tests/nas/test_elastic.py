@@ -186,7 +186,9 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "gdas" else [pytest.mark.once]) for name in SEARCHES]
+)
 def test_every_search_takes_sizes(name):
     method = getattr(methods, name, methods.darts)
     search = method(SIZES, (3,), ops={}, **SEARCHES[name])
