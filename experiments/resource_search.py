@@ -193,10 +193,11 @@ def draw(grid: Grid, chosen: np.ndarray, options) -> None:
         "all networks": np.stack([grid.costs, test], 1),
         f"searched ({chosen.size} searches)": np.stack([grid.costs[rows], test[rows]], 1),
     }
-    axes = plots.pareto_front(sets, xlabel="FLOPs of one image", ylabel="test error, %, mean of seeds", log=True)
-    axes.set_yscale("log")
-    axes.figure.savefig(options.out / "resource_search.png", dpi=150)
-    pyplot.close(axes.figure)
+    figure, axes = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
+    labels = {"xlabel": "FLOPs of one image", "ylabel": "test error, %, mean of seeds"}
+    plots.pareto_front(sets, axes=axes, log=True, **labels)
+    figure.savefig(options.out / "resource_search.png", dpi=150)
+    pyplot.close(figure)
 
 
 def main() -> None:

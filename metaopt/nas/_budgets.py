@@ -112,8 +112,8 @@ def lagrangian(
     that a step down is a step up in μ. The value stays f. Start m where μ is small, −3 for instance, and give it a rate
     of its own where μ is to grow faster than λ moves (`optax.partition`). Damping stills the oscillation between both.
 
-    It is a saddle point and no minimum: the value says nothing of the multiplier. So rules must differentiate f, as all
-    but those that perturb λ (evolution strategies) do, and `hypergrad.check` is right to refuse it.
+    It is a saddle point and no minimum: the value does not change with the multiplier, though its gradient is not zero.
+    So rules must differentiate f, as all but those that perturb λ (evolution strategies) do.
 
     Args:
       problem: any.

@@ -139,8 +139,7 @@ def _cell_costs(network: Network, in_shape, ops, partial, cost) -> tuple[float, 
                 values[kind, e] += run.length * np.array(each)
     shape, num = runs[-1].out_shape, network.num_outputs
     init = lambda key: {"w": jnp.zeros((shape[-1], num)), "b": jnp.zeros(num)}
-    pool = lambda x: x.mean(tuple(range(1, x.ndim - 1)))
-    fixed += cost("head", init, lambda p, x: pool(x) @ p["w"] + p["b"][None], shape)
+    fixed += cost("head", init, lambda params, x: _supernet.head(network, params, x), shape)
     return fixed, tuple(CostTerm((row,), c) for row, c in values.items())
 
 

@@ -49,17 +49,19 @@ class Layer(NamedTuple):
 
 
 class Network(NamedTuple):
-    """Layers in order, then the mean over all positions and a linear layer to `num_outputs`.
+    """Layers in order, then the mean over all positions, if `pooled`, and a linear layer to `num_outputs`.
 
     Attributes:
       cells: kind -> `Cell`; all cells of one kind share their architecture, and not their weights.
       layers: the first one sees the data. The stride of a cell is that of the edges from its inputs.
       num_outputs: classes, or targets of a regression.
+      pooled: False gives outputs at every position: of a graph's nodes, a sequence's steps.
     """
 
     cells: Mapping[str, Cell]
     layers: tuple[Layer, ...]
     num_outputs: int
+    pooled: bool = True
 
 
 class ElasticLayer(NamedTuple):
@@ -163,7 +165,8 @@ def to_json(network: Space) -> str:
         kind: cell._replace(edges=[list(edge) for edge in cell.edges])._asdict() for kind, cell in network.cells.items()
     }
     layers = [list(layer) for layer in network.layers]
-    return json.dumps({"version": 1, "cells": cells, "layers": layers, "num_outputs": network.num_outputs})
+    rest = {"num_outputs": network.num_outputs, "pooled": network.pooled}
+    return json.dumps({"version": 1, "cells": cells, "layers": layers, **rest})
 
 
 def from_json(text: str) -> Space:
@@ -196,7 +199,8 @@ def from_json(text: str) -> Space:
         )
         for kind, cell in data["cells"].items()
     }
-    network = Network(cells, tuple(Layer(*layer) for layer in data["layers"]), data["num_outputs"])
+    layers = tuple(Layer(*layer) for layer in data["layers"])
+    network = Network(cells, layers, data["num_outputs"], data.get("pooled", True))
     check_network(network)
     return network
 

@@ -25,7 +25,8 @@ class Supernet(NamedTuple):
 
     Attributes:
       init: `(key) -> params`.
-      apply: `(params, weights, x) -> [N, num_outputs]`, of x [N, *in_shape]; weights None counts every op once (of an
+      apply: `(params, weights, x) -> [N, num_outputs]` (and all positions between, where the spec is not `pooled`), of
+        x [N, *in_shape]; weights None counts every op once (of an
         `ElasticNetwork`, all sizes are then the largest).
       inherit: `(params, genotype) -> params` of the genotype's discrete network, with the supernet's weights.
       network: the spec.
@@ -156,8 +157,7 @@ def supernet(
                 (before, last), _ = jax.lax.scan(step, (before, last), layers, length=run.length)
             else:
                 (before, last), _ = step((before, last), jax.tree.map(lambda leaf: leaf[0], layers))
-        pooled = last.mean(tuple(range(1, last.ndim - 1)))
-        return pooled @ params["head"]["w"] + params["head"]["b"][None]
+        return head(network, params["head"], last)
 
     def inherit(params, genotype):
         small = _genotypes.discrete(network, genotype)
@@ -166,6 +166,12 @@ def supernet(
         return {"layers": layers, "head": params["head"]}
 
     return Supernet(init, apply, inherit, network, in_shape)
+
+
+def head(network: Network, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+    """From what the last layer gives to the outputs."""
+    x = x.mean(tuple(range(1, x.ndim - 1))) if network.pooled else x
+    return x @ params["w"] + params["b"].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def init_alpha(key: jax.Array, network: Space, *, scale: float = 1e-3) -> dict[str, jax.Array]:

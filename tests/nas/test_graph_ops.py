@@ -14,8 +14,8 @@ GRAPH = np.array([[0, 1, 0, 2, 0], [1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0.5, 0, 1,
 X = RNG.normal(size=(2, 5, 3))
 
 
-def params_of(name, graph=GRAPH):
-    params = nas.graph_ops(graph)[name].init(KEY, X.shape[1:], 4, 1)
+def params_of(name):
+    params = jax.jit(lambda key: nas.graph_ops(GRAPH)[name].init(key, X.shape[1:], 4, 1))(KEY)
     return {**params, "epsilon": jnp.array(0.3)} if name == "gin" else params
 
 
@@ -40,16 +40,16 @@ def by_hand(name, p, x, i):
 @pytest.mark.parametrize("name", ["gcn", "sage", "gin", "gat"])
 def test_each_op_is_its_sum_over_neighbors_and_follows_its_nodes(name):
     params = params_of(name)
-    found = np.asarray(nas.graph_ops(GRAPH)[name].apply(params, jnp.asarray(X), 4, 1))
+    apply = jax.jit(lambda graph, x: nas.graph_ops(graph)[name].apply(params, x, 4, 1))
+    found = np.asarray(apply(GRAPH, X))
     p = jax.tree.map(np.asarray, params)
     np.testing.assert_allclose(found, [[by_hand(name, p, x, i) for i in range(5)] for x in X], atol=1e-12)
     order = np.array([3, 0, 4, 1, 2])
-    moved = nas.graph_ops(GRAPH[order][:, order])[name].apply(params, jnp.asarray(X[:, order]), 4, 1)
-    np.testing.assert_allclose(moved, found[:, order], atol=1e-12)
+    np.testing.assert_allclose(apply(GRAPH[order][:, order], X[:, order]), found[:, order], atol=1e-12)
 
 
 def test_a_batch_of_graphs_is_a_vmap_over_their_adjacency():
-    cell = nas.complete_cell(2, ("none", "skip_connect", "gcn", "gat", "mlp"), preprocess=False)
+    cell = nas.complete_cell(2, ("skip_connect", "gcn", "gat"), preprocess=False)
     network = nas.Network({"cell": cell}, (nas.Layer("gin", 4), nas.Layer("cell", 4)), 2)
     alpha = nas.init_alpha(KEY, network, scale=1.0)
     weights = nas.mixing_weights(nas.softmax(), network, alpha, KEY)
@@ -59,11 +59,24 @@ def test_a_batch_of_graphs_is_a_vmap_over_their_adjacency():
         return supernet.apply(supernet.init(KEY), weights, x[None])[0]
 
     graphs = jnp.stack([jnp.asarray(GRAPH), jnp.asarray(GRAPH.T), jnp.zeros((5, 5))])
-    many = jax.jit(jax.vmap(logits, (0, None)))(graphs, X[0])
+    run = jax.jit(jax.vmap(logits, (0, None)))
+    many = run(graphs, X[0])
     order = np.array([3, 0, 4, 1, 2])
-    again = jax.jit(jax.vmap(logits, (0, None)))(graphs[:, order][:, :, order], X[0, order])
+    again = run(graphs[:, order][:, :, order], X[0, order])
     np.testing.assert_allclose(again, many, atol=1e-9)  # the mean over nodes has no order
     assert abs(many[:, None] - many[None]).max(-1)[np.triu_indices(3, 1)].min() > 1e-4
+
+
+def test_outputs_at_every_node():
+    network = nas.Network({}, (nas.Layer("gcn", 4),), 2, pooled=False)
+    assert nas.from_json(nas.to_json(network)) == network != network._replace(pooled=True)
+    ops = nas.graph_ops(GRAPH)
+    each, mean = (nas.supernet(net, (5, 3), ops=ops) for net in (network, network._replace(pooled=True)))
+    params = each.init(KEY)
+    params["head"]["b"] = jnp.array([0.5, -0.5])
+    outputs = each.apply(params, None, X)
+    assert outputs.shape == (2, 5, 2) and abs(np.diff(outputs, axis=1)).max() > 1e-3
+    np.testing.assert_allclose(outputs.mean(1), mean.apply(params, None, X), atol=1e-12)
 
 
 def test_tokens_and_transformers_by_hand():
@@ -71,11 +84,12 @@ def test_tokens_and_transformers_by_hand():
     tokens, block = nas.TOKEN_OPS["tokens"], nas.TOKEN_OPS["transformer"]
     rows = RNG.normal(size=(3, 4, 1))
     p = tokens.init(KEY, (4, 1), 6, 1)
-    y = np.asarray(tokens.apply(p, jnp.asarray(rows), 6, 1))
+    y = np.asarray(jax.jit(lambda p, x: tokens.apply(p, x, 6, 1))(p, rows))
     np.testing.assert_allclose(y, rows * np.asarray(p["w"])[:, 0] + np.asarray(p["b"]), atol=1e-12)
-    q = block.init(KEY, (4, 6), 6, 1)
-    assert "enter" not in q and block.init(KEY, (4, 6), 8, 1)["enter"].shape == (6, 8)
-    found = np.asarray(block.apply(q, jnp.asarray(y), 6, 1))
+    q = jax.jit(lambda key: block.init(key, (4, 6), 6, 1))(KEY)
+    assert "enter" not in q
+    assert jax.eval_shape(lambda key: block.init(key, (4, 6), 8, 1), KEY)["enter"].shape == (6, 8)
+    found = np.asarray(jax.jit(lambda q, y: block.apply(q, y, 6, 1))(q, y))
     q = jax.tree.map(np.asarray, q)
 
     def norm(x):
