@@ -6,7 +6,9 @@ windows and hidden features: 72 networks, so few that all of them are trained, w
     search:   for each budget B, DARTS of first order on the supernet of all sizes, within the budget:
               min_α max_μ f(α) + μ (C(α)/B − 1), where C is the expected FLOPs; then the likeliest sizes within B
               (`nas.within_budget`), trained from scratch.
-    random:   as many networks drawn at random, and as many as what the searches cost would have trained.
+    one-shot: the supernet is trained once, in every step at sizes drawn uniformly; for each budget the network within
+              it of least validation loss with the shared weights, trained from scratch.
+    random:   as many networks drawn at random, and as many as what a search costs would have trained.
     grid:     all networks.
 
 Every network is trained from scratch on the same rows with the same recipe. Each method's front is chosen by validation
@@ -39,13 +41,14 @@ class Config(NamedTuple):
     space: nas.ElasticNetwork = nas.conv_net_space(widths=(4, 8, 16), kernels=(3, 5), depths=(1,), hidden=(32, 128))
     num_budgets: int = 6
     search_steps: int = 300
+    one_shot_steps: int = 600
     train_steps: int = 200
     batch_size: int = 64
     alpha_rate: float = 0.05
-    num_draws: int = 2_000  # of random sets of networks
+    num_draws: int = 500  # of random sets of networks
 
 
-SMOKE = Config(nas.conv_net_space(widths=(2, 4), kernels=(3,), depths=(1,), hidden=(4,)), 2, 4, 4, 16, num_draws=20)
+SMOKE = Config(nas.conv_net_space(widths=(2, 4), kernels=(3,), depths=(1,), hidden=(4,)), 2, 4, 4, 4, 16, num_draws=20)
 
 
 def split(seed: int) -> tuple[base.Task, dict]:
@@ -158,6 +161,17 @@ def make_searcher(config: Config, table: nas.CostTable):
     return run
 
 
+def one_shot_scores(config: Config, genotypes, splits) -> np.ndarray:
+    """[seeds, A] validation losses with the weights of one supernet a seed."""
+    options: dict[str, Any] = {"optimizer": adam, "sampler": inner.minibatch(config.batch_size), "decay": 0.0}
+    one_shot = methods.single_path_one_shot(config.space, IN_SHAPE, ops={}, num_steps=config.one_shot_steps, **options)
+    train, scores = jax.jit(one_shot.train), np.zeros((len(splits), len(genotypes)))
+    for s, (task, _) in enumerate(splits):
+        params = train(jax.random.key(200 + s), task.train)
+        scores[s] = [one_shot.score(params, genotype, task.valid) for genotype in genotypes]
+    return scores
+
+
 def budgets_of(grid: Grid, num: int) -> np.ndarray:
     """From twice the cheapest network to the dearest, in equal ratios."""
     return np.geomspace(min(2 * grid.costs.min(), grid.costs.max()), grid.costs.max(), num)
@@ -182,16 +196,17 @@ def random_volume(grid: Grid, seed: int, num: int, num_draws: int) -> float:
     return float(np.mean([volume(grid, seed, rows) for rows in draws]))
 
 
-def draw(grid: Grid, chosen: np.ndarray, options) -> None:
+def draw(grid: Grid, chosen: np.ndarray, shared: np.ndarray, options) -> None:
     from matplotlib import pyplot
 
     from metaopt import plots
 
     test = 100 * grid.errors[..., 1].mean(0)
-    rows = np.unique(chosen)
+    points = lambda rows: np.stack([grid.costs[rows], test[rows]], 1)
     sets = {
-        "all networks": np.stack([grid.costs, test], 1),
-        f"searched ({chosen.size} searches)": np.stack([grid.costs[rows], test[rows]], 1),
+        "all networks": points(np.arange(len(test))),
+        "found by search, any seed": points(np.unique(chosen)),
+        "found by one-shot, any seed": points(np.unique(shared)),
     }
     figure, axes = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
     labels = {"xlabel": "FLOPs of one image", "ylabel": "test error, %, mean of seeds"}
@@ -218,42 +233,46 @@ def main() -> None:
             chosen[s, b] = grid.genotypes.index(nas.within_budget(config.space, weights, table, budget))
         print(f"budget {budget:,.0f}: {[f'{grid.costs[a]:,.0f}' for a in chosen[:, b]]} FLOPs", flush=True)
 
-    # A first-order alternation is two gradients of the largest network; a step of training is one, of an average one.
-    search_cost = 2 * config.search_steps * grid.costs.max() / (config.train_steps * grid.costs.mean())
-    equal = config.num_budgets + round(config.num_budgets * search_cost)
+    scores = one_shot_scores(config, grid.genotypes, splits)
+    inside = [np.flatnonzero(grid.costs <= budget) for budget in budgets]
     seeds = range(num_seeds)
+    shared = np.array([[rows[scores[s, rows].argmin()] for rows in inside] for s in seeds])
+
+    # A first-order alternation is two gradients of the largest network, a one-shot step is one; a step of training is
+    # one, of an average network.
+    step = grid.costs.max() / (config.train_steps * grid.costs.mean())
+    search_cost, one_shot_cost = 2 * config.search_steps * step, config.one_shot_steps * step
+    num, total = len(budgets), len(grid.costs)
+    equal, equal_shared = (min(total, num + round(cost)) for cost in (num * search_cost, one_shot_cost))
+    of_random = lambda size: [random_volume(grid, s, size, config.num_draws) for s in seeds]
     volumes = {
-        f"searched within {len(budgets)} budgets": [volume(grid, s, chosen[s]) for s in seeds],
-        f"random, {len(budgets)} networks": [random_volume(grid, s, len(budgets), config.num_draws) for s in seeds],
-        f"random, {equal} networks (the searches' cost)": [
-            random_volume(grid, s, equal, config.num_draws) for s in seeds
-        ],
-        f"grid, all {len(grid.costs)} networks": [volume(grid, s, np.arange(len(grid.costs))) for s in seeds],
+        f"search, {num} budgets": [volume(grid, s, chosen[s]) for s in seeds],
+        f"one-shot, {num} budgets": [volume(grid, s, shared[s]) for s in seeds],
+        f"random, {num} networks": of_random(num),
+        f"random, {equal_shared} networks (what one-shot costs)": of_random(equal_shared),
+        f"random, {equal} networks (what the searches cost, or all)": of_random(equal),
+        f"grid, all {total} networks": [volume(grid, s, np.arange(total)) for s in seeds],
     }
-    rows = [[name, script.spread(values)] for name, values in volumes.items()]
-    text = script.table(["front", "hypervolume, share of the box"], rows)
-    test, valid = grid.errors[..., 1], grid.errors[..., 0]
+    text = script.table(
+        ["front", "hypervolume, share of the box"], [[name, script.spread(values)] for name, values in volumes.items()]
+    )
+    test, valid = 100 * grid.errors[..., 1], grid.errors[..., 0]
     lines = []
-    for b, budget in enumerate(budgets):
-        within = np.flatnonzero(grid.costs <= budget)
-        best = [test[s, within[valid[s, within].argmin()]] for s in seeds]
-        lines.append(
-            [
-                f"{budget:,.0f}",
-                f"{mixed[:, b].mean():,.0f}",
-                f"{grid.costs[chosen[:, b]].mean():,.0f}",
-                script.spread(100 * test[seeds, chosen[:, b]], 2),
-                script.spread(100 * test[:, within].mean(1), 2),
-                script.spread(100 * np.array(best), 2),
-            ]
-        )
-    header = ["budget, FLOPs", "expected of the mixture", "of what was chosen", "test error, %"]
-    text += "\n\n" + script.table([*header, "of a random one within", "of the best within, by validation"], lines)
-    text += f"\n\nOne search costs {search_cost:.1f} trainings of an average network; {num_seeds} seeds, each with "
+    for b, rows in enumerate(inside):
+        flops = [budgets[b], mixed[:, b].mean(), grid.costs[chosen[:, b]].mean(), grid.costs[shared[:, b]].mean()]
+        best = [test[s, rows[valid[s, rows].argmin()]] for s in seeds]
+        errors = [test[seeds, chosen[:, b]], test[seeds, shared[:, b]], test[:, rows].mean(1), best]
+        lines.append([*(f"{x:,.0f}" for x in flops), *(script.spread(x, 2) for x in errors)])
+    header = ["budget, FLOPs", "the mixture's", "of search", "of one-shot", "test error, %, of search", "of one-shot"]
+    text += "\n\n" + script.table([*header, "of random ones within", "of the best within, by validation"], lines)
+    text += f"\n\nOne search costs {search_cost:.1f} trainings of an average network and is for one budget; one-shot "
+    text += (
+        f"costs {one_shot_cost:.1f} for all budgets. What is found is trained once more. {num_seeds} seeds, each with "
+    )
     text += "its own split, initial weights and order; ± is the standard deviation over seeds."
     script.publish(__file__, "Searching within a budget of FLOPs", text, options)
     if not options.smoke:
-        draw(grid, chosen, options)
+        draw(grid, chosen, shared, options)
 
 
 if __name__ == "__main__":

@@ -114,36 +114,39 @@ def test_rows_and_sequences_too(norm):
         np.testing.assert_allclose(mixed, discrete, atol=1e-12)
 
 
-@pytest.fixture(scope="module")
-def mixing():
-    """Logits as a function of all mixing weights in one vector, and of the network's parameters, compiled once."""
-    network = conv_net("layer", depths=(1, 2), kernels=(1, 3))
+def test_gradients_of_mixing_weights_are_finite_differences():
+    network = conv_net("layer", kernels=(1, 3))
     supernet = nas.supernet(network, (4, 3, 2), ops={})
     params = with_biases(jax.jit(supernet.init)(KEY))
-    x, start = RNG.normal(size=(3, 4, 3, 2)), random_weights(network)
-    flat, unravel = jax.flatten_util.ravel_pytree(start)
-    logits = jax.jit(lambda w: supernet.apply(params, unravel(w), x))
-    return network, logits, flat, unravel
+    flat, unravel = jax.flatten_util.ravel_pytree(random_weights(network))
+    x, probe = RNG.normal(size=(3, 4, 3, 2)), RNG.normal(size=(3, 3))
 
+    @jax.jit
+    def both(w):
+        loss = lambda w: (supernet.apply(params, unravel(w), x) * probe).sum()
+        ends = w[None] + 1e-6 * jnp.concatenate([jnp.eye(w.size), -jnp.eye(w.size)])
+        return jax.grad(loss)(w), jax.lax.map(loss, ends)
 
-def test_gradients_of_mixing_weights_are_finite_differences(mixing):
-    _, logits, flat, _ = mixing
-    probe = RNG.normal(size=(3, 3))
-    found = np.asarray(jax.jit(jax.grad(lambda w: (logits(w) * probe).sum()))(flat))
-    ends = np.asarray(flat) + 1e-6 * np.concatenate([np.eye(flat.size), -np.eye(flat.size)])
-    ahead, behind = np.split(np.array([(logits(end) * probe).sum() for end in ends]), 2)
-    expected = (ahead - behind) / 2e-6
+    found, values = map(np.asarray, both(flat))
+    expected = np.subtract(*np.split(values, 2)) / 2e-6
     assert (abs(expected) > 1e-5).sum() > flat.size // 2
     np.testing.assert_allclose(found, expected, atol=1e-7 * abs(expected).max())
 
 
-def test_a_mixture_of_the_last_widths_is_the_mixture_of_their_logits(mixing):
-    network, logits, flat, unravel = mixing
-    weights = unravel(flat)
-    at = lambda w: np.asarray(logits(jax.flatten_util.ravel_pytree({**weights, "linear.width": w})[0]))
-    single = [at(jnp.eye(2)[i : i + 1]) for i in range(2)]
-    assert abs(single[0] - single[1]).max() > 1e-3
-    np.testing.assert_allclose(at(jnp.array([[0.3, 0.7]])), 0.3 * single[0] + 0.7 * single[1], atol=1e-12)
+def test_mixtures_are_mixtures_of_logits_where_what_follows_is_linear():
+    """Behind a last layer's width and depth; and of windows, too, where biases keep every ReLU open."""
+    layers = {"conv": nas.ElasticLayer("conv", (2, 4), (1, 5), (1, 2))}
+    network = nas.ElasticNetwork(layers, 3)
+    supernet = nas.supernet(network, (6, 2), ops={})
+    params = jax.tree.map(lambda leaf: leaf + 9 if leaf.ndim == 1 else leaf, jax.jit(supernet.init)(KEY))
+    x = RNG.normal(size=(3, 6, 2))
+    apply = jax.jit(lambda w: supernet.apply(params, w, x))
+    once = {name: np.eye(2)[:1] for name in network.cells}  # two widths of one layer that is there once
+    for name in network.cells:
+        single = [np.asarray(apply({**once, name: np.eye(2)[i : i + 1]})) for i in range(2)]
+        assert abs(single[0] - single[1]).max() > 1e-2
+        mixed = apply({**once, name: np.array([[0.3, 0.7]])})
+        np.testing.assert_allclose(mixed, 0.3 * single[0] + 0.7 * single[1], atol=1e-12)
 
 
 def test_a_single_path_gives_a_gradient_to_what_is_chosen_alone():
