@@ -95,7 +95,8 @@ class ElasticNetwork(NamedTuple):
 
     A size with more than one candidate is a choice, "conv1.width": for relaxations, α, genotypes and searches it is a
     kind of cell with one edge, whose ops are the sizes as text. Between a last layer with positions and the outputs is
-    the mean over them, unless "flatten" stands there.
+    the mean over them, unless "flatten" stands there. In search a step costs what the largest network costs: masks save
+    nothing. (What asks for a certain op has nothing to say to sizes: DARTS− its skip, PC-DARTS its partial channels.)
 
     Attributes:
       layers: name -> `ElasticLayer`, in order; the first one sees the data.

@@ -65,7 +65,7 @@ def with_biases(params):
     return jax.tree.map(lambda leaf: leaf + 0.3 if leaf.ndim == 1 else 3 * leaf, params)
 
 
-@pytest.mark.parametrize("norm", [None, "batch", "layer"])
+@pytest.mark.parametrize("norm", [pytest.param(None, marks=pytest.mark.once), "batch", "layer"])
 def test_a_one_hot_choice_is_the_small_network_and_that_by_hand(norm):
     """On images of one channel that are not square; the small network's parameters are what it would have itself."""
     network, shape = conv_net(norm), (7, 4, 1)
@@ -89,7 +89,7 @@ def test_a_one_hot_choice_is_the_small_network_and_that_by_hand(norm):
     np.testing.assert_allclose(discrete, expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("norm", ["layer", pytest.param("batch", marks=pytest.mark.once)])
 def test_rows_and_sequences_too(norm):
     layers = {
         "conv": nas.ElasticLayer("conv", (4, 6), (3, 5), (1, 3), stride=2, norm=norm),
@@ -114,6 +114,7 @@ def test_rows_and_sequences_too(norm):
         np.testing.assert_allclose(mixed, discrete, atol=1e-12)
 
 
+@pytest.mark.once
 def test_gradients_of_mixing_weights_are_finite_differences():
     network = conv_net("layer", kernels=(1, 3))
     supernet = nas.supernet(network, (4, 3, 2), ops={})

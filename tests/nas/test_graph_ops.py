@@ -48,6 +48,7 @@ def test_each_op_is_its_sum_over_neighbors_and_follows_its_nodes(name):
     np.testing.assert_allclose(apply(GRAPH[order][:, order], X[:, order]), found[:, order], atol=1e-12)
 
 
+@pytest.mark.once
 def test_a_batch_of_graphs_is_a_vmap_over_their_adjacency():
     cell = nas.complete_cell(2, ("skip_connect", "gcn", "gat"), preprocess=False)
     network = nas.Network({"cell": cell}, (nas.Layer("gin", 4), nas.Layer("cell", 4)), 2)

@@ -42,7 +42,7 @@ def draws(network, num):
         yield nas.from_configuration(network, {n: int(RNG.integers(leaf.high + 1)) for n, leaf in space.items()})
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", ["sizes", "201", pytest.param("darts", marks=pytest.mark.once)])
 def test_one_hot_costs_are_those_of_the_discrete_network(space):
     """Parameters of its tree, and products of its whole jaxpr: scans, stacks of layers and all."""
     network, shape, ops, partial = SPACES[space]
@@ -61,6 +61,15 @@ def test_one_hot_costs_are_those_of_the_discrete_network(space):
     assert len(found) > 1
 
 
+def test_a_supernet_of_sizes_costs_what_its_largest_network_costs():
+    """Masks save nothing in search, and add next to nothing."""
+    network, shape = nas.conv_net_space(), (28, 28, 1)
+    supernet, weights = nas.supernet(network, shape, ops={}), jax.eval_shape(lambda: weights_of(network))
+    params, x = jax.eval_shape(supernet.init, KEY), jax.ShapeDtypeStruct((1, *shape), jnp.float64)
+    largest = FLOPS(lambda params, x: supernet.apply(params, None, x), params, x)
+    assert 1 < FLOPS(supernet.apply, params, weights, x) / largest < 1.001
+
+
 def test_sizes_by_formula():
     """2 k² c_in c_out per position and time; (k² c_in + 1) c_out parameters."""
     sizes = {"conv1": (3, 1, 3), "conv2": (5, 3, 1)}  # width, kernel, depth
@@ -76,7 +85,7 @@ def test_sizes_by_formula():
     assert nas.cost_of(table_of("sizes", "params"), SIZES, genotype) == params
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", ["sizes", "201"])
 def test_the_gradient_of_the_expected_cost_is_finite_differences(space):
     table, network = table_of(space, "flops"), SPACES[space][0]
     flat, unravel = jax.flatten_util.ravel_pytree(nas.init_alpha(KEY, network, scale=1.0))
@@ -130,7 +139,7 @@ def test_nas_bench_201_as_published():
         # Two for each channel: 5 cells a stage of 16, 32 and 64, the stem, two residual blocks, the last layer's.
         affine = 2 * (convolutions * 5 * (16 + 32 + 64) + 16 + 2 * 32 + 2 * 64 + 64)
         np.testing.assert_allclose((params + affine) / 1e6, published[row, 1], rtol=1e-6)
-        assert 0.85 < flops / 2e6 / published[row, 0] < 1
+        assert 0 < published[row, 0] - flops / 2e6 < 5  # of up to 220 million
 
 
 @needs_data
@@ -181,16 +190,15 @@ def test_latency_is_seconds_of_a_call(monkeypatch):
 
 @pytest.mark.once
 def test_latencies_of_this_device_go_to_json_and_back():
-    network = nas.mlp_space(2, widths=(4, 1024), depths=(1, 2))
-    measure = nas.latency(num_samples=3, min_seconds=1e-4)
-    table = nas.cost_table(network, (512,), measure, ops={}, batch_size=128, unit="s")
+    network = nas.mlp_space(2, widths=(4, 8), depths=(1, 2))
+    measure = nas.latency(num_samples=2, min_seconds=1e-5)
+    table = nas.cost_table(network, (5,), measure, ops={}, batch_size=2, unit="s")
     again = nas.cost_table_from_json(nas.cost_table_to_json(table))
-    small, large = (
-        {"linear.width": ((0, 1, w),), "linear.depth": ((0, 1, d),)} for w, d in (("4", "1"), ("1024", "2"))
-    )
-    costs = [nas.cost_of(again, network, genotype) for genotype in (small, large)]
-    assert costs == [nas.cost_of(table, network, genotype) for genotype in (small, large)] and again.unit == "s"
-    assert 0 < 3 * costs[0] < costs[1] < 1
+    assert again.unit == "s" and again.fixed == table.fixed == 0
+    assert [term.rows for term in again.terms] == [term.rows for term in table.terms]
+    for term, other in zip(table.terms, again.terms, strict=True):
+        assert (term.values > 0).all() and (term.values < 10).all()
+        np.testing.assert_array_equal(term.values, other.values)
     with pytest.raises(ValueError, match="version"):
         nas.cost_table_from_json('{"version": 2}')
 
