@@ -279,11 +279,11 @@ def test_the_lagrangian_finds_the_constrained_minimum_and_the_multiplier(limit):
 
         return jax.lax.scan(step, both, length=3_000)
 
-    both, values = descend({"hyperparams": jnp.zeros(2), "multiplier": jnp.array(0.0)})
+    both, values = descend({"hyperparams": jnp.full(2, 4.0), "multiplier": jnp.array(0.0)})
     excess = max(0.0, 3 - limit)
     np.testing.assert_allclose(both["hyperparams"], np.array([2, 1]) - excess / 2, atol=2e-2)
     np.testing.assert_allclose(jax.nn.softplus(both["multiplier"]), excess, atol=2e-2)
-    np.testing.assert_allclose(values[0], 5.0)  # f alone
+    np.testing.assert_allclose(values[0], 13.0)  # f alone, beyond the limit
     assert problem.loop.loss(2.0, {"hyperparams": jnp.zeros(2), "multiplier": jnp.array(0.0)}, None, context)[0] == 0
     with pytest.raises(ValueError, match="`damping` must be at least 0"):
         nas.lagrangian(quadratic(), lambda hp, step: 0.0, damping=-1.0)
