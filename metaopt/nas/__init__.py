@@ -8,6 +8,7 @@ A search makes the choice of ops differentiable: every edge mixes its candidates
 `methods.darts` and its kin put these together.
 """
 
+from metaopt.nas._augmentation import auxiliary_head, crop_and_flip, cutout
 from metaopt.nas._benchmarks import (
     Benchmark,
     nas_bench_101_table,
@@ -32,6 +33,7 @@ from metaopt.nas._genotypes import (
     nas_bench_201_string,
     one_hot,
     pruned,
+    random_genotype,
     to_darts,
     to_nas_bench_201,
 )
@@ -94,6 +96,7 @@ __all__ = [
     "Op",
     "Relaxation",
     "Supernet",
+    "auxiliary_head",
     "auxiliary_skip",
     "beta_decay",
     "canonical",
@@ -101,6 +104,8 @@ __all__ = [
     "complete_cell",
     "convolution",
     "convolve",
+    "crop_and_flip",
+    "cutout",
     "darts_space",
     "discrete",
     "discretize",
@@ -125,6 +130,7 @@ __all__ = [
     "normalized",
     "one_hot",
     "pruned",
+    "random_genotype",
     "sharpness_stop",
     "sigmoid",
     "softmax",

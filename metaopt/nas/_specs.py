@@ -10,7 +10,7 @@ A discrete network is a network whose edges have one candidate each: the same da
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metaopt import base
 
@@ -27,7 +27,8 @@ class Cell(NamedTuple):
     """One kind of cell.
 
     Attributes:
-      num_inputs: 1, the output of the layer before; or 2, those of the two layers before, older first.
+      num_inputs: 1, the output of the layer before; or 2, those of the two layers before, older first. (Of the second
+        layer both are the first one's output; of the first layer, the data.)
       edges: in any order; mixing weights follow it. `source` < `target`.
       output: the nodes whose channels are the output.
       preprocess: whether inputs first go through ReLU, a 1×1 convolution to the cell's channels, and normalization.
@@ -122,27 +123,39 @@ def from_json(text: str) -> Network:
       A `Network`.
 
     Raises:
-      ValueError: the version is unknown, or the network does not hold together.
+      ValueError: the text is no JSON of this form or of another version, or the network does not hold together.
     """
-    data = json.loads(text)
-    check_version(data)
-    cells = {
-        kind: Cell(
-            cell["num_inputs"],
-            tuple(Edge(source, target, tuple(ops)) for source, target, ops in cell["edges"]),
-            tuple(cell["output"]),
-            cell["preprocess"],
-        )
-        for kind, cell in data["cells"].items()
-    }
-    network = Network(cells, tuple(Layer(*layer) for layer in data["layers"]), data["num_outputs"])
-    check_network(network)
+    data = read_json(text, "cells", "layers", "num_outputs")
+    try:
+        cells = {
+            kind: Cell(
+                cell["num_inputs"],
+                tuple(Edge(source, target, tuple(ops)) for source, target, ops in cell["edges"]),
+                tuple(cell["output"]),
+                cell["preprocess"],
+            )
+            for kind, cell in data["cells"].items()
+        }
+        network = Network(cells, tuple(Layer(*layer) for layer in data["layers"]), data["num_outputs"])
+        check_network(network)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"This is no network as `to_json` writes it ({error!r}): {text[:200]!r}.") from error
     return network
 
 
-def check_version(data: Mapping) -> None:
-    if data.get("version") != 1:
-        raise ValueError(f"The version of this form is 1; got {data.get('version')!r}.")
+def read_json(text: str, *names: str) -> dict[str, Any]:
+    """What a JSON object of version 1 holds; ValueError where it is something else."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"This is no JSON: {text[:200]!r}.") from error
+    version = data.get("version") if isinstance(data, dict) else None
+    if version != 1:
+        raise ValueError(f"The version of this form is 1; got {version!r}.")
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ValueError(f"This form has {', '.join(names)}; {', '.join(missing)} is missing in {text[:200]!r}.")
+    return data
 
 
 def complete_cell(num_nodes: int, ops: Sequence[str], *, num_inputs: int = 1, preprocess: bool = True) -> Cell:
@@ -186,8 +199,6 @@ def darts_space(
     primitives: Sequence[str] = DARTS_PRIMITIVES,
 ) -> Network:
     """The DARTS space: normal cells, and reduction cells at a third and two thirds of the depth.
-
-    The two inputs of the first cell are the image and the stem; in the published code both are the stem.
 
     Args:
       num_outputs: classes.
