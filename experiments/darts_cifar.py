@@ -6,18 +6,18 @@ told of every architecture, on the test images, which nothing is chosen by: of t
 architecture with the supernet's weights, and trained alone; and how far ranks by the supernet are those of training.
 
     python experiments/darts_cifar.py              # 16 × 16, 4 channels, 3 cells: for processor cores
-    python experiments/darts_cifar.py --full       # the published sizes (8 cells of 16 channels for 50 epochs; 20 cells of
-                                                   # 36 for 600): for a GPU or TPU; `--data` or `--tfds`
+    python experiments/darts_cifar.py --full       # the published sizes (8 cells of 16 channels, 50 epochs; 20 cells
+                                                   # of 36, 600 epochs): for a GPU or TPU; with `--data` or `--tfds`
     python experiments/darts_cifar.py --smoke      # prints only
 
 Every search and every training is kept in the folder that `--work` names, and goes on from there when it was stopped.
-Images are cifar10_sub32.npz in the folder that METAOPT_DATA names, a tenth to a fifth of CIFAR-10; `--data FILE` takes
-an .npz of x_train, y_train, x_test, y_test (uint8 [N, 32, 32, 3], integers), `--tfds` TensorFlow Datasets. Results go to
+Images are cifar10_sub32.npz in the folder that METAOPT_DATA names, a fifth of CIFAR-10; `--data FILE` takes an .npz of
+x_train, y_train, x_test, y_test (uint8 [N, 32, 32, 3], integers), `--tfds` TensorFlow Datasets. Results go to
 experiments/results/darts_cifar.md and .png.
 
 What is not as published: normalization is by the batch at hand everywhere (see `methods.retraining`); the small scale
-moves α at a rate of 0.02 in the place of 3e-4, since it takes a hundredth of the steps, has no dropped paths to speak of
-nor an auxiliary head, and its α are of first order unless `--order` says otherwise.
+takes a hundredth of the steps, so it moves α at a rate of 0.02 in the place of 3e-4, drops few edges and has no
+auxiliary head, and its α are of first order unless `--order` says otherwise.
 """
 
 import json
@@ -62,9 +62,7 @@ class Scale(NamedTuple):
 
 
 def space(scale: Scale, channels: int, cells: int) -> nas.Network:
-    return nas.darts_space(
-        10, channels=channels, num_cells=cells, num_nodes=scale.nodes, primitives=scale.primitives
-    )
+    return nas.darts_space(10, channels=channels, num_cells=cells, num_nodes=scale.nodes, primitives=scale.primitives)
 
 
 SMALL = Scale(16, 4, 3, 16, 300, 0.05, 0.001, 2e-2, 4, 3, 32, 400, 0.1, 2, 4, 0.05, 0.0, 50)
@@ -185,9 +183,9 @@ def text_of(genotypes: dict[str, nas.Genotype], reports: dict[str, methods.Searc
     lines += [
         "",
         f"DARTS of {'first' if scale.order == 'first' else 'second'} order on {scale.size} × {scale.size} images: "
-        f"{scale.steps:,} alternations of {scale.batch} images, {scale.cells} cells of {scale.channels} channels; alone: "
-        f"{scale.steps_alone:,} steps of {scale.batch_alone}, {scale.cells_alone} cells of {scale.channels_alone} "
-        "channels. Test accuracies; a search takes no part in choosing between its own results. Random cells are the "
+        f"{scale.steps:,} alternations of {scale.batch} images, {scale.cells} cells of {scale.channels} channels; "
+        f"alone: {scale.steps_alone:,} steps of {scale.batch_alone}, {scale.cells_alone} cells of "
+        f"{scale.channels_alone} channels. Test accuracies; nothing is chosen by them. Random cells are the "
         "same in all tables.",
     ]
     return "\n".join(lines)
@@ -222,7 +220,9 @@ def main() -> None:
     parser.add_argument("--steps-alone", type=int, help="of a training from scratch")
     parser.add_argument("--repeats", type=int, default=1, help="trainings from scratch of every architecture")
     parser.add_argument("--random", type=int, help="cells drawn at random")
-    parser.add_argument("--work", type=Path, default=Path("darts_cifar_runs"), help="where searches and trainings are kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("darts_cifar_runs"), help="where searches and trainings are kept"
+    )
     options = parser.parse_args()
     scale = SMOKE if options.smoke else FULL if options.full else SMALL
     asked = {name: getattr(options, name) for name in ("order", "steps", "steps_alone", "random")}
@@ -246,7 +246,7 @@ def main() -> None:
         alone[name] = tuple(train_alone(genotype, file, seed, parts, scale, options) for seed in runs)
         print(f"{name}: {', '.join(f'{100 * a:.1f}' for a in alone[name])} % trained alone", flush=True)
     reports = {}
-    for searched, (genotype, super_) in found.items():
+    for searched, (_, super_) in found.items():
         at = lambda weights, s=super_: (s["params"], weights)
         accuracy = methods.batched_accuracy(lambda at, x, net=super_["net"]: net.apply(*at, x), batch_size=scale.batch)
         judge = lambda weights, a=accuracy, at=at: a(at(weights), parts["test"], jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Pictures: a learning curve, λ over the outer steps, methods compared, episodes, cells. They need the extra `examples`.
+"""Pictures: learning curves, λ over the outer steps, methods compared, episodes, cells. They need the extra `examples`.
 
 Every function draws on the axes that it is given, or makes a figure, and returns the axes: what else a picture needs is
 matplotlib's business. Matplotlib is imported when a function is called.
@@ -283,7 +283,9 @@ def cell(
         dashed = {(node, last) for node in output}
     wrong = [(s, t) for s, t, _ in arcs if not 0 <= s < t or t < inputs]
     if wrong:
-        raise ValueError(f"An edge goes from a node to a later one that is no input; got {wrong[0][0]} -> {wrong[0][1]}.")
+        raise ValueError(
+            f"An edge goes from a node to a later one that is no input; got {wrong[0][0]} -> {wrong[0][1]}."
+        )
     heights = _arc_heights([(s, t) for s, t, _ in arcs])
     if axes is None:
         high = max(heights, default=0) - min([*heights, 0])

@@ -9,6 +9,14 @@ A search makes the choice of ops differentiable: every edge mixes its candidates
 """
 
 from metaopt.nas._augmentation import auxiliary_head, crop_and_flip, cutout
+from metaopt.nas._benchmark_files import (
+    load_benchmark,
+    nas_bench_301_genotype,
+    read_nas_bench_101,
+    read_nas_bench_201,
+    read_nas_bench_301,
+    save_benchmark,
+)
 from metaopt.nas._benchmarks import (
     Benchmark,
     nas_bench_101_table,
@@ -36,6 +44,15 @@ from metaopt.nas._genotypes import (
     random_genotype,
     to_darts,
     to_nas_bench_201,
+)
+from metaopt.nas._nas_bench_101 import (
+    discretize_graph,
+    graph_genotype,
+    graph_op,
+    nas_bench_101_cells,
+    nas_bench_101_graph,
+    nas_bench_101_network,
+    nas_bench_101_space,
 )
 from metaopt.nas._ops import (
     BLOCKS,
@@ -109,6 +126,7 @@ __all__ = [
     "darts_space",
     "discrete",
     "discretize",
+    "discretize_graph",
     "dominant_eigenvalue",
     "edge_normalized",
     "from_darts",
@@ -116,21 +134,33 @@ __all__ = [
     "from_nas_bench_201",
     "genotype_from_json",
     "genotype_to_json",
+    "graph_genotype",
+    "graph_op",
     "gumbel_softmax",
     "init_alpha",
+    "load_benchmark",
     "mixing_weights",
+    "nas_bench_101_cells",
+    "nas_bench_101_graph",
     "nas_bench_101_hash",
+    "nas_bench_101_network",
+    "nas_bench_101_space",
+    "nas_bench_101_table",
     "nas_bench_201_genotypes",
     "nas_bench_201_space",
-    "nas_bench_101_table",
     "nas_bench_201_string",
     "nas_bench_201_table",
+    "nas_bench_301_genotype",
     "nas_bench_graph_table",
     "nas_bench_macro_table",
     "normalized",
     "one_hot",
     "pruned",
     "random_genotype",
+    "read_nas_bench_101",
+    "read_nas_bench_201",
+    "read_nas_bench_301",
+    "save_benchmark",
     "sharpness_stop",
     "sigmoid",
     "softmax",

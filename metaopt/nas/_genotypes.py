@@ -260,7 +260,7 @@ def from_darts(text: str, *, primitives: Sequence[str] = DARTS_PRIMITIVES) -> Ge
                 given = list(range(*(ast.literal_eval(a) for a in nodes.args)))
             else:
                 given = list(ast.literal_eval(nodes))
-            assert given == list(range(2, 2 + len(pairs) // 2))
+            assert given == list(range(2, 2 + len(pairs) // 2)) and len(pairs) % 2 == 0
     except (SyntaxError, AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"This is no genotype in DARTS's form that gives out all of its nodes: {text!r}.") from error
     for kind, edges in genotype.items():
