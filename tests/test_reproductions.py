@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # script -> its data, and what stands in its table.
 SCRIPTS = {
     "architecture_tables": ("nasbench201.npz", ("h, no trial", "regularized evolution", "the cell 9930")),
+    "darts_cifar": ("cifar10_sub32.npz", ("| DARTS, seed 0", "| random 0")),
     "data_cleaning": ("mnist.npz", ("oracle: clean rows and validation rows", "`implicit`, 2 steps, warm CG")),
     "record_tables": ("pmlb_sklearn_results.parquet", ("| portfolio", "| TPE", "| metaopt")),
     "feature_penalties": ("sms_spam.tsv.gz", ("one penalty, grid of 3", "`implicit`, fixed point, K = 2")),
