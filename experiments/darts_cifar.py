@@ -65,7 +65,7 @@ def space(scale: Scale, channels: int, cells: int) -> nas.Network:
     return nas.darts_space(10, channels=channels, num_cells=cells, num_nodes=scale.nodes, primitives=scale.primitives)
 
 
-SMALL = Scale(16, 4, 3, 16, 1_200, 0.05, 0.001, 2e-2, 4, 3, 32, 1_500, 0.1, 2, 4, 0.05, 0.0, 50, random=6)
+SMALL = Scale(16, 4, 3, 16, 400, 0.05, 0.001, 2e-2, 4, 3, 32, 500, 0.1, 2, 4, 0.05, 0.0, 50)
 # 25,000 images of each half in batches of 64 for 50 epochs; 50,000 in batches of 96 for 600.
 FULL = Scale(
     32, 16, 8, 64, 391 * 50, 0.025, 0.001, 3e-4, 36, 20, 96, 521 * 600, 0.025, 4, 16, 0.2, 0.4, 1_000, order="second"
