@@ -177,15 +177,17 @@ def train(
     """
     init_key, fit_key = jax.random.split(key)
 
-    def init(key, nothing, task):
-        return loop.init(init_key, hyperparams, task)
+    constant = hyperparams  # the loop's; the rule's own are a number without an effect
 
-    def estimate(nothing, task, state):
+    def init(key, hyperparams, task):
+        return loop.init(init_key, constant, task)
+
+    def estimate(hyperparams, task, state):
         batch, context = loop.batch(state, task), loop.context(state)
         loss = jax.value_and_grad(loop.loss, has_aux=True)
-        (value, model_state), grads = loss(loop.params(state), hyperparams, batch, context)
-        state = loop.update(state, grads, model_state, hyperparams)
-        return base.Estimate(value, jnp.zeros_like(nothing), jnp.array(False), {}), state
+        (value, model_state), grads = loss(loop.params(state), constant, batch, context)
+        state = loop.update(state, grads, model_state, constant)
+        return base.Estimate(value, jnp.zeros_like(hyperparams), jnp.array(False), {}), state
 
     learner = training.learner(base.Estimator(init, estimate, kind="exact"), optax.set_to_zero())
     result = training.fit(
@@ -214,6 +216,9 @@ def batched_accuracy(
 
     Returns:
       `(params, data, key) -> accuracy` in [0, 1], of data {"x", "y"}; the key says which rows are together.
+
+    Raises:
+      ValueError: `batch_size` is below 1.
     """
     base.check_integer("batch_size", batch_size, 1)
     outputs = jax.jit(inner.im2col(apply, only_on_cpu=True))
@@ -297,7 +302,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     if np.ptp(inherited) > 0 and np.ptp(retrained) > 0:
         from scipy.stats import spearmanr
 
-        rho = float(spearmanr(inherited, retrained).statistic)
+        rho = float(spearmanr(inherited, retrained)[0])
         if len(scores) >= 5:
             half = 1.96 * math.sqrt((1 + rho**2 / 2) / (len(scores) - 3))
             center = math.atanh(min(max(rho, -1 + 1e-12), 1 - 1e-12))

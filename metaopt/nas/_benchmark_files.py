@@ -41,9 +41,8 @@ def save_benchmark(benchmark: Benchmark, path: str | os.PathLike) -> None:
       benchmark: any.
       path: of the file.
     """
-    fields = benchmark._asdict()
-    del fields["query"]
-    np.savez_compressed(path, **{name: np.asarray(value) for name, value in fields.items()})
+    fields: dict[str, Any] = {name: np.asarray(x) for name, x in benchmark._asdict().items() if name != "query"}
+    np.savez_compressed(path, **fields)
 
 
 def load_benchmark(path: str | os.PathLike) -> Benchmark:
@@ -355,7 +354,9 @@ def _results_201(short: dict, long: dict, task: str) -> tuple[list[float], float
 
 _DARTS_301 = "NetworkSelectorDatasetInfo:darts:"
 _OPS_301 = DARTS_PRIMITIVES[1:]  # without "none"
-_PAIRS_301 = {node: list(itertools.combinations(range(node), 2)) for node in (3, 4, 5)}
+_PAIRS_301: dict[int, list[tuple[int, ...]]] = {
+    node: list(itertools.combinations(range(node), 2)) for node in (3, 4, 5)
+}
 
 
 def read_nas_bench_301(path: str | os.PathLike) -> Benchmark:

@@ -79,8 +79,8 @@ def nas_bench_201_table(folder: str | os.PathLike | None = None) -> Benchmark:
     """NAS-Bench-201: 15,625 cells on CIFAR-10, CIFAR-100 and ImageNet16-120, in the benchmark's order.
 
     Validation is that of the separate schedule of 12 epochs, which is the only true one; the test error is after 200.
-    Errors in %. Seconds are of the 12 epochs, in the benchmark's own measure, which goes by the number of images: 25,000
-    of CIFAR-10, 50,000 of CIFAR-100, 151,700 of ImageNet16-120. Row 9930 is the cell that is best nearly everywhere.
+    Errors in %. Seconds are of the 12 epochs, in the benchmark's own measure, which goes by the number of images
+    (25,000, 50,000 and 151,700). Row 9930 is the cell that is best nearly everywhere.
 
     Args:
       folder: of nasbench201.npz; by default what METAOPT_DATA names.

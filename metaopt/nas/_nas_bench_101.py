@@ -193,7 +193,7 @@ def graph_op(graph: Graph) -> _ops.Op:
         for v in range(1, last):
             terms = [values[u][..., : widths[v]] for u in range(1, v) if m[u, v]]
             terms += [projected(v)] if m[0, v] else []
-            values[v] = ops[whole.ops[v]].apply(params[f"vertex{v}"], sum(terms), widths[v], 1)
+            values[v] = ops[whole.ops[v]].apply(params[f"vertex{v}"], sum(terms[1:], terms[0]), widths[v], 1)
         out = [values[v] for v in range(1, last) if m[v, last]]
         if not out:
             return projected(last)

@@ -137,9 +137,9 @@ def from_json(text: str) -> Network:
             for kind, cell in data["cells"].items()
         }
         network = Network(cells, tuple(Layer(*layer) for layer in data["layers"]), data["num_outputs"])
-        check_network(network)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"This is no network as `to_json` writes it ({error!r}): {text[:200]!r}.") from error
+    check_network(network)
     return network
 
 

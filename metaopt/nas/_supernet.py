@@ -128,12 +128,13 @@ def supernet(
         head = {"w": _ops.uniform(head_key[0], (features, network.num_outputs), features)}
         return {"layers": layers, "head": {**head, "b": jnp.zeros(network.num_outputs)}}
 
-    def layers(params, weights, x, drop_path, every):
-        """The output of the last layer; with `every`, of all."""
+    def layers(params, weights, x, drop_path, every) -> list[jax.Array]:
+        """The output of the last layer alone; with `every`, of all."""
         if x.shape[1:] != in_shape:
             raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, in_shape))}); got {x.shape}.")
         kept = _kept(drop_path, runs, network, x) if drop_path is not None else [None] * len(runs)
-        before, last, outputs = x, x, []
+        before, last = x, x
+        outputs: list[Any] = []
         for run, stacked, keep in zip(runs, params["layers"], kept, strict=True):
             cell = network.cells.get(run.layer.name)
             w = None if weights is None or cell is None else weights[run.layer.name]
@@ -156,16 +157,16 @@ def supernet(
                 before = last
             if run.length > 1:
                 (before, last), new = jax.lax.scan(step, (before, last), (stacked, keep), length=run.length)
-                outputs += list(new) if every else []
+                outputs += [] if new is None else list(new)
             else:
                 (before, last), new = step((before, last), jax.tree.map(lambda leaf: leaf[0], (stacked, keep)))
                 outputs.append(new)
             if run is runs[0] and run.length == 1:
                 before = last  # the second layer's inputs are both the first one's output
-        return outputs if every else last
+        return outputs if every else [last]
 
     def apply(params, weights, x, drop_path=None):
-        return head(params, layers(params, weights, x, drop_path, every=False))
+        return head(params, layers(params, weights, x, drop_path, every=False)[-1])
 
     def head(params, last):
         pooled = last.mean(tuple(range(1, last.ndim - 1)))
