@@ -228,6 +228,8 @@ def main() -> None:
     asked = {name: getattr(options, name) for name in ("order", "steps", "steps_alone", "random")}
     scale = scale._replace(**{name: value for name, value in asked.items() if value is not None})
     seeds = 1 if options.smoke else options.seeds
+    # Runs of other sizes are other runs.
+    options.work /= f"{scale.size}_{scale.order}_{scale.steps}_{scale.steps_alone}"
     if not options.smoke:
         options.work.mkdir(parents=True, exist_ok=True)
         # A training that goes on does not compile again.

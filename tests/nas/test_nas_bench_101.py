@@ -192,11 +192,15 @@ def test_weights_say_a_cell_and_a_cell_says_weights():
         w = rng.uniform(0.01, 1, size=(26, 3))
         found = nas.discretize_graph(net, {"cell": w})
         assert 1 <= np.sum(found.matrix) <= 9 and nas.pruned(found) == found
-    w[:, 2] = 0.1
-    strong = [(0, 1), (2, 5), (6, 11)]  # input -> 1 -> 3 -> output
-    w[[i for i, e in enumerate(net.cells["cell"].edges) if e[:2] in strong], 2] = 0.9
-    path = nas.discretize_graph(net, {"cell": w}, max_edges=6)
-    assert path.matrix[0][1] and len(path.ops) >= 4
+    # The path is that of the largest product: two edges, not six weaker ones, though these sum to more.
+    edges = [edge[:2] for edge in net.cells["cell"].edges]
+    chain = [(0, 1), *((2 * v, 2 * v + 1) for v in range(1, 6))]  # input -> 1 -> ... -> 5 -> output
+    for direct, weight, size, from_input in [(0.3, 0.5, 5, 2), (0.1, 0.9, 7, 1)]:
+        w[:, 2] = 0.0
+        w[[edges.index(edge) for edge in chain], 2] = weight
+        w[[edges.index((0, 5)), edges.index((6, 11))], 2] = direct  # input -> 3 -> output
+        found = nas.discretize_graph(net, {"cell": w}, max_edges=6)
+        assert (len(found.ops), sum(found.matrix[0])) == (size, from_input)
     with pytest.raises(ValueError, match=r"\[26, 3\] and not negative; got shape \(26, 2\)"):
         nas.discretize_graph(net, {"cell": w[:, :2]})
     with pytest.raises(ValueError, match="The space has 4 vertices; the graph has 5"):
