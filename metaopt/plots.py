@@ -1,4 +1,4 @@
-"""Pictures: a learning curve, λ over the outer steps, methods compared, episodes, fronts.
+"""Pictures: learning curves, λ over the outer steps, methods compared, episodes, cells, fronts.
 
 They need the extra `examples`.
 
@@ -287,11 +287,132 @@ def pareto_front(
     return axes
 
 
-def _axes(axes: "Axes | None", height: float = 3.2) -> "Axes":
-    if axes is not None:
-        return axes
+def cell(
+    edges: Sequence[tuple[int, int, str]] | nas.Graph,
+    *,
+    num_inputs: int = 1,
+    output: Sequence[int] = (),
+    axes: "Axes | None" = None,
+    title: str = "",
+) -> "Axes":
+    """A cell as a graph: its nodes in a row in the order of computation, and an arc with the op's name for every edge.
+
+    Args:
+      edges: (source, target, op), of one kind of cell of a genotype; or a `nas.Graph`, whose ops stand on the nodes.
+      num_inputs: 1 or 2, of a genotype.
+      output: the nodes whose channels are the output, of a genotype; by default the last one.
+      axes: where to draw; None makes a figure that is wide enough for the names.
+      title: of the axes.
+
+    Returns:
+      The axes. Arcs that lie over the same place have different heights, so that no name covers another. Inputs are
+      squares, and what leads to the output has dashes.
+
+    Raises:
+      ValueError: an edge does not go from a node to a later one.
+      ImportError: matplotlib is not installed.
+    """
+    if isinstance(edges, nas.Graph):
+        size = len(edges.ops)
+        names, inputs = [op.removesuffix("-bn-relu") for op in edges.ops], 1
+        arcs = [(s, t, "") for s in range(size) for t in range(size) if edges.matrix[s][t]]
+        dashed = set()
+    else:
+        inputs = num_inputs
+        given = [(int(s), int(t), str(op)) for s, t, op in edges]
+        output = tuple(output) or (max((t for _, t, _ in given), default=inputs),)
+        last = max([*output, *(t for _, t, _ in given)]) + 1
+        names = ["input"] if inputs == 1 else ["input k−2", "input k−1"]
+        names = [*names, *(f"{node}" for node in range(inputs, last)), "output"]
+        arcs = [*given, *((node, last, "") for node in sorted(output))]
+        dashed = {(node, last) for node in output}
+    wrong = [(s, t) for s, t, _ in arcs if not 0 <= s < t or t < inputs]
+    if wrong:
+        raise ValueError(
+            f"An edge goes from a node to a later one that is no input; got {wrong[0][0]} -> {wrong[0][1]}."
+        )
+    heights = _arc_heights([(s, t) for s, t, _ in arcs])
+    if axes is None:
+        high = max(heights, default=0) - min([*heights, 0])
+        axes = _axes(None, height=0.9 + 0.42 * high, width=max(4.0, 1.25 * len(names)))
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    for (s, t, op), height in zip(arcs, heights, strict=True):
+        # Up within a third of a place, level, and down again: what is named lies on the level part.
+        bend = min(0.45, (t - s) / 2)
+        points = [(s, 0), (s, height), (s + bend, height), (t - bend, height), (t, height), (t, 0)]
+        codes = [Path.MOVETO, *[Path.CURVE3] * 2, Path.LINETO, *[Path.CURVE3] * 2]
+        style = "--" if (s, t) in dashed else "-"
+        color = "0.6" if (s, t) in dashed else "C0"
+        axes.add_patch(PathPatch(Path(points, codes), fill=False, edgecolor=color, linestyle=style, zorder=1))
+        side = 1 if height > 0 else -1
+        axes.annotate(
+            "", (t, 0.12 * side), (t, 0.32 * side), arrowprops={"arrowstyle": "-|>", "color": color, "shrinkB": 0}
+        )
+        if op:
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+            axes.text((s + t) / 2, height, op, ha="center", va="center", fontsize=8, bbox=box, zorder=2)
+    for node, name in enumerate(names):
+        shape = {"boxstyle": "square" if node < inputs else "round", "facecolor": "C1" if node < inputs else "white"}
+        axes.text(node, 0, name, ha="center", va="center", fontsize=8, bbox={**shape, "edgecolor": "0.3"}, zorder=3)
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_ylim(min([*heights, 0]) - 0.6, max([*heights, 0]) + 0.6)
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=10)
+    return axes
+
+
+def genotype(network: nas.Network, found: nas.Genotype) -> list["Axes"]:
+    """All kinds of cells of a genotype, one above the other.
+
+    Args:
+      network: the supernet's spec, which says how many inputs and which outputs a cell has.
+      found: what `nas.discretize` or a search gave.
+
+    Returns:
+      The axes, one for each kind of cell; `axes[0].figure.savefig` writes the picture.
+
+    Raises:
+      ValueError: the genotype is not in the network.
+      ImportError: matplotlib is not installed.
+    """
+    nas.discrete(network, found)  # raises
+    pyplot = _pyplot()
+    wide = max(max(t for _, t, _ in edges) if edges else 1 for edges in found.values()) + 2
+    figure, rows = pyplot.subplots(
+        len(found), 1, figsize=(1.25 * wide, 3.0 * len(found)), layout="constrained", squeeze=False
+    )
+    for axes, (kind, edges) in zip(rows[:, 0], found.items(), strict=True):
+        spec = network.cells[kind]
+        cell(edges, num_inputs=spec.num_inputs, output=spec.output, axes=axes, title=kind)
+    return list(rows[:, 0])
+
+
+def _arc_heights(spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Above (positive) or below the row, the lowest level at which an arc shares no place with another one."""
+    taken: dict[int, list[tuple[int, int]]] = {}
+    heights = [0] * len(spans)
+    for i in sorted(range(len(spans)), key=lambda i: (spans[i][1] - spans[i][0], spans[i])):
+        s, t = spans[i]
+        level = 1
+        while True:
+            free = [h for h in (level, -level) if all(t <= a or b <= s for a, b in taken.get(h, []))]
+            if free:
+                break
+            level += 1
+        heights[i] = free[0]
+        taken.setdefault(free[0], []).append((s, t))
+    return heights
+
+
+def _axes(axes: "Axes | None", height: float = 3.2, width: float = 5.5) -> "Axes":
+    return _pyplot().subplots(figsize=(width, height), layout="constrained")[1] if axes is None else axes
+
+
+def _pyplot() -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError('plots need matplotlib; install it with `pip install "metaopt-jax[examples]"`.') from error
-    return pyplot.subplots(figsize=(5.5, height), layout="constrained")[1]
+    return pyplot

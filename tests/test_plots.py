@@ -10,7 +10,7 @@ import pytest
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from metaopt import methods, plots
+from metaopt import methods, nas, plots
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +116,55 @@ def test_fronts_are_steps_through_what_nothing_dominates():
         plots.pareto_front({})
     with pytest.raises(ValueError, match=r"must be \[n, 2\]; 'a' has the shape \(3,\)"):
         plots.pareto_front({"a": [1.0, 2.0, 3.0]})
+
+
+# ---- Cells ----------------------------------------------------------------------------------------------------------
+
+DARTS_CELL = (
+    *((0, 2, "sep_conv_3x3"), (1, 2, "sep_conv_3x3"), (0, 3, "sep_conv_3x3"), (1, 3, "sep_conv_3x3")),
+    *((1, 4, "sep_conv_3x3"), (0, 4, "skip_connect"), (0, 5, "skip_connect"), (2, 5, "dil_conv_3x3")),
+)
+
+
+def texts(axes):
+    """[(text, where it is on the page)], as drawn."""
+    axes.figure.canvas.draw()
+    return [(text.get_text(), text.get_window_extent()) for text in axes.texts if text.get_text()]
+
+
+def test_a_cell_names_every_edge_and_no_name_covers_another():
+    axes = plots.cell(DARTS_CELL, num_inputs=2, output=(2, 3, 4, 5), title="normal")
+    drawn = texts(axes)
+    assert sorted(name for name, _ in drawn) == sorted(
+        [*(op for _, _, op in DARTS_CELL), "input k−2", "input k−1", "2", "3", "4", "5", "output"]
+    )
+    assert len(axes.patches) == 8 + 4 and axes.get_title() == "normal"
+    for i, (_, box) in enumerate(drawn):
+        assert not any(box.overlaps(other) for _, other in drawn[:i])
+    # A name lies in the middle of its edge.
+    (dilated,) = [text for text in axes.texts if text.get_text() == "dil_conv_3x3"]
+    assert dilated.get_position()[0] == (2 + 5) / 2 and dilated.get_position()[1] != 0
+
+
+def test_arcs_over_the_same_place_have_other_heights():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        spans = [tuple(sorted(rng.choice(9, 2, replace=False).tolist())) for _ in range(15)]
+        heights = plots._arc_heights(spans)
+        assert 0 not in heights
+        for i, ((s, t), h) in enumerate(zip(spans, heights, strict=True)):
+            for (a, b), other in zip(spans[:i], heights[:i], strict=True):
+                assert h != other or t <= a or b <= s
+
+
+def test_a_graph_has_its_ops_on_its_nodes_and_a_genotype_all_its_kinds():
+    graph = nas.Graph(((0, 1, 1), (0, 0, 1), (0, 0, 0)), ("input", "conv3x3-bn-relu", "output"))
+    axes = plots.cell(graph)
+    assert [name for name, _ in texts(axes)] == ["input", "conv3x3", "output"] and len(axes.patches) == 3
+    network = nas.darts_space(num_cells=3)
+    drawn = plots.genotype(network, {"normal": DARTS_CELL, "reduce": DARTS_CELL[:2]})
+    assert [axes.get_title() for axes in drawn] == ["normal", "reduce"] and len(drawn[1].patches) == 2 + 4
+    with pytest.raises(ValueError, match="no op 'mlp'"):
+        plots.genotype(network, {"normal": ((0, 2, "mlp"),), "reduce": ()})
+    with pytest.raises(ValueError, match="to a later one that is no input; got 3 -> 2"):
+        plots.cell([(3, 2, "mlp")])

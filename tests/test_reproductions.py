@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # script -> its data, and what stands in its table.
 SCRIPTS = {
+    "architecture_regret": ("nasbench201.npz", ("random search", "successive halving", "the cell 9930")),
     "architecture_tables": ("nasbench201.npz", ("h, no trial", "regularized evolution", "the cell 9930")),
+    "darts_cifar": ("cifar10_sub32.npz", ("| DARTS, seed 0", "| random 0")),
     "data_cleaning": ("mnist.npz", ("oracle: clean rows and validation rows", "`implicit`, 2 steps, warm CG")),
     "record_tables": ("pmlb_sklearn_results.parquet", ("| portfolio", "| TPE", "| metaopt")),
     "feature_penalties": ("sms_spam.tsv.gz", ("one penalty, grid of 3", "`implicit`, fixed point, K = 2")),
@@ -276,3 +278,26 @@ def test_smoke_of_searches_within_budgets(tmp_path):
     assert len(budgets) == 2
     for budget, (_, *costs, found, shared, _, _) in budgets.items():
         assert max(costs) <= float(budget.replace(",", "")) and 0 < found < 100 and 0 < shared < 100
+
+
+def test_regret_against_seconds_counts_what_has_ended(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    regret = importlib.import_module("architecture_regret")
+    # Two fidelities; three architectures; validation prefers the last, testing the first.
+    valid = np.array([[[5.0, 3.0]], [[1.0, 4.0]], [[2.0, 2.0]]])
+    table = SimpleNamespace(
+        encodings=np.zeros((3, 1)),
+        fidelities=(0.5, 1.0),
+        valid=valid,
+        test=np.array([[1.0], [7.0], [3.0]]),
+        cost=np.array([[[1.0, 10.0]]] * 3),
+    )
+    seconds = np.array([0.5, 1.0, 5.0, 12.0, 22.0, 40.0])
+    trials = iter([(1, 0), (2, 0), (1, 1), (0, 1), (2, 1)])  # ends at 1, 2, 12, 22, 32
+    found = regret.curve(trials, table, 0, seconds)
+    # What had more epochs stands before what had fewer, whatever its loss.
+    np.testing.assert_allclose(found, [np.nan, 6.0, 6.0, 6.0, 0.0, 2.0])
+    mean, half = regret.band(np.array([[1.0, 2.0], [3.0, 2.0], [5.0, 2.0]]))
+    np.testing.assert_allclose([mean, half], [[3.0, 2.0], [1.96 * 2 / np.sqrt(3), 0.0]])
+    halving = regret.successive_halving(table, 0, 0)
+    assert [fidelity for _, fidelity in [next(halving) for _ in range(8)]] == [0, 0, 0, 1, 0, 0, 0, 1]

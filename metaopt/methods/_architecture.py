@@ -100,8 +100,8 @@ def architecture_search(
       sampler: of training rows, such as `inner.minibatch(64)`.
       outer_batch: `(key, task) -> batch` of validation rows; all of them by default.
       relaxation: softmax by default.
-      decode: the relaxation that genotypes are read by, at step 0 and one fixed key; `relaxation` by default. One with
-        noise or a schedule (`gumbel_softmax`, `auxiliary_skip`) needs another here, such as `nas.softmax()`.
+      decode: the relaxation that genotypes are read by, at step 0 and one fixed key; by default `relaxation` without
+        noise and auxiliary paths (`nas.decoding`). One's own with noise or a schedule needs another here.
       penalty: `(α, step) -> []`.
       partial: as for `nas.supernet`.
       single_path: as for `nas.supernet`.
@@ -144,7 +144,7 @@ def architecture_search(
         return {kind: {"ops": a, "edges": jnp.zeros(len(a), a.dtype)} for kind, a in alpha.items()}
 
     def weights(hyperparams):
-        return nas.mixing_weights(decode or relax, network, hyperparams, jax.random.key(0))
+        return nas.mixing_weights(decode or nas.decoding(relax), network, hyperparams, jax.random.key(0))
 
     def genotype(hyperparams):
         return nas.discretize(network, jax.device_get(weights(hyperparams)), keep=keep)
@@ -264,7 +264,7 @@ def gdas(
     Source: Dong & Yang, CVPR 2019, https://arxiv.org/abs/1910.04465
     """
     relaxation = nas.gumbel_softmax(optax.linear_schedule(10.0, 0.1, num_steps), hard=True)
-    options = {"relaxation": relaxation, "decode": nas.softmax(), "single_path": True, **options}
+    options = {"relaxation": relaxation, "single_path": True, **options}
     return darts(network, in_shape, ops=ops, order="first", **options)
 
 
@@ -307,7 +307,7 @@ def darts_minus(
     Source: Chu et al., ICLR 2021, https://arxiv.org/abs/2009.01027
     """
     relaxation = nas.auxiliary_skip(nas.softmax(), optax.linear_schedule(1.0, 0.0, num_steps))
-    options = {"relaxation": relaxation, "decode": nas.softmax(), "order": "first", **options}
+    options = {"relaxation": relaxation, "order": "first", **options}
     return darts(network, in_shape, ops=ops, **options)
 
 

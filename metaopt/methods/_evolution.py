@@ -59,7 +59,17 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
 
     def init(key, space):
         if not isinstance(space, dict) or not all(isinstance(leaf, spaces.Integer) for leaf in space.values()):
-            raise ValueError("`regularized_evolution` searches a dict of `spaces.integer` leaves; got another space.")
+            raise ValueError(
+                "`regularized_evolution` searches a dict of `spaces.integer` leaves; got another space. Leave out what "
+                "has one value (`spaces.fixed`), and add it to what the searcher asks for."
+            )
+        shaped = [name for name, leaf in space.items() if leaf.shape]
+        if shaped or not space:
+            raise ValueError(
+                f"`regularized_evolution` changes one number at a time: it needs at least one `spaces.integer`, and "
+                f"they have no `shape`; got {f'a shape of {shaped[0]!r}' if shaped else 'an empty space'}. Give every "
+                "entry a leaf of its own."
+            )
         seed = tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
         return EvolutionState(seed, dict(space), (), 0)
 
@@ -71,8 +81,7 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
             return {name: low + int(rng.integers(size)) for name, low, size in zip(names, lows, sizes, strict=True)}
         drawn = rng.integers(len(state.population), size=sample_size)
         parent, _ = min((state.population[i] for i in drawn), key=lambda member: member[1])
-        free = [i for i, size in enumerate(sizes) if size > 1]
-        i = free[int(rng.integers(len(free)))]
+        i = int(rng.integers(len(names)))  # `spaces.integer` has at least two values
         # Another value than the parent's: a step around the circle of values.
         value = (parent[names[i]] - lows[i] + 1 + int(rng.integers(sizes[i] - 1))) % sizes[i] + lows[i]
         return {**parent, names[i]: value}

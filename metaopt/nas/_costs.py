@@ -25,7 +25,7 @@ import numpy as np
 
 from metaopt import base
 from metaopt.nas import _benchmarks, _elastic, _genotypes, _ops, _supernet
-from metaopt.nas._specs import ElasticNetwork, Genotype, Network, Space, check_network, check_version
+from metaopt.nas._specs import ElasticNetwork, Genotype, Network, Space, check_network, read_json
 
 Measure = Callable[..., float]  # (apply, params, x) -> cost
 
@@ -342,10 +342,9 @@ def cost_table_from_json(text: str) -> CostTable:
       A `CostTable`.
 
     Raises:
-      ValueError: the version is unknown.
+      ValueError: the text is no JSON of this form or of another version.
     """
-    data = json.loads(text)
-    check_version(data)
+    data = read_json(text, "fixed", "unit", "terms")
     rows = lambda term: tuple((kind, edge) for kind, edge in term["rows"])
     terms = tuple(CostTerm(rows(term), np.asarray(term["values"], float)) for term in data["terms"])
     return CostTable(data["fixed"], terms, data["unit"])

@@ -207,7 +207,7 @@ def _pool(kind: str, stride: int, x: jax.Array) -> jax.Array:
 
 
 def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, single_path: bool, remat: bool):
-    """`init`, `apply` and `inherit` of a `Supernet`."""
+    """`init`, `apply`, `features`, `head` and `inherit` of a `Supernet`."""
     layers, cells = placed(network, in_shape), network.cells
 
     def init(key):
@@ -217,19 +217,29 @@ def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, sin
             used += num_keys(at)
         return params
 
-    def apply(params, weights, x):
+    def features(params, weights, x, drop_path=None):
+        if drop_path is not None:
+            raise ValueError("`drop_path` leaves out edges, and a network of sizes has none: regularize it otherwise.")
         if x.shape[1:] != in_shape:
             raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, in_shape))}); got {x.shape}.")
         rows = {} if weights is None else _rows(cells, weights, x.dtype, single_path)
-        for at in layers:
+        outputs = []
+        for at in layers[:-1]:
             x = apply_layer(at, params[at.name], x, rows, remat)
-        return x
+            outputs.append(x)
+        return outputs or [x]
+
+    def head(params, last):
+        return apply_layer(layers[-1], params["head"], last, {}, remat)
+
+    def apply(params, weights, x, drop_path=None):
+        return head(params, features(params, weights, x, drop_path)[-1])
 
     def inherit(params, genotype):
         small = placed(chosen(network, genotype), in_shape)
         return {a.name: slice_layer(a, b, params[a.name]) for a, b in zip(layers, small, strict=True)}
 
-    return init, apply, inherit
+    return init, apply, features, head, inherit
 
 
 def _rows(cells, weights: Mapping[str, Any], dtype, single_path: bool) -> dict[str, jax.Array]:

@@ -14,7 +14,16 @@ import numpy as np
 
 from metaopt import spaces
 from metaopt.nas import _elastic
-from metaopt.nas._specs import NAS_BENCH_201_PRIMITIVES, Edge, ElasticNetwork, Genotype, Network, Space, check_version
+from metaopt.nas._specs import (
+    DARTS_PRIMITIVES,
+    NAS_BENCH_201_PRIMITIVES,
+    Edge,
+    ElasticNetwork,
+    Genotype,
+    Network,
+    Space,
+    read_json,
+)
 
 NONE, SKIP = "none", "skip_connect"  # zero, and the identity where shapes are kept
 
@@ -119,6 +128,36 @@ def one_hot(network: Space, genotype: Genotype) -> dict[str, np.ndarray]:
     return weights
 
 
+def random_genotype(seed: int, network: Network, *, keep: int | None = 2) -> Genotype:
+    """A genotype drawn at random: what a search must beat.
+
+    Args:
+      seed: at least 0; the same one gives the same genotype.
+      network: a supernet's.
+      keep: edges into each node, distinct, each set of them alike, each with an op that is not "none", each alike. None
+        draws an op on every edge, "none" among them.
+
+    Returns:
+      A `Genotype`, its edges in the network's order.
+    """
+    rng = np.random.default_rng(seed)
+    genotype: Genotype = {}
+    for kind, cell in network.cells.items():
+        if keep is None:
+            kept = list(range(len(cell.edges)))
+        else:
+            kept = []
+            for node in sorted({edge.target for edge in cell.edges}):
+                into = [e for e, edge in enumerate(cell.edges) if edge.target == node]
+                kept += rng.permutation(into)[:keep].tolist()
+        drawn = []
+        for e in sorted(kept):
+            among = [op for op in cell.edges[e].ops if keep is None or op != NONE]
+            drawn.append((*cell.edges[e][:2], among[int(rng.integers(len(among)))]))
+        genotype[kind] = tuple(edge for edge in drawn if edge[2] != NONE)
+    return genotype
+
+
 def _by_target(edge: tuple[int, int, str]) -> tuple[int, int]:
     return edge[1], edge[0]
 
@@ -211,11 +250,25 @@ def genotype_from_json(text: str) -> Genotype:
       A `Genotype`.
 
     Raises:
-      ValueError: the version is unknown.
+      ValueError: the text is no JSON of this form or of another version; an edge does not go from a node to a later
+        one, or is there twice. Whether a network has the ops, `discrete` says.
     """
-    data = json.loads(text)
-    check_version(data)
-    return {kind: tuple((s, t, op) for s, t, op in edges) for kind, edges in data["genotype"].items()}
+    data = read_json(text, "genotype")
+    if not isinstance(data["genotype"], dict):
+        raise ValueError(f"`genotype` must be kind -> edges; got {data['genotype']!r}.")
+    genotype = {}
+    for kind, edges in data["genotype"].items():
+        for edge in edges if isinstance(edges, list) else [edges]:
+            numbers = isinstance(edge, list) and len(edge) == 3 and [type(x) for x in edge] == [int, int, str]
+            if not (numbers and 0 <= edge[0] < edge[1]):
+                raise ValueError(
+                    f"An edge is [source, target, op], from a node to a later one, such as [0, 2, 'skip_connect']; "
+                    f"{kind!r} has {edge!r}."
+                )
+        genotype[kind] = tuple((s, t, op) for s, t, op in edges)
+        if len({edge[:2] for edge in genotype[kind]}) < len(edges):
+            raise ValueError(f"The genotype has an edge of {kind!r} twice.")
+    return genotype
 
 
 def to_darts(genotype: Genotype) -> str:
@@ -228,30 +281,35 @@ def to_darts(genotype: Genotype) -> str:
       Text, which DARTS's own code reads.
 
     Raises:
-      ValueError: a node has not two edges.
+      ValueError: a node has not two edges, or an edge does not come from a node before it.
     """
     parts = []
     for kind, edges in genotype.items():
         targets = sorted(t for _, t, _ in edges)
-        nodes = range(2, targets[-1] + 1)
-        if targets != [t for t in nodes for _ in range(2)]:
+        nodes = range(2, targets[-1] + 1) if targets else range(0)
+        backwards = [(s, t) for s, t, _ in edges if not 0 <= s < t]
+        if backwards:
+            raise ValueError(f"An edge goes from a node to a later one; the cell {kind!r} has {backwards[0]}.")
+        if not targets or targets != [t for t in nodes for _ in range(2)]:
             raise ValueError(f"DARTS's form has two edges into every node; the cell {kind!r} has {targets} as targets.")
         pairs = [(op, s) for s, _, op in sorted(edges, key=_by_target)]
         parts += [f"{kind}={pairs}", f"{kind}_concat={nodes}"]
     return f"Genotype({', '.join(parts)})"
 
 
-def from_darts(text: str) -> Genotype:
+def from_darts(text: str, *, primitives: Sequence[str] = DARTS_PRIMITIVES) -> Genotype:
     """The genotype that DARTS's form says; it must give out all nodes.
 
     Args:
       text: "Genotype(normal=[...], normal_concat=..., reduce=[...], reduce_concat=...)".
+      primitives: the ops that it may have.
 
     Returns:
       A `Genotype` of the kinds that are there.
 
     Raises:
-      ValueError: the text has another form.
+      ValueError: the text has another form, an op is not among `primitives`, or an edge does not come from a node
+        before it or is there twice.
     """
     try:
         call = ast.parse(text.strip(), mode="eval").body
@@ -267,9 +325,17 @@ def from_darts(text: str) -> Genotype:
                 given = list(range(*(ast.literal_eval(a) for a in nodes.args)))
             else:
                 given = list(ast.literal_eval(nodes))
-            assert given == list(range(2, 2 + len(pairs) // 2))
+            assert given == list(range(2, 2 + len(pairs) // 2)) and len(pairs) % 2 == 0
     except (SyntaxError, AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"This is no genotype in DARTS's form that gives out all of its nodes: {text!r}.") from error
+    for kind, edges in genotype.items():
+        for source, target, op in edges:
+            if type(source) is not int or not 0 <= source < target:
+                raise ValueError(f"Node {target} of {kind!r} sees nodes 0 to {target - 1}; got {source!r} in {text!r}.")
+            if op not in primitives:
+                raise ValueError(f"The ops are {', '.join(primitives)}; {kind!r} has {op!r}. Pass `primitives`?")
+        if len({edge[:2] for edge in edges}) < len(edges):
+            raise ValueError(f"A node of {kind!r} sees another one twice: {text!r}.")
     return genotype
 
 
@@ -281,8 +347,17 @@ def to_nas_bench_201(genotype: Genotype) -> str:
 
     Returns:
       Text, as in the benchmark's tables.
+
+    Raises:
+      ValueError: the genotype is not in the space.
     """
-    ops = {(s, t): op for s, t, op in genotype["cell"]}
+    ops = {(s, t): op for s, t, op in genotype.get("cell", ())}
+    fits = set(genotype) == {"cell"} and len(ops) == len(genotype["cell"])
+    if not fits or any(not 0 <= s < t <= 3 or op not in NAS_BENCH_201_PRIMITIVES for (s, t), op in ops.items()):
+        raise ValueError(
+            'A cell of NAS-Bench-201 is {"cell": edges} between nodes 0 to 3, each at most once, with the ops '
+            f"{', '.join(NAS_BENCH_201_PRIMITIVES)}; got {genotype!r}."
+        )
     nodes = ("".join(f"|{ops.get((s, t), NONE)}~{s}" for s in range(t)) + "|" for t in (1, 2, 3))
     return "+".join(nodes)
 
@@ -297,7 +372,7 @@ def from_nas_bench_201(text: str) -> Genotype:
       A `Genotype` of the one kind "cell", without the edges that are "none".
 
     Raises:
-      ValueError: the text has another form.
+      ValueError: the text has another form, or an op that is not in the space.
     """
     edges = []
     for target, node in enumerate(text.split("+"), 1):
@@ -305,6 +380,8 @@ def from_nas_bench_201(text: str) -> Genotype:
             op, _, at = term.partition("~")
             if at != str(source) or source >= target:
                 raise ValueError(f"This is no cell in NAS-Bench-201's form: {text!r}.")
+            if op not in NAS_BENCH_201_PRIMITIVES:
+                raise ValueError(f"The ops of NAS-Bench-201 are {', '.join(NAS_BENCH_201_PRIMITIVES)}; got {op!r}.")
             edges.append((source, target, op))
     if len(edges) != 6:
         raise ValueError(f"A cell of NAS-Bench-201 has 6 edges; {text!r} has {len(edges)}.")

@@ -22,7 +22,18 @@ from metaopt import base
 
 
 class Op(NamedTuple):
-    """One operation.
+    """One operation. A new one, searched for on data of one's own (here one-channel images that are not square):
+
+    >>> import jax, jax.numpy as jnp
+    >>> from metaopt import base, methods, nas
+    >>> init = lambda key, in_shape, channels, stride: {"w": nas.uniform(key, (in_shape[-1], channels), in_shape[-1])}
+    >>> gated = nas.Op(init, lambda params, x, channels, stride: jnp.tanh(nas.subsample(x, stride) @ params["w"]))
+    >>> cell = nas.complete_cell(2, ("none", "skip_connect", "gated"))
+    >>> network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4, 2)), num_outputs=3)
+    >>> rows = {"x": jnp.ones((6, 7, 4, 1)), "y": jnp.arange(6) % 3}
+    >>> search = methods.darts(network, rows["x"].shape[1:], ops={**nas.BLOCKS, "gated": gated}, order="first")
+    >>> jax.eval_shape(search.supernet.init, jax.random.key(0))["head"]["w"].shape
+    (4, 3)
 
     Attributes:
       init: `(key, in_shape, channels, stride) -> params`, any tree of floating-point arrays, or `()`. Called at build
@@ -310,6 +321,23 @@ def _none(key, in_shape, channels, stride):
 _ZERO = Op(_none, _zero_apply)
 _SKIP = Op(_skip_init, _skip_apply)
 
+
+def _maxima_init(key, in_shape, channels, stride):
+    _need_space(in_shape, "'maxpool2x2'")
+    return () if in_shape[-1] == channels else {"w": _linear(key, in_shape, channels)}
+
+
+def _maxima_apply(params, x, channels, stride):
+    return _maxima(normalized(jax.nn.relu(x) @ params["w"]) if params else x, stride)
+
+
+def _maxima(x: jax.Array, stride: int) -> jax.Array:
+    """The maxima of windows as long as the stride, which do not overlap."""
+    window = (1, *[stride] * (x.ndim - 2), 1)
+    padding = [(0, -n % size) for n, size in zip(x.shape, window, strict=True)]
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, padding)
+
+
 # What stands around cells, and what sequences and rows of tables take.
 BLOCKS: dict[str, Op] = {
     "none": _ZERO,
@@ -344,4 +372,9 @@ NAS_BENCH_101_OPS: dict[str, Op] = {
     "conv3x3-bn-relu": convolution(3, order="conv_norm_relu"),
     "conv1x1-bn-relu": convolution(1, order="conv_norm_relu"),
     "maxpool3x3": _pool("max", norm=False),
+    "maxpool2x2": Op(_maxima_init, _maxima_apply),
+    "downsample": Op(
+        lambda key, in_shape, channels, stride: {"w": _linear(key, in_shape, channels)},
+        lambda params, x, channels, stride: jax.nn.relu(normalized(_maxima(x, stride) @ params["w"])),
+    ),
 }

@@ -5,7 +5,7 @@ those of `base.Context`, for noise and schedules. Those below are made by functi
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,33 @@ class Relaxation(Protocol):
     def __call__(self, alpha: Any, cell: Cell, key: jax.Array, step: jax.Array | int) -> jax.Array:
         """Mixing weights [edges, ops] of one kind of cell."""
         ...
+
+
+class Decoded(NamedTuple):
+    """A relaxation with noise or a schedule, and the one by which genotypes are read from its α.
+
+    Attributes:
+      relax: from α to the weights that train.
+      decode: from α to the weights that a genotype is read from.
+    """
+
+    relax: Relaxation
+    decode: Relaxation
+
+    def __call__(self, alpha, cell, key, step):
+        return self.relax(alpha, cell, key, step)
+
+
+def decoding(relaxation: Relaxation) -> Relaxation:
+    """The relaxation by which genotypes are read: without what only training has.
+
+    Args:
+      relaxation: any; of `gumbel_softmax` the softmax without noise, of `auxiliary_skip` what it wraps.
+
+    Returns:
+      A `Relaxation`; the same one where nothing else is known.
+    """
+    return relaxation.decode if isinstance(relaxation, Decoded) else relaxation
 
 
 def _at(schedule: Schedule, step) -> Any:
@@ -103,7 +130,7 @@ def gumbel_softmax(temperature: Schedule, *, hard: bool) -> Relaxation:
         chosen = jax.nn.one_hot(jnp.argmax(w, -1), w.shape[-1], dtype=w.dtype)
         return chosen + (w - jax.lax.stop_gradient(w))
 
-    return relax
+    return Decoded(relax, softmax())
 
 
 def uniform_path() -> Relaxation:
@@ -142,7 +169,8 @@ def edge_normalized(relaxation: Relaxation) -> Relaxation:
         logs = jax.nn.logsumexp(jnp.where(same, beta[None], -jnp.inf), -1)
         return w * jnp.exp(beta - logs)[:, None]
 
-    return relax
+    inside = decoding(relaxation)
+    return relax if inside is relaxation else Decoded(relax, edge_normalized(inside))
 
 
 def auxiliary_skip(relaxation: Relaxation, beta: Schedule) -> Relaxation:
@@ -153,7 +181,7 @@ def auxiliary_skip(relaxation: Relaxation, beta: Schedule) -> Relaxation:
     Args:
       relaxation: of the ops.
       beta: β, or a schedule of the inner step, such as `optax.linear_schedule(1, 0, num_steps)`: at its end nothing is
-        left. Genotypes are to be read by the relaxation alone (`decode`).
+        left. Genotypes are read by the relaxation alone (`decoding`).
 
     Returns:
       A `Relaxation`.
@@ -171,7 +199,7 @@ def auxiliary_skip(relaxation: Relaxation, beta: Schedule) -> Relaxation:
         skips = jnp.asarray([[op == SKIP for op in edge.ops] for edge in cell.edges], w.dtype)
         return w + _at(beta, step) * skips
 
-    return relax
+    return Decoded(relax, decoding(relaxation))
 
 
 def beta_decay(alpha: base.HyperParams) -> jax.Array:

@@ -10,7 +10,7 @@ A discrete network is a network whose edges have one candidate each: the same da
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metaopt import base
 
@@ -27,7 +27,8 @@ class Cell(NamedTuple):
     """One kind of cell.
 
     Attributes:
-      num_inputs: 1, the output of the layer before; or 2, those of the two layers before, older first.
+      num_inputs: 1, the output of the layer before; or 2, those of the two layers before, older first. (Of the second
+        layer both are the first one's output; of the first layer, the data.)
       edges: in any order; mixing weights follow it. `source` < `target`.
       output: the nodes whose channels are the output.
       preprocess: whether inputs first go through ReLU, a 1×1 convolution to the cell's channels, and normalization.
@@ -180,17 +181,28 @@ def from_json(text: str) -> Space:
       A `Network`, or an `ElasticNetwork`.
 
     Raises:
-      ValueError: the version is unknown, or the network does not hold together.
+      ValueError: the text is no JSON of this form or of another version, or the network does not hold together.
     """
-    data = json.loads(text)
-    check_version(data)
-    if "elastic" in data:
-        layers = {}
-        for name, fields in data["elastic"]:
-            layers[name] = ElasticLayer(**{**fields, **{size: tuple(fields[size]) for size in SIZES}})
-        network = ElasticNetwork(layers, data["num_outputs"])
+    data = read_json(text)
+    try:
+        network = _read_elastic(data) if "elastic" in data else _read_network(data)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"This is no network as `to_json` writes it ({error!r}): {text[:200]!r}.") from error
+    if isinstance(network, ElasticNetwork):
         check_elastic(network)
-        return network
+    else:
+        check_network(network)
+    return network
+
+
+def _read_elastic(data: Mapping[str, Any]) -> ElasticNetwork:
+    layers = {}
+    for name, fields in data["elastic"]:
+        layers[name] = ElasticLayer(**{**fields, **{size: tuple(fields[size]) for size in SIZES}})
+    return ElasticNetwork(layers, data["num_outputs"])
+
+
+def _read_network(data: Mapping[str, Any]) -> Network:
     cells = {
         kind: Cell(
             cell["num_inputs"],
@@ -201,9 +213,7 @@ def from_json(text: str) -> Space:
         for kind, cell in data["cells"].items()
     }
     layers = tuple(Layer(*layer) for layer in data["layers"])
-    network = Network(cells, layers, data["num_outputs"], data.get("pooled", True))
-    check_network(network)
-    return network
+    return Network(cells, layers, data["num_outputs"], data.get("pooled", True))
 
 
 KINDS = ("conv", "linear", "max_pool", "avg_pool", "flatten")
@@ -247,9 +257,19 @@ def check_elastic(network: ElasticNetwork) -> None:
             raise ValueError(f"{name} is {layer.kind!r}, which has no stride; got {layer.stride}.")
 
 
-def check_version(data: Mapping) -> None:
-    if data.get("version") != 1:
-        raise ValueError(f"The version of this form is 1; got {data.get('version')!r}.")
+def read_json(text: str, *names: str) -> dict[str, Any]:
+    """What a JSON object of version 1 holds; ValueError where it is something else."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"This is no JSON: {text[:200]!r}.") from error
+    version = data.get("version") if isinstance(data, dict) else None
+    if version != 1:
+        raise ValueError(f"The version of this form is 1; got {version!r}.")
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ValueError(f"This form has {', '.join(names)}; {', '.join(missing)} is missing in {text[:200]!r}.")
+    return data
 
 
 def complete_cell(num_nodes: int, ops: Sequence[str], *, num_inputs: int = 1, preprocess: bool = True) -> Cell:
@@ -293,8 +313,6 @@ def darts_space(
     primitives: Sequence[str] = DARTS_PRIMITIVES,
 ) -> Network:
     """The DARTS space: normal cells, and reduction cells at a third and two thirds of the depth.
-
-    The two inputs of the first cell are the image and the stem; in the published code both are the stem.
 
     Args:
       num_outputs: classes.

@@ -25,16 +25,22 @@ class Supernet(NamedTuple):
 
     Attributes:
       init: `(key) -> params`.
-      apply: `(params, weights, x) -> [N, num_outputs]` (and all positions between, where the spec is not `pooled`), of
-        x [N, *in_shape]; weights None counts every op once (of an
-        `ElasticNetwork`, all sizes are then the largest).
+      apply: `(params, weights, x, drop_path=None) -> [N, num_outputs]` (and all positions between, where the spec is
+        not `pooled`), of x [N, *in_shape]; weights None counts every op once (of an `ElasticNetwork`, all sizes are then
+        the largest). With `drop_path=(key, rate)` each edge is left out of each example with that probability, but for
+        those that only pass their input on, and what stays counts 1 / (1 − rate); sizes have no edges to leave out.
+      features: as `apply`, the outputs of all layers in the place of the network's, in their order: what an auxiliary
+        head sees.
+      head: `(params, features of the last layer) -> [N, num_outputs]`.
       inherit: `(params, genotype) -> params` of the genotype's discrete network, with the supernet's weights.
       network: the spec.
       in_shape: the shape of one input.
     """
 
     init: Callable[[jax.Array], base.Params]
-    apply: Callable[[base.Params, Weights | None, jax.Array], jax.Array]
+    apply: Callable[..., jax.Array]
+    features: Callable[..., list[jax.Array]]
+    head: Callable[[base.Params, jax.Array], jax.Array]
     inherit: Callable[[base.Params, Genotype], base.Params]
     network: Space
     in_shape: tuple[int, ...]
@@ -129,11 +135,14 @@ def supernet(
         head = {"w": _ops.uniform(head_key[0], (features, network.num_outputs), features)}
         return {"layers": layers, "head": {**head, "b": jnp.zeros(network.num_outputs)}}
 
-    def apply(params, weights, x):
+    def layers(params, weights, x, drop_path, every) -> list[jax.Array]:
+        """The output of the last layer alone; with `every`, of all."""
         if x.shape[1:] != in_shape:
             raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, in_shape))}); got {x.shape}.")
+        kept = _kept(drop_path, runs, network, x) if drop_path is not None else [None] * len(runs)
         before, last = x, x
-        for run, layers in zip(runs, params["layers"], strict=True):
+        outputs: list[Any] = []
+        for run, stacked, keep in zip(runs, params["layers"], kept, strict=True):
             cell = network.cells.get(run.layer.name)
             w = None if weights is None or cell is None else weights[run.layer.name]
             if cell is not None and w is not None and w.shape != (len(cell.edges), len(cell.edges[0].ops)):
@@ -142,22 +151,35 @@ def supernet(
                     f"{(len(cell.edges), len(cell.edges[0].ops))}; got {w.shape}."
                 )
 
-            def step(carry, layer, run=run, cell=cell, w=w):
-                before, last = carry
+            def step(carry, xs, run=run, cell=cell, w=w):
+                (before, last), (layer, keep) = carry, xs
                 if cell is None:
                     new = ops[run.layer.name].apply(layer, last, run.layer.channels, run.layer.stride)
                 else:
                     inputs = [before, last][2 - cell.num_inputs :]
-                    new = _cell(cell, run, layer, w, inputs, ops, partial, single_path, remat_edges)
-                return (last, new), None
+                    new = _cell(cell, run, layer, w, keep, inputs, ops, partial, single_path, remat_edges)
+                return (last, new), new if every else None
 
             if len(run.in_shapes) == 1:
                 before = last
             if run.length > 1:
-                (before, last), _ = jax.lax.scan(step, (before, last), layers, length=run.length)
+                (before, last), new = jax.lax.scan(step, (before, last), (stacked, keep), length=run.length)
+                outputs += [] if new is None else list(new)
             else:
-                (before, last), _ = step((before, last), jax.tree.map(lambda leaf: leaf[0], layers))
+                (before, last), new = step((before, last), jax.tree.map(lambda leaf: leaf[0], (stacked, keep)))
+                outputs.append(new)
+            if run is runs[0] and run.length == 1:
+                before = last  # the second layer's inputs are both the first one's output
+        return outputs if every else [last]
+
+    def apply(params, weights, x, drop_path=None):
+        return outputs_of(params, layers(params, weights, x, drop_path, every=False)[-1])
+
+    def outputs_of(params, last):
         return head(network, params["head"], last)
+
+    def all_features(params, weights, x, drop_path=None):
+        return layers(params, weights, x, drop_path, every=True)
 
     def inherit(params, genotype):
         small = _genotypes.discrete(network, genotype)
@@ -165,7 +187,7 @@ def supernet(
         layers = _stacked(whole, _build(small, in_shape, ops, partial), small)
         return {"layers": layers, "head": params["head"]}
 
-    return Supernet(init, apply, inherit, network, in_shape)
+    return Supernet(init, apply, all_features, outputs_of, inherit, network, in_shape)
 
 
 def head(network: Network, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -217,7 +239,7 @@ def _build(network: Network, in_shape: tuple[int, ...], ops: Mapping[str, _ops.O
 
     runs: list[_Run] = []
     before, last = in_shape, in_shape
-    for layer in network.layers:
+    for i, layer in enumerate(network.layers):
         base.check_integer("channels", layer.channels, 1)
         base.check_integer("stride", layer.stride, 1)
         cell = network.cells.get(layer.name)
@@ -229,11 +251,11 @@ def _build(network: Network, in_shape: tuple[int, ...], ops: Mapping[str, _ops.O
         run = _Run(layer, 1, in_shapes, new, groups)
         alike = bool(runs) and runs[-1][2:] == run[2:] and runs[-1].layer == layer
         # The carry of a scan keeps its shapes; what came before the last layer is no input of all.
-        if alike and last == new and (len(in_shapes) == 1 or before == last):
+        if alike and last == new and (len(in_shapes) == 1 or (before == last and i > 1)):
             runs[-1] = runs[-1]._replace(length=runs[-1].length + 1)
         else:
             runs.append(run)
-        before, last = last, new
+        before, last = (last if i else new), new
     return runs
 
 
@@ -362,7 +384,19 @@ def _stacked(flat: list[dict], runs: list[_Run], network: Network) -> list:
 # ---- A cell ---------------------------------------------------------------------------------------------------------
 
 
-def _cell(cell, run, params, weights, inputs, ops, partial, single_path, remat_edges):
+def _kept(drop_path, runs: list[_Run], network: Network, x: jax.Array) -> list[jax.Array | None]:
+    """For each run of cells [layers, edges, N]: 0 where an edge is dropped, 1 / (1 − rate) where it stays."""
+    key, rate = drop_path
+    edges = [len(network.cells[run.layer.name].edges) if run.groups else 0 for run in runs]
+    sizes = [run.length * num for run, num in zip(runs, edges, strict=True)]
+    # One draw for all: each takes the compiler half a second.
+    draws = jax.random.bernoulli(key, 1 - jnp.asarray(rate), (sum(sizes), len(x))).astype(x.dtype)
+    parts = jnp.split(draws / (1 - jnp.asarray(rate, x.dtype)), np.cumsum(sizes)[:-1])
+    shaped = [part.reshape(run.length, -1, len(x)) for run, part in zip(runs, parts, strict=True) if len(part)]
+    return [shaped.pop(0) if size else None for size in sizes]
+
+
+def _cell(cell, run, params, weights, kept, inputs, ops, partial, single_path, remat_edges):
     name, channels, stride = run.layer
     if cell.preprocess:
         inputs = [
@@ -379,15 +413,17 @@ def _cell(cell, run, params, weights, inputs, ops, partial, single_path, remat_e
         sources, targets = (np.array([cell.edges[e][i] for e in group.edges]) for i in (0, 1))
         w = None if weights is None else jnp.asarray(weights, inputs.dtype)[np.array(group.edges)]
 
+        keep = None if kept is None else kept[np.array(group.edges)]
+
         def step(nodes, edge, group=group):
-            params, w, source, target = edge
+            params, w, keep, source, target = edge
             x = jax.lax.dynamic_index_in_dim(inputs if group.stride > 1 else nodes, source, keepdims=False)
-            apply = lambda params, w, x: _edge(params, w, x, group, ops, partial, single_path)
-            y = (jax.checkpoint(apply) if remat_edges else apply)(params, w, x)
+            apply = lambda params, w, keep, x: _edge(params, w, keep, x, group, ops, partial, single_path)
+            y = (jax.checkpoint(apply) if remat_edges else apply)(params, w, keep, x)
             old = jax.lax.dynamic_index_in_dim(nodes, target, keepdims=False)
             return jax.lax.dynamic_update_index_in_dim(nodes, old + y, target, 0), None
 
-        each = (group_params, w, sources, targets)
+        each = (group_params, w, keep, sources, targets)
         if len(sources) > 1:
             nodes, _ = jax.lax.scan(step, nodes, jax.tree.map(jnp.asarray, each))
         else:
@@ -395,10 +431,17 @@ def _cell(cell, run, params, weights, inputs, ops, partial, single_path, remat_e
     return jnp.concatenate([nodes[i] for i in cell.output], -1)
 
 
-def _edge(params, w, x, group, ops, partial, single_path):
-    """Σ_o w_o · o(x), on the first of K parts of the channels where K > 1."""
+def _edge(params, w, keep, x, group, ops, partial, single_path):
+    """Σ_o w_o · o(x), on the first of K parts of the channels where K > 1; of each example times `keep`."""
     width, stride = group.in_shape[-1], group.stride
-    applied = [lambda p, x, op=ops[name]: op.apply(p, x, width, stride) for name in group.ops]
+
+    def apply(p, x, name):
+        y = ops[name].apply(p, x, width, stride)
+        if keep is None or (name == _genotypes.SKIP and not jax.tree.leaves(p)):
+            return y
+        return y * keep.reshape(-1, *[1] * (y.ndim - 1))
+
+    applied = [lambda p, x, name=name: apply(p, x, name) for name in group.ops]
     seen = x[..., :width]
     if w is None:
         y = sum(apply(p, seen) for apply, p in zip(applied, params, strict=True))

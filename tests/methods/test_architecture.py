@@ -261,6 +261,14 @@ def test_single_path_one_shot():
     np.testing.assert_allclose(scores[0], expected, rtol=1e-9)
 
 
+def test_an_auxiliary_skip_composed_by_hand_leaves_no_trace_in_genotypes():
+    relaxation = nas.auxiliary_skip(nas.softmax(), optax.linear_schedule(1.0, 0.0, 10))
+    search = search_of(methods.darts, order="first", relaxation=relaxation, keep=None)
+    alpha = {"cell": jnp.array([[0.0, 0.4, 0.6]] * 3)}  # with 1 more, skipping would win
+    np.testing.assert_allclose(search.weights(alpha)["cell"].sum(-1), 1.0)
+    assert {op for _, _, op in search.genotype(alpha)["cell"]} == {"smooth"}
+
+
 def test_bad_order():
     with pytest.raises(ValueError, match="`order` must be one of first, second, exact; got 'third'"):
         methods.darts(NET, (3,), ops=OPS, order="third")

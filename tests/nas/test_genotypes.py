@@ -1,6 +1,5 @@
 """Genotypes: counts that are published, keys of published tables, round trips, and the trap of ranking α."""
 
-import itertools
 import os
 from pathlib import Path
 
@@ -95,6 +94,79 @@ def test_darts():
         nas.genotype_from_json('{"genotype": {}}')
 
 
+BAD_JSON = [
+    ("no JSON", "This is no JSON"),
+    ("[1]", "version of this form is 1; got None"),
+    ('{"version": 2, "genotype": {}}', "version of this form is 1; got 2"),
+    ('{"version": 1}', "genotype is missing"),
+    ('{"version": 1, "genotype": [1]}', "must be kind -> edges"),
+    ('{"version": 1, "genotype": {"cell": 3}}', "An edge is"),
+    ('{"version": 1, "genotype": {"cell": [[0, 2]]}}', "An edge is"),
+    ('{"version": 1, "genotype": {"cell": [[2, 2, "none"]]}}', "An edge is"),
+    ('{"version": 1, "genotype": {"cell": [[-1, 2, "none"]]}}', "An edge is"),
+    ('{"version": 1, "genotype": {"cell": [[true, 2, "none"]]}}', "An edge is"),
+    ('{"version": 1, "genotype": {"cell": [[0, 2, "none"], [0, 2, "mlp"]]}}', "has an edge of 'cell' twice"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_JSON)
+def test_json_that_is_no_genotype(text, message):
+    with pytest.raises(ValueError, match=message):
+        nas.genotype_from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("('dil_conv_3x3', 2)", "('dil_conv_7x7', 2)", "'normal' has 'dil_conv_7x7'"),
+        ("('dil_conv_3x3', 2)", "('dil_conv_3x3', 5)", "Node 5 of 'normal' sees nodes 0 to 4; got 5"),
+        ("('dil_conv_3x3', 2)", "('dil_conv_3x3', -1)", "sees nodes 0 to 4; got -1"),
+        ("('dil_conv_3x3', 2)", "('dil_conv_3x3', 0)", "sees another one twice"),
+        ("('dil_conv_3x3', 2)", "('dil_conv_3x3', '2')", "got '2'"),
+        ("('dil_conv_3x3', 2)", "('dil_conv_3x3', 2), ('none', 3)", "no genotype in DARTS's form"),
+    ],
+)
+def test_darts_form_with_what_no_cell_has(old, new, message):
+    with pytest.raises(ValueError, match=message):
+        nas.from_darts(DARTS_V2.replace(old, new))
+    own = nas.from_darts(DARTS_V2.replace("dil_conv_3x3", "mlp"), primitives=(*nas.DARTS_PRIMITIVES, "mlp"))
+    assert own["normal"][-1] == (2, 5, "mlp")
+
+
+def test_forms_of_genotypes_that_do_not_fit():
+    with pytest.raises(ValueError, match="from a node to a later one"):
+        nas.to_darts({"normal": ((0, 2, "none"), (2, 2, "none"))})
+    with pytest.raises(ValueError, match="two edges into every node"):
+        nas.to_darts({"normal": ()})
+    for bad in (
+        {"normal": ()},
+        {"cell": ((0, 4, "none"),)},
+        {"cell": ((0, 1, "mlp"),)},
+        {"cell": ((0, 1, "none"),) * 2},
+    ):
+        with pytest.raises(ValueError, match="A cell of NAS-Bench-201 is"):
+            nas.to_nas_bench_201(bad)
+    with pytest.raises(ValueError, match="The ops of NAS-Bench-201 are .*; got 'conv'"):
+        nas.from_nas_bench_201("|conv~0|+|none~0|none~1|+|none~0|none~1|none~2|")
+
+
+def test_random_genotypes_are_in_the_space_and_each_alike():
+    net = nas.darts_space()
+    drawn = [nas.random_genotype(seed, net) for seed in range(300)]
+    for genotype in drawn[:20]:
+        nas.discrete(net, genotype)
+        assert nas.from_darts(nas.to_darts(genotype)).keys() == genotype.keys()
+        assert [sum(t == node for _, t, _ in genotype["normal"]) for node in (2, 3, 4, 5)] == [2] * 4
+    assert drawn[3] == nas.random_genotype(3, net) != drawn[4]
+    ops = np.array([[op for _, _, op in genotype["reduce"]] for genotype in drawn]).ravel()
+    counts = [np.mean(ops == op) for op in nas.DARTS_PRIMITIVES]
+    assert counts[0] == 0 and np.abs(np.array(counts[1:]) - 1 / 7).max() < 0.03
+    into = np.array([[s for s, t, _ in genotype["normal"] if t == 5] for genotype in drawn])
+    assert np.abs(np.bincount(into.ravel(), minlength=5) / 600 - 0.2).max() < 0.06
+    each = [nas.random_genotype(seed, nas.nas_bench_201_space(), keep=None)["cell"] for seed in range(200)]
+    assert abs(np.mean([len(edges) for edges in each]) - 6 * 4 / 5) < 0.2  # a fifth is "none"
+
+
 CELL_9930 = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"
 
 
@@ -183,74 +255,3 @@ def test_the_keys_of_the_table():
         size = len(ops) + 2
         cell = nas.Graph(tuple(map(tuple, matrix[:size, :size].tolist())), ("input", *ops, "output"))
         assert nas.nas_bench_101_hash(cell) == keys[i]
-
-
-def valid_matrices(size):
-    """[M, V, V] with at most 9 edges and every vertex between the input and the output."""
-    pairs = [(s, t) for t in range(size) for s in range(t)]
-    found = []
-    for chunk in np.array_split(np.arange(2 ** len(pairs)), max(1, 2 ** len(pairs) >> 16)):
-        bits = chunk[:, None] >> np.arange(len(pairs)) & 1
-        bits = bits[bits.sum(1) <= 9]
-        matrices = np.zeros((len(bits), size, size), np.int8)
-        for i, pair in enumerate(pairs):
-            matrices[:, *pair] = bits[:, i]
-        found.append(matrices[(matrices.any(1)[:, 1:]).all(1) & (matrices.any(2)[:, :-1]).all(1)])
-    return np.concatenate(found)
-
-
-def rule(matrices, labels):
-    """The same rule as the hash's with sums of random functions in the place of digests: [M] names."""
-
-    def digest(*parts):
-        x = np.zeros_like(parts[0], np.uint64)
-        for part in parts:
-            x = (x ^ part.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-            x ^= x >> np.uint64(29)
-            x = x * np.uint64(0xBF58476D1CE4E5B9)
-            x ^= x >> np.uint64(32)
-        return x
-
-    m = matrices.astype(np.uint64)
-    state = digest(m.sum(2), m.sum(1), labels)
-    for _ in range(m.shape[1]):
-        spread = digest(state, np.full_like(state, 7))
-        before, behind = (m.transpose(0, 2, 1) @ spread[..., None])[..., 0], (m @ spread[..., None])[..., 0]
-        state = digest(before, behind, state)
-    return digest(state, np.full_like(state, 11)).sum(1)
-
-
-def candidates(size):
-    """Labelled graphs, every class among them: all labels on one matrix of each unlabelled class."""
-    matrices = valid_matrices(size)
-    blank = np.zeros(matrices.shape[:2], np.int64)
-    blank[:, 0], blank[:, -1] = 8, 9
-    matrices = matrices[np.unique(rule(matrices, blank), return_index=True)[1]]
-    ops = np.array(list(itertools.product(range(3), repeat=size - 2)), np.int64).reshape(3 ** (size - 2), size - 2)
-    labels = np.concatenate([np.full((len(ops), 1), 8), ops, np.full((len(ops), 1), 9)], 1)
-    return np.repeat(matrices, len(labels), 0), np.tile(labels, (len(matrices), 1))
-
-
-@pytest.mark.slow  # half a minute
-def test_the_count_of_nas_bench_101():
-    counts = []
-    for size in range(2, 8):
-        matrices, labels = candidates(size)
-        names = np.concatenate(
-            [rule(*part) for part in zip(np.array_split(matrices, 20), np.array_split(labels, 20), strict=True)]
-        )
-        counts.append(len(np.unique(names)))
-        # The hash makes the same classes.
-        some = np.sort(np.random.default_rng(size).permutation(len(names))[:3_000])
-        hashes = [
-            nas.nas_bench_101_hash(
-                nas.Graph(
-                    tuple(map(tuple, matrices[i].tolist())),
-                    ("input", *(nas.NAS_BENCH_101_PRIMITIVES[o] for o in labels[i, 1:-1]), "output"),
-                )
-            )
-            for i in some
-        ]
-        pairs = {*zip(hashes, names[some].tolist(), strict=True)}
-        assert len(pairs) == len(set(hashes)) == len({name for _, name in pairs})
-    assert counts == [1, 6, 84, 2_441, 62_010, 359_082] and sum(counts) == 423_624

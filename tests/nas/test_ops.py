@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import nas
+from metaopt import base, methods, nas
 
 KEY = jax.random.key(0)
 SETS = {"DARTS": nas.DARTS_OPS, "201": nas.NAS_BENCH_201_OPS, "101": nas.NAS_BENCH_101_OPS}
@@ -53,6 +53,12 @@ def test_an_op_of_ones_own_on_sequences_one_channel_and_images_that_are_not_squa
         supernet = nas.supernet(net, shape, ops=ops)
         y = jax.eval_shape(lambda key, x, s=supernet: s.apply(s.init(key), None, x), KEY, jnp.zeros((2, *shape)))
         assert y.shape == (2, 3)
+        # And a search on such data.
+        search = methods.darts(net, shape, ops=ops, order="exact")
+        rows = {"x": jnp.zeros((4, *shape)), "y": jnp.zeros(4, jnp.int32)}
+        task, alpha = base.Task(rows, rows), search.hyperparams(KEY)
+        start = lambda key, s=search, a=alpha, t=task: s.estimator.estimate(a, t, s.estimator.init(key, a, t))[0]
+        assert jax.eval_shape(start, KEY).hypergrad["cell"].shape == (3, 2)
 
 
 def windows(x, size, stride, dilation):

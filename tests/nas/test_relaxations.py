@@ -66,6 +66,21 @@ def test_an_auxiliary_skip_fades():
         relax(ALPHA, nas.complete_cell(2, ("none", "mlp")), KEY, 0)
 
 
+def test_genotypes_are_read_without_noise_and_without_auxiliary_paths():
+    plain = nas.softmax()
+    assert nas.decoding(plain) is plain and nas.decoding(nas.sigmoid())(ALPHA, CELL, KEY, 0).shape == ALPHA.shape
+    for relaxation in (nas.gumbel_softmax(5.0, hard=True), nas.auxiliary_skip(plain, lambda step: 1.0)):
+        found = nas.decoding(relaxation)(ALPHA, CELL, KEY, 0)
+        np.testing.assert_allclose(found, plain(ALPHA, CELL, KEY, 0))
+        assert abs(relaxation(ALPHA, CELL, KEY, 0) - found).max() > 1e-3
+    # What wraps another one reads by what that one reads by.
+    both = nas.edge_normalized(nas.auxiliary_skip(nas.gumbel_softmax(1.0, hard=False), 1.0))
+    alpha = {"ops": ALPHA, "edges": jnp.zeros(len(ALPHA))}
+    found, expected = (r(alpha, CELL, KEY, 0) for r in (nas.decoding(both), nas.edge_normalized(plain)))
+    np.testing.assert_allclose(found, expected)
+    assert nas.decoding(nas.edge_normalized(plain)) is not plain
+
+
 def test_beta_decay():
     alpha = {"normal": ALPHA, "reduce": 2 * ALPHA[:2]}
     expected = np.concatenate([np.log(np.exp(a).sum(-1)) for a in alpha.values()]).mean()

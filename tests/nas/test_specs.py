@@ -34,6 +34,17 @@ def test_json(net):
     assert again == net
     with pytest.raises(ValueError, match="version of this form is 1; got 2"):
         nas.from_json(nas.to_json(net).replace('"version": 1', '"version": 2'))
+    text = nas.to_json(net)
+    for bad, message in [
+        (text[:-1], "This is no JSON"),
+        ("3", "version of this form is 1; got None"),
+        (text.replace('"layers"', '"other"'), "layers is missing"),
+        (text.replace('"num_inputs"', '"other"'), "This is no network"),
+        (text.replace('"edges": [[0, ', '"edges": [['), "This is no network"),
+        (text.replace('"cells": {', '"cells": [], "x": {'), "This is no network"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            nas.from_json(bad)
 
 
 @pytest.mark.parametrize(

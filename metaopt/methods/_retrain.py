@@ -1,0 +1,331 @@
+"""What a search found, trained from scratch, and how far the search's own figures are from that.
+
+    α --`Search.genotype`--> genotype --`nas.discrete`--> network --`retraining`--> a loop --`train`--> parameters
+
+Three accuracies belong to every searched architecture: of the supernet with the mixing weights that it was read from,
+of the architecture with the supernet's weights (one-hot mixing weights), and of the architecture trained alone.
+`search_report` sets them side by side.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metaopt import base, inner, nas, training
+from metaopt.methods._architecture import _cross_entropy
+
+Augmentation = Callable[[jax.Array, jax.Array], jax.Array]  # key, x -> x
+
+
+class Retraining(NamedTuple):
+    """How a network is trained alone.
+
+    Attributes:
+      loop: without hyperparameters (λ is None): `inner.run(loop, num_steps)`, or `train`, which can be continued.
+      apply: `(params, x) -> [N, num_outputs]`, without dropped edges or the auxiliary head.
+      num_steps: that the schedules are made for.
+    """
+
+    loop: base.InnerLoop
+    apply: Callable[[base.Params, jax.Array], jax.Array]
+    num_steps: int
+
+
+def retraining(
+    network: nas.Network,
+    in_shape: Sequence[int],
+    *,
+    ops: Mapping[str, nas.Op],
+    num_steps: int,
+    batch_size: int = 96,
+    augment: Sequence[Augmentation] = (),
+    drop_path: float = 0.2,
+    auxiliary: float = 0.4,
+    auxiliary_widths: tuple[int, int] = (128, 768),
+    rate: float = 0.025,
+    momentum: float = 0.9,
+    decay: float = 3e-4,
+    clip: float = 5.0,
+    loss: Callable = _cross_entropy,
+) -> Retraining:
+    """The standard recipe by which found architectures are compared, DARTS's: 600 epochs of 20 cells with 36 channels.
+
+        g = loss(network) + `auxiliary` · loss(auxiliary head)
+        SGD with momentum on g's gradient, clipped by its norm, plus decay · θ; rate_t = rate (1 + cos(π t / T)) / 2
+        an edge is dropped with probability drop_path · t / T, of each example
+
+    The auxiliary head sees the last layer that has a stride. Otherwise than the published code, which goes by epochs,
+    schedules go by steps; and normalization is by the batch at hand, without scale, shift or running averages, in
+    training and after: judge batches that are drawn at random (`batched_accuracy`), and expect somewhat less than
+    published numbers.
+
+    Args:
+      network: a discrete network (`nas.discrete`).
+      in_shape: of one input.
+      ops: of the space.
+      num_steps: T.
+      batch_size: of rows of data {"x": [N, *in_shape], "y": [N]}.
+      augment: of a batch's x, one after the other, `(key, x) -> x`; published are `nas.crop_and_flip(4)` and
+        `nas.cutout(16)` for 32 × 32.
+      drop_path: the probability at the end, in [0, 1).
+      auxiliary: weight of the auxiliary head; 0 is none.
+      auxiliary_widths: as for `nas.auxiliary_head`.
+      rate: at the start.
+      momentum: of SGD.
+      decay: of the weights.
+      clip: of the gradient's norm.
+      loss: `(outputs, batch) -> []`.
+
+    Returns:
+      A `Retraining`.
+
+    Raises:
+      ValueError: the network has mixing weights left; no layer has a stride for the auxiliary head; a number is out of
+        range.
+
+    Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, and its code
+    """
+    base.check_integer("num_steps", num_steps, 1)
+    base.check_integer("batch_size", batch_size, 1)
+    for name, value in (("rate", rate), ("clip", clip)):
+        base.check_positive(name, value)
+    for name, value in (("auxiliary", auxiliary), ("decay", decay), ("momentum", momentum)):
+        base.check_positive(name, value, zero=True)
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"`drop_path` must be a probability below 1; got {drop_path!r}.")
+    if any(len(edge.ops) != 1 for cell in network.cells.values() for edge in cell.edges):
+        raise ValueError("`network` must have one op on every edge: pass `nas.discrete(network, genotype)`.")
+    supernet = nas.supernet(network, in_shape, ops=ops)
+    strided = [i for i, layer in enumerate(network.layers) if layer.stride > 1]
+    if auxiliary and not strided:
+        raise ValueError("The auxiliary head sees the last layer with a stride; there is none: pass `auxiliary=0`.")
+    at = strided[-1] if auxiliary else None
+    head = nas.auxiliary_head(network.num_outputs, widths=auxiliary_widths)
+
+    def init(key, hyperparams, data):
+        params = {"network": supernet.init(key)}
+        if at is not None:
+            x = jax.ShapeDtypeStruct((1, *in_shape), jnp.zeros(0).dtype)
+            shape = jax.eval_shape(supernet.features, params["network"], None, x)[at].shape[1:]
+            params["auxiliary"] = head.init(jax.random.fold_in(key, 1), shape, network.num_outputs, 1)
+        return params, None
+
+    def train_loss(params, hyperparams, batch, context):
+        drop_key, *keys = jax.random.split(context.key, 1 + len(augment))
+        x = batch["x"]
+        for change, key in zip(augment, keys, strict=True):
+            x = change(key, x)
+        edges = (drop_key, drop_path * context.step / num_steps) if drop_path else None
+        if at is None:
+            return loss(supernet.apply(params["network"], None, x, edges), batch)
+        features = supernet.features(params["network"], None, x, edges)
+        outputs = supernet.head(params["network"], features[-1])
+        beside = head.apply(params["auxiliary"], features[at], network.num_outputs, 1)
+        return loss(outputs, batch) + auxiliary * loss(beside, batch)
+
+    def optimizer(hyperparams):
+        return optax.chain(
+            optax.clip_by_global_norm(clip),
+            optax.add_decayed_weights(decay),
+            optax.sgd(optax.cosine_decay_schedule(rate, num_steps), momentum=momentum),
+        )
+
+    sampler = inner.minibatch(batch_size)
+    loop = inner.loop(train_loss, optimizer, init=init, sampler=sampler, with_context=True)
+    return Retraining(loop, lambda params, x: supernet.apply(params["network"], None, x), num_steps)
+
+
+def train(
+    loop: base.InnerLoop,
+    data: base.Data,
+    *,
+    num_steps: int,
+    key: jax.Array,
+    hyperparams: base.HyperParams = None,
+    callback: Callable[[int, dict[str, Any]], Any] | None = None,
+    progress: bool | None = None,
+    checkpoint_dir: str | os.PathLike | None = None,
+    checkpoint_every: int = 1_000,
+) -> tuple[base.InnerState, np.ndarray]:
+    """Training alone, step by step on the host: what `inner.run` is for runs of hours, which are stopped and continued.
+
+    It is `training.fit` of a rule whose λ nothing depends on: progress, signals and checkpoints are those of `fit`. The
+    numbers are those of `inner.run`, to rounding, with `jax.random.split(key)`'s first key.
+
+    Args:
+      loop: the inner loop.
+      data: its training data.
+      num_steps: in all, those before an interruption included.
+      key: what everything random follows from.
+      hyperparams: λ, constant; None where the loop has none.
+      callback: `(step, metrics) -> stop`, with the metric "value", the training loss.
+      progress: draw a bar; None draws one in a terminal or notebook.
+      checkpoint_dir: where checkpoints are kept, one directory for each training; None keeps none.
+      checkpoint_every: steps between them.
+
+    Returns:
+      The inner state, and [steps] training losses.
+
+    Raises:
+      ValueError: a count is out of range; `checkpoint_dir` holds another run.
+    """
+    init_key, fit_key = jax.random.split(key)
+
+    constant = hyperparams  # the loop's; the rule's own are a number without an effect
+
+    def init(key, hyperparams, task):
+        return loop.init(init_key, constant, task)
+
+    def estimate(hyperparams, task, state):
+        batch, context = loop.batch(state, task), loop.context(state)
+        loss = jax.value_and_grad(loop.loss, has_aux=True)
+        (value, model_state), grads = loss(loop.params(state), constant, batch, context)
+        state = loop.update(state, grads, model_state, constant)
+        return base.Estimate(value, jnp.zeros_like(hyperparams), jnp.array(False), {}), state
+
+    learner = training.learner(base.Estimator(init, estimate, kind="exact"), optax.set_to_zero())
+    result = training.fit(
+        learner,
+        lambda key: data,
+        hyperparams=jnp.zeros(()),
+        num_steps=num_steps,
+        key=fit_key,
+        callback=callback,
+        progress=progress,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_every=checkpoint_every,
+    )
+    return result.state.estimator_state, result.history["value"]
+
+
+def batched_accuracy(
+    apply: Callable[[Any, jax.Array], jax.Array], *, batch_size: int = 256
+) -> Callable[[Any, Mapping[str, Any], jax.Array], float]:
+    """Accuracy in random batches of one size, for networks that normalize by the batch at hand.
+
+    Args:
+      apply: `(params, x) -> [N, num_outputs]`; for a supernet,
+        `lambda at, x: supernet.apply(*at, x)` with `at = (params, weights)`.
+      batch_size: the last batch is filled up with rows that are not counted again. At most the number of rows is taken.
+
+    Returns:
+      `(params, data, key) -> accuracy` in [0, 1], of data {"x", "y"}; the key says which rows are together.
+
+    Raises:
+      ValueError: `batch_size` is below 1.
+    """
+    base.check_integer("batch_size", batch_size, 1)
+    outputs = jax.jit(inner.im2col(apply, only_on_cpu=True))
+
+    def accuracy(params, data, key):
+        num = len(data["y"])
+        size = min(batch_size, num)
+        order = np.asarray(jax.random.permutation(key, num))
+        rows = np.resize(order, -(-num // size) * size)  # from the start again
+        x, y, right = np.asarray(data["x"]), np.asarray(data["y"]), []
+        for some in rows.reshape(-1, size):
+            right.append(np.asarray(outputs(params, x[some])).argmax(-1) == y[some])
+        return float(np.concatenate(right)[:num].mean())
+
+    return accuracy
+
+
+# ---- Search time against stand-alone --------------------------------------------------------------------------------
+
+
+class ArchitectureScores(NamedTuple):
+    """Accuracies of one architecture, on the same rows.
+
+    Attributes:
+      name: what it is called.
+      inherited: with the supernet's weights (one-hot mixing weights).
+      retrained: trained alone, one for each seed.
+      mixed: of the supernet with the mixing weights that it was read from; NaN where it was not searched for.
+    """
+
+    name: str
+    inherited: float
+    retrained: tuple[float, ...]
+    mixed: float = math.nan
+
+
+class SearchReport(NamedTuple):
+    """What `search_report` found.
+
+    Attributes:
+      correlation: Spearman's rank correlation of `inherited` with the mean of `retrained`, over architectures.
+      interval: its 95 % interval; NaN of fewer than five architectures.
+      discretization_gap: the mean of mixed − inherited, over architectures that were searched for.
+      evaluation_gap: the mean of retrained − inherited, over all.
+      text: all of it as a table in Markdown.
+    """
+
+    correlation: float
+    interval: tuple[float, float]
+    discretization_gap: float
+    evaluation_gap: float
+    text: str
+
+
+def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
+    """Whether a search's own figures say which architecture is good: their ranks against those of trained ones.
+
+        interval = tanh(artanh ρ ± 1.96 √((1 + ρ²/2) / (n − 3)))
+
+    Args:
+      scores: at least two.
+
+    Returns:
+      A `SearchReport`; ρ is NaN where one side is constant.
+
+    Raises:
+      ValueError: there are fewer than two, or one has no `retrained`.
+
+    Source: Bonett & Wright, Psychometrika 65, 2000, for the interval; Yu et al., ICLR 2020,
+    https://arxiv.org/abs/1902.08142, for the question
+    """
+    scores = list(scores)
+    if len(scores) < 2 or any(not len(score.retrained) for score in scores):
+        raise ValueError(
+            "`scores` must hold at least two architectures, each with at least one `retrained` accuracy; got "
+            f"{[(score.name, len(score.retrained)) for score in scores]}."
+        )
+    inherited = np.array([score.inherited for score in scores])
+    retrained = np.array([np.mean(score.retrained) for score in scores])
+    rho, interval = math.nan, (math.nan, math.nan)
+    if np.ptp(inherited) > 0 and np.ptp(retrained) > 0:
+        from scipy.stats import spearmanr
+
+        rho = float(spearmanr(inherited, retrained)[0])
+        if len(scores) >= 5:
+            half = 1.96 * math.sqrt((1 + rho**2 / 2) / (len(scores) - 3))
+            center = math.atanh(min(max(rho, -1 + 1e-12), 1 - 1e-12))
+            interval = (math.tanh(center - half), math.tanh(center + half))
+    mixed = np.array([score.mixed for score in scores])
+    searched = np.isfinite(mixed)
+    discretization = float((mixed - inherited)[searched].mean()) if searched.any() else math.nan
+    evaluation = float((retrained - inherited).mean())
+    header = ["", "supernet, mixed", "supernet's weights, discrete", "retrained", "mixed − discrete", "seeds"]
+    rows = [header, ["---"] * len(header)]
+    for score, alone in zip(scores, retrained, strict=True):
+        told = lambda value: "" if math.isnan(value) else f"{100 * value:.1f}"
+        spread = f" ± {100 * np.std(score.retrained, ddof=1):.1f}" if len(score.retrained) > 1 else ""
+        gap = told(score.mixed - score.inherited)
+        rows.append(
+            [score.name, told(score.mixed), told(score.inherited), told(alone) + spread, gap, f"{len(score.retrained)}"]
+        )
+    between = "" if math.isnan(interval[0]) else f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines += [
+        "",
+        f"Accuracies in %. Rank correlation (Spearman) of discrete with retrained over {len(scores)} architectures: "
+        f"{rho:.2f}{between}. Discretization gap (mixed − discrete, of what was searched for): "
+        f"{100 * discretization:.1f} points; retrained − discrete, of all: {100 * evaluation:.1f} points.",
+    ]
+    return SearchReport(rho, interval, discretization, evaluation, "\n".join(lines))

@@ -1,0 +1,128 @@
+"""What the standard recipe of retraining adds to a network: crops, flips and cutout of batches, an auxiliary head.
+
+Batches are [N, spatial..., C], with any number of spatial axes: images, sequences. Every example has its own draws,
+which follow from the key alone.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from metaopt import base
+from metaopt.nas import _ops
+
+
+def cutout(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Zeros in a square of side `size`, whose center lies anywhere in the image; over the border it is cut off.
+
+    Zero is the mean where inputs are standardized, which they should be.
+
+    Args:
+      size: of the side, in positions; DARTS has 16 of 32. Odd sizes are one less, as in the published code.
+
+    Returns:
+      `(key, x) -> x`, of x [N, spatial..., C].
+
+    Raises:
+      ValueError: `size` is below 1.
+
+    Source: DeVries & Taylor, 2017, https://arxiv.org/abs/1708.04552
+    """
+    base.check_integer("size", size, 1)
+
+    def apply(key, x):
+        spatial = _spatial(x)
+        inside = jnp.ones((len(x), *[1] * (x.ndim - 1)), bool)
+        for axis, length in enumerate(spatial, 1):
+            center = jax.random.randint(jax.random.fold_in(key, axis), (len(x), 1), 0, length)
+            at = jnp.arange(length)[None]
+            near = (at >= center - size // 2) & (at < center + size // 2)
+            inside = inside & near.reshape(len(x), *(length if a == axis else 1 for a in range(1, x.ndim)))
+        return jnp.where(inside, jnp.zeros((), x.dtype), x)
+
+    return apply
+
+
+def crop_and_flip(padding: int = 4, *, flip: bool = True) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Moves every example by up to `padding` positions along every axis, zeros coming in, and flips half of them.
+
+    Args:
+      padding: at least 0; the published recipe has 4 of 32.
+      flip: left and right, the last spatial axis. Not for digits, sequences or whatever has a direction.
+
+    Returns:
+      `(key, x) -> x`, of x [N, spatial..., C].
+
+    Raises:
+      ValueError: `padding` is below 0.
+    """
+    base.check_integer("padding", padding, 0)
+
+    def apply(key, x):
+        spatial = _spatial(x)
+        around = [(0, 0), *[(padding, padding)] * len(spatial), (0, 0)]
+        starts = jax.random.randint(jax.random.fold_in(key, 0), (len(x), len(spatial)), 0, 2 * padding + 1)
+        take = lambda one, start: jax.lax.dynamic_slice(one, (*start, 0), x.shape[1:])
+        moved = jax.vmap(take)(jnp.pad(x, around), starts)
+        if not flip:
+            return moved
+        flips = jax.random.bernoulli(jax.random.fold_in(key, 1), 0.5, (len(x), *[1] * (x.ndim - 1)))
+        return jnp.where(flips, jnp.flip(moved, -2), moved)
+
+    return apply
+
+
+def _spatial(x: jax.Array) -> tuple[int, ...]:
+    if x.ndim < 3:
+        raise ValueError(f"Crops, flips and cutout need a spatial axis: [N, spatial..., C]; got the shape {x.shape}.")
+    return x.shape[1:-1]
+
+
+def auxiliary_head(num_outputs: int, *, widths: tuple[int, int] = (128, 768)) -> _ops.Op:
+    """A classifier on the features of a layer inside the network, which training adds to the loss (DARTS).
+
+    ReLU, the averages of two windows along every spatial axis, 1×1 convolution, normalization, ReLU, one convolution
+    over all that is left, normalization, ReLU, linear. Windows are five eighths of an axis long: on 8 × 8 it is the
+    published head, five positions with a stride of three.
+
+    Args:
+      num_outputs: classes.
+      widths: channels of the two convolutions.
+
+    Returns:
+      An `Op` whose `channels` are the network's outputs: `apply` gives [N, num_outputs], and the stride is not used.
+
+    Raises:
+      ValueError: a number is below 1.
+
+    Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055
+    """
+    for name, value in (("num_outputs", num_outputs), ("widths", widths[0]), ("widths", widths[1])):
+        base.check_integer(name, value, 1)
+
+    def init(key, in_shape, channels, stride):
+        places = 1
+        for length in in_shape[:-1]:
+            places *= min(length, 2)
+        first, second = widths
+        return {
+            "near": _ops.uniform(key, (in_shape[-1], first), in_shape[-1]),
+            "whole": _ops.uniform(key, (places * first, second), places * first, number=1),
+            "w": _ops.uniform(key, (second, num_outputs), second, number=2),
+            "b": jnp.zeros(num_outputs),
+        }
+
+    def apply(params, x, channels, stride):
+        x = jax.nn.relu(x)
+        for axis in range(1, x.ndim - 1):
+            length = x.shape[axis]
+            window = max(1, 5 * length // 8)
+            ends = [slice(0, window), slice(length - window, length)][: min(length, 2)]
+            parts = [jax.lax.slice_in_dim(x, end.start, end.stop, axis=axis) for end in ends]
+            x = jnp.concatenate([part.mean(axis, keepdims=True) for part in parts], axis)
+        x = jax.nn.relu(_ops.normalized(x @ params["near"]))
+        x = jax.nn.relu(_ops.normalized(x.reshape(len(x), -1) @ params["whole"]))
+        return x @ params["w"] + params["b"][None]
+
+    return _ops.Op(init, apply)

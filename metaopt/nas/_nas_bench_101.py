@@ -1,0 +1,356 @@
+"""NAS-Bench-101: its cells, counted; a network of one of them; a supernet of all of them.
+
+A cell is a graph with an op on every vertex: each inner vertex applies its op to the sum of what leads to it, where the
+cell's input comes in through a projection (a 1×1 convolution with normalization and ReLU), and the output is the
+channels of all vertices that lead to it together, which split the cell's channels among them, plus the projected input
+where that leads to it, too.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base
+from metaopt.nas import _ops
+from metaopt.nas._genotypes import NAS_BENCH_101_PRIMITIVES, Graph, pruned
+from metaopt.nas._specs import Cell, Edge, Genotype, Layer, Network
+
+_NUM_EDGES = 9  # at most, and 7 vertices
+_PROJECTION = "conv1x1-bn-relu"
+
+
+# ---- All cells ------------------------------------------------------------------------------------------------------
+
+
+def nas_bench_101_cells(num_vertices: int) -> tuple[np.ndarray, np.ndarray]:
+    """All cells of so many vertices, one of every isomorphism class, as NAS-Bench-101 has them.
+
+    Every vertex lies on a path from the input to the output, and there are at most 9 edges. Of 2 to 7 vertices there
+    are 1, 6, 84, 2,441, 62,010 and 359,082: 423,624 in all. Isomorphism is told by the benchmark's own rule (rounds of
+    messages) with words of 64 bits in the place of digests. 7 vertices take half a minute and two gigabytes.
+
+    Args:
+      num_vertices: 2 to 7, input and output among them.
+
+    Returns:
+      Matrices [M, V, V] of 0 and 1, and ops [M, V − 2] as indices into `NAS_BENCH_101_PRIMITIVES`.
+
+    Raises:
+      ValueError: `num_vertices` is out of range.
+    """
+    base.check_integer("num_vertices", num_vertices, 2)
+    if num_vertices > 7:
+        raise ValueError(f"NAS-Bench-101 has at most 7 vertices; got {num_vertices}.")
+    matrices = _full_matrices(num_vertices)
+    blank = np.zeros(matrices.shape[:2], np.int64)
+    blank[:, 0], blank[:, -1] = 8, 9
+    matrices = matrices[np.unique(_class_words(matrices, blank), return_index=True)[1]]  # without labels
+    inner = num_vertices - 2
+    ops = np.array(list(itertools.product(range(3), repeat=inner)), np.int64).reshape(3**inner, inner)
+    ends = (np.full((len(ops), 1), 8), np.full((len(ops), 1), 9))
+    labels = np.concatenate([ends[0], ops, ends[1]], 1)
+    # All labels on one matrix of each class of unlabelled graphs have every class among them.
+    words = np.concatenate([_class_words(np.repeat(m[None], len(labels), 0), labels) for m in matrices])
+    first = np.sort(np.unique(words, return_index=True)[1])
+    return matrices[first // len(labels)], ops[first % len(labels)].astype(np.int8)
+
+
+def _full_matrices(size: int) -> np.ndarray:
+    """Upper triangular matrices with at most nine edges, each of whose vertices has a way in and a way out."""
+    pairs = [(s, t) for t in range(size) for s in range(t)]
+    found = []
+    for chunk in np.array_split(np.arange(2 ** len(pairs)), max(1, 2 ** len(pairs) >> 16)):
+        bits = chunk[:, None] >> np.arange(len(pairs)) & 1
+        bits = bits[bits.sum(1) <= _NUM_EDGES]
+        matrices = np.zeros((len(bits), size, size), np.int8)
+        for i, pair in enumerate(pairs):
+            matrices[:, *pair] = bits[:, i]
+        found.append(matrices[(matrices.any(1)[:, 1:]).all(1) & (matrices.any(2)[:, :-1]).all(1)])
+    return np.concatenate(found)
+
+
+def _class_words(matrices: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """[M] words, equal for isomorphic graphs: the rule of `nas_bench_101_hash` with sums of mixed words."""
+
+    def mix(*parts):
+        x = np.zeros_like(parts[0], np.uint64)
+        for part in parts:
+            x = (x ^ part.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+            x ^= x >> np.uint64(29)
+            x = x * np.uint64(0xBF58476D1CE4E5B9)
+            x ^= x >> np.uint64(32)
+        return x
+
+    m = matrices.astype(np.uint64)
+    state = mix(m.sum(2), m.sum(1), labels)
+    for _ in range(m.shape[1]):
+        spread = mix(state, np.full_like(state, 7))
+        before, behind = (m.transpose(0, 2, 1) @ spread[..., None])[..., 0], (m @ spread[..., None])[..., 0]
+        state = mix(before, behind, state)
+    return mix(state, np.full_like(state, 11)).sum(1)
+
+
+def nas_bench_101_graph(encoding: Sequence[int] | np.ndarray) -> Graph:
+    """The cell that a row of `nas_bench_101_table` or `read_nas_bench_101` says.
+
+    Args:
+      encoding: 21 entries above the diagonal, five ops (0: none).
+
+    Returns:
+      A `Graph`, not pruned.
+
+    Raises:
+      ValueError: the digits say no cell.
+    """
+    digits = [int(x) for x in encoding]
+    ops = [x for x in digits[21:] if x]
+    if len(digits) != 26 or not {*digits[:21]} <= {0, 1} or digits[21:] != [*ops, *[0] * (5 - len(ops))]:
+        raise ValueError(f"A cell of NAS-Bench-101 is 21 bits and up to five ops, then zeros; got {digits}.")
+    if max(ops, default=0) > 3 or min(ops, default=1) < 1:
+        raise ValueError(f"The ops of NAS-Bench-101 are 1, 2 and 3; got {digits[21:]}.")
+    matrix, size = np.zeros((7, 7), int), len(ops) + 2
+    matrix[np.triu_indices(7, 1)] = digits[:21]
+    if matrix[size:].any() or matrix[:, size:].any():
+        raise ValueError(f"The cell has {size} vertices, and edges of more; got {digits}.")
+    rows = tuple(tuple(int(x) for x in row) for row in matrix[:size, :size])
+    return Graph(rows, ("input", *(NAS_BENCH_101_PRIMITIVES[op - 1] for op in ops), "output"))
+
+
+# ---- A network of one cell ------------------------------------------------------------------------------------------
+
+
+def nas_bench_101_network(
+    graph: Graph, num_outputs: int = 10, *, channels: int = 128, cells_per_stack: int = 3, num_stacks: int = 3
+) -> tuple[Network, dict[str, _ops.Op]]:
+    """The network that NAS-Bench-101 trains for a cell: stacks of it, with pooling and twice the channels between them.
+
+    As published, but for normalization, which is by the batch at hand without scale and shift.
+
+    Args:
+      graph: it is pruned first.
+      num_outputs: classes.
+      channels: of the first stack.
+      cells_per_stack: cells.
+      num_stacks: stacks.
+
+    Returns:
+      A `Network` without mixing weights, and the ops for `supernet`: a cell is one of them.
+
+    Raises:
+      ValueError: nothing joins input and output; an op is unknown; a count is below 1; at build time, more vertices
+        lead to the output than there are channels.
+
+    Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
+    """
+    for name, value in (("channels", channels), ("cells_per_stack", cells_per_stack), ("num_stacks", num_stacks)):
+        base.check_integer(name, value, 1)
+    layers = [Layer("conv3x3-bn-relu", channels)]
+    for stack in range(num_stacks):
+        if stack:
+            layers.append(Layer("maxpool2x2", channels * 2 ** (stack - 1), 2))
+        layers += [Layer("graph", channels * 2**stack)] * cells_per_stack
+    return Network({}, tuple(layers), num_outputs), {**_ops.NAS_BENCH_101_OPS, "graph": graph_op(graph)}
+
+
+def graph_op(graph: Graph) -> _ops.Op:
+    """A cell of NAS-Bench-101 as one op.
+
+    Args:
+      graph: it is pruned first.
+
+    Returns:
+      An `Op` of stride 1.
+
+    Raises:
+      ValueError: nothing joins input and output, or an op is unknown; as for `pruned`.
+    """
+    whole = pruned(graph)
+    if whole is None:
+        raise ValueError("The graph has no path from its input to its output.")
+    if not set(whole.ops[1:-1]) <= set(NAS_BENCH_101_PRIMITIVES):
+        raise ValueError(f"The ops of NAS-Bench-101 are {NAS_BENCH_101_PRIMITIVES}; got {whole.ops}.")
+    m, last = np.asarray(whole.matrix), len(whole.ops) - 1
+    ops = _ops.NAS_BENCH_101_OPS
+
+    def init(key, in_shape, channels, stride):
+        widths, params = _vertex_channels(m, channels), {}
+        for v in range(1, last + 1):
+            if m[0, v]:
+                into = jax.random.fold_in(key, v)
+                params[f"projection{v}"] = ops[_PROJECTION].init(into, in_shape, widths[v], 1)
+            if v < last:
+                shape = (*in_shape[:-1], widths[v])
+                params[f"vertex{v}"] = ops[whole.ops[v]].init(jax.random.fold_in(key, last + v), shape, widths[v], 1)
+        return params
+
+    def apply(params, x, channels, stride):
+        widths, values = _vertex_channels(m, channels), {}
+        projected = lambda v: ops[_PROJECTION].apply(params[f"projection{v}"], x, widths[v], 1)
+        for v in range(1, last):
+            terms = [values[u][..., : widths[v]] for u in range(1, v) if m[u, v]]
+            terms += [projected(v)] if m[0, v] else []
+            values[v] = ops[whole.ops[v]].apply(params[f"vertex{v}"], sum(terms[1:], terms[0]), widths[v], 1)
+        out = [values[v] for v in range(1, last) if m[v, last]]
+        if not out:
+            return projected(last)
+        y = jnp.concatenate(out, -1)
+        return y + projected(last) if m[0, last] else y
+
+    return _ops.Op(init, apply)
+
+
+def _vertex_channels(m: np.ndarray, channels: int) -> list[int]:
+    """How the vertices that lead to the output split its channels, the first ones with one more; others have the most
+    of those that they lead to."""
+    last = len(m) - 1
+    widths = [0] * last + [channels]
+    out = [v for v in range(1, last) if m[v, last]]
+    if len(out) > channels:
+        raise ValueError(f"{len(out)} vertices lead to the output, and there are {channels} channels to split.")
+    for i, v in enumerate(out):
+        widths[v] = channels // len(out) + (i < channels % len(out))
+    for v in range(last - 1, 0, -1):
+        if not m[v, last]:
+            widths[v] = max(widths[t] for t in range(v + 1, last) if m[v, t])
+    return widths
+
+
+# ---- A supernet of all cells ----------------------------------------------------------------------------------------
+
+
+def nas_bench_101_space(
+    num_outputs: int = 10,
+    *,
+    channels: int = 128,
+    cells_per_stack: int = 3,
+    num_stacks: int = 3,
+    num_vertices: int = 7,
+) -> Network:
+    """The space of NAS-Bench-101 as a supernet: mixing weights for the op of every vertex, and for every edge.
+
+    A vertex v is two nodes: the sum of what leads to it, 2v − 1, and what its op makes of that, 2v. So a cell has three
+    kinds of edges, all with three candidates: from a vertex, ("none", "none", "skip_connect"); from the cell's input,
+    ("none", "none", "conv1x1-bn-relu"), its projection; and a vertex's op. ("none" stands twice where there is one
+    thing to choose, since all edges have as many candidates.) Otherwise than the published networks, whose vertices
+    split channels, all have the cell's channels and are summed at the output, since a supernet's weights have one
+    shape; and channels are doubled between stacks.
+
+    Args:
+      num_outputs: classes.
+      channels: of the first stack; the benchmark has 128.
+      cells_per_stack: the benchmark has 3.
+      num_stacks: the benchmark has 3.
+      num_vertices: at most; 3 to 7.
+
+    Returns:
+      A `Network` over `NAS_BENCH_101_OPS`, of the one kind "cell": 26 rows of mixing weights for 7 vertices.
+      `discretize_graph` reads a cell from them, and `graph_genotype` writes one.
+
+    Raises:
+      ValueError: a count is out of range.
+
+    Sources: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635; Zela et al., ICLR 2020,
+    https://arxiv.org/abs/2001.10422, for one-shot search in it
+    """
+    counts = {"channels": channels, "cells_per_stack": cells_per_stack, "num_stacks": num_stacks}
+    for name, value in counts.items():
+        base.check_integer(name, value, 1)
+    base.check_integer("num_vertices", num_vertices, 3)
+    last = num_vertices - 1
+    edges = []
+    for v in range(1, num_vertices):
+        for u in range(v):
+            op = "skip_connect" if u else _PROJECTION
+            edges.append(Edge(2 * u, 2 * v - 1, ("none", "none", op)))
+        if v < last:
+            edges.append(Edge(2 * v - 1, 2 * v, NAS_BENCH_101_PRIMITIVES))
+    cell = Cell(1, tuple(edges), (2 * last - 1,), preprocess=False)
+    layers = [Layer("conv3x3-bn-relu", channels)]
+    for stack in range(num_stacks):
+        if stack:
+            layers.append(Layer("downsample", channels * 2**stack, 2))
+        layers += [Layer("cell", channels * 2**stack)] * cells_per_stack
+    return Network({"cell": cell}, tuple(layers), num_outputs)
+
+
+def graph_genotype(network: Network, graph: Graph) -> Genotype:
+    """A cell of NAS-Bench-101 as a genotype of `nas_bench_101_space`, for `discrete`, `one_hot` and `inherit`.
+
+    Args:
+      network: of `nas_bench_101_space`.
+      graph: with at most as many vertices; it is pruned first.
+
+    Returns:
+      A `Genotype`.
+
+    Raises:
+      ValueError: nothing joins input and output, or there are too many vertices.
+    """
+    whole, last = pruned(graph), _last_vertex(network)
+    if whole is None:
+        raise ValueError("The graph has no path from its input to its output.")
+    size = len(whole.ops)
+    if size > last + 1:
+        raise ValueError(f"The space has {last + 1} vertices; the graph has {size}.")
+    at = [*range(size - 1), last]  # the output is the last vertex of the space
+    edges = []
+    for t in range(1, size):
+        for s in range(t):
+            if whole.matrix[s][t]:
+                edges.append((2 * at[s], 2 * at[t] - 1, "skip_connect" if s else _PROJECTION))
+        if t < size - 1:
+            edges.append((2 * t - 1, 2 * t, whole.ops[t]))
+    return {"cell": tuple(edges)}
+
+
+def discretize_graph(network: Network, weights: Mapping[str, Any], *, max_edges: int = _NUM_EDGES) -> Graph:
+    """The cell that mixing weights say: the strongest op of every vertex, and the strongest edges.
+
+    First the path from the input to the output with the largest product of weights, then the strongest other edges with
+    any weight, up to `max_edges`; what is then on no path falls away.
+
+    Args:
+      network: of `nas_bench_101_space`.
+      weights: {"cell": [edges, 3]}, not negative.
+      max_edges: at least as many as there are vertices less one; the benchmark has 9.
+
+    Returns:
+      A pruned `Graph`, in the benchmark.
+
+    Raises:
+      ValueError: the weights have another shape, or some are negative; `max_edges` is too small.
+    """
+    last, cell = _last_vertex(network), network.cells["cell"]
+    base.check_integer("max_edges", max_edges, last)
+    w = np.asarray(weights["cell"], np.float64)
+    if w.shape != (len(cell.edges), 3) or (w < 0).any():
+        raise ValueError(f"The weights must be [{len(cell.edges)}, 3] and not negative; got shape {w.shape}.")
+    strength, ops = {}, ["input", *[""] * (last - 1), "output"]
+    for edge, row in zip(cell.edges, w, strict=True):
+        if edge.source % 2:
+            ops[edge.target // 2] = edge.ops[int(row.argmax())]
+        else:
+            strength[edge.source // 2, (edge.target + 1) // 2] = row[2]
+    best = {0: (1.0, [])}  # vertex -> the product, and the edges
+    for v in range(1, last + 1):
+        best[v] = max(((best[u][0] * strength[u, v], [*best[u][1], (u, v)]) for u in range(v)), key=lambda b: b[0])
+    path = best[last][1]
+    others = sorted(
+        (edge for edge in strength if strength[edge] > 0 and edge not in path), key=lambda edge: -strength[edge]
+    )
+    kept = {*path, *others[: max_edges - len(path)]}
+    matrix = tuple(tuple(int((s, t) in kept) for t in range(last + 1)) for s in range(last + 1))
+    found = pruned(Graph(matrix, tuple(ops)))
+    assert found is not None  # the path is there
+    return found
+
+
+def _last_vertex(network: Network) -> int:
+    cell = network.cells.get("cell")
+    if cell is None or set(network.cells) != {"cell"} or not any(edge.ops[-1] == _PROJECTION for edge in cell.edges):
+        raise ValueError("`network` must be one that `nas_bench_101_space` made.")
+    return (cell.output[0] + 1) // 2

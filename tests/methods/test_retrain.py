@@ -1,0 +1,207 @@
+"""Retraining: the recipe by hand, dropped edges, going on after a stop; the report's figures from their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.stats import spearmanr
+
+from metaopt import inner, methods, nas
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+CELL = nas.complete_cell(2, ("skip_connect", "linear"), num_inputs=2)
+SPACE = nas.Network({"cell": CELL}, (nas.Layer("linear", 3), nas.Layer("cell", 3), nas.Layer("cell", 4, 2)), 3)
+GENOTYPE = {"cell": ((0, 2, "linear"), (1, 2, "skip_connect"), (1, 3, "linear"), (2, 3, "linear"))}
+NET = nas.discrete(SPACE, GENOTYPE)
+X = jnp.asarray(RNG.normal(size=(12, 6, 2)))
+DATA = {"x": X, "y": jnp.asarray(RNG.integers(3, size=12), jnp.int32)}
+
+
+def recipe(**options):
+    options = {"num_steps": 8, "batch_size": 12, "auxiliary_widths": (3, 4), **options}
+    return methods.retraining(NET, (6, 2), ops=nas.BLOCKS, **options)
+
+
+def cross_entropy(outputs, y):
+    return optax.losses.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
+
+
+# ---- Dropped edges --------------------------------------------------------------------------------------------------
+
+
+def test_dropped_edges_by_hand():
+    """A cell of one node: what its two edges give comes and goes, of each example, but for what is passed on."""
+    cell = nas.Cell(1, (nas.Edge(0, 1, ("linear",)), nas.Edge(0, 2, ("skip_connect",))), (1, 2), preprocess=False)
+    net = nas.Network({"cell": cell}, (nas.Layer("linear", 4), *[nas.Layer("cell", 4)]), 8)
+    supernet = nas.supernet(net, (3,), ops=nas.BLOCKS)
+    x = jax.random.normal(KEY, (400, 3))
+
+    @jax.jit
+    def run(key, rate):
+        params = supernet.init(KEY)
+        params["head"] = {"w": jnp.eye(8), "b": jnp.zeros(8)}
+        plain, dropped = supernet.apply(params, None, x), supernet.apply(params, None, x, (key, rate))
+        features = supernet.features(params, None, x, (key, rate))
+        return plain, dropped, features, supernet.head(params, features[-1])
+
+    plain, dropped, features, again = jax.tree.map(np.asarray, run(KEY, 0.25))
+    np.testing.assert_array_equal(dropped[:, 4:], plain[:, 4:])  # a skip without parameters is never dropped
+    kept = dropped[:, :4] / plain[:, :4]
+    np.testing.assert_allclose(kept, np.broadcast_to(kept[:, :1], kept.shape), rtol=1e-9)
+    assert set(np.round(kept[:, 0], 9)) == {0.0, np.round(4 / 3, 9)} and 0.68 < (kept[:, 0] > 0).mean() < 0.82
+    np.testing.assert_array_equal(run(KEY, 0.0)[1], plain)
+    assert (run(jax.random.key(1), 0.25)[1] != dropped).any()
+    assert [f.shape for f in features] == [(400, 4), (400, 8)]
+    np.testing.assert_array_equal(again, dropped)
+
+
+def test_every_edge_and_layer_has_its_own_draws():
+    cell = nas.Cell(1, (nas.Edge(0, 1, ("linear",)), nas.Edge(0, 2, ("linear",))), (1, 2))
+    layers = (nas.Layer("linear", 4), *[nas.Layer("cell", 4)] * 3)  # the last two are one scan
+    supernet = nas.supernet(nas.Network({"cell": cell}, layers, 4), (3,), ops=nas.BLOCKS)
+    x = jax.random.normal(KEY, (40, 3))
+    features = jax.jit(lambda: supernet.features(supernet.init(KEY), None, x, (KEY, 0.5)))()
+    gone = [np.asarray((part == 0).all(-1)) for layer in features[1:] for part in jnp.split(layer, 2, axis=1)]
+    assert all(0.2 < mask.mean() < 0.8 for mask in gone) and len({mask.tobytes() for mask in gone}) == 6
+
+
+# ---- The recipe -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_a_step_by_hand():
+    made = recipe(auxiliary=0.3, drop_path=0.0, clip=0.05, decay=0.1, rate=0.2)
+    supernet = nas.supernet(NET, (6, 2), ops=nas.BLOCKS)
+    head = nas.auxiliary_head(3, widths=(3, 4))
+
+    @jax.jit
+    def run():
+        state = made.loop.init(KEY, None, DATA)
+        states = [state := inner.step(made.loop, state, None, DATA) for _ in range(2)]
+        return made.loop.init(KEY, None, DATA).params, [s.params for s in states], made.apply(states[0].params, X)
+
+    start, found, outputs = run()
+
+    def loss(params):
+        features = supernet.features(params["network"], None, X)
+        beside = head.apply(params["auxiliary"], features[2], 3, 1)
+        return cross_entropy(supernet.apply(params["network"], None, X), DATA["y"]) + 0.3 * cross_entropy(
+            beside, DATA["y"]
+        )
+
+    params, trace = start, jax.tree.map(jnp.zeros_like, start)
+    gradient = jax.jit(jax.grad(loss))
+    for t in range(2):
+        grads = gradient(params)
+        norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(grads)))
+        assert norm > 0.05  # it is clipped
+        direction = jax.tree.map(lambda g, p, n=norm: g * 0.05 / n + 0.1 * p, grads, params)
+        trace = jax.tree.map(lambda d, m: d + 0.9 * m, direction, trace)
+        rate = 0.2 * (1 + np.cos(np.pi * t / 8)) / 2
+        params = jax.tree.map(lambda p, m, r=rate: p - r * m, params, trace)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10), found[t], params)
+    np.testing.assert_allclose(outputs, supernet.apply(found[0]["network"], None, X), rtol=1e-9)
+
+
+@pytest.mark.once
+def test_the_probability_of_dropping_rises_and_augmentations_follow_one_another():
+    shift = lambda key, x: x + 1.0
+    made = recipe(auxiliary=0.0, drop_path=0.5, augment=(shift, lambda key, x: 2 * x))
+    supernet = nas.supernet(NET, (6, 2), ops=nas.BLOCKS)
+
+    @jax.jit
+    def losses(step):
+        state = made.loop.init(KEY, None, DATA)._replace(step=step)
+        context = made.loop.context(state)
+        found = made.loop.loss(state.params, None, DATA, context)[0]
+        drop = (jax.random.split(context.key, 3)[0], 0.5 * step / 8)
+        outputs = supernet.apply(state.params["network"], None, 2 * (X + 1), drop)
+        return found, cross_entropy(outputs, DATA["y"])
+
+    at = [losses(jnp.array(step)) for step in (0, 4, 7)]
+    for found, expected in at:
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert len({float(found) for found, _ in at}) == 3
+
+
+@pytest.mark.once
+def test_training_that_is_stopped_goes_on_to_the_same_numbers(tmp_path):
+    made = recipe(batch_size=5)
+    run = lambda **options: methods.train(made.loop, DATA, num_steps=6, key=KEY, progress=False, **options)
+    whole, losses = run()
+    stop = lambda step, metrics: step == 4
+    _, first = run(checkpoint_dir=tmp_path, checkpoint_every=2, callback=stop)
+    assert len(first) == 4 and int(whole.step) == 6
+    state, again = run(checkpoint_dir=tmp_path, checkpoint_every=2)
+    np.testing.assert_array_equal(again, losses)
+    jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)
+    # In one program, the same to rounding.
+    other = jax.jit(lambda: inner.run(made.loop, 6)(jax.random.split(KEY)[0], None, DATA))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), other.params, whole.params)
+
+
+def test_accuracy_counts_every_row_once():
+    data = {"x": np.arange(11.0)[:, None], "y": np.array([0, 1] * 5 + [0])}
+    seen = []
+
+    def apply(params, x):
+        seen.append(x.shape)
+        return jnp.stack([params - x[:, 0], x[:, 0] - params], 1)  # 1 where x is above params
+
+    accuracy = methods.batched_accuracy(apply, batch_size=4)
+    assert accuracy(4.5, data, KEY) == pytest.approx(6 / 11) and set(seen) == {(4, 1)}  # 0, 2, 4; 5, 7, 9
+    assert methods.batched_accuracy(apply)(4.5, data, KEY) == pytest.approx(6 / 11) and seen[-1] == (11, 1)
+    # A network that looks at its batch: rows above the mean, which is 5 of all of them.
+    batch_mean = methods.batched_accuracy(lambda p, x: jnp.stack([x[:, 0] <= x.mean(), x[:, 0] > x.mean()], 1) * 1.0)
+    assert batch_mean(None, data, KEY) == pytest.approx(5 / 11)
+
+
+def test_recipes_that_cannot_be():
+    for options, message in [
+        ({"num_steps": 0}, "`num_steps` must be at least 1"),
+        ({"drop_path": 1.0}, "`drop_path` must be a probability below 1; got 1.0"),
+        ({"clip": 0.0}, "`clip` must be positive"),
+        ({"auxiliary": -1.0}, "`auxiliary` must be at least 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            recipe(**options)
+    with pytest.raises(ValueError, match="one op on every edge"):
+        methods.retraining(SPACE, (6, 2), ops=nas.BLOCKS, num_steps=1)
+    flat = NET._replace(layers=NET.layers[:2])
+    with pytest.raises(ValueError, match="pass `auxiliary=0`"):
+        methods.retraining(flat, (6, 2), ops=nas.BLOCKS, num_steps=1)
+
+
+# ---- The report -----------------------------------------------------------------------------------------------------
+
+SCORES = [
+    methods.ArchitectureScores("found", 0.30, (0.5, 0.6), 0.45),
+    methods.ArchitectureScores("a", 0.20, (0.4,)),
+    methods.ArchitectureScores("b", 0.25, (0.45,)),
+    methods.ArchitectureScores("c", 0.10, (0.48,)),
+    methods.ArchitectureScores("d", 0.15, (0.30,)),
+    methods.ArchitectureScores("e", 0.12, (0.35,)),
+]
+
+
+def test_the_report():
+    report = methods.search_report(SCORES)
+    rho = spearmanr([s.inherited for s in SCORES], [np.mean(s.retrained) for s in SCORES]).statistic
+    assert report.correlation == pytest.approx(rho) and 0 < rho < 1
+    # Published: for n = 6 and this correlation, on Fisher's scale, ± 1.96 √((1 + ρ²/2)/3).
+    half = [(np.arctanh(end) - np.arctanh(rho)) / (1.96 * np.sqrt((1 + rho**2 / 2) / 3)) for end in report.interval]
+    np.testing.assert_allclose(half, [-1, 1], rtol=1e-9)
+    assert report.discretization_gap == pytest.approx(0.15)
+    assert report.evaluation_gap == pytest.approx(np.mean([0.25, 0.2, 0.2, 0.38, 0.15, 0.23]))
+    lines = report.text.splitlines()
+    assert lines[2] == "| found | 45.0 | 30.0 | 55.0 ± 7.1 | 15.0 | 2 |" and lines[3] == "| a |  | 20.0 | 40.0 |  | 1 |"
+    assert "Discretization gap (mixed − discrete, of what was searched for): 15.0 points" in lines[-1]
+    few = methods.search_report(SCORES[:3])
+    assert np.isnan(few.interval).all() and few.correlation == 1.0
+    same = methods.search_report([s._replace(inherited=0.1) for s in SCORES])
+    assert np.isnan(same.correlation)
+    for bad in ([], SCORES[:1], [SCORES[0], SCORES[1]._replace(retrained=())]):
+        with pytest.raises(ValueError, match="at least two architectures"):
+            methods.search_report(bad)
