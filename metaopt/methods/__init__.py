@@ -56,6 +56,7 @@ from metaopt.methods._meta_optimizer import (
     train_meta_searcher,
 )
 from metaopt.methods._optuna import bohb, tpe
+from metaopt.methods._training_free import ScreenedState, screened_random_search, training_free_scores
 
 __all__ = [
     "ACQUISITIONS",
@@ -69,6 +70,7 @@ __all__ = [
     "NORMALIZATIONS",
     "Network",
     "OneShot",
+    "ScreenedState",
     "Search",
     "accuracy",
     "adaptation",
@@ -108,9 +110,11 @@ __all__ = [
     "reptile",
     "ridge_head",
     "robust_darts",
+    "screened_random_search",
     "single_path_one_shot",
     "tpe",
     "train_meta_optimizer",
     "train_meta_searcher",
+    "training_free_scores",
     "unrolled_darts",
 ]
