@@ -16,7 +16,7 @@ from metaopt.nas._benchmarks import (
     nas_bench_macro_table,
     trans_nas_bench_101_table,
 )
-from metaopt.nas._early_stop import CurvatureState, sharpness_stop, stopped_by_curvature
+from metaopt.nas._early_stop import CurvatureState, sharpness_stop, skip_count_stop, stopped_by_curvature
 from metaopt.nas._genotypes import (
     NAS_BENCH_101_PRIMITIVES,
     Graph,
@@ -133,6 +133,7 @@ __all__ = [
     "pruned",
     "sharpness_stop",
     "sigmoid",
+    "skip_count_stop",
     "snip",
     "softmax",
     "stopped_by_curvature",
