@@ -1,9 +1,9 @@
 """Supernets of NAS-Bench-201 trained on real images, and what they find, looked up in the table.
 
-A supernet of the space is trained on one half of the training images, and α by each searcher on the other half. The cell
-that α says at the end is one of the benchmark's 15,625, whose test accuracies on CIFAR-10, CIFAR-100 and ImageNet16-120
-after 200 epochs are known, so that nothing has to be trained again. Every searcher has the same steps, batches and
-rates; nothing is chosen by a test accuracy, and no searcher sees the table but those that are said to.
+A supernet of the space is trained on one half of the training images, and α by each searcher on the other half. The
+cell that α says at the end is one of the 15,625 of the benchmark, whose test accuracies after 200 epochs on CIFAR-10,
+CIFAR-100 and ImageNet16-120 are known, so that nothing has to be trained again. Every searcher has the same steps,
+batches and rates; nothing is chosen by a test accuracy, and no searcher sees the table but those that are said to.
 
 RobustDARTS and the stop by the number of skips are two more ways to read the run of first-order DARTS, whose
 validation loss's dominant eigenvalue in α is measured at the end of every epoch.
@@ -76,9 +76,12 @@ def images(path: Path, config: Config) -> tuple[base.Task, dict]:
     x, x_val = small(arrays["x_train"]), small(arrays["x_val"])
     mean, std = x.mean((0, 1, 2)), x.std((0, 1, 2))
     order = np.random.default_rng(0).permutation(len(x))
-    half = lambda rows: {"x": jnp.asarray((x[rows] - mean) / std), "y": jnp.asarray(arrays["y_train"][rows], jnp.int32)}
+    half = lambda rows: {
+        "x": jnp.asarray((x[rows] - mean) / std, float),
+        "y": jnp.asarray(arrays["y_train"][rows], jnp.int32),
+    }
     task = base.Task(half(order[: len(x) // 2]), half(order[len(x) // 2 :]))
-    return task, {"x": jnp.asarray((x_val - mean) / std), "y": jnp.asarray(arrays["y_val"], jnp.int32)}
+    return task, {"x": jnp.asarray((x_val - mean) / std, float), "y": jnp.asarray(arrays["y_val"], jnp.int32)}
 
 
 def augmented(key: jax.Array, batch: dict) -> dict:
