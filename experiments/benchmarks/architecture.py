@@ -1,8 +1,8 @@
 """What a step of architecture search costs, beside a plain step of the supernet's weights.
 
-The supernet of NAS-Bench-201 (C = 8, N = 1, 16x16 images, 16 a batch), and that of DARTS (8 cells, C = 16, 32x32 images,
-64 a batch) for what the compiler says: its seconds and its memory. Times are processor seconds of calls in turns,
-medians, over those of a plain step; memory is what the compiler states, without noise.
+The supernet of NAS-Bench-201 (C = 8, N = 1, 16x16 images, 16 a batch), and that of DARTS (8 cells, C = 16, 32x32
+images, 64 a batch) for what the compiler says: its seconds and its memory. Times are processor seconds of calls in
+turns, medians, over those of a plain step; memory is what the compiler states, without noise.
 
     python experiments/benchmarks/architecture.py            # minutes; writes experiments/results/architecture.md
     python experiments/benchmarks/architecture.py --smoke    # seconds, small networks without convolutions; prints only
@@ -124,7 +124,7 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
     one = seconds["plain"]
     told = lambda name, what, share=1, bar=None, by=one: row(what, seconds[name] / by / share, bar, programs[name])
     rows = [
-        ["a plain step of the weights", f"{1e3 * one:.3g} ms", "", f"{programs['plain'].seconds:.0f}"],
+        ["a plain step of the weights, ms", f"{1e3 * one:.3g}", "", f"{programs['plain'].seconds:.0f}"],
         told("first", "DARTS, first order"),
         told("second", "DARTS, second order by finite differences", bar=4.4),
         told("exact", "DARTS, second order by differentiation", bar=4.4),
@@ -168,7 +168,7 @@ def large(smoke: bool) -> list[list[str]]:
         row("seconds to compile a plain step", step.seconds, 60.0, step),
         row("seconds to compile DARTS, first order", dense.seconds, None, dense),
         row("partial channels, K = 4, the peak over the dense one", partial.mib / dense.mib, 0.4, partial),
-        ["the dense peak", f"{dense.mib:.0f} MiB", "", f"{dense.seconds:.0f}"],
+        ["the dense peak, MiB", f"{dense.mib:.0f}", "", f"{dense.seconds:.0f}"],
     ]
 
 
