@@ -103,6 +103,20 @@ def test_smoke_of_maml():
     assert "; all below 0.001." in printed and "--peers PYTHON --smoke` with Python" in printed
 
 
+@pytest.mark.slow
+def test_smoke_of_architecture():
+    printed = smoke("architecture.py")
+    measured = {row[0]: row[1:] for row in rows(printed) if row[0] and row[0] != "---"}
+    ratios = {name: float(row[0]) for name, row in measured.items()}
+    second = next(name for name in ratios if name.startswith("DARTS, second order by finite"))
+    assert 1 < ratios["DARTS, first order"] < ratios[second] < 10
+    assert measured[second][1] == f"4.4 {'reached' if ratios[second] <= 4.4 else 'missed'}"
+    flat = next(name for name in ratios if name.startswith("implicit"))
+    assert ratios[flat] == pytest.approx(1, abs=0.01) and measured[flat][1] == "1.01 reached"
+    assert 0 < ratios["partial channels, K = 4, the peak over the dense one"] < 1
+    assert len(measured) == 15 and all(float(row[2]) >= 0 for row in measured.values())  # seconds to compile
+
+
 def test_hypergradients_that_disagree_are_seen(monkeypatch):
     script = load("rules", monkeypatch)
     expected = {"rate": np.float32(100), "decay": {"in": np.array([1.0, 2.0]), "out": np.float32(-1)}}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,60 @@ def test_the_shipped_records_of_forests_fit_the_default_run():
     assert forest.RECORDS.stat().st_size < 1_000_000
     with pytest.raises(SystemExit, match="other sizes"):
         forest.unpack(forest.RECORDS, forest.FULL)
+
+
+# ---- NAS-Bench-201 --------------------------------------------------------------------------------------------------
+
+
+def load_nas_bench_201():
+    if not (Path(os.environ.get("METAOPT_DATA", "absent")) / "cifar10_sub32.npz").is_file():
+        pytest.skip("needs the images and tables that METAOPT_DATA names")
+    sys.path.insert(0, str(ROOT / "experiments"))  # for `script`
+    try:
+        return importlib.import_module("nas_bench_201")
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.mark.slow
+def test_nas_bench_201_smoke(tmp_path):
+    load_nas_bench_201()  # skips
+    printed = run("experiments/nas_bench_201.py", "--smoke", "--out", tmp_path, JAX_ENABLE_X64="0")
+    rows = {line.strip("| ").split(" | ")[0]: line.strip("| ").split(" | ")[1:] for line in printed.splitlines()}
+    assert rows["the cell 9930"][1:4] == ["94.36", "73.51", "46.34"]
+    assert rows["the best cell of each task, by its test"][1:4] == ["94.37", "73.51", "47.31"]
+    for name in ("DARTS, first order", "RobustDARTS", "single-path one-shot", "best of 100 by synflow"):
+        mean, by_seed, skips = rows[name][1].split()[0], rows[name][4], int(rows[name][5])
+        assert 10 <= float(mean) == float(by_seed) <= 94.37 and 0 <= skips <= 6
+    assert rows["nwot"][-1].strip() in "123"
+    assert not (tmp_path / "nas_bench_201.json").exists()
+
+
+@pytest.mark.slow
+def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_path):
+    script = load_nas_bench_201()
+    config = script.SMOKE._replace(num_steps=8, num_epochs=4)
+    task, _ = script.images(Path(os.environ["METAOPT_DATA"]) / "cifar10_sub32.npz", config)
+    search, optimizer, each = script.searches(config)["GDAS"]
+    rows = []
+
+    def row_of(weights):
+        rows.append(np.asarray(weights))
+        return int((5 ** np.arange(6) * np.asarray(weights).argmax(-1)).sum())
+
+    def row_and_die(weights):
+        if len(rows) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return row_of(weights)
+
+    of = lambda folder, row: script.run_search(search, optimizer, each, task, config, 0, tmp_path / folder, row)
+    whole = of("whole", row_of)
+    assert len(whole["rows"]) == 4 and abs(rows[0] - rows[3]).max() > 0.1
+    rows.clear()
+    with pytest.raises(SystemExit, match="goes on from here"):
+        of("killed", row_and_die)
+    assert len(rows) == 2
+    rows.clear()
+    found = of("killed", row_of)
+    assert len(rows) == 3  # the first epochs were not run again
+    assert found == whole

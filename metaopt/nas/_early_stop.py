@@ -62,6 +62,27 @@ def sharpness_stop(
     return None
 
 
+def skip_count_stop(counts: Sequence[int], *, most: int = 1, start: int = 1) -> int | None:
+    """The epoch whose α is kept: the one before its genotype first has more than `most` skips; None while it has not.
+
+    Args:
+      counts: of skips in the genotype at every epoch so far, from epoch 0.
+      most: that a cell may have; DARTS+ stops at two in a normal cell of eight edges.
+      start: the first epoch that may stop, at least 1: before it, α is what it was drawn as.
+
+    Returns:
+      The first epoch that stops, less 1; or None.
+
+    Raises:
+      ValueError: `most` is below 0, or `start` below 1.
+
+    Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
+    """
+    base.check_integer("most", most, 0)
+    base.check_integer("start", start, 1)
+    return next((e - 1 for e in range(start, len(counts)) if counts[e] > most), None)
+
+
 def stopped_by_curvature(
     estimator: base.Estimator,
     problem: base.Problem,

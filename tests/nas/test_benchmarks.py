@@ -1,6 +1,8 @@
 """The tables, by what is published about them."""
 
 import os
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +71,15 @@ def test_absent_files_and_unknown_spaces(tmp_path):
         nas.nas_bench_201_table(tmp_path)
     with pytest.raises(ValueError, match='`space` must be "micro" or "macro"; got \'mini\''):
         nas.trans_nas_bench_101_table(tmp_path, space="mini")
+
+
+@needs_tables
+def test_nas_bench_201_is_read_in_2_seconds_and_200_mb():
+    nas.nas_bench_201_table()  # what is imported once
+    tracemalloc.start()
+    start = time.process_time()
+    table = nas.nas_bench_201_table()
+    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(table.encodings) == 15_625 and seconds < 2
+    assert table.encodings.nbytes < peak < 200e6

@@ -22,6 +22,18 @@ def test_the_rule():
     assert nas.sharpness_stop([-1.0] * 15 + [-2.0] * 5) == 12
 
 
+def test_the_rule_of_skips():
+    assert nas.skip_count_stop([0, 1, 1, 2, 0, 3]) == 2
+    assert nas.skip_count_stop([0, 1, 1, 2, 0, 3], most=2) == 4
+    assert nas.skip_count_stop([0, 1, 1, 2, 0, 3], most=3) is None
+    # What α was drawn as does not count.
+    assert nas.skip_count_stop([5, 1, 2]) == 1
+    assert nas.skip_count_stop([5, 2, 2, 0, 2], start=3) == 3
+    for name, value in [("most", -1), ("start", 0)]:
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            nas.skip_count_stop([1], **{name: value})
+
+
 # f = c(t) |α|²/2, whose curvature in α is c(t) = 1 until step 7, and 1.5 times more at every step from then on.
 LOOP = inner.loop(
     lambda params, alpha, batch: (params - alpha["cell"].sum()) ** 2, lambda hp: optax.sgd(0.1), init=lambda *a: 0.0

@@ -101,7 +101,9 @@ def test_one_hot_weights_are_the_discrete_network(name, partial):
     supernet = nas.supernet(net, shape, ops=ops, partial=partial)
     genotype = nas.discretize(net, weights_of(net), keep=2 if name == "darts" else None)
     assert any(len(edges) < len(net.cells[kind].edges) for kind, edges in genotype.items())
-    small = nas.supernet(nas.discrete(net, genotype), shape, ops=ops, partial=partial)
+    # As it is exported and read again.
+    exported = nas.to_json(nas.discrete(net, nas.genotype_from_json(nas.genotype_to_json(genotype))))
+    small = nas.supernet(nas.from_json(exported), shape, ops=ops, partial=partial)
 
     @jax.jit
     def both(x):

@@ -1,0 +1,210 @@
+"""What a step of architecture search costs, beside a plain step of the supernet's weights.
+
+The supernet of NAS-Bench-201 (C = 8, N = 1, 16x16 images, 16 a batch), and that of DARTS (8 cells, C = 16, 32x32
+images, 64 a batch) for what the compiler says: its seconds and its memory. Times are processor seconds of calls in
+turns, medians, over those of a plain step; memory is what the compiler states, without noise.
+
+    python experiments/benchmarks/architecture.py            # minutes; writes experiments/results/architecture.md
+    python experiments/benchmarks/architecture.py --smoke    # seconds, small networks without convolutions; prints only
+    python experiments/benchmarks/architecture.py --only cost large
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from timing import circumstances, table, temporary_mib
+from turns import medians
+
+from metaopt import base, hypergrad, inner, methods, nas
+
+RESULT = Path(__file__).resolve().parents[2] / "experiments" / "results" / "architecture.md"
+KEY = jax.random.key(0)
+TASKS = 16
+
+
+class Case(NamedTuple):
+    """A space, and the task that it is searched on."""
+
+    network: nas.Network
+    shape: tuple[int, ...]
+    ops: dict[str, nas.Op]
+    batch: int
+    keep: int | None
+
+    def task(self) -> base.Task:
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.normal(size=(4 * self.batch, *self.shape)), jnp.float32)
+        rows = {"x": x, "y": jnp.asarray(rng.integers(10, size=len(x)))}
+        return base.Task(rows, rows)
+
+    def search(self, method: Callable, **options) -> methods.Search:
+        rows = inner.minibatch(self.batch)
+        options = {
+            "ops": self.ops,
+            "keep": self.keep,
+            "sampler": rows,
+            "outer_batch": lambda key, task: rows(key, 0, task.valid),
+            **options,
+        }
+        return method(self.network, self.shape, **options)
+
+
+def small_case(smoke: bool) -> Case:
+    if smoke:
+        return table_case(1)
+    network = nas.nas_bench_201_space(channels=8, cells_per_stage=1)
+    return Case(network, (16, 16, 3), nas.NAS_BENCH_201_OPS, 16, None)
+
+
+def large_case(smoke: bool) -> Case:
+    return table_case(2) if smoke else Case(nas.darts_space(), (32, 32, 3), nas.DARTS_OPS, 64, 2)
+
+
+def table_case(num_cells: int) -> Case:
+    cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"), preprocess=False)
+    layers = (nas.Layer("linear", 16), *[nas.Layer("cell", 16)] * num_cells)
+    return Case(nas.Network({"cell": cell}, layers, 10), (8,), nas.BLOCKS, 32, 2)
+
+
+class Program(NamedTuple):
+    """One estimate of a search, compiled, with its state."""
+
+    call: Callable[[], None]
+    mib: float
+    seconds: float  # of the processor, to trace and compile
+
+
+def compiled(function: Callable, *args) -> Program:
+    start = time.process_time()
+    program = jax.jit(function).lower(*args).compile()
+    seconds = time.process_time() - start
+    return Program(lambda: jax.block_until_ready(program(*args)), temporary_mib(program), seconds)
+
+
+def estimate(search: methods.Search, task: base.Task) -> Program:
+    alpha = search.hyperparams(KEY)
+    state = jax.jit(search.estimator.init)(KEY, alpha, task)
+    return compiled(search.estimator.estimate, alpha, task, state)
+
+
+def plain(search: methods.Search, task: base.Task) -> Program:
+    loop, alpha = search.problem.loop, search.hyperparams(KEY)
+    state = jax.jit(loop.init)(KEY, alpha, task.train)
+    return compiled(lambda state, alpha: inner.step(loop, state, alpha, task.train), state, alpha)
+
+
+def cost(smoke: bool, repetitions: int) -> list[list[str]]:
+    """Rows: the time of an estimate over that of a plain step."""
+    case = small_case(smoke)
+    task = case.task()
+    of = lambda method, **options: estimate(case.search(method, **options), task)
+    first = case.search(methods.darts, order="first")
+    many = hypergrad.over_tasks(first.estimator)
+    tasks = jax.tree.map(lambda leaf: jnp.stack([leaf] * TASKS), task)
+    lengths = (2,) if smoke else (4,)
+    programs = {
+        "plain": plain(first, task),
+        "first": estimate(first, task),
+        "second": of(methods.darts, order="second"),
+        "exact": of(methods.darts, order="exact"),
+        "gdas": of(methods.gdas, num_steps=100),
+        "partial": of(methods.pc_darts, partial=4),
+        "tasks": estimate(first._replace(estimator=many), tasks),
+    }
+    for num in lengths:
+        programs[f"unrolled {num}"] = of(methods.unrolled_darts, num_steps=num, remat="none")
+    seconds = medians({name: p.call for name, p in programs.items()}, repetitions, clock=time.process_time)
+    one = seconds["plain"]
+    told = lambda name, what, share=1, bar=None, by=one: row(what, seconds[name] / by / share, bar, programs[name])
+    rows = [
+        ["a plain step of the weights, ms", f"{1e3 * one:.3g}", "", f"{programs['plain'].seconds:.0f}"],
+        told("first", "DARTS, first order"),
+        told("second", "DARTS, second order by finite differences", bar=4.4),
+        told("exact", "DARTS, second order by differentiation", bar=4.4),
+        *(told(f"unrolled {num}", f"unrolled over {num}, an inner step", num, 3.2) for num in lengths),
+        told("gdas", "GDAS, one op an edge (a step of weights and one of α)"),
+        told("partial", "PC-DARTS, K = 4 (a step of weights and one of α)"),
+        told("tasks", f"{TASKS} tasks in one program, over one (first order)", bar=16.0, by=seconds["first"]),
+    ]
+    single = nas.uniform_path()
+    path = case.search(methods.darts, order="first", relaxation=single, decode=nas.softmax(), single_path=True)
+    dense, sampled = programs["plain"], plain(path, task)
+    pair = medians({"dense": dense.call, "one": sampled.call}, repetitions, clock=time.process_time)
+    rows.append(row("single path, a step of the weights, over a plain one", pair["one"] / pair["dense"], None, sampled))
+    return rows
+
+
+def memory(smoke: bool) -> list[list[str]]:
+    """Rows: the peak of an implicit estimate after few and after many inner steps; of a single path."""
+    case = small_case(smoke)
+    task, solver = case.task(), hypergrad.neumann(num_steps=3, rate=0.025)
+    few, many = (estimate(case.search(methods.implicit_darts, num_steps=num, solver=solver), task) for num in (4, 64))
+    dense = plain(case.search(methods.darts, order="first"), task)
+    path = case.search(
+        methods.darts, order="first", relaxation=nas.uniform_path(), decode=nas.softmax(), single_path=True
+    )
+    one = plain(path, task)
+    return [
+        row("implicit, the peak after 64 inner steps over that after 4", many.mib / few.mib, 1.01, many),
+        row("single path, the peak over that of a plain step", one.mib / dense.mib, None, one),
+    ]
+
+
+def large(smoke: bool) -> list[list[str]]:
+    """Rows: the compiler's seconds for the DARTS supernet, and the peak with partial channels."""
+    case = large_case(smoke)
+    task = case.task()
+    step = plain(case.search(methods.darts, order="first"), task)
+    dense = estimate(case.search(methods.darts, order="first"), task)
+    partial = estimate(case.search(methods.pc_darts, partial=4), task)
+    return [
+        row("seconds to compile a plain step", step.seconds, 60.0, step),
+        row("seconds to compile DARTS, first order", dense.seconds, None, dense),
+        row("partial channels, K = 4, the peak over the dense one", partial.mib / dense.mib, 0.4, partial),
+        ["the dense peak, MiB", f"{dense.mib:.0f}", "", f"{dense.seconds:.0f}"],
+    ]
+
+
+def row(what: str, value: float, bar: float | None, program: Program) -> list[str]:
+    told = "" if bar is None else f"{bar:g} {'reached' if value <= bar else 'missed'}"
+    return [what, f"{value:.2f}", told, f"{program.seconds:.0f}"]
+
+
+def report(parts: dict[str, list[list[str]]]) -> str:
+    titles = {
+        "cost": "Times over a plain step of the supernet of NAS-Bench-201 (C = 8, N = 1, 16x16, 16 a batch)",
+        "memory": "Memory of the same supernet",
+        "large": "The supernet of DARTS (8 cells, C = 16, 32x32, 64 a batch)",
+    }
+    header = ["", "", "at most", "compiled in, s"]
+    return "\n\n".join(f"## {titles[name]}\n\n{table(header, rows)}" for name, rows in parts.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="small networks; writes no result")
+    parser.add_argument("--only", nargs="+", choices=("cost", "memory", "large"), default=("cost", "memory", "large"))
+    parser.add_argument("--repetitions", type=int, default=10, help="timed turns")
+    options = parser.parse_args()
+    repetitions = 2 if options.smoke else options.repetitions
+    make = {"cost": lambda smoke: cost(smoke, repetitions), "memory": memory, "large": large}
+    parts = {name: make[name](options.smoke) for name in options.only}
+    command = " ".join(["python experiments/benchmarks/architecture.py", *sys.argv[1:]])
+    text = report(parts) + (
+        "\n\nAn alternation is a step of the weights and one of α; its floor with second order is 3.75 plain steps. "
+        "Seconds are of the processor, whatever else ran. " + circumstances(command) + "\n"
+    )
+    print(text)
+    if not options.smoke:
+        RESULT.write_text(f"# What a step of architecture search costs\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

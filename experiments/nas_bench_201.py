@@ -1,0 +1,484 @@
+"""Supernets of NAS-Bench-201 trained on real images, and what they find, looked up in the table.
+
+A supernet of the space is trained on one half of the training images, and α by each searcher on the other half. The
+cell that α says at the end is one of the 15,625 of the benchmark, whose test accuracies after 200 epochs on CIFAR-10,
+CIFAR-100 and ImageNet16-120 are known, so that nothing has to be trained again. Every searcher has the same steps,
+batches and rates; nothing is chosen by a test accuracy, and no searcher sees the table but those that are said to.
+
+RobustDARTS and the stop by the number of skips are two more ways to read the run of first-order DARTS, whose
+validation loss's dominant eigenvalue in α is measured at the end of every epoch.
+
+Beside them, by the table's validation accuracies after 12 epochs (the only true validation it has): random search and
+regularized evolution; the best architecture of the other two tasks; the constant cell 9930, which is nearly the best on
+every task; and the best of 100 random cells by training-free scores at initialization, or by their FLOPs.
+
+    python experiments/nas_bench_201.py            half an hour on 2 cores: 16x16 images, C = 8, N = 1, 300 steps
+    python experiments/nas_bench_201.py --full     the benchmark's scale: 32x32, C = 16, N = 5, batch 64, 19,500 steps
+    python experiments/nas_bench_201.py --smoke    seconds; prints only
+    python experiments/nas_bench_201.py --report   the report of what was run so far, and no more
+
+Every finished (searcher, seed) is kept in results/nas_bench_201.json and is not run again; one that is killed goes on
+from its checkpoint. Images and tables are read from the folder that METAOPT_DATA names: 10,000 training images of
+CIFAR-10, two fifths of what the benchmark's authors search with, so 50 of their epochs are 125 of ours.
+"""
+
+import functools
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import script
+from scipy.stats import rankdata, spearmanr
+
+from metaopt import base, hypergrad, inner, methods, nas, spaces, tasks, training
+
+
+class Config(NamedTuple):
+    size: int  # of images
+    channels: int
+    cells: int  # N, a stage
+    batch: int
+    num_steps: int
+    num_epochs: int  # at whose ends cells are looked at
+    num_scored: int  # cells whose training-free scores are compared
+    one_shot_cells: int  # random ones that single-path one-shot chooses from
+
+    @property
+    def every(self) -> int:
+        return self.num_steps // self.num_epochs
+
+
+QUICK = Config(16, 8, 1, 16, 300, 15, 100, 100)
+FULL = Config(32, 16, 5, 64, 19_500, 50, 1_000, 1_000)
+SMOKE = Config(4, 2, 1, 4, 6, 2, 3, 3)
+SKIP = nas.NAS_BENCH_201_PRIMITIVES.index("skip_connect")
+SCREENED = 100  # cells that training-free scores choose from
+LATE = {"start": 10, "window": 5, "delta": 4}  # RobustDARTS's
+
+
+# ---- Images ---------------------------------------------------------------------------------------------------------
+
+
+def images(path: Path, config: Config) -> tuple[base.Task, dict]:
+    """The two halves of the training images, and validation images for what is chosen after training."""
+    with np.load(path) as data:
+        arrays = {name: data[name] for name in ("x_train", "y_train", "x_val", "y_val")}
+    factor = 32 // config.size
+    small = lambda x: x.reshape(len(x), config.size, factor, config.size, factor, 3).mean((2, 4), dtype=np.float32)
+    x, x_val = small(arrays["x_train"]), small(arrays["x_val"])
+    mean, std = x.mean((0, 1, 2)), x.std((0, 1, 2))
+    order = np.random.default_rng(0).permutation(len(x))
+    half = lambda rows: {
+        "x": jnp.asarray((x[rows] - mean) / std, float),
+        "y": jnp.asarray(arrays["y_train"][rows], jnp.int32),
+    }
+    task = base.Task(half(order[: len(x) // 2]), half(order[len(x) // 2 :]))
+    return task, {"x": jnp.asarray((x_val - mean) / std, float), "y": jnp.asarray(arrays["y_val"], jnp.int32)}
+
+
+def augmented(key: jax.Array, batch: dict) -> dict:
+    """Mirrored, and shifted by at most an eighth of the size (4 of 32), zeros beyond the edges."""
+    x = batch["x"]
+    num, size, most = len(x), x.shape[1], x.shape[1] // 8
+    mirror_key, shift_key = jax.random.split(key)
+    mirror = jax.random.bernoulli(mirror_key, shape=(num, 1, 1, 1))
+    x = jnp.where(mirror, x[:, :, ::-1], x)
+    x = jnp.pad(x, [(0, 0), (most, most), (most, most), (0, 0)])
+    shifts = jax.random.randint(shift_key, (num, 2), 0, 2 * most + 1)
+    cut = lambda x, at: jax.lax.dynamic_slice(x, (at[0], at[1], 0), (size, size, 3))
+    return {**batch, "x": jax.vmap(cut)(x, shifts)}
+
+
+# ---- Searches -------------------------------------------------------------------------------------------------------
+
+
+def searches(config: Config) -> dict[str, tuple[methods.Search, optax.GradientTransformation, int]]:
+    """name -> search, optimizer of α, inner steps an estimate."""
+    steps, rows = config.num_steps, inner.minibatch(config.batch)
+
+    def sampler(key, step, data):
+        return augmented(jax.random.fold_in(jax.random.fold_in(key, 1), step), rows(key, step, data))
+
+    def outer_batch(key, task):
+        index_key, key = jax.random.split(key)
+        index = jax.random.randint(index_key, (config.batch,), 0, len(task.valid["y"]))
+        return augmented(key, jax.tree.map(lambda leaf: leaf[index], task.valid))
+
+    def sgd(hyperparams):  # NAS-Bench-201's
+        rate = optax.cosine_decay_schedule(0.025, steps, 0.001 / 0.025)
+        return optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(rate, momentum=0.9, nesterov=True))
+
+    network = nas.nas_bench_201_space(channels=config.channels, cells_per_stage=config.cells)
+    options: dict[str, Any] = {"ops": nas.NAS_BENCH_201_OPS, "decay": 5e-4, "optimizer": sgd, "sampler": sampler}
+    options.update(outer_batch=outer_batch, keep=None)
+    of = lambda method, **more: method(network, (config.size, config.size, 3), **options, **more)
+
+    def adam(factor=1.0, rest=0.0):
+        """DARTS's for α, at a rate that takes as long a way in fewer steps; `factor` more, after a share at rest."""
+        rate = 3e-4 * factor * FULL.num_steps / steps
+        schedule = optax.piecewise_constant_schedule(0.0 if rest else rate)
+        if rest:
+            schedule = lambda step: jnp.where(step < rest * steps, 0.0, rate)
+        return optax.chain(optax.add_decayed_weights(1e-3), optax.adam(schedule, b1=0.5, b2=0.999))
+
+    first = of(methods.darts, order="first")
+    watch = {**LATE, "every": config.every, "num_iterations": 10}
+    first = first._replace(estimator=nas.stopped_by_curvature(first.estimator, first.problem, **watch))
+    solver = hypergrad.neumann(num_steps=3, rate=0.025)
+    return {
+        "DARTS, first order": (first, adam(), 1),
+        "iDARTS, T = 4": (of(methods.implicit_darts, num_steps=4, solver=solver), adam(4.0), 4),
+        "GDAS": (of(methods.gdas, num_steps=steps), adam(), 1),
+        "PC-DARTS": (of(methods.pc_darts, partial=min(4, config.channels)), adam(2.0, rest=0.3), 1),
+        "DARTS−": (of(methods.darts_minus, num_steps=steps), adam(), 1),
+        "β-DARTS": (of(methods.beta_darts, num_steps=steps), adam(), 1),
+        "DARTS, second order": (of(methods.darts, order="second"), adam(), 1),
+        "DARTS, exact": (of(methods.darts, order="exact"), adam(), 1),
+    }
+
+
+def recording(search: methods.Search) -> base.Estimator:
+    """The search's estimator, with the mixing weights [6, 5] among its metrics."""
+
+    def estimate(hyperparams, task, state):
+        estimate, state = search.estimator.estimate(hyperparams, task, state)
+        weights = search.weights(hyperparams)["cell"]
+        return estimate._replace(metrics={**estimate.metrics, "weights": weights}), state
+
+    return search.estimator._replace(estimate=estimate)
+
+
+def run_search(search, optimizer, steps_each, task, config, seed, folder: Path, row_of: Callable) -> dict:
+    """One search; what it says at the end of every epoch is kept beside its checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "cells.json"
+    cells = {int(k): v for k, v in json.loads(kept.read_text()).items()} if kept.exists() else {}
+    every = max(config.every // steps_each, 1)
+
+    def callback(step, metrics):
+        if step % every == 0:
+            cells[step] = [row_of(metrics["weights"]), float(metrics["value"]), float(metrics.get("curvature", "nan"))]
+            kept.write_text(json.dumps(cells))
+
+    start_key, key = jax.random.split(jax.random.key(seed))
+    result = training.fit(
+        training.learner(recording(search), optimizer),
+        lambda key: task,
+        hyperparams=search.hyperparams(start_key),
+        num_steps=config.num_steps // steps_each,
+        key=key,
+        callback=callback,
+        checkpoint_dir=folder / "checkpoints",
+        checkpoint_every=every * max(config.num_epochs // 4, 1),
+    )
+    if result.stopped == "signal":
+        sys.exit("Stopped; the same command goes on from here.")
+    weights = np.asarray(search.weights(result.hyperparams)["cell"])
+    rows, values, curvatures = zip(*(cells[step] for step in sorted(cells)), strict=True)
+    return {
+        "row": row_of(weights),
+        "rows": list(rows),
+        "values": [round(v, 4) for v in values],
+        "curvatures": [round(c, 6) if np.isfinite(c) else None for c in curvatures],
+        "weights": np.round(weights, 4).tolist(),
+    }
+
+
+def run_one_shot(task, valid, config: Config, seed: int, row_of: Callable) -> dict:
+    """Single-path one-shot: three times the steps, which cost a third; the best of random cells by validation loss."""
+    steps = 3 * config.num_steps
+    rate = optax.cosine_decay_schedule(0.025, steps, 0.001 / 0.025)
+    sgd = lambda hp: optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(rate, momentum=0.9, nesterov=True))
+    rows = inner.minibatch(config.batch)
+    network = nas.nas_bench_201_space(channels=config.channels, cells_per_stage=config.cells)
+    one_shot = methods.single_path_one_shot(
+        network,
+        (config.size, config.size, 3),
+        ops=nas.NAS_BENCH_201_OPS,
+        num_steps=steps,
+        decay=5e-4,
+        optimizer=sgd,
+        sampler=lambda key, step, data: augmented(jax.random.fold_in(key, step + 2**20), rows(key, step, data)),
+    )
+    params = jax.jit(one_shot.train)(jax.random.key(seed), task.train)
+    batch = jax.tree.map(lambda leaf: leaf[:512], valid)
+    cells = nas.nas_bench_201_genotypes()
+    drawn = np.random.default_rng(seed).choice(len(cells), config.one_shot_cells, replace=False)
+    losses = [float(one_shot.score(params, cells[i], batch)) for i in drawn]
+    row = lambda i: row_of(nas.one_hot(network, cells[i])["cell"])
+    return {"row": row(drawn[int(np.argmin(losses))]), "drawn": [row(i) for i in drawn], "losses": losses}
+
+
+# ---- Training-free scores -------------------------------------------------------------------------------------------
+
+
+def genotype_of(digits) -> nas.Genotype:
+    pairs = [(s, t) for t in (1, 2, 3) for s in range(t)]
+    ops = [nas.NAS_BENCH_201_PRIMITIVES[d] for d in digits]
+    return {"cell": tuple((*p, op) for p, op in zip(pairs, ops, strict=True) if op != "none")}
+
+
+def run_scores(task, table, config: Config, seed: int) -> dict:
+    """Our scores of random cells, the same ones that the screened searches choose from."""
+    network = nas.nas_bench_201_space(channels=config.channels, cells_per_stage=config.cells)
+    score = methods.training_free_scores(network, (config.size, config.size, 3), ops=nas.NAS_BENCH_201_OPS)
+    batch = jax.tree.map(lambda leaf: leaf[:64], task.train)
+    rows = np.random.default_rng(seed).choice(len(table.encodings), config.num_scored, replace=False)
+    found: dict[str, list] = {"rows": rows.tolist()}
+    for row in rows:
+        for name, value in score(jax.random.key(seed), genotype_of(table.encodings[row]), batch).items():
+            found.setdefault(name, []).append(float(value) if np.isfinite(value) else None)
+    return found
+
+
+def screened(values: dict[int, float], table, seed: int) -> int:
+    """The row that the searcher of `methods` tries first: the best of the cells with known scores."""
+    known = list(values)[:SCREENED]
+    searcher = methods.screened_random_search(lambda c: values[known[c["cell"]]], num_candidates=SCREENED)
+    state = searcher.init(jax.random.key(seed), {"cell": spaces.integer(0, len(known) - 1)})
+    (trial,), _ = searcher.ask(state, 1)
+    return known[trial.configuration["cell"]]
+
+
+# ---- Searches in the table ------------------------------------------------------------------------------------------
+
+
+def table_searches(table: nas.Benchmark, num_seeds: int, num: int) -> dict[str, np.ndarray]:
+    """name -> [seeds, tasks] test accuracies of the best by validation of `num` cells, a task's by its own."""
+    found: dict[str, np.ndarray] = {}
+    space = {name: spaces.integer(0, 4) for name in table.dims}
+    rows = {encoding: row for row, encoding in enumerate(map(tuple, table.encodings.tolist()))}
+    searchers = {
+        f"random search, {num} cells": tasks.random_search(first=()),
+        f"regularized evolution, {num} cells": methods.regularized_evolution(population_size=10, sample_size=3),
+    }
+    for name, searcher in searchers.items():
+        accuracies = np.zeros((num_seeds, len(table.tasks)))
+        for seed in range(num_seeds):
+            for t in range(len(table.tasks)):
+                state, tried = searcher.init(jax.random.key(seed), space), []
+                for _ in range(num):
+                    (trial,), state = searcher.ask(state, 1)
+                    row = rows[tuple(trial.configuration.values())]
+                    outcome = float(table.valid[row, t, -1])
+                    state = searcher.tell(state, [trial._replace(outcome=outcome, status="COMPLETE")])
+                    tried.append((outcome, row))
+                accuracies[seed, t] = 100 - table.test[min(tried)[1], t]
+        found[name] = accuracies
+    ranks = np.stack([rankdata(table.valid[:, t, -1]) for t in range(len(table.tasks))], 1)
+    others = [np.delete(ranks, t, 1).mean(1).argmin() for t in range(len(table.tasks))]
+    found["best of the other tasks"] = 100 - table.test[others, range(len(table.tasks))][None]
+    found["the cell 9930"] = 100 - table.test[[9930]]
+    found["a random cell"] = 100 - table.test.mean(0)[None]
+    found["the best cell of each task, by its test"] = 100 - table.test.min(0)[None]
+    return found
+
+
+# ---- Report ---------------------------------------------------------------------------------------------------------
+
+
+def outcomes(runs: dict, table, data, num_seeds: int) -> dict[str, list[int]]:
+    """name -> rows that were found, one a seed, by all that look at no outcome in the table."""
+    found: dict[str, list[int]] = {}
+    skips = lambda row: int((table.encodings[row] == SKIP).sum())
+    for name, seeds in runs.items():
+        if name == "scores":
+            flops = data["flops_params_M_cifar10"][:, 0]
+            for seed, run in seeds.items():
+                columns = {s: run[s] for s in nas.SCORES}
+                columns["FLOPs"] = flops[run["rows"]].tolist()
+                for column, values in columns.items():
+                    of = {r: -np.inf if v is None else v for r, v in zip(run["rows"], values, strict=True)}
+                    found.setdefault(f"best of {SCREENED} by {column}", []).append(screened(of, table, int(seed)))
+            continue
+        found[name] = [run["row"] for run in seeds.values()]
+        if name == "DARTS, first order":
+            for run in seeds.values():
+                curvatures = [np.nan if c is None else c for c in run["curvatures"]]
+                stops = {
+                    "RobustDARTS": nas.sharpness_stop(curvatures, **LATE),
+                    "DARTS, stopped at two skips": nas.skip_count_stop([skips(r) for r in run["rows"]], most=1),
+                }
+                for stop, epoch in stops.items():
+                    found.setdefault(stop, []).append(run["row"] if epoch is None else run["rows"][epoch])
+    return found
+
+
+def report(runs: dict, table, data, config: Config, options) -> str:
+    found, count = outcomes(runs, table, data, options.seeds), lambda row, op: int((table.encodings[row] == op).sum())
+    header = ["", "seeds", *table.tasks, "CIFAR-10, by seed", "skips", "none", "seconds"]
+    rows = []
+    for name, cells in found.items():
+        accuracies = 100 - table.test[cells]
+        seconds = [run["seconds"] for run in runs.get(name, {}).values()]
+        rows.append(
+            [
+                name,
+                str(len(cells)),
+                *(script.spread(accuracies[:, t], 2) for t in range(len(table.tasks))),
+                " ".join(f"{a:.2f}" for a in accuracies[:, 0]),
+                " ".join(str(count(row, SKIP)) for row in cells),
+                " ".join(str(count(row, 0)) for row in cells),
+                f"{np.mean(seconds):.0f}" if seconds else "",
+            ]
+        )
+    known = table_searches(table, 2 if options.smoke else 50, 5 if options.smoke else 100)
+    for name, accuracies in known.items():
+        told = [
+            script.spread(accuracies[:, t], 2) if len(accuracies) > 1 else f"{accuracies[0, t]:.2f}" for t in range(3)
+        ]
+        rows.append([name, str(len(accuracies)), *told, "", "", "", ""])
+    lines = [
+        "## Test accuracy of the cells that were found (%, after 200 epochs, from the table)",
+        "",
+        script.table(header, rows),
+        "",
+        f"Supernets: {config.size}x{config.size} images, C = {config.channels}, N = {config.cells}, batch "
+        f"{config.batch}, {config.num_steps} steps of the weights (single-path one-shot: three times as many), the "
+        "rate of α times "
+        f"{FULL.num_steps / config.num_steps:.4g}, so that it can go as far as in {FULL.num_steps:,}. Mean ± standard "
+        "deviation over seeds. Skips and none: of six edges, by seed. Seconds: of processor time for a search, "
+        "with compilation where it was not kept. Searches in the table look at the validation accuracy of the "
+        "task's own cells after 12 epochs, and evolution has a population of 10 and samples of 3; all others see "
+        "CIFAR-10 images alone, and their cell is looked up on all three. The best of 100 by a score are of the same "
+        "100 random cells a seed.",
+        "",
+    ]
+    if "scores" in runs:
+        lines += correlations(runs["scores"], table, data)
+    return "\n".join(lines)
+
+
+def correlations(seeds: dict, table, data) -> list[str]:
+    """Spearman's ρ of our scores with published ones, and of both with test accuracies."""
+    names, published = data["proxy_names"].tolist(), data["proxy_scores"][0]
+    theirs_of = {"jacob_cov": "jacov"}
+    rows = []
+    for name in nas.SCORES:
+        columns = []
+        for run in seeds.values():
+            at = np.array(run["rows"])
+            ours = np.array([-np.inf if v is None else v for v in run[name]])
+            theirs = published[at, names.index(theirs_of.get(name, name))]
+            both = np.isfinite(theirs) & (theirs > -1e7)
+            rho = lambda a, b: float(spearmanr(a, b).statistic)
+            test = 100 - table.test[at]
+            columns.append(
+                [rho(ours[both], theirs[both]), *(rho(ours, test[:, t]) for t in range(3))]
+                + [rho(ours[both], test[both, 0]), rho(theirs[both], test[both, 0]), both.sum()]
+            )
+        columns = np.array(columns)
+        told = [script.spread(columns[:, i], 2) for i in range(columns.shape[1] - 1)]
+        rows.append([name, *told, f"{columns[:, -1].mean():.0f}"])
+    flops = np.array([[spearmanr(data["flops_params_M_cifar10"][r["rows"], 0], -table.test[r["rows"], t]).statistic
+                       for t in range(3)] for r in seeds.values()])  # fmt: skip
+    rows.append(["FLOPs", "", *(script.spread(flops[:, t], 2) for t in range(3)), "", "", ""])
+    header = ["ours", "with published", *(f"with {t}" for t in table.tasks), "where published: ours", "published", "n"]
+    num = len(next(iter(seeds.values()))["rows"])
+    return [
+        "## Training-free scores: Spearman's rank correlation",
+        "",
+        script.table(header, rows),
+        "",
+        f"Of {num} random cells a seed, at one initialization and 64 images. Published are those of "
+        "the table's collection, computed at the full scale on CIFAR-10, where they are known: the last columns "
+        "compare on those n cells alone, with CIFAR-10.",
+    ]
+
+
+def plot(runs: dict, table, path: Path) -> None:
+    """What the argmax of α says over time: how many skips, and how good the cell is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
+    for name, seeds in runs.items():
+        if not all("rows" in run and "weights" in run for run in seeds.values()):
+            continue
+        rows = np.array([run["rows"] for run in seeds.values()])
+        time_ = np.arange(1, rows.shape[1] + 1) / rows.shape[1]
+        axes[0].plot(time_, (table.encodings[rows] == SKIP).sum(-1).mean(0), label=name)
+        axes[1].plot(time_, (100 - table.test[rows, 0]).mean(0), label=name)
+        curvatures = [[np.nan if c is None else c for c in run["curvatures"]] for run in seeds.values()]
+        if np.isfinite(curvatures).any():
+            for seed, values in zip(seeds, curvatures, strict=True):
+                axes[2].plot(time_, values, label=f"{name}, seed {seed}")
+    axes[1].axhline(54.30, color="gray", linestyle=":", label="all skip")
+    axes[0].set(xlabel="share of the search", ylabel="skips among six edges, mean over seeds", ylim=(-0.1, 6.1))
+    axes[1].set(xlabel="share of the search", ylabel="CIFAR-10 test accuracy (%), mean over seeds")
+    axes[2].set(xlabel="share of the search", ylabel="dominant eigenvalue of the Hessian in α")
+    axes[0].legend(fontsize=7)
+    axes[2].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = script.parser(__doc__, num_seeds=4)
+    parser.add_argument("--full", action="store_true", help="the benchmark's own scale: hours on a GPU")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the searchers")
+    parser.add_argument("--report", action="store_true", help="of the runs that are there")
+    options = parser.parse_args()
+    config = SMOKE if options.smoke else FULL if options.full else QUICK
+    options.seeds = 1 if options.smoke else options.seeds
+    name = "nas_bench_201_full" if options.full else "nas_bench_201"
+    path = script.data_file(__file__, "cifar10_sub32.npz")
+    script.data_file(__file__, "nasbench201.npz")
+    table = nas.nas_bench_201_table(path.parent)
+    at = {encoding: row for row, encoding in enumerate(map(tuple, table.encodings.tolist()))}
+    row_of = lambda weights: at[tuple(np.asarray(weights).argmax(-1).tolist())]
+    task, valid = images(path, config)
+
+    found = searches(config)
+    jobs: dict[str, Callable[[int], dict]] = {"scores": lambda seed: run_scores(task, table, config, seed)}
+    for job, (search, optimizer, steps_each) in found.items():
+        folder = lambda seed, job=job: options.out / f"{name}_runs" / f"{job}-{seed}"
+        one = functools.partial(run_search, search, optimizer, steps_each, task, config)
+        jobs[job] = lambda seed, one=one, folder=folder: one(seed, folder(seed), row_of)
+    jobs["single-path one-shot"] = lambda seed: run_one_shot(task, valid, config, seed, row_of)
+    if options.smoke:
+        options.only = options.only or ["scores", "DARTS, first order", "single-path one-shot"]
+    unknown = set(options.only or ()) - set(jobs)
+    if unknown:
+        sys.exit(f"There is no searcher {', '.join(sorted(unknown))} among {', '.join(jobs)}.")
+
+    kept = options.out / f"{name}.json"
+    runs: dict[str, dict[str, dict]] = {job: {} for job in jobs}
+    if kept.exists() and not options.smoke:
+        saved = json.loads(kept.read_text())
+        if saved["config"] != list(config):
+            sys.exit(f"{kept} holds runs of other sizes: {saved['config']}; these are {list(config)}. Move it away.")
+        runs.update(saved["runs"])
+    for seed in range(0 if options.report else options.seeds):
+        for job in options.only or jobs:
+            if str(seed) in runs[job]:
+                continue
+            started = time.process_time()
+            run = jobs[job](seed)
+            runs[job][str(seed)] = {**run, "seconds": round(time.process_time() - started, 1)}
+            print(f"{job}, seed {seed}: {runs[job][str(seed)]['seconds']} s", run.get("row", ""), flush=True)
+            shutil.rmtree(options.out / f"{name}_runs" / f"{job}-{seed}", ignore_errors=True)
+            if not options.smoke:
+                options.out.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps({"config": list(config), "runs": runs}))
+    runs = {job: dict(sorted(seeds.items(), key=lambda item: int(item[0]))) for job, seeds in runs.items() if seeds}
+    with np.load(path.parent / "nasbench201.npz") as data:
+        text = report(runs, table, data, config, options)
+    script.publish(__file__, "NAS-Bench-201 from supernets", text, options, name=name)
+    if not options.smoke:
+        plot(runs, table, options.out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Training-free search: architectures by scores at initialization, and a searcher that tries the best of them first."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metaopt import base, inner, nas, tasks
+
+
+def training_free_scores(
+    network: nas.Network,
+    in_shape: Sequence[int],
+    scores: Mapping[str, nas.Score] | None = None,
+    *,
+    ops: Mapping[str, nas.Op],
+) -> Callable[[jax.Array, nas.Genotype, Mapping[str, jax.Array]], dict[str, jax.Array]]:
+    """Scores of any genotype of a space, by one program.
+
+    Args:
+      network: a spec.
+      in_shape: of one input.
+      scores: by name; `nas.SCORES` by default. Other losses: `{"snip": functools.partial(nas.snip, loss=mine)}`.
+      ops: of the space.
+
+    Returns:
+      `(key, genotype, batch) -> {name: []}`, larger is better, at an initialization that is drawn by the key.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from metaopt import methods, nas
+    >>> network = nas.nas_bench_201_space(channels=2, cells_per_stage=1)
+    >>> score = methods.training_free_scores(network, (4, 4, 1), {"synflow": nas.synflow}, ops=nas.NAS_BENCH_201_OPS)
+    >>> cells = nas.nas_bench_201_genotypes()
+    >>> key, batch = jax.random.key(0), {"x": jnp.zeros((2, 4, 4, 1))}
+    >>> float(score(key, cells[0], batch)["synflow"])  # of the cell without any op
+    -inf
+    """
+    chosen = dict(nas.SCORES if scores is None else scores)
+    supernet = nas.supernet(network, in_shape, ops=ops, single_path=True)
+    supernet = supernet._replace(apply=inner.im2col(supernet.apply, only_on_cpu=True))
+
+    @jax.jit
+    def evaluate(key, weights, batch):
+        params = supernet.init(key)
+        return {name: score(supernet, params, weights, batch) for name, score in chosen.items()}
+
+    return lambda key, genotype, batch: evaluate(key, nas.one_hot(network, genotype), batch)
+
+
+class ScreenedState(NamedTuple):
+    """Carried from one call of `screened_random_search` to the next.
+
+    Attributes:
+      random: the state of the random search that draws candidates.
+      waiting: candidates that were scored and not yet asked for, best first.
+      num_asked: how many trials have been asked for.
+    """
+
+    random: Any
+    waiting: tuple[base.Record, ...]
+    num_asked: int
+
+
+def screened_random_search(score: Callable[[dict[str, Any]], float], *, num_candidates: int) -> base.Searcher:
+    """Random configurations, of which those with the largest scores are tried first.
+
+    `num_candidates` are drawn and scored at a time; when all of them have been tried, as many more are.
+
+    Args:
+      score: `(configuration) -> number`, such as a training-free score; larger is better, NaN is the worst.
+      num_candidates: at least 1; 1 is random search.
+
+    Returns:
+      A searcher, which learns nothing from outcomes.
+
+    Raises:
+      ValueError: `num_candidates` is below 1.
+
+    >>> import jax
+    >>> from metaopt import methods, spaces
+    >>> searcher = methods.screened_random_search(lambda c: -abs(c["depth"] - 40), num_candidates=50)
+    >>> state = searcher.init(jax.random.key(0), {"depth": spaces.integer(1, 99)})
+    >>> (first, second), state = searcher.ask(state, 2)
+    >>> abs(first.configuration["depth"] - 40) <= abs(second.configuration["depth"] - 40) < 10
+    True
+    """
+    base.check_integer("num_candidates", num_candidates, 1)
+    random = tasks.random_search(first=())
+
+    def init(key, space):
+        return ScreenedState(random.init(key, space), (), 0)
+
+    def ask(state, num):
+        trials = []
+        for _ in range(num):
+            if not state.waiting:
+                drawn, drawing = random.ask(state.random, num_candidates)
+                values = np.array([float(score(trial.configuration)) for trial in drawn])
+                order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")
+                state = state._replace(random=drawing, waiting=tuple(drawn[i] for i in order))
+            best, *rest = state.waiting
+            trials.append(best._replace(trial=state.num_asked))
+            state = ScreenedState(state.random, tuple(rest), state.num_asked + 1)
+        return trials, state
+
+    def tell(state, records):
+        del records
+        return state
+
+    return base.Searcher(init, ask, tell)

@@ -1,0 +1,286 @@
+"""Training-free scores: what a network at its initialization says of how well it will train; larger is better.
+
+All have the form `(supernet, params, weights, batch) -> []`, with `weights` None for a discrete network, or the one-hot
+mixing weights of a genotype in a supernet with `single_path`, whose one program then serves all genotypes of a space.
+They cost one backward pass of one batch (`nwot`: a forward pass), and hold for one draw of the parameters.
+Where nothing arrives at the output, `synflow` and `jacob_cov` are −inf, and those of the loss's gradient small.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend import core
+
+from metaopt import base, rewrite
+from metaopt.nas._ops import NORMALIZATION
+from metaopt.nas._supernet import Supernet, Weights
+
+
+class Score(Protocol):
+    def __call__(
+        self, supernet: Supernet, params: base.Params, weights: Weights | None, batch: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        """[], larger is better."""
+        ...
+
+
+def _cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return optax.losses.softmax_cross_entropy_with_integer_labels(outputs, batch["y"]).mean()
+
+
+def _each_weight(params: base.Params) -> list[tuple[jax.Array, int]]:
+    """The convolutions and matrices of a supernet's params, and how many of their leading axes stack edges and layers.
+
+    Biases are left out.
+    """
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        keys = [getattr(entry, "key", None) for entry in path]
+        # "layers" are stacked by layer, and the ops of a cell by edge, too.
+        stacked = 0 if keys[0] == "head" else 2 if keys[2:3] == ["edges"] else 1
+        if leaf.ndim - stacked >= 2:
+            found.append((leaf, stacked))
+    return found
+
+
+def grad_norm(
+    supernet: Supernet,
+    params: base.Params,
+    weights: Weights | None,
+    batch: Mapping[str, jax.Array],
+    *,
+    loss: Callable = _cross_entropy,
+) -> jax.Array:
+    """Σ_W ‖∂L/∂W‖₂ over the convolutions and matrices W, each by itself.
+
+    Args:
+      supernet: of `nas.supernet`.
+      params: its parameters at the start.
+      weights: one-hot mixing weights, or None.
+      batch: {"x": [N, *in_shape], "y": what `loss` takes}.
+      loss: L, `(outputs [N, num_outputs], batch) -> []`; by default the mean cross-entropy of labels "y" [N].
+
+    Returns:
+      [].
+
+    Source: Abdelfattah et al., ICLR 2021, https://arxiv.org/abs/2101.08134
+    """
+    grads = jax.grad(lambda params: loss(supernet.apply(params, weights, batch["x"]), batch))(params)
+    norms = [jnp.sqrt((g**2).sum(tuple(range(stacked, g.ndim)))).sum() for g, stacked in _each_weight(grads)]
+    return sum(norms, jnp.zeros(()))
+
+
+def snip(
+    supernet: Supernet,
+    params: base.Params,
+    weights: Weights | None,
+    batch: Mapping[str, jax.Array],
+    *,
+    loss: Callable = _cross_entropy,
+) -> jax.Array:
+    """Σ |θ · ∂L/∂θ| over the entries of convolutions and matrices.
+
+    Args:
+      supernet: as for `grad_norm`.
+      params: likewise.
+      weights: likewise.
+      batch: likewise.
+      loss: likewise.
+
+    Returns:
+      [].
+
+    Source: Lee, Ajanthan & Torr, ICLR 2019, https://arxiv.org/abs/1810.02340
+    """
+    grads = jax.grad(lambda params: loss(supernet.apply(params, weights, batch["x"]), batch))(params)
+    pairs = zip(_each_weight(params), _each_weight(grads), strict=True)
+    return sum((abs(p * g).sum() for (p, _), (g, _) in pairs), jnp.zeros(()))
+
+
+def synflow(
+    supernet: Supernet, params: base.Params, weights: Weights | None, batch: Mapping[str, jax.Array] | None = None
+) -> jax.Array:
+    """log Σ |θ · ∂R/∂θ|, R = the sum of the outputs for an input of ones, with |θ| and without any normalization.
+
+    It needs no data. Normalization is what `nas.normalized` does; an own op's own is not seen, and stays. Computed with
+    input and output scaled by 1e-15, so that sums up to 1e50 fit into float32: networks of 17 cells reach 1e40.
+
+    Args:
+      supernet: as for `grad_norm`.
+      params: likewise.
+      weights: likewise.
+      batch: is not used.
+
+    Returns:
+      [].
+
+    Source: Tanaka et al., NeurIPS 2020, https://arxiv.org/abs/2006.05467; as a score Abdelfattah et al., ICLR 2021
+    """
+    del batch
+    scale = 1e-15  # of the input and of the output, so that products in the middle have room on both sides
+    ones = jnp.full((1, *supernet.in_shape), scale)
+    plain = _without_normalization(lambda params: supernet.apply(params, weights, ones).sum() * scale)
+    positive = jax.tree.map(jnp.abs, params)
+    grads = jax.grad(plain)(positive)
+    pairs = zip(_each_weight(positive), _each_weight(grads), strict=True)
+    total = sum((abs(p * g).sum() for (p, _), (g, _) in pairs), jnp.zeros(()))
+    return jnp.log(total) - 2 * jnp.log(scale)
+
+
+def jacob_cov(
+    supernet: Supernet, params: base.Params, weights: Weights | None, batch: Mapping[str, jax.Array]
+) -> jax.Array:
+    """−Σ_i log(λ_i + k) + 1/(λ_i + k), of the correlations between inputs' Jacobians: whether inputs are told apart.
+
+    λ are the eigenvalues of the correlation matrix [N, N] of the rows J_n = ∂ Σ outputs / ∂x_n, k = 1e-5. At most −N,
+    where the rows are not correlated.
+
+    Args:
+      supernet: as for `grad_norm`.
+      params: likewise.
+      weights: likewise.
+      batch: {"x": [N, *in_shape]}, of at least 2.
+
+    Returns:
+      [].
+
+    Source: Mellor et al., 2020, https://arxiv.org/abs/2006.04647v1
+    """
+    x = batch["x"]
+    rows = jax.grad(lambda x: supernet.apply(params, weights, x).sum())(x).reshape(len(x), -1)
+    centered = rows - rows.mean(1, keepdims=True)
+    # By the largest entry first: products of small numbers vanish in float32.
+    centered = centered / jnp.maximum(abs(centered).max(), jnp.finfo(rows.dtype).tiny)
+    lengths = jnp.sqrt((centered**2).sum(1, keepdims=True))
+    seen = (lengths > 0).all()
+    unit = centered / jnp.where(lengths > 0, lengths, 1)
+    values = jnp.linalg.eigvalsh(unit @ unit.T).clip(0) + 1e-5
+    return jnp.where(seen, -(jnp.log(values) + 1 / values).sum(), -jnp.inf)
+
+
+def nwot(supernet: Supernet, params: base.Params, weights: Weights | None, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """log |det K|, K_ij = in how many ReLUs the inputs i and j are on the same side: NASWOT.
+
+        K = C Cᵀ + (1 − C)(1 − C)ᵀ,    C[n, r] = 1 where the ReLU r is positive for the input n
+
+    A ReLU is `jax.nn.relu`, or any maximum of an array and the number 0 (of N rows), in an op that runs.
+
+    Args:
+      supernet: as for `grad_norm`.
+      params: likewise.
+      weights: likewise; a supernet without `single_path` counts the ReLUs of all its ops.
+      batch: {"x": [N, *in_shape]}.
+
+    Returns:
+      []; −inf where two inputs are on the same sides everywhere.
+
+    Raises:
+      ValueError: the network has no ReLU.
+
+    Source: Mellor et al., ICML 2021, https://arxiv.org/abs/2006.04647
+    """
+    x = batch["x"]
+    closed = jax.make_jaxpr(supernet.apply)(params, weights, x)
+    if not _holds_relu(closed.jaxpr, len(x)):
+        raise ValueError("`nwot` looks at the signs at ReLUs; this network has none.")
+    _, kernel = _agreements(closed.jaxpr, closed.consts, jax.tree.leaves((params, weights, x)), len(x))
+    sign, log = jnp.linalg.slogdet(kernel)
+    return jnp.where(sign > 0, log, -jnp.inf)
+
+
+SCORES: dict[str, Score] = {
+    "synflow": synflow,
+    "jacob_cov": jacob_cov,
+    "nwot": nwot,
+    "grad_norm": grad_norm,
+    "snip": snip,
+}
+
+
+# ---- Looking into a network -----------------------------------------------------------------------------------------
+
+
+def _without_normalization(fn: Callable[[base.Params], jax.Array]) -> Callable[[base.Params], jax.Array]:
+    """`fn` with the identity in the place of every `nas.normalized`."""
+
+    def identity(equation: Any) -> Callable | None:
+        return (lambda x: x) if equation.params.get("name") == NORMALIZATION else None
+
+    def plain(params):
+        closed = jax.make_jaxpr(fn)(params)
+        return rewrite.evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(params), identity)[0]
+
+    return plain
+
+
+def _is_relu(equation: Any, num_rows: int) -> bool:
+    zeros = [v for v in equation.invars if isinstance(v, core.Literal) and jnp.ndim(v.val) == 0 and v.val == 0]
+    shape = getattr(equation.outvars[0].aval, "shape", ())
+    return equation.primitive.name == "max" and bool(zeros) and len(shape) > 1 and shape[0] == num_rows
+
+
+def _inner_jaxprs(equation: Any) -> list[Any]:
+    leaves = [
+        leaf for value in equation.params.values() for leaf in (value if isinstance(value, (tuple, list)) else (value,))
+    ]
+    return [j for leaf in leaves if isinstance(j := getattr(leaf, "jaxpr", leaf), core.Jaxpr)]
+
+
+def _holds_relu(jaxpr: Any, num_rows: int) -> bool:
+    return any(
+        _is_relu(e, num_rows) or any(_holds_relu(inner, num_rows) for inner in _inner_jaxprs(e)) for e in jaxpr.eqns
+    )
+
+
+def _agreements(jaxpr: Any, consts: Any, args: Any, num_rows: int) -> tuple[list, jax.Array]:
+    """The outputs of a jaxpr, and K [N, N], the sum over its ReLUs of where two rows are on the same side."""
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, args, strict=True))
+    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
+    kernel = jnp.zeros((num_rows, num_rows))
+    run = lambda closed, *operands: _agreements(closed.jaxpr, closed.consts, operands, num_rows)
+    for equation in jaxpr.eqns:
+        operands = [read(v) for v in equation.invars]
+        name, params, more = equation.primitive.name, equation.params, 0.0
+        if not any(_holds_relu(inner, num_rows) for inner in _inner_jaxprs(equation)):
+            outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
+            outputs = outputs if equation.primitive.multiple_results else [outputs]
+            if _is_relu(equation, num_rows):
+                active = (outputs[0] > 0).reshape(num_rows, -1).astype(kernel.dtype)
+                more = active @ active.T + (1 - active) @ (1 - active).T
+        elif name == "cond":
+            index, *rest = operands
+            outputs, more = jax.lax.switch(index, [lambda *a, b=b: run(b, *a) for b in params["branches"]], *rest)
+        elif name == "scan":
+            # Carries and constants are as the body has them; what is scanned has one more axis.
+            closed = params["jaxpr"]
+            num_ys = sum(v.aval.ndim > a.ndim for v, a in zip(equation.outvars, closed.out_avals, strict=True))
+            num_xs = sum(v.aval.ndim > a.ndim for v, a in zip(equation.invars, closed.in_avals, strict=True))
+            num_carry = len(equation.outvars) - num_ys
+            num_consts = len(operands) - num_carry - num_xs
+            fixed, carry, xs = (
+                operands[:num_consts],
+                operands[num_consts : num_consts + num_carry],
+                operands[num_consts + num_carry :],
+            )
+
+            def body(carry, x, fixed=fixed, num_carry=num_carry, closed=closed):
+                carry, kernel = carry
+                outputs, more = run(closed, *fixed, *carry, *x)
+                return (outputs[:num_carry], kernel + more), outputs[num_carry:]
+
+            start = (carry, jnp.zeros_like(kernel))
+            (carry, more), ys = jax.lax.scan(body, start, xs, params["length"], params["reverse"])
+            outputs = [*carry, *ys]
+        else:  # nested calls, functions with a derivative of their own, checkpoints: once, as they are
+            inner = params.get("call_jaxpr", params.get("fun_jaxpr", params.get("jaxpr")))
+            if name == "while" or inner is None:
+                raise ValueError(f"`nwot` does not look for ReLUs inside {name!r}.")
+            consts = getattr(inner, "consts", ())
+            outputs, more = _agreements(getattr(inner, "jaxpr", inner), consts, operands, num_rows)
+        kernel = kernel + more
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(v) for v in jaxpr.outvars], kernel

@@ -1,0 +1,161 @@
+"""Training-free scores against a slow network in NumPy: gradients by finite differences, signs counted one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import inner, nas
+
+KEY = jax.random.key(0)
+# The first one without normalization, after which the rows' Jacobians would add up to zero.
+PLAIN = nas.Op(
+    lambda key, shape, c, stride: {"w": nas.uniform(key, (shape[-1], c), shape[-1])}, lambda p, x, *_: x @ p["w"]
+)
+OPS = {**nas.BLOCKS, "plain": PLAIN, "conv": nas.convolution(1), "max": nas.DARTS_OPS["max_pool_3x3"]}
+CELL = nas.complete_cell(3, ("none", "skip_connect", "conv"), preprocess=False)
+NET = nas.Network({"cell": CELL}, (nas.Layer("plain", 8), *[nas.Layer("cell", 8)] * 2, nas.Layer("norm_relu", 8)), 2)
+GENOTYPE = {"cell": ((0, 1, "conv"), (0, 2, "skip_connect"), (1, 2, "conv"), (1, 3, "skip_connect"), (2, 3, "conv"))}
+RNG = np.random.default_rng(0)
+BATCH = {"x": RNG.normal(size=(6, 9)), "y": np.array([0, 1, 1, 0, 1, 0])}
+
+
+class Slow:
+    """The network of `GENOTYPE`, row by row; θ is a flat vector of its weights, without the head's bias."""
+
+    shapes = {"plain": (9, 8), **{f"conv{i}": (8, 8) for i in range(6)}, "head": (8, 2)}
+
+    def __init__(self, params):
+        plain, cells, _ = params["layers"]
+        convs = [cells["edges"][0][2]["w"][layer, edge] for layer in (0, 1) for edge in (0, 2, 5)]
+        arrays = [plain["w"][0], *convs, params["head"]["w"]]
+        self.theta = np.concatenate([np.ravel(a) for a in arrays])
+
+    def split(self, theta):
+        sizes = [np.prod(shape) for shape in self.shapes.values()]
+        parts = np.split(theta, np.cumsum(sizes)[:-1])
+        return {name: p.reshape(shape) for p, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
+
+    def __call__(self, theta, x, *, norm=True, signs=None):
+        """Outputs [N, 2]; `signs` collects [N] booleans, one for each ReLU."""
+        w = self.split(theta)
+
+        def normalized(x):
+            return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) if norm else x
+
+        def relu(x):
+            if signs is not None:
+                signs.extend((x > 0).T)
+            return np.where(x > 0, x, 0)
+
+        x = x @ w["plain"]
+        for layer in range(2):
+            a, b, c = (w[f"conv{3 * layer + i}"] for i in range(3))
+            conv = lambda x, w: normalized(relu(x) @ w)
+            one = conv(x, a)
+            two = x + conv(one, b)
+            x = one + conv(two, c)
+        return relu(normalized(x)) @ w["head"]
+
+    def loss(self, theta, batch):
+        outputs = self(theta, batch["x"])
+        return np.mean(np.log(np.exp(outputs).sum(1)) - outputs[range(len(outputs)), batch["y"]])
+
+
+def differences(function, at, epsilon=1e-6):
+    ends = [(function(at + d), function(at - d)) for d in epsilon * np.eye(len(at))]
+    return np.array([(ahead - behind) / (2 * epsilon) for ahead, behind in ends])
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Parameters, and all scores: in the supernet with one op an edge, of the discrete network, and of no network."""
+    supernet = nas.supernet(NET, (9,), ops=OPS, single_path=True)
+    small = nas.supernet(nas.discrete(NET, GENOTYPE), (9,), ops=OPS)
+
+    def scores(net, params, weights):
+        return {name: score(net, params, weights, BATCH) for name, score in nas.SCORES.items()}
+
+    @jax.jit
+    def both(weights):
+        params = supernet.init(KEY)
+        return params, scores(supernet, params, weights), scores(small, supernet.inherit(params, GENOTYPE), None)
+
+    params, one, other = jax.device_get(both(nas.one_hot(NET, GENOTYPE)))
+    return params, one, other, jax.device_get(both(nas.one_hot(NET, {"cell": ()}))[1])
+
+
+def test_scores_against_a_slow_network(found):
+    params, scores, _, _ = found
+    slow = Slow(params)
+    grad = differences(lambda theta: slow.loss(theta, BATCH), slow.theta)
+    norms = [np.linalg.norm(g) for g in slow.split(grad).values()]
+    np.testing.assert_allclose(scores["grad_norm"], sum(norms), rtol=1e-6)
+    np.testing.assert_allclose(scores["snip"], abs(grad * slow.theta).sum(), rtol=1e-6)
+
+    positive = abs(slow.theta)
+    flow = differences(lambda theta: slow(theta, np.ones((1, 9)), norm=False).sum(), positive)
+    np.testing.assert_allclose(scores["synflow"], np.log((positive * flow).sum()), rtol=1e-7)
+
+    jacobian = differences(lambda x: slow(slow.theta, x.reshape(6, 9)).sum(), BATCH["x"].ravel()).reshape(6, 9)
+    values = np.linalg.eigvalsh(np.corrcoef(jacobian)) + 1e-5
+    np.testing.assert_allclose(scores["jacob_cov"], -(np.log(values) + 1 / values).sum(), rtol=1e-5)
+
+    signs = []
+    slow(slow.theta, BATCH["x"], signs=signs)
+    assert len(signs) == 8 * 7
+    kernel = np.array([[sum(s[i] == s[j] for s in signs) for j in range(6)] for i in range(6)])
+    np.testing.assert_allclose(scores["nwot"], np.linalg.slogdet(kernel)[1], rtol=1e-9)
+
+
+def test_a_genotype_scores_in_the_supernet_as_by_itself(found):
+    _, scores, discrete, _ = found
+    for name, score in scores.items():
+        np.testing.assert_allclose(score, discrete[name], rtol=1e-9, err_msg=name)
+
+
+def test_where_nothing_arrives(found):
+    nothing = found[3]
+    assert nothing["synflow"] == nothing["jacob_cov"] == -np.inf
+    assert nothing["snip"] == 0 and 0 <= nothing["grad_norm"] < np.inf
+
+
+def test_nwot_needs_relus():
+    plain = nas.supernet(NET._replace(cells={}, layers=NET.layers[:1]), (9,), ops=OPS)
+    with pytest.raises(ValueError, match="this network has none"):
+        nas.nwot(plain, jax.eval_shape(plain.init, KEY), None, BATCH)
+
+
+def test_synflow_of_a_deep_network_does_not_overflow():
+    """Of a chain of matrices of one number, in float32: the product of all, in logarithms, times their number."""
+    net = nas.Network({}, (nas.Layer("linear", 64),) * 30, 1)
+    supernet = nas.supernet(net, (64,), ops=nas.BLOCKS)
+    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5, jnp.float32), jax.eval_shape(supernet.init, KEY))
+    with jax.enable_x64(False):
+        found = jax.jit(lambda params: nas.synflow(supernet, params, None))(params)
+    # 64 inputs of 1; every layer and the head multiply by 64 · 0.5. (The bias is no matrix.)
+    expected = np.log(31.0) + 31 * np.log(32.0)
+    assert found.dtype == jnp.float32 and expected > np.log(np.finfo(np.float32).max)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.once
+def test_scores_of_networks_as_matrix_products():
+    """What a loop on a CPU runs gives the same, pooling among it."""
+    cell = nas.complete_cell(1, ("max", "conv"), preprocess=False)
+    net = nas.Network({"cell": cell}, (nas.Layer("stem", 2), nas.Layer("cell", 2), nas.Layer("residual", 2, 2)), 2)
+    supernet = nas.supernet(net, (4, 4, 1), ops=OPS, single_path=True)
+    products = supernet._replace(apply=inner.im2col(supernet.apply))
+    batch = {"x": RNG.normal(size=(5, 4, 4, 1)), "y": np.arange(5) % 2}
+
+    @jax.jit
+    def both(weights):
+        params = supernet.init(KEY)
+        names = ("synflow", "nwot")
+        return [{name: nas.SCORES[name](s, params, weights, batch) for name in names} for s in (supernet, products)]
+
+    for weights in ([[1.0, 0.0]], [[0.0, 1.0]]):
+        first, second = both({"cell": jnp.array(weights)})
+        for name, value in first.items():
+            assert np.isfinite(value)
+            np.testing.assert_allclose(second[name], value, rtol=1e-9, err_msg=name)
