@@ -48,6 +48,7 @@ from metaopt.methods._few_shot import (
     ridge_head,
 )
 from metaopt.methods._fine_tune import FineTuned, fine_tune
+from metaopt.methods._meta_architecture import FineTunedArchitecture, MetaArchitecture, meta_architecture_search
 from metaopt.methods._meta_optimizer import (
     ACQUISITIONS,
     MetaOptimizer,
@@ -64,6 +65,8 @@ __all__ = [
     "Evaluation",
     "EvolutionState",
     "FineTuned",
+    "FineTunedArchitecture",
+    "MetaArchitecture",
     "MetaOptimizer",
     "MetaSearcherState",
     "NORMALIZATIONS",
@@ -98,6 +101,7 @@ __all__ = [
     "mean_absolute_error",
     "mean_scores",
     "mean_squared_error",
+    "meta_architecture_search",
     "meta_sgd",
     "paired_differences",
     "pc_darts",
