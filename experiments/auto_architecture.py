@@ -63,9 +63,10 @@ class Config:
     num_folds: int = 4
     max_tasks: int = 60  # of each shape
     held_out: int = 16  # tasks of a fold that are evaluated, at most
-    num_steps: int = 60  # of one training run
+    num_steps: int = 40  # of one training run
     batch_size: int = 32
     rate: float = 1e-2
+    smoothing: float = 0.1  # of training labels: without it, long training of wide networks is overconfident
     unroll: int = 20  # steps of the training that h is learned through, from the learned weights on
     meta_batch: int = 6
     meta_steps: int = 50
@@ -385,7 +386,9 @@ def table_units(config: Config, use_folder: bool, seed: int) -> list[Unit]:
     return units
 
 
-def to_data(rows: tuple[np.ndarray, np.ndarray], num_rows: int, num_classes: int) -> dict[str, np.ndarray]:
+def to_data(
+    rows: tuple[np.ndarray, np.ndarray], num_rows: int, num_classes: int, smoothing: float
+) -> dict[str, np.ndarray]:
     """Rows padded to a common number, and columns to `NUM_COLUMNS`."""
     x, y = rows
     padding = [(0, num_rows - len(x)), *[(0, 0)] * (x.ndim - 1)]
@@ -397,15 +400,17 @@ def to_data(rows: tuple[np.ndarray, np.ndarray], num_rows: int, num_classes: int
         "mask": (np.arange(num_rows) < len(x)).astype(np.float32),
         "class_mask": (np.arange(NUM_CLASSES) < num_classes).astype(np.float32),
         "num_rows": np.int32(len(x)),
+        "smoothing": np.float32(smoothing),
     }
 
 
-def stack_units(units: list[Unit]) -> tuple[base.Task, dict[str, jax.Array]]:
+def stack_units(units: list[Unit], smoothing: float) -> tuple[base.Task, dict[str, jax.Array]]:
     """All tasks as one batch, and their test rows."""
     parts = []
     for part in ("train", "valid", "test"):
         most = max(len(getattr(u, part)[1]) for u in units)
-        rows = [to_data(getattr(u, part), most, int(u.train[1].max()) + 1) for u in units]
+        smooth = smoothing if part == "train" else 0.0
+        rows = [to_data(getattr(u, part), most, int(u.train[1].max()) + 1, smooth) for u in units]
         parts.append(jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs)), *rows))
     return base.Task(*parts[:2]), parts[2]
 
@@ -414,14 +419,38 @@ def stack_units(units: list[Unit]) -> tuple[base.Task, dict[str, jax.Array]]:
 
 
 def masked_loss(outputs: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    outputs = jnp.where(batch["class_mask"][None] > 0, outputs, -1e9)
-    loss = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, batch["y"])
+    """The mean cross-entropy over real rows and classes, of labels that are smoothed where training says so."""
+    present, smoothing = batch["class_mask"], batch["smoothing"]
+    log_p = jax.nn.log_softmax(jnp.where(present[None] > 0, outputs, -1e9))
+    own = jnp.take_along_axis(log_p, batch["y"][:, None], 1)[:, 0]
+    every = jnp.where(present[None] > 0, log_p, 0.0).sum(1) / present.sum()
+    loss = -(1 - smoothing) * own - smoothing * every
     return jnp.sum(loss * batch["mask"]) / batch["mask"].sum()
 
 
 def as_they_are(weights, cell, key, step):
     """The relaxation of networks that are given by their weights, one-hot ones: a discrete network's logits."""
     return weights
+
+
+_COMPILED: set[Callable] = set()
+
+
+def in_chunks(function: Callable, shared: Any, args: Any, size: int) -> tuple[Any, float]:
+    """`function(shared, args)` on so many tasks at a time, one program for any number; and the seconds a task.
+
+    The last chunk is filled up with its last task. Compilation does not count.
+    """
+    n = len(jax.tree.leaves(args)[0])
+    chunks = [np.minimum(np.arange(i, i + size), n - 1) for i in range(0, n, size)]
+    at = lambda rows: jax.tree.map(lambda x: x[rows], args)
+    if function not in _COMPILED:
+        jax.block_until_ready(function(shared, at(chunks[0])))
+        _COMPILED.add(function)
+    start = time.perf_counter()
+    out = [jax.device_get(function(shared, at(rows))) for rows in chunks]
+    seconds = (time.perf_counter() - start) / n
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[:n], *out), seconds
 
 
 class Shape:
@@ -435,7 +464,7 @@ class Shape:
             "ops": OPS,
             "loss": masked_loss,
             "decay": 1e-3,
-            "sampler": inner.minibatch(config.batch_size, shared=("class_mask",)),
+            "sampler": inner.minibatch(config.batch_size, shared=("class_mask", "smoothing")),
             "keep": None,
         }
         rule = lambda problem: hypergrad.unrolled(problem, num_steps=config.unroll)
@@ -470,12 +499,22 @@ class Shape:
             params = one.problem.loop.params(state)
             return jnp.stack([*outcome(params, weights, task.valid)[:1], *outcome(params, weights, test)])
 
-        self._trials = jax.jit(lambda *args: jax.lax.map(lambda a: trial(*a), args))
-        self._starts = jax.jit(jax.vmap(self.init))
+        self.trials = jax.jit(lambda _, args: jax.lax.map(lambda a: trial(*a), args))
+        self.starts = jax.jit(lambda _, keys: jax.vmap(self.init)(keys))
+        learner = training.learner(self.darts.estimator, optax.adam(config.darts_rate, b1=0.5))
+
+        def search_alone(key, task):
+            state = learner.init(key, self.darts.hyperparams(key), task)
+            state, _ = jax.lax.scan(lambda s, _: (learner.step(s)[0], None), state, length=config.darts_steps)
+            return state.hyperparams
+
+        self.search_alone = jax.jit(lambda _, args: jax.vmap(search_alone)(*args))
 
     def some_valid(self, key, task):
         """A batch of validation rows, for each alternation of DARTS."""
-        return inner.minibatch(self.config.batch_size, shared=("class_mask",))(key, jnp.int32(0), task.valid)
+        return inner.minibatch(self.config.batch_size, shared=("class_mask", "smoothing"))(
+            key, jnp.int32(0), task.valid
+        )
 
     def train(self, key, weights, tasks_, test, start=None) -> np.ndarray:
         """[n, 3]: validation loss, test loss, test error of n networks, each on its own task.
@@ -484,10 +523,10 @@ class Shape:
         """
         init_keys, keys = jax.random.split(key, (2, len(test["y"])))
         if start is None:
-            start = self._starts(init_keys)
+            start, _ = in_chunks(self.starts, None, init_keys, self.config.held_out)
         else:
             start = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(keys), *x.shape)), start)
-        out = np.asarray(self._trials(keys, weights, start, tasks_, test))
+        out, _ = in_chunks(self.trials, None, (keys, weights, start, tasks_, test), self.config.held_out)
         return np.where(np.isfinite(out), out, np.array([np.inf, np.log(NUM_CLASSES), 1.0]))
 
     def sizes(self) -> list[int]:
@@ -589,15 +628,23 @@ def make_sampler(batch: base.Task, rows: np.ndarray, meta_batch: int):
     return lambda key: draw(key, batch, jnp.asarray(rows))
 
 
-def make_meta(shape: Shape, num_features: int) -> methods.MetaArchitecture:
-    config = shape.config
-    predictor = predictors.mlp(shape.space(), num_features, num_hidden=config.num_hidden)
-    return methods.meta_architecture_search(
-        shape.search,
-        sampled(predictor, config.temperature),
-        num_steps=config.fine_tune_steps,
-        optimizer=optax.adam(config.fine_tune_rate, b1=0.5),
-    )
+class Meta:
+    """h of tasks of one shape, and the programs that learn it and fine-tune with it."""
+
+    def __init__(self, shape: Shape, num_features: int):
+        config = shape.config
+        predictor = predictors.mlp(shape.space(), num_features, num_hidden=config.num_hidden)
+        self.search = methods.meta_architecture_search(
+            shape.search,
+            sampled(predictor, config.temperature),
+            num_steps=config.fine_tune_steps,
+            optimizer=optax.adam(config.fine_tune_rate, b1=0.5),
+        )
+        self.learner = make_learner(self.search, config)
+        self.hyperparams = jax.jit(self.search.hyperparams)
+        self.alpha = jax.jit(jax.vmap(self.search.alpha, in_axes=(None, 0)))
+        fine_tune = lambda learned, key, task: self.search.fine_tune(key, learned, task).alpha
+        self.fine_tune = jax.jit(lambda learned, args: jax.vmap(fine_tune, in_axes=(None, 0, 0))(learned, *args))
 
 
 def make_learner(meta: methods.MetaArchitecture, config: Config) -> training.Learner:
@@ -653,36 +700,12 @@ def best_of(outcomes: np.ndarray, num: int, rng, num_draws: int = 200) -> np.nda
     return total / num_draws
 
 
-def timed(function: Callable, args: tuple) -> tuple[Any, float]:
-    """What it returns for a batch of tasks, and the seconds a task, without compilation."""
-    compiled = jax.jit(function).lower(args).compile()
-    start = time.perf_counter()
-    out = jax.block_until_ready(compiled(args))
-    return out, (time.perf_counter() - start) / len(args[0])
-
-
-def run_darts(shape: Shape, key, batch: base.Task) -> tuple[np.ndarray, float]:
-    """[n, edges], what DARTS finds on each task, and the seconds that it takes."""
-    config = shape.config
-    learner = training.learner(shape.darts.estimator, optax.adam(config.darts_rate, b1=0.5))
-
-    def one(args):
-        key, task = args
-        state = learner.init(key, shape.darts.hyperparams(key), task)
-        state, _ = jax.lax.scan(lambda s, _: (learner.step(s)[0], None), state, length=config.darts_steps)
-        return state.hyperparams
-
-    keys = jax.random.split(key, len(batch.train["y"]))
-    alpha, seconds = timed(lambda args: jax.lax.map(one, args, batch_size=4), (keys, batch))
-    return shape.decode(alpha), seconds
-
-
 def operations(shape: Shape, batch: base.Task, codes: np.ndarray) -> dict[str, float]:
     """Costs in operations of one training run of a single network, mean over `codes`."""
     task = jax.tree.map(lambda x: x[0], batch)._replace(features=None)
     config, key = shape.config, jax.random.key(0)
-    rows = {k: v[: config.batch_size] for k, v in task.train.items() if k != "num_rows"}
-    rows["class_mask"] = task.train["class_mask"]
+    rows = {k: v[: config.batch_size] for k, v in task.train.items() if v.ndim > 0}
+    rows |= {name: task.train[name] for name in ("class_mask", "smoothing")}
 
     def step(supernet, weights):
         params = supernet.init(key)
@@ -721,7 +744,7 @@ def assign_folds(units: list[Unit], num_folds: int, seed: int) -> np.ndarray:
 
 
 def scale_features(units: list[Unit], gradients: np.ndarray, fit_on: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """[units, F] on one scale, fitted on the meta-training tasks alone: what a look says, and gradients at the start."""
+    """[units, F] on one scale, fitted on the meta-training tasks: what a look says, and gradients at the start."""
     names = list(units[0].features)
     rows = [
         {**u.features, **{f"gradient {i}": g for i, g in enumerate(gs)}} for u, gs in zip(units, gradients, strict=True)
@@ -738,6 +761,7 @@ class Prepared(NamedTuple):
     """Tasks of one shape, and random networks trained on all of them."""
 
     shape: Shape
+    meta: Meta
     units: list[Unit]
     fold: np.ndarray  # [units]
     batch: base.Task
@@ -762,12 +786,12 @@ def run_fold(p: Prepared, f: int, keys: Any, seed: int, say: Callable) -> dict[s
 
     # 2. h and the start of training, over the meta-training tasks.
     start = time.perf_counter()
-    meta = make_meta(shape, values.shape[1])
+    meta = p.meta
     init_key, fit_key = jax.random.split(next(keys))
     result = training.fit(
-        make_learner(meta, config),
+        meta.learner,
         make_sampler(with_values, train_rows, config.meta_batch),
-        hyperparams=jax.jit(meta.hyperparams)(init_key),
+        hyperparams=meta.hyperparams(init_key),
         num_steps=config.meta_steps,
         key=fit_key,
     )
@@ -779,23 +803,21 @@ def run_fold(p: Prepared, f: int, keys: Any, seed: int, say: Callable) -> dict[s
     )
 
     # 3. a*, for families that took no part; and what h says where it knows nothing of the task.
-    alpha = jax.jit(jax.vmap(meta.alpha, in_axes=(None, 0)))(learned, new)
+    alpha = meta.alpha(learned, new)
     generated = shape.decode(alpha)
-    ignorant = jax.jit(meta.alpha)(learned, jax.tree.map(lambda x: 0 * x[0] if x.dtype == jnp.float32 else x[0], new))
-    ignorant = np.repeat(shape.decode(jax.tree.map(lambda a: a[None], ignorant)), n, 0)
+    nothing = new._replace(features=jax.tree.map(jnp.zeros_like, new.features))
+    ignorant = shape.decode(meta.alpha(learned, nothing))
 
     # 4. Fine-tuning.
-    tuned, tune_seconds = timed(
-        lambda args: jax.lax.map(lambda a: meta.fine_tune(a[0], learned, a[1]), args, batch_size=4),
-        (jax.random.split(next(keys), n), new),
-    )
-    fine = shape.decode(tuned.alpha)
+    tuned, tune_seconds = in_chunks(meta.fine_tune, learned, (jax.random.split(next(keys), n), new), 4)
+    fine = shape.decode(tuned)
 
     # What one would have done instead. The best fixed architecture: by mean rank over the meta-training tasks.
     ranks = p.outcomes[:, train_rows, 0].argsort(0).argsort(0)
     fixed = np.repeat(p.codes[ranks.mean(1).argmin()][None], n, 0)
     plain_new = new._replace(features=None)
-    found, darts_seconds = run_darts(shape, next(keys), plain_new)
+    found, darts_seconds = in_chunks(shape.search_alone, None, (jax.random.split(next(keys), n), plain_new), 4)
+    found = shape.decode(found)
     start = time.perf_counter()
     evolved = evolve(shape, next(keys), plain_new, new_test, config.evolution)
     evolution_seconds = (time.perf_counter() - start) / n
@@ -848,13 +870,14 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
     units = {"images": image_units, "tables": table_units}[name](config, use_folder, seed)
     fold = assign_folds(units, min(config.num_folds, len({u.family for u in units})), seed)
     shape = Shape(name, config)
-    batch, test = stack_units(units)
+    batch, test = stack_units(units, config.smoothing)
     key = jax.random.fold_in(jax.random.key(seed), len(name))
     keys = iter(jax.random.split(key, 64))
     gradients = gradient_features(shape, next(keys), batch)
     describing = (time.perf_counter() - start) / len(units)
     say(
-        f"{name}: {len(units)} tasks of {len({u.family for u in units})} families, {np.prod(shape.sizes())} architectures"
+        f"{name}: {len(units)} tasks of {len({u.family for u in units})} families, {np.prod(shape.sizes())} "
+        "architectures"
     )
 
     # Random networks on all tasks: what random search would have found on each, and the best fixed architecture.
@@ -870,7 +893,20 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
     say(f"{name}: {config.trained} random networks on each task, {random_seconds:.3f} s each")
     costs = operations(shape, batch, codes[:8])
 
-    prepared = Prepared(shape, units, fold, batch, test, gradients, codes, outcomes, describing, random_seconds)
+    num_features = len(units[0].features) + gradients.shape[1]
+    prepared = Prepared(
+        shape,
+        Meta(shape, num_features),
+        units,
+        fold,
+        batch,
+        test,
+        gradients,
+        codes,
+        outcomes,
+        describing,
+        random_seconds,
+    )
     parts = [run_fold(prepared, f, keys, seed, say) for f in config.folds if f in fold]
     held = [u for part in parts for u in part["units"]]
     evolution = EVOLUTION.format(config.evolution)
@@ -942,8 +978,8 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"### {result['shape']}: {len(result['tasks'])} held-out tasks of {len(set(result['families']))} families, "
         f"{result['space']:,} architectures",
         "",
-        "| method | test log loss | test error | mean rank | difference to a* [95 %] | tasks better than a* | cost on the new "
-        "task, in training runs | seconds |",
+        "| method | test log loss | test error | mean rank | difference to a* [95 %] | tasks better than a* | cost on "
+        "the new task, in training runs | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for label, r in rows.items():
@@ -951,7 +987,8 @@ def to_markdown(result: dict[str, Any]) -> str:
         difference = "" if own else f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]"
         lines.append(
             f"| {label} | {r['loss']:.4f} | {r['error']:.2%} | {r['rank']:.2f} | {difference} | "
-            f"{'' if own else format(r['better'], '.0%')} | {result['runs'][label]:.1f} | {result['seconds'][label]:.2f} |"
+            f"{'' if own else format(r['better'], '.0%')} | {result['runs'][label]:.1f} | "
+            f"{result['seconds'][label]:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -972,8 +1009,8 @@ def bars(results: list[dict[str, Any]], most: int) -> str:
         cost = [np.mean([r["runs"][label] for r in results]) for label in (first, second)]
         text.append(
             f"- {first} against {second}: test log loss {a[:, 0].mean():.4f} and {b[:, 0].mean():.4f}, difference "
-            f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]; better on {np.mean(difference < 0):.0%} of {len(a)} tasks; "
-            f"cost {cost[0]:.1f} and {cost[1]:.1f} training runs, {cost[0] / cost[1]:.2f} of it."
+            f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]; better on {np.mean(difference < 0):.0%} of {len(a)} "
+            f"tasks; cost {cost[0]:.1f} and {cost[1]:.1f} training runs, {cost[0] / cost[1]:.2f} of it."
         )
     return "\n".join(text) + "\n"
 
@@ -1073,6 +1110,7 @@ def main(argv=None) -> list[dict[str, Any]]:
         "data": bool(os.environ.get("METAOPT_DATA")) and not args.packaged,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "seconds": time.perf_counter() - begin,
+        "processor": time.process_time(),
         "results": results,
     }
     finish(details, out / f"auto_architecture_{name}")
@@ -1085,13 +1123,14 @@ def finish(details: dict[str, Any], path: Path) -> None:
     text = f"# auto_architecture, {details['preset']}\n\n" + "\n".join(to_markdown(r) for r in results)
     text += "\n### Over all of them\n\n" + bars(results, sorted(config["trials"])[len(config["trials"]) // 2])
     text += (
-        f"\nA training run is {config['num_steps']} steps of {config['batch_size']} rows, of one network; an alternation of "
-        "DARTS costs "
+        f"\nA training run is {config['num_steps']} steps of {config['batch_size']} rows, of one network; an "
+        "alternation of DARTS costs "
         + " and ".join(f"{r['alternation']:.2f} ({r['shape']})" for r in results)
-        + " of it, in operations. Intervals are from a bootstrap over families. Random search is the mean over draws of "
-        "which of the trained networks it saw. Seconds are per task, without the final training's compilation.\n\n"
+        + " of it, in operations. Intervals are from a bootstrap over families. Random search is the mean over draws "
+        "of which of the trained networks it saw. Seconds are per task, without the final training's compilation.\n\n"
         f"`{'METAOPT_DATA=... ' if details['data'] else ''}{details['command'].strip()}`, seed {details['seed']}, "
-        f"{details['seconds']:.0f} s on {details['cores']} core(s); Python {platform.python_version()}, JAX {jax.__version__}.\n"
+        f"{details['seconds']:.0f} s ({details['processor']:.0f} processor seconds) on {details['cores']} core(s); "
+        f"Python {platform.python_version()}, JAX {jax.__version__}.\n"
     )
     Path(f"{path}.md").write_text(text)
     Path(f"{path}.json").write_text(json.dumps(details))
