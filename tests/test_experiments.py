@@ -261,3 +261,27 @@ def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_
     found = of("killed", row_of)
     assert len(rows) == 3  # the first epochs were not run again
     assert found == whole
+
+
+# ---- Architectures by hypergradient ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_auto_architecture_smoke(tmp_path):
+    pytest.importorskip("sklearn")
+    printed = run("experiments/auto_architecture.py", "--smoke", "--packaged", "--out", tmp_path, JAX_ENABLE_X64="0")
+    details = json.loads((tmp_path / "auto_architecture_smoke.json").read_text())
+    assert [result["shape"] for result in details["results"]] == ["images", "tables"]
+    for result in details["results"]:
+        scores = {label: np.array(x) for label, x in result["scores"].items()}
+        assert {"a* = h(t'), no trial", "a* fine-tuned", "DARTS on each task", "random search, 3 networks"} <= set(
+            scores
+        )
+        assert all(x.shape == (2, 2) and np.isfinite(x).all() for x in scores.values())
+        assert result["runs"]["a* = h(t'), no trial"] == 1 < result["runs"]["a* fine-tuned"]
+    # The first table is of images, and its row is the mean of the scores.
+    row = next(line for line in printed.splitlines() if line.startswith("| a* = h(t'), no trial | "))
+    first = details["results"][0]["scores"]["a* = h(t'), no trial"]
+    assert float(row.split(" | ")[1]) == pytest.approx(np.mean(first, 0)[0], abs=5e-4)
+    assert (tmp_path / "auto_architecture_smoke.png").stat().st_size > 10_000

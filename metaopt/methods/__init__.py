@@ -1,15 +1,72 @@
 """Named compositions of the contract, with no numerics of their own."""
 
 from metaopt.methods._adaptation import Adaptation, adaptation, adapted
-from metaopt.methods._architecture import (OneShot, Search, architecture_search, beta_darts, darts, darts_minus, gdas, implicit_darts, pc_darts, robust_darts, single_path_one_shot, under_budget, unrolled_darts,)
+from metaopt.methods._architecture import (
+    OneShot,
+    Search,
+    architecture_search,
+    beta_darts,
+    darts,
+    darts_minus,
+    gdas,
+    implicit_darts,
+    pc_darts,
+    robust_darts,
+    single_path_one_shot,
+    under_budget,
+    unrolled_darts,
+)
 from metaopt.methods._conv4 import NORMALIZATIONS, Network, conv4
-from metaopt.methods._evaluate import (AdaptFn, Evaluation, accuracy, average_ranks, by_number, evaluate_episodes, leaderboard, mean_absolute_error, mean_scores, mean_squared_error, paired_differences,)
+from metaopt.methods._evaluate import (
+    AdaptFn,
+    Evaluation,
+    accuracy,
+    average_ranks,
+    by_number,
+    evaluate_episodes,
+    leaderboard,
+    mean_absolute_error,
+    mean_scores,
+    mean_squared_error,
+    paired_differences,
+)
 from metaopt.methods._evolution import EvolutionState, regularized_evolution
-from metaopt.methods._few_shot import (anil, boil, cavia, cross_entropy, fomaml, imaml, linear_head, maml, maml_plus_plus, meta_sgd, pretrained, proto_maml, prototypical_networks, reptile, ridge_head,)
+from metaopt.methods._few_shot import (
+    anil,
+    boil,
+    cavia,
+    cross_entropy,
+    fomaml,
+    imaml,
+    linear_head,
+    maml,
+    maml_plus_plus,
+    meta_sgd,
+    pretrained,
+    proto_maml,
+    prototypical_networks,
+    reptile,
+    ridge_head,
+)
 from metaopt.methods._fine_tune import FineTuned, fine_tune
-from metaopt.methods._meta_optimizer import (ACQUISITIONS, MetaOptimizer, MetaSearcherState, train_meta_optimizer, train_meta_searcher,)
+from metaopt.methods._meta_architecture import FineTunedArchitecture, MetaArchitecture, meta_architecture_search
+from metaopt.methods._meta_optimizer import (
+    ACQUISITIONS,
+    MetaOptimizer,
+    MetaSearcherState,
+    train_meta_optimizer,
+    train_meta_searcher,
+)
 from metaopt.methods._optuna import bohb, tpe
-from metaopt.methods._retrain import (ArchitectureScores, Retraining, SearchReport, batched_accuracy, retraining, search_report, train,)
+from metaopt.methods._retrain import (
+    ArchitectureScores,
+    Retraining,
+    SearchReport,
+    batched_accuracy,
+    retraining,
+    search_report,
+    train,
+)
 from metaopt.methods._training_free import ScreenedState, screened_random_search, training_free_scores
 
 __all__ = [
@@ -21,6 +78,8 @@ __all__ = [
     "Evaluation",
     "EvolutionState",
     "FineTuned",
+    "FineTunedArchitecture",
+    "MetaArchitecture",
     "MetaOptimizer",
     "MetaSearcherState",
     "Network",
@@ -58,6 +117,7 @@ __all__ = [
     "mean_absolute_error",
     "mean_scores",
     "mean_squared_error",
+    "meta_architecture_search",
     "meta_sgd",
     "paired_differences",
     "pc_darts",

@@ -20,7 +20,7 @@ class Search(NamedTuple):
       estimator: of dF/dα.
       problem: what it estimates for.
       supernet: what is trained.
-      hyperparams: `(key) -> α` to start from.
+      hyperparams: `(key) -> α` to start from; with `learn_init`, {"alpha": α, "init": θ_0}, and α is that below.
       weights: `(α) -> ` mixing weights, kind -> [edges, ops], as genotypes are read from them (`decode`).
       genotype: `(α) -> Genotype`.
       rule: `(problem) -> Estimator`, which made `estimator`; `under_budget` makes another one by it.
@@ -44,19 +44,20 @@ def _sgd(hyperparams: base.HyperParams) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.025, momentum=0.9))
 
 
-def _outputs(supernet, relaxation, params, hyperparams, batch, context):
-    weights = nas.mixing_weights(relaxation, supernet.network, hyperparams, context.key, context.step)
+def _outputs(supernet, relaxation, params, alpha, batch, context):
+    weights = nas.mixing_weights(relaxation, supernet.network, alpha, context.key, context.step)
     return supernet.apply(params, weights, batch["x"])
 
 
-def _loop(supernet, relaxation, loss, decay, optimizer, sampler) -> base.InnerLoop:
+def _loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_init=False) -> base.InnerLoop:
     """The training of a supernet's weights."""
 
     def train_loss(params, hyperparams, batch, context):
-        value = loss(_outputs(supernet, relaxation, params, hyperparams, batch, context), batch)
+        alpha = hyperparams["alpha"] if learn_init else hyperparams
+        value = loss(_outputs(supernet, relaxation, params, alpha, batch, context), batch)
         return value + decay / 2 * optax.tree.norm(params, squared=True)
 
-    init = lambda key, hyperparams, data: (supernet.init(key), None)
+    init = lambda key, hyperparams, data: (hyperparams["init"] if learn_init else supernet.init(key), None)
     return inner.loop(train_loss, optimizer, init=init, sampler=sampler, with_context=True)
 
 
@@ -78,6 +79,7 @@ def architecture_search(
     single_path: bool = False,
     remat_edges: bool = False,
     edge_weights: bool = False,
+    learn_init: bool = False,
     keep: int | None = 2,
 ) -> Search:
     """The search that all others are settings of.
@@ -107,6 +109,9 @@ def architecture_search(
       single_path: as for `nas.supernet`.
       remat_edges: as for `nas.supernet`.
       edge_weights: α of a kind is {"ops": [edges, ops], "edges": [edges]}, as `nas.edge_normalized` takes it.
+      learn_init: λ is {"alpha": α, "init": θ_0}, and training starts at θ_0 in place of a random draw: both are learned
+        together over many tasks (MetaNAS, T-NAS). Needs a rule that differentiates through all of training
+        (`hypergrad.unrolled`); it is second-order MAML with an α.
       keep: edges into each node, as for `nas.discretize`; None in NAS-Bench-201, where every edge has its own argmax.
 
     Returns:
@@ -128,23 +133,25 @@ def architecture_search(
     supernet = nas.supernet(
         network, in_shape, ops=ops, partial=partial, single_path=single_path, remat_edges=remat_edges
     )
-    loop = _loop(supernet, relax, loss, decay, optimizer, sampler)
+    loop = _loop(supernet, relax, loss, decay, optimizer, sampler, learn_init)
+    alpha_of = lambda hyperparams: hyperparams["alpha"] if learn_init else hyperparams
 
     def valid_loss(params, hyperparams, batch, context):
+        alpha = alpha_of(hyperparams)
         apart = context._replace(key=jax.random.fold_in(context.key, 1))
-        value = loss(_outputs(supernet, relax, params, hyperparams, batch, apart), batch)
-        return value if penalty is None else value + penalty(hyperparams, context.step)
+        value = loss(_outputs(supernet, relax, params, alpha, batch, apart), batch)
+        return value if penalty is None else value + penalty(alpha, context.step)
 
     problem = inner.problem(loop, valid_loss, outer_batch=outer_batch, with_context=True)
 
     def hyperparams(key):
         alpha = nas.init_alpha(key, network)
-        if not edge_weights:
-            return alpha
-        return {kind: {"ops": a, "edges": jnp.zeros(len(a), a.dtype)} for kind, a in alpha.items()}
+        if edge_weights:
+            alpha = {kind: {"ops": a, "edges": jnp.zeros(len(a), a.dtype)} for kind, a in alpha.items()}
+        return {"alpha": alpha, "init": supernet.init(jax.random.fold_in(key, 1))} if learn_init else alpha
 
     def weights(hyperparams):
-        return nas.mixing_weights(decode or nas.decoding(relax), network, hyperparams, jax.random.key(0))
+        return nas.mixing_weights(decode or nas.decoding(relax), network, alpha_of(hyperparams), jax.random.key(0))
 
     def genotype(hyperparams):
         return nas.discretize(network, jax.device_get(weights(hyperparams)), keep=keep)

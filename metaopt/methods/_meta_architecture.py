@@ -1,0 +1,127 @@
+"""h(t') by hypergradient: an architecture for a task, learned over many tasks, with what training starts from.
+
+    α = h(t; φ),    θ_0 shared,    F(φ, θ_0) = Σ_t f_t(θ_T(θ_0, h(t; φ)), h(t; φ))
+
+On a new task, h writes down α at once; a few alternations of weights and α (`lookahead`, DARTS's rule) fine-tune both.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import optax
+
+from metaopt import base, hypergrad, nas, predictors, training
+from metaopt.methods._architecture import Search
+
+
+class FineTunedArchitecture(NamedTuple):
+    """What fine-tuning on a new task leaves.
+
+    Attributes:
+      alpha: α after the last step.
+      params: the supernet's weights there; `search.supernet.inherit` takes those of one network out of them.
+      values: [num_steps] the outer loss before every step of α.
+    """
+
+    alpha: base.HyperParams
+    params: base.Params
+    values: jax.Array
+
+
+class MetaArchitecture(NamedTuple):
+    """A search over tasks; `hypergrad.over_tasks(estimator)` and `training.fit` learn its λ.
+
+    Attributes:
+      estimator: of dF/dλ for one task, where λ is {"h": φ, "init": θ_0}, or {"h": φ} where θ_0 is drawn.
+      hyperparams: `(key) -> λ` to start from.
+      alpha: `(λ, task) -> α`, what h says of a task.
+      genotype: `(λ, task) -> Genotype`, a*.
+      fine_tune: `(key, λ, task) -> FineTunedArchitecture`; jit it, and vmap it over tasks.
+    """
+
+    estimator: base.Estimator
+    hyperparams: Callable[[jax.Array], base.HyperParams]
+    alpha: Callable[[base.HyperParams, base.Task], base.HyperParams]
+    genotype: Callable[[base.HyperParams, base.Task], nas.Genotype]
+    fine_tune: Callable[[jax.Array, base.HyperParams, base.Task], FineTunedArchitecture]
+
+
+def meta_architecture_search(
+    search: Search,
+    predictor: base.Predictor,
+    *,
+    num_steps: int = 10,
+    ahead: int = 1,
+    optimizer: optax.GradientTransformation | None = None,
+) -> MetaArchitecture:
+    """A meta-searcher h: `predictors.amortize` over a search, and its fine-tuning.
+
+    With `architecture_search(..., learn_init=True)` and `hypergrad.unrolled`, α and what training starts from are
+    learned together through T inner steps (with a predictor that reads nothing of the task, that is T-NAS's and
+    MetaNAS's shared α by exact second-order MAML); without it, h alone is learned, by any rule.
+
+    Args:
+      search: for one task; its `estimator` is the rule by which h is learned.
+      predictor: h, `predictor.apply(φ, task)` gives α as `search` takes it, such as `predictors.mlp` of `spaces.real`
+        leaves, one [edges, ops] for each kind.
+      num_steps: of fine-tuning, at least 0: each is one step of the weights, from θ_0 on, and then one of α.
+      ahead: virtual steps of `hypergrad.lookahead` in fine-tuning; 1 is DARTS's second order, 0 its first.
+      optimizer: of α in fine-tuning; `optax.adam(0.05, b1=0.5)` by default.
+
+    Returns:
+      A `MetaArchitecture`; its estimator is of the same kind as the search's.
+
+    Raises:
+      ValueError: `num_steps` is negative.
+
+    Sources: Elsken et al., CVPR 2020 (MetaNAS), https://arxiv.org/abs/1911.11090; Lian et al., ICLR 2020 (T-NAS).
+
+    >>> import jax
+    >>> from metaopt import hypergrad, methods, nas, predictors, spaces
+    >>> cell = nas.complete_cell(1, ("none", "mlp"))
+    >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    >>> rule = lambda problem: hypergrad.unrolled(problem, num_steps=3)
+    >>> search = methods.architecture_search(table, (3,), rule, ops=nas.BLOCKS, learn_init=True)
+    >>> h = predictors.mlp({"cell": spaces.real(shape=(1, 2))}, num_features=5)
+    >>> meta = methods.meta_architecture_search(search, h)
+    >>> sorted(meta.hyperparams(jax.random.key(0)))
+    ['h', 'init']
+    """
+    base.check_integer("num_steps", num_steps, 0)
+    optimizer = optax.adam(0.05, b1=0.5) if optimizer is None else optimizer
+
+    def start(key):
+        """θ_0 to start from, where it is learned."""
+        made = search.hyperparams(key)
+        return {"init": made["init"]} if isinstance(made, dict) and set(made) == {"alpha", "init"} else {}
+
+    def hyperparams(key):
+        h_key, init_key = jax.random.split(key)
+        return {"h": predictor.init(h_key), **start(init_key)}
+
+    def apply(meta_params, task):
+        alpha = predictor.apply(meta_params["h"], task)
+        return {"alpha": alpha, "init": meta_params["init"]} if "init" in meta_params else alpha
+
+    def alpha(meta_params, task):
+        return predictor.apply(meta_params["h"], task)
+
+    def fine_tune(key, meta_params, task):
+        given = apply(meta_params, task)
+        # θ_0 is where training starts, and stays: α alone is moved.
+        at = (lambda alpha, step: {**given, "alpha": alpha}) if "init" in meta_params else (lambda alpha, step: alpha)
+        rule = hypergrad.lookahead(base.reparametrized(search.problem, at), num_steps=ahead)
+        learner = training.learner(rule, optimizer)
+
+        def step(state, _):
+            state, metrics = learner.step(state)
+            return state, metrics["value"]
+
+        state = learner.init(key, alpha(meta_params, task), task)
+        state, values = jax.lax.scan(step, state, length=num_steps)
+        return FineTunedArchitecture(state.hyperparams, search.problem.loop.params(state.estimator_state.inner), values)
+
+    estimator = predictors.amortize(search.estimator, base.Predictor(hyperparams, apply, predictor.config))
+    genotype = lambda meta_params, task: search.genotype(apply(meta_params, task))
+    return MetaArchitecture(estimator, hyperparams, alpha, genotype, fine_tune)
