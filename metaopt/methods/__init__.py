@@ -48,13 +48,8 @@ from metaopt.methods._few_shot import (
     ridge_head,
 )
 from metaopt.methods._fine_tune import FineTuned, fine_tune
-from metaopt.methods._meta_optimizer import (
-    ACQUISITIONS,
-    MetaOptimizer,
-    MetaSearcherState,
-    train_meta_optimizer,
-    train_meta_searcher,
-)
+from metaopt.methods._meta_optimizer import train_meta_optimizer, train_meta_searcher
+from metaopt.methods._meta_search import ACQUISITIONS, MetaOptimizer, MetaSearcherState, TriedConfiguration
 from metaopt.methods._optuna import bohb, tpe
 
 __all__ = [
@@ -70,6 +65,7 @@ __all__ = [
     "Network",
     "OneShot",
     "Search",
+    "TriedConfiguration",
     "accuracy",
     "adaptation",
     "adapted",

@@ -1,21 +1,27 @@
 """What g and h are: networks that map a task to λ, and what makes an estimator tune their weights."""
 
+from metaopt.predictors._acquisition import (
+    batch_expected_improvement,
+    expected_improvement,
+    lower_confidence_bound,
+    thompson_sample,
+)
 from metaopt.predictors._amortize import amortize
 from metaopt.predictors._files import SavedPredictor, load, save
 from metaopt.predictors._networks import dataset_embedding, ensemble, from_config, mlp
 from metaopt.predictors._surrogates import (
+    Joint,
     Kernel,
     Mixture,
     Surrogate,
     TaskTrials,
     attention_loss,
     attention_weights,
-    expected_improvement,
     expected_outcomes,
     init_attention,
+    joint_posterior,
     kernel_loss,
     kernel_matrix,
-    lower_confidence_bound,
     normalize,
     posterior,
     posterior_given,
@@ -25,6 +31,7 @@ from metaopt.predictors._surrogates import (
 )
 
 __all__ = [
+    "Joint",
     "Kernel",
     "Mixture",
     "SavedPredictor",
@@ -33,12 +40,14 @@ __all__ = [
     "amortize",
     "attention_loss",
     "attention_weights",
+    "batch_expected_improvement",
     "dataset_embedding",
     "ensemble",
     "expected_improvement",
     "expected_outcomes",
     "from_config",
     "init_attention",
+    "joint_posterior",
     "kernel_loss",
     "kernel_matrix",
     "load",
@@ -51,4 +60,5 @@ __all__ = [
     "save",
     "surrogate",
     "task_weights",
+    "thompson_sample",
 ]

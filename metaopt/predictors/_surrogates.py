@@ -362,6 +362,24 @@ def expected_outcomes(surrogate: Surrogate, x: jax.Array) -> jax.Array:
     return functions[:, :1] + functions[:, 1:]
 
 
+class Joint(NamedTuple):
+    """`Mixture` with covariances: P configurations, K Gaussians of two processes, informed of earlier tasks and not.
+
+    Attributes:
+      log_weights: [K].
+      mean: [P, K].
+      scales: [K]; the covariance of Gaussian k is scales[k]² covariance[kind[k]].
+      kind: [K] which process it is of: 0 or 1.
+      covariance: [2, P, P].
+    """
+
+    log_weights: jax.Array
+    mean: jax.Array
+    scales: jax.Array
+    kind: jax.Array
+    covariance: jax.Array
+
+
 class Mixture(NamedTuple):
     """Outcomes at P configurations: K Gaussians each, in the units of the task, up to one offset for all.
 
@@ -398,6 +416,30 @@ def posterior(
     return posterior_given(surrogate, weights, (at_seen, y, mask), at_x, within, between)
 
 
+def joint_posterior(
+    surrogate: Surrogate, weights: jax.Array, trials: tuple[jax.Array, jax.Array, jax.Array], x: jax.Array
+) -> Joint:
+    """`posterior` with the covariances between the outcomes at x.
+
+    Args:
+      surrogate: what is known.
+      weights: [S], by `task_weights`.
+      trials: (x [N, D], y [N], mask [N]); at least one is real.
+      x: [P, D]; differentiable.
+
+    Returns:
+      A `Joint`; it takes memory O(P²) beyond that of `posterior`.
+    """
+    seen, y, mask = trials
+    k = lambda a, b: kernel_matrix(surrogate.kernel, a, b)
+    at_seen, at_x = (k(z, surrogate.reference) @ surrogate.coefficients for z in (seen, x))
+    processes = _processes(surrogate, (at_seen, y, mask), at_x, k(seen, seen), k(x, seen), k(x, x))
+    log_weights, mean = _weigh(weights, processes)
+    kind = np.repeat([0, 1], [len(p.scales) for p in processes])
+    scales, covariance = jnp.concatenate([p.scales for p in processes]), jnp.stack([p.covariance for p in processes])
+    return Joint(log_weights, mean, scales, jnp.asarray(kind), covariance)
+
+
 def posterior_given(
     surrogate: Surrogate,
     weights: jax.Array,
@@ -419,18 +461,39 @@ def posterior_given(
     Returns:
       A `Mixture`.
     """
+    processes = _processes(surrogate, trials, at_x, within, between, None)
+    log_weights, mean = _weigh(weights, processes)
+    std = [jnp.sqrt(p.covariance)[:, None] * p.scales[None] for p in processes]
+    return Mixture(log_weights, mean, jnp.concatenate(std, axis=1))
+
+
+class _Process(NamedTuple):
+    """Given the trials: K earlier tasks with B scales each."""
+
+    log_likelihood: jax.Array  # [K, B]
+    mean: jax.Array  # [P, K·B] in the task's units
+    scales: jax.Array  # [K·B]
+    covariance: jax.Array  # [P], variances, or [P, P]; in units of the scale, squared
+
+
+def _processes(surrogate: Surrogate, trials, at_x, within, between, among) -> tuple[_Process, _Process]:
+    """That which earlier tasks inform, and the one that knows nothing; `among` is k(x, x), or None for variances."""
     at_seen, y, mask = trials
     rho, num_tasks = surrogate.closeness, len(surrogate.curves)
     share = (1 - rho**2) / num_tasks
-    log_scales = surrogate.log_scales[:, None] + jnp.array(_FACTORS)[None]
     amplitude = jnp.exp(surrogate.kernel.log_amplitude)
+    if among is None:
+        own, naive_own = (at_x[:, 1:] ** 2).sum(1), jnp.broadcast_to(amplitude, len(at_x))
+        among = 1.0
+    else:
+        own, naive_own = at_x[:, 1:] @ at_x[:, 1:].T, amplitude * among
     informed = _condition(
         at_seen[:, :1] + rho * at_seen[:, 1:],
         at_x[:, :1] + rho * at_x[:, 1:],
         share * at_seen[:, 1:] @ at_seen[:, 1:].T + surrogate.residual * within,
         share * at_x[:, 1:] @ at_seen[:, 1:].T + surrogate.residual * between,
-        share * (at_x[:, 1:] ** 2).sum(1) + surrogate.residual,
-        log_scales,
+        share * own + surrogate.residual * among,
+        surrogate.log_scales[:, None] + jnp.array(_FACTORS)[None],
         (y, mask),
     )
     naive = _condition(
@@ -438,19 +501,24 @@ def posterior_given(
         jnp.zeros((len(at_x), 1)),
         amplitude * within,
         amplitude * between,
-        jnp.broadcast_to(amplitude, len(at_x)),
+        naive_own,
         jnp.quantile(surrogate.log_scales, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))[None],
         (y, mask),
     )
-    prior = jnp.broadcast_to(jnp.log(0.95 * weights / len(_FACTORS) + 1e-12)[:, None], informed[0].shape)
-    naive_prior = jnp.full((1, 5), np.log(0.05 / 5))
-    log_weights = jnp.concatenate([(prior + informed[0]).ravel(), (naive_prior + naive[0]).ravel()])
-    mean, std = (jnp.concatenate([a, b], axis=1) for a, b in zip(informed[1:], naive[1:], strict=True))
-    return Mixture(jax.nn.log_softmax(log_weights), mean, std)
+    return informed, naive
 
 
-def _condition(mu_seen, mu_x, cov, cov_x, var_x, log_scales, trials):
-    """A process given trials: log likelihoods [K, B]; means and standard deviations [P, K·B] in the task's units.
+def _weigh(weights, processes: tuple[_Process, _Process]) -> tuple[jax.Array, jax.Array]:
+    """[K] log weights of all Gaussians given the trials, and [P, K] their means."""
+    informed, naive = processes
+    prior = jnp.log(0.95 * weights / len(_FACTORS) + 1e-12)[:, None]
+    naive_prior = np.log(0.05 / naive.log_likelihood.size)
+    both = [(prior + informed.log_likelihood).ravel(), (naive_prior + naive.log_likelihood).ravel()]
+    return jax.nn.log_softmax(jnp.concatenate(both)), jnp.concatenate([informed.mean, naive.mean], axis=1)
+
+
+def _condition(mu_seen, mu_x, cov, cov_x, cov_xx, log_scales, trials) -> _Process:
+    """A process given trials; `cov_xx` is [P], variances, or [P, P].
 
     The offset is integrated out under a flat prior: with P = K⁻¹ − K⁻¹11ᵀK⁻¹/1ᵀK⁻¹1, residuals r = y/b − μ have the
     log likelihood −½ (rᵀPr + log|K| + log 1ᵀK⁻¹1) − (n − 1) log b. It is quadratic in 1/b, and so costs one solve.
@@ -474,37 +542,8 @@ def _condition(mu_seen, mu_x, cov, cov_x, var_x, log_scales, trials):
     mean_y = at_x.T @ at_y + unexplained * offset_y + middle  # [P]
     mean_mu = mu_x - at_x.T @ at_mu - unexplained[:, None] * offset_mu[None]  # [P, K]
     mean = mean_y[:, None, None] + scales[None] * mean_mu[..., None]
-    variance = jnp.maximum(var_x - (at_x**2).sum(0) + unexplained**2 / total, 1e-9)
-    std = jnp.sqrt(variance)[:, None, None] * scales[None]
-    return likelihood, mean.reshape(len(mu_x), -1), std.reshape(len(mu_x), -1)
-
-
-def expected_improvement(mixture: Mixture, best: jax.Array) -> jax.Array:
-    """E[max(best − y, 0)] under the mixture.
-
-    Args:
-      mixture: at P configurations.
-      best: [] the smallest outcome so far.
-
-    Returns:
-      [P], larger is better.
-    """
-    u = (best - mixture.mean) / mixture.std
-    improvement = mixture.std * (u * jax.scipy.special.ndtr(u) + jnp.exp(-(u**2) / 2) / np.sqrt(2 * np.pi))
-    return improvement @ jnp.exp(mixture.log_weights)
-
-
-def lower_confidence_bound(mixture: Mixture, width: float = 1.0) -> jax.Array:
-    """width·σ − μ, with mean and standard deviation of the whole mixture.
-
-    Args:
-      mixture: at P configurations.
-      width: standard deviations.
-
-    Returns:
-      [P], larger is better.
-    """
-    weights = jnp.exp(mixture.log_weights)
-    mean = mixture.mean @ weights
-    variance = (mixture.std**2 + (mixture.mean - mean[:, None]) ** 2) @ weights
-    return width * jnp.sqrt(variance) - mean
+    if cov_xx.ndim == 1:
+        covariance = jnp.maximum(cov_xx - (at_x**2).sum(0) + unexplained**2 / total, 1e-9)
+    else:
+        covariance = cov_xx - at_x.T @ at_x + jnp.outer(unexplained, unexplained) / total
+    return _Process(likelihood, mean.reshape(len(mu_x), -1), scales.ravel(), covariance)
