@@ -183,45 +183,52 @@ def meta_optimizer(
     def expected(weights, x):
         return -(predictors.expected_outcomes(surrogate, x) @ weights)
 
-    def log_cost(trials, x):
-        """[P] up to a constant, which is that of the machine and of the task's size."""
+    def log_cost_fn(trials):
+        """x -> [P], up to a constant, which is that of the machine and of the task's size."""
         assert cost_surrogate is not None
         weights = jnp.full(len(cost_surrogate.curves), 1 / len(cost_surrogate.curves))
         if trials is None:
-            scale = jnp.exp(cost_surrogate.log_scales)
-            return predictors.expected_outcomes(cost_surrogate, x) @ (weights * scale)
-        mixture = predictors.posterior(cost_surrogate, weights, trials, x)
-        return mixture.mean @ jnp.exp(mixture.log_weights)
+            weights *= jnp.exp(cost_surrogate.log_scales)
+            return lambda x: predictors.expected_outcomes(cost_surrogate, x) @ weights
+        conditioned = predictors.condition(cost_surrogate, weights, trials)
+        return lambda x: _mean(predictors.posterior_at(cost_surrogate, conditioned, x))
 
-    def acquire(acquisition, key, weights, trials, pending, costs, x):
-        """[P] scores, larger is better."""
+    def score_fn(acquisition, key, weights, trials, pending, costs):
+        """x -> [P] scores, larger is better."""
         _, y, mask = trials
         best = jnp.where(mask > 0, y, jnp.inf).min()
-        if acquisition in ("ei", "ei_per_cost") and pending is not None:
-            score = predictors.batch_expected_improvement(surrogate, weights, trials, pending, x, best, key)
-        else:
-            mixture = predictors.posterior(surrogate, weights, trials, x)
+        conditioned = predictors.condition(surrogate, weights, trials)
+        log_cost = log_cost_fn(costs) if acquisition == "ei_per_cost" else lambda x: jnp.zeros(len(x))
+
+        def score(x):
+            if acquisition in ("ei", "ei_per_cost") and pending is not None:
+                gain = predictors.batch_expected_improvement(surrogate, conditioned, pending, x, best, key)
+                return gain * jnp.exp(-log_cost(x))
+            mixture = predictors.posterior_at(surrogate, conditioned, x)
             if acquisition == "ucb":
                 return predictors.lower_confidence_bound(mixture)
             if acquisition == "thompson":
                 return predictors.thompson_sample(key, mixture, independent=finite is not None)
-            score = predictors.expected_improvement(mixture, best)
-        return score * jnp.exp(-log_cost(costs, x)) if acquisition == "ei_per_cost" else score
+            return predictors.expected_improvement(mixture, best) * jnp.exp(-log_cost(x))
+
+        return score
 
     @jax.jit
     def best_expected(key, weights):
         return search(key, lambda x: expected(weights, x))
 
     def suggest_z(acquisition, key, *given):
-        return search(key, lambda x: acquire(acquisition, jax.random.fold_in(key, 1), *given, x))
+        return search(key, score_fn(acquisition, jax.random.fold_in(key, 1), *given))
+
+    def acquire_finite(acquisition, key, *given):
+        return score_fn(acquisition, key, *given)(jnp.asarray(finite))
 
     @jax.jit
     def believe(weights, trials, x):
-        mixture = predictors.posterior(surrogate, weights, trials, x)
-        return mixture.mean @ jnp.exp(mixture.log_weights)
+        return _mean(predictors.posterior(surrogate, weights, trials, x))
 
     suggest_z = jax.jit(suggest_z, static_argnums=0)
-    acquire_finite = jax.jit(acquire, static_argnums=0)
+    acquire_finite = jax.jit(acquire_finite, static_argnums=0)
     expected_finite = jax.jit(expected)
     outcomes_fn = jax.jit(lambda x: predictors.expected_outcomes(surrogate, x))
     to_configuration = lambda z: spaces.configuration(space, spaces.to_constrained(space, unravel(z)))
@@ -314,7 +321,7 @@ def meta_optimizer(
                 return to_configuration(sample(key[None])[0])  # what the surrogate will not look at
             if finite is None:
                 return to_configuration(suggest_z(acquisition, key, weights, trials, pending, costs))
-            score = np.array(acquire_finite(acquisition, key, weights, trials, pending, costs, jnp.asarray(finite)))
+            score = np.array(acquire_finite(acquisition, key, weights, trials, pending, costs))
             before = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
             score[[name in before for name in finite_keys]] = -np.inf
             if not np.isfinite(score).any():
@@ -373,6 +380,10 @@ def meta_optimizer(
         return [record.configuration for record in ours.ask(state, num)[0]]
 
     return MetaOptimizer(predict, portfolio, suggest, searcher, surrogate, cost_surrogate, space, pool)
+
+
+def _mean(mixture: predictors.Mixture) -> jax.Array:
+    return mixture.mean @ jnp.exp(mixture.log_weights)
 
 
 def _at_full_budget(outcomes: Sequence[Mapping[float, float]]) -> np.ndarray:

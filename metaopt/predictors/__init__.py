@@ -9,28 +9,34 @@ from metaopt.predictors._acquisition import (
 from metaopt.predictors._amortize import amortize
 from metaopt.predictors._files import SavedPredictor, load, save
 from metaopt.predictors._networks import dataset_embedding, ensemble, from_config, mlp
-from metaopt.predictors._surrogates import (
+from metaopt.predictors._posterior import (
+    Conditioned,
     Joint,
-    Kernel,
     Mixture,
+    condition,
+    joint_posterior_at,
+    posterior,
+    posterior_at,
+    posterior_given,
+)
+from metaopt.predictors._surrogates import (
+    Kernel,
     Surrogate,
     TaskTrials,
     attention_loss,
     attention_weights,
     expected_outcomes,
     init_attention,
-    joint_posterior,
     kernel_loss,
     kernel_matrix,
     normalize,
-    posterior,
-    posterior_given,
     rank_features,
     surrogate,
     task_weights,
 )
 
 __all__ = [
+    "Conditioned",
     "Joint",
     "Kernel",
     "Mixture",
@@ -41,13 +47,14 @@ __all__ = [
     "attention_loss",
     "attention_weights",
     "batch_expected_improvement",
+    "condition",
     "dataset_embedding",
     "ensemble",
     "expected_improvement",
     "expected_outcomes",
     "from_config",
     "init_attention",
-    "joint_posterior",
+    "joint_posterior_at",
     "kernel_loss",
     "kernel_matrix",
     "load",
@@ -55,6 +62,7 @@ __all__ = [
     "mlp",
     "normalize",
     "posterior",
+    "posterior_at",
     "posterior_given",
     "rank_features",
     "save",

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt.predictors._surrogates import Mixture, Surrogate, joint_posterior
+from metaopt.predictors._posterior import Conditioned, Mixture, joint_posterior_at
+from metaopt.predictors._surrogates import Surrogate
 
 
 def expected_improvement(mixture: Mixture, best: jax.Array) -> jax.Array:
@@ -58,8 +59,7 @@ def thompson_sample(key: jax.Array, mixture: Mixture, *, independent: bool) -> j
 
 def batch_expected_improvement(
     surrogate: Surrogate,
-    weights: jax.Array,
-    trials: tuple[jax.Array, jax.Array, jax.Array],
+    conditioned: Conditioned,
     pending: tuple[jax.Array, jax.Array],
     x: jax.Array,
     best: jax.Array,
@@ -77,8 +77,7 @@ def batch_expected_improvement(
 
     Args:
       surrogate: what is known.
-      weights: [S], by `task_weights`.
-      trials: (x [N, D], y [N], mask [N]) that have ended; at least one is real.
+      conditioned: the same given the trials that have ended, by `condition`.
       pending: (x [Q, D], mask [Q]) of the trials that run.
       x: [P, D]; differentiable.
       best: [] the smallest outcome so far.
@@ -86,13 +85,13 @@ def batch_expected_improvement(
       num_samples: how many; a component is drawn for each.
 
     Returns:
-      [P], larger is better. It takes memory O((P + Q)² + P num_samples) beyond that of `posterior`.
+      [P], larger is better. It takes memory O((P + Q)² + P num_samples) beyond that of `posterior_at`.
 
     Source: Snoek, Larochelle & Adams, NeurIPS 2012, https://arxiv.org/abs/1206.2944, section 3.2 (integration over what
     runs); Wilson, Hutter & Deisenroth, NeurIPS 2018, https://arxiv.org/abs/1805.10196 (batches by gradient; greedily)
     """
     running, mask = pending
-    joint = joint_posterior(surrogate, weights, trials, jnp.concatenate([x, running]))
+    joint = joint_posterior_at(surrogate, conditioned, jnp.concatenate([x, running]))
     num = len(x)
     which, noise = jax.random.split(key)
     # Evenly spaced: components come up as often as they weigh.

@@ -112,7 +112,8 @@ def test_what_one_more_adds_to_a_batch_is_that_of_samples():
     found, weights = surrogate(closeness=0.5, residual=0.05), jnp.full(6, 1 / 6)
     trials = (jnp.asarray(X[:3]), jnp.array([1.0, 0.2, 0.6]), jnp.ones(3))
     at, running, best = jnp.asarray(X[3:6]), jnp.asarray(X[6:8]), jnp.array(0.2)
-    joint = jax.jit(predictors.joint_posterior)(found, weights, trials, jnp.concatenate([at, running]))
+    given = jax.jit(predictors.condition)(found, weights, trials)
+    joint = jax.jit(predictors.joint_posterior_at)(found, given, jnp.concatenate([at, running]))
     mixture = POSTERIOR(found, weights, trials, at)
     np.testing.assert_allclose(joint.log_weights, mixture.log_weights, rtol=1e-6)
     np.testing.assert_allclose(joint.mean[:3], mixture.mean, rtol=1e-6)
@@ -128,7 +129,7 @@ def test_what_one_more_adds_to_a_batch_is_that_of_samples():
     added = np.stack([np.maximum(0.2 - np.minimum(y[:, i], y[:, 3:].min(1)), 0) - alone for i in range(3)])
     padded = (jnp.concatenate([running, 99 + running]), jnp.array([1.0, 1, 0, 0]))
     score = jax.jit(predictors.batch_expected_improvement, static_argnames="num_samples")
-    values = score(found, weights, trials, padded, at, best, jax.random.key(0), num_samples=10_000)
+    values = score(found, given, padded, at, best, jax.random.key(0), num_samples=10_000)
     np.testing.assert_allclose(values, added.mean(1), atol=4 * added.std(1).max() / np.sqrt(10_000))
     without = predictors.expected_improvement(mixture, best)
     assert (values < without).all() and values[2] < 0.5 * without[2]  # what runs counts
