@@ -48,6 +48,7 @@ from metaopt.methods._few_shot import (
     ridge_head,
 )
 from metaopt.methods._fine_tune import FineTuned, fine_tune
+from metaopt.methods._meta_files import load_meta_optimizer, save_meta_optimizer
 from metaopt.methods._meta_optimizer import train_meta_optimizer, train_meta_searcher
 from metaopt.methods._meta_search import ACQUISITIONS, MetaOptimizer, MetaSearcherState, TriedConfiguration
 from metaopt.methods._optuna import bohb, tpe
@@ -89,6 +90,7 @@ __all__ = [
     "implicit_darts",
     "leaderboard",
     "linear_head",
+    "load_meta_optimizer",
     "maml",
     "maml_plus_plus",
     "mean_absolute_error",
@@ -104,6 +106,7 @@ __all__ = [
     "reptile",
     "ridge_head",
     "robust_darts",
+    "save_meta_optimizer",
     "single_path_one_shot",
     "tpe",
     "train_meta_optimizer",

@@ -1,5 +1,6 @@
 """What is done with a surrogate of earlier tasks: predictions, portfolios, and trials on a new task."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ from metaopt import base, predictors, spaces
 ACQUISITIONS = ("ei", "ei_per_cost", "ucb", "thompson")
 _RANDOM_EVERY = 4  # trials of a search without candidates
 _MAX_TRIALS = 256  # of the new task that the surrogate looks at
+_MAX_COSTS = 64  # of which the costs are looked at
 _NUM_RANDOM, _NUM_RESTARTS, _NUM_ASCENTS = 256, 8, 20
 
 
@@ -160,7 +162,7 @@ def meta_optimizer(
             lambda x: jnp.asarray(x, z.dtype), spaces.discretize(space, spaces.to_constrained(space, unravel(z)))
         )
     )
-    sample = jax.vmap(lambda key: ravel_pytree(spaces.to_unconstrained(space, spaces.sample(key, space)))[0])
+    sample = jax.jit(jax.vmap(lambda key: ravel_pytree(spaces.to_unconstrained(space, spaces.sample(key, space)))[0]))
 
     def search(key, score):
         """The z of the best of random configurations and of ascents from the best of them, after rounding."""
@@ -297,6 +299,8 @@ def meta_optimizer(
             seen = np.isfinite(y)
             if not seen.any():
                 return planned(state)
+            if finite is None and state.num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
+                return to_configuration(sample(key[None])[0])  # what the surrogate will not look at
             y = np.where(seen, y, np.max(y[seen]))
             y = np.minimum(y - y.min(), widest)  # an offset means nothing; what diverged does not set the scale
             keep = np.arange(len(y))
@@ -314,11 +318,9 @@ def meta_optimizer(
                     trials = _padded(np.concatenate([x, waiting]), np.concatenate([y, believed]))
                     pending = None
             if acquisition == "ei_per_cost":
-                known = [i for i in keep if np.isfinite(tried[i].log_cost)]
+                known = [i for i in keep if np.isfinite(tried[i].log_cost)][-_MAX_COSTS:]
                 if known:
                     costs = _padded(np.stack([tried[i].x for i in known]), np.array([tried[i].log_cost for i in known]))
-            if finite is None and state.num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
-                return to_configuration(sample(key[None])[0])  # what the surrogate will not look at
             if finite is None:
                 return to_configuration(suggest_z(acquisition, key, weights, trials, pending, costs))
             score = np.array(acquire_finite(acquisition, key, weights, trials, pending, costs))
@@ -392,7 +394,9 @@ def _at_full_budget(outcomes: Sequence[Mapping[float, float]]) -> np.ndarray:
     A trial counts with its outcome at its largest fidelity, moved by the mean difference between that fidelity and
     the largest of all in trials that have been at both, step by step; where none has, by the difference of means.
     """
-    best = [{s: y for s, y in of.items() if np.isfinite(y)} for of in outcomes]
+    if all(len(of) == 1 and 1.0 in of for of in outcomes):
+        return np.array([of[1.0] for of in outcomes])
+    best = [{s: y for s, y in of.items() if math.isfinite(y)} for of in outcomes]
     failed = np.array([np.isnan(of[max(of)]) for of in outcomes], bool)
     fidelities = sorted({s for of in best for s in of}, reverse=True)
     shift = dict.fromkeys(fidelities[:1], 0.0)
@@ -411,8 +415,10 @@ def _at_full_budget(outcomes: Sequence[Mapping[float, float]]) -> np.ndarray:
 
 
 def _padded(x: np.ndarray, y: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Trials at a power of two: few programs are compiled."""
-    size = max(8, 1 << (len(y) - 1).bit_length())
+    """Trials at 16, 64, 256 ...: few programs are compiled."""
+    size = 16
+    while size < len(y):
+        size *= 4
     pad = size - len(y)
     dtype = jnp.result_type(float)
     # Padding lies far away, so that it is nobody's neighbor.
