@@ -15,6 +15,7 @@ from metaopt.methods._architecture import (
     single_path_one_shot,
     unrolled_darts,
 )
+from metaopt.methods._asha import AshaState, asha
 from metaopt.methods._conv4 import NORMALIZATIONS, Network, conv4
 from metaopt.methods._evaluate import (
     AdaptFn,
@@ -57,6 +58,7 @@ __all__ = [
     "ACQUISITIONS",
     "AdaptFn",
     "Adaptation",
+    "AshaState",
     "Evaluation",
     "EvolutionState",
     "FineTuned",
@@ -72,6 +74,7 @@ __all__ = [
     "adapted",
     "anil",
     "architecture_search",
+    "asha",
     "average_ranks",
     "beta_darts",
     "bohb",

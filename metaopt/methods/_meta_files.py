@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +14,10 @@ from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 VERSION = 1
 _FORMAT = "metaopt.meta_optimizer"
 # What the arrays of a surrogate are called, and how many axes they have.
-_TEMPLATE = predictors.Surrogate(
-    reference=2,
-    curves=2,
-    coefficients=2,
-    log_scales=1,
-    kernel=predictors.Kernel(1, 0, 0),
-    attention={"log_rates": 2, "logit_share": 1},
-    sorted_features=2,
-    features=2,
-    closeness=0,
-    residual=0,
-)
+_AXES: Any = {"reference": 2, "curves": 2, "coefficients": 2, "log_scales": 1, "kernel": (1, 0, 0)}
+_AXES |= {"attention": {"log_rates": 2, "logit_share": 1}, "sorted_features": 2, "features": 2}
+_AXES |= {"closeness": 0, "residual": 0}
+_TEMPLATE = predictors.Surrogate(**_AXES | {"kernel": predictors.Kernel(*_AXES["kernel"])})
 
 
 def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimizer) -> None:
@@ -43,7 +36,7 @@ def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimi
         encoded = json.dumps(header, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"The space or a candidate cannot be written as JSON: {error}.") from error
-    arrays = _arrays("outcome", meta_optimizer.surrogate)
+    arrays: dict[str, Any] = _arrays("outcome", meta_optimizer.surrogate)
     if meta_optimizer.cost_surrogate is not None:
         arrays |= _arrays("cost", meta_optimizer.cost_surrogate)
     temporary = f"{os.fspath(path)}.tmp"
@@ -89,7 +82,7 @@ def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
         raise ValueError(f"{os.fspath(path)} does not describe a `MetaOptimizer` as it should: {error}.") from error
 
 
-def _arrays(kind: str, surrogate: predictors.Surrogate) -> dict[str, np.ndarray]:
+def _arrays(kind: str, surrogate: predictors.Surrogate) -> dict[str, Any]:
     return {
         kind + jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(surrogate)

@@ -66,6 +66,8 @@ def train_meta_optimizer(
     base.check_integer("num_members", num_members, 1)
     base.check_integer("num_steps", num_steps, 0)
     base.check_integer("max_reference", max_reference, 2)
+    if candidates is not None and not len(candidates):
+        raise ValueError("`candidates` must hold a configuration, or be None to search the whole space; it is empty.")
     key = jax.random.key(0) if key is None else key
     kernel_key, attention_key, reference_key = jax.random.split(key, 3)
     encode = encoder(space)

@@ -151,8 +151,8 @@ def meta_optimizer(
 ) -> MetaOptimizer:
     """The functions over what was learned."""
     encode, encode_relaxed = encoder(space), _encode_fn(space)
-    pool = None if candidates is None else [dict(candidate) for candidate in candidates]
-    finite = None if pool is None else np.stack([encode(candidate, True) for candidate in pool])  # [P, D]
+    pool = [dict(candidate) for candidate in candidates or ()]
+    finite = np.stack([encode(candidate, True) for candidate in pool]) if pool else None  # [P, D]
     finite_keys = [] if finite is None else [row.tobytes() for row in finite]
     # A configuration's vector of unconstrained coordinates is what is ascended.
     template, unravel = ravel_pytree(spaces.to_unconstrained(space, spaces.default(space)))
@@ -187,13 +187,14 @@ def meta_optimizer(
 
     def log_cost_fn(trials):
         """x -> [P], up to a constant, which is that of the machine and of the task's size."""
-        assert cost_surrogate is not None
-        weights = jnp.full(len(cost_surrogate.curves), 1 / len(cost_surrogate.curves))
+        learned = cost_surrogate
+        assert learned is not None
+        weights = jnp.full(len(learned.curves), 1 / len(learned.curves))
         if trials is None:
-            weights *= jnp.exp(cost_surrogate.log_scales)
-            return lambda x: predictors.expected_outcomes(cost_surrogate, x) @ weights
-        conditioned = predictors.condition(cost_surrogate, weights, trials)
-        return lambda x: _mean(predictors.posterior_at(cost_surrogate, conditioned, x))
+            weights *= jnp.exp(learned.log_scales)
+            return lambda x: predictors.expected_outcomes(learned, x) @ weights
+        conditioned = predictors.condition(learned, weights, trials)
+        return lambda x: _mean(predictors.posterior_at(learned, conditioned, x))
 
     def score_fn(acquisition, key, weights, trials, pending, costs):
         """x -> [P] scores, larger is better."""
@@ -251,7 +252,7 @@ def meta_optimizer(
     def portfolio(num: int, new_task: Any = None) -> list[dict[str, Any]]:
         base.check_integer("num", num, 1)
         weights, chosen = np.asarray(weights_of(new_task)), [predict(new_task)]
-        if pool is not None:
+        if pool:
             among = pool
         else:
             zs = sample(jax.random.split(jax.random.key(1), _NUM_RANDOM))
@@ -272,13 +273,13 @@ def meta_optimizer(
             raise ValueError(f"`acquisition` must be one of {', '.join(map(repr, ACQUISITIONS))}; got {acquisition!r}.")
         if acquisition == "ei_per_cost" and cost_surrogate is None:
             raise ValueError("'ei_per_cost' needs `train_meta_optimizer(..., costs=True)`, and records with costs.")
-        weights = weights_of(new_task)
+        weights, own_space = weights_of(new_task), space
         given = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in first]
         widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome
 
-        def init(key, space_=None):
-            if space_ is not None and space_ != space:
+        def init(key, space):
+            if space is not None and space != own_space:
                 raise ValueError(
                     "The searcher was trained for another space (other leaves, bounds or labels); give `init` that "
                     "one, which is the `space` of the `MetaOptimizer`, or None."
@@ -344,9 +345,12 @@ def meta_optimizer(
         def tell(state, records):
             pending, tried = dict(state.pending), dict(state.tried)
             for record in records:
-                if record.status not in ("COMPLETE", "PRUNED", "FAIL"):
+                if record.status == "WAITING":
                     continue
                 x = encode(record.configuration)
+                if record.status == "RUNNING":  # elsewhere
+                    pending[record.trial] = x
+                    continue
                 if record.trial in pending and np.array_equal(pending[record.trial], x):  # not a foreign record
                     del pending[record.trial]
                 name = record.trial, record.seed, x.tobytes()
@@ -381,7 +385,7 @@ def meta_optimizer(
         state = state._replace(num_asked=len(tried) + len(running), pending=running, tried=tried)
         return [record.configuration for record in ours.ask(state, num)[0]]
 
-    return MetaOptimizer(predict, portfolio, suggest, searcher, surrogate, cost_surrogate, space, pool)
+    return MetaOptimizer(predict, portfolio, suggest, searcher, surrogate, cost_surrogate, space, pool or None)
 
 
 def _mean(mixture: predictors.Mixture) -> jax.Array:
@@ -392,13 +396,13 @@ def _at_full_budget(outcomes: Sequence[Mapping[float, float]]) -> np.ndarray:
     """[N] outcomes that stand beside one another, of trials at several fidelities; NaN where a trial has none.
 
     A trial counts with its outcome at its largest fidelity, moved by the mean difference between that fidelity and
-    the largest of all in trials that have been at both, step by step; where none has, by the difference of means.
+    the largest in trials that have been at both, step by step; where none has, by the difference of means.
     """
     if all(len(of) == 1 and 1.0 in of for of in outcomes):
         return np.array([of[1.0] for of in outcomes])
     best = [{s: y for s, y in of.items() if math.isfinite(y)} for of in outcomes]
-    failed = np.array([np.isnan(of[max(of)]) for of in outcomes], bool)
-    fidelities = sorted({s for of in best for s in of}, reverse=True)
+    failed = np.array([math.isnan(of[max(of)]) for of in outcomes], bool)
+    fidelities = sorted({max(of) for of in best if of}, reverse=True)  # others are not needed
     shift = dict.fromkeys(fidelities[:1], 0.0)
     for s in fidelities[1:]:
         higher = list(shift)[::-1]  # the nearest first

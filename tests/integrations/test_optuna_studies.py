@@ -28,7 +28,7 @@ def test_records_become_a_study_and_come_back():
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "PRUNED"]
     assert study.best_value == 0.25 and study.best_params == {"rate": 0.5, "kind": "b", "depth": 2}
     assert study.trials[2].intermediate_values == {250: 0.75, 500: 0.5}
-    assert study.trials[1].user_attrs["reason"] == "time limit of 1 s"
+    assert study.trials[1].user_attrs["metaopt:reason"] == "time limit of 1 s"
     back = integrations.from_optuna_study(study)
     without = lambda record: {name: value for name, value in record.configuration.items() if name != "three"}
     expected = [RECORDS[0], RECORDS[1], RECORDS[3]._replace(status="PRUNED", fidelity=0.5)]
