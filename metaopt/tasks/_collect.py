@@ -52,7 +52,15 @@ def collect(
     no finite number, crashes or exceeds a limit has status "FAIL" and a reason. The children belong to the workers, not
     to joblib: a pool that kills one of its own processes takes the pool's other trials along, and cannot say which
     limit it was. So joblib's workers only wait, in threads by default; under `joblib.parallel_config(backend=...)`
-    they are threads or processes of loky, Dask or Ray, each with children on its own machine.
+    they are threads or processes of loky, Dask or Ray, each with children on its own machine:
+
+        client = distributed.Client("scheduler:8786")         # "dask"; it registers itself
+        ray.util.joblib.register_ray()                        # "ray"
+        with joblib.parallel_config(backend="dask", n_jobs=64):
+            records = tasks.collect(objective, space, named, num_trials=100, key=key, store="records.db")
+
+    The store is written by this process alone. Where a backend's workers are processes, it must be able to send the
+    objective and the tasks to them.
 
     Args:
       objective: `(trial, task) -> outcome`, a number, smaller is better. `trial` is a `Record`: it should obey
@@ -115,6 +123,8 @@ def collect(
     named = dict(tasks) if isinstance(tasks, Mapping) else {task.name: task for task in tasks}
     if len(named) < len(tasks):
         raise ValueError("The names of `tasks` must differ.")
+    if unnamed := [name for name in named if not isinstance(name, str)]:
+        raise ValueError(f"The names of `tasks` must be strings, as records hold them; got {unnamed[0]!r}.")
     if batch_size is None:
         batch_size = 1 if searcher is not None else max(1, round(num_trials))
     searcher = random_search() if searcher is None else searcher

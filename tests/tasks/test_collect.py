@@ -198,6 +198,7 @@ def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
         ({"time_limit": 0, "isolated": True}, "`time_limit` must be positive, or None; got 0"),
         ({"time_limit": 1}, "A limit needs `isolated=True`"),
         ({"on": [black_boxes.tasks.Table("a", "", *[None] * 3)] * 2}, "names of `tasks` must differ"),  # pyright: ignore
+        ({"on": {3: 0.0}}, "names of `tasks` must be strings, as records hold them; got 3"),
     ],
 )
 def test_arguments_are_checked(kwargs, message):
