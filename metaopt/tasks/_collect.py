@@ -9,6 +9,7 @@ and those of which the store has the end are told without being run. Nothing of 
 """
 
 import contextlib
+import itertools
 import os
 import time
 import uuid
@@ -59,8 +60,8 @@ def collect(
         with joblib.parallel_config(backend="dask", n_jobs=64):
             records = tasks.collect(objective, space, named, num_trials=100, key=key, store="records.db")
 
-    The store is written by this process alone. Where a backend's workers are processes, it must be able to send the
-    objective and the tasks to them.
+    The store is written by this process alone, as trials end (with Ray, whenever as many as run at a time have
+    ended). Where a backend's workers are processes, it must be able to send the objective and the tasks to them.
 
     Args:
       objective: `(trial, task) -> outcome`, a number, smaller is better. `trial` is a `Record`: it should obey
@@ -225,13 +226,20 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
                 append_records(store, [trial._replace(status="RUNNING")], study=study)
             yield joblib.delayed(run)(objective, named[trial.task], trial)
 
-    kwargs: dict[str, Any] = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs", "batch_size": 1}
-    parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", **kwargs)
+    backend: Any = joblib.parallel.get_active_backend(prefer="threads")[0]
+    as_they_end = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"}
+    kwargs: dict[str, Any] = as_they_end if backend.supports_return_generator else {}  # Ray's does not
+    parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", batch_size=1, **kwargs)
+    at_once = None if kwargs else joblib.effective_n_jobs(parallel.n_jobs)
+    waiting = jobs()
     try:
-        for record in parallel(jobs()):
-            if store is not None:
-                append_records(store, [record], study=study)
-            yield record
+        while some := list(itertools.islice(waiting, at_once)) if at_once else waiting:
+            for record in parallel(some):
+                if store is not None:
+                    append_records(store, [record], study=study)
+                yield record
+            if not at_once:
+                break
     finally:
         stopped = True
 
