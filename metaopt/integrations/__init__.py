@@ -1,12 +1,15 @@
 """Other libraries' models as black boxes, and their studies; each library is imported when it is called for."""
 
-from metaopt.integrations._optuna import from_optuna_study, to_optuna_study
+from metaopt.integrations import lightning
+from metaopt.integrations._optuna import from_optuna_study, optuna_sampler, to_optuna_study
 from metaopt.integrations._sklearn import SKLEARN_MODELS, SklearnModel, sklearn_model, sklearn_objective
 
 __all__ = [
     "SKLEARN_MODELS",
     "SklearnModel",
     "from_optuna_study",
+    "lightning",
+    "optuna_sampler",
     "sklearn_model",
     "sklearn_objective",
     "to_optuna_study",

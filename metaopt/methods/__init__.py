@@ -16,6 +16,7 @@ from metaopt.methods._architecture import (
     under_budget,
     unrolled_darts,
 )
+from metaopt.methods._asha import AshaState, asha
 from metaopt.methods._conv4 import NORMALIZATIONS, Network, conv4
 from metaopt.methods._evaluate import (
     AdaptFn,
@@ -50,13 +51,9 @@ from metaopt.methods._few_shot import (
 )
 from metaopt.methods._fine_tune import FineTuned, fine_tune
 from metaopt.methods._meta_architecture import FineTunedArchitecture, MetaArchitecture, meta_architecture_search
-from metaopt.methods._meta_optimizer import (
-    ACQUISITIONS,
-    MetaOptimizer,
-    MetaSearcherState,
-    train_meta_optimizer,
-    train_meta_searcher,
-)
+from metaopt.methods._meta_files import load_meta_optimizer, save_meta_optimizer
+from metaopt.methods._meta_optimizer import train_meta_optimizer, train_meta_searcher
+from metaopt.methods._meta_search import ACQUISITIONS, MetaOptimizer, MetaSearcherState, TriedConfiguration
 from metaopt.methods._optuna import bohb, tpe
 from metaopt.methods._retrain import (
     ArchitectureScores,
@@ -75,6 +72,7 @@ __all__ = [
     "AdaptFn",
     "Adaptation",
     "ArchitectureScores",
+    "AshaState",
     "Evaluation",
     "EvolutionState",
     "FineTuned",
@@ -88,11 +86,13 @@ __all__ = [
     "ScreenedState",
     "Search",
     "SearchReport",
+    "TriedConfiguration",
     "accuracy",
     "adaptation",
     "adapted",
     "anil",
     "architecture_search",
+    "asha",
     "average_ranks",
     "batched_accuracy",
     "beta_darts",
@@ -112,6 +112,7 @@ __all__ = [
     "implicit_darts",
     "leaderboard",
     "linear_head",
+    "load_meta_optimizer",
     "maml",
     "maml_plus_plus",
     "mean_absolute_error",
@@ -129,6 +130,7 @@ __all__ = [
     "retraining",
     "ridge_head",
     "robust_darts",
+    "save_meta_optimizer",
     "screened_random_search",
     "search_report",
     "single_path_one_shot",

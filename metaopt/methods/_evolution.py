@@ -21,7 +21,7 @@ class EvolutionState(NamedTuple):
     """
 
     seed: tuple[int, ...]
-    space: dict[str, spaces.Integer]
+    space: dict[str, spaces.Integer | spaces.Fixed]
     population: tuple
     num_asked: int
 
@@ -30,14 +30,15 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
     """Regularized (aging) evolution: the best of a few of the population has a child, and the oldest dies.
 
     The first `population_size` trials are random. Then a child is the best of `sample_size` members, drawn with
-    replacement, with one entry changed to another value, each alike. Trials without a finite outcome do not enter.
+    replacement, with one entry changed to another value, each alike (what is fixed stays). Trials without a finite
+    outcome do not enter.
 
     Args:
       population_size: at least 1.
       sample_size: at least 1.
 
     Returns:
-      A searcher of a dict of `spaces.integer`, whose values are taken as categories.
+      A searcher of a dict of `spaces.integer`, whose values are taken as categories, and `spaces.fixed`.
 
     Raises:
       ValueError: a size is below 1; in `init`, the space is another.
@@ -58,30 +59,31 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
     base.check_integer("sample_size", sample_size, 1)
 
     def init(key, space):
-        if not isinstance(space, dict) or not all(isinstance(leaf, spaces.Integer) for leaf in space.values()):
+        known = (spaces.Integer, spaces.Fixed)
+        if not isinstance(space, dict) or not all(isinstance(leaf, known) for leaf in space.values()):
             raise ValueError(
-                "`regularized_evolution` searches a dict of `spaces.integer` leaves; got another space. Leave out what "
-                "has one value (`spaces.fixed`), and add it to what the searcher asks for."
+                "`regularized_evolution` searches a dict of `spaces.integer` and `spaces.fixed`; got another space."
             )
-        shaped = [name for name, leaf in space.items() if leaf.shape]
-        if shaped or not space:
+        if shaped := [name for name, leaf in space.items() if leaf.shape]:
             raise ValueError(
-                f"`regularized_evolution` changes one number at a time: it needs at least one `spaces.integer`, and "
-                f"they have no `shape`; got {f'a shape of {shaped[0]!r}' if shaped else 'an empty space'}. Give every "
-                "entry a leaf of its own."
+                f"`regularized_evolution` searches integers without shape; `{shaped[0]}` has shape "
+                f"{space[shaped[0]].shape}: write one leaf for each of its entries."
             )
         seed = tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
         return EvolutionState(seed, dict(space), (), 0)
 
     def propose(rng, state):
-        names = list(state.space)
-        lows = [leaf.low for leaf in state.space.values()]
-        sizes = [leaf.high - leaf.low + 1 for leaf in state.space.values()]
+        free = {name: leaf for name, leaf in state.space.items() if isinstance(leaf, spaces.Integer)}
+        names, lows = list(free), [leaf.low for leaf in free.values()]
+        sizes = [leaf.high - leaf.low + 1 for leaf in free.values()]
         if state.num_asked < population_size or not state.population:
-            return {name: low + int(rng.integers(size)) for name, low, size in zip(names, lows, sizes, strict=True)}
+            drawn = {name: low + int(rng.integers(size)) for name, low, size in zip(names, lows, sizes, strict=True)}
+            return {name: drawn[name] if name in drawn else leaf.value.item() for name, leaf in state.space.items()}
         drawn = rng.integers(len(state.population), size=sample_size)
         parent, _ = min((state.population[i] for i in drawn), key=lambda member: member[1])
-        i = int(rng.integers(len(names)))  # `spaces.integer` has at least two values
+        if not free:
+            return dict(parent)
+        i = int(rng.integers(len(names)))
         # Another value than the parent's: a step around the circle of values.
         value = (parent[names[i]] - lows[i] + 1 + int(rng.integers(sizes[i] - 1))) % sizes[i] + lows[i]
         return {**parent, names[i]: value}

@@ -1,5 +1,6 @@
 """Optuna's samplers and pruners as searchers: TPE, and BOHB."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -152,7 +153,8 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
         survivors, trials = list(state.survivors), dict(state.trials)
         for record in records:
             trial = trials.get(record.trial)
-            if trial is None:
+            # Another search numbers its trials from 0, too: by its configuration a record is known as one's own.
+            if trial is None or not _same(record.configuration, spaces.suggest(trial, state.space)):
                 _add(state.study, state.space, record)
                 continue
             rung = fidelities.index(record.fidelity)
@@ -173,6 +175,11 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
         return state._replace(trials=trials, survivors=survivors)
 
     return base.Searcher(init, ask, tell)
+
+
+def _same(configuration, other) -> bool:
+    close = lambda a, b: math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) and isinstance(b, float) else a == b
+    return configuration.keys() == other.keys() and all(close(configuration[n], other[n]) for n in other)
 
 
 def _add(study, space, record: base.Record) -> None:

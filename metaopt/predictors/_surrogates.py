@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_NOISE = 1e-3  # variance of a repeated outcome, in normalized units
-_FACTORS = (-0.7, 0.0, 0.7)  # of scales, as logarithms
+NOISE = 1e-3  # variance of a repeated outcome, in normalized units
 
 
 class TaskTrials(NamedTuple):
@@ -114,7 +113,7 @@ def kernel_loss(kernel: Kernel, trials: tuple[jax.Array, jax.Array, jax.Array]) 
     x, y, mask = trials
     both = mask[:, None] * mask[None]
     matrix = jnp.exp(kernel.log_amplitude) * kernel_matrix(kernel, x, x) * both
-    chol = jnp.linalg.cholesky(matrix + jnp.diag(_NOISE + 1 - mask))
+    chol = jnp.linalg.cholesky(matrix + jnp.diag(NOISE + 1 - mask))
     white = jax.scipy.linalg.solve_triangular(chol, y * mask, lower=True)
     nll = (white @ white) / 2 + jnp.log(jnp.diag(chol)).sum()
     prior = ((kernel.log_lengths + 0.5) ** 2).sum() / 2 + kernel.logit_smooth**2 / 8
@@ -360,151 +359,3 @@ def expected_outcomes(surrogate: Surrogate, x: jax.Array) -> jax.Array:
     """
     functions = kernel_matrix(surrogate.kernel, x, surrogate.reference) @ surrogate.coefficients
     return functions[:, :1] + functions[:, 1:]
-
-
-class Mixture(NamedTuple):
-    """Outcomes at P configurations: K Gaussians each, in the units of the task, up to one offset for all.
-
-    Attributes:
-      log_weights: [K].
-      mean: [P, K].
-      std: [P, K].
-    """
-
-    log_weights: jax.Array
-    mean: jax.Array
-    std: jax.Array
-
-
-def posterior(
-    surrogate: Surrogate, weights: jax.Array, trials: tuple[jax.Array, jax.Array, jax.Array], x: jax.Array
-) -> Mixture:
-    """Few-shot adaptation in closed form: the outcomes to expect at x, given the trials seen on the new task.
-
-    Args:
-      surrogate: what is known.
-      weights: [S], by `task_weights`.
-      trials: (x [N, D], y [N], mask [N]); at least one is real. y may have any units.
-      x: [P, D]; differentiable.
-
-    Returns:
-      A `Mixture` of 3 S + 5 Gaussians; it takes memory O(P (S + N + M)), and N² for the trials.
-    """
-    seen, y, mask = trials
-    at_seen, at_x = (
-        kernel_matrix(surrogate.kernel, z, surrogate.reference) @ surrogate.coefficients for z in (seen, x)
-    )
-    between, within = (kernel_matrix(surrogate.kernel, z, seen) for z in (x, seen))
-    return posterior_given(surrogate, weights, (at_seen, y, mask), at_x, within, between)
-
-
-def posterior_given(
-    surrogate: Surrogate,
-    weights: jax.Array,
-    trials: tuple[jax.Array, jax.Array, jax.Array],
-    at_x: jax.Array,
-    within: jax.Array,
-    between: jax.Array,
-) -> Mixture:
-    """`posterior`, where all that configurations enter by has been computed: many searches over one finite set.
-
-    Args:
-      surrogate: what is known.
-      weights: [S].
-      trials: (at_seen [N, 1 + S], y [N], mask [N]), at_seen = k(seen, reference) @ coefficients.
-      at_x: [P, 1 + S], the same of x.
-      within: [N, N], k(seen, seen).
-      between: [P, N], k(x, seen).
-
-    Returns:
-      A `Mixture`.
-    """
-    at_seen, y, mask = trials
-    rho, num_tasks = surrogate.closeness, len(surrogate.curves)
-    share = (1 - rho**2) / num_tasks
-    log_scales = surrogate.log_scales[:, None] + jnp.array(_FACTORS)[None]
-    amplitude = jnp.exp(surrogate.kernel.log_amplitude)
-    informed = _condition(
-        at_seen[:, :1] + rho * at_seen[:, 1:],
-        at_x[:, :1] + rho * at_x[:, 1:],
-        share * at_seen[:, 1:] @ at_seen[:, 1:].T + surrogate.residual * within,
-        share * at_x[:, 1:] @ at_seen[:, 1:].T + surrogate.residual * between,
-        share * (at_x[:, 1:] ** 2).sum(1) + surrogate.residual,
-        log_scales,
-        (y, mask),
-    )
-    naive = _condition(
-        jnp.zeros((len(y), 1)),
-        jnp.zeros((len(at_x), 1)),
-        amplitude * within,
-        amplitude * between,
-        jnp.broadcast_to(amplitude, len(at_x)),
-        jnp.quantile(surrogate.log_scales, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))[None],
-        (y, mask),
-    )
-    prior = jnp.broadcast_to(jnp.log(0.95 * weights / len(_FACTORS) + 1e-12)[:, None], informed[0].shape)
-    naive_prior = jnp.full((1, 5), np.log(0.05 / 5))
-    log_weights = jnp.concatenate([(prior + informed[0]).ravel(), (naive_prior + naive[0]).ravel()])
-    mean, std = (jnp.concatenate([a, b], axis=1) for a, b in zip(informed[1:], naive[1:], strict=True))
-    return Mixture(jax.nn.log_softmax(log_weights), mean, std)
-
-
-def _condition(mu_seen, mu_x, cov, cov_x, var_x, log_scales, trials):
-    """A process given trials: log likelihoods [K, B]; means and standard deviations [P, K·B] in the task's units.
-
-    The offset is integrated out under a flat prior: with P = K⁻¹ − K⁻¹11ᵀK⁻¹/1ᵀK⁻¹1, residuals r = y/b − μ have the
-    log likelihood −½ (rᵀPr + log|K| + log 1ᵀK⁻¹1) − (n − 1) log b. It is quadratic in 1/b, and so costs one solve.
-    """
-    y, mask = trials
-    scales = jnp.exp(log_scales)
-    num = mask.sum()
-    middle = jnp.where(mask > 0, y, 0.0).sum() / num  # taken off, and put back: float32 has few digits
-    y = jnp.where(mask > 0, y - middle, 0.0)
-    mu_seen, cov_x = mu_seen * mask[:, None], cov_x * mask[None]
-    chol = jnp.linalg.cholesky(cov * mask[:, None] * mask[None] + jnp.diag(jnp.where(mask > 0, _NOISE, 1.0)))
-    white = lambda v: jax.scipy.linalg.solve_triangular(chol, v, lower=True)
-    one, at_y, at_mu, at_x = white(mask), white(y), white(mu_seen), white(cov_x.T)  # [N], [N], [N, K], [N, P]
-    total = one @ one
-    y_c, mu_c = at_y - one * (one @ at_y) / total, at_mu - jnp.outer(one, one @ at_mu) / total
-    quadratic = (y_c @ y_c) / scales**2 - 2 * (y_c @ mu_c)[:, None] / scales + (mu_c**2).sum(0)[:, None]
-    likelihood = -quadratic / 2 - jnp.log(jnp.diag(chol)).sum() - jnp.log(total) / 2 - (num - 1) * log_scales
-    # Means: offset + μ(c) + k K⁻¹(r − offset), and those are linear in y/b and in μ.
-    unexplained = 1 - one @ at_x  # [P]
-    offset_y, offset_mu = (one @ at_y) / total, (one @ at_mu) / total
-    mean_y = at_x.T @ at_y + unexplained * offset_y + middle  # [P]
-    mean_mu = mu_x - at_x.T @ at_mu - unexplained[:, None] * offset_mu[None]  # [P, K]
-    mean = mean_y[:, None, None] + scales[None] * mean_mu[..., None]
-    variance = jnp.maximum(var_x - (at_x**2).sum(0) + unexplained**2 / total, 1e-9)
-    std = jnp.sqrt(variance)[:, None, None] * scales[None]
-    return likelihood, mean.reshape(len(mu_x), -1), std.reshape(len(mu_x), -1)
-
-
-def expected_improvement(mixture: Mixture, best: jax.Array) -> jax.Array:
-    """E[max(best − y, 0)] under the mixture.
-
-    Args:
-      mixture: at P configurations.
-      best: [] the smallest outcome so far.
-
-    Returns:
-      [P], larger is better.
-    """
-    u = (best - mixture.mean) / mixture.std
-    improvement = mixture.std * (u * jax.scipy.special.ndtr(u) + jnp.exp(-(u**2) / 2) / np.sqrt(2 * np.pi))
-    return improvement @ jnp.exp(mixture.log_weights)
-
-
-def lower_confidence_bound(mixture: Mixture, width: float = 1.0) -> jax.Array:
-    """width·σ − μ, with mean and standard deviation of the whole mixture.
-
-    Args:
-      mixture: at P configurations.
-      width: standard deviations.
-
-    Returns:
-      [P], larger is better.
-    """
-    weights = jnp.exp(mixture.log_weights)
-    mean = mixture.mean @ weights
-    variance = (mixture.std**2 + (mixture.mean - mean[:, None]) ** 2) @ weights
-    return width * jnp.sqrt(variance) - mean

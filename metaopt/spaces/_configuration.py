@@ -57,14 +57,16 @@ def from_configuration(
     Args:
       space: a tree of leaves.
       configuration: plain values by name, as from `configuration`; those of fixed leaves are not looked at.
-      strict: whether names and labels that the space does not have are refused. Otherwise such names are ignored, and
-        such labels give all labels the same weight: for records of a space that has changed since.
+      strict: whether names, labels and values out of bounds, which the space does not have, are refused. Otherwise such
+        names are ignored, such values kept, and such labels give all labels the same weight: for records of a space
+        that has changed since.
 
     Returns:
       λ, structured like the space, of NumPy arrays of JAX's default floating-point type; a choice is one-hot.
 
     Raises:
-      ValueError: a value is not of its leaf's kind; or, where `strict`, a name or a label is not known.
+      ValueError: a value is not of its leaf's kind; or, where `strict`, a name or a label is not known, or a value is
+        out of bounds.
 
     >>> from metaopt import spaces
     >>> space = {"depth": spaces.integer(1, 8, default=2), "loss": spaces.choice(["mse", "mae"])}

@@ -157,6 +157,13 @@ class _Bounded(Leaf):
     def default_value(self):
         return jnp.broadcast_to(jnp.asarray(self.default, _default_float()), self.shape)
 
+    def from_plain(self, value, strict):
+        value = super().from_plain(value, strict)
+        rounding = 1e-6 * max(abs(self.low), abs(self.high))  # of float32
+        if strict and not self.low - rounding <= value <= self.high + rounding:
+            raise ValueError(f"between {self.low} and {self.high}")
+        return value
+
     def sample(self, key):
         above = jax.random.uniform(key, self.shape, _default_float())
         return self._between(above, 1.0 - above)

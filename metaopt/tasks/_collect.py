@@ -9,6 +9,7 @@ and those of which the store has the end are told without being run. Nothing of 
 """
 
 import contextlib
+import itertools
 import os
 import time
 import uuid
@@ -52,7 +53,15 @@ def collect(
     no finite number, crashes or exceeds a limit has status "FAIL" and a reason. The children belong to the workers, not
     to joblib: a pool that kills one of its own processes takes the pool's other trials along, and cannot say which
     limit it was. So joblib's workers only wait, in threads by default; under `joblib.parallel_config(backend=...)`
-    they are threads or processes of loky, Dask or Ray, each with children on its own machine.
+    they are threads or processes of loky, Dask or Ray, each with children on its own machine:
+
+        client = distributed.Client("scheduler:8786")         # "dask"; it registers itself
+        ray.util.joblib.register_ray()                        # "ray"
+        with joblib.parallel_config(backend="dask", n_jobs=64):
+            records = tasks.collect(objective, space, named, num_trials=100, key=key, store="records.db")
+
+    The store is written by this process alone, as trials end (with Ray, whenever as many as run at a time have
+    ended). Where a backend's workers are processes, it must be able to send the objective and the tasks to them.
 
     Args:
       objective: `(trial, task) -> outcome`, a number, smaller is better. `trial` is a `Record`: it should obey
@@ -115,6 +124,8 @@ def collect(
     named = dict(tasks) if isinstance(tasks, Mapping) else {task.name: task for task in tasks}
     if len(named) < len(tasks):
         raise ValueError("The names of `tasks` must differ.")
+    if unnamed := [name for name in named if not isinstance(name, str)]:
+        raise ValueError(f"The names of `tasks` must be strings, as records hold them; got {unnamed[0]!r}.")
     if batch_size is None:
         batch_size = 1 if searcher is not None else max(1, round(num_trials))
     searcher = random_search() if searcher is None else searcher
@@ -215,13 +226,20 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
                 append_records(store, [trial._replace(status="RUNNING")], study=study)
             yield joblib.delayed(run)(objective, named[trial.task], trial)
 
-    kwargs: dict[str, Any] = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs", "batch_size": 1}
-    parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", **kwargs)
+    backend: Any = joblib.parallel.get_active_backend(prefer="threads")[0]
+    as_they_end = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"}
+    kwargs: dict[str, Any] = as_they_end if backend.supports_return_generator else {}  # Ray's does not
+    parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", batch_size=1, **kwargs)
+    at_once = None if kwargs else joblib.effective_n_jobs(parallel.n_jobs)
+    waiting = jobs()
     try:
-        for record in parallel(jobs()):
-            if store is not None:
-                append_records(store, [record], study=study)
-            yield record
+        while some := list(itertools.islice(waiting, at_once)) if at_once else waiting:
+            for record in parallel(some):
+                if store is not None:
+                    append_records(store, [record], study=study)
+                yield record
+            if not at_once:
+                break
     finally:
         stopped = True
 

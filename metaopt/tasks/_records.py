@@ -196,6 +196,8 @@ def _header_of_made(connection) -> list[int]:
 
 
 def _to_row(record: Record) -> tuple:
+    if not isinstance(record.task, str):
+        raise ValueError(f"A record's task must be a name, a string, as it is on disk; got {record.task!r}.")
     if record.status not in STATUSES:
         raise ValueError(f"A record's status must be one of {', '.join(STATUSES)}; got {record.status!r}.")
     try:

@@ -28,11 +28,21 @@ def test_records_become_a_study_and_come_back():
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "PRUNED"]
     assert study.best_value == 0.25 and study.best_params == {"rate": 0.5, "kind": "b", "depth": 2}
     assert study.trials[2].intermediate_values == {250: 0.75, 500: 0.5}
-    assert study.trials[1].user_attrs["reason"] == "time limit of 1 s"
+    assert study.trials[1].user_attrs["metaopt:reason"] == "time limit of 1 s"
     back = integrations.from_optuna_study(study)
     without = lambda record: {name: value for name, value in record.configuration.items() if name != "three"}
     expected = [RECORDS[0], RECORDS[1], RECORDS[3]._replace(status="PRUNED", fidelity=0.5)]
     assert list(map(repr, back)) == [repr(record._replace(configuration=without(record))) for record in expected]
+
+
+def test_numbers_and_tasks_come_back_and_a_person_s_attributes_are_not_metaopt_s():
+    records = [RECORDS[0]._replace(trial=7, task="mine"), RECORDS[1]._replace(trial=9, task="mine")]
+    study = integrations.to_optuna_study(records, SPACE)
+    study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={"trial": "b", "cost": "9 EUR", "seed": "x"}))
+    back = integrations.from_optuna_study(study)
+    assert [(r.task, r.trial, r.seed) for r in back[:2]] == [("mine", 7, 11), ("mine", 9, 12)]
+    assert (back[2].trial, back[2].seed) == (2, 0) and isinstance(back[2].cost, float)
+    assert {r.task for r in integrations.from_optuna_study(study, task="other")} == {"other"}
 
 
 def test_a_study_that_optuna_made_is_read():

@@ -81,3 +81,14 @@ def test_what_it_does_not_search():
         searcher.init(jax.random.key(0), {"a": spaces.integer(0, 1), "b": spaces.fixed(3)})
     with pytest.raises(ValueError, match="`population_size` must be at least 1; got 0"):
         methods.regularized_evolution(population_size=0)
+
+
+def test_what_is_fixed_stays_and_shapes_are_refused():
+    for space in ({"a": spaces.fixed(2), "b": spaces.integer(0, 3)}, {"a": spaces.fixed(2)}):
+        searcher = methods.regularized_evolution(population_size=1, sample_size=1)
+        (first,), state = searcher.ask(searcher.init(jax.random.key(0), space), 1)
+        state = searcher.tell(state, [first._replace(outcome=0.0, status="COMPLETE")])
+        (child,), _ = searcher.ask(state, 1)
+        assert child.configuration["a"] == 2 and (len(space) == 1) == (child.configuration == first.configuration)
+    with pytest.raises(ValueError, match=r"without shape; `a` has shape \(2,\)"):
+        methods.regularized_evolution().init(jax.random.key(0), {"a": spaces.integer(0, 3, shape=(2,))})

@@ -86,6 +86,16 @@ def test_tpe_learns_from_trials_that_it_did_not_ask_for():
     assert sum(record.configuration["x"] for record in asked) / 5 > 0.2
 
 
+@pytest.mark.parametrize("searcher", [methods.tpe(num_random=0), methods.bohb(num_random=0, num_rungs=2)])
+def test_a_foreign_record_with_the_number_of_a_running_trial_leaves_it_running(searcher):
+    (own,), state = searcher.ask(searcher.init(KEY, SPACE), 1)
+    foreign = Record("a", {"x": 0.5, "y": 1e-3, "kind": "good", "three": 3}, 0.1, trial=own.trial)
+    state = searcher.tell(state, [foreign])
+    assert list(state.trials) == [own.trial] and len(state.study.trials) == 2
+    state = searcher.tell(state, [own._replace(status="FAIL")])
+    assert not state.trials and [trial.state.name for trial in state.study.trials] == ["FAIL", "COMPLETE"]
+
+
 def test_arguments_are_checked():
     for kwargs, message in (({"reduction_factor": 1}, "reduction_factor"), ({"num_rungs": 1}, "num_rungs")):
         with pytest.raises(ValueError, match=f"`{message}` must be at least 2; got 1"):

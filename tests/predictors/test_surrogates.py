@@ -106,6 +106,35 @@ def test_acquisitions_are_those_of_samples():
     np.testing.assert_allclose(bound, 2 * y.std() - y.mean(), atol=0.02)
 
 
+@pytest.mark.once
+def test_what_one_more_adds_to_a_batch_is_that_of_samples():
+    """Outcomes of x and of what runs are drawn together, by NumPy, from the mixture with its covariances."""
+    found, weights = surrogate(closeness=0.5, residual=0.05), jnp.full(6, 1 / 6)
+    trials = (jnp.asarray(X[:3]), jnp.array([1.0, 0.2, 0.6]), jnp.ones(3))
+    at, running, best = jnp.asarray(X[3:6]), jnp.asarray(X[6:8]), jnp.array(0.2)
+    given = jax.jit(predictors.condition)(found, weights, trials)
+    joint = jax.jit(predictors.joint_posterior_at)(found, given, jnp.concatenate([at, running]))
+    mixture = POSTERIOR(found, weights, trials, at)
+    np.testing.assert_allclose(joint.log_weights, mixture.log_weights, rtol=1e-6)
+    np.testing.assert_allclose(joint.mean[:3], mixture.mean, rtol=1e-6)
+    variances = np.diagonal(joint.covariance, axis1=1, axis2=2)[np.asarray(joint.kind), :3]
+    np.testing.assert_allclose(np.sqrt(variances.T) * np.asarray(joint.scales), mixture.std, rtol=1e-4)
+    rng, num = np.random.default_rng(0), 100_000
+    ks = rng.choice(len(joint.scales), num, p=np.exp(np.asarray(joint.log_weights, np.float64)))
+    chol = np.linalg.cholesky(np.asarray(joint.covariance) + 1e-9 * np.eye(5))[np.asarray(joint.kind)[ks]]
+    y = np.asarray(joint.mean)[:, ks].T + np.asarray(joint.scales)[ks, None] * np.einsum(
+        "nij,nj->ni", chol, rng.normal(size=(num, 5))
+    )
+    alone = np.maximum(0.2 - y[:, 3:].min(1), 0)
+    added = np.stack([np.maximum(0.2 - np.minimum(y[:, i], y[:, 3:].min(1)), 0) - alone for i in range(3)])
+    padded = (jnp.concatenate([running, 99 + running]), jnp.array([1.0, 1, 0, 0]))
+    score = jax.jit(predictors.batch_expected_improvement, static_argnames="num_samples")
+    values = score(found, given, padded, at, best, jax.random.key(0), num_samples=10_000)
+    np.testing.assert_allclose(values, added.mean(1), atol=4 * added.std(1).max() / np.sqrt(10_000))
+    without = predictors.expected_improvement(mixture, best)
+    assert (values < without).all() and values[2] < 0.5 * without[2]  # what runs counts
+
+
 def test_a_failed_trial_is_worse_than_expected():
     y = np.stack([curve(s / 5, 0.0) for s in range(6)])
     whole = [predictors.TaskTrials(X, row) for row in y]

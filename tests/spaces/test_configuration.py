@@ -95,6 +95,15 @@ def test_a_space_that_has_changed_since_is_read_as_far_as_it_goes():
         spaces.from_configuration(SPACE, {"svm.gamma": "auto"}, strict=False)
 
 
+def test_values_out_of_bounds_are_refused_and_kept_where_the_space_may_have_changed():
+    space = {"depth": spaces.integer(1, 8), "rate": spaces.interval(1e-3, 1.0)}
+    for name, value, bounds in (("depth", 9, "1 and 8"), ("rate", 0.0, "0.001 and 1.0")):
+        with pytest.raises(ValueError, match=f"`{name}` must be between {bounds}; got {value}"):
+            spaces.from_configuration(space, {name: value})
+        assert spaces.from_configuration(space, {name: value}, strict=False)[name] == value
+    assert spaces.from_configuration(space, {"rate": np.float32(1e-3).item()})["rate"] == pytest.approx(1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [

@@ -198,6 +198,7 @@ def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
         ({"time_limit": 0, "isolated": True}, "`time_limit` must be positive, or None; got 0"),
         ({"time_limit": 1}, "A limit needs `isolated=True`"),
         ({"on": [black_boxes.tasks.Table("a", "", *[None] * 3)] * 2}, "names of `tasks` must differ"),  # pyright: ignore
+        ({"on": {3: 0.0}}, "names of `tasks` must be strings, as records hold them; got 3"),
     ],
 )
 def test_arguments_are_checked(kwargs, message):
@@ -258,6 +259,39 @@ def test_joblib_s_backends(backend):
     with joblib.parallel_config(backend=backend, n_jobs=2):
         records = collect(black_boxes.quadratic, isolated=True, num_trials=2)
     assert without_cost(records) == without_cost(collect(black_boxes.quadratic, isolated=True, num_trials=2))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("backend", ["dask", "ray"])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_clusters_are_joblib_s_backends(backend, isolated, tmp_path):
+    """Two workers, each a process: the same records as in this one, hung and crashed trials among them."""
+    joblib = pytest.importorskip("joblib")
+    store = tmp_path / "records.db"
+    if backend == "dask":
+        distributed = pytest.importorskip("distributed")
+        end = distributed.Client(n_workers=2, threads_per_worker=1, dashboard_address=None).close
+    else:
+        ray = pytest.importorskip("ray")
+        register = pytest.importorskip("ray.util.joblib").register_ray
+        path = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=path)
+        register()
+        end = ray.shutdown
+    kwargs = {"num_trials": 3, "isolated": isolated}
+    if isolated:
+        bad = {"on": {n: n for n in ("good", "hang", "crash")}, "num_trials": 1, "time_limit": 2.0, "isolated": True}
+    try:
+        with joblib.parallel_config(backend=backend, n_jobs=2):
+            records = collect(store=store, **kwargs)
+            faults = collect(black_boxes.misbehave, **bad) if isolated else []
+    finally:
+        end()
+    assert without_cost(records) == without_cost(collect(**kwargs)) == without_cost(collect(store=store, **kwargs))
+    found = [(record.status, record.reason) for record in faults]
+    assert found == [("COMPLETE", ""), ("FAIL", "time limit of 2 s"), ("FAIL", "signal SIGSEGV")][: len(found)]
+    assert len(found) == 3 * isolated
 
 
 COLLECTOR = """

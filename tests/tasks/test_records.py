@@ -143,6 +143,7 @@ def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path, how):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
+        (Record(3, {}), "task must be a name, a string, as it is on disk; got 3"),  # pyright: ignore
         (Record("t", {}, status="DONE"), "status must be one of WAITING, .*; got 'DONE'"),
         (Record("t", {"x": object()}), "must be plain numbers, strings, booleans and None"),
         (Record("t", {"x": math.nan}), "must be plain numbers"),

@@ -1,0 +1,134 @@
+"""ASHA and asynchronous Hyperband around any searcher: few trials see the full budget, and they are the good ones."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaopt import base
+from metaopt.tasks import random_search
+
+
+class AshaState(NamedTuple):
+    """Carried from one call to the next.
+
+    Attributes:
+      searcher: the state of the searcher that proposes configurations.
+      trials: number -> (its bracket, its record as it was first asked for).
+      outcomes: number -> its outcome at each rung that it has finished; infinite where it failed.
+      asked: (number, rung) of all that has been asked for.
+      num_started: how many trials have begun.
+    """
+
+    searcher: Any
+    trials: dict[int, tuple[int, base.Record]]
+    outcomes: dict[int, dict[int, float]]
+    asked: frozenset[tuple[int, int]]
+    num_started: int
+
+
+def asha(
+    searcher: base.Searcher | None = None,
+    *,
+    reduction_factor: int = 3,
+    num_rungs: int = 4,
+    num_brackets: int = 1,
+) -> base.Searcher:
+    """Asynchronous successive halving: a trial goes on to η times the budget if it is among the best 1/η of its rung.
+
+    Configurations come from `searcher`: random search (ASHA), or one of `train_meta_optimizer`, which hears of every
+    outcome with its fidelity and brings outcomes of several fidelities to one scale. A trial starts at fidelity
+    η^(1 − K + b), where b is its bracket and K the number of rungs; one bracket is ASHA, K of them are Hyperband's,
+    which also start some trials at larger budgets in case small ones mislead. Trials start in brackets as often as in
+    Hyperband, in proportion to η^s/(s + 1), s = K − 1 − b. Nothing ever waits for a rung to fill, so that any number
+    of workers is busy; what is found depends on the order in which outcomes are told.
+
+    Args:
+      searcher: that proposes configurations, and takes records of fidelities below 1; by default `tasks.random_search`.
+      reduction_factor: η, at least 2.
+      num_rungs: K, how many fidelities there are, at least 2: 1/27, 1/9, 1/3 and 1 by default.
+      num_brackets: at least 1, at most K.
+
+    Returns:
+      A searcher; a trial has a record for each fidelity that it reached. An objective that resumes its own checkpoints
+      (`tasks.collect(resumes=True)`) pays for the differences alone.
+
+    Raises:
+      ValueError: an argument is no integer, or out of range.
+
+    Source: Li et al., A system for massively parallel hyperparameter tuning, MLSys 2020,
+    https://arxiv.org/abs/1810.05934 (Algorithm 2); brackets: Li et al., Hyperband, JMLR 2018,
+    https://arxiv.org/abs/1603.06560
+
+    >>> import jax
+    >>> from metaopt import methods, spaces
+    >>> searcher = methods.asha(reduction_factor=2, num_rungs=2)
+    >>> state = searcher.init(jax.random.key(0), {"x": spaces.interval(0.0, 1.0)})
+    >>> trials, state = searcher.ask(state, 2)
+    >>> [trial.fidelity for trial in trials]
+    [0.5, 0.5]
+    >>> told = [trial._replace(status="COMPLETE", outcome=trial.configuration["x"]) for trial in trials]
+    >>> (best,), state = searcher.ask(searcher.tell(state, told), 1)
+    >>> best.fidelity, best.trial == min(told, key=lambda record: record.outcome).trial
+    (1.0, True)
+    """
+    base.check_integer("reduction_factor", reduction_factor, 2)
+    base.check_integer("num_rungs", num_rungs, 2)
+    base.check_integer("num_brackets", num_brackets, 1)
+    if num_brackets > num_rungs:
+        raise ValueError(f"`num_brackets` must be at most `num_rungs`, {num_rungs}; got {num_brackets}.")
+    inner = random_search() if searcher is None else searcher
+    fidelities = [float(reduction_factor) ** (rung - num_rungs + 1) for rung in range(num_rungs)]
+    left = [num_rungs - 1 - bracket for bracket in range(num_brackets)]  # s
+    share = np.array([reduction_factor**s / (s + 1) for s in left])
+    share /= share.sum()
+
+    def init(key, space):
+        return AshaState(inner.init(key, space), {}, {}, frozenset(), 0)
+
+    def promotion(state) -> tuple[int, int] | None:
+        """(trial, rung) that is due, at the highest rung there is."""
+        for rung in reversed(range(1, num_rungs)):
+            for bracket in range(num_brackets):
+                done = [
+                    (outcomes[rung - 1], number)
+                    for number, outcomes in state.outcomes.items()
+                    if rung - 1 in outcomes and state.trials[number][0] == bracket
+                ]
+                for outcome, number in sorted(done)[: len(done) // reduction_factor]:
+                    if (number, rung) not in state.asked and np.isfinite(outcome):
+                        return number, rung
+        return None
+
+    def next_bracket(state) -> int:
+        """That which is furthest behind its share of the trials that have begun."""
+        begun = np.bincount([bracket for bracket, _ in state.trials.values()], minlength=num_brackets)
+        return int(np.argmax(share * (state.num_started + 1) - begun))
+
+    def ask(state, num):
+        asked = []
+        for _ in range(num):
+            due = promotion(state)
+            if due is None:
+                new, searcher_state = inner.ask(state.searcher, 1)
+                if not new:
+                    break
+                bracket, trial = next_bracket(state), new[0]
+                due = trial.trial, bracket
+                trials = {**state.trials, trial.trial: (bracket, trial)}
+                state = state._replace(searcher=searcher_state, trials=trials, num_started=state.num_started + 1)
+            number, rung = due
+            asked.append(state.trials[number][1]._replace(fidelity=fidelities[rung]))
+            state = state._replace(asked=state.asked | {due})
+        return asked, state
+
+    def tell(state, records):
+        outcomes = dict(state.outcomes)
+        for record in records:
+            known = state.trials.get(record.trial)
+            if known is None or record.configuration != known[1].configuration or record.fidelity not in fidelities:
+                continue  # another search's: the searcher alone hears of it
+            y = record.outcome if record.status == "COMPLETE" and np.isfinite(record.outcome) else np.inf
+            outcomes[record.trial] = {**outcomes.get(record.trial, {}), fidelities.index(record.fidelity): float(y)}
+        return state._replace(searcher=inner.tell(state.searcher, records), outcomes=outcomes)
+
+    return base.Searcher(init, ask, tell)

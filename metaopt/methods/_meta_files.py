@@ -1,0 +1,119 @@
+"""A `MetaOptimizer` on disk: one file with arrays and JSON, and nothing that runs code."""
+
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import predictors, spaces
+from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
+
+VERSION = 1
+_FORMAT = "metaopt.meta_optimizer"
+# What the arrays of a surrogate are called, and how many axes they have.
+_AXES: Any = {"reference": 2, "curves": 2, "coefficients": 2, "log_scales": 1, "kernel": (1, 0, 0)}
+_AXES |= {"attention": {"log_rates": 2, "logit_share": 1}, "sorted_features": 2, "features": 2}
+_AXES |= {"closeness": 0, "residual": 0}
+_TEMPLATE = predictors.Surrogate(**_AXES | {"kernel": predictors.Kernel(*_AXES["kernel"])})
+
+
+def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimizer) -> None:
+    """Writes what `train_meta_optimizer` or `train_meta_searcher` learned as one `.npz` file, atomically.
+
+    Args:
+      path: the file.
+      meta_optimizer: what was learned, with its space and its candidates.
+
+    Raises:
+      ValueError: the space, or a candidate, holds what JSON cannot say.
+    """
+    space, candidates = spaces.to_json(meta_optimizer.space), meta_optimizer.candidates
+    header = {"format": _FORMAT, "version": VERSION, "space": space, "candidates": candidates}
+    try:
+        encoded = json.dumps(header, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The space or a candidate cannot be written as JSON: {error}.") from error
+    arrays: dict[str, Any] = _arrays("outcome", meta_optimizer.surrogate)
+    if meta_optimizer.cost_surrogate is not None:
+        arrays |= _arrays("cost", meta_optimizer.cost_surrogate)
+    temporary = f"{os.fspath(path)}.tmp"
+    with open(temporary, "wb") as file:
+        np.savez(file, header=np.frombuffer(encoded, np.uint8), **arrays)
+    os.replace(temporary, path)
+
+
+def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
+    """Reads what `save_meta_optimizer` wrote. Nothing in the file is executed.
+
+    Args:
+      path: the file.
+
+    Returns:
+      A `MetaOptimizer` that predicts and searches as the one that was saved; to the bit where JAX's default
+      floating-point type is the same.
+
+    Raises:
+      ValueError: the file is no such file, of a newer version, or its arrays do not fit one another.
+    """
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(arrays.pop("header").tobytes())
+        format_, version = header["format"], int(header["version"])
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{os.fspath(path)} is nothing that `save_meta_optimizer` wrote: {error}.") from error
+    if format_ != _FORMAT or version > VERSION:
+        raise ValueError(
+            f"{os.fspath(path)} is of format {format_!r} version {version}; this metaopt reads {_FORMAT!r} up to "
+            f"version {VERSION}. A newer metaopt reads it."
+        )
+    try:
+        space, candidates = spaces.from_json(header["space"]), header["candidates"]
+        surrogate = _surrogate("outcome", arrays, spaces.num_dims(space))
+        has_costs = any(name.startswith("cost") for name in arrays)
+        costs = _surrogate("cost", arrays, spaces.num_dims(space)) if has_costs else None
+        return meta_optimizer(surrogate, costs, space, candidates)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} does not describe a `MetaOptimizer` as it should: {error}.") from error
+
+
+def _arrays(kind: str, surrogate: predictors.Surrogate) -> dict[str, Any]:
+    return {
+        kind + jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(surrogate)
+    }
+
+
+def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predictors.Surrogate:
+    def read(path, num_axes):
+        array = arrays[kind + jax.tree_util.keystr(path)]
+        if array.ndim != num_axes or array.dtype.kind != "f":
+            raise ValueError(f"{kind}{jax.tree_util.keystr(path)} has shape {array.shape} and type {array.dtype}")
+        return array
+
+    found: predictors.Surrogate = jax.tree_util.tree_map_with_path(read, _TEMPLATE)
+    num_tasks, num_reference = found.curves.shape
+    num_members, num_features = found.attention["log_rates"].shape
+    expected = {
+        "reference": (num_reference, num_dims),
+        "coefficients": (num_reference, 1 + num_tasks),
+        "log_scales": (num_tasks,),
+        "sorted_features": (num_features, num_tasks),
+        "features": (num_tasks, num_features),
+    }
+    shapes = {name: np.shape(getattr(found, name)) for name in expected}
+    shapes |= {"log_lengths": found.kernel.log_lengths.shape, "logit_share": found.attention["logit_share"].shape}
+    expected |= {"log_lengths": (num_dims,), "logit_share": (num_members,)}
+    if shapes != expected:
+        raise ValueError(f"its arrays have shapes {shapes}, and should have {expected}")
+    on_device = jax.tree.map(jnp.asarray, found)
+    return on_device._replace(
+        sorted_features=np.asarray(found.sorted_features),
+        closeness=float(found.closeness),
+        residual=float(found.residual),
+    )

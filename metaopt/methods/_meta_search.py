@@ -1,0 +1,434 @@
+"""What is done with a surrogate of earlier tasks: predictions, portfolios, and trials on a new task."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+from metaopt import base, predictors, spaces
+
+# Expected improvement, the same per predicted cost, a confidence bound, Thompson sampling.
+ACQUISITIONS = ("ei", "ei_per_cost", "ucb", "thompson")
+_RANDOM_EVERY = 4  # trials of a search without candidates
+_MAX_TRIALS = 256  # of the new task that the surrogate looks at
+_MAX_COSTS = 64  # of which the costs are looked at
+_NUM_RANDOM, _NUM_RESTARTS, _NUM_ASCENTS = 256, 8, 20
+
+
+class PredictFn(Protocol):
+    def __call__(self, new_task: Any = None) -> dict[str, Any]:
+        """The configuration to use on a new task without a trial."""
+        ...
+
+
+class PortfolioFn(Protocol):
+    def __call__(self, num: int, new_task: Any = None) -> list[dict[str, Any]]:
+        """So many configurations that complement one another: on most tasks one of them is good."""
+        ...
+
+
+class SuggestFn(Protocol):
+    def __call__(
+        self,
+        configurations: Sequence[Mapping[str, Any]],
+        outcomes: Sequence[float],
+        new_task: Any = None,
+        *,
+        num: int = 1,
+        acquisition: str = "ei",
+        pending: Sequence[Mapping[str, Any]] = (),
+        key: jax.Array | None = None,
+    ) -> list[dict[str, Any]]:
+        """What to try next, given what was tried (NaN: it failed) and what runs: in closed form, without a fit."""
+        ...
+
+
+class MakeSearcherFn(Protocol):
+    def __call__(
+        self,
+        new_task: Any = None,
+        *,
+        acquisition: str = "ei",
+        first: Sequence[Mapping[str, Any]] = (),
+    ) -> base.Searcher:
+        """A searcher that spends trials on a new task, beginning with what `predict` says."""
+        ...
+
+
+class MetaOptimizer(NamedTuple):
+    """What `train_meta_optimizer` and `train_meta_searcher` return. A new task is given as a `base.Task` with its
+    `features`, as the features themselves [F], or as None where nothing is known of it.
+
+    Attributes:
+      predict: `(new_task) -> configuration`, as plain values by name.
+      portfolio: `(num, new_task) -> configurations`.
+      suggest: `(configurations, outcomes, new_task, *, num, acquisition, pending, key) -> configurations`: fine-tuning
+        with trials whose bookkeeping is elsewhere.
+      searcher: `(new_task, *, acquisition, first) -> Searcher`: fine-tuning with trials.
+      surrogate: what was learned (`predictors.Surrogate`).
+      cost_surrogate: the same of the logarithm of trials' costs, or None.
+      space: of λ.
+      candidates: the configurations that it chooses from, or None.
+    """
+
+    predict: PredictFn
+    portfolio: PortfolioFn
+    suggest: SuggestFn
+    searcher: MakeSearcherFn
+    surrogate: predictors.Surrogate
+    cost_surrogate: predictors.Surrogate | None
+    space: base.PyTree
+    candidates: list[dict[str, Any]] | None
+
+
+class TriedConfiguration(NamedTuple):
+    """One trial of the new task.
+
+    Attributes:
+      x: [D] the encoded configuration.
+      outcomes: by fidelity; NaN where the trial failed.
+      log_cost: of the full budget, NaN where it is not known.
+    """
+
+    x: np.ndarray
+    outcomes: dict[float, float]
+    log_cost: float
+
+
+class MetaSearcherState(NamedTuple):
+    """Carried from one call to the next.
+
+    Attributes:
+      key: of the search; a trial's own is folded from it and the trial's number.
+      num_asked: how many trials have been asked for.
+      pending: encoded configurations [D] of what has been asked for and not told, by number.
+      tried: what was told, by the trial's number, seed and encoded configuration.
+    """
+
+    key: jax.Array
+    num_asked: int
+    pending: dict[int, np.ndarray]
+    tried: dict[tuple[int, int, bytes], TriedConfiguration]
+
+
+def encoder(space: base.PyTree):
+    """`(configuration, strict) -> [D]`, each configuration computed once; what is not active is at its default."""
+    encode, known = jax.jit(_encode_fn(space)), {}
+
+    def encoded(configuration, strict=False):
+        # A record's label that equals another (1, 1.0, True) is told apart.
+        name = strict, tuple(sorted((key, type(value), value) for key, value in configuration.items()))
+        if name not in known:
+            known[name] = np.asarray(encode(spaces.from_configuration(space, configuration, strict=strict)))
+        return known[name]
+
+    return encoded
+
+
+def _encode_fn(space: base.PyTree):
+    """`spaces.encode`, with what is not active at its default: nothing that a trial does not use tells trials apart."""
+    if not any(leaf.condition for leaf in jax.tree.leaves(space)):
+        return lambda hyperparams: spaces.encode(space, hyperparams)
+    default = lambda x: spaces.encode(space, spaces.default(space)).astype(x.dtype)
+
+    def encode(hyperparams):
+        x = spaces.encode(space, hyperparams)
+        return jnp.where(spaces.active(space, hyperparams), x, default(x))
+
+    return encode
+
+
+def meta_optimizer(
+    surrogate: predictors.Surrogate,
+    cost_surrogate: predictors.Surrogate | None,
+    space: base.PyTree,
+    candidates: Sequence[Mapping[str, Any]] | None,
+) -> MetaOptimizer:
+    """The functions over what was learned."""
+    encode, encode_relaxed = encoder(space), _encode_fn(space)
+    pool = [dict(candidate) for candidate in candidates or ()]
+    finite = np.stack([encode(candidate, True) for candidate in pool]) if pool else None  # [P, D]
+    finite_keys = [] if finite is None else [row.tobytes() for row in finite]
+    # A configuration's vector of unconstrained coordinates is what is ascended.
+    template, unravel = ravel_pytree(spaces.to_unconstrained(space, spaces.default(space)))
+    relaxed = lambda z: encode_relaxed(spaces.to_constrained(space, unravel(z)))
+    rounded = lambda z: encode_relaxed(
+        jax.tree.map(
+            lambda x: jnp.asarray(x, z.dtype), spaces.discretize(space, spaces.to_constrained(space, unravel(z)))
+        )
+    )
+    sample = jax.jit(jax.vmap(lambda key: ravel_pytree(spaces.to_unconstrained(space, spaces.sample(key, space)))[0]))
+
+    def search(key, score):
+        """The z of the best of random configurations and of ascents from the best of them, after rounding."""
+        z = jnp.concatenate([template[None], sample(jax.random.split(key, _NUM_RANDOM))])
+        top = z[jax.lax.top_k(score(jax.vmap(rounded)(z)), _NUM_RESTARTS)[1]]
+        optimizer = optax.adam(0.1)
+
+        def ascend(carry, _):
+            z, state = carry
+            grads = jax.grad(lambda z: -score(jax.vmap(relaxed)(z)).sum())(z)
+            # Acquisition functions are flat far from the best: the direction counts.
+            grads = grads / jnp.maximum(jnp.linalg.norm(grads, axis=1, keepdims=True), 1e-12)
+            updates, state = optimizer.update(grads, state)
+            return (optax.apply_updates(z, updates), state), None
+
+        (ascended, _), _ = jax.lax.scan(ascend, (top, optimizer.init(top)), length=_NUM_ASCENTS)
+        both = jnp.concatenate([top, jnp.asarray(ascended)])
+        return both[jnp.argmax(score(jax.vmap(rounded)(both)))]
+
+    def expected(weights, x):
+        return -(predictors.expected_outcomes(surrogate, x) @ weights)
+
+    def log_cost_fn(trials):
+        """x -> [P], up to a constant, which is that of the machine and of the task's size."""
+        learned = cost_surrogate
+        assert learned is not None
+        weights = jnp.full(len(learned.curves), 1 / len(learned.curves))
+        if trials is None:
+            weights *= jnp.exp(learned.log_scales)
+            return lambda x: predictors.expected_outcomes(learned, x) @ weights
+        conditioned = predictors.condition(learned, weights, trials)
+        return lambda x: _mean(predictors.posterior_at(learned, conditioned, x))
+
+    def score_fn(acquisition, key, weights, trials, pending, costs):
+        """x -> [P] scores, larger is better."""
+        _, y, mask = trials
+        best = jnp.where(mask > 0, y, jnp.inf).min()
+        conditioned = predictors.condition(surrogate, weights, trials)
+        log_cost = log_cost_fn(costs) if acquisition == "ei_per_cost" else lambda x: jnp.zeros(len(x))
+
+        def score(x):
+            if acquisition in ("ei", "ei_per_cost") and pending is not None:
+                gain = predictors.batch_expected_improvement(surrogate, conditioned, pending, x, best, key)
+                return gain * jnp.exp(-log_cost(x))
+            mixture = predictors.posterior_at(surrogate, conditioned, x)
+            if acquisition == "ucb":
+                return predictors.lower_confidence_bound(mixture)
+            if acquisition == "thompson":
+                return predictors.thompson_sample(key, mixture, independent=finite is not None)
+            return predictors.expected_improvement(mixture, best) * jnp.exp(-log_cost(x))
+
+        return score
+
+    @jax.jit
+    def best_expected(key, weights):
+        return search(key, lambda x: expected(weights, x))
+
+    def suggest_z(acquisition, key, *given):
+        return search(key, score_fn(acquisition, jax.random.fold_in(key, 1), *given))
+
+    def acquire_finite(acquisition, key, *given):
+        return score_fn(acquisition, key, *given)(jnp.asarray(finite))
+
+    @jax.jit
+    def believe(weights, trials, x):
+        return _mean(predictors.posterior(surrogate, weights, trials, x))
+
+    suggest_z = jax.jit(suggest_z, static_argnums=0)
+    acquire_finite = jax.jit(acquire_finite, static_argnums=0)
+    expected_finite = jax.jit(expected)
+    outcomes_fn = jax.jit(lambda x: predictors.expected_outcomes(surrogate, x))
+    to_configuration = lambda z: spaces.configuration(space, spaces.to_constrained(space, unravel(z)))
+
+    def weights_of(new_task):
+        features = new_task.features if isinstance(new_task, base.Task) else new_task
+        num_features = len(surrogate.sorted_features)
+        if features is not None and num_features and np.shape(features) != (num_features,):
+            raise ValueError(f"A new task has [{num_features}] features; got shape {np.shape(features)}.")
+        return predictors.task_weights(surrogate, features)
+
+    def predict(new_task: Any = None) -> dict[str, Any]:
+        weights = weights_of(new_task)
+        if finite is not None:
+            return dict(pool[int(jnp.argmax(expected_finite(weights, jnp.asarray(finite))))])
+        return to_configuration(best_expected(jax.random.key(0), weights))
+
+    def portfolio(num: int, new_task: Any = None) -> list[dict[str, Any]]:
+        base.check_integer("num", num, 1)
+        weights, chosen = np.asarray(weights_of(new_task)), [predict(new_task)]
+        if pool:
+            among = pool
+        else:
+            zs = sample(jax.random.split(jax.random.key(1), _NUM_RANDOM))
+            among = list({tuple(sorted(c.items())): c for c in [chosen[0], *map(to_configuration, zs)]}.values())
+        curves = np.asarray(outcomes_fn(jnp.asarray(np.stack([encode(c) for c in among]))))
+        taken = {among.index(chosen[0])}
+        best = curves[among.index(chosen[0])]
+        while len(chosen) < min(num, len(among)):
+            left = np.minimum(curves, best[None]) @ weights + 1e-4 * (curves @ weights)
+            left[list(taken)] = np.inf
+            taken.add(int(left.argmin()))
+            chosen.append(dict(among[int(left.argmin())]))
+            best = np.minimum(best, curves[left.argmin()])
+        return chosen
+
+    def searcher(new_task: Any = None, *, acquisition: str = "ei", first: Sequence[Mapping[str, Any]] = ()):
+        if acquisition not in ACQUISITIONS:
+            raise ValueError(f"`acquisition` must be one of {', '.join(map(repr, ACQUISITIONS))}; got {acquisition!r}.")
+        if acquisition == "ei_per_cost" and cost_surrogate is None:
+            raise ValueError("'ei_per_cost' needs `train_meta_optimizer(..., costs=True)`, and records with costs.")
+        weights, own_space = weights_of(new_task), space
+        given = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in first]
+        widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
+        plan: list[dict[str, Any]] = []  # what to try while there is no outcome
+
+        def init(key, space):
+            if space is not None and space != own_space:
+                raise ValueError(
+                    "The searcher was trained for another space (other leaves, bounds or labels); give `init` that "
+                    "one, which is the `space` of the `MetaOptimizer`, or None."
+                )
+            return MetaSearcherState(key, 0, {}, {})
+
+        def planned(state):
+            """The next configuration of the portfolio, as long as there is no outcome."""
+            known = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
+            if len(plan) <= len(known):
+                plan[:] = portfolio(len(known) + 8, new_task)
+            return next((c for c in plan if encode(c).tobytes() not in known), plan[-1])
+
+        def choose(key, state):
+            """The next configuration, given all that was told and is pending."""
+            tried = list(state.tried.values())
+            y = _at_full_budget([trial.outcomes for trial in tried])
+            seen = np.isfinite(y)
+            if not seen.any():
+                return planned(state)
+            if finite is None and state.num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
+                return to_configuration(sample(key[None])[0])  # what the surrogate will not look at
+            y = np.where(seen, y, np.max(y[seen]))
+            y = np.minimum(y - y.min(), widest)  # an offset means nothing; what diverged does not set the scale
+            keep = np.arange(len(y))
+            if len(y) > _MAX_TRIALS:  # the best, and the latest
+                half = _MAX_TRIALS // 2
+                keep = np.union1d(np.argsort(y, kind="stable")[:half], keep[-half:])
+            x, y = np.stack([tried[i].x for i in keep]), y[keep]
+            trials, pending, costs = _padded(x, y), None, None
+            if state.pending:
+                waiting = np.stack(list(state.pending.values()))
+                padded, _, mask = _padded(waiting, np.zeros(len(waiting)))
+                pending = padded, mask
+                if acquisition in ("ucb", "thompson"):  # they are believed to give what is expected
+                    believed = np.asarray(believe(weights, trials, padded))[: len(waiting)]
+                    trials = _padded(np.concatenate([x, waiting]), np.concatenate([y, believed]))
+                    pending = None
+            if acquisition == "ei_per_cost":
+                known = [i for i in keep if np.isfinite(tried[i].log_cost)][-_MAX_COSTS:]
+                if known:
+                    costs = _padded(np.stack([tried[i].x for i in known]), np.array([tried[i].log_cost for i in known]))
+            if finite is None:
+                return to_configuration(suggest_z(acquisition, key, weights, trials, pending, costs))
+            score = np.array(acquire_finite(acquisition, key, weights, trials, pending, costs))
+            before = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
+            score[[name in before for name in finite_keys]] = -np.inf
+            if not np.isfinite(score).any():
+                score = np.asarray(expected_finite(weights, jnp.asarray(finite)))  # all were tried
+            return dict(pool[int(score.argmax())])
+
+        def ask(state, num):
+            asked = []
+            for _ in range(num):
+                trial = state.num_asked
+                seed_key, trial_key = jax.random.split(jax.random.fold_in(state.key, trial))
+                configuration = given[trial] if trial < len(given) else choose(trial_key, state)
+                seed = int(jax.random.randint(seed_key, (), 0, 2**31 - 1))
+                asked.append(base.Record("", configuration, seed=seed, status="WAITING", trial=trial))
+                state = state._replace(num_asked=trial + 1, pending={**state.pending, trial: encode(configuration)})
+            return asked, state
+
+        def tell(state, records):
+            pending, tried = dict(state.pending), dict(state.tried)
+            for record in records:
+                if record.status == "WAITING":
+                    continue
+                x = encode(record.configuration)
+                if record.status == "RUNNING":  # elsewhere
+                    pending[record.trial] = x
+                    continue
+                if record.trial in pending and np.array_equal(pending[record.trial], x):  # not a foreign record
+                    del pending[record.trial]
+                name = record.trial, record.seed, x.tobytes()
+                before = tried.get(name, TriedConfiguration(x, {}, np.nan))
+                outcome = record.outcome if record.status == "COMPLETE" else np.nan
+                cost = np.log(record.cost / record.fidelity) if record.cost > 0 else before.log_cost
+                tried[name] = TriedConfiguration(x, {**before.outcomes, record.fidelity: float(outcome)}, float(cost))
+            return state._replace(pending=pending, tried=tried)
+
+        return base.Searcher(init, ask, tell)
+
+    def suggest(
+        configurations: Sequence[Mapping[str, Any]],
+        outcomes: Sequence[float],
+        new_task: Any = None,
+        *,
+        num: int = 1,
+        acquisition: str = "ei",
+        pending: Sequence[Mapping[str, Any]] = (),
+        key: jax.Array | None = None,
+    ) -> list[dict[str, Any]]:
+        base.check_integer("num", num, 1)
+        if len(configurations) != len(outcomes):
+            raise ValueError(f"Each configuration has an outcome; got {len(configurations)} and {len(outcomes)}.")
+        ours = searcher(new_task, acquisition=acquisition)
+        tried = {}
+        for trial, (configuration, y) in enumerate(zip(configurations, outcomes, strict=True)):
+            x = encode(configuration)
+            tried[trial, 0, x.tobytes()] = TriedConfiguration(x, {1.0: float(y)}, np.nan)
+        state = ours.init(jax.random.key(0) if key is None else key, None)
+        running = {len(tried) + i: encode(configuration) for i, configuration in enumerate(pending)}
+        state = state._replace(num_asked=len(tried) + len(running), pending=running, tried=tried)
+        return [record.configuration for record in ours.ask(state, num)[0]]
+
+    return MetaOptimizer(predict, portfolio, suggest, searcher, surrogate, cost_surrogate, space, pool or None)
+
+
+def _mean(mixture: predictors.Mixture) -> jax.Array:
+    return mixture.mean @ jnp.exp(mixture.log_weights)
+
+
+def _at_full_budget(outcomes: Sequence[Mapping[float, float]]) -> np.ndarray:
+    """[N] outcomes that stand beside one another, of trials at several fidelities; NaN where a trial has none.
+
+    A trial counts with its outcome at its largest fidelity, moved by the mean difference between that fidelity and
+    the largest in trials that have been at both, step by step; where none has, by the difference of means.
+    """
+    if all(len(of) == 1 and 1.0 in of for of in outcomes):
+        return np.array([of[1.0] for of in outcomes])
+    best = [{s: y for s, y in of.items() if math.isfinite(y)} for of in outcomes]
+    failed = np.array([math.isnan(of[max(of)]) for of in outcomes], bool)
+    fidelities = sorted({max(of) for of in best if of}, reverse=True)  # others are not needed
+    shift = dict.fromkeys(fidelities[:1], 0.0)
+    for s in fidelities[1:]:
+        higher = list(shift)[::-1]  # the nearest first
+        for h in higher:
+            pairs = [of[h] - of[s] for of in best if s in of and h in of]
+            if pairs:
+                shift[s] = shift[h] + float(np.mean(pairs))
+                break
+        else:
+            mean = lambda s: float(np.mean([of[s] for of in best if s in of]))
+            shift[s] = shift[higher[0]] + mean(higher[0]) - mean(s)
+    moved = np.array([of[max(of)] + shift[max(of)] if of else np.nan for of in best])
+    return np.where(failed, np.nan, moved)
+
+
+def _padded(x: np.ndarray, y: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Trials at 16, 64, 256 ...: few programs are compiled."""
+    size = 16
+    while size < len(y):
+        size *= 4
+    pad = size - len(y)
+    dtype = jnp.result_type(float)
+    # Padding lies far away, so that it is nobody's neighbor.
+    x = np.concatenate([x, 1e3 + np.arange(pad)[:, None] * np.ones(x.shape[1])[None]]) if pad else x
+    return (
+        jnp.asarray(x, dtype),
+        jnp.asarray(np.pad(y, (0, pad)), dtype),
+        jnp.asarray(np.pad(np.ones(len(y)), (0, pad)), dtype),
+    )

@@ -1,0 +1,245 @@
+"""Lightning's epochs as fidelities: by a stub of what is called of it, and, where it is installed, by itself."""
+
+import importlib.util
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import jax
+import pytest
+
+from metaopt import Record, methods, spaces, tasks
+from metaopt.integrations import lightning
+
+SPACE = {"width": spaces.integer(4, 32, log=True), "rate": spaces.interval(1e-4, 1e-1, log=True)}
+real = pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
+
+
+class StubTrainer:
+    """What `Trainer.fit` does with callbacks and checkpoints, and no more."""
+
+    is_global_zero = True
+
+    def __init__(self, *, max_epochs, callbacks, **options):
+        self.max_epochs, self.callbacks, self.options = max_epochs, callbacks, options
+        self.callback_metrics, self.should_stop, self.current_epoch = {}, False, 0
+
+    def save_checkpoint(self, path):
+        states = {callback.state_key: callback.state_dict() for callback in self.callbacks}
+        Path(path).write_text(json.dumps({"epoch": self.current_epoch + 1, "theta": self.module.theta} | states))
+
+    def fit(self, module, train, valid, ckpt_path=None):
+        self.module = module
+        if ckpt_path is not None:
+            state = json.loads(Path(ckpt_path).read_text())
+            self.current_epoch, module.theta = state["epoch"], state["theta"]
+            for callback in self.callbacks:
+                callback.load_state_dict(state[callback.state_key])
+        for callback in self.callbacks:
+            callback.setup(self, module, "fit")
+        while self.current_epoch < self.max_epochs and not self.should_stop:
+            for callback in self.callbacks:
+                callback.on_train_epoch_start(self, module)
+            for callback in self.callbacks:
+                callback.on_train_batch_start(self, module, None, 0)
+            module.theta = module.step(module.theta)
+            self.callback_metrics = {module.logs: module.theta}
+            for callback in self.callbacks:
+                callback.on_train_epoch_end(self, module)
+            self.current_epoch += 1
+
+
+class Halving:
+    logs = "val_loss"
+
+    def __init__(self, rate):
+        self.theta, self.rate, self.steps = 1.0, rate, 0
+
+    def step(self, theta):
+        self.steps += 1
+        return theta * (1 - self.rate)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """A module in the place of Lightning; its list of seeds."""
+    module: object = types.ModuleType("lightning.pytorch")
+    seeds = []
+    module.Callback, module.Trainer = type("Callback", (), {}), StubTrainer
+    module.LightningDataModule = type("LightningDataModule", (), {})
+    module.seed_everything = lambda seed, verbose: seeds.append(seed)
+    monkeypatch.setitem(sys.modules, "lightning", types.ModuleType("lightning"))
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", module)
+    return seeds
+
+
+def make(made, **kwargs):
+    def module(configuration, task):
+        made.append(Halving(configuration["rate"]))
+        return made[-1]
+
+    return lightning.objective(module, lambda configuration, task: ((), ()), max_epochs=8, **kwargs)
+
+
+TRIAL = Record("t", {"rate": 0.5}, fidelity=0.5, seed=7, status="WAITING", trial=3)
+
+
+def test_every_epoch_is_a_record_and_the_last_is_the_outcome(stub):
+    made, told = [], []
+    assert make(made, report=told.append)(TRIAL, None) == 1 / 16
+    assert [record.fidelity for record in told] == [1 / 8, 2 / 8, 3 / 8, 4 / 8]
+    assert [record.outcome for record in told] == [1 / 2, 1 / 4, 1 / 8, 1 / 16]
+    assert all(record[:2] == TRIAL[:2] and (record.seed, record.trial) == (7, 3) for record in told)
+    assert len(set(stub)) == 8 and stub[0] == stub[1] == 7  # the module's, the first epoch's, two for each
+    assert make(made, mode="max")(TRIAL, None) == -1 / 16
+
+
+def test_what_is_given_up_is_pruned_with_its_last_outcome(stub):
+    made = []
+    records = tasks.collect(
+        make(made, report=lambda record: record.outcome > 0.3),
+        {"rate": spaces.interval(0.1, 0.9)},
+        {"t": None},
+        num_trials=2,
+        key=jax.random.key(0),
+        searcher=tasks.random_search(first=[{"rate": 0.1}, {"rate": 0.8}]),
+        isolated=False,
+    )
+    assert [record.status for record in records] == ["PRUNED", "COMPLETE"]
+    assert records[0].outcome == pytest.approx(0.9) and made[0].steps == 1
+    assert records[1].outcome == pytest.approx(0.2**8)
+
+
+def test_a_larger_fidelity_goes_on_from_the_checkpoint_and_equals_what_was_not_interrupted(stub, tmp_path):
+    made = []
+    objective = make(made, checkpoints=tmp_path)
+    whole = make([])(TRIAL._replace(fidelity=1.0), None)
+    of_whole = stub[1:]
+    stub.clear()
+    assert objective(TRIAL, None) == 1 / 16 and made[0].steps == 4
+    seeds = stub[1:]
+    stub.clear()
+    assert objective(TRIAL._replace(fidelity=1.0), None) == whole == 1 / 256 and made[1].steps == 4
+    assert seeds + stub[1:] == of_whole  # each epoch's own, wherever training was cut
+    assert objective(TRIAL._replace(fidelity=1.0), None) == whole and made[2].steps == 0
+    assert [path.name for path in tmp_path.glob("*/*")] == ["000008.ckpt"]  # one, and nothing unfinished
+    other = TRIAL._replace(configuration={"rate": 0.25})
+    assert objective(other, None) == 0.75**4 and made[3].steps == 4  # another trial's checkpoint is not its own
+
+
+def test_each_epoch_is_paid_for_once_under_asha(stub, tmp_path):
+    made = []
+    searcher = methods.asha(reduction_factor=2, num_rungs=4)
+    records = tasks.collect(
+        make(made, checkpoints=tmp_path),
+        {"rate": spaces.interval(0.1, 0.9)},
+        {"t": None},
+        num_trials=4,
+        key=jax.random.key(0),
+        searcher=searcher,
+        resumes=True,
+        isolated=False,
+    )
+    assert {record.fidelity for record in records} == {1 / 8, 1 / 4, 1 / 2, 1.0}
+    assert sum(module.steps for module in made) == 32
+    for record in records:
+        assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** round(8 * record.fidelity))
+
+
+def test_what_does_not_learn_fails_and_what_is_wrong_is_said(stub, monkeypatch):
+    objective = make([])
+    assert math.isnan(objective(TRIAL._replace(configuration={"rate": math.nan}), None))
+    monkeypatch.setattr(Halving, "logs", "loss")
+    with pytest.raises(ValueError, match=r"logs no 'val_loss' in an epoch; it logs \['loss'\]"):
+        objective(TRIAL, None)
+    with pytest.raises(ValueError, match="`mode` must be 'min' or 'max'; got 'least'"):
+        lightning.callback(TRIAL, max_epochs=3, mode="least")
+    with pytest.raises(ValueError, match="`max_epochs` must be at least 1; got 0"):
+        lightning.objective(None, None, max_epochs=0)  # pyright: ignore
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"metaopt-jax\[lightning\]"):
+        lightning.callback(TRIAL, max_epochs=3)
+
+
+# ---- By itself ------------------------------------------------------------------------------------------------------
+
+
+def digits_module(configuration, task):
+    import lightning as L
+    import torch
+
+    class Digits(L.LightningModule):
+        def __init__(self, width, rate):
+            super().__init__()
+            self.rate = rate
+            hidden = torch.nn.Linear(64, width), torch.nn.ReLU(), torch.nn.Dropout(0.2)
+            self.net = torch.nn.Sequential(*hidden, torch.nn.Linear(width, 10))
+
+        def training_step(self, batch, _):
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch, _):
+            self.log("val_loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters(), self.rate)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+    return Digits(configuration["width"], configuration["rate"])
+
+
+def digits_data(configuration, task):
+    import torch
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    data = torch.utils.data.TensorDataset(torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y))
+    train, valid = torch.utils.data.Subset(data, range(600)), torch.utils.data.Subset(data, range(600, 900))
+    return (
+        torch.utils.data.DataLoader(train, batch_size=50, shuffle=True),
+        torch.utils.data.DataLoader(valid, batch_size=300),
+    )
+
+
+CPU = {"accelerator": "cpu", "devices": 1}
+
+
+@real
+@pytest.mark.filterwarnings("ignore")
+def test_digits_continued_from_checkpoints_equal_digits_in_one_go(tmp_path):
+    trial = Record("digits", {"width": 32, "rate": 1e-2}, seed=5, status="WAITING", trial=0)
+    told = []
+    whole = lightning.objective(digits_module, digits_data, max_epochs=6, trainer=CPU, report=told.append)
+    parts = lightning.objective(digits_module, digits_data, max_epochs=6, trainer=CPU, checkpoints=tmp_path)
+    expected = whole(trial, None)
+    assert [round(6 * record.fidelity) for record in told] == [1, 2, 3, 4, 5, 6] and expected < told[0].outcome < 2.4
+    assert parts(trial._replace(fidelity=1 / 3), None) == told[1].outcome
+    assert parts(trial._replace(fidelity=1 / 2), None) == told[2].outcome
+    assert parts(trial, None) == expected == parts(trial, None)
+    assert whole(trial._replace(seed=6), None) != expected
+
+
+@real
+@pytest.mark.filterwarnings("ignore")
+def test_digits_are_collected_with_pruning(tmp_path):
+    seen = {}
+
+    def worse_than_the_median(record):
+        """Optuna's median rule, by hand."""
+        others = seen.setdefault(record.fidelity, [])
+        others.append(record.outcome)
+        return record.outcome > sorted(others)[len(others) // 2]
+
+    objective = lightning.objective(
+        digits_module, digits_data, max_epochs=4, trainer=CPU, report=worse_than_the_median, checkpoints=tmp_path
+    )
+    first = [{"width": 32, "rate": 1e-2}, {"width": 32, "rate": 2e-2}, {"width": 4, "rate": 1e-4}]
+    searcher = tasks.random_search(first=first)
+    records = tasks.collect(
+        objective, SPACE, {"digits": None}, num_trials=3, key=jax.random.key(0), searcher=searcher, isolated=False
+    )
+    assert [record.status for record in records] == ["COMPLETE", "COMPLETE", "PRUNED"]
+    assert records[0].outcome < 0.8 and records[2].outcome > 2.0

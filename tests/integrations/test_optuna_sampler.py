@@ -1,0 +1,128 @@
+"""What was learned as Optuna's sampler: the study's own code stays as it is."""
+
+import jax
+import numpy as np
+import pytest
+
+from metaopt import Record, integrations, methods, spaces
+
+optuna = pytest.importorskip("optuna")
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+SPACE = {
+    "x": spaces.interval(0.0, 1.0),
+    "kind": spaces.choice(["a", "b"], default="b"),
+    "only_a": spaces.active_if(spaces.integer(1, 3), "kind", ["a"]),
+}
+# A finite set: what is compiled is small.
+POOL = [
+    {"x": float(x), "kind": kind} | ({"only_a": n} if kind == "a" else {})
+    for x in np.linspace(0, 1, 9)
+    for kind, n in (("a", 1), ("a", 3), ("b", 0))
+]
+
+
+def loss(configuration, best=0.25):
+    return (
+        (configuration["x"] - best) ** 2 + 0.1 * (configuration["kind"] == "b") + 0.02 * configuration.get("only_a", 0)
+    )
+
+
+@pytest.fixture(scope="module")
+def g():
+    records = [Record(f"t{t}", c, loss(c, best)) for t, best in enumerate((0.125, 0.25, 0.875)) for c in POOL]
+    return methods.train_meta_searcher(records, space=SPACE, candidates=POOL, num_steps=0)
+
+
+def objective(trial):
+    """As people write it: parameters are asked for one by one, one of them is of nobody's space."""
+    kind = trial.suggest_categorical("kind", ["a", "b"])
+    configuration = {"x": trial.suggest_float("x", 0.0, 1.0), "kind": kind}
+    if kind == "a":
+        configuration["only_a"] = trial.suggest_int("only_a", 1, 3)
+    return loss(configuration) + 0.0 * trial.suggest_float("other", 0.0, 1.0)
+
+
+def test_it_samples_what_the_searcher_would_ask_for(g):
+    study = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=3))
+    study.optimize(objective, n_trials=6)
+    searcher, told = g.searcher(), []
+    state = searcher.init(jax.random.key(3), None)
+    for trial in study.trials:
+        (record,), state = searcher.ask(state, 1)
+        assert {n: v for n, v in trial.params.items() if n != "other"} == record.configuration
+        told.append(record._replace(status="COMPLETE", outcome=trial.value))
+        state = searcher.tell(state, told[-1:])
+    assert study.trials[0].params.keys() >= g.predict().keys() and study.best_value == min(map(loss, POOL))
+    assert ("only_a" in study.trials[0].params) == (study.trials[0].params["kind"] == "a")
+
+
+def test_maximizing_is_minimizing_the_negative(g):
+    one, other = (
+        optuna.create_study(direction=d, sampler=integrations.optuna_sampler(g, seed=0))
+        for d in ("minimize", "maximize")
+    )
+    one.optimize(objective, n_trials=5)
+    other.optimize(lambda trial: -objective(trial), n_trials=5)
+    assert [t.params["x"] for t in one.trials] == [t.params["x"] for t in other.trials]
+
+
+@pytest.mark.once
+def test_a_study_is_continued_from_its_storage_by_another_process_s_sampler(g, tmp_path):
+    storage = f"sqlite:///{tmp_path}/study.db"
+    whole = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=0))
+    whole.optimize(objective, n_trials=7)
+    kwargs = {"study_name": "s", "storage": storage, "load_if_exists": True}
+    for num in (3, 4):
+        part = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=0), **kwargs)
+        part.optimize(objective, n_trials=num)
+    ours = lambda study: [{n: v for n, v in t.params.items() if n != "other"} for t in study.trials]
+    assert ours(part) == ours(whole)
+
+
+@pytest.mark.once
+def test_running_trials_count_and_threads_do_not_repeat_one_another(g):
+    sampler = integrations.optuna_sampler(g, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=2)
+    asked = [study.ask() for _ in range(4)]  # none of which has asked for a parameter yet
+    drawn = [tuple(sorted(trial.relative_params.items())) for trial in asked]
+    assert len(set(drawn)) == 4
+    for trial in asked:
+        study.tell(trial, objective(trial))
+    study.optimize(objective, n_trials=8, n_jobs=3)
+    tried = [tuple(sorted((n, v) for n, v in t.params.items() if n != "other")) for t in study.trials]
+    assert len(set(tried)) == len(tried) == 14
+
+
+@pytest.mark.once
+def test_pruned_failed_enqueued_and_foreign_trials(g):
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=2)
+    study = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=1), pruner=pruner)
+    study.enqueue_trial({"x": 0.9, "kind": "b"})
+
+    def epochs(trial):
+        value = objective(trial)
+        if trial.number == 3:
+            raise ValueError
+        for step in range(3):
+            trial.report(value + 1 / (1 + step), step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return value
+
+    study.optimize(epochs, n_trials=9, catch=(ValueError,))
+    states = [trial.state.name for trial in study.trials]
+    assert study.trials[0].params["x"] == 0.9 and states[3] == "FAIL" and "PRUNED" in states
+    assert len({tuple(sorted((n, v) for n, v in t.params.items() if n != "other")) for t in study.trials}) == 9
+    # Ranges that are not the space's: drawn by themselves, and learned from all the same.
+    study.optimize(lambda trial: trial.suggest_float("x", 2.0, 3.0), n_trials=2)
+    assert study.trials[-1].params["x"] >= 2.0
+
+
+def test_what_it_is_not_for(g):
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=integrations.optuna_sampler(g))
+    with pytest.raises(ValueError, match="studies of one objective"):
+        study.ask()
+    with pytest.raises(ValueError, match="`acquisition` must be one of"):
+        integrations.optuna_sampler(g, acquisition="best")

@@ -1,0 +1,271 @@
+"""Trials on a new task with what was learned: many, failed, running, cheap and dear, at several fidelities; on disk."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from metaopt import Record, methods, predictors, spaces, tasks
+from metaopt.methods import _meta_search
+
+SPACE = {
+    "x": spaces.interval(0.0, 1.0),
+    "kind": spaces.choice(["a", "b"]),
+    "only_b": spaces.active_if(spaces.interval(-1.0, 1.0), "kind", ["b"]),
+}
+POOL = [{"x": float(x), "kind": "a"} for x in np.linspace(0, 1, 12)]
+POOL += [{"x": float(x), "kind": "b", "only_b": float(y)} for x in np.linspace(0, 1, 4) for y in (-0.5, 0.5)]
+
+
+def loss(configuration, best=0.4):
+    return (configuration["x"] - best) ** 2 + 0.2 * (configuration["kind"] == "b")
+
+
+def make_records(num_tasks=4, cost=lambda configuration: 1.0 + 9.0 * configuration["x"]):
+    return [
+        Record(f"t{t}", c, loss(c, (t + 1) / 6), cost=(1 + t) * cost(c), trial=i)
+        for t in range(num_tasks)
+        for i, c in enumerate(POOL)
+    ]
+
+
+@pytest.fixture(scope="module")
+def g():
+    return methods.train_meta_optimizer(
+        make_records(), space=SPACE, candidates=POOL, features={"t0": [1.0], "t1": [2.0]}, num_steps=1, costs=True
+    )
+
+
+def told(trials, best=0.4, **kwargs):
+    return [t._replace(status="COMPLETE", outcome=loss(t.configuration, best), **kwargs) for t in trials]
+
+
+def test_suggest_needs_no_bookkeeping_and_no_fit(g):
+    assert g.suggest([], []) == [g.predict()]
+    searcher = g.searcher([1.5])
+    asked, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 3)
+    tried = [record.configuration for record in asked]
+    state = searcher.tell(state, told(asked))
+    expected, _ = searcher.ask(state, 2)
+    found = g.suggest(tried, [loss(c) for c in tried], [1.5], num=2)
+    assert found == [record.configuration for record in expected] and found[0] != found[1]
+    # What runs is not suggested again, and what failed is no reason to stop.
+    assert found[0] not in g.suggest(tried, [np.nan, *map(loss, tried[1:])], [1.5], pending=found[:1])
+    with pytest.raises(ValueError, match="Each configuration has an outcome; got 3 and 1"):
+        g.suggest(tried, [0.1])
+
+
+def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch):
+    """Whatever the number of trials: the arrays that are computed with have at most 256 rows."""
+    looked_at, real = [], _meta_search._padded
+    monkeypatch.setattr(_meta_search, "_padded", lambda x, y: looked_at.append(len(y)) or real(x, y))
+    searcher, rng = g.searcher(acquisition="ei_per_cost"), np.random.default_rng(0)
+    others = [{"x": x, "kind": "a"} for x in rng.uniform(size=50).tolist()]
+    many = [Record("", others[i % 50], float(rng.uniform(1, 2)), cost=1.0, trial=i) for i in range(10_000)]
+    state = searcher.tell(searcher.init(jax.random.key(0), None), [*many, *told([Record("", POOL[0])], trial=10_001)])
+    asked, state = searcher.ask(state._replace(num_asked=10_002), 3)
+    assert looked_at and max(looked_at) <= 256 and len(state.tried) == 10_001
+    # The only good one is the oldest of those that were kept, and it is still known; none is repeated.
+    assert all(abs(record.configuration["x"] - POOL[0]["x"]) < 0.5 for record in asked)
+    state = searcher.tell(state, [Record("", c, 2.0, trial=20_000 + i) for i, c in enumerate(POOL[:-1])])
+    (last,), _ = searcher.ask(state._replace(pending={}), 1)
+    assert last.configuration == POOL[-1]
+
+
+def test_a_cheap_trial_is_preferred_where_it_is_as_good(g):
+    """Costs grow with x, tenfold; what is good is symmetric around the middle."""
+    tried = [{"x": 0.0, "kind": "a"}, {"x": 1.0, "kind": "a"}]
+    searcher = {name: g.searcher(acquisition=name) for name in ("ei", "ei_per_cost")}
+    found = {}
+    for name, ours in searcher.items():
+        state = ours.init(jax.random.key(0), None)
+        state = ours.tell(state, [Record("", c, 1.0, cost=1 + 9 * c["x"], trial=i) for i, c in enumerate(tried)])
+        asked, _ = ours.ask(state._replace(num_asked=2), 4)
+        found[name] = np.mean([record.configuration["x"] for record in asked])
+    assert found["ei_per_cost"] < found["ei"] - 0.05
+    # Before any trial has a cost, earlier tasks say what costs more.
+    state = searcher["ei_per_cost"].tell(state, [])._replace(tried={})
+    state = searcher["ei_per_cost"].tell(state, [Record("", tried[1], 1.0, trial=0)])
+    assert searcher["ei_per_cost"].ask(state, 1)[0][0].configuration["x"] < 0.7
+    with pytest.raises(ValueError, match="'ei_per_cost' needs `train_meta_optimizer"):
+        methods.train_meta_searcher(make_records(2), space=SPACE, num_steps=0).searcher(acquisition="ei_per_cost")
+    with pytest.raises(ValueError, match="`costs=True` needs records with a `cost`"):
+        free = [record._replace(cost=np.nan) for record in make_records(2)]
+        methods.train_meta_searcher(free, space=SPACE, num_steps=0, costs=True)
+
+
+def test_outcomes_at_several_fidelities_are_brought_to_one_scale():
+    nan = np.nan
+    # 1 -> .5 adds 1, in two trials; the third has only been at .5, the fourth failed there, the fifth has nothing yet.
+    outcomes = [{0.5: 2.0, 1.0: 1.0}, {0.5: 3.0, 1.0: 2.0}, {0.5: 2.5}, {0.5: nan}, {0.25: nan, 0.5: 4.0}]
+    np.testing.assert_allclose(_meta_search._at_full_budget(outcomes), [1, 2, 1.5, nan, 3])
+    # Step by step: .25 and 1 have no trial in common.
+    chained = [{1.0: 0.0, 0.5: 1.0}, {0.5: 1.0, 0.25: 3.0}, {0.25: 4.0}]
+    np.testing.assert_allclose(_meta_search._at_full_budget(chained), [0, 0, 1])
+    # Nothing in common at all: their means are the same.
+    np.testing.assert_allclose(_meta_search._at_full_budget([{1.0: 0.0}, {1.0: 2.0}, {0.5: 5.0}]), [0, 2, 1])
+    np.testing.assert_allclose(_meta_search._at_full_budget([{1.0: 0.0}, {1.0: nan}]), [0, nan])
+
+
+def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_whole(g):
+    encode = _meta_search.encoder(SPACE)
+    base, other = {"x": 0.5, "kind": "a"}, {"x": 0.5, "kind": "a", "only_b": 0.9}
+    np.testing.assert_array_equal(encode(base), encode(other))
+    assert (encode({**other, "kind": "b"}) != encode({**base, "kind": "b"})).any()
+    with pytest.raises(ValueError, match="The space has no `y`"):  # and is not remembered as known
+        encode({"y": 1.0}), encode({"y": 1.0}, True)
+    # Two parameters of a branch that are only good together: additive models of them see nothing at all.
+    rng = np.random.default_rng(0)
+    draws = [{"x": float(x), "kind": "b", "only_b": float(2 * y - 1)} for x, y in rng.uniform(size=(60, 2))]
+    together = lambda c: -4 * (c["x"] - 0.5) * c["only_b"]
+    records = [Record(f"t{t}", c, together(c), trial=i) for t in range(2) for i, c in enumerate(draws)]
+    h = methods.train_meta_searcher(records, space=SPACE, num_steps=0)
+    corners = [{"x": x, "kind": "b", "only_b": y} for x in (0.2, 0.8) for y in (-0.6, 0.6)]
+    found = predictors.expected_outcomes(h.surrogate, np.stack([encode(c) for c in corners])).mean(1)
+    np.testing.assert_array_equal(np.argsort(np.asarray(found))[:2] % 3, [0, 0])  # the first and the last
+
+
+def test_a_foreign_record_with_the_number_of_a_running_trial_leaves_it_running(g):
+    searcher = g.searcher()
+    (own,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
+    state = searcher.tell(state, [Record("", POOL[3], 0.5, trial=own.trial), Record("", POOL[4], 0.5, trial=9)])
+    assert set(state.pending) == {own.trial} and len(state.tried) == 2
+    assert searcher.ask(state, 1)[0][0].configuration not in (own.configuration, POOL[3], POOL[4])
+    state = searcher.tell(state, told([own]))
+    assert not state.pending and len(state.tried) == 3
+
+
+def without_cost(records):
+    return [repr(record._replace(cost=0.0)) for record in records]
+
+
+@pytest.mark.once
+def test_its_collections_are_continued_to_the_bit_by_any_number_of_workers(g, tmp_path):
+    """25 + 25 trials equal 50; four workers equal one; failures among them, searcher and ASHA around it."""
+    fails = lambda trial, task: np.nan if trial.trial % 7 == 3 else loss(trial.configuration) + 1 - trial.fidelity
+    for name, searcher in (("g", g.searcher()), ("asha", methods.asha(g.searcher(), num_rungs=3))):
+        kwargs = {"key": jax.random.key(1), "searcher": searcher, "batch_size": 4, "isolated": False}
+        kwargs |= {"study": name, "space": None, "tasks": {"t": 0}}
+        whole = tasks.collect(fails, num_trials=12, **kwargs)
+        assert without_cost(tasks.collect(fails, num_trials=12, num_workers=4, **kwargs)) == without_cost(whole)
+        tasks.collect(fails, num_trials=6, store=tmp_path / "r.db", **kwargs)
+        found = tasks.collect(fails, num_trials=12, store=tmp_path / "r.db", **kwargs)
+        assert without_cost(found) == without_cost(whole) and {"FAIL", "COMPLETE"} <= {r.status for r in found}
+
+
+def test_few_trials_see_the_full_budget_and_they_are_the_good_ones():
+    objective = lambda trial, task: (trial.configuration["x"] - 0.3) ** 2 + (1 - trial.fidelity) / 10
+    space = {"x": spaces.interval(0.0, 1.0)}
+    kwargs = {"key": jax.random.key(0), "isolated": False, "progress": False, "resumes": True}
+    for num_brackets in (1, 3):
+        searcher = methods.asha(num_rungs=3, num_brackets=num_brackets)
+        records = tasks.collect(objective, space, {"t": 0}, num_trials=12, searcher=searcher, **kwargs)
+        at = {f: {r.trial: r for r in records if r.fidelity == pytest.approx(f)} for f in (1 / 9, 1 / 3, 1.0)}
+        assert sum(map(len, at.values())) == len(records)
+        assert all(at[1.0][n].configuration == record.configuration for n, record in at[1 / 3].items() if n in at[1.0])
+        first = {min(f for f in at if n in at[f]) for n in {r.trial for r in records}}
+        assert len(first) == num_brackets
+        if num_brackets == 1:
+            # A third of each rung, the best of it when it was promoted.
+            assert len(at[1 / 3]) == len(at[1 / 9]) // 3 and len(at[1.0]) == len(at[1 / 3]) // 3
+            ranks = np.argsort(np.argsort([r.outcome for r in at[1 / 9].values()])) / len(at[1 / 9])
+            promoted = [rank for n, rank in zip(at[1 / 9], ranks, strict=True) if n in at[1.0]]
+            assert np.mean(promoted) < 0.2
+        else:
+            # Hyperband's shares: 9/3, 3/2 and 1 of 5.5.
+            starts = [sum(n not in at.get(f / 3, {}) for n in at[f]) for f in at]
+            total = len({r.trial for r in records})
+            starts = np.bincount([int(np.argmax([n in at[f] for f in at])) for n in {r.trial for r in records}])
+            np.testing.assert_allclose(starts, total * np.array([3, 1.5, 1]) / 5.5, atol=1.01)
+    for kwargs, message in (({"num_rungs": 1}, "`num_rungs` must be at least 2"), ({"num_brackets": 5}, "at most")):
+        with pytest.raises(ValueError, match=message):
+            methods.asha(**kwargs)
+
+
+@pytest.mark.once
+def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
+    """Without candidates: the trials of a batch are where each adds to the others."""
+    records = [Record(f"t{t}", {"x": float(x)}, (x - t / 4) ** 2) for t in range(5) for x in np.linspace(0, 1, 9)]
+    g = methods.train_meta_optimizer(records, space={"x": spaces.interval(0.0, 1.0)}, num_steps=0)
+    searcher = g.searcher()
+    low = [Record("", {"x": x}, 5 + (x - 0.75) ** 2, fidelity=1 / 9, trial=i) for i, x in enumerate((0.0, 0.5, 1.0))]
+    state = searcher.tell(searcher.init(jax.random.key(0), None), low)
+    asked, _ = searcher.ask(state._replace(num_asked=4), 3)
+    xs = np.array([record.configuration["x"] for record in asked])
+    assert abs(xs[0] - 0.75) < 0.12 and np.abs(xs[:, None] - xs[None])[np.triu_indices(3, 1)].min() > 0.02
+
+
+# ---- On disk --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_learned_comes_back_from_disk(g, tmp_path):
+    methods.save_meta_optimizer(tmp_path / "g.npz", g)
+    again = methods.load_meta_optimizer(tmp_path / "g.npz")
+    assert [file.name for file in tmp_path.iterdir()] == ["g.npz"]
+    assert (again.space, again.candidates) == (SPACE, POOL) and again.portfolio(3, [1.2]) == g.portfolio(3, [1.2])
+    for one, other in zip(jax.tree.leaves(again[4:6]), jax.tree.leaves(g[4:6]), strict=True):
+        np.testing.assert_array_equal(one, other)
+    tried = POOL[:3]
+    kwargs = {"acquisition": "ei_per_cost", "num": 2}
+    assert again.suggest(tried, [1, 2, 3], **kwargs) == g.suggest(tried, [1, 2, 3], **kwargs)
+
+    with np.load(tmp_path / "g.npz") as file:
+        arrays = dict(file)
+    header = json.loads(arrays["header"].tobytes())
+
+    def change(**changed):
+        new = {k: v for k, v in (header | changed).items() if k in header}
+        rest = {k: changed.get(k, v) for k, v in arrays.items() if changed.get(k, v) is not None}
+        np.savez(tmp_path / "h.npz", **rest | {"header": np.frombuffer(json.dumps(new).encode(), np.uint8)})
+        methods.load_meta_optimizer(tmp_path / "h.npz")
+
+    for changed, message in (
+        ({"version": 2}, "reads 'metaopt.meta_optimizer' up to version 1"),
+        ({"format": "metaopt.predictor"}, "is of format 'metaopt.predictor'"),
+        ({"outcome.curves": None}, "does not describe .* 'outcome.curves'"),
+        ({"outcome.reference": np.zeros((4, 2))}, "does not describe .* have shapes"),
+        ({"candidates": [{"z": 1}]}, "The space has no `z`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            change(**changed)
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(ValueError, match="is nothing that `save_meta_optimizer` wrote"):
+        methods.load_meta_optimizer(tmp_path / "text.npz")
+    with pytest.raises(FileNotFoundError):
+        methods.load_meta_optimizer(tmp_path / "none.npz")
+
+
+# ---- What is wrong is said ------------------------------------------------------------------------------------------
+
+
+def test_tasks_that_say_nothing_of_what_is_better_teach_nothing():
+    records = make_records(3)
+    one = Record("one trial", POOL[-1], 0.0)
+    same = [Record("all the same", c, 1.0) for c in POOL[6:]]
+    kwargs = {"space": SPACE, "candidates": POOL, "num_steps": 0}
+    with_them = methods.train_meta_optimizer([*records, one, *same], **kwargs)
+    assert with_them.surrogate.curves.shape[0] == 3
+    assert with_them.portfolio(4) == methods.train_meta_optimizer(records, **kwargs).portfolio(4)
+    for useless in ([one], same):
+        with pytest.raises(
+            ValueError, match="a task with trials of different outcomes; each has one trial, or one out"
+        ):
+            methods.train_meta_optimizer(useless, **kwargs)
+    # A failure beside a success is a difference.
+    failed = methods.train_meta_optimizer([one, one._replace(configuration=POOL[0], status="FAIL")], **kwargs)
+    assert failed.predict()["kind"] == "b"
+
+
+def test_names_that_match_no_task_other_bounds_and_empty_sets_are_refused(g):
+    records = make_records(2)
+    kwargs = {"space": SPACE, "num_steps": 0}
+    for name in ("features", "families"):
+        with pytest.raises(ValueError, match=f"`{name}` has none of the records' tasks, 't0', 't1'; its keys are 0, 1"):
+            methods.train_meta_optimizer(records, **kwargs, **{name: {0: [1.0], 1: [2.0]}})
+    with pytest.raises(ValueError, match="`candidates` must hold a configuration"):
+        methods.train_meta_optimizer(records, candidates=[], **kwargs)
+    with pytest.raises(ValueError, match="another space .other leaves, bounds or labels"):
+        g.searcher().init(jax.random.key(0), SPACE | {"x": spaces.interval(0.0, 2.0)})
+    with pytest.raises(ValueError, match="`x` must be between 0.0 and 1.0; got 2"):
+        g.searcher(first=[{"x": 2, "kind": "a"}])
