@@ -22,6 +22,7 @@ The tables are read from the folder that METAOPT_DATA names.
 
 import argparse
 import json
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -236,34 +237,109 @@ def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict
     return tried, float(np.median(times[2:]))
 
 
-def tpe(data: Records, t: int, seed: int) -> np.ndarray:
+class Labels(NamedTuple):
+    """A table's configurations as categories, for optimizers that know nothing of tables."""
+
+    columns: dict[str, np.ndarray]  # [C] texts by parameter, "" where a configuration lacks it
+    values: dict[tuple[str, str], list[str]]  # (algorithm, parameter) -> what is tried of it, where that is several
+
+    def nearest(self, algorithm: str, given: dict[str, str], open_: np.ndarray) -> int:
+        """The open configuration that shares most of these values."""
+        same = sum(self.columns[name] == value for name, value in given.items())
+        return int(np.where(open_, same + 100 * (self.columns["algorithm"] == algorithm), -1).argmax())
+
+
+def label(data: Records) -> Labels:
+    found = [{n: str(v) for n, v in c.items()} for c in data.configurations]
+    values: dict[tuple[str, str], set[str]] = {}
+    for c in found:
+        for name, value in c.items():
+            values.setdefault((c.get("algorithm", "") if name != "algorithm" else "", name), set()).add(value)
+    columns = {name: np.array([c.get(name, "") for c in found]) for name in {"algorithm", *(n for _, n in values)}}
+    return Labels(columns, {key: sorted(v) for key, v in values.items() if len(v) > 1})
+
+
+def tpe(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
     """The curve of Optuna's TPE: every parameter a category, and snapped to the nearest row of the table."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    found = [{n: str(v) for n, v in c.items()} for c in data.configurations]
-    labels = {}
-    for c in found:
-        for name, value in c.items():
-            labels.setdefault((c.get("algorithm", "") if name != "algorithm" else "", name), set()).add(value)
-    columns = {name: np.array([c.get(name, "") for c in found]) for name in {"algorithm", *(n for _, n in labels)}}
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
     regret, tried = data.regret[t], []
     open_ = np.isfinite(regret)
-    while len(tried) < min(NUM_TRIALS, open_.sum()):
+    while len(tried) < NUM_TRIALS and open_.any():
         trial = study.ask()
-        given = {}
-        if len(labels.get(("", "algorithm"), ())) > 1:
-            given["algorithm"] = trial.suggest_categorical("algorithm", sorted(labels["", "algorithm"]))
-        algorithm = given.get("algorithm", found[0].get("algorithm", ""))
-        for (of, name), values in labels.items():
-            if of == algorithm and name != "algorithm" and len(values) > 1:
-                given[name] = trial.suggest_categorical(f"{of}.{name}", sorted(values))
-        same = sum(columns[name] == value for name, value in given.items()) + 100 * (columns["algorithm"] == algorithm)
-        at = int(np.where(open_ & ~np.isin(np.arange(len(found)), tried), same, -1).argmax())
-        tried.append(at)
-        study.tell(trial, float(data.error[t, at]))
+        algorithm, given = labels.columns["algorithm"][0], {}
+        if ("", "algorithm") in labels.values:
+            algorithm = trial.suggest_categorical("algorithm", labels.values["", "algorithm"])
+        for (of, name), values in labels.values.items():
+            if of == algorithm and name != "algorithm":
+                given[name] = trial.suggest_categorical(f"{of}.{name}", values)
+        tried.append(labels.nearest(algorithm, given, open_))
+        open_[tried[-1]] = False
+        study.tell(trial, float(data.error[t, tried[-1]]))
     return curve(regret, np.array(tried))
+
+
+def smac(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
+    """The curve of SMAC3 (random forest, its facade's defaults for 20 trials), snapped in the same way."""
+    import ConfigSpace
+    from smac import HyperparameterOptimizationFacade, Scenario
+    from smac.runhistory.dataclasses import TrialValue
+
+    space = ConfigSpace.ConfigurationSpace(seed=seed)
+    which = None
+    if ("", "algorithm") in labels.values:
+        which = ConfigSpace.CategoricalHyperparameter("algorithm", labels.values["", "algorithm"])
+        space.add(which)
+    for (of, name), values in labels.values.items():
+        if name != "algorithm":
+            parameter = ConfigSpace.CategoricalHyperparameter(f"{of}.{name}", values)
+            space.add(parameter)
+            if which is not None:
+                space.add(ConfigSpace.EqualsCondition(parameter, which, of))
+    regret, tried = data.regret[t], []
+    open_ = np.isfinite(regret)
+    with tempfile.TemporaryDirectory() as folder:
+        scenario = Scenario(
+            space, deterministic=True, n_trials=NUM_TRIALS, seed=seed, output_directory=Path(folder), use_default_config=False
+        )
+        refuse: Any = lambda config, seed=0: 1 / 0  # told, never run
+        optimizer = HyperparameterOptimizationFacade(scenario, refuse, overwrite=True, logging_level=False)
+        while len(tried) < NUM_TRIALS and open_.any():
+            trial = optimizer.ask()
+            given = dict(trial.config)
+            algorithm = given.pop("algorithm", labels.columns["algorithm"][0])
+            given = {name.partition(".")[2]: value for name, value in given.items()}
+            tried.append(labels.nearest(algorithm, given, open_))
+            open_[tried[-1]] = False
+            optimizer.tell(trial, TrialValue(cost=float(data.error[t, tried[-1]])), save=False)
+    return curve(regret, np.array(tried))
+
+
+BASELINES = {"TPE": tpe, "SMAC": smac}
+
+
+def run_baseline(name: str, data: Records, num_seeds: int, file: Path) -> None:
+    """[seeds, T, NUM_TRIALS] curves into a file, which is written after every seed and gone on with."""
+    labels = label(data)
+    known = read_baselines(file)
+    key = f"{data.name}/{name}"
+    done = list(known.get(key, ()))
+    for seed in range(len(done), num_seeds):
+        done.append(np.stack([BASELINES[name](data, labels, t, seed) for t in range(len(data.error))]))
+        known = read_baselines(file) | {key: np.array(done, np.float32)}
+        with open(f"{file}.part", "wb") as part:
+            np.savez_compressed(part, **known)
+        Path(f"{file}.part").replace(file)
+        print(f"{key}: {len(done)} of {num_seeds} seeds", flush=True)
+
+
+def read_baselines(file: Path) -> dict[str, np.ndarray]:
+    if not file.is_file():
+        return {}
+    with np.load(file, allow_pickle=False) as found:
+        return dict(found)
 
 
 def run(data: Records, options: argparse.Namespace) -> tuple[dict, np.ndarray, np.ndarray]:
