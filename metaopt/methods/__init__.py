@@ -48,6 +48,7 @@ from metaopt.methods._few_shot import (
     ridge_head,
 )
 from metaopt.methods._fine_tune import FineTuned, fine_tune
+from metaopt.methods._freeze_thaw import CurveSearcher, FreezeThawState, train_curve_searcher
 from metaopt.methods._meta_optimizer import (
     ACQUISITIONS,
     MetaOptimizer,
@@ -62,8 +63,10 @@ __all__ = [
     "AdaptFn",
     "Adaptation",
     "Evaluation",
+    "CurveSearcher",
     "EvolutionState",
     "FineTuned",
+    "FreezeThawState",
     "MetaOptimizer",
     "MetaSearcherState",
     "NORMALIZATIONS",
@@ -110,6 +113,7 @@ __all__ = [
     "robust_darts",
     "single_path_one_shot",
     "tpe",
+    "train_curve_searcher",
     "train_meta_optimizer",
     "train_meta_searcher",
     "unrolled_darts",

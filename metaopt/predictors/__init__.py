@@ -1,6 +1,17 @@
 """What g and h are: networks that map a task to λ, and what makes an estimator tune their weights."""
 
 from metaopt.predictors._amortize import amortize
+from metaopt.predictors._curves import (
+    CurveNoise,
+    CurveSurrogate,
+    Observed,
+    calibrate,
+    curve_improvement,
+    curve_loss,
+    curve_posterior,
+    curve_surrogate,
+    leave_out,
+)
 from metaopt.predictors._files import SavedPredictor, load, save
 from metaopt.predictors._networks import dataset_embedding, ensemble, from_config, mlp
 from metaopt.predictors._surrogates import (
@@ -25,14 +36,22 @@ from metaopt.predictors._surrogates import (
 )
 
 __all__ = [
+    "CurveNoise",
+    "CurveSurrogate",
     "Kernel",
     "Mixture",
+    "Observed",
     "SavedPredictor",
     "Surrogate",
     "TaskTrials",
     "amortize",
     "attention_loss",
     "attention_weights",
+    "calibrate",
+    "curve_improvement",
+    "curve_loss",
+    "curve_posterior",
+    "curve_surrogate",
     "dataset_embedding",
     "ensemble",
     "expected_improvement",
@@ -41,6 +60,7 @@ __all__ = [
     "init_attention",
     "kernel_loss",
     "kernel_matrix",
+    "leave_out",
     "load",
     "lower_confidence_bound",
     "mlp",

@@ -1,0 +1,350 @@
+"""Learning curves of real training runs: predicted from their beginnings, and trials that are paused by prediction.
+
+TaskSet: 12 text RNNs × 1,000 optimizer configurations, validation losses clipped at 1.0 (chance is .693; what diverged
+counts as 1), each task left out in turn. LCDB: 248 tables × 20 learners, error rates over the training set's size,
+which is the fidelity, relative to the largest size that half of the learners have; families (by the first word of a
+table's name) in five folds, each left out; tables that lack sizes of 1/32 are not among them. Normalized regret is 0 at a task's best and 1 at its worst candidate.
+
+`metaopt` is `methods.train_curve_searcher`, which has learned from the other tasks' curves. The others: random search
+and the best on average of the other tasks, at full budgets; Hyperband and BOHB of Optuna (`methods.bohb`; a suggestion
+is the nearest candidate that was not begun; what is run again at the same fidelity costs nothing). Trials go on from
+where they paused on TaskSet, where only the difference is paid for, by all methods; a larger training set on LCDB is
+paid in full. What a method recommends is its best trial at the full budget, and before there is one its best at the
+largest fidelity.
+
+    python experiments/learning_curves.py             writes experiments/results/learning_curves.md and .png
+    python experiments/learning_curves.py --smoke     seconds; prints only
+
+The curves are read from the folder that METAOPT_DATA names.
+"""
+
+import argparse
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import script
+
+from metaopt import base, methods, predictors, spaces, tasks
+
+BUDGETS = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0)
+SHOWN = (1.0, 2.0, 5.0, 10.0, 20.0)
+OURS = ("metaopt", "metaopt, full budgets alone")
+
+
+class Curves(NamedTuple):
+    name: str
+    y: np.ndarray  # [T, C, F], NaN where there is none
+    fidelities: np.ndarray  # [F]
+    configurations: list[dict]
+    space: dict
+    groups: np.ndarray  # [T] what is left out at a time
+    resumes: bool
+    eta: int  # of Hyperband
+
+    def regret(self, t: int) -> np.ndarray:
+        """Of the candidates that the task has at all fidelities."""
+        last = np.where(np.isfinite(self.y[t]).all(1), self.y[t, :, -1], np.nan)
+        return (last - np.nanmin(last)) / max(np.nanmax(last) - np.nanmin(last), 1e-12)
+
+
+def load_taskset(options: argparse.Namespace) -> Curves:
+    script.data_file(__file__, "taskset_rnn_curves.npz")
+    table = tasks.from_taskset()
+    num = len(table.fidelities)
+    # Some checkpoints, those of Hyperband (1/27, 1/9, 1/3, 1) among them.
+    at = np.array([1, 2, 4, 6, 10, 17, 28, num]) - 1
+    y = np.where(np.isnan(table.outcomes), 1.0, np.minimum(table.outcomes, 1.0))[:, :, at]
+    kept = slice(0, 60) if options.smoke else slice(None)
+    configurations = [dict(c) for c in table.configurations[kept]]
+    values = {name: np.array([c[name] for c in configurations]) for name in configurations[0]}
+    # One minus a decay of averages is what varies over magnitudes.
+    for name in ("beta1", "beta2"):
+        values[name] = 1 - values[name]
+    configurations = [{n: float(v[i]) for n, v in values.items()} for i in range(len(configurations))]
+    space = {n: spaces.interval(float(v.min()), float(v.max()), log=True) for n, v in values.items()}
+    num_tasks = 3 if options.smoke else len(y)
+    return Curves(
+        "TaskSet", y[:num_tasks, kept], table.fidelities[at], configurations, space, np.arange(num_tasks), True, 3
+    )
+
+
+def load_lcdb(options: argparse.Namespace) -> Curves:
+    path = script.data_file(__file__, "lcdb_accuracy_curves.npz")
+    with np.load(path, allow_pickle=False) as data:
+        error, sizes = 1.0 - data["valid"].astype(float), data["anchors"].astype(float)
+        names, learners = [str(n).lower() for n in data["name"]], data["learners"].tolist()
+    fidelities = 2.0 ** np.arange(-5, 1)
+    y = np.full((len(error), len(learners), len(fidelities)), np.nan)
+    for t, table in enumerate(error):
+        enough = np.flatnonzero(np.isfinite(table).sum(0) >= len(learners) / 2)
+        if len(enough):
+            wanted = sizes[enough[-1]] * fidelities
+            nearest = np.abs(np.log(sizes[:, None] / wanted[None])).argmin(0)
+            fits = np.abs(np.log(sizes[nearest] / wanted)) < 0.05
+            y[t][:, fits] = table[:, nearest[fits]]
+    families = [(re.findall(r"[a-z]+", name) or [name])[0] for name in names]
+    _, of = np.unique(families, return_inverse=True)
+    fold = np.random.default_rng(0).permutation(np.arange(of.max() + 1) % 5)[of]
+    known = np.isfinite(y).all(2).sum(1) >= len(learners) / 2
+    space = {"learner": spaces.choice(learners)}
+    keep = np.flatnonzero(known)[:: 12 if options.smoke else 1]
+    return Curves("LCDB", y[keep], fidelities, [{"learner": n} for n in learners], space, fold[keep], False, 2)
+
+
+def learn(data: Curves, group, options: argparse.Namespace, *, whole: bool = False) -> methods.CurveSearcher:
+    """From the curves of all tasks that are not of the group; `whole`: from their ends alone."""
+    fidelities = [len(data.fidelities) - 1] if whole else range(len(data.fidelities))
+    records = [
+        base.Record(str(t), data.configurations[c], float(data.y[t, c, j]), float(data.fidelities[j]), trial=c)
+        for t in np.flatnonzero(data.groups != group)
+        for c in range(len(data.configurations))
+        for j in fidelities
+        if np.isfinite(data.y[t, c, j])
+    ]
+    return methods.train_curve_searcher(records, space=data.space, num_steps=2 if options.smoke else 100)
+
+
+def name_of(configuration: dict) -> tuple:
+    return tuple(sorted(configuration.items()))
+
+
+# ---- Prediction ------------------------------------------------------------------------------------------------------
+
+
+def predict(data: Curves, t: int, g: methods.CurveSearcher, num_draws: int) -> list[tuple[int, float, dict, float]]:
+    """(fidelities seen, what came, predictions by name, PIT) of 20 candidates that were begun on the task t."""
+    rng, found = np.random.default_rng(t), []
+    open_ = np.flatnonzero(np.isfinite(data.y[t]).all(1))
+    number = {name_of(c): i for i, c in enumerate(g.candidates)}
+    before = np.asarray(g.surrogate.mean)[:, -1]
+    levels = np.linspace(0.02, 0.98, 49)
+    for _ in range(num_draws if len(open_) else 0):
+        some = rng.choice(open_, min(20, len(open_)), replace=False)
+        for seen in range(len(data.fidelities)):
+            trials = [
+                base.Record("", data.configurations[c], float(data.y[t, c, j]), float(data.fidelities[j]))
+                for c in some
+                for j in range(seen)
+            ]
+            quantiles = g.predict(trials, levels)
+            for c in some:
+                row = quantiles[number[name_of(data.configurations[c])]]
+                came, last = data.y[t, c, -1], data.y[t, c, seen - 1] if seen else np.nan
+                average = before[number[name_of(data.configurations[c])]]
+                pit = float(np.interp(came, row, levels, left=0.0, right=1.0))
+                found.append((seen, came, {"metaopt": row[24], "last value": last, "other tasks": average}, pit))
+    return found
+
+
+def prediction_table(data: Curves, found: list) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for seen in sorted({f[0] for f in found}):
+        part = [f for f in found if f[0] == seen]
+        error = {n: np.mean([abs(came - p[n]) for _, came, p, _ in part]) for n in part[0][2]}
+        pit = np.array([f[3] for f in part])
+        inside = lambda share: np.mean(np.abs(pit - 0.5) <= share / 2)
+        row = ["nothing" if seen == 0 else f"up to {data.fidelities[seen - 1]:.3g}"]
+        row += [f"{e:.4f}" if np.isfinite(e) else "" for e in error.values()]
+        rows.append([*row, f"{inside(0.5):.3f}", f"{inside(0.9):.3f}"])
+    header = ["seen of the trial", *(f"error of {n}" for n in found[0][2]), "in the 50 % interval", "in the 90 % interval"]
+    return header, rows
+
+
+# ---- Search ----------------------------------------------------------------------------------------------------------
+
+
+class Snap:
+    """The nearest candidate that was not begun; one that a trial has begun stays its own."""
+
+    def __init__(self, data: Curves, t: int):
+        encode = jax.vmap(lambda z: spaces.encode(data.space, z))
+        stacked = [spaces.from_configuration(data.space, c) for c in data.configurations]
+        self.x = np.asarray(encode(jax.tree.map(lambda *leaves: np.stack([np.asarray(v) for v in leaves]), *stacked)))
+        self.open_ = np.isfinite(data.y[t]).all(1)
+        self.data = data
+
+    def __call__(self, configuration: dict) -> int:
+        if len(self.data.space) == 1:  # a label is itself, or not there
+            at = self.data.configurations.index(configuration)
+            return at if self.open_[at] else -1
+        values = []
+        for name, leaf in self.data.space.items():  # as `spaces.encode` has it, without a program
+            low, high = np.log(leaf.low), np.log(leaf.high)
+            values.append((np.log(configuration[name]) - low) / (high - low))
+        scaled = (self.x - self.x.min(0)) / (self.x.max(0) - self.x.min(0))
+        distance = np.where(self.open_, ((scaled - np.array(values)) ** 2).sum(1), np.inf)
+        at = int(distance.argmin())
+        self.open_[at] = False
+        return at
+
+
+class Run:
+    """What was paid so far, and what is recommended after it."""
+
+    def __init__(self, data: Curves, t: int):
+        self.data, self.t, self.paid, self.spent = data, t, {}, 0.0
+        self.best = (0.0, np.inf, -1)
+        self.regret, self.marks = data.regret(t), [(0.0, 1.0)]
+
+    def trial(self, c: int, fidelity: float) -> float:
+        j = int(np.abs(self.data.fidelities - fidelity).argmin())
+        outcome = self.data.y[self.t, c, j]
+        reached = self.paid.get(c, set())
+        if j not in reached:
+            before = max((self.data.fidelities[i] for i in reached), default=0.0) if self.data.resumes else 0.0
+            self.spent += max(self.data.fidelities[j] - before, 0.0)
+            self.paid[c] = reached | {j}
+        if (-self.data.fidelities[j], outcome) < (-self.best[0], self.best[1]):
+            self.best = self.data.fidelities[j], outcome, c
+            self.marks.append((self.spent, self.regret[c]))
+        return outcome
+
+    def curve(self) -> np.ndarray:
+        """Regret at BUDGETS; a trial that ends later does not count."""
+        spent, regret = np.array(self.marks).T
+        return np.array([regret[np.flatnonzero(spent <= b + 1e-9)[-1]] for b in BUDGETS])
+
+
+def search(data: Curves, t: int, searcher: base.Searcher, space, budget: float, seed: int, pick) -> np.ndarray:
+    """Asks and tells until the budget is spent."""
+    run, state, chosen = Run(data, t), searcher.init(jax.random.key(seed), space), {}
+    for _ in range(400):
+        asked, state = searcher.ask(state, 1)
+        if not asked or run.spent >= budget - 1e-9:
+            break
+        (trial,) = asked
+        if trial.trial not in chosen:
+            chosen[trial.trial] = pick(trial.configuration)
+        c = chosen[trial.trial]
+        outcome = run.trial(c, trial.fidelity) if c >= 0 else np.nan
+        status = "COMPLETE" if c >= 0 else "FAIL"
+        state = searcher.tell(state, [trial._replace(status=status, outcome=float(outcome))])
+    return run.curve()
+
+
+def compare(data: Curves, judged, learned: dict, options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """method -> [T, seeds, budgets]."""
+    curves: dict[str, list] = {}
+    number = {name_of(c): i for i, c in enumerate(data.configurations)}
+    for t in judged:
+        group = data.groups[t]
+        regret, train = data.regret(t), data.groups != group
+        open_ = np.flatnonzero(np.isfinite(data.y[t]).all(1))
+        pick = lambda c, here=set(open_.tolist()): number[name_of(c)] if number[name_of(c)] in here else -1
+        for name, g in zip(OURS, learned[group], strict=False):
+            budget = options.own_budget
+            curves.setdefault(name, []).append([search(data, t, g.searcher(), data.space, budget, 0, pick)])
+        lists = {"best on average": [np.nanmean([data.regret(s) for s in np.flatnonzero(train)], 0).argsort()]}
+        lists["random search"] = [np.random.default_rng([s, t]).permutation(len(regret)) for s in range(options.seeds)]
+        for name, orders in lists.items():
+            runs = [Run(data, t) for _ in orders]
+            for run, order in zip(runs, orders, strict=True):
+                for c in order[np.isin(order, open_)][: int(BUDGETS[-1])]:
+                    run.trial(c, 1.0)
+            curves.setdefault(name, []).append([run.curve() for run in runs])
+        num_rungs = 4 if data.eta == 3 else len(data.fidelities)
+        for name, num_random in (("Hyperband", 10**6), ("BOHB", 10)):
+            found = []
+            for seed in range(options.bohb_seeds[data.name]):
+                searcher = methods.bohb(num_random=num_random, reduction_factor=data.eta, num_rungs=num_rungs, first=[])
+                found.append(search(data, t, searcher, data.space, BUDGETS[-1], seed, Snap(data, t)))
+            curves.setdefault(name, []).append(found)
+        print(data.name, t, {n: np.mean(c[-1], 0).round(3).tolist() for n, c in curves.items()}, flush=True)
+    return {name: np.array(found) for name, found in curves.items()}
+
+
+def search_table(data: Curves, curves: dict[str, np.ndarray]) -> tuple[list[str], list[list[str]]]:
+    from scipy import stats
+
+    at = [BUDGETS.index(b) for b in SHOWN]
+    rows, means = [], {n: c.mean(1) for n, c in curves.items()}  # [T, budgets]
+    ours, bohb = means[OURS[0]][:, BUDGETS.index(5.0)], means["BOHB"][:, -1]
+    order = stats.rankdata(np.stack([m[:, BUDGETS.index(5.0)] for m in means.values()]).round(9), axis=0).mean(1)
+    for (name, found), rank in zip(means.items(), order, strict=True):
+        shown = [f"{found[:, i].mean():.4f}" if name not in OURS or BUDGETS[i] <= 10 else "" for i in at]
+        rows.append([name, f"{curves[name].shape[1]}", *shown, f"{rank:.2f}"])
+    difference = ours - bohb
+    draws = np.random.default_rng(0).integers(len(difference), size=(4000, len(difference)))
+    low, high = np.quantile(difference[draws].mean(1), [0.025, 0.975])
+    p = stats.wilcoxon(difference).pvalue if np.any(difference) else 1.0
+    rows.append([f"metaopt after 5 minus BOHB after 20: {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}], p {p:.2g}", *[""] * (len(SHOWN) + 2)])
+    return ["method", "seeds", *(f"after {b:g}" for b in SHOWN), "mean rank after 5"], rows
+
+
+def plot(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(2, len(results), figsize=(5 * len(results), 6.5), squeeze=False)
+    for (above, below), (name, (curves, found)) in zip(panels.T, results.items(), strict=True):
+        for method, values in curves.items():
+            shown = [i for i, b in enumerate(BUDGETS) if method not in OURS or b <= 10]
+            above.plot([BUDGETS[i] for i in shown], values.mean((0, 1))[shown], "o-", lw=2.5 if method == OURS[0] else 1.2, label=method)
+        above.set(title=name, xscale="log", yscale="symlog", xlabel="full budgets spent", ylabel="mean normalized regret")
+        above.set_yscale("symlog", linthresh=1e-2)
+        above.legend(fontsize=7)
+        lengths = sorted({f[0] for f in found})
+        for seen in lengths[:: max(1, len(lengths) // 3)]:
+            below.hist([f[3] for f in found if f[0] == seen], bins=20, range=(0, 1), density=True, histtype="step", label=f"{seen} fidelities seen")
+        below.axhline(1, color="gray", lw=1)
+        below.set(xlabel="probability integral transform of the outcome", ylabel="density")
+        below.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = script.parser(__doc__, num_seeds=20)
+    parser.add_argument("--tables", nargs="+", default=["taskset", "lcdb"])
+    parser.add_argument("--draws", type=int, default=5, help="of 20 candidates a task, for the errors of prediction")
+    options = parser.parse_args()
+    options.own_budget = 1.0 if options.smoke else 10.0
+    options.bohb_seeds = {"TaskSet": options.seeds, "LCDB": min(options.seeds, 2)}
+    if options.smoke:
+        options.seeds = options.draws = 1
+        options.bohb_seeds = {"TaskSet": 1, "LCDB": 1}
+        options.tables = ["taskset"]
+    text, results = [], {}
+    for name in options.tables:
+        data = {"taskset": load_taskset, "lcdb": load_lcdb}[name](options)
+        begin = time.process_time()
+        groups = np.unique(data.groups)[: 1 if options.smoke else None]
+        judged = np.flatnonzero(np.isin(data.groups, groups))
+        learned = {g: tuple(learn(data, g, options, whole=w) for w in ([False] if options.smoke else [False, True])) for g in groups}
+        seconds = (time.process_time() - begin) / (2 * len(learned))
+        found = [f for t in judged for f in predict(data, t, learned[data.groups[t]][0], options.draws)]
+        curves = compare(data, judged, learned, options)
+        results[data.name] = curves, found
+        text += [
+            f"**{data.name}: {len(judged)} tasks × {len(data.configurations)} candidates × {len(data.fidelities)} "
+            f"fidelities** ({', '.join(f'{f:.3g}' for f in data.fidelities)}); learned in {seconds:.0f} processor "
+            f"seconds for each of {len(learned)} parts left out.",
+            "",
+            "Mean normalized regret after so many full budgets:",
+            "",
+            script.table(*search_table(data, curves)),
+            "",
+            "Prediction of the outcome at the full budget, for 20 candidates begun on the new task, none ended:",
+            "",
+            script.table(*prediction_table(data, found)),
+            "",
+        ]
+    text.append(
+        "In brackets: paired 95 % interval, bootstrap over tasks; p of Wilcoxon's signed-rank test. `metaopt` is "
+        "deterministic given what it learned from (one key). Errors are means of absolute differences; the prediction "
+        "is the median, and its intervals are the central ones."
+    )
+    script.publish(__file__, "Learning curves", "\n".join(text), options)
+    if not options.smoke:
+        plot(results, options.out / "learning_curves.png")
+
+
+if __name__ == "__main__":
+    main()
