@@ -53,7 +53,9 @@ from metaopt.tasks._tables import (
 )
 from metaopt.tasks._trial_tables import (
     TrialTable,
+    PublishedCurves,
     from_hpob,
+    from_hpob_curves,
     from_hpobench_mlp,
     from_lcdb,
     from_oboe,
@@ -107,6 +109,7 @@ __all__ = [
     "from_data_folder",
     "from_heart_disease",
     "from_hpob",
+    "from_hpob_curves",
     "from_hpobench_mlp",
     "from_image_folder",
     "from_image_sets",
