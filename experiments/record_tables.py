@@ -302,7 +302,12 @@ def smac(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
     open_ = np.isfinite(regret)
     with tempfile.TemporaryDirectory() as folder:
         scenario = Scenario(
-            space, deterministic=True, n_trials=NUM_TRIALS, seed=seed, output_directory=Path(folder), use_default_config=False
+            space,
+            deterministic=True,
+            n_trials=NUM_TRIALS,
+            seed=seed,
+            output_directory=Path(folder),
+            use_default_config=False,
         )
         refuse: Any = lambda config, seed=0: 1 / 0  # told, never run
         optimizer = HyperparameterOptimizationFacade(scenario, refuse, overwrite=True, logging_level=False)

@@ -15,9 +15,9 @@ What it does not do: outcomes of all tasks must have one scale (error rates, cli
 finite and were run on earlier tasks (gaps are filled in), and predictions are Gaussian, also where curves have two
 fates, such as divergence.
 
-Sources: Swersky, Snoek & Adams, Freeze-thaw Bayesian optimization, 2014, https://arxiv.org/abs/1406.3896 (a process over
-curves, conditioned on prefixes); Wang et al., JMLR 2024, https://arxiv.org/abs/2109.08215 (mean and covariance learned
-from earlier tasks).
+Sources: Swersky, Snoek & Adams, Freeze-thaw Bayesian optimization, 2014, https://arxiv.org/abs/1406.3896 (a process
+over curves, conditioned on prefixes); Wang et al., JMLR 2024, https://arxiv.org/abs/2109.08215 (mean and covariance
+learned from earlier tasks).
 """
 
 from functools import partial
@@ -153,7 +153,11 @@ def _fill(curves: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray
         center = filled.mean(0)
         spread = _spread(filled - center)
         standard = (filled - center) / spread
-        rows = standard[known.all(2)] if known.all(2).sum() > 10 * standard.shape[-1] else standard.reshape(-1, standard.shape[-1])
+        rows = (
+            standard[known.all(2)]
+            if known.all(2).sum() > 10 * standard.shape[-1]
+            else standard.reshape(-1, standard.shape[-1])
+        )
         covariance = rows.T @ rows / len(rows)
         scale = np.sqrt(np.diag(covariance) + 1e-12)
         correlation = 0.99 * covariance / np.outer(scale, scale) + 0.01 * np.eye(len(scale))

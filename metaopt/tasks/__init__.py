@@ -52,8 +52,8 @@ from metaopt.tasks._tables import (
     split_by_family,
 )
 from metaopt.tasks._trial_tables import (
-    TrialTable,
     PublishedCurves,
+    TrialTable,
     from_hpob,
     from_hpob_curves,
     from_hpobench_mlp,
@@ -86,6 +86,7 @@ __all__ = [
     "ObjectiveFn",
     "PreparedTable",
     "Pruned",
+    "PublishedCurves",
     "Rows",
     "SampleEpisodeFn",
     "Source",

@@ -303,7 +303,7 @@ def from_hpob_curves(path: str | os.PathLike[str] | None = None) -> PublishedCur
       path: the folder; None: the environment variable METAOPT_DATA.
 
     Returns:
-      The curves. Those of "RF" are missing after 5 trials on 80 tasks. Where one falls by rounding, it is made monotone.
+      The curves. Those of "RF" are missing after 5 trials on 80 tasks. What rises by rounding is made monotone.
 
     Raises:
       FileNotFoundError: there is no such folder or file.
