@@ -345,10 +345,9 @@ def run_optimizer(name: str, records: Records, config: Config, num_seeds: int, f
 
 def run_smac(records: Records, t: int, space, seed: int, at: Sequence[int], nearest) -> list[int]:
     """SMAC3's facade for hyperparameters (random forest), its defaults for so many trials."""
+    import ConfigSpace
     from smac import HyperparameterOptimizationFacade, Scenario
     from smac.runhistory.dataclasses import TrialValue
-
-    import ConfigSpace
 
     tried: list[int] = []
     open_ = np.ones(len(records.configurations), bool)
@@ -553,16 +552,16 @@ def main() -> None:
     text = (
         f"{len(records.names)} tables of {len(set(records.families))} families, at most {config.max_rows} training "
         f"rows; records of {len(records.configurations)} configurations ({config.num_folds}-fold cross-validated log "
-        f"loss, forests of at most {config.max_trees} trees), which took {records.seconds.sum():.0f} processor seconds. "
-        f"For a table, g has learned from the other families' records ({seconds:.0f} processor seconds for each of "
-        f"{config.num_splits} parts), and reads {len(FEATURES)} meta-features.\n\n"
+        f"loss, forests of at most {config.max_trees} trees), which took {records.seconds.sum():.0f} processor "
+        f"seconds. For a table, g has learned from the other families' records ({seconds:.0f} processor seconds for "
+        f"each of {config.num_splits} parts), and reads {len(FEATURES)} meta-features.\n\n"
     )
     text += script.table(header, rows)
     text += (
         "\n\nMeans over tables, of means over seeds. Trials are cross-validations on the new table, looked up in the "
-        "records; what has been chosen is fitted to all training rows, and judged on the test rows. Probabilities "
-        "are mixed with 1 % of the uniform distribution. Regret is that of the cross-validated loss, 0 at a table's "
-        "best and 1 at its worst configuration. In brackets: paired 95 % interval, bootstrap over families; p: Wilcoxon's "
+        "records; what has been chosen is fitted to all training rows, and judged on the test rows. Probabilities are "
+        "mixed with 1 % of the uniform distribution. Regret is that of the cross-validated loss, 0 at a table's best "
+        "and 1 at its worst configuration. In brackets: paired 95 % interval, bootstrap over families; p: Wilcoxon's "
         f"signed-rank test over tables against {ours!r} by Holm's method. BOHB's trials are full budgets. "
         f"The whole run took {time.perf_counter() - begin:.0f} s."
     )

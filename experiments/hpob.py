@@ -173,8 +173,8 @@ def main() -> None:
     text += (
         f"\n\n{len(names)} tasks of {len(set(groups))} search spaces, five seeds: normalized regret after so many "
         "trials on top of the five given ones, mean over tasks (in parentheses: over search spaces, of means over "
-        "their tasks), and mean rank over tasks of means over seeds. Published curves of the benchmark's authors; those of RF end "
-        "after 5 trials on 80 tasks. Methods that end in -C chose from a continuum, "
+        "their tasks), and mean rank over tasks of means over seeds. Published curves of the benchmark's "
+        "authors; those of RF end after 5 trials on 80 tasks. Methods that end in -C chose from a continuum, "
         "with outcomes from a surrogate of the benchmark, and are not quite comparable."
     )
     if not options.tables:

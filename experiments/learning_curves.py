@@ -13,8 +13,9 @@ where they paused on TaskSet, where only the difference is paid for, by all meth
 paid in full. What a method recommends is its best trial at the full budget, and before there is one its best at the
 largest fidelity.
 
-    python experiments/learning_curves.py             writes experiments/results/learning_curves.md and .png
-    python experiments/learning_curves.py --smoke     seconds; prints only
+    python experiments/learning_curves.py                   TaskSet: results/learning_curves_taskset.md and .png
+    python experiments/learning_curves.py --table lcdb      LCDB
+    python experiments/learning_curves.py --smoke           seconds; prints only
 
 The curves are read from the folder that METAOPT_DATA names.
 """
@@ -260,7 +261,7 @@ def compare(data: Curves, judged, learned: dict, options: argparse.Namespace) ->
         num_rungs = 4 if data.eta == 3 else len(data.fidelities)
         for name, num_random in (("Hyperband", 10**6), ("BOHB", 10)):
             found = []
-            for seed in range(options.bohb_seeds[data.name]):
+            for seed in range(options.bohb_seeds):
                 searcher = methods.bohb(num_random=num_random, reduction_factor=data.eta, num_rungs=num_rungs, first=[])
                 found.append(search(data, t, searcher, data.space, BUDGETS[-1], seed, Snap(data, t)))
             curves.setdefault(name, []).append(found)
@@ -291,93 +292,73 @@ def search_table(data: Curves, curves: dict[str, np.ndarray]) -> tuple[list[str]
     return ["method", "seeds", *(f"after {b:g}" for b in SHOWN), "mean rank after 5"], rows
 
 
-def plot(results: dict, path: Path) -> None:
+def plot(data: Curves, curves: dict[str, np.ndarray], found: list, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(2, len(results), figsize=(5 * len(results), 6.5), squeeze=False)
-    for (above, below), (name, (curves, found)) in zip(panels.T, results.items(), strict=True):
-        for method, values in curves.items():
-            shown = [i for i, b in enumerate(BUDGETS) if method not in OURS or b <= 10]
-            above.plot(
-                [BUDGETS[i] for i in shown],
-                values.mean((0, 1))[shown],
-                "o-",
-                lw=2.5 if method == OURS[0] else 1.2,
-                label=method,
-            )
-        above.set(
-            title=name, xscale="log", yscale="symlog", xlabel="full budgets spent", ylabel="mean normalized regret"
-        )
-        above.set_yscale("symlog", linthresh=1e-2)
-        above.legend(fontsize=7)
-        lengths = sorted({f[0] for f in found})
-        for seen in lengths[:: max(1, len(lengths) // 3)]:
-            below.hist(
-                [f[3] for f in found if f[0] == seen],
-                bins=20,
-                range=(0, 1),
-                density=True,
-                histtype="step",
-                label=f"{seen} fidelities seen",
-            )
-        below.axhline(1, color="gray", lw=1)
-        below.set(xlabel="probability integral transform of the outcome", ylabel="density")
-        below.legend(fontsize=7)
-    figure.tight_layout()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for method, values in curves.items():
+        shown = [i for i, b in enumerate(BUDGETS) if method not in OURS or b <= 10]
+        line = {"lw": 2.5 if method == OURS[0] else 1.2, "label": method}
+        left.plot([BUDGETS[i] for i in shown], values.mean((0, 1))[shown], "o-", **line)
+    left.set(title=data.name, xscale="log", xlabel="full budgets spent", ylabel="mean normalized regret")
+    left.set_yscale("symlog", linthresh=1e-2)
+    left.legend(fontsize=7)
+    lengths = sorted({f[0] for f in found})
+    for seen in lengths[:: max(1, len(lengths) // 3)]:
+        pit = [f[3] for f in found if f[0] == seen]
+        label = f"up to {data.fidelities[seen - 1]:.2g} seen" if seen else "nothing seen"
+        right.hist(pit, bins=20, range=(0, 1), density=True, histtype="step", label=label)
+    right.axhline(1, color="gray", lw=1)
+    right.set(xlabel="probability integral transform of the outcome", ylabel="density")
+    right.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=20)
-    parser.add_argument("--tables", nargs="+", default=["taskset", "lcdb"])
+    parser.add_argument("--table", choices=["taskset", "lcdb"], default="taskset")
+    parser.add_argument("--bohb-seeds", type=int, default=20, help="of BOHB and Hyperband")
     parser.add_argument("--draws", type=int, default=5, help="of 20 candidates a task, for the errors of prediction")
+    parser.add_argument("--ablate", action="store_true", help="also metaopt that spends full budgets alone")
     options = parser.parse_args()
     options.own_budget = 1.0 if options.smoke else 10.0
-    options.bohb_seeds = {"TaskSet": options.seeds, "LCDB": min(options.seeds, 2)}
     if options.smoke:
-        options.seeds = options.draws = 1
-        options.bohb_seeds = {"TaskSet": 1, "LCDB": 1}
-        options.tables = ["taskset"]
-    text, results = [], {}
-    for name in options.tables:
-        data = {"taskset": load_taskset, "lcdb": load_lcdb}[name](options)
-        begin = time.process_time()
-        groups = np.unique(data.groups)[: 1 if options.smoke else None]
-        judged = np.flatnonzero(np.isin(data.groups, groups))
-        learned = {
-            g: tuple(learn(data, g, options, whole=w) for w in ([False] if options.smoke else [False, True]))
-            for g in groups
-        }
-        seconds = (time.process_time() - begin) / (2 * len(learned))
-        found = [f for t in judged for f in predict(data, t, learned[data.groups[t]][0], options.draws)]
-        curves = compare(data, judged, learned, options)
-        results[data.name] = curves, found
-        text += [
-            f"**{data.name}: {len(judged)} tasks × {len(data.configurations)} candidates × {len(data.fidelities)} "
-            f"fidelities** ({', '.join(f'{f:.3g}' for f in data.fidelities)}); learned in {seconds:.0f} processor "
-            f"seconds for each of {len(learned)} parts left out.",
-            "",
+        options.seeds = options.draws = options.bohb_seeds = 1
+    data = {"taskset": load_taskset, "lcdb": load_lcdb}[options.table](options)
+    groups = np.unique(data.groups)[: 1 if options.smoke else None]
+    judged = np.flatnonzero(np.isin(data.groups, groups))
+    begin, variants = time.process_time(), [False, True] if options.ablate else [False]
+    learned = {g: tuple(learn(data, g, options, whole=w) for w in variants) for g in groups}
+    seconds = (time.process_time() - begin) / (len(variants) * len(groups))
+    print(f"learned, {seconds:.0f} processor seconds for each part left out", flush=True)
+    found = [f for t in judged for f in predict(data, t, learned[data.groups[t]][0], options.draws)]
+    header, rows = prediction_table(data, found)
+    print(script.table(header, rows), flush=True)
+    curves = compare(data, judged, learned, options)
+    text = "\n\n".join(
+        [
+            f"{len(judged)} tasks × {len(data.configurations)} candidates × {len(data.fidelities)} fidelities "
+            f"({', '.join(f'{f:.3g}' for f in data.fidelities)}); learned in {seconds:.0f} processor seconds for each "
+            f"of {len(groups)} parts left out.",
             "Mean normalized regret after so many full budgets:",
-            "",
             script.table(*search_table(data, curves)),
-            "",
             "Prediction of the outcome at the full budget, for 20 candidates begun on the new task, none ended:",
-            "",
-            script.table(*prediction_table(data, found)),
-            "",
+            script.table(header, rows),
+            "In brackets: paired 95 % interval, bootstrap over tasks; p of Wilcoxon's signed-rank test. `metaopt` is "
+            "deterministic given what it learned from (one key). Errors are means of absolute differences; the "
+            "prediction is the median, and its intervals are the central ones.",
         ]
-    text.append(
-        "In brackets: paired 95 % interval, bootstrap over tasks; p of Wilcoxon's signed-rank test. `metaopt` is "
-        "deterministic given what it learned from (one key). Errors are means of absolute differences; the prediction "
-        "is the median, and its intervals are the central ones."
     )
-    script.publish(__file__, "Learning curves", "\n".join(text), options)
+    name = f"learning_curves_{options.table}"
     if not options.smoke:
-        plot(results, options.out / "learning_curves.png")
+        text = f"![Regret, and calibration]({name}.png)\n\n{text}"
+    script.publish(__file__, f"Learning curves: {data.name}", text, options, name=name)
+    if not options.smoke:
+        plot(data, curves, found, options.out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -148,10 +148,12 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
     remaining = jnp.asarray(np.maximum(1 - np.concatenate([[0.0], rungs / rungs[-1]]), 1e-9))
 
     def known_number(configuration) -> int:
-        whole = spaces.configuration(space, spaces.from_configuration(space, configuration))
-        for c in (configuration, whole):
-            if tuple(sorted(c.items())) in number:
-                return number[tuple(sorted(c.items()))]
+        name = tuple(sorted(configuration.items()))
+        if name not in number:  # with what it lacks at its default
+            whole = spaces.configuration(space, spaces.from_configuration(space, configuration))
+            name = tuple(sorted(whole.items()))
+        if name in number:
+            return number[name]
         raise ValueError(f"{configuration} is none of the candidates, the configurations that earlier tasks tried.")
 
     def rung_of(fidelity: float) -> int:

@@ -126,18 +126,17 @@ def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -
         fidelities,
         as_array(mean),
         as_array(deviations),
-        as_array(_spread(deviations)),
+        as_array(_spread(deviations, len(deviations))),
         as_array(correlation),
         noise,
         jnp.tile(jax.scipy.special.ndtri((jnp.arange(_NUM_ERRORS) + 0.5) / _NUM_ERRORS), (len(fidelities) + 1, 1)),
     )
 
 
-def _spread(deviations: np.ndarray) -> np.ndarray:
-    """u: half of the variance is the candidate's own, half that of all; of S tasks' own mean, 1/S is missing."""
-    num_tasks = len(deviations)
+def _spread(deviations, num_tasks: int):
+    """u [M, F]: half of the variance is the candidate's own, half that of all."""
     own = (deviations**2).sum(0) / max(num_tasks - 1, 1)
-    return np.sqrt((own + own.mean(0, keepdims=True)) / 2 + 1e-8)
+    return ((own + own.mean(0, keepdims=True)) / 2 + 1e-8) ** 0.5
 
 
 def _fill(curves: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +150,7 @@ def _fill(curves: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray
     filled = np.where(known, curves, mean + level[:, None])
     for _ in range(1 if known.all() else 3):
         center = filled.mean(0)
-        spread = _spread(filled - center)
+        spread = _spread(filled - center, len(filled))
         standard = (filled - center) / spread
         rows = (
             standard[known.all(2)]
@@ -175,7 +174,7 @@ def _covariance(surrogate: CurveSurrogate, a, b):
     (c, j), (d, i) = a, b
     alpha, beta, gamma, delta, _ = jnp.exp(surrogate.noise.log_scales)
     lengths = jnp.exp(surrogate.noise.log_lengths)
-    square = jnp.square((surrogate.x[c][:, None] - surrogate.x[d][None]) / lengths).sum(-1)
+    square = jnp.square((surrogate.x[c][:, None] - surrogate.x[d][None]) / lengths[None, None]).sum(-1)
     residual = beta + gamma * jnp.exp(-square / 2) + delta * (c[:, None] == d[None])
     residual *= surrogate.correlation[j][:, i] * surrogate.spread[c, j][:, None] * surrogate.spread[d, i][None]
     shared = surrogate.deviations[:, c, j].T @ surrogate.deviations[:, d, i] / len(surrogate.deviations)
@@ -239,7 +238,7 @@ def curve_loss(noise: CurveNoise, surrogate: CurveSurrogate, task: jax.Array, ob
 
 
 def leave_out(surrogate: CurveSurrogate, task: jax.Array) -> CurveSurrogate:
-    """What would be known without one of the earlier tasks; u and R stay.
+    """What would be known without one of the earlier tasks; R stays.
 
     Args:
       surrogate: of S tasks.
@@ -251,8 +250,12 @@ def leave_out(surrogate: CurveSurrogate, task: jax.Array) -> CurveSurrogate:
     num, own = len(surrogate.deviations), surrogate.deviations[task]
     # The mean moves by -d/(S - 1), and so do the others' deviations by its opposite.
     keep = (jnp.arange(num) != task)[:, None, None]
-    others = jnp.where(keep, surrogate.deviations + own / (num - 1), 0.0) * np.sqrt(num / (num - 1))
-    return surrogate._replace(mean=surrogate.mean - own / (num - 1), deviations=others)
+    others = jnp.where(keep, surrogate.deviations + own[None] / (num - 1), 0.0)
+    return surrogate._replace(
+        mean=surrogate.mean - own / (num - 1),
+        deviations=others * np.sqrt(num / (num - 1)),
+        spread=_spread(others, num - 1),
+    )
 
 
 def calibrate(surrogate: CurveSurrogate, key: jax.Array, *, num_candidates: int = 20, num_draws: int = 4):
