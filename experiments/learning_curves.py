@@ -22,6 +22,7 @@ The curves are read from the folder that METAOPT_DATA names.
 
 import argparse
 import re
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,8 @@ from metaopt import base, methods, spaces, tasks
 
 BUDGETS = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0)
 SHOWN = (1.0, 2.0, 5.0, 10.0, 20.0)
+# What is known of a prediction: how many fidelities were seen, what came, what was expected by whom, and the PIT.
+FOUND = ("seen", "came", "metaopt", "last value", "other tasks", "pit")
 OURS = ("metaopt", "metaopt, full budgets alone")
 
 
@@ -118,8 +121,8 @@ def name_of(configuration: dict) -> tuple:
 # ---- Prediction ------------------------------------------------------------------------------------------------------
 
 
-def predict(data: Curves, t: int, g: methods.CurveSearcher, num_draws: int) -> list[tuple[int, float, dict, float]]:
-    """(fidelities seen, what came, predictions by name, PIT) of 20 candidates that were begun on the task t."""
+def predict(data: Curves, t: int, g: methods.CurveSearcher, num_draws: int) -> np.ndarray:
+    """[N, len(FOUND)] of 20 candidates that were begun on the task t, several times."""
     rng, found = np.random.default_rng(t), []
     open_ = np.flatnonzero(np.isfinite(data.y[t]).all(1))
     number = {name_of(c): i for i, c in enumerate(g.candidates)}
@@ -139,26 +142,20 @@ def predict(data: Curves, t: int, g: methods.CurveSearcher, num_draws: int) -> l
                 came, last = data.y[t, c, -1], data.y[t, c, seen - 1] if seen else np.nan
                 average = before[number[name_of(data.configurations[c])]]
                 pit = float(np.interp(came, row, levels, left=0.0, right=1.0))
-                found.append((seen, came, {"metaopt": row[24], "last value": last, "other tasks": average}, pit))
-    return found
+                found.append((seen, came, row[24], last, average, pit))
+    return np.array(found).reshape(-1, len(FOUND))
 
 
-def prediction_table(data: Curves, found: list) -> tuple[list[str], list[list[str]]]:
+def prediction_table(data: Curves, found: np.ndarray) -> tuple[list[str], list[list[str]]]:
     rows = []
-    for seen in sorted({f[0] for f in found}):
-        part = [f for f in found if f[0] == seen]
-        error = {n: np.mean([abs(came - p[n]) for _, came, p, _ in part]) for n in part[0][2]}
-        away = np.abs(np.array([f[3] for f in part]) - 0.5)
+    for seen in np.unique(found[:, 0]).astype(int):
+        part = found[found[:, 0] == seen]
+        error, away = np.abs(part[:, 2:5] - part[:, 1:2]).mean(0), np.abs(part[:, 5] - 0.5)
         row = ["nothing" if seen == 0 else f"up to {data.fidelities[seen - 1]:.3g}"]
-        row += [f"{e:.4f}" if np.isfinite(e) else "" for e in error.values()]
+        row += [f"{e:.4f}" if np.isfinite(e) else "" for e in error]
         rows.append([*row, f"{np.mean(away <= 0.25):.3f}", f"{np.mean(away <= 0.45):.3f}"])
-    header = [
-        "seen of the trial",
-        *(f"error of {n}" for n in found[0][2]),
-        "in the 50 % interval",
-        "in the 90 % interval",
-    ]
-    return header, rows
+    errors = [f"error of {name}" for name in FOUND[2:5]]
+    return ["seen of the trial", *errors, "in the 50 % interval", "in the 90 % interval"], rows
 
 
 # ---- Search ----------------------------------------------------------------------------------------------------------
@@ -238,35 +235,47 @@ def pick_exactly(number: dict, open_: set[int], configuration: dict) -> int:
     return at if at in open_ else -1
 
 
-def compare(data: Curves, judged, learned: dict, options: argparse.Namespace) -> dict[str, np.ndarray]:
-    """method -> [T, seeds, budgets]."""
-    curves: dict[str, list] = {}
+def compare(data: Curves, t: int, learned: list, options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """method -> [seeds, budgets] on one task."""
     number = {name_of(c): i for i, c in enumerate(data.configurations)}
-    for t in judged:
-        group = data.groups[t]
-        regret, train = data.regret(t), data.groups != group
-        open_ = np.flatnonzero(np.isfinite(data.y[t]).all(1))
-        pick = partial(pick_exactly, number, set(open_.tolist()))
-        for name, g in zip(OURS, learned[group], strict=False):
-            budget = options.own_budget
-            curves.setdefault(name, []).append([search(data, t, g.searcher(), data.space, budget, 0, pick)])
-        lists = {"best on average": [np.nanmean([data.regret(s) for s in np.flatnonzero(train)], 0).argsort()]}
-        lists["random search"] = [np.random.default_rng([s, t]).permutation(len(regret)) for s in range(options.seeds)]
-        for name, orders in lists.items():
-            runs = [Run(data, t) for _ in orders]
-            for run, order in zip(runs, orders, strict=True):
-                for c in order[np.isin(order, open_)][: int(BUDGETS[-1])]:
-                    run.trial(c, 1.0)
-            curves.setdefault(name, []).append([run.curve() for run in runs])
-        num_rungs = 4 if data.eta == 3 else len(data.fidelities)
-        for name, num_random in (("Hyperband", 10**6), ("BOHB", 10)):
-            found = []
-            for seed in range(options.bohb_seeds):
-                searcher = methods.bohb(num_random=num_random, reduction_factor=data.eta, num_rungs=num_rungs, first=[])
-                found.append(search(data, t, searcher, data.space, BUDGETS[-1], seed, Snap(data, t)))
-            curves.setdefault(name, []).append(found)
-        print(data.name, t, {n: np.mean(c[-1], 0).round(3).tolist() for n, c in curves.items()}, flush=True)
+    regret = data.regret(t)
+    open_ = np.flatnonzero(np.isfinite(data.y[t]).all(1))
+    pick, curves = partial(pick_exactly, number, set(open_.tolist())), {}
+    for name, g in zip(OURS, learned, strict=False):
+        curves[name] = [search(data, t, g.searcher(), data.space, options.own_budget, 0, pick)]
+    others = np.flatnonzero(data.groups != data.groups[t])
+    lists = {"best on average": [np.nanmean([data.regret(s) for s in others], 0).argsort()]}
+    lists["random search"] = [np.random.default_rng([s, t]).permutation(len(regret)) for s in range(options.seeds)]
+    for name, orders in lists.items():
+        runs = [Run(data, t) for _ in orders]
+        for run, order in zip(runs, orders, strict=True):
+            for c in order[np.isin(order, open_)][: int(BUDGETS[-1])]:
+                run.trial(c, 1.0)
+        curves[name] = [run.curve() for run in runs]
+    num_rungs = 4 if data.eta == 3 else len(data.fidelities)
+    for name, num_random in (("Hyperband", 10**6), ("BOHB", 10)):
+        curves[name] = []
+        for seed in range(options.bohb_seeds):
+            searcher = methods.bohb(num_random=num_random, reduction_factor=data.eta, num_rungs=num_rungs, first=[])
+            curves[name].append(search(data, t, searcher, data.space, BUDGETS[-1], seed, Snap(data, t)))
     return {name: np.array(found) for name, found in curves.items()}
+
+
+def judge(data: Curves, group, options: argparse.Namespace, store: Path) -> None:
+    """All of the tasks of a group that the store has not yet, each into a file."""
+    at = {t: store / f"{options.table}_{t}.npz" for t in np.flatnonzero(data.groups == group)}
+    if all(file.is_file() for file in at.values()):
+        return
+    begin = time.process_time()
+    learned = [learn(data, group, options, whole=w) for w in ([False, True] if options.ablate else [False])]
+    seconds = (time.process_time() - begin) / len(learned)
+    for t, file in at.items():
+        if not file.is_file():
+            found, curves = predict(data, t, learned[0], options.draws), compare(data, t, learned, options)
+            with open(f"{file}.part", "wb") as part:
+                np.savez_compressed(part, found=found, seconds=seconds, **curves)
+            Path(f"{file}.part").replace(file)
+            print(data.name, t, {n: c.mean(0).round(3).tolist() for n, c in curves.items()}, flush=True)
 
 
 def search_table(data: Curves, curves: dict[str, np.ndarray]) -> tuple[list[str], list[list[str]]]:
@@ -306,9 +315,9 @@ def plot(data: Curves, curves: dict[str, np.ndarray], found: list, path: Path) -
     left.set(title=data.name, xscale="log", xlabel="full budgets spent", ylabel="mean normalized regret")
     left.set_yscale("symlog", linthresh=1e-2)
     left.legend(fontsize=7)
-    lengths = sorted({f[0] for f in found})
+    lengths = np.unique(found[:, 0]).astype(int)
     for seen in lengths[:: max(1, len(lengths) // 3)]:
-        pit = [f[3] for f in found if f[0] == seen]
+        pit = found[found[:, 0] == seen, 5]
         label = f"up to {data.fidelities[seen - 1]:.2g} seen" if seen else "nothing seen"
         right.hist(pit, bins=20, range=(0, 1), density=True, histtype="step", label=label)
     right.axhline(1, color="gray", lw=1)
@@ -324,24 +333,29 @@ def main() -> None:
     parser.add_argument("--bohb-seeds", type=int, default=20, help="of BOHB and Hyperband")
     parser.add_argument("--draws", type=int, default=5, help="of 20 candidates a task, for the errors of prediction")
     parser.add_argument("--ablate", action="store_true", help="also metaopt that spends full budgets alone")
+    parser.add_argument("--store", type=Path, help="folder of what is done, a file a task, to go on with")
+    parser.add_argument("--backwards", action="store_true", help="the last tasks first: a second process, one store")
     options = parser.parse_args()
     options.own_budget = 1.0 if options.smoke else 10.0
     if options.smoke:
         options.seeds = options.draws = options.bohb_seeds = 1
     data = {"taskset": load_taskset, "lcdb": load_lcdb}[options.table](options)
     groups = np.unique(data.groups)[: 1 if options.smoke else None]
-    judged = np.flatnonzero(np.isin(data.groups, groups))
-    begin, variants = time.process_time(), [False, True] if options.ablate else [False]
-    learned = {g: tuple(learn(data, g, options, whole=w) for w in variants) for g in groups}
-    seconds = (time.process_time() - begin) / (len(variants) * len(groups))
-    print(f"learned, {seconds:.0f} processor seconds for each part left out", flush=True)
-    found = [f for t in judged for f in predict(data, t, learned[data.groups[t]][0], options.draws)]
+    with tempfile.TemporaryDirectory() as folder:
+        store = options.store or Path(folder)
+        store.mkdir(parents=True, exist_ok=True)
+        for group in groups[:: -1 if options.backwards else 1]:
+            judge(data, group, options, store)
+        stored = []
+        for t in np.flatnonzero(np.isin(data.groups, groups)):
+            with np.load(store / f"{options.table}_{t}.npz", allow_pickle=False) as file:
+                stored.append(dict(file))
+    found, seconds = (np.concatenate([s.pop("found") for s in stored]), np.mean([s.pop("seconds") for s in stored]))
+    curves = {name: np.array([s[name] for s in stored]) for name in stored[0]}
     header, rows = prediction_table(data, found)
-    print(script.table(header, rows), flush=True)
-    curves = compare(data, judged, learned, options)
     text = "\n\n".join(
         [
-            f"{len(judged)} tasks × {len(data.configurations)} candidates × {len(data.fidelities)} fidelities "
+            f"{len(stored)} tasks × {len(data.configurations)} candidates × {len(data.fidelities)} fidelities "
             f"({', '.join(f'{f:.3g}' for f in data.fidelities)}); learned in {seconds:.0f} processor seconds for each "
             f"of {len(groups)} parts left out.",
             "Mean normalized regret after so many full budgets:",
