@@ -11,10 +11,11 @@ before the first whole run, and are reported by themselves, too. The others: ran
 as categories; a configuration that the table lacks becomes the nearest one); the 1-nearest neighbour in features, and
 its best configurations in turn; the best configurations on average, in turn; a greedy portfolio; a Gaussian process
 with expected improvement and no other task, from a random start. A configuration that failed on the task at hand is no
-candidate for any method. BOHB and SMAC are not here: a table has one fidelity, at which BOHB is TPE; SMAC is not among
-the packages that this project is tested with.
+candidate for any method. TPE and SMAC3 are run apart (`--baselines`), and their curves kept beside the results. BOHB is
+not here: a table has one fidelity, at which it is TPE.
 
     python experiments/record_tables.py             writes experiments/results/record_tables.md and .png
+    python experiments/record_tables.py --baselines TPE      runs it on all tables (ten minutes), and then all else
     python experiments/record_tables.py --smoke     seconds; prints only
 
 The tables are read from the folder that METAOPT_DATA names.
@@ -36,6 +37,7 @@ import script
 from metaopt import base, methods, predictors, spaces
 
 NUM_TRIALS = 20
+CURVES = Path(__file__).parent / "results" / "record_tables.npz"  # of the baselines that are run apart
 AT = (1, 5, 20)
 LEARNED = ("metaopt, no features", "metaopt")  # the first with --ablate
 
@@ -325,14 +327,15 @@ def smac(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
 BASELINES = {"TPE": tpe, "SMAC": smac}
 
 
-def run_baseline(name: str, data: Records, num_seeds: int, file: Path) -> None:
+def run_baseline(name: str, data: Records, num_seeds: int, file: Path, judged: np.ndarray) -> None:
     """[seeds, T, NUM_TRIALS] curves into a file, which is written after every seed and gone on with."""
-    labels = label(data)
-    known = read_baselines(file)
-    key = f"{data.name}/{name}"
-    done = list(known.get(key, ()))
+    labels, key = label(data), f"{data.name}/{name}"
+    done = list(read_baselines(file).get(key, ()))
     for seed in range(len(done), num_seeds):
-        done.append(np.stack([BASELINES[name](data, labels, t, seed) for t in range(len(data.error))]))
+        curves = np.full((len(data.error), NUM_TRIALS), np.nan)
+        for t in judged:
+            curves[t] = BASELINES[name](data, labels, t, seed)
+        done.append(curves)
         known = read_baselines(file) | {key: np.array(done, np.float32)}
         with open(f"{file}.part", "wb") as part:
             np.savez_compressed(part, **known)
@@ -347,7 +350,17 @@ def read_baselines(file: Path) -> dict[str, np.ndarray]:
         return dict(found)
 
 
-def run(data: Records, options: argparse.Namespace) -> tuple[dict, np.ndarray, np.ndarray]:
+def by_family(data: Records) -> np.ndarray:
+    """[T, NUM_TRIALS] curves of average-best where one family is left out at a time, and not a fifth of them."""
+    regret, curves = data.regret, []
+    for t, family in enumerate(data.family):
+        curves.append(curve(regret[t], np.nanmean(regret[data.family != family], 0).argsort()))
+    return np.array(curves)
+
+
+def run(
+    data: Records, options: argparse.Namespace, baselines: dict[str, np.ndarray]
+) -> tuple[dict, np.ndarray, np.ndarray]:
     """name -> [tasks, NUM_TRIALS] curves, means over seeds where a method is random; the tasks;
     seconds of training and milliseconds of an `ask`."""
     curves: dict[str, np.ndarray] = {}
@@ -373,8 +386,8 @@ def run(data: Records, options: argparse.Namespace) -> tuple[dict, np.ndarray, n
             )
             rngs = [np.random.default_rng([seed, t]) for seed in range(options.seeds)]
             add("random", t, np.mean([curve(regret[t], rng.permutation(regret.shape[1])) for rng in rngs], 0))
-            if options.tpe_seeds:
-                add("TPE", t, np.mean([tpe(data, t, seed) for seed in range(options.tpe_seeds)], 0))
+            for name, found in baselines.items():
+                add(name, t, found[:, t].mean(0))
         repeats = [
             learned(data, train, test, jax.random.key(seed), options, options.plain_seeds)
             for seed in range(options.train_seeds)
@@ -454,7 +467,8 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=20)
-    parser.add_argument("--tpe-seeds", type=int, default=20, help="of TPE; 0 leaves it out")
+    parser.add_argument("--baselines", nargs="*", default=[], choices=list(BASELINES), help="run these anew, or go on")
+    parser.add_argument("--baseline-seeds", type=int, help="of these; --seeds by default")
     parser.add_argument("--plain-seeds", type=int, default=20, help="random starts of the process without other tasks")
     parser.add_argument("--train-seeds", type=int, default=1, help="keys that metaopt is trained with")
     parser.add_argument("--ablate", action="store_true", help="also without the features of the new task")
@@ -464,17 +478,27 @@ def main() -> None:
     options = parser.parse_args()
     options.stride = 1
     if options.smoke:
-        options.seeds = options.tpe_seeds = options.plain_seeds = options.train_seeds = 1
+        options.seeds = options.plain_seeds = options.train_seeds = 1
         options.folds, options.tables, options.stride = [0], ["forest"], 4
     load = {
         "forest": lambda: load_pmlb("random forest", True),
         "six": lambda: load_pmlb("six algorithms", False),
         "oboe": load_oboe,
     }
-    text, results = [], {}
+    text, results, counts, families = [], {}, [], []
     for name in options.tables:
         data = load[name]()
-        curves, judged, seconds = run(data, options)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "smoke.npz" if options.smoke else CURVES
+            for baseline in ["TPE"] if options.smoke else options.baselines:
+                number = 1 if options.smoke else options.baseline_seeds or options.seeds
+                judged = np.flatnonzero(np.isin(data.fold, options.folds))[:: options.stride]
+                run_baseline(baseline, data, number, file, judged)
+            known = read_baselines(file)
+        baselines = {b: known[f"{data.name}/{b}"] for b in BASELINES if f"{data.name}/{b}" in known}
+        counts += [f"{b} on {data.name} {len(found)}" for b, found in baselines.items()]
+        curves, judged, seconds = run(data, options, baselines)
+        families.append(" ".join(f"{by_family(data)[:, at - 1].mean():.4f}" for at in AT))
         header, rows = compare(curves, data, judged, options.reference)
         results[data.name] = curves, judged
         text += [
@@ -488,9 +512,10 @@ def main() -> None:
     text.append(
         f"Mean normalized regret over tasks; in brackets the difference to {options.reference}, its 95 % interval "
         "(bootstrap over families), and the p of Wilcoxon's signed-rank test by Holm's method. Random methods are "
-        f"means over seeds: random search {options.seeds}, TPE {options.tpe_seeds}, the process without other tasks "
+        f"means over seeds: random search {options.seeds}, {', '.join(counts)}, the process without other tasks "
         f"{options.plain_seeds}; metaopt ({options.train_seeds} training key(s)) and the lists are deterministic, "
-        "given what they learn from."
+        "given what they learn from. A fifth of the families is left out at a time; where one family is, average-best "
+        f"has {'; '.join(families)} (more tasks to learn from, and others near the new one)."
     )
     script.publish(__file__, "Records of earlier tasks", "\n".join(text), options)
     if not options.smoke:
