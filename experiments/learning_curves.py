@@ -319,6 +319,7 @@ def plot(data: Curves, curves: dict[str, np.ndarray], found: list, path: Path) -
         left.plot([BUDGETS[i] for i in shown], values.mean(0)[shown], "o-", **line)
     left.set(title=data.name, xscale="log", xlabel="full budgets spent", ylabel="mean normalized regret")
     left.set_yscale("symlog", linthresh=1e-2)
+    left.set_ylim(0, 1.1)
     left.legend(fontsize=7)
     lengths = np.unique(found[:, 0]).astype(int)
     for seen in lengths[:: max(1, len(lengths) // 3)]:
