@@ -15,7 +15,7 @@ candidate for any method. TPE and SMAC3 are run apart (`--baselines`), and their
 not here: a table has one fidelity, at which it is TPE.
 
     python experiments/record_tables.py             writes experiments/results/record_tables.md and .png
-    python experiments/record_tables.py --baselines TPE      runs it on all tables (ten minutes), and then all else
+    python experiments/record_tables.py --baselines TPE SMAC     SMAC3, too (hours; `pip install smac`)
     python experiments/record_tables.py --smoke     seconds; prints only
 
 The tables are read from the folder that METAOPT_DATA names.
@@ -467,7 +467,9 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=20)
-    parser.add_argument("--baselines", nargs="*", default=[], choices=list(BASELINES), help="run these anew, or go on")
+    parser.add_argument(
+        "--baselines", nargs="*", default=["TPE"], choices=list(BASELINES), help="what of them lacks is run"
+    )
     parser.add_argument("--baseline-seeds", type=int, help="of these; --seeds by default")
     parser.add_argument("--plain-seeds", type=int, default=20, help="random starts of the process without other tasks")
     parser.add_argument("--train-seeds", type=int, default=1, help="keys that metaopt is trained with")
