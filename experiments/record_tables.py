@@ -11,10 +11,11 @@ before the first whole run, and are reported by themselves, too. The others: ran
 as categories; a configuration that the table lacks becomes the nearest one); the 1-nearest neighbour in features, and
 its best configurations in turn; the best configurations on average, in turn; a greedy portfolio; a Gaussian process
 with expected improvement and no other task, from a random start. A configuration that failed on the task at hand is no
-candidate for any method. BOHB and SMAC are not here: a table has one fidelity, at which BOHB is TPE; SMAC is not among
-the packages that this project is tested with.
+candidate for any method. TPE and SMAC3 are run apart (`--baselines`), and their curves kept beside the results. BOHB is
+not here: a table has one fidelity, at which it is TPE.
 
     python experiments/record_tables.py             writes experiments/results/record_tables.md and .png
+    python experiments/record_tables.py --baselines TPE SMAC     SMAC3, too (hours; `pip install smac`)
     python experiments/record_tables.py --smoke     seconds; prints only
 
 The tables are read from the folder that METAOPT_DATA names.
@@ -22,6 +23,7 @@ The tables are read from the folder that METAOPT_DATA names.
 
 import argparse
 import json
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,7 @@ import script
 from metaopt import base, methods, predictors, spaces
 
 NUM_TRIALS = 20
+CURVES = Path(__file__).parent / "results" / "record_tables.npz"  # of the baselines that are run apart
 AT = (1, 5, 20)
 LEARNED = ("metaopt, no features", "metaopt")  # the first with --ablate
 
@@ -236,37 +239,128 @@ def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict
     return tried, float(np.median(times[2:]))
 
 
-def tpe(data: Records, t: int, seed: int) -> np.ndarray:
+class Labels(NamedTuple):
+    """A table's configurations as categories, for optimizers that know nothing of tables."""
+
+    columns: dict[str, np.ndarray]  # [C] texts by parameter, "" where a configuration lacks it
+    values: dict[tuple[str, str], list[str]]  # (algorithm, parameter) -> what is tried of it, where that is several
+
+    def nearest(self, algorithm: str, given: dict[str, str], open_: np.ndarray) -> int:
+        """The open configuration that shares most of these values."""
+        same = sum(self.columns[name] == value for name, value in given.items())
+        return int(np.where(open_, same + 100 * (self.columns["algorithm"] == algorithm), -1).argmax())
+
+
+def label(data: Records) -> Labels:
+    found = [{n: str(v) for n, v in c.items()} for c in data.configurations]
+    values: dict[tuple[str, str], set[str]] = {}
+    for c in found:
+        for name, value in c.items():
+            values.setdefault((c.get("algorithm", "") if name != "algorithm" else "", name), set()).add(value)
+    columns = {name: np.array([c.get(name, "") for c in found]) for name in {"algorithm", *(n for _, n in values)}}
+    return Labels(columns, {key: sorted(v) for key, v in values.items() if len(v) > 1})
+
+
+def tpe(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
     """The curve of Optuna's TPE: every parameter a category, and snapped to the nearest row of the table."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    found = [{n: str(v) for n, v in c.items()} for c in data.configurations]
-    labels = {}
-    for c in found:
-        for name, value in c.items():
-            labels.setdefault((c.get("algorithm", "") if name != "algorithm" else "", name), set()).add(value)
-    columns = {name: np.array([c.get(name, "") for c in found]) for name in {"algorithm", *(n for _, n in labels)}}
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
     regret, tried = data.regret[t], []
     open_ = np.isfinite(regret)
-    while len(tried) < min(NUM_TRIALS, open_.sum()):
+    while len(tried) < NUM_TRIALS and open_.any():
         trial = study.ask()
-        given = {}
-        if len(labels.get(("", "algorithm"), ())) > 1:
-            given["algorithm"] = trial.suggest_categorical("algorithm", sorted(labels["", "algorithm"]))
-        algorithm = given.get("algorithm", found[0].get("algorithm", ""))
-        for (of, name), values in labels.items():
-            if of == algorithm and name != "algorithm" and len(values) > 1:
-                given[name] = trial.suggest_categorical(f"{of}.{name}", sorted(values))
-        same = sum(columns[name] == value for name, value in given.items()) + 100 * (columns["algorithm"] == algorithm)
-        at = int(np.where(open_ & ~np.isin(np.arange(len(found)), tried), same, -1).argmax())
-        tried.append(at)
-        study.tell(trial, float(data.error[t, at]))
+        algorithm, given = labels.columns["algorithm"][0], {}
+        if ("", "algorithm") in labels.values:
+            algorithm = trial.suggest_categorical("algorithm", labels.values["", "algorithm"])
+        for (of, name), values in labels.values.items():
+            if of == algorithm and name != "algorithm":
+                given[name] = trial.suggest_categorical(f"{of}.{name}", values)
+        tried.append(labels.nearest(algorithm, given, open_))
+        open_[tried[-1]] = False
+        study.tell(trial, float(data.error[t, tried[-1]]))
     return curve(regret, np.array(tried))
 
 
-def run(data: Records, options: argparse.Namespace) -> tuple[dict, np.ndarray, np.ndarray]:
+def smac(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
+    """The curve of SMAC3 (random forest, its facade's defaults for 20 trials), snapped in the same way."""
+    import ConfigSpace
+    from smac import HyperparameterOptimizationFacade, Scenario
+    from smac.runhistory.dataclasses import TrialValue
+
+    space = ConfigSpace.ConfigurationSpace(seed=seed)
+    which = None
+    if ("", "algorithm") in labels.values:
+        which = ConfigSpace.CategoricalHyperparameter("algorithm", labels.values["", "algorithm"])
+        space.add(which)
+    for (of, name), values in labels.values.items():
+        if name != "algorithm":
+            parameter = ConfigSpace.CategoricalHyperparameter(f"{of}.{name}", values)
+            space.add(parameter)
+            if which is not None:
+                space.add(ConfigSpace.EqualsCondition(parameter, which, of))
+    regret, tried = data.regret[t], []
+    open_ = np.isfinite(regret)
+    with tempfile.TemporaryDirectory() as folder:
+        scenario = Scenario(
+            space,
+            deterministic=True,
+            n_trials=NUM_TRIALS,
+            seed=seed,
+            output_directory=Path(folder),
+            use_default_config=False,
+        )
+        refuse: Any = lambda config, seed=0: 1 / 0  # told, never run
+        optimizer = HyperparameterOptimizationFacade(scenario, refuse, overwrite=True, logging_level=False)
+        while len(tried) < NUM_TRIALS and open_.any():
+            trial = optimizer.ask()
+            given = dict(trial.config)
+            algorithm = given.pop("algorithm", labels.columns["algorithm"][0])
+            given = {name.partition(".")[2]: value for name, value in given.items()}
+            tried.append(labels.nearest(algorithm, given, open_))
+            open_[tried[-1]] = False
+            optimizer.tell(trial, TrialValue(cost=float(data.error[t, tried[-1]])), save=False)
+    return curve(regret, np.array(tried))
+
+
+BASELINES = {"TPE": tpe, "SMAC": smac}
+
+
+def run_baseline(name: str, data: Records, num_seeds: int, file: Path, judged: np.ndarray) -> None:
+    """[seeds, T, NUM_TRIALS] curves into a file, which is written after every seed and gone on with."""
+    labels, key = label(data), f"{data.name}/{name}"
+    done = list(read_baselines(file).get(key, ()))
+    for seed in range(len(done), num_seeds):
+        curves = np.full((len(data.error), NUM_TRIALS), np.nan)
+        for t in judged:
+            curves[t] = BASELINES[name](data, labels, t, seed)
+        done.append(curves)
+        known = read_baselines(file) | {key: np.array(done, np.float32)}
+        with open(f"{file}.part", "wb") as part:
+            np.savez_compressed(part, **known)
+        Path(f"{file}.part").replace(file)
+        print(f"{key}: {len(done)} of {num_seeds} seeds", flush=True)
+
+
+def read_baselines(file: Path) -> dict[str, np.ndarray]:
+    if not file.is_file():
+        return {}
+    with np.load(file, allow_pickle=False) as found:
+        return dict(found)
+
+
+def by_family(data: Records) -> np.ndarray:
+    """[T, NUM_TRIALS] curves of average-best where one family is left out at a time, and not a fifth of them."""
+    regret, curves = data.regret, []
+    for t, family in enumerate(data.family):
+        curves.append(curve(regret[t], np.nanmean(regret[data.family != family], 0).argsort()))
+    return np.array(curves)
+
+
+def run(
+    data: Records, options: argparse.Namespace, baselines: dict[str, np.ndarray]
+) -> tuple[dict, np.ndarray, np.ndarray]:
     """name -> [tasks, NUM_TRIALS] curves, means over seeds where a method is random; the tasks;
     seconds of training and milliseconds of an `ask`."""
     curves: dict[str, np.ndarray] = {}
@@ -292,8 +386,8 @@ def run(data: Records, options: argparse.Namespace) -> tuple[dict, np.ndarray, n
             )
             rngs = [np.random.default_rng([seed, t]) for seed in range(options.seeds)]
             add("random", t, np.mean([curve(regret[t], rng.permutation(regret.shape[1])) for rng in rngs], 0))
-            if options.tpe_seeds:
-                add("TPE", t, np.mean([tpe(data, t, seed) for seed in range(options.tpe_seeds)], 0))
+            for name, found in baselines.items():
+                add(name, t, found[:, t].mean(0))
         repeats = [
             learned(data, train, test, jax.random.key(seed), options, options.plain_seeds)
             for seed in range(options.train_seeds)
@@ -373,7 +467,10 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=20)
-    parser.add_argument("--tpe-seeds", type=int, default=20, help="of TPE; 0 leaves it out")
+    parser.add_argument(
+        "--baselines", nargs="*", default=["TPE"], choices=list(BASELINES), help="what of them lacks is run"
+    )
+    parser.add_argument("--baseline-seeds", type=int, help="of these; --seeds by default")
     parser.add_argument("--plain-seeds", type=int, default=20, help="random starts of the process without other tasks")
     parser.add_argument("--train-seeds", type=int, default=1, help="keys that metaopt is trained with")
     parser.add_argument("--ablate", action="store_true", help="also without the features of the new task")
@@ -383,17 +480,27 @@ def main() -> None:
     options = parser.parse_args()
     options.stride = 1
     if options.smoke:
-        options.seeds = options.tpe_seeds = options.plain_seeds = options.train_seeds = 1
+        options.seeds = options.plain_seeds = options.train_seeds = 1
         options.folds, options.tables, options.stride = [0], ["forest"], 4
     load = {
         "forest": lambda: load_pmlb("random forest", True),
         "six": lambda: load_pmlb("six algorithms", False),
         "oboe": load_oboe,
     }
-    text, results = [], {}
+    text, results, counts, families = [], {}, [], []
     for name in options.tables:
         data = load[name]()
-        curves, judged, seconds = run(data, options)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "smoke.npz" if options.smoke else CURVES
+            for baseline in ["TPE"] if options.smoke else options.baselines:
+                number = 1 if options.smoke else options.baseline_seeds or options.seeds
+                judged = np.flatnonzero(np.isin(data.fold, options.folds))[:: options.stride]
+                run_baseline(baseline, data, number, file, judged)
+            known = read_baselines(file)
+        baselines = {b: known[f"{data.name}/{b}"] for b in BASELINES if f"{data.name}/{b}" in known}
+        counts += [f"{b} on {data.name} {len(found)}" for b, found in baselines.items()]
+        curves, judged, seconds = run(data, options, baselines)
+        families.append(" ".join(f"{by_family(data)[:, at - 1].mean():.4f}" for at in AT))
         header, rows = compare(curves, data, judged, options.reference)
         results[data.name] = curves, judged
         text += [
@@ -407,9 +514,10 @@ def main() -> None:
     text.append(
         f"Mean normalized regret over tasks; in brackets the difference to {options.reference}, its 95 % interval "
         "(bootstrap over families), and the p of Wilcoxon's signed-rank test by Holm's method. Random methods are "
-        f"means over seeds: random search {options.seeds}, TPE {options.tpe_seeds}, the process without other tasks "
+        f"means over seeds: random search {options.seeds}, {', '.join(counts)}, the process without other tasks "
         f"{options.plain_seeds}; metaopt ({options.train_seeds} training key(s)) and the lists are deterministic, "
-        "given what they learn from."
+        "given what they learn from. A fifth of the families is left out at a time; where one family is, average-best "
+        f"has {'; '.join(families)} (more tasks to learn from, and others near the new one)."
     )
     script.publish(__file__, "Records of earlier tasks", "\n".join(text), options)
     if not options.smoke:

@@ -285,3 +285,52 @@ def test_auto_architecture_smoke(tmp_path):
     first = details["results"][0]["scores"]["a* = h(t'), no trial"]
     assert float(row.split(" | ")[1]) == pytest.approx(np.mean(first, 0)[0], abs=5e-4)
     assert (tmp_path / "auto_architecture_smoke.png").stat().st_size > 10_000
+
+
+# ---- HPO-B -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hpob():
+    sys.path.insert(0, str(ROOT / "experiments"))  # for `script`
+    try:
+        yield importlib.import_module("hpob")
+    finally:
+        sys.path.pop(0)
+
+
+def test_hpob_s_protocol_begins_with_the_given_ones_and_never_tries_one_twice(hpob):
+    x, y = np.arange(6.0)[:, None], np.array([0.5, 0.9, 0.6, 0.7, 0.5, 0.65])
+    shown = []
+
+    def last(seen, outcomes, open_):
+        shown.append((seen[:, 0].tolist(), outcomes.round(6).tolist(), open_[:, 0].tolist()))
+        return len(open_) - 1
+
+    regret = hpob.run_protocol(x, y, [2, 0], last, num_trials=5)
+    # Normalized by .5 and .9: 2 has .25, then come 5 (.375), 4 (0), 3 (.5), 1 (1), and then nothing is left.
+    np.testing.assert_allclose(regret, [0.75, 0.625, 0.625, 0.5, 0.0, 0.0])
+    assert shown[0] == ([2.0, 0.0], [0.25, 0.0], [1.0, 3.0, 4.0, 5.0])
+    assert shown[1] == ([2.0, 0.0, 5.0], [0.25, 0.0, 0.375], [1.0, 3.0, 4.0]) and len(shown) == 4
+
+
+@pytest.mark.once
+def test_metaopt_joins_hpob_from_its_tables(hpob, tmp_path):
+    """Two earlier data sets say that accuracy falls with the distance from (.2, .8): candidates near it come first."""
+    rng = np.random.default_rng(0)
+    x = rng.random((3, 40, 2)).round(3)
+    y = 1 - ((x - np.array([0.2, 0.8])) ** 2).sum(2, keepdims=True)
+    as_table = lambda i: {"X": x[i].tolist(), "y": y[i].tolist()}
+    far = np.argsort(y[2, :, 0])[:5].tolist()
+    contents = {
+        "meta-train-dataset": {"77": {"1": as_table(0), "2": as_table(1)}},
+        "meta-test-dataset": {"77": {"3": as_table(2)}},
+        "bo-initializations": {"77": {"3": {seed: far for seed in hpob.SEEDS}}},
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (curves,) = hpob.run_ours(tmp_path, ("77/3",), num_steps=20, num_trials=3)
+    assert curves.shape == (5, 4) and (np.diff(curves) <= 0).all()
+    normalized = (y[2, :, 0] - y[2].min()) / np.ptp(y[2])
+    np.testing.assert_allclose(curves[:, 0], 1 - normalized[far].max(), atol=1e-6)
+    assert (curves[:, -1] < 0.1).all()  # random: .3

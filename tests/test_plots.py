@@ -168,3 +168,64 @@ def test_a_graph_has_its_ops_on_its_nodes_and_a_genotype_all_its_kinds():
         plots.genotype(network, {"normal": ((0, 2, "mlp"),), "reduce": ()})
     with pytest.raises(ValueError, match="to a later one that is no input; got 3 -> 2"):
         plots.cell([(3, 2, "mlp")])
+
+
+# ---- Rank diagrams -------------------------------------------------------------------------------------------------
+
+
+def drawn_ranks(axes):
+    """method -> rank, as written; and the bars' ends."""
+    texts = [text.get_text().strip() for text in axes.texts if " " in text.get_text()]
+    ranks = {}
+    for text in texts:
+        first, _, second = text.partition(" ")
+        name, rank = (second, first) if first.replace(".", "").isdigit() else (first, second)
+        ranks[name] = float(rank)
+    bars = [tuple(line.get_xdata()) for line in axes.lines if line.get_linewidth() == 3]
+    return ranks, bars
+
+
+def test_a_rank_diagram_has_mean_ranks_and_joins_what_does_not_differ():
+    rng = np.random.default_rng(0)
+    level = rng.normal(size=60)
+    same = rng.normal(size=(2, 60)) * 0.1
+    scores = {"worst": level + 2, "twin": level + same[0], "other": level + same[1]}
+    ranks, bars = drawn_ranks(plots.critical_difference(scores))
+    smaller = np.mean(scores["twin"] < scores["other"])
+    expected = {"worst": 3.0, "twin": 2 - smaller, "other": 1 + smaller}
+    assert ranks == pytest.approx(expected, abs=0.006)
+    ((low, high),) = bars
+    assert low == pytest.approx(min(expected.values()), abs=0.05) and high == pytest.approx(
+        expected[max(["twin", "other"], key=expected.get)], abs=0.05
+    )
+    # All apart: no bar. None apart: one bar over all.
+    apart = {name: level + shift for name, shift in {"a": 0.0, "b": 1.0, "c": 2.0}.items()}
+    assert drawn_ranks(plots.critical_difference(apart)) == ({"a": 1.0, "b": 2.0, "c": 3.0}, [])
+    alike = {name: level + rng.normal(size=60) * 0.1 for name in "abc"}
+    ranks, ((low, high),) = drawn_ranks(plots.critical_difference(alike))
+    assert low < min(ranks.values()) + 0.01 and high > max(ranks.values()) - 0.01
+
+
+def test_holm_s_correction_is_over_the_pairs():
+    """Six of six tasks: p = .03125 of the one pair (alpha .05), which three pairs do not stand."""
+    one = np.arange(1.0, 7.0)
+    two = plots.critical_difference({"a": one, "b": one + 1 + one / 10}, alpha=0.05)
+    assert drawn_ranks(two)[1] == []
+    three = {"a": one, "b": one + 1 + one / 10, "c": one + 3 + one / 5}
+    ((low, high),) = drawn_ranks(plots.critical_difference(three, alpha=0.05))[1]
+    assert low < 1 and high > 3
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "match"),
+    [
+        ({"a": [1.0, 2.0]}, {}, "two methods"),
+        ({"a": [1.0, 2.0], "b": [1.0]}, {}, "same T"),
+        ({"a": [1.0, 2.0], "b": [1.0, np.nan]}, {}, "finite"),
+        ({"a": [1.0, 2.0], "b": [1.0, 0.0]}, {"alpha": 1.0}, "alpha"),
+        ({"a": [1.0, 2.0], "b": [1.0, 0.0]}, {"highlight": ["c"]}, "highlight"),
+    ],
+)
+def test_a_rank_diagram_says_what_it_lacks(scores, options, match):
+    with pytest.raises(ValueError, match=match):
+        plots.critical_difference(scores, **options)

@@ -20,6 +20,7 @@ SCRIPTS = {
     "darts_cifar": ("cifar10_sub32.npz", ("| DARTS, seed 0", "| random 0")),
     "data_cleaning": ("mnist.npz", ("oracle: clean rows and validation rows", "`implicit`, 2 steps, warm CG")),
     "record_tables": ("pmlb_sklearn_results.parquet", ("| portfolio", "| TPE", "| metaopt")),
+    "learning_curves": ("taskset_rnn_curves.npz", ("| metaopt |", "| Hyperband |", "| up to 0.02 |")),
     "feature_penalties": ("sms_spam.tsv.gz", ("one penalty, grid of 3", "`implicit`, fixed point, K = 2")),
     "parameter_decay": ("fashion_mnist_sub.npz", ("each parameter (3,818)", "each layer (3)")),
 }

@@ -50,6 +50,7 @@ from metaopt.methods._few_shot import (
     ridge_head,
 )
 from metaopt.methods._fine_tune import FineTuned, fine_tune
+from metaopt.methods._freeze_thaw import CurveSearcher, FreezeThawState, train_curve_searcher
 from metaopt.methods._meta_architecture import FineTunedArchitecture, MetaArchitecture, meta_architecture_search
 from metaopt.methods._meta_files import load_meta_optimizer, save_meta_optimizer
 from metaopt.methods._meta_optimizer import train_meta_optimizer, train_meta_searcher
@@ -73,10 +74,12 @@ __all__ = [
     "Adaptation",
     "ArchitectureScores",
     "AshaState",
+    "CurveSearcher",
     "Evaluation",
     "EvolutionState",
     "FineTuned",
     "FineTunedArchitecture",
+    "FreezeThawState",
     "MetaArchitecture",
     "MetaOptimizer",
     "MetaSearcherState",
@@ -136,6 +139,7 @@ __all__ = [
     "single_path_one_shot",
     "tpe",
     "train",
+    "train_curve_searcher",
     "train_meta_optimizer",
     "train_meta_searcher",
     "training_free_scores",

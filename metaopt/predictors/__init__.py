@@ -7,6 +7,17 @@ from metaopt.predictors._acquisition import (
     thompson_sample,
 )
 from metaopt.predictors._amortize import amortize
+from metaopt.predictors._curves import (
+    CurveNoise,
+    CurveSurrogate,
+    Observed,
+    calibrate,
+    curve_improvement,
+    curve_loss,
+    curve_posterior,
+    curve_surrogate,
+    leave_out,
+)
 from metaopt.predictors._files import SavedPredictor, load, save
 from metaopt.predictors._networks import dataset_embedding, ensemble, from_config, mlp
 from metaopt.predictors._posterior import (
@@ -37,9 +48,12 @@ from metaopt.predictors._surrogates import (
 
 __all__ = [
     "Conditioned",
+    "CurveNoise",
+    "CurveSurrogate",
     "Joint",
     "Kernel",
     "Mixture",
+    "Observed",
     "SavedPredictor",
     "Surrogate",
     "TaskTrials",
@@ -47,7 +61,12 @@ __all__ = [
     "attention_loss",
     "attention_weights",
     "batch_expected_improvement",
+    "calibrate",
     "condition",
+    "curve_improvement",
+    "curve_loss",
+    "curve_posterior",
+    "curve_surrogate",
     "dataset_embedding",
     "ensemble",
     "expected_improvement",
@@ -57,6 +76,7 @@ __all__ = [
     "joint_posterior_at",
     "kernel_loss",
     "kernel_matrix",
+    "leave_out",
     "load",
     "lower_confidence_bound",
     "mlp",

@@ -52,8 +52,10 @@ from metaopt.tasks._tables import (
     split_by_family,
 )
 from metaopt.tasks._trial_tables import (
+    PublishedCurves,
     TrialTable,
     from_hpob,
+    from_hpob_curves,
     from_hpobench_mlp,
     from_lcdb,
     from_oboe,
@@ -84,6 +86,7 @@ __all__ = [
     "ObjectiveFn",
     "PreparedTable",
     "Pruned",
+    "PublishedCurves",
     "Rows",
     "SampleEpisodeFn",
     "Source",
@@ -107,6 +110,7 @@ __all__ = [
     "from_data_folder",
     "from_heart_disease",
     "from_hpob",
+    "from_hpob_curves",
     "from_hpobench_mlp",
     "from_image_folder",
     "from_image_sets",

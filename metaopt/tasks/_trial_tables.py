@@ -281,6 +281,42 @@ def from_hpob(file: str | os.PathLike[str], search_space: str) -> list[Record]:
     ]
 
 
+class PublishedCurves(NamedTuple):
+    """What a benchmark's authors have published of M methods on T tasks with R seeds, after each of N trials.
+
+    Attributes:
+      methods: M names.
+      tasks: T names, "search space/data set".
+      regret: [M, T, R, N] normalized regret of the best so far, 0 at the task's best and 1 at its worst; NaN where it
+        was not published.
+    """
+
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    regret: np.ndarray
+
+
+def from_hpob_curves(path: str | os.PathLike[str] | None = None) -> PublishedCurves:
+    """HPO-B v3: 14 methods on the 86 test tasks, 5 seeds, after the 5 initial trials and each of 100 more.
+
+    Args:
+      path: the folder; None: the environment variable METAOPT_DATA.
+
+    Returns:
+      The curves. Those of "RF" are missing after 5 trials on 80 tasks. What rises by rounding is made monotone.
+
+    Raises:
+      FileNotFoundError: there is no such folder or file.
+
+    Source: Pineda Arango et al., NeurIPS 2021, https://arxiv.org/abs/2106.06257 (MIT).
+    """
+    with np.load(_file(path, "hpob_baseline_curves.npz"), allow_pickle=False) as data:
+        best = data["best_so_far"].astype(np.float64)
+        names = tuple(f"{s}/{d}" for s, d in zip(data["search_space_id"], data["dataset_id"], strict=True))
+        best = np.maximum.accumulate(best, axis=-1)  # NaN stays NaN from there on
+        return PublishedCurves(tuple(data["methods"].tolist()), names, 1.0 - best)
+
+
 def from_openml_evaluations(rows: Sequence[Mapping[str, Any]]) -> list[Record]:
     """OpenML's runs, as openml-python lists them.
 

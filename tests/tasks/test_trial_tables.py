@@ -49,6 +49,20 @@ def test_hpob_s_json(tmp_path):
         tasks.from_hpob(tmp_path / "meta.json", "1")
 
 
+def test_hpob_s_published_curves(tmp_path):
+    best = np.full((2, 2, 1, 3), np.nan, np.float32)  # methods, tasks, seeds, trials
+    best[:, :, 0] = [[[0.25, 0.5, 0.4375], [0.0, 0.5, 1.0]], [[0.25, 0.75, np.nan], [0.5, 0.5, 0.75]]]
+    names = np.array(["GP", "RF"]), np.array(["5860", "6767"]), np.array(["3", "9"])
+    keys = dict(zip(["methods", "search_space_id", "dataset_id"], names, strict=True))
+    np.savez(tmp_path / "hpob_baseline_curves.npz", best_so_far=best, **keys)
+    curves = tasks.from_hpob_curves(tmp_path)
+    assert curves.methods == ("GP", "RF") and curves.tasks == ("5860/3", "6767/9")
+    expected = [[[0.75, 0.5, 0.5], [1.0, 0.5, 0.0]], [[0.75, 0.25, np.nan], [0.5, 0.5, 0.25]]]
+    np.testing.assert_allclose(curves.regret[:, :, 0], expected)
+    with pytest.raises(FileNotFoundError, match="has no hpob_baseline_curves.npz"):
+        tasks.from_hpob_curves(tmp_path / "none")
+
+
 def test_openml_s_evaluations():
     flow = "sklearn.svm.classes.SVC(16)"
     pipe = "sklearn.pipeline.Pipeline(imputer=a.Imputer,svc=sklearn.svm.classes.SVC)(1)"

@@ -1,0 +1,280 @@
+"""Trials that are paused and continued, by what their learning curves promise: `train_curve_searcher`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metaopt import base, hypergrad, predictors, spaces, tasks, training
+
+
+class PredictFinalFn(Protocol):
+    def __call__(self, trials: Sequence[base.Record] = (), levels: Sequence[float] = (0.05, 0.5, 0.95)) -> np.ndarray:
+        """[M, levels] quantiles of every candidate's outcome at the full budget, given trials on the new task."""
+        ...
+
+
+class MakeCurveSearcherFn(Protocol):
+    def __call__(self, *, first: Sequence[Mapping[str, Any]] = ()) -> base.Searcher:
+        """A searcher that decides after every step which trial to continue, or to begin."""
+        ...
+
+
+class CurveSearcher(NamedTuple):
+    """What `train_curve_searcher` returns.
+
+    Attributes:
+      predict: `(trials, levels) -> [M, levels]` quantiles at the full budget.
+      searcher: `(*, first) -> Searcher`.
+      candidates: M configurations.
+      surrogate: what was learned (`predictors.CurveSurrogate`).
+      space: of λ.
+    """
+
+    predict: PredictFinalFn
+    searcher: MakeCurveSearcherFn
+    candidates: list[dict[str, Any]]
+    surrogate: predictors.CurveSurrogate
+    space: base.PyTree
+
+
+class FreezeThawState(NamedTuple):
+    """Carried from one call to the next.
+
+    Attributes:
+      key: of the trials' seeds.
+      started: candidates by trial number.
+      seen: (candidate, fidelity's number, outcome) of what was told.
+      closed: candidates that failed, or were pruned by the objective.
+      pending: (candidate, fidelity's number) of what has not been told.
+    """
+
+    key: jax.Array
+    started: tuple[int, ...]
+    seen: tuple[tuple[int, int, float], ...]
+    closed: frozenset[int]
+    pending: tuple[tuple[int, int], ...]
+
+
+def train_curve_searcher(
+    records: Sequence[base.Record],
+    *,
+    space: base.PyTree,
+    num_steps: int = 100,
+    key: jax.Array | None = None,
+) -> CurveSearcher:
+    """Learns from curves of earlier tasks how trials go on, and spends fidelity on a new task accordingly.
+
+    The surrogate (`predictors.curve_surrogate`) is one Gaussian process over all candidates and fidelities; its scales
+    are learned by `training.fit`, each task left out in turn, and its errors are calibrated on tasks left out. The
+    searcher is freeze-thaw: of all candidates, begun or not, the next fidelity goes to the one with the largest
+    expected improvement at the full budget for each unit of budget that it still lacks,
+
+        E[max(y* − y(c, F), 0)] / (1 − fidelity reached),
+
+    where y* is the best outcome at the full budget, and the least mean at the full budget as long as there is none.
+    Objectives should continue a trial from its own checkpoint (`tasks.collect(resumes=True)`).
+
+    Args:
+      records: trials of earlier tasks, at several fidelities; at the full budget, too. Outcomes of all tasks are on one
+        scale, such as error rates or losses that were clipped; failed trials are left out, and gaps filled in.
+      space: of λ. The candidates are the configurations of the records: each should have been run at each fidelity on
+        some task.
+      num_steps: outer steps that learn the process's scales.
+      key: what everything random follows from; `jax.random.key(0)` by default.
+
+    Returns:
+      A `CurveSearcher`.
+
+    Raises:
+      ValueError: records are of one task only, a configuration does not fit the space, or a candidate lacks a fidelity
+        everywhere.
+
+    Source: Swersky, Snoek & Adams, 2014, https://arxiv.org/abs/1406.3896
+    """
+    base.check_integer("num_steps", num_steps, 0)
+    key = jax.random.key(0) if key is None else key
+    fit_key, calibrate_key = jax.random.split(key)
+    table = tasks.tabulate([record for record in records if record.status in ("COMPLETE", "PRUNED")])
+    hyperparams = [spaces.from_configuration(space, c) for c in table.configurations]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *hyperparams)
+    x = np.asarray(jax.jit(jax.vmap(lambda hp: spaces.encode(space, hp)))(stacked))
+    surrogate = predictors.curve_surrogate(table.outcomes, x, table.fidelities)
+    surrogate = surrogate._replace(noise=_fit_noise(fit_key, surrogate, table.outcomes, num_steps))
+    surrogate = predictors.calibrate(surrogate, calibrate_key)
+    return _curve_searcher(surrogate, space, [dict(c) for c in table.configurations])
+
+
+def _fit_noise(key, surrogate, curves, num_steps: int, *, num_tasks: int = 4, num_candidates: int = 16):
+    """By the likelihood of a few candidates' beginnings, and some of their ends, on a task that is left out."""
+    num_fidelities = curves.shape[2]
+
+    def sample_tasks(key):
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        batch = []
+        for task in rng.integers(len(curves), size=num_tasks):
+            some = rng.choice(curves.shape[1], min(num_candidates, curves.shape[1]), replace=False)
+            candidate, fidelity = np.repeat(some, num_fidelities), np.tile(np.arange(num_fidelities), len(some))
+            begun = np.repeat(rng.integers(1, num_fidelities + 1, len(some)), num_fidelities)
+            ended = np.repeat(rng.random(len(some)) < 0.5, num_fidelities) & (fidelity == num_fidelities - 1)
+            y = curves[task, candidate, fidelity]
+            mask = np.isfinite(y) & ((fidelity < begun) | ended)
+            y = jnp.asarray(np.where(mask, y, 0.0), jnp.result_type(float))
+            observed = predictors.Observed(jnp.asarray(candidate), jnp.asarray(fidelity), y, jnp.asarray(mask * 1.0))
+            batch.append((jnp.asarray(task), observed))
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batch)
+
+    def loss(noise, task, key):
+        number, observed = task
+        return predictors.curve_loss(noise, surrogate, number, observed)
+
+    learner = training.learner(hypergrad.over_tasks(hypergrad.direct(loss)), optax.adam(0.05))
+    fitted = training.fit(
+        learner, sample_tasks, hyperparams=surrogate.noise, num_steps=num_steps, key=key, progress=False
+    )
+    return fitted.hyperparams
+
+
+def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
+    num, num_fidelities = surrogate.mean.shape
+    number = {tuple(sorted(c.items())): i for i, c in enumerate(candidates)}
+    rungs = surrogate.fidelities
+    last = num_fidelities - 1
+    final = lambda observed: _at(surrogate, observed, jnp.arange(num), jnp.full(num, last))
+    # What is still to be paid, by how many fidelities were reached.
+    remaining = jnp.asarray(np.maximum(1 - np.concatenate([[0.0], rungs / rungs[-1]]), 1e-9))
+
+    def known_number(configuration) -> int:
+        name = tuple(sorted(configuration.items()))
+        if name not in number:  # with what it lacks at its default
+            whole = spaces.configuration(space, spaces.from_configuration(space, configuration))
+            name = tuple(sorted(whole.items()))
+        if name in number:
+            return number[name]
+        raise ValueError(f"{configuration} is none of the candidates, the configurations that earlier tasks tried.")
+
+    def rung_of(fidelity: float) -> int:
+        rung = int(np.abs(rungs - fidelity).argmin())
+        if abs(rungs[rung] - fidelity) > 1e-6:
+            raise ValueError(f"A trial's fidelity must be one of {rungs.tolist()}; got {fidelity}.")
+        return rung
+
+    def seen_of(records):
+        complete = [r for r in records if r.status == "COMPLETE" and np.isfinite(r.outcome)]
+        return [(known_number(r.configuration), rung_of(r.fidelity), float(r.outcome)) for r in complete]
+
+    def predict(trials=(), levels=(0.05, 0.5, 0.95)):
+        if not all(0 < level < 1 for level in levels):
+            raise ValueError(f"`levels` must lie between 0 and 1; got {list(levels)}.")
+        seen = seen_of(trials)
+        mean, std = (np.asarray(value) for value in final(_padded(seen)))
+        errors = np.asarray(surrogate.errors)[_reached(seen, num)]
+        middle = (np.arange(errors.shape[1]) + 0.5) / errors.shape[1]
+        at_levels = np.stack([[np.interp(level, middle, row) for level in levels] for row in errors])
+        return mean[:, None] + std[:, None] * at_levels
+
+    def searcher(*, first=()):
+        given = [known_number(c) for c in first]
+
+        def init(key, space):
+            del space  # the candidates are those of the records
+            return FreezeThawState(key, (), (), frozenset(), ())
+
+        def choose(state):
+            seen = list(state.seen)
+            if state.pending:  # they are believed to give what is expected
+                c, j = (np.array(column) for column in zip(*state.pending, strict=True))
+                size = max(8, 1 << (len(c) - 1).bit_length())
+                padded = (jnp.asarray(np.pad(v, (0, size - len(v)))) for v in (c, j))
+                believed = np.asarray(_at(surrogate, _padded(seen), *padded)[0])[: len(c)]
+                seen += [(int(a), int(b), float(y)) for a, b, y in zip(c, j, believed, strict=True)]
+            reached = _reached(seen, num)
+            busy = {candidate for candidate, _ in state.pending}
+            open_ = (reached < num_fidelities) & ~np.isin(np.arange(num), [*busy, *state.closed])
+            if not open_.any():
+                return None
+            waiting = [c for c in given if open_[c] and not reached[c]]
+            if waiting:
+                return waiting[0], 0
+            best = min((y for _, j, y in state.seen if j == last), default=np.inf)
+            value, mean = _score(surrogate, _padded(seen), jnp.asarray(reached), remaining, best)
+            value, mean = np.where(open_, value, -1.0), np.where(open_, mean, np.inf)
+            # Where no improvement is left to hope for, the least expected outcome.
+            chosen = int(value.argmax()) if value.max() > 1e-12 else int(mean.argmin())
+            return chosen, int(reached[chosen])
+
+        def ask(state, num):
+            asked = []
+            for _ in range(num):
+                found = choose(state)
+                if found is None:
+                    break
+                candidate, rung = found
+                if candidate not in state.started:
+                    state = state._replace(started=(*state.started, candidate))
+                trial = state.started.index(candidate)
+                seed = int(jax.random.randint(jax.random.fold_in(state.key, trial), (), 0, 2**31 - 1))
+                asked.append(
+                    base.Record(
+                        "",
+                        dict(candidates[candidate]),
+                        fidelity=float(rungs[rung]),
+                        seed=seed,
+                        status="WAITING",
+                        trial=trial,
+                    )
+                )
+                state = state._replace(pending=(*state.pending, (candidate, rung)))
+            return asked, state
+
+        def tell(state, records):
+            for record in records:
+                if record.status not in ("COMPLETE", "PRUNED", "FAIL"):
+                    continue
+                entry = known_number(record.configuration), rung_of(record.fidelity)
+                state = state._replace(pending=tuple(p for p in state.pending if p != entry))
+                if record.status == "COMPLETE" and np.isfinite(record.outcome):
+                    state = state._replace(seen=(*state.seen, (*entry, float(record.outcome))))
+                else:
+                    state = state._replace(closed=state.closed | {entry[0]})
+            return state
+
+        return base.Searcher(init, ask, tell)
+
+    return CurveSearcher(predict, searcher, candidates, surrogate, space)
+
+
+_at = jax.jit(predictors.curve_posterior)
+
+
+@jax.jit
+def _score(surrogate, observed, reached, remaining, best):
+    """[M] expected improvement for each unit of budget, and [M] means at the full budget."""
+    num, num_fidelities = surrogate.mean.shape
+    mean, std = _at(surrogate, observed, jnp.arange(num), jnp.full(num, num_fidelities - 1))
+    y = jnp.where(jnp.isfinite(best), best, mean.min())
+    return predictors.curve_improvement(mean, std, surrogate.errors[reached], y) / remaining[reached], mean
+
+
+def _reached(seen, num: int) -> np.ndarray:
+    """How many fidelities of each candidate were reached."""
+    reached = np.zeros(num, int)
+    for candidate, rung, _ in seen:
+        reached[candidate] = max(reached[candidate], rung + 1)
+    return reached
+
+
+def _padded(seen) -> predictors.Observed:
+    """At a power of two: few programs are compiled."""
+    size = max(32, 1 << max(len(seen) - 1, 0).bit_length())
+    candidate, fidelity, y = (np.array(column) for column in zip(*seen, strict=True)) if seen else (np.zeros(0),) * 3
+    pad = (0, size - len(seen))
+    return predictors.Observed(
+        jnp.asarray(np.pad(candidate.astype(int), pad)),
+        jnp.asarray(np.pad(fidelity.astype(int), pad)),
+        jnp.asarray(np.pad(y.astype(float), pad), jnp.result_type(float)),
+        jnp.asarray(np.pad(np.ones(len(seen)), pad), jnp.result_type(float)),
+    )

@@ -1,0 +1,312 @@
+"""Learning curves: what the beginning of a trial, other trials and other tasks' curves say about its end.
+
+Let f_s(c, j) be the outcome of configuration c at fidelity j on the earlier task s, m its mean over the S tasks and
+d_s = f_s − m. On a new task, all curves are one Gaussian process over configurations and fidelities,
+
+    y ~ GP(m, (α/S) Σ_s d_s d_sᵀ + (β + γ k(c, c') + δ [c = c']) u(c, j) u(c', j') R(j, j')) + N(0, (σ u(c, j))²).
+
+The first term says that the task is a combination of earlier ones. The second is what they do not know: a level of the
+task (β), what similar configurations share (γ), and what a configuration has for itself (δ). u is by how much tasks
+differ at (c, j), and R the correlation of two fidelities, both learned from earlier tasks; α to σ and the lengths of k
+are learned by leaving one task out (`curve_loss`). Everything observed (any fidelities of any configurations) is
+conditioned on in closed form.
+
+What it does not do: outcomes of all tasks must have one scale (error rates, clipped losses), the candidates are
+finite and were run on earlier tasks (gaps are filled in), and predictions are Gaussian, also where curves have two
+fates, such as divergence.
+
+Sources: Swersky, Snoek & Adams, Freeze-thaw Bayesian optimization, 2014, https://arxiv.org/abs/1406.3896 (a process
+over curves, conditioned on prefixes); Wang et al., JMLR 2024, https://arxiv.org/abs/2109.08215 (mean and covariance
+learned from earlier tasks).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_JITTER = 1e-6
+_NUM_ERRORS = 40
+
+
+class CurveNoise(NamedTuple):
+    """What `curve_loss` learns.
+
+    Attributes:
+      log_scales: [5] logarithms of α, β, γ, δ and σ².
+      log_lengths: [D] logarithms of the lengths of k, in units of the encoding.
+    """
+
+    log_scales: jax.Array
+    log_lengths: jax.Array
+
+
+class CurveSurrogate(NamedTuple):
+    """What is known of earlier tasks: S tasks, M candidates, F fidelities.
+
+    Attributes:
+      x: [M, D] encoded candidates.
+      fidelities: [F], ascending, the last is the full budget.
+      mean: [M, F] m.
+      deviations: [S, M, F] d_s.
+      spread: [M, F] u.
+      correlation: [F, F] R.
+      noise: the scales of the terms.
+      errors: [1 + F, Q] ascending: what (y − μ)/σ was at the full budget on earlier tasks that were left out, after 0,
+        1, ... F fidelities of the trial itself were seen (`calibrate`). They take the place of the normal distribution.
+    """
+
+    x: jax.Array
+    fidelities: np.ndarray
+    mean: jax.Array
+    deviations: jax.Array
+    spread: jax.Array
+    correlation: jax.Array
+    noise: CurveNoise
+    errors: jax.Array
+
+
+class Observed(NamedTuple):
+    """N outcomes of the new task, padded.
+
+    Attributes:
+      candidate: [N] int, the candidate's number.
+      fidelity: [N] int, the fidelity's number.
+      y: [N].
+      mask: [N] 1.0 where there is one.
+    """
+
+    candidate: jax.Array
+    fidelity: jax.Array
+    y: jax.Array
+    mask: jax.Array
+
+
+def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -> CurveSurrogate:
+    """Mean, deviations, spread and correlation of earlier tasks' curves; the noise is at its start.
+
+    A gap is filled by what the candidate has on average at that fidelity, what the task adds to it, and what the
+    candidate's own curve adds on that task by R.
+
+    Args:
+      curves: [S, M, F] outcomes, NaN where there is none; at least two tasks.
+      x: [M, D] encoded candidates.
+      fidelities: [F] in (0, 1], ascending.
+
+    Returns:
+      A `CurveSurrogate`.
+
+    Raises:
+      ValueError: shapes disagree, fidelities do not ascend to at most 1, there are fewer than two tasks, or a
+        candidate has no outcome at a fidelity on any task.
+    """
+    curves, x, fidelities = np.asarray(curves, float), np.asarray(x, float), np.asarray(fidelities, float)
+    if curves.ndim != 3 or curves.shape[1:] != (len(x), len(fidelities)):
+        raise ValueError(f"`curves` must be [S, {len(x)}, {len(fidelities)}]; got {curves.shape}.")
+    if not (np.diff(fidelities) > 0).all() or not 0 < fidelities[0] <= fidelities[-1] <= 1:
+        raise ValueError(f"`fidelities` must ascend within (0, 1]; got {fidelities.tolist()}.")
+    if len(curves) < 2:
+        raise ValueError(f"`curves` must be of at least two tasks; got {len(curves)}.")
+    if np.isinf(curves).any():
+        raise ValueError("`curves` must be finite, or NaN where there is no outcome; clip what diverged.")
+    known = np.isfinite(curves)
+    if not known.any(0).all():
+        raise ValueError("`curves` must have each candidate at each fidelity on some task.")
+    filled, correlation = _fill(curves, known)
+    mean = filled.mean(0)
+    deviations = filled - mean
+    dtype = jnp.result_type(float)
+    start = np.log([0.5, 0.05, 0.2, 0.3, 0.01])
+    noise = CurveNoise(jnp.asarray(start, dtype), jnp.full(x.shape[1], -0.5, dtype))
+    as_array = lambda value: jnp.asarray(value, dtype)
+    return CurveSurrogate(
+        as_array(x),
+        fidelities,
+        as_array(mean),
+        as_array(deviations),
+        as_array(_spread(deviations, len(deviations))),
+        as_array(correlation),
+        noise,
+        jnp.tile(jax.scipy.special.ndtri((jnp.arange(_NUM_ERRORS) + 0.5) / _NUM_ERRORS), (len(fidelities) + 1, 1)),
+    )
+
+
+def _spread(deviations, num_tasks: int):
+    """u [M, F]: half of the variance is the candidate's own, half that of all."""
+    own = (deviations**2).sum(0) / max(num_tasks - 1, 1)
+    return ((own + own.mean(0, keepdims=True)) / 2 + 1e-8) ** 0.5
+
+
+def _fill(curves: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Curves without gaps, and R."""
+    mean = np.nanmean(curves, 0)
+    with np.errstate(invalid="ignore"):
+        level = np.where(known.any(1), np.nansum(curves - mean, 1) / np.maximum(known.sum(1), 1), np.nan)  # [S, F]
+    for row in level:  # a fidelity that no candidate has reached is as the nearest one
+        seen = np.flatnonzero(np.isfinite(row))
+        row[:] = np.interp(np.arange(len(row)), seen, row[seen]) if len(seen) else 0.0
+    filled = np.where(known, curves, mean + level[:, None])
+    for _ in range(1 if known.all() else 3):
+        center = filled.mean(0)
+        spread = _spread(filled - center, len(filled))
+        standard = (filled - center) / spread
+        rows = (
+            standard[known.all(2)]
+            if known.all(2).sum() > 10 * standard.shape[-1]
+            else standard.reshape(-1, standard.shape[-1])
+        )
+        covariance = rows.T @ rows / len(rows)
+        scale = np.sqrt(np.diag(covariance) + 1e-12)
+        correlation = 0.99 * covariance / np.outer(scale, scale) + 0.01 * np.eye(len(scale))
+        rest = (filled - mean - level[:, None]) / spread
+        for s, c in np.argwhere(known.any(2) & ~known.all(2)):
+            seen = known[s, c]
+            inner = correlation[np.ix_(seen, seen)] + 0.05 * np.eye(seen.sum())
+            value = correlation[np.ix_(~seen, seen)] @ np.linalg.solve(inner, rest[s, c, seen])
+            filled[s, c, ~seen] = (mean + level[s])[c, ~seen] + spread[c, ~seen] * value
+    return filled, correlation
+
+
+def _covariance(surrogate: CurveSurrogate, a, b):
+    """Between entries (candidate, fidelity) a [P] and b [N], without the noise: [P, N]."""
+    (c, j), (d, i) = a, b
+    alpha, beta, gamma, delta, _ = jnp.exp(surrogate.noise.log_scales)
+    lengths = jnp.exp(surrogate.noise.log_lengths)
+    square = jnp.square((surrogate.x[c][:, None] - surrogate.x[d][None]) / lengths[None, None]).sum(-1)
+    residual = beta + gamma * jnp.exp(-square / 2) + delta * (c[:, None] == d[None])
+    residual *= surrogate.correlation[j][:, i] * surrogate.spread[c, j][:, None] * surrogate.spread[d, i][None]
+    shared = surrogate.deviations[:, c, j].T @ surrogate.deviations[:, d, i] / len(surrogate.deviations)
+    return alpha * shared + residual
+
+
+def _factor(surrogate: CurveSurrogate, observed: Observed):
+    """Cholesky factor of what was observed, and its whitened residual."""
+    at = observed.candidate, observed.fidelity
+    both = observed.mask[:, None] * observed.mask[None]
+    noise = jnp.exp(surrogate.noise.log_scales[4]) * surrogate.spread[at] ** 2
+    diagonal = jnp.where(observed.mask > 0, noise + _JITTER, 1.0)
+    chol = jnp.linalg.cholesky(_covariance(surrogate, at, at) * both + jnp.diag(diagonal))
+    rest = jnp.where(observed.mask > 0, observed.y - surrogate.mean[at], 0.0)
+    return chol, jax.scipy.linalg.solve_triangular(chol, rest, lower=True)
+
+
+def curve_posterior(
+    surrogate: CurveSurrogate, observed: Observed, candidate: jax.Array, fidelity: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of outcomes, given those observed; in closed form, at a cost of N³ + P N (N + S).
+
+    Args:
+      surrogate: what is known.
+      observed: N outcomes; none where the mask is zero.
+      candidate: [P] int.
+      fidelity: [P] int.
+
+    Returns:
+      [P] means and [P] standard deviations of what would be observed, noise included.
+    """
+    at = candidate, fidelity
+    chol, white = _factor(surrogate, observed)
+    cross = _covariance(surrogate, at, (observed.candidate, observed.fidelity)) * observed.mask[None]
+    solved = jax.scipy.linalg.solve_triangular(chol, cross.T, lower=True)  # [N, P]
+    alpha, beta, gamma, delta, sigma = jnp.exp(surrogate.noise.log_scales)
+    spread = surrogate.spread[at] ** 2
+    prior = alpha * (surrogate.deviations[:, candidate, fidelity] ** 2).mean(0)
+    prior += (beta + gamma + delta) * spread * jnp.diag(surrogate.correlation)[fidelity]
+    variance = prior - (solved**2).sum(0) + sigma * spread
+    return surrogate.mean[at] + solved.T @ white, jnp.sqrt(jnp.maximum(variance, 1e-12))
+
+
+def curve_loss(noise: CurveNoise, surrogate: CurveSurrogate, task: jax.Array, observed: Observed) -> jax.Array:
+    """The negative log likelihood of one earlier task's outcomes under the process of the others, an outcome.
+
+    Args:
+      noise: what is learned.
+      surrogate: of all tasks, this one included; it is left out of mean and deviations here.
+      task: [] int, which one.
+      observed: some of its outcomes.
+
+    Returns:
+      [].
+    """
+    left = leave_out(surrogate._replace(noise=noise), task)
+    chol, white = _factor(left, observed)
+    nll = (white @ white) / 2 + (jnp.log(jnp.diag(chol)) * observed.mask).sum()
+    prior = ((noise.log_lengths + 0.5) ** 2).sum() / 2 + ((noise.log_scales + 2) ** 2).sum() / 16
+    return (nll + 0.1 * prior) / observed.mask.sum()
+
+
+def leave_out(surrogate: CurveSurrogate, task: jax.Array) -> CurveSurrogate:
+    """What would be known without one of the earlier tasks; R stays.
+
+    Args:
+      surrogate: of S tasks.
+      task: [] int, which one.
+
+    Returns:
+      A `CurveSurrogate` in which its deviations are zero, at the scale of S tasks.
+    """
+    num, own = len(surrogate.deviations), surrogate.deviations[task]
+    # The mean moves by -d/(S - 1), and so do the others' deviations by its opposite.
+    keep = (jnp.arange(num) != task)[:, None, None]
+    others = jnp.where(keep, surrogate.deviations + own[None] / (num - 1), 0.0)
+    return surrogate._replace(
+        mean=surrogate.mean - own / (num - 1),
+        deviations=others * np.sqrt(num / (num - 1)),
+        spread=_spread(others, num - 1),
+    )
+
+
+def calibrate(surrogate: CurveSurrogate, key: jax.Array, *, num_candidates: int = 20, num_draws: int = 4):
+    """Standardized errors at the full budget on each earlier task, left out, by how much of a trial was seen.
+
+    Args:
+      surrogate: what is known, with its noise learned.
+      key: which candidates are looked at.
+      num_candidates: how many are seen at a time on a task.
+      num_draws: how often, for each task.
+
+    Returns:
+      The surrogate with `errors`: quantiles of them at Q levels, (q + ½)/Q.
+    """
+    num_tasks, num, _ = surrogate.deviations.shape
+    keys = jax.random.split(key, num_tasks * num_draws)
+    some = min(num_candidates, num)
+    found = [np.asarray(_errors(surrogate, i % num_tasks, k, some)) for i, k in enumerate(keys)]
+    levels = (np.arange(_NUM_ERRORS) + 0.5) / _NUM_ERRORS
+    quantiles = np.quantile(np.concatenate(found, 1), levels, axis=1).T
+    return surrogate._replace(errors=jnp.asarray(quantiles, surrogate.mean.dtype))
+
+
+@partial(jax.jit, static_argnums=3)
+def _errors(surrogate, task, key, num_candidates: int):
+    """[1 + F, num_candidates] standardized errors at the full budget after 0, 1, ... F fidelities."""
+    num, num_fidelities = surrogate.mean.shape
+    chosen = jax.random.permutation(key, num)[:num_candidates]
+    candidate, fidelity = jnp.repeat(chosen, num_fidelities), jnp.tile(jnp.arange(num_fidelities), num_candidates)
+    last = jnp.full(num_candidates, num_fidelities - 1)
+    left = leave_out(surrogate, task)
+    curve = (surrogate.mean + surrogate.deviations[task])[candidate, fidelity]
+
+    def after(count):
+        observed = Observed(candidate, fidelity, curve, (fidelity < count) * 1.0)
+        mean, std = curve_posterior(left, observed, chosen, last)
+        return (surrogate.mean[chosen, last] + surrogate.deviations[task][chosen, last] - mean) / std
+
+    return jax.lax.map(after, jnp.arange(1 + num_fidelities))
+
+
+def curve_improvement(mean: jax.Array, std: jax.Array, errors: jax.Array, best: jax.Array) -> jax.Array:
+    """E[max(best − y, 0)], y = μ + σ e, over the equally likely errors e.
+
+    Args:
+      mean: [P].
+      std: [P].
+      errors: [P, Q], rows of a surrogate's.
+      best: [].
+
+    Returns:
+      [P].
+    """
+    return jnp.maximum(best - mean[:, None] - std[:, None] * errors, 0.0).mean(1)

@@ -1,0 +1,112 @@
+"""Trials that are paused and continued, on curves that are known."""
+
+import jax
+import numpy as np
+import pytest
+
+from metaopt import base, methods, spaces, tasks
+
+SPACE = {"x": spaces.interval(0.0, 1.0)}
+CANDIDATES = [{"x": v} for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
+FIDELITIES = (0.25, 0.5, 1.0)
+
+
+def outcome(task, x, fidelity):
+    """All begin alike, and part by their ends; the best x is the task."""
+    return 0.2 + 0.8 * (1 - fidelity) ** 2 + fidelity * (x - task) ** 2
+
+
+@pytest.fixture(scope="module")
+def g():
+    earlier = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    records = [
+        base.Record(str(task), c, outcome(task, c["x"], f), f)
+        for task in earlier
+        for c in CANDIDATES
+        for f in FIDELITIES
+    ]
+    records.append(base.Record("0.0", {"x": 0.3}, status="FAIL"))  # is no candidate
+    return methods.train_curve_searcher(records, space=SPACE, num_steps=3)
+
+
+def begin(g, **kwargs):
+    searcher = g.searcher(**kwargs)
+    return searcher, searcher.init(jax.random.key(0), SPACE)
+
+
+def done(trial, task):
+    return trial._replace(status="COMPLETE", outcome=outcome(task, trial.configuration["x"], trial.fidelity))
+
+
+def test_every_trial_climbs_its_fidelities_and_all_end(g):
+    searcher, state = begin(g)
+    seen: dict[int, list] = {}
+    for _ in range(len(CANDIDATES) * len(FIDELITIES)):
+        (trial,), state = searcher.ask(state, 1)
+        seen.setdefault(trial.trial, []).append((trial.configuration["x"], trial.fidelity, trial.seed))
+        state = searcher.tell(state, [done(trial, 0.7)])
+    assert list(seen) == [0, 1, 2, 3, 4]
+    for steps in seen.values():
+        x, fidelities, seeds = zip(*steps, strict=True)
+        assert fidelities == FIDELITIES and len(set(x)) == len(set(seeds)) == 1
+    assert len({steps[0][0] for steps in seen.values()}) == len(CANDIDATES)
+    assert searcher.ask(state, 2)[0] == []
+
+
+def test_the_best_is_found_without_ending_the_others(g):
+    for task in (0.1, 0.5, 0.9):
+        records = tasks.collect(
+            lambda trial, task: outcome(task, trial.configuration["x"], trial.fidelity),
+            SPACE,
+            {"new": task},
+            num_trials=2,
+            key=jax.random.key(0),
+            searcher=g.searcher(),
+            resumes=True,
+            isolated=False,
+            num_workers=1,
+            progress=False,
+        )
+        ended = [r for r in records if r.fidelity == 1.0]
+        best = min(CANDIDATES, key=lambda c: (c["x"] - task) ** 2)
+        assert best in [r.configuration for r in ended] and len(ended) <= 2 < len({r.trial for r in records}) + 1
+
+
+def test_predictions_follow_what_was_seen(g):
+    """Before: the mean of the tasks. After two beginnings on the task x = 1: its order, at narrower intervals."""
+    nothing = g.predict()
+    order = [g.candidates.index(c) for c in CANDIDATES]
+    trials = [
+        base.Record("", c, outcome(1.0, c["x"], f), f) for c in (CANDIDATES[0], CANDIDATES[4]) for f in (0.25, 0.5)
+    ]
+    quantiles = g.predict(trials, (0.1, 0.5, 0.9))[order]
+    assert quantiles.shape == (5, 3) and (np.diff(quantiles) >= 0).all() and nothing.shape == (5, 3)
+    truth = [outcome(1.0, c["x"], 1.0) for c in CANDIDATES]
+    assert np.abs(quantiles[:, 1] - truth).mean() < 0.3 * np.abs(nothing[order][:, 1] - truth).mean()
+    assert set(np.argsort(quantiles[:, 1])[:2]) == {3, 4}
+    failed = [trials[0]._replace(status="FAIL", outcome=np.nan)]
+    np.testing.assert_array_equal(g.predict(failed), nothing)
+
+
+def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
+    searcher, state = begin(g, first=[CANDIDATES[3], CANDIDATES[1]])
+    asked, state = searcher.ask(state, 9)
+    assert [t.configuration for t in asked[:2]] == [CANDIDATES[3], CANDIDATES[1]]
+    assert [t.fidelity for t in asked] == [0.25] * 5 and len({t.trial for t in asked}) == 5
+    state = searcher.tell(state, [asked[0]._replace(status="FAIL"), asked[1]._replace(status="PRUNED"), *asked[2:4]])
+    assert searcher.ask(state, 1)[0] == []  # two are closed, and three run still: "WAITING" ends nothing
+    state = searcher.tell(state, [done(asked[4], 0.5)])
+    (again, *rest), _ = searcher.ask(state, 3)
+    assert (again.trial, again.fidelity) == (4, 0.5) and rest == []
+
+
+def test_bad_input_is_named(g):
+    searcher, state = begin(g)
+    with pytest.raises(ValueError, match="none of the candidates"):
+        searcher.tell(state, [base.Record("", {"x": 0.1}, 1.0, 0.25)])
+    with pytest.raises(ValueError, match="fidelity must be one of"):
+        searcher.tell(state, [base.Record("", CANDIDATES[0], 1.0, 0.3)])
+    with pytest.raises(ValueError, match="`levels` must lie between 0 and 1"):
+        g.predict((), (0.0, 0.5))
+    with pytest.raises(ValueError, match="at least two tasks"):
+        methods.train_curve_searcher([base.Record("a", CANDIDATES[0], 1.0)], space=SPACE)
