@@ -312,10 +312,12 @@ def main() -> None:
     text += (
         f"\n\n{scale.episodes} episodes of unseen characters, {options.split} split, the same for all; mean ± 95 % "
         f"over episodes, of one training each. {scale.blocks} blocks of {scale.filters} filters on {scale.size} × "
-        f"{scale.size} pixels, {scale.steps:,} outer steps of {scale.tasks} tasks, of which methods take a share: {shares}. Trained with one "
-        "shot (Reptile five), tested with one and five; pixel prototypes see the same images."
+        f"{scale.size} pixels, {scale.steps:,} outer steps of {scale.tasks} tasks, of which methods take a share: "
+        f"{shares}. Trained with one shot (Reptile five), tested with one and five; pixel prototypes see the same images."
     )
-    script.publish(__file__, "Omniglot", text, options, name=options.name or ("omniglot_small" if options.small else None))
+    script.publish(
+        __file__, "Omniglot", text, options, name=options.name or ("omniglot_small" if options.small else None)
+    )
 
 
 if __name__ == "__main__":

@@ -36,14 +36,13 @@ from metaopt import hypergrad, methods, tasks, training
 
 RESULTS = Path(__file__).parent / "results"
 TEST_STEPS = 10
-QUERY = 50  # of a training task; with ten the outer gradient is noisier, and after 20,000 steps the error a fifth larger
 TEXT = """
 
 Mean squared error over {test_tasks} test tasks and {seeds} seed(s), ± 1.96 standard errors over test tasks of the mean
 over seeds. Gradient steps of .01, or learned ones that start there; a model is trained for the number of steps in its
 name, and goes on with its (last) rates; "diverges" stands for more than 100. {outer_steps:,} outer steps of Adam with
-25 tasks and {query} query points each, from a rate of {rate:g} by a cosine to zero. Finn et al. (ICML 2017) show curves of
-this experiment, in their figures 2 and 3, and no numbers."""
+25 tasks and {query} query points each, from a rate of {rate:g} by a cosine to zero. Finn et al. (ICML 2017) show curves
+of this experiment, in their figures 2 and 3, and no numbers."""
 
 
 class Row(NamedTuple):
@@ -94,7 +93,7 @@ def train(row: Row, seed: int, config) -> tuple[methods.Adaptation, dict]:
     init_key, fit_key = jax.random.split(jax.random.key(seed))
     result = training.fit(
         training.learner(hypergrad.over_tasks(adaptation.estimator), optimizer),
-        tasks.episode_batches(tasks.sinusoids(num_shots=row.shots, num_query=QUERY), 25),
+        tasks.episode_batches(tasks.sinusoids(num_shots=row.shots, num_query=config.query), 25),
         hyperparams=adaptation.hyperparams(initial(init_key, config.width)),
         num_steps=config.outer_steps,
         key=fit_key,
@@ -172,8 +171,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
     parser.add_argument("--seeds", type=int, default=3, help="each with its own initialization and training tasks")
-    parser.add_argument("--outer-steps", type=int, default=60_000)
+    parser.add_argument("--outer-steps", type=int, default=120_000)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help="some of the models")
+    parser.add_argument("--query", type=int, default=10, help="query points of a training task; 50 learn faster")
     parser.add_argument("--rate", type=float, default=4e-3, help="of the outer Adam, at the start")
     parser.add_argument("--work", type=Path, default=Path("sinusoid_runs"), help="where finished trainings are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -186,7 +186,7 @@ def main() -> None:
     for seed in range(config.seeds):
         for name in config.rows:
             row = ROWS[name]
-            settings = f"{seed}_{config.outer_steps}_{config.rate:g}_{QUERY}"
+            settings = f"{seed}_{config.outer_steps}_{config.rate:g}_{config.query}"
             file = config.work / f"{name.replace(', ', '_').replace(' ', '-')}_{settings}.npy"
             if file.is_file() and not config.smoke:
                 found = np.load(file)
@@ -209,10 +209,12 @@ def main() -> None:
         str(config.outer_steps),
         "--rate",
         f"{config.rate:g}",
+        "--query",
+        str(config.query),
         *rows,
     ]
     command = shlex.join(["python", "experiments/sinusoid.py", *given])
-    text += TEXT.format(query=QUERY, **vars(config))
+    text += TEXT.format(**vars(config))
     text += f"\n\n`{command}`; Python {platform.python_version()}, "
     text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     print(text)

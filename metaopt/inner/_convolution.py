@@ -94,8 +94,7 @@ def _transpose(which: int, g: jax.Array, x: Any, w: Any, *, num_tasks: int | Non
 def _batch(args: Any, dims: Any, *, num_tasks: int | None, **params: Any) -> tuple[jax.Array, int]:
     mapped = [isinstance(dim, int) for dim in dims]
     x, w = (
-        jnp.moveaxis(arg, dim, 0) if is_mapped else arg
-        for arg, dim, is_mapped in zip(args, dims, mapped, strict=True)
+        jnp.moveaxis(arg, dim, 0) if is_mapped else arg for arg, dim, is_mapped in zip(args, dims, mapped, strict=True)
     )
     if all(mapped):
         size = len(x)

