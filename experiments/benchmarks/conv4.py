@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import circumstances, num_cores, table
+from timing import circumstances, num_cores, table, temporary_mib
 from turns import medians
 
 from metaopt import base, hypergrad, methods
@@ -69,8 +69,8 @@ def programs(settings, params, tasks) -> dict:
         return loss(jax.tree.map(lambda p, g: p - RATE * g, params, grads), None, task.valid)
 
     def looped(params):
-        each = [one(params, jax.tree.map(lambda x: x[i], tasks)) for i in range(settings.tasks)]
-        return sum(each) / settings.tasks
+        task = lambda i: jax.tree.map(lambda x: x[i], tasks)
+        return sum(one(params, task(i)) for i in range(settings.tasks)) / settings.tasks
 
     adaptation = methods.maml(loss, num_steps=1, rate=RATE)
     estimator = hypergrad.over_tasks(adaptation.estimator)
@@ -95,7 +95,7 @@ def measure(made: dict, params, settings) -> tuple[dict[str, dict], dict]:
         program = jax.jit(gradient).lower(params).compile()
         rows[name] = {
             "compile": time.process_time() - start,
-            "memory": program.memory_analysis().temp_size_in_bytes / 2**20,
+            "memory": temporary_mib(program),
         }
         gradients[name] = jax.device_get(program(params))
         calls[name, "once"] = lambda program=program: jax.block_until_ready(program(params))

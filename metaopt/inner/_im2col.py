@@ -30,10 +30,12 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
 
         y[n, p, d] = Σ_{k, c} x[n, s p + r k − pad, c] w[k, c, d] = (patches of x) · (w as a matrix)
 
-    with patches [N·P, K·C] made by slices (K kernel positions, stride s, dilation r). Values agree to rounding; of
+    with patches [N·P, K·C] made by slices (K kernel positions, stride s, dilation r). In float32 and without groups it is
+    XLA's own kernel that makes the patches, piece by piece in the cache: a convolution that keeps the one layout that
+    has this kernel, in all derivatives and, one task after the other, for kernels per task. Values agree to rounding; of
     equal entries a maximum passes its gradient to the first, as before. Depthwise convolutions are sums of products
     with slices. Works under jit, vmap (kernels per task become batched matrix products), and differentiates in any mode
-    and order. Patches take K times the input's memory, and are not made at all where they would take over 256 MiB; the
+    and order. Patches made by slices take K times the input's memory, and are not made at all where they would take over 256 MiB; the
     backward pass is told to make them anew rather than keep them, which JAX 0.12 heeds on CPU and 0.10 does not.
 
     `inner.loop` and `inner.problem` apply it by themselves where the default backend is a CPU: on one core, training
@@ -207,11 +209,7 @@ def _convolution(
             patches, matrix = x.reshape(rows, groups, -1), w.reshape(-1, groups, features // groups)
             y = product("ngk,kgd->ngd", patches, matrix, preferred_element_type=preferred_element_type)
     y = y.astype(dtype).reshape(x.shape[0], *spatial, features)
-    # `out` says where N, D and the spatial axes go.
-    back = [0] * y.ndim
-    for place, axis in zip(out, (0, y.ndim - 1, *range(1, y.ndim - 1)), strict=True):
-        back[place] = axis
-    return y.transpose(back)
+    return y.transpose(fast.from_rows(out))
 
 
 def _is_plain_pooling(equation: Any) -> bool:
