@@ -58,18 +58,47 @@ class Row(NamedTuple):
     normalization: str = "support"
     shots: int | None = None  # in training; None: one
     at_test: Callable | None = None  # another adaptation, at test
+    head: float = 0.0  # standard deviation of the head's weights at the start, times √D
+    context: int = 0  # entries of a context vector that scales and shifts the features
+    steps: int | None = None  # T, where scales and shifts have a value for each inner step
 
 
+KEEP: dict[str, Any] = {"num_steps": 1, "test_steps": 3, "rate": 0.4, "keep_support": True}
 ROWS = {
     "prototypical networks": Row(lambda f, loss: methods.prototypical_networks(f), 1, ways=False),
     "ridge head (R2D2)": Row(lambda f, loss: methods.ridge_head(f), 1, ways=False),
-    "MAML": Row(lambda f, loss: methods.maml(loss, num_steps=1, test_steps=3, rate=0.4, keep_support=True), 0.5),
-    "MAML, batch statistics": Row(
-        lambda f, loss: methods.maml(loss, num_steps=1, test_steps=3, rate=0.4), 0.5, normalization="batch"
+    "Proto-MAML": Row(lambda f, loss: methods.proto_maml(f, num_steps=1, test_steps=3, rate=0.02), 0.5, ways=False),
+    "MAML": Row(lambda f, loss: methods.maml(loss, **KEEP), 0.5),
+    "FOMAML": Row(lambda f, loss: methods.fomaml(loss, **KEEP), 0.75),
+    "Reptile": Row(lambda f, loss: methods.reptile(loss, **KEEP | {"num_steps": 4, "rate": 0.2}), 0.25, shots=5),
+    "ANIL": Row(lambda f, loss: methods.anil(loss, **KEEP), 0.5),
+    # With a head of zeros nothing else would have a gradient.
+    "BOIL": Row(lambda f, loss: methods.boil(loss, **KEEP), 0.5, head=1.0),
+    "Meta-SGD": Row(lambda f, loss: methods.meta_sgd(loss, **KEEP), 0.5),
+    "MAML++": Row(
+        lambda f, loss: methods.maml_plus_plus(
+            loss,
+            num_steps=3,
+            rate=0.2,
+            multi_step_steps=100,
+            leaves_per_step="scale|shift",
+            adapt="^(?!.*(scale|shift))",
+            keep_support=True,
+        ),
+        0.25,
+        steps=3,
     ),
-    "FOMAML": Row(lambda f, loss: methods.fomaml(loss, num_steps=1, test_steps=3, rate=0.4, keep_support=True), 0.75),
-    "Reptile": Row(
-        lambda f, loss: methods.reptile(loss, num_steps=4, test_steps=8, rate=0.2, keep_support=True), 0.25, shots=5
+    "iMAML": Row(
+        lambda f, loss: methods.imaml(
+            loss, proximal=1.0, num_steps=5, rate=0.2, solver=hypergrad.cg(num_steps=3), keep_support=True
+        ),
+        0.25,
+    ),
+    "CAVIA": Row(
+        lambda f, loss: methods.cavia(loss, num_context=32, num_steps=1, test_steps=3, rate=1.0, keep_support=True),
+        0.5,
+        head=1.0,
+        context=32,
     ),
     "fine-tuning": Row(
         lambda f, loss: methods.pretrained(loss),
@@ -77,6 +106,11 @@ ROWS = {
         ways=False,
         at_test=lambda f: methods.proto_maml(f, adapt="^head", num_steps=5, rate=0.1),
     ),
+}
+# The same by other statistics; by those of the support set it is above.
+ROWS |= {
+    f"MAML, {name}": Row(lambda f, loss, k=keep: methods.maml(loss, **KEEP | {"keep_support": k}), 0.5, True, name)
+    for name, keep in {"batch": False, "tasknorm": True, "group": False, "layer": False, "none": False}.items()
 }
 
 
@@ -109,11 +143,24 @@ def pixels(key, support, query):
     return (flat(query["x"]) @ (center / jnp.linalg.norm(center, axis=1, keepdims=True)).T)[None]
 
 
+def modulated(features: Callable) -> Callable:
+    """Features times 1 + A φ, plus B φ, of a context vector φ: CAVIA's FiLM."""
+
+    def of_context(params, batch):
+        scale, shift = jnp.einsum("k,ikd->id", params["context"], params["modulation"])
+        return features(params, batch) * (1 + scale[None]) + shift[None]
+
+    return of_context
+
+
 def train(name: str, ways: int, parts: dict, scale: Scale, options) -> tuple[Callable, list[float]]:
     """`(key, support, query) -> outputs` of a trained method, and its validation accuracies on the way."""
     row = ROWS[name]
-    network = methods.conv4(normalization=row.normalization, num_filters=scale.filters, num_blocks=scale.blocks)
-    head = methods.linear_head(network.features)
+    network = methods.conv4(
+        normalization=row.normalization, num_filters=scale.filters, num_blocks=scale.blocks, num_steps=row.steps
+    )
+    features = modulated(network.features) if row.context else network.features
+    head = methods.linear_head(features)
     loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
     adaptation = row.make(network.features, loss)
     num = max(1, scale.tasks * 5 // ways)
@@ -125,7 +172,11 @@ def train(name: str, ways: int, parts: dict, scale: Scale, options) -> tuple[Cal
         outputs = parts["train"].num_classes
     params = network.init(jax.random.key(0))
     depth = scale.filters * (scale.size // 2**scale.blocks) ** 2
-    params["head"] = {"w": jnp.zeros((depth, outputs)), "b": jnp.zeros(outputs)}
+    drawn_head = row.head * jax.random.normal(jax.random.key(3), (depth, outputs)) / depth**0.5
+    params["head"] = {"w": drawn_head, "b": jnp.zeros(outputs)}
+    if row.context:
+        shape = (2, row.context, depth)
+        params["modulation"] = jax.random.normal(jax.random.key(4), shape) / row.context**0.5
     if row.ways is False and row.at_test is None:
         del params["head"]  # which the support set makes
     at_test = adaptation if row.at_test is None else row.at_test(network.features)
@@ -149,7 +200,7 @@ def train(name: str, ways: int, parts: dict, scale: Scale, options) -> tuple[Cal
         options.work / f"{name.replace(', ', '_').replace(' ', '-')}_{ways}_{options.split}_{scale.filters}_{steps}"
     )
     result = training.fit(
-        training.learner(hypergrad.over_tasks(adaptation.estimator), optax.chain(optimizer)),
+        training.learner(lambda step: hypergrad.over_tasks(adaptation.estimator_at(step)), optax.chain(optimizer)),
         draw,
         hyperparams=adaptation.hyperparams(params),
         num_steps=steps,
@@ -232,13 +283,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--ways", nargs="+", type=int, choices=(5, 20), default=[5, 20])
     parser.add_argument("--steps", type=int, help="outer steps of prototypical networks")
+    parser.add_argument("--tasks", type=int, help="a step, of five ways; a quarter as many of twenty")
     parser.add_argument("--rate", type=float, default=2e-3, help="of the outer Adam, at the start")
+    parser.add_argument("--name", help="of the result; omniglot, or omniglot_small")
     parser.add_argument("--work", type=Path, default=Path("omniglot_runs"), help="where trainings are kept")
     options = parser.parse_args()
     scale = SMOKE if options.smoke else SMALL if options.small else Scale()
-    scale = scale._replace(steps=options.steps or scale.steps)
+    scale = scale._replace(steps=options.steps or scale.steps, tasks=options.tasks or scale.tasks)
     if options.smoke:
-        options.methods, options.ways = ["MAML", "prototypical networks"], [5]
+        options.methods, options.ways = ["MAML++", "prototypical networks"], [5]
     parts = load(options.split, scale.size)
     trained: dict[int, dict[str, Any]] = {ways: {"pixel prototypes": pixels} for ways in options.ways}
     curves = {}
@@ -259,10 +312,12 @@ def main() -> None:
     text += (
         f"\n\n{scale.episodes} episodes of unseen characters, {options.split} split, the same for all; mean ± 95 % "
         f"over episodes, of one training each. {scale.blocks} blocks of {scale.filters} filters on {scale.size} × "
-        f"{scale.size} pixels, {scale.steps:,} outer steps, of which methods take a share: {shares}. Trained with one "
-        "shot (Reptile five), tested with one and five; pixel prototypes see the same images."
+        f"{scale.size} pixels, {scale.steps:,} outer steps of {scale.tasks} tasks, of which methods take a share: "
+        f"{shares}. Trained with one shot (Reptile five), tested with one and five; pixel prototypes see the same images."
     )
-    script.publish(__file__, "Omniglot", text, options, name="omniglot_small" if options.small else None)
+    script.publish(
+        __file__, "Omniglot", text, options, name=options.name or ("omniglot_small" if options.small else None)
+    )
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ TEXT = """
 Mean squared error over {test_tasks} test tasks and {seeds} seed(s), ± 1.96 standard errors over test tasks of the mean
 over seeds. Gradient steps of .01, or learned ones that start there; a model is trained for the number of steps in its
 name, and goes on with its (last) rates; "diverges" stands for more than 100. {outer_steps:,} outer steps of Adam with
-25 tasks and 10 query points each, from a rate of {rate:g} by a cosine to zero. Finn et al. (ICML 2017) show curves of
-this experiment, in their figures 2 and 3, and no numbers."""
+25 tasks and {query} query points each, from a rate of {rate:g} by a cosine to zero. Finn et al. (ICML 2017) show curves
+of this experiment, in their figures 2 and 3, and no numbers."""
 
 
 class Row(NamedTuple):
@@ -93,7 +93,7 @@ def train(row: Row, seed: int, config) -> tuple[methods.Adaptation, dict]:
     init_key, fit_key = jax.random.split(jax.random.key(seed))
     result = training.fit(
         training.learner(hypergrad.over_tasks(adaptation.estimator), optimizer),
-        tasks.episode_batches(tasks.sinusoids(num_shots=row.shots), 25),
+        tasks.episode_batches(tasks.sinusoids(num_shots=row.shots, num_query=config.query), 25),
         hyperparams=adaptation.hyperparams(initial(init_key, config.width)),
         num_steps=config.outer_steps,
         key=fit_key,
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="each with its own initialization and training tasks")
     parser.add_argument("--outer-steps", type=int, default=120_000)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help="some of the models")
+    parser.add_argument("--query", type=int, default=10, help="query points of a training task; 50 learn faster")
     parser.add_argument("--rate", type=float, default=4e-3, help="of the outer Adam, at the start")
     parser.add_argument("--work", type=Path, default=Path("sinusoid_runs"), help="where finished trainings are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -185,7 +186,7 @@ def main() -> None:
     for seed in range(config.seeds):
         for name in config.rows:
             row = ROWS[name]
-            settings = f"{seed}_{config.outer_steps}_{config.rate:g}"
+            settings = f"{seed}_{config.outer_steps}_{config.rate:g}_{config.query}"
             file = config.work / f"{name.replace(', ', '_').replace(' ', '-')}_{settings}.npy"
             if file.is_file() and not config.smoke:
                 found = np.load(file)
@@ -208,6 +209,8 @@ def main() -> None:
         str(config.outer_steps),
         "--rate",
         f"{config.rate:g}",
+        "--query",
+        str(config.query),
         *rows,
     ]
     command = shlex.join(["python", "experiments/sinusoid.py", *given])

@@ -7,7 +7,9 @@
 # HYPERTORCH: a checkout of the repository prolearner/hypertorch, which no package index carries: on them "hypertorch" and
 # "hypergrad" are other packages. Without it the tables say that it is not installed.
 # PYTHON: the interpreter that makes it, python3 by default. What ran: Python 3.11, torch 2.13.
-# learn2learn 0.2.0, which maml.py looks for, does not build on Python 3.11 (its C sources want longintrepr.h): not tried here.
+# learn2learn 0.2.0, which maml.py looks for, does not build from its C sources on Python 3.11 (they want longintrepr.h).
+# What ran: its source distribution unpacked, with cython, gym, torchvision and requests installed,
+# `python setup.py build_ext --inplace`, and a .pth file that names the folder.
 set -eu
 folder=$1
 "${PYTHON:-python3}" -m venv "$folder"

@@ -53,8 +53,18 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
     """
     _check(length, remat)
     step, policy = _mixed.keeping(step)
+    if remat == "none" and 0 < length <= UNROLLED:
+        # The first step before the scan, whose carry has an axis of tasks under `vmap`: what all tasks start from has
+        # none, and its products are one for all tasks (a tenth of MAML's time with one step).
+        carry, first = step(carry, jax.tree.map(lambda x: x[0], xs))
+        first = jax.tree.map(lambda y: jnp.asarray(y)[None], first)
+        if length == 1:
+            return carry, first
+        rest = jax.tree.map(lambda x: x[1:], xs)
+        carry, ys = jax.lax.scan(step, carry, rest, length=length - 1, unroll=length - 1)
+        return carry, jax.tree.map(lambda *both: jnp.concatenate(both), first, ys)
     if remat == "none":
-        return jax.lax.scan(step, carry, xs, length=length, unroll=length if 0 < length <= UNROLLED else 1)
+        return jax.lax.scan(step, carry, xs, length=length)
     levels = {"step": 1, "grads": 2, "sqrt": 2}[remat] if isinstance(remat, str) else remat
     levels = min(levels, max(length.bit_length() - 1, 1))
     # What `mixed_grad` returns is kept: its reverse rule does not need the forward pass again. A loop of one step is

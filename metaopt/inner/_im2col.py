@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from metaopt import rewrite
+from metaopt.inner import _convolution as fast
 
 # A kernel of more positions is left to XLA: every position is work for the compiler.
 _MOST_POSITIONS = 128
@@ -29,10 +30,12 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
 
         y[n, p, d] = Σ_{k, c} x[n, s p + r k − pad, c] w[k, c, d] = (patches of x) · (w as a matrix)
 
-    with patches [N·P, K·C] made by slices (K kernel positions, stride s, dilation r). Values agree to rounding; of
+    with patches [N·P, K·C] made by slices (K kernel positions, stride s, dilation r). In float32 and without groups it is
+    XLA's own kernel that makes the patches, piece by piece in the cache: a convolution that keeps the one layout that
+    has this kernel, in all derivatives and, one task after the other, for kernels per task. Values agree to rounding; of
     equal entries a maximum passes its gradient to the first, as before. Depthwise convolutions are sums of products
     with slices. Works under jit, vmap (kernels per task become batched matrix products), and differentiates in any mode
-    and order. Patches take K times the input's memory, and are not made at all where they would take over 256 MiB; the
+    and order. Patches made by slices take K times the input's memory, and are not made at all where they would take over 256 MiB; the
     backward pass is told to make them anew rather than keep them, which JAX 0.12 heeds on CPU and 0.10 does not.
 
     `inner.loop` and `inner.problem` apply it by themselves where the default backend is a CPU: on one core, training
@@ -87,6 +90,8 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
 def _by_slices(equation: Any) -> Callable | None:
     """What takes the equation's place, where it is a convolution or pooling that can be written by slices."""
     name, params = equation.primitive.name, equation.params
+    if name == "conv_general_dilated" and _has_kernel(equation):
+        return functools.partial(fast.convolution, **params)
     if name == "conv_general_dilated" and _is_plain_convolution(equation):
         return jax.checkpoint(functools.partial(_convolution, **params))
     if name in ("reduce_window_max", "reduce_window_sum") and _is_plain_pooling(equation):
@@ -132,6 +137,19 @@ def _positions(x: jax.Array, windows: list[_Window]) -> list[jax.Array]:
 
 def _sum(terms: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, terms)
+
+
+def _has_kernel(equation: Any) -> bool:
+    """Whether XLA's CPU has a fast kernel for it, and for all its derivatives."""
+    params, (x, w) = equation.params, (v.aval for v in equation.invars)
+    window = [w.shape[i] for i in params["dimension_numbers"].rhs_spec[2:]]
+    return (
+        params["batch_group_count"] == params["feature_group_count"] == 1
+        and x.dtype == w.dtype == equation.outvars[0].aval.dtype == jnp.float32
+        and len(window) in (1, 2, 3)
+        and math.prod(window) > 1  # of one position: a matrix product as it is
+        and equation.outvars[0].aval.size > 0
+    )
 
 
 def _is_plain_convolution(equation: Any) -> bool:
@@ -191,11 +209,7 @@ def _convolution(
             patches, matrix = x.reshape(rows, groups, -1), w.reshape(-1, groups, features // groups)
             y = product("ngk,kgd->ngd", patches, matrix, preferred_element_type=preferred_element_type)
     y = y.astype(dtype).reshape(x.shape[0], *spatial, features)
-    # `out` says where N, D and the spatial axes go.
-    back = [0] * y.ndim
-    for place, axis in zip(out, (0, y.ndim - 1, *range(1, y.ndim - 1)), strict=True):
-        back[place] = axis
-    return y.transpose(back)
+    return y.transpose(fast.from_rows(out))
 
 
 def _is_plain_pooling(equation: Any) -> bool:
@@ -220,11 +234,31 @@ def _pooling(
         # Of equal ones the first; a NaN stays.
         return jnp.where((a >= b) | jnp.isnan(a), a, b) if maximum else a + b
 
-    windows = zip(window_dimensions, window_strides, padding, base_dilation, window_dilation, strict=True)
+    windows = [
+        _Window(*window)
+        for window in zip(window_dimensions, window_strides, padding, base_dilation, window_dilation, strict=True)
+    ]
     dtype = x.dtype
     if not maximum:
         x = x.astype(jnp.promote_types(dtype, jnp.float32))
-    # The last axis first, so that the first of equal ones is the first in row-major order.
-    for axis, window in reversed(list(enumerate(windows))):
-        x = functools.reduce(fold, _slices(x, axis, _Window(*window), -jnp.inf if maximum else 0.0))
+    if all(window == (window.size, window.size, (0, 0), 1, 1) for window in windows):
+        x = _tiles(x, [window.size for window in windows], fold)
+    else:
+        # The last axis first, so that the first of equal ones is the first in row-major order.
+        for axis, window in reversed(list(enumerate(windows))):
+            x = functools.reduce(fold, _slices(x, axis, window, -jnp.inf if maximum else 0.0))
     return x.astype(dtype)
+
+
+def _tiles(x: jax.Array, sizes: list[int], fold: Callable) -> jax.Array:
+    """Pooling where windows do not overlap: an axis of a window's positions, whose slices are cheap both ways."""
+    x = x[tuple(slice(n // size * size) for n, size in zip(x.shape, sizes, strict=True))]
+    x = x.reshape([part for n, size in zip(x.shape, sizes, strict=True) for part in (n // size, size)])
+
+    def pooled(x, axis):
+        if axis == len(sizes):
+            return x
+        place = lambda i: pooled(jax.lax.index_in_dim(x, i, axis + 1, keepdims=False), axis + 1)
+        return functools.reduce(fold, [place(i) for i in range(sizes[axis])])
+
+    return pooled(x, 0)

@@ -201,7 +201,8 @@ def adaptation(
                 f"`init` made the leaves {list(_by_path(made))}, which do not adapt, and a `rule` sees no derivative "
                 "through them: let them adapt (`adapt`), or leave out the `rule`."
             )
-        support = {name: data[name] for name in ("x", "mask")} if keep_support else None
+        # `hyperparams` asks for the shapes of θ, and needs no data where `init` does not.
+        support = {name: data[name] for name in ("x", "mask")} if keep_support and data is not None else None
         return select(params), Carried(model_state, made, support)
 
     if init is not None:

@@ -398,3 +398,27 @@ def test_bounds_in_low_precision(dtype, bound):
 def test_integer_hyperparams_are_refused():
     with pytest.raises(ValueError, match=r"`hyperparams\['log_penalty'\]` has dtype int.*write it as a float"):
         hypergrad.unrolled(problems.RIDGE, num_steps=1).estimate({"log_penalty": 1}, problems.TASK, KEY)
+
+
+@pytest.mark.parametrize(("num_steps", "loops"), [(1, False), (5, False), (6, True)])
+def test_up_to_five_steps_are_written_out_and_more_are_a_loop(num_steps, loops):
+    step = lambda carry, x: (jnp.sin(carry) + x, carry)
+    scan = partial(hypergrad.checkpointed_scan, step, length=num_steps, remat="none")
+    lowered = jax.jit(lambda carry: scan(carry, jnp.arange(float(num_steps)))).lower(0.5).as_text()
+    assert ("stablehlo.while" in lowered) == loops
+
+
+def test_the_first_step_is_one_product_for_all_tasks():
+    """Before it, tasks share their parameters, and under `vmap` the product of all has no axis of tasks."""
+    x, w = jnp.ones((7, 4, 3)), jnp.ones((3, 3))
+
+    def run(num_steps, x):
+        step = lambda w, _: (w - x.T @ (x @ w), None)
+        return hypergrad.checkpointed_scan(step, w, None, length=num_steps, remat="none")[0]
+
+    batched = lambda n: [
+        equation.params["dimension_numbers"][1] != ((), ())
+        for equation in jax.make_jaxpr(jax.vmap(partial(run, n)))(x).eqns
+        if equation.primitive.name == "dot_general"
+    ]
+    assert batched(1) == [False, True]  # x w, and then xᵀ (x w) of each task

@@ -248,3 +248,51 @@ def test_every_position_of_every_window_is_looked_at():
         expected[0, i, j] = np.einsum("hwc,hwcd->d", x[0, 2 * i : 2 * i + 2, j : j + 3], w)
     conv = lambda x, w: jax.lax.conv_general_dilated(x, w, (2, 1), "VALID", **NHWC)
     np.testing.assert_allclose(inner.im2col(conv)(jnp.asarray(x), jnp.asarray(w)), expected, rtol=1e-12)
+
+
+FAST = ["strides", "transposed", "other layout"]
+
+
+def as_float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+@pytest.mark.once
+def test_float32_has_the_kernel_of_xla_in_every_derivative_and_batch():
+    """One program for all forms: a value, a gradient and a product of the Hessian, under vmaps of each kind."""
+
+    def of(name, wrap):
+        conv, x, w = convolution(name)
+        both = lambda x, w: derivatives(wrap(conv), x, w)
+        xs, ws = jnp.stack([x, 2 * x, x - 1]), jnp.stack([w, w / 2, w + 1])
+        return {
+            "both": (jax.vmap(jax.vmap(both, (0, None)), (None, 0)), (xs, ws)),
+            "tasks of tasks": (jax.vmap(jax.vmap(both)), (xs[None], ws[None])),
+        }
+
+    for name in FAST:
+        found = {k: (lambda *a, fn=fn: fn(*as_float32(a)), a) for k, (fn, a) in of(name, inner.im2col).items()}
+        text = str(jax.make_jaxpr(found["both"][0])(*found["both"][1]))
+        assert "cpu_convolution" in text and "conv_general_dilated" not in text
+    run = lambda wrap, cast: {n: {k: fn(*cast(a)) for k, (fn, a) in of(n, wrap).items()} for n in FAST}
+    fast = jax.jit(lambda: run(inner.im2col, as_float32))()
+    exact = jax.jit(lambda: run(lambda fn: fn, lambda a: a))()
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(fast))
+    for a, b in zip(jax.tree.leaves(fast), jax.tree.leaves(exact), strict=True):
+        assert a.shape == b.shape and jnp.linalg.norm(a - b) < 2e-5 * jnp.linalg.norm(b)
+
+
+def test_every_convolution_is_compiled_in_the_layout_that_has_a_kernel():
+    """Second order, tasks with windows of their own, in the body of a loop: nothing else than NHWC, HWIO, no groups."""
+    conv, x, w = convolution("other layout")
+    x, w = as_float32((jnp.stack([x, x]), jnp.stack([w, w])))
+
+    def step(w, _):
+        value, along = jax.vmap(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w)
+        return w - along[1][1], value.sum()
+
+    text = jax.jit(lambda w: jax.lax.scan(step, w, length=3)).lower(w).as_text()
+    lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    assert len(lines) > 4
+    for line in lines:
+        assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line and "feature_group_count = 1" in line

@@ -1,0 +1,186 @@
+"""What one outer step of MAML costs on Omniglot's network, beside naive JAX, PyTorch and torch.func.
+
+8 tasks of 5 ways, 1 shot and 5 query examples of a class, 28 × 28; four blocks of 64 filters (batch statistics,
+max-pooling), one inner step at .4, second order. What is timed is the gradient of the mean query loss. Every program
+has the same weights and images; the gradient of each is compared with that of naive JAX, and the run fails where it is
+off by more than 1e-2 (float32, through a normalization).
+
+    python experiments/benchmarks/conv4.py                 # writes experiments/results/conv4.md
+    python experiments/benchmarks/conv4.py --peers PYTHON  # PyTorch too: install_peers.sh makes that PYTHON
+    python experiments/benchmarks/conv4.py --smoke         # seconds; prints only
+
+`taskset -c 0 python ...` keeps all of them, XLA and torch, on one thread.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from timing import circumstances, num_cores, table, temporary_mib
+from turns import medians
+
+from metaopt import base, hypergrad, methods
+
+HERE = Path(__file__).resolve().parent
+RESULT = HERE.parent / "results" / "conv4.md"
+TOLERANCE = 1e-2
+WAYS, QUERY, RATE = 5, 5, 0.4
+INTRO = """\
+Processor milliseconds for the gradient of one outer step, float32, {threads} thread(s); medians of {repetitions} \
+turns. "In a scan" is one of {many} steps that are a scan, as `training.fit(steps_per_call=...)` runs them. "Error": \
+of the gradient against naive JAX; {agree} below {tol:g}. "Naive": `jax.vmap` over tasks and `jax.grad`, with XLA's \
+convolutions, which become grouped ones. "Unrolled": the same in a Python loop over tasks, whose convolutions stay as \
+they are; in the body of a scan XLA leaves their backward pass without a fast kernel.
+"""
+HEADER = ["program", "CPU-ms", "in a scan", "/ metaopt", "compile s", "temporary MiB", "error"]
+
+
+def data(num_tasks: int, size: int) -> base.Task:
+    """Noise: what is timed does not depend on it."""
+    rng = np.random.default_rng(0)
+
+    def part(each):
+        rows = WAYS * each
+        return {
+            "x": jnp.asarray(rng.random((num_tasks, rows, size, size)), jnp.float32),
+            "y": jnp.tile(jnp.repeat(jnp.arange(WAYS), each), (num_tasks, 1)),
+            "mask": jnp.ones((num_tasks, rows)),
+            "class_mask": jnp.ones((num_tasks, WAYS)),
+        }
+
+    return base.Task(part(1), part(QUERY))
+
+
+def programs(settings, params, tasks) -> dict:
+    """Name -> `params -> ` the gradient of the mean query loss."""
+    network = methods.conv4(num_filters=settings.filters, num_blocks=settings.blocks)
+    head = methods.linear_head(network.features)
+    loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+
+    def one(params, task):
+        grads = jax.grad(loss)(params, None, task.train)
+        return loss(jax.tree.map(lambda p, g: p - RATE * g, params, grads), None, task.valid)
+
+    def looped(params):
+        task = lambda i: jax.tree.map(lambda x: x[i], tasks)
+        return sum(one(params, task(i)) for i in range(settings.tasks)) / settings.tasks
+
+    adaptation = methods.maml(loss, num_steps=1, rate=RATE)
+    estimator = hypergrad.over_tasks(adaptation.estimator)
+    state = estimator.init(jax.random.key(0), {"init": params}, tasks)
+    return {
+        "metaopt": lambda params: estimator.estimate({"init": params}, tasks, state)[0].hypergrad["init"],
+        "naive: JAX, vmap": jax.grad(lambda params: jax.vmap(one, (None, 0))(params, tasks).mean()),
+        "JAX, unrolled": jax.grad(looped),
+    }
+
+
+def measure(made: dict, params, settings) -> tuple[dict[str, dict], dict]:
+    """Name -> what is printed of it; name -> gradient."""
+    rows, calls, gradients = {}, {}, {}
+    for name, gradient in made.items():
+
+        def several(params, gradient=gradient):
+            body = lambda params, _: (jax.tree.map(lambda p, g: p - 1e-6 * g, params, gradient(params)), None)
+            return jax.lax.scan(body, params, length=settings.many)[0]
+
+        start = time.process_time()
+        program = jax.jit(gradient).lower(params).compile()
+        rows[name] = {
+            "compile": time.process_time() - start,
+            "memory": temporary_mib(program),
+        }
+        gradients[name] = jax.device_get(program(params))
+        calls[name, "once"] = lambda program=program: jax.block_until_ready(program(params))
+        if name == "metaopt":  # the others take a hundred times as long there
+            scanned = jax.jit(several).lower(params).compile()
+            calls[name, "scan"] = lambda scanned=scanned: jax.block_until_ready(scanned(params))
+    for (name, kind), seconds in medians(calls, settings.repetitions, clock=time.process_time).items():
+        rows[name][kind] = 1e3 * seconds / (settings.many if kind == "scan" else 1)
+    return rows, gradients
+
+
+def peers(settings, options, params, tasks) -> tuple[list[dict], str]:
+    """Rows of PyTorch, from its own environment, and its version."""
+    arrays = {f"params/{layer}/{leaf}": x for layer, leaves in params.items() for leaf, x in leaves.items()}
+    arrays |= {f"{part}/{n}": getattr(tasks, part)[n] for part in ("train", "valid") for n in ("x", "y")}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tasks.npz"
+        np.savez(file, **arrays)
+        numbers = (settings.blocks, RATE, num_cores(), settings.repetitions)
+        command = [options.peers, str(HERE / "conv4_peers.py"), str(file), *map(str, numbers)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last_line = (done.stderr.strip().splitlines() or [""])[-1]
+        return [{"name": "PyTorch", "reason": f"failed, exit {done.returncode}: {last_line}"}], ""
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return answer["rows"], answer["versions"]
+
+
+def error(found, expected) -> float:
+    """The relative error of the whole gradient: shifts before a normalization have none of their own."""
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    return float(np.linalg.norm(flat(found) - flat(expected)) / np.linalg.norm(flat(expected)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What one outer step of MAML costs on Omniglot's network.")
+    parser.add_argument("--smoke", action="store_true", help="small sizes, one repetition; writes no result")
+    parser.add_argument("--peers", metavar="PYTHON", help="of the environment that install_peers.sh made")
+    parser.add_argument("--repetitions", type=int, default=5)
+    options = parser.parse_args()
+    settings = argparse.Namespace(tasks=8, size=28, filters=64, blocks=4, many=3, repetitions=options.repetitions)
+    if options.smoke:
+        settings = argparse.Namespace(tasks=2, size=4, filters=2, blocks=1, many=2, repetitions=1)
+    network = methods.conv4(num_filters=settings.filters, num_blocks=settings.blocks)
+    params = network.init(jax.random.key(0))
+    depth = settings.filters * (settings.size // 2**settings.blocks) ** 2
+    params["head"] = {"w": jax.random.normal(jax.random.key(1), (depth, WAYS)) / depth**0.5, "b": jnp.zeros(WAYS)}
+    tasks = data(settings.tasks, settings.size)
+    found, gradients = measure(programs(settings, params, tasks), params, settings)
+    expected = gradients["naive: JAX, vmap"]
+    ours = found["metaopt"]["once"]
+    errors = {name: error(gradient, expected) for name, gradient in gradients.items()}
+    rows = [
+        [name, f"{row['once']:.1f}", f"{row['scan']:.1f}" if "scan" in row else "", f"{row['once'] / ours:.2f}"]
+        + [f"{row['compile']:.1f}", f"{row['memory']:.1f}", f"{errors[name]:.0e}"]
+        for name, row in found.items()
+    ]
+    versions = ""
+    for row in (answer := peers(settings, options, params, tasks) if options.peers else ([], ""))[0]:
+        if "reason" in row:
+            rows.append([f"{row['name']} ({row['reason']})", *[""] * 6])
+            continue
+        gradient = jax.tree.map(np.asarray, row["gradient"], is_leaf=lambda x: isinstance(x, list))
+        errors[row["name"]] = error(gradient, expected)
+        seconds = f"{row['compile']:.1f}" if "compile" in row else ""
+        rows.append([row["name"], f"{row['ms']:.1f}", "", f"{row['ms'] / ours:.2f}", seconds, ""])
+        rows[-1].append(f"{errors[row['name']]:.0e}")
+    versions = answer[1]
+    wrong = [f"{name}: {e:.1e}" for name, e in errors.items() if not e <= TOLERANCE]
+    text = INTRO.format(
+        threads=num_cores(),
+        repetitions=settings.repetitions,
+        many=settings.many,
+        agree="all" if not wrong else "NOT all",
+        tol=TOLERANCE,
+    )
+    flags = (" --peers PYTHON" if options.peers else "") + (" --smoke" if options.smoke else "")
+    end = circumstances(f"python experiments/benchmarks/conv4.py{flags}")
+    text = "\n".join([text, table(HEADER, rows), "", end + (f" Peers: {versions}." if versions else "")])
+    print(text)
+    if not options.smoke:
+        RESULT.write_text(f"# What an outer step of MAML costs on Omniglot's network\n\n{text}\n")
+    if wrong:
+        sys.exit("\n".join(["Gradients disagree:", *wrong]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The gradient of conv4.py in PyTorch; run by it, in an environment of its own (install_peers.sh).
+
+Prints processor milliseconds and gradients as one line of JSON. A program that fails gets a row that says why.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from turns import medians
+
+
+def load(file: str):
+    saved = np.load(file)
+    params = {}
+    for name in (n for n in saved.files if n.startswith("params/")):
+        x = saved[name].transpose(3, 2, 0, 1) if saved[name].ndim == 4 else saved[name]  # HWIO to OIHW
+        params[name] = torch.tensor(np.ascontiguousarray(x))
+    part = lambda p: (torch.tensor(saved[f"{p}/x"])[:, :, None], torch.tensor(saved[f"{p}/y"]).long())
+    return params, part("train"), part("valid")
+
+
+def by_hand(x, scale, shift):
+    """Batch normalization in elementary operations: the fused one's second derivative is off under torch.func."""
+    mean = x.mean((0, 2, 3), keepdim=True)
+    variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + 1e-5) * scale[None, :, None, None] + shift[None, :, None, None]
+
+
+def fused(x, scale, shift):
+    return F.batch_norm(x, None, None, scale, shift, training=True, eps=1e-5)
+
+
+def loss(params: dict, x: torch.Tensor, y: torch.Tensor, blocks: int, normalize=fused) -> torch.Tensor:
+    for i in range(blocks):
+        name = f"params/block{i}"
+        x = F.conv2d(x, params[f"{name}/w"], padding=1)
+        x = normalize(x, params[f"{name}/scale"], params[f"{name}/shift"])
+        x = F.max_pool2d(F.relu(x), 2)
+    x = x.permute(0, 2, 3, 1).flatten(1)
+    return F.cross_entropy(x @ params["params/head/w"] + params["params/head/b"], y)
+
+
+def with_autograd(params, train, valid, blocks, rate):
+    """A loop over tasks."""
+    weights = {name: p.clone().requires_grad_() for name, p in params.items()}
+
+    def gradient():
+        total = 0.0
+        for i in range(len(train[0])):
+            grads = torch.autograd.grad(
+                loss(weights, train[0][i], train[1][i], blocks), list(weights.values()), create_graph=True
+            )
+            adapted = {n: p - rate * g for (n, p), g in zip(weights.items(), grads, strict=True)}
+            total = total + loss(adapted, valid[0][i], valid[1][i], blocks)
+        grads = torch.autograd.grad(total / len(train[0]), list(weights.values()))
+        return dict(zip(weights, grads, strict=True))
+
+    return gradient
+
+
+def with_func(params, train, valid, blocks, rate):
+    def one(params, sx, sy, qx, qy):
+        grads = torch.func.grad(loss)(params, sx, sy, blocks, by_hand)
+        return loss({n: p - rate * grads[n] for n, p in params.items()}, qx, qy, blocks, by_hand)
+
+    batched = torch.func.vmap(one, in_dims=(None, 0, 0, 0, 0))
+    gradient = torch.func.grad(lambda params: batched(params, *train, *valid).mean())
+    return lambda: gradient(params)
+
+
+PROGRAMS = {"PyTorch, a loop over tasks": with_autograd, "torch.func, vmap": with_func}
+
+
+def main() -> None:
+    file, blocks, rate, threads, repetitions = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    setting = load(file)
+    rows, calls = {}, {}
+    for name, make in PROGRAMS.items():
+        rows[name] = {"name": name}
+        try:
+            gradient = make(*setting, int(blocks), float(rate))
+            found = {}
+            for leaf, g in gradient().items():
+                _, layer, part = leaf.split("/")
+                g = g.permute(2, 3, 1, 0) if g.ndim == 4 else g
+                found.setdefault(layer, {})[part] = g.tolist()
+            rows[name]["gradient"] = found
+            calls[name] = gradient
+        except Exception as error:  # a peer that cannot: the table says why
+            rows[name]["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    for name, seconds in medians(calls, int(repetitions), clock=time.process_time).items():
+        rows[name]["ms"] = 1e3 * seconds
+    print(json.dumps({"rows": list(rows.values()), "versions": f"torch {torch.__version__}"}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""A convolution that stays in the one layout that XLA's CPU kernels know: so do its derivatives, and batches of it.
+
+The kernels (Eigen's: patches are packed into the cache piece by piece, and multiplied) take images [N, ..., C] with
+windows [..., C, D]. XLA brings other layouts into this one in a program's entry computation alone, so that the backward
+pass of a loop's body falls back to plain loops, a hundred times slower; and windows that differ between tasks become
+groups, which have no kernel either. This primitive is written out in that layout wherever it is compiled, and one task
+after the other where both images and windows have a leading axis of tasks.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+
+from metaopt import rewrite
+
+_convolution_p = core.Primitive("cpu_convolution")
+
+
+def convolution(x: jax.Array, w: jax.Array, **params: Any) -> jax.Array:
+    """The convolution that `jax.lax.conv_general_dilated` binds `params` to, without groups."""
+    return _convolution_p.bind(x, w, num_tasks=None, **params)
+
+
+def _plain(x: jax.Array, w: jax.Array, **params: Any) -> jax.Array:
+    return jax.lax.conv_general_dilated_p.bind(x, w, **params)
+
+
+def _rebound(fn: Callable) -> Callable:
+    """`fn`, a transformation of `_plain`, with this primitive in the place of the convolutions in it."""
+
+    def replace(equation):
+        if equation.primitive is not jax.lax.conv_general_dilated_p:
+            return None
+        return functools.partial(convolution, **equation.params)
+
+    def rebound(*args):
+        closed = jax.make_jaxpr(fn)(*args)
+        return rewrite.evaluate(closed.jaxpr, closed.consts, args, replace)[0]
+
+    return rebound
+
+
+def _lowered(x: jax.Array, w: jax.Array, *, num_tasks: int | None, **params: Any) -> jax.Array:
+    def one(x, w):
+        lhs, rhs, out = params["dimension_numbers"]
+        x = x.transpose(lhs[0], *lhs[2:], lhs[1])  # [N, spatial..., C]
+        w = w.transpose(*rhs[2:], rhs[1], rhs[0])  # [window..., C, D]
+        last = x.ndim - 1
+        known = ((0, last, *range(1, last)), (last, last - 1, *range(last - 1)), (0, last, *range(1, last)))
+        y = _plain(x, w, **{**params, "dimension_numbers": jax.lax.ConvDimensionNumbers(*known)})
+        return y.transpose(from_rows(out))
+
+    return one(x, w) if num_tasks is None else jax.lax.map(lambda pair: one(*pair), (x, w))
+
+
+def from_rows(out: Sequence[int]) -> list[int]:
+    """The transposition of [N, spatial..., D] into the layout that `out` says: where N, D and the spatial axes go."""
+    back = [0] * len(out)
+    for place, axis in zip(out, (0, len(out) - 1, *range(1, len(out) - 1)), strict=True):
+        back[place] = axis
+    return back
+
+
+def _abstract(x: Any, w: Any, *, num_tasks: int | None, **params: Any) -> Any:
+    if num_tasks is None:
+        return jax.lax.conv_general_dilated_p.abstract_eval(x, w, **params)[0]
+    one = jax.lax.conv_general_dilated_p.abstract_eval(*(a.update(shape=a.shape[1:]) for a in (x, w)), **params)[0]
+    return one.update(shape=(num_tasks, *one.shape))
+
+
+def _by_task(fn: Callable, num_tasks: int | None) -> Callable:
+    return fn if num_tasks is None else jax.vmap(fn)
+
+
+def _transpose(which: int, g: jax.Array, x: Any, w: Any, *, num_tasks: int | None, **params: Any) -> jax.Array:
+    """From the cotangent of y to that of x (0) or of w (1)."""
+    of, other = (x, w) if which == 0 else (w, x)
+    shape = of.aval.shape if num_tasks is None else of.aval.shape[1:]
+    like = jax.ShapeDtypeStruct(shape, of.aval.dtype)
+
+    def pullback(g, other):
+        linear = lambda of: _plain(*((of, other) if which == 0 else (other, of)), **params)
+        return jax.linear_transpose(linear, like)(g)[0]
+
+    return _by_task(_rebound(pullback), num_tasks)(g, other)
+
+
+def _batch(args: Any, dims: Any, *, num_tasks: int | None, **params: Any) -> tuple[jax.Array, int]:
+    mapped = [isinstance(dim, int) for dim in dims]
+    x, w = (
+        jnp.moveaxis(arg, dim, 0) if is_mapped else arg for arg, dim, is_mapped in zip(args, dims, mapped, strict=True)
+    )
+    if all(mapped):
+        size = len(x)
+        if num_tasks is not None:  # tasks of tasks
+            x, w = (a.reshape(-1, *a.shape[2:]) for a in (x, w))
+        y = _convolution_p.bind(x, w, num_tasks=size * (num_tasks or 1), **params)
+        return (y if num_tasks is None else y.reshape(size, num_tasks, *y.shape[1:])), 0
+    # As JAX does: more images, or more outputs.
+    in_axes = tuple(0 if is_mapped else None for is_mapped in mapped)
+    fn = _rebound(jax.vmap(functools.partial(_plain, **params), in_axes))
+    if num_tasks is None:
+        return fn(x, w), 0
+    x, w = (a.swapaxes(0, 1) if is_mapped else a for a, is_mapped in zip((x, w), mapped, strict=True))
+    return jax.vmap(fn)(x, w), 1
+
+
+_convolution_p.def_impl(_lowered)
+_convolution_p.def_abstract_eval(_abstract)
+ad.defbilinear(_convolution_p, functools.partial(_transpose, 0), functools.partial(_transpose, 1))
+batching.primitive_batchers[_convolution_p] = _batch
+mlir.register_lowering(_convolution_p, mlir.lower_fun(_lowered, multiple_results=False))
