@@ -26,7 +26,7 @@ class Supernet(NamedTuple):
     Attributes:
       init: `(key) -> params`.
       apply: `(params, weights, x, drop_path=None) -> [N, num_outputs]` (and all positions between, where the spec is
-        not `pooled`), of x [N, *in_shape]; weights None counts every op once (of an `ElasticNetwork`, all sizes are then
+        not `pooled`), of x [N, *in_shape]; weights None counts every op once (all sizes of an `ElasticNetwork` are then
         the largest). With `drop_path=(key, rate)` each edge is left out of each example with that probability, but for
         those that only pass their input on, and what stays counts 1 / (1 − rate); sizes have no edges to leave out.
       features: as `apply`, the outputs of all layers in the place of the network's, in their order: what an auxiliary
