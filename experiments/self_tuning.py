@@ -35,10 +35,27 @@ from metaopt import spaces, tasks, transforms
 
 TABLES = ("abalone", "fars", "page-blocks", "satimage", "segment", "yeast", "digits")
 IMAGES = ("mnist", "fashion_mnist_sub")
-# The validation batch, as a share of the training batch, and γ.
-SIGNALS = {"training signal": (0.0, 0.0), "validation signal": (0.5, 0.0), "validation and gap": (1.0, 1.0)}
+
+
+class Signal(NamedTuple):
+    """What the tuner follows, and what it tunes."""
+
+    share: float  # the validation batch, as a share of the training batch
+    gap: float = 0.0  # γ
+    decay: bool = False  # whether λ holds the weight decay, too
+
+
+SIGNALS = {
+    "training signal": Signal(0.0),
+    "validation signal": Signal(0.5),
+    "validation and gap": Signal(1.0, gap=1.0),
+    "validation signal, decay too": Signal(0.5, decay=True),
+}
 START = 0.01  # of the rate that is given
+DECAY_START = 0.01
 TUNER = optax.sgd(0.5)
+TUNERS = {"rate": TUNER, "decay": optax.sgd(2.0)}
+DECAYS = (0.01, 0.1, 1.0)  # beside optax's 1e-4, with every second rate: the grid of rates and decays
 FREE = {
     "prodigy": optax.contrib.prodigy,
     "dowg": optax.contrib.dowg,
@@ -167,13 +184,16 @@ def trainer(problem: Problem, make, config, signal: int = 0, read=lambda state, 
 
 
 def scheduled(rate, plan, num_steps: int):
-    """AdamW of a rate; with `plan["shaped"]` = 1 it rises over 20 steps and falls in a straight line to the end."""
+    """AdamW of a rate, with the plan's weight decay.
+
+    With `plan["shaped"]` = 1 the rate rises over 20 steps and falls in a straight line to the end.
+    """
 
     def at(step):
         shape = jnp.minimum(1, (step + 1) / 20) * (1 - step / num_steps)
         return rate * jnp.where(plan["shaped"], shape, 1)
 
-    return optax.adamw(at)
+    return optax.adamw(at, weight_decay=plan["decay"])
 
 
 def trainers(problem: Problem, config) -> dict:
@@ -182,26 +202,30 @@ def trainers(problem: Problem, config) -> dict:
     def fixed(plan):
         return scheduled(plan["rate"], plan, config.num_steps)
 
-    def tuned(plan, gap):
+    def tuned(plan, signal):
         def factory(hp):
-            return scheduled(hp["rate"], plan, config.num_steps)
+            return scheduled(hp["rate"], {**plan, **hp}, config.num_steps)
 
-        return transforms.self_tuning(factory, {"rate": START * plan["rate"]}, TUNER, gap=gap)
+        start = {"rate": START * plan["rate"]}
+        if signal.decay:
+            tuner = optax.partition(TUNERS, {name: name for name in TUNERS})
+            return transforms.self_tuning(factory, {**start, "decay": DECAY_START}, tuner, rule="cosine")
+        return transforms.self_tuning(factory, start, TUNER, gap=signal.gap)
 
     methods = {"grid": trainer(problem, fixed, config)}
-    for name, (share, gap) in SIGNALS.items():
-        rows = int(share * problem.batch)
-        methods[name] = trainer(problem, functools.partial(tuned, gap=gap), config, signal=rows)
+    for name, signal in SIGNALS.items():
+        rows = int(signal.share * problem.batch)
+        methods[name] = trainer(problem, functools.partial(tuned, signal=signal), config, signal=rows)
     for name, make in FREE.items():
         read = optax.contrib.schedule_free_eval_params if name == "schedule-free" else (lambda state, params: params)
         methods[name] = trainer(problem, lambda plan, make=make: make(), config, read=read)
     return methods
 
 
-def plans(rates):
+def plans(rates, shapes=(False, True), decay=1e-4):
     """Each rate, constant, and then with the shape."""
-    rates = jnp.asarray(rates)
-    return {"rate": jnp.tile(rates, 2), "shaped": jnp.repeat(jnp.array([False, True]), len(rates))}
+    rates, shaped = np.tile(rates, len(shapes)), np.repeat(shapes, len(rates))
+    return jax.tree.map(jnp.asarray, {"rate": rates, "shaped": shaped, "decay": np.full(len(rates), decay)})
 
 
 def run_problem(problems, methods, config):
@@ -209,11 +233,11 @@ def run_problem(problems, methods, config):
     grid = np.logspace(-4, 0, config.num_rates)
     keys = [jax.random.key(seed) for seed in range(len(problems))]
 
-    def all_seeds(name, rates):
-        outs = [methods[name](key, p.parts, plans(rates)) for key, p in zip(keys, problems, strict=True)]
+    def all_seeds(name, plans):
+        outs = [methods[name](key, p.parts, plans) for key, p in zip(keys, problems, strict=True)]
         return np.nan_to_num(np.array([out[0] for out in outs]), nan=np.inf), np.array([out[1] for out in outs])
 
-    losses, _ = all_seeds("grid", [*grid, 1e-3])
+    losses, _ = all_seeds("grid", plans([*grid, 1e-3]))
     constant, shaped = losses[:, : len(grid)], losses[:, len(grid) + 1 : -1]
     best = constant.mean(0).argmin()
     results = {
@@ -221,9 +245,12 @@ def run_problem(problems, methods, config):
         "AdamW, 1e-3": losses[:, len(grid)],
         "best of the grid, shaped": shaped[:, shaped.mean(0).argmin()],
     }
+    decayed = [all_seeds("grid", plans(grid[::2], (False,), decay))[0] for decay in DECAYS]
+    of_both = np.concatenate([constant, *decayed], axis=1)
+    results["best of the grid, decay too"] = of_both[:, of_both.mean(0).argmin()]
     rates = {}
     for name in SIGNALS:
-        losses, paths = all_seeds(name, [grid[best] / 100, grid[best] * 10])
+        losses, paths = all_seeds(name, plans([grid[best] / 100, grid[best] * 10]))
         for i, start in enumerate(("rate / 100", "rate × 10")):
             results[f"{name}, {start}"], results[f"{name}, {start}, shaped"] = losses[:, i], losses[:, i + 2]
             rates[f"{name}, {start}"] = paths[:, i + 2]
@@ -238,14 +265,13 @@ def run_problem(problems, methods, config):
 def overheads(problem: Problem, config) -> list[str]:
     """Processor time of a step of the tuners over that of AdamW, their programs in turns; the least of several."""
     methods = trainers(problem, config)
-    plan = {"rate": jnp.full(1, 1e-3), "shaped": jnp.array([True])}
     train, valid, (rows, _) = problem.parts
     parts = train, valid, (jax.tree.map(lambda x: x[:1], rows), jnp.asarray(1))  # the last loss costs next to nothing
     times = {name: [] for name in ("grid", *SIGNALS)}
     for _ in range(config.repeats + 1):  # the first compiles
         for name, all_times in times.items():
             start = time.process_time()
-            jax.block_until_ready(methods[name](jax.random.key(0), parts, plan))
+            jax.block_until_ready(methods[name](jax.random.key(0), parts, plans([1e-3], (True,))))
             all_times.append(time.process_time() - start)
     least = {name: min(all_times[1:]) for name, all_times in times.items()}
     micro = f"{1e6 * least['grid'] / config.num_steps:.0f}"
@@ -374,8 +400,10 @@ def plot(outcomes, path: Path) -> None:
         axis.set(yscale="log", title=name)
     axes[0, 0].set(ylabel="rate / best of the grid")
     axes[1, 0].set(xlabel="step", ylabel="rate / best of the grid")
-    axes[0, 0].legend(frameon=False, fontsize=7)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=len(SIGNALS), loc="lower center"
+    )
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

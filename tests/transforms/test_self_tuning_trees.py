@@ -150,6 +150,20 @@ def test_a_cosine_for_each_hyperparameter():
         transforms.self_tuning(factory, start, optax.sgd(0.5), rule="cosine", mode="reverse")
 
 
+def test_training_in_float32_among_float64_is_differentiable():
+    # Within float64 a λ in float32, of parameters in half precision and in none.
+    def tuned(rate, params):
+        optimizer = transforms.self_tuning(lambda hp: optax.sgd(hp), rate, optax.sgd(0.1))
+        state = optimizer.init(params)
+        for _ in range(2):
+            _, state = optimizer.update(params, state, params)
+        return state.hyperparams
+
+    for params, expected in ((jnp.ones((2, 3), jnp.bfloat16), np.exp(0.1)), ({}, 1.0)):
+        slope = jax.jit(jax.grad(tuned))(jnp.float32(0.1), params)
+        np.testing.assert_allclose(slope, expected, rtol=1e-2)
+
+
 def test_what_is_no_transform_and_no_gradient_is_refused():
     with pytest.raises(ValueError, match="`tuner` must be an optax transform; got 0.1"):
         transforms.self_tuning(optax.sgd, 0.1, 0.1)
