@@ -200,11 +200,11 @@ def self_tuning(
         derivatives, _ = state.last
         flat, unravel = ravel_pytree(state.hyperparams)
         # With `axis_size`, parameters may be an empty tree.
-        products = jax.vmap(lambda z: _products(_wide(z), _wide(judge)), axis_size=flat.size)(derivatives)
-        signal, squares, judge_squares = products
+        dots = jax.vmap(lambda z: optax.tree.vdot(_wide(z), _wide(judge)), axis_size=flat.size)(derivatives)
+        signal = jnp.real(dots)
         if rule in ("normalized", "cosine"):
-            lengths = _root(squares)
-            signal = _divided(signal, _root(judge_squares) * (lengths if rule == "cosine" else jnp.max(lengths)))
+            lengths = jax.vmap(_norm, axis_size=flat.size)(derivatives)
+            signal = _divided(signal, _norm(judge) * (lengths if rule == "cosine" else jnp.max(lengths)))
         return unravel(jnp.asarray(signal, flat.dtype))
 
     def signal_reverse(judge, state, extra_args):
@@ -342,35 +342,10 @@ def _wide(tree):
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
-@jax.custom_jvp
-def _products(z, g):
-    """z·g, ‖z‖² and ‖g‖² of two trees. One pass over them: three sums read them three times on a CPU."""
-
-    def of_leaf(z, g):
-        terms = tuple(map(jnp.real, (jnp.conj(z) * g, jnp.conj(z) * z, jnp.conj(g) * g)))
-        if z.ndim:
-            add = lambda a, b: tuple(map(jnp.add, a, b))
-            terms = jax.lax.reduce(terms, tuple(jnp.zeros([], t.dtype) for t in terms), add, range(1, z.ndim))
-        return jnp.array([jnp.sum(t) for t in terms])  # in two steps, which round less
-
-    return tuple(sum(jax.tree.leaves(jax.tree.map(of_leaf, z, g)), start=jnp.zeros(3, jnp.float32)))
-
-
-@_products.defjvp
-def _products_jvp(primals, tangents):
-    (z, g), (z_dot, g_dot) = primals, tangents
-    dot = lambda a, b: jnp.real(optax.tree.vdot(a, b))
-    out, slopes = _products(z, g), (dot(z_dot, g) + dot(z, g_dot), 2 * dot(z, z_dot), 2 * dot(g, g_dot))
-    return out, tuple(jnp.asarray(s, o.dtype) for s, o in zip(slopes, out, strict=True))
-
-
-def _root(square):
-    """With a derivative of zero at zero: before the first step there is no last one."""
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-
-
 def _norm(tree):
-    return _root(optax.tree.norm(_wide(tree), squared=True))
+    """With a derivative of zero at zero: before the first step there is no last one."""
+    square = optax.tree.norm(_wide(tree), squared=True)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def _check_like(what, tree, updates):
