@@ -8,8 +8,6 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from metaopt import base
-
 
 def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[Any], Callable | None]) -> list:
     """The outputs of a jaxpr, with operations replaced.
@@ -65,7 +63,7 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
     return [v.val if isinstance(v, core.Literal) else values[v] for v in jaxpr.outvars]
 
 
-def used_leaves(function: Callable, hyperparams: base.HyperParams, *args: Any) -> list[bool]:
+def used_leaves(function: Callable, hyperparams: Any, *args: Any) -> list[bool]:
     """Which leaves of λ `function(hyperparams, *args)` depends on, by dead-code elimination of its jaxpr.
 
     Args:
