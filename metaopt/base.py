@@ -74,6 +74,21 @@ def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool 
         raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
 
 
+def check_transform(name: str, value: Any) -> None:
+    """Refuses an argument that is no transform of optax: no pair of functions `init` and `update`.
+
+    Args:
+      name: what the message calls it.
+      value: what was given.
+
+    Raises:
+      ValueError: it is something else, such as the factory of one.
+    """
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        uncalled = ", a function: call it, as in `optax.adam(1e-3)`" if callable(value) else ""
+        raise ValueError(f"`{name}` must be an optax transform; got {value!r}{uncalled}.")
+
+
 def check_hyperparams(hyperparams: HyperParams) -> None:
     """Refuses a λ that has no leaf, or one that has no gradient.
 

@@ -1,4 +1,4 @@
-"""Evaluating a traced function with some of its operations replaced, wherever in it they are."""
+"""Traced functions: evaluated with some of their operations replaced, wherever they are; asked what they depend on."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[Any], Callable | None]) -> list:
@@ -60,6 +61,22 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
         many = primitive.multiple_results and replacement is None
         values.update(zip(equation.outvars, outputs if many else [outputs], strict=True))
     return [v.val if isinstance(v, core.Literal) else values[v] for v in jaxpr.outvars]
+
+
+def used_leaves(function: Callable, hyperparams: Any, *args: Any) -> list[bool]:
+    """Which leaves of λ `function(hyperparams, *args)` depends on, by dead-code elimination of its jaxpr.
+
+    Args:
+      function: any traceable function.
+      hyperparams: λ.
+      *args: its further arguments.
+
+    Returns:
+      One bool for each leaf of λ.
+    """
+    closed = jax.make_jaxpr(function)(hyperparams, *args)
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return list(used[: len(jax.tree.leaves(hyperparams))])
 
 
 @contextlib.contextmanager

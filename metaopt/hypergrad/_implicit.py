@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
-from jax.interpreters import partial_eval
 
 from metaopt import base, inner
 from metaopt.hypergrad import _solvers
+from metaopt.rewrite import used_leaves
 
 CONDITIONS = ("gradient", "step")
 BATCHES = ("next", "full")
@@ -54,22 +54,6 @@ def _refusal(paths: list[str], condition: str, depends: str) -> str:
         f"does, and a minimum does not know which way led to it. Use `hypergrad.unrolled` for them{use}, or fix them "
         "(`spaces.fixed`)."
     )
-
-
-def used_leaves(function: Callable, hyperparams: base.HyperParams, *args: Any) -> list[bool]:
-    """Which leaves of λ `function(hyperparams, *args)` depends on, by dead-code elimination of its jaxpr.
-
-    Args:
-      function: any traceable function.
-      hyperparams: λ.
-      *args: its further arguments.
-
-    Returns:
-      One bool for each leaf of λ.
-    """
-    closed = jax.make_jaxpr(function)(hyperparams, *args)
-    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return list(used[: len(jax.tree.leaves(hyperparams))])
 
 
 def refuse_unanswerable(

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from metaopt import base
+
 
 def learnable_clip(
     max_norm: jax.typing.ArrayLike, *, scope: str = "global", sharpness: jax.Array | float | None = None
@@ -29,7 +31,7 @@ def learnable_clip(
       A transform without a state, differentiable in c, p and g in both modes.
 
     Raises:
-      ValueError: `scope` is something else, or `sharpness` is not positive.
+      ValueError: `scope` is something else, or `max_norm` or `sharpness` is not positive.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import transforms
@@ -39,9 +41,11 @@ def learnable_clip(
     """
     if scope not in ("global", "leaf"):
         raise ValueError(f'`scope` must be "global" or "leaf"; got {scope!r}.')
-    # In `inject_hyperparams` it is traced.
-    if sharpness is not None and not isinstance(sharpness, Tracer) and not sharpness > 0:
-        raise ValueError(f"`sharpness` must be positive, or None; got {sharpness}.")
+    # In `inject_hyperparams` they are traced.
+    if not isinstance(max_norm, Tracer):
+        base.check_positive("max_norm", max_norm)
+    if not isinstance(sharpness, Tracer):
+        base.check_positive("sharpness", sharpness, optional=True)
 
     def clip(updates):
         precise = jax.tree.map(lambda u: u.astype(jnp.promote_types(u.dtype, jnp.float32)), updates)

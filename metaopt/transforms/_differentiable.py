@@ -18,7 +18,7 @@ import optax
 from jax import custom_derivatives
 from jax.extend import core
 
-from metaopt import rewrite
+from metaopt import base, rewrite
 
 # An exact zero whose slope is steeper than this is what an ε in a denominator makes of an entry without a gradient.
 _STEEP = 1e3
@@ -168,7 +168,7 @@ def differentiable(
       A transform with the same state and the same values under jit.
 
     Raises:
-      ValueError: `zero` is neither "drop" nor "exact".
+      ValueError: `optimizer` is no transform, or `zero` is neither "drop" nor "exact".
 
     >>> import jax, optax, metaopt
     >>> def trained(rate, optimizer):
@@ -182,12 +182,13 @@ def differentiable(
     """
     if zero not in ("drop", "exact"):
         raise ValueError(f'`zero` must be "drop" or "exact"; got {zero!r}.')
+    base.check_transform("optimizer", optimizer)
     inner = optax.with_extra_args_support(optimizer)
 
     def update(updates, state, params=None, **extra_args):
-        # Callables (`value_fn`) and other options are not traced.
+        # Callables (`value_fn`) and other options, such as Python's numbers and booleans, are not traced.
         def is_array(v):
-            return all(isinstance(leaf, (jax.Array, float, int, complex)) for leaf in jax.tree.leaves(v))
+            return all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(v))
 
         arrays = {name: v for name, v in extra_args.items() if is_array(v)}
         options = {name: v for name, v in extra_args.items() if name not in arrays}

@@ -49,7 +49,7 @@ def mixture(
       A transform; its state is the tuple of the members' states. Extra arguments reach every member that takes them.
 
     Raises:
-      ValueError: there is no member, or weights are not [K].
+      ValueError: there is no member, one is no transform, or weights are not [K].
 
     >>> import jax.numpy as jnp, optax
     >>> from metaopt import transforms
@@ -57,6 +57,8 @@ def mixture(
     >>> print(half.update(jnp.array([4.0, -1.0]), half.init(jnp.zeros(2)))[0])
     [-0.25  0.1 ]
     """
+    for k, member in enumerate(transforms):
+        base.check_transform(f"transforms[{k}]", member)
     members = [optax.with_extra_args_support(member) for member in transforms]
     if not members:
         raise ValueError("`transforms` must have at least one member; got none.")

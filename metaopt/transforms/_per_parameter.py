@@ -39,8 +39,9 @@ def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Calla
       A factory with the same arguments, `-> optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: by `init` and `update`, a tree does not fit the parameters; by `update`, the update of one group would
-        depend on the gradient or the parameters of another (a global norm, D-Adaptation, a line search).
+      ValueError: `factory` is no function; by `init` and `update`, a tree does not fit the parameters; by `update`, the
+        update of one group would depend on the gradient or the parameters of another (a global norm, D-Adaptation, a
+        line search).
 
     >>> import jax, optax
     >>> from metaopt import transforms
@@ -99,7 +100,7 @@ def per_group(
       does; also where a parameter is in no group, or a dict does not have exactly the groups.
 
     Raises:
-      ValueError: there are both patterns and labels, or neither.
+      ValueError: `factory` is no function, or there are both patterns and labels, or neither.
 
     >>> import jax.numpy as jnp, optax
     >>> from metaopt import transforms
@@ -150,6 +151,11 @@ def per_group(
 
 def _partitioned(factory: Callable, choose: Callable) -> Callable:
     """The factory, with one call for each of the settings of `choose(hyperparams, params) -> (settings, labels)`."""
+    if not callable(factory):
+        raise ValueError(
+            f"`factory` must be a function that makes a transform, such as `optax.adamw`; got a "
+            f"{type(factory).__name__}, which it has made: its hyperparameters cannot be changed any more."
+        )
 
     @functools.wraps(factory)  # the signature, for `optax.inject_hyperparams`
     def make(*args, **kwargs) -> optax.GradientTransformationExtraArgs:

@@ -19,7 +19,7 @@ import optax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
-from metaopt import base
+from metaopt import base, rewrite
 from metaopt.transforms._differentiable import differentiable
 
 
@@ -57,15 +57,20 @@ def self_tuning(
         rule="additive":        λ ← λ + tuner(h)
         rule="multiplicative":  λ ← λ · exp(tuner(λ h))
         rule="normalized":      λ ← λ · exp(tuner(λ h / (‖g_t‖ ‖u_{t−1}‖)))
+        rule="cosine":          λ_i ← λ_i · exp(tuner(h_i / (‖g_t‖ ‖∂u_{t−1}/∂λ_i‖)))
 
     h_t = (∂u_{t−1}/∂λ)ᵀ g_t says how the last step's λ changed the loss at θ_t. λ h is the derivative in log λ, so that
-    the last two rules keep λ positive; the last does not depend on the scale of the loss: for a rate it moves log λ by
-    β times the cosine between g_t and the last step, with `optax.sgd(β)` as the tuner. β from 0.1 to 0.5 is a place to
-    start: a rate that is 100 times too small is found within some hundred steps.
+    all rules but the first keep λ positive; the last two do not depend on the scale of the loss: for a rate they move
+    log λ by β times the cosine between g_t and the last step, with `optax.sgd(β)` as the tuner. β from 0.1 to 0.5 is a
+    place to start: a rate that is 100 times too small is found within some hundred steps. They differ where there is
+    more than one λ: "normalized" follows the gradient in log λ, where what moves the parameters little, such as a
+    weight decay, is hardly tuned; with "cosine" each λ moves by the cosine of its own effect, whatever its size.
 
     Start too small rather than too large, at a hundredth of a guess: a network may be damaged, or have overfitted,
     before λ has come down, and five decades are climbed in some 50 steps. The training loss does not see overfitting:
-    where it goes to zero, following it keeps the rate too large (`experiments/results/self_tuning.md`).
+    where it goes to zero, following it keeps the rate too large. What did best (`experiments/results/self_tuning.md`)
+    follows a validation loss, with the weight decay in λ and `rule="cosine"`: the decay takes such harm back. Tuners
+    there are `optax.sgd(0.5)` for the rate and `optax.sgd(2.0)` for the decay, which starts at 0.01.
 
     **Which loss.** By default g_t is the gradient that `update` is given, that of the training loss: hypergradient
     descent, at no gradient more. With the extra argument `valid_grad_fn` it is `valid_grad_fn(params)`, the gradient of
@@ -103,7 +108,7 @@ def self_tuning(
       factory: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["rate"])`.
       hyperparams: λ to start from, any tree of numbers; positive but for "additive".
       tuner: the optimizer of λ.
-      rule: "additive", "multiplicative" or "normalized".
+      rule: "additive", "multiplicative", "normalized" or "cosine"; the last with `mode="forward"`.
       discount: μ, in [0, 1].
       gap: γ, at least 0; counts where there is a validation loss.
       mode: "forward", for few λ, or "reverse", for many, with μ = 0.
@@ -112,9 +117,10 @@ def self_tuning(
       A transform, with parameters as a required argument of `update`, and `valid_grad_fn` and `grad_fn` as extra ones.
 
     Raises:
-      ValueError: `rule` or `mode` is something else, `factory` is no function, λ is empty, or not positive where it
-        must be, `discount` is not in [0, 1], or not 0 in reverse mode, `gap` is negative; in `update`: there are no
-        parameters, or no `grad_fn` where μ > 0 needs one.
+      ValueError: `rule` or `mode` is something else, `factory` is no function or `tuner` no transform, λ is empty, no
+        number, or not positive where it must be, `discount` is not in [0, 1], or in reverse mode not 0, `rule` is
+        "cosine" there, `gap` is negative; in `update`: there are no parameters, or no `grad_fn` where μ > 0 needs one,
+        they or what `valid_grad_fn` returns are no tree like the gradients, or a leaf of λ does not move the updates.
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782; a stack of them: Chandra et al., NeurIPS 2022,
     https://arxiv.org/abs/1909.13371; T1–T2: Luketina et al., ICML 2016, https://arxiv.org/abs/1511.06727; carried:
@@ -131,8 +137,8 @@ def self_tuning(
     >>> bool(state.hyperparams["rate"] > 0.05)
     True
     """
-    if rule not in ("additive", "multiplicative", "normalized"):
-        raise ValueError(f'`rule` must be "additive", "multiplicative" or "normalized"; got {rule!r}.')
+    if rule not in ("additive", "multiplicative", "normalized", "cosine"):
+        raise ValueError(f'`rule` must be "additive", "multiplicative", "normalized" or "cosine"; got {rule!r}.')
     if mode not in ("forward", "reverse"):
         raise ValueError(f'`mode` must be "forward" or "reverse"; got {mode!r}.')
     if not 0 <= discount <= 1:
@@ -144,11 +150,21 @@ def self_tuning(
             f'`discount` must be 0 with `mode="reverse"`, which looks at the last step alone; got {discount}. '
             'Use `mode="forward"`.'
         )
+    if rule == "cosine" and mode == "reverse":
+        raise ValueError(
+            '`rule="cosine"` needs the effect of each λ by itself, which `mode="reverse"` never has. Use '
+            '`mode="forward"`, or `rule="normalized"`.'
+        )
     for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams):
-        if rule != "additive" and not isinstance(leaf, Tracer) and not np.all(np.asarray(leaf) > 0):
+        where = jax.tree_util.keystr(path) or "the root"
+        if isinstance(leaf, Tracer):
+            continue
+        if not jnp.issubdtype(np.asarray(leaf).dtype, jnp.number):
+            raise ValueError(f"`hyperparams` must be numbers; got {leaf!r} at {where}.")
+        if rule != "additive" and not np.all(np.asarray(leaf) > 0):
             raise ValueError(
                 f"`hyperparams` must be positive, since the {rule} rule moves their logarithms; got {leaf} at "
-                f'{jax.tree_util.keystr(path) or "the root"}. Use `rule="additive"`, or leave it in the factory.'
+                f'{where}. Use `rule="additive"`, or leave it in the factory.'
             )
     if not jax.tree.leaves(hyperparams):
         raise ValueError(f"`hyperparams` must hold at least one number to tune; got {hyperparams}.")
@@ -157,21 +173,26 @@ def self_tuning(
             "`factory` must be a function `hyperparams -> optax.GradientTransformation`, such as "
             f"`lambda hp: optax.adamw(hp['rate'])`; got {type(factory).__name__} itself."
         )
+    base.check_transform("tuner", tuner)
     tuner = optax.with_extra_args_support(tuner)
     logarithmic = rule != "additive"
+    checked = set()
 
     def optimizer(hyperparams):
-        return differentiable(factory(hyperparams))
+        made = factory(hyperparams)
+        base.check_transform("factory(hyperparams)", made)
+        return differentiable(made)
 
     def init(params):
         # A copy, so that a program may be given the buffer: the next run starts from λ again.
+        params = jax.tree.map(jnp.asarray, params)
         start = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), hyperparams)
         inner = optimizer(start).init(params)
         if mode == "reverse":  # copies, so that a program may be given the buffers of both
             last = (optax.tree.zeros_like(params), *jax.tree.map(jnp.copy, (inner, params)))
         else:
             num = ravel_pytree(start)[0].size
-            carried = (params, _split(inner)[0] if discount else None)
+            carried = (_split(params)[0], _split(inner)[0] if discount else None)
             last = jax.tree.map(lambda x: jnp.zeros((num, *jnp.shape(x)), jnp.result_type(x)), carried)
         return SelfTuningState(start, inner, tuner.init(start), last, jnp.zeros([], jnp.int32))
 
@@ -182,10 +203,10 @@ def self_tuning(
         flat, unravel = ravel_pytree(state.hyperparams)
         # With `axis_size`, parameters may be an empty tree.
         dots = jax.vmap(lambda z: optax.tree.vdot(_wide(z), _wide(judge)), axis_size=flat.size)(derivatives)
-        signal = jnp.asarray(dots)
-        if rule == "normalized":
+        signal = jnp.real(dots)
+        if rule in ("normalized", "cosine"):
             lengths = jax.vmap(_norm, axis_size=flat.size)(derivatives)
-            signal = _divided(signal, _norm(judge) * jnp.max(lengths))
+            signal = _divided(signal, _norm(judge) * (lengths if rule == "cosine" else jnp.max(lengths)))
         return unravel(jnp.asarray(signal, flat.dtype))
 
     def signal_reverse(judge, state, extra_args):
@@ -193,13 +214,15 @@ def self_tuning(
         last_grads, last_inner, last_params = state.last
 
         def last_update(hyperparams):
-            return optimizer(hyperparams).update(last_grads, last_inner, last_params, **extra_args)[0]
+            out, _ = optimizer(hyperparams).update(last_grads, last_inner, last_params, **extra_args)
+            return _split(out)[0]
 
         last_updates, pullback = jax.vjp(last_update, state.hyperparams)
         if rule == "normalized":  # before the products, for which half precision may have no room
             norm = _norm(judge)
             judge = jax.tree.map(lambda g: _divided(g, norm), _wide(judge))
-        (signal,) = pullback(_like(judge, last_updates))
+        # JAX's pullback is that of u ↦ Re Σ g u, without a conjugate.
+        (signal,) = pullback(_like(jax.tree.map(jnp.conj, judge), last_updates))
         if logarithmic:
             signal = jax.tree.map(jnp.multiply, state.hyperparams, signal)
         if rule == "normalized":
@@ -215,31 +238,50 @@ def self_tuning(
         return out, inner, (updates, state.inner, params)
 
     def step_forward(updates, state, params, tuned, grad_fn, extra_args):
-        floats, rest = _split(state.inner)
+        floats, rest = _split((updates, params, state.inner))
         flat, unravel = ravel_pytree(tuned)
         # Each λ, or each log λ.
         primals, tangents = (tuned,), (jax.vmap(unravel)(jnp.diag(flat if logarithmic else jnp.ones_like(flat))),)
         if discount:
-            by_params, by_floats = jax.tree.map(lambda z: discount * z, state.last)
+            by_params, by_inner = jax.tree.map(lambda z: discount * z, state.last)
             if grad_fn is None:
                 raise ValueError(
                     "`discount` above 0 needs the gradient of the training loss as a function, to see how it changes "
                     "with the parameters: call `update(updates, state, params, grad_fn=grad_fn)`."
                 )
-            _, hessian = jax.linearize(grad_fn, params)
-            by_updates = _like(jax.vmap(hessian, axis_size=flat.size)(by_params), updates)
-            primals, tangents = (tuned, updates, floats, params), (*tangents, by_updates, by_floats, by_params)
+            _, hessian = jax.linearize(lambda p: _split(grad_fn(_merge(p, rest[1])))[0], floats[1])
+            by_updates = _like(jax.vmap(hessian, axis_size=flat.size)(by_params), floats[0])
+            primals, tangents = (tuned, floats), (*tangents, (by_updates, by_params, by_inner))
 
-        def advance(hyperparams, updates=updates, floats=floats, params=params):
-            out, inner = optimizer(hyperparams).update(updates, _merge(floats, rest), params, **extra_args)
-            floats, rest_out = _split(_like(inner, state.inner))
-            return (out, floats), rest_out
+        def advance(hyperparams, floats=floats):
+            updates, params, inner = _merge(floats, rest)
+            out, inner = optimizer(hyperparams).update(updates, inner, params, **extra_args)
+            return _split((out, _like(inner, state.inner)))
 
-        (out, floats), push, rest = jax.linearize(advance, *primals, has_aux=True)
-        by_params_out, by_floats_out = jax.vmap(push)(*tangents)
+        floats_out, push, rest_out = jax.linearize(advance, *primals, has_aux=True)
+        by_params_out, by_inner_out = jax.vmap(push)(*tangents)
+        out, inner = _merge(floats_out, rest_out)
         if not discount:
-            return out, _merge(floats, rest), (by_params_out, None)
-        return out, _merge(floats, rest), (jax.tree.map(jnp.add, by_params, by_params_out), by_floats_out)
+            return out, inner, (by_params_out, None)
+        return out, inner, (jax.tree.map(jnp.add, by_params, by_params_out), by_inner_out)
+
+    def refuse_what_has_no_effect(updates, state, params, extra_args):
+        """Raises where a leaf of λ does not move the updates (with a discount: nor the optimizer's state)."""
+
+        def moved(hyperparams):
+            out, inner = optimizer(hyperparams).update(updates, state.inner, params, **extra_args)
+            return _split((out, inner if discount else None))[0]
+
+        used = rewrite.used_leaves(moved, state.hyperparams)
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.hyperparams)]
+        idle = [jax.tree_util.keystr(path) or "itself" for path, u in zip(paths, used, strict=True) if not u]
+        if idle:
+            raise ValueError(
+                f"The leaves {', '.join(idle)} of λ do not move the updates: `factory` does not use them, or what it "
+                "makes keeps them in its state, as `optax.inject_hyperparams` does. Make the optimizer of "
+                "`hyperparams` itself, as in `lambda hp: optax.adamw(hp['rate'])`; around `self_tuning`, "
+                "`inject_hyperparams` works."
+            )
 
     signal_of, step = (signal_forward, step_forward) if mode == "forward" else (signal_reverse, step_reverse)
 
@@ -254,9 +296,21 @@ def self_tuning(
                 "`self_tuning` sees some of the parameters alone. Put it outside: "
                 "`self_tuning(lambda hp: optax.multi_transform({...: optax.adam(hp[...])}, labels), ...)`."
             )
-        judge = updates if valid_grad_fn is None else valid_grad_fn(params)
+        _check_like("the parameters", params, updates)
+        judge = updates
+        if valid_grad_fn is not None:
+            if not callable(valid_grad_fn):
+                kind = type(valid_grad_fn).__name__
+                raise ValueError(f"`valid_grad_fn` must be a function, `params -> gradient`; got a {kind}.")
+            judge = valid_grad_fn(params)
+            _check_like("what `valid_grad_fn` returns", judge, updates)
+        judge = _split(judge)[0]
+        structure = jax.tree.structure((updates, extra_args))
+        if jax.tree.leaves(judge) and not masked and structure not in checked:
+            refuse_what_has_no_effect(updates, state, params, extra_args)
+            checked.add(structure)
         if gap and valid_grad_fn is not None:
-            judge = jax.tree.map(lambda v, g: v + gap * (v - g), _wide(judge), _wide(updates))
+            judge = jax.tree.map(lambda v, g: v + gap * (v - g), _wide(judge), _wide(_split(updates)[0]))
         signal = signal_of(judge, state, extra_args)
         at = jax.tree.map(jnp.log, state.hyperparams) if logarithmic else state.hyperparams
         moves, tuner_state = tuner.update(signal, state.tuner, at)
@@ -291,7 +345,20 @@ def _wide(tree):
 
 
 def _norm(tree):
-    return optax.tree.norm(_wide(tree))
+    """With a derivative of zero at zero: before the first step there is no last one."""
+    square = optax.tree.norm(_wide(tree), squared=True)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def _check_like(what, tree, updates):
+    """Refuses a tree that is not like the updates."""
+    shapes = [jax.tree.map(jnp.shape, t) for t in (tree, updates)]
+    if jax.tree.structure(tree) != jax.tree.structure(updates) or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{what[0].upper()}{what[1:]} must be a tree like the gradients that `update` is given, "
+            f"{shapes[1]}; got {shapes[0]}. (`jax.value_and_grad` returns a pair; what changes the parameters' "
+            "structure, as `optax.lookahead` does, belongs around `self_tuning`, not into its factory.)"
+        )
 
 
 def _divided(x, norm):

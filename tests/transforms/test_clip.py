@@ -80,3 +80,5 @@ def test_bad_arguments():
         transforms.learnable_clip(1.0, scope="block")
     with pytest.raises(ValueError, match="`sharpness` must be positive, or None; got 0"):
         transforms.learnable_clip(1.0, sharpness=0)
+    with pytest.raises(ValueError, match="`max_norm` must be positive; got -1"):
+        transforms.learnable_clip(-1.0)

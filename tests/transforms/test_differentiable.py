@@ -172,17 +172,23 @@ def test_control_flow_and_custom_derivatives_within_a_transform():
 
 
 def test_extra_arguments_reach_the_transform():
-    def update(updates, state, params=None, *, value, value_fn, tree):
-        return jax.tree.map(lambda u: u * value * tree["a"] + value_fn(params), updates), state
+    def update(updates, state, params=None, *, value, value_fn, tree, double, name):
+        factor = tree["a"] * (2 if double and name == "it" else 1)  # Python's own values are not traced
+        return jax.tree.map(lambda u: u * value * factor + value_fn(params), updates), state
 
     safe = transforms.differentiable(optax.GradientTransformationExtraArgs(lambda params: (), update))
-    updates, _ = safe.update(2.0, (), 1.0, value=jnp.array(3.0), value_fn=lambda p: p + 1, tree={"a": np.array(5.0)})
-    assert updates == 2 * 3 * 5 + 2
+    options = {"value_fn": lambda p: p + 1, "tree": {"a": np.array(5.0)}, "double": True, "name": "it"}
+    updates, _ = safe.update(2.0, (), 1.0, value=jnp.array(3.0), **options)
+    assert updates == 2 * 3 * 10 + 2
+    by_value = jax.grad(lambda value: safe.update(2.0, (), 1.0, value=value, **options)[0])(3.0)
+    assert by_value == 2 * 10
 
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match='`zero` must be "drop" or "exact"; got \'keep\''):
         transforms.differentiable(optax.sgd(0.1), zero="keep")
+    with pytest.raises(ValueError, match="`optimizer` must be an optax transform; got .*, a function: call it"):
+        transforms.differentiable(optax.sgd)
 
 
 def scanning():

@@ -129,3 +129,5 @@ def test_bad_arguments():
         transforms.mixture([optax.sgd(0.1), optax.adam(0.1)], jnp.ones(3))
     with pytest.raises(ValueError, match=r"leaf of shape \(\)"):
         transforms.mixture([optax.sgd(0.1), optax.adam(0.1)], [0.5, 0.5])
+    with pytest.raises(ValueError, match=r"`transforms\[1\]` must be an optax transform; got .*: call it"):
+        transforms.mixture([optax.sgd(0.1), optax.adam], jnp.ones(2))

@@ -68,6 +68,23 @@ def test_one_value_for_all_is_the_factory_itself():
     chex.assert_trees_all_equal_structs(*states, optax.adamw(0.1).init(PARAMS))
 
 
+@pytest.mark.parametrize("make", ["parameter", "group"])
+def test_other_values_are_the_same_program(make):
+    traces = []
+
+    @jax.jit
+    def step(first, second):
+        traces.append(0)
+        if make == "parameter":
+            adamw = transforms.per_parameter(optax.adamw)({"encoder": first, "head": second}, weight_decay=second)
+        else:
+            grouped = transforms.per_group(optax.adamw, patterns={"kernels": "kernel$", "rest": ""})
+            adamw = grouped(first, weight_decay={"kernels": first, "rest": second})
+        return adamw.update(GRADS, adamw.init(PARAMS), PARAMS)[0]["head"]["kernel"]
+
+    assert not np.array_equal(step(0.1, 0.2), step(0.3, 0.4)) and len(traces) == 1
+
+
 def test_parameters_with_the_same_values_share_a_call():
     calls = []
 
@@ -204,6 +221,9 @@ def test_bad_arguments():
         make({"encoder": 0.1, "tail": 0.1}).init(PARAMS)
     with pytest.raises(ValueError, match="either `patterns` or `labels`"):
         transforms.per_group(optax.sgd)
+    for wrap in (transforms.per_parameter, lambda factory: transforms.per_group(factory, patterns={"all": ""})):
+        with pytest.raises(ValueError, match="`factory` must be a function that makes a transform"):
+            wrap(optax.sgd(0.1))
     with pytest.raises(ValueError, match="Two parameters have the same path"):
         make({"a/b": 0.1, "a": {"b": 0.2}}).init({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
     grouped = transforms.per_group(optax.sgd, patterns={"kernels": "kernel"})

@@ -1,0 +1,187 @@
+"""Self-tuning optimizers of other trees, around and within other transforms, and what they refuse."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import transforms
+
+MODES = ["forward", "reverse"]
+PARAMS = {"w": np.array([0.5, -1.0]), "b": np.array([0.3])}
+
+
+def adam(**kwargs):
+    return transforms.self_tuning(lambda hp: optax.adam(hp["rate"]), {"rate": 1e-3}, optax.sgd(0.1), **kwargs)
+
+
+def run(transform, grads, params, num_steps=3, **extra):
+    state, update = transform.init(params), jax.jit(lambda *args: transform.update(*args, **extra))
+    for _ in range(num_steps):
+        updates, state = update(grads, state, params)
+    return updates, state
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"mode": "reverse"}, {"discount": 0.5}])
+def test_integers_among_the_parameters_have_no_part(kwargs):
+    # Of a table of indices there is no derivative; plain optax, too, takes it where it is masked.
+    params = {"a": jnp.array([1.0, -2.0]), "index": jnp.arange(3)}
+    grads = {"a": jnp.array([0.3, 0.1]), "index": jnp.zeros(3, int)}
+    extra = {"grad_fn": lambda p: {"a": p["a"], "index": jnp.zeros(3, int)}} if "discount" in kwargs else {}
+    mask = {"a": True, "index": False}
+    whole = transforms.self_tuning(
+        lambda hp: optax.masked(optax.adam(hp["rate"]), mask), {"rate": 1e-3}, optax.sgd(0.1), **kwargs
+    )
+    updates, state = run(whole, grads, params, **extra)
+    alone_extra = {"grad_fn": lambda p: p} if "discount" in kwargs else {}
+    expected, alone = run(adam(**kwargs), grads["a"], params["a"], **alone_extra)
+    chex.assert_trees_all_close((updates["a"], state.hyperparams), (expected, alone.hyperparams), rtol=1e-12)
+    np.testing.assert_array_equal(updates["index"], 0)
+    assert state.hyperparams["rate"] > 1.1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_complex_parameters_are_pairs_of_real_ones(mode):
+    # As optax has it, a gradient is the direction of ascent: ∂/∂x + i ∂/∂y.
+    tuned = transforms.self_tuning(lambda hp: optax.sgd(hp), 0.1, optax.sgd(0.1), mode=mode)
+    first, second = np.array([1.0 + 2.0j, -0.5j]), np.array([0.3 - 1.0j, 2.0])
+
+    def both(first, second):
+        state = tuned.init(first)
+        _, state = tuned.update(first, state, first)
+        return tuned.update(second, state, first)[1].hyperparams
+
+    pairs = [np.stack([g.real, g.imag]) for g in (first, second)]
+    found, expected = jax.jit(both)(first, second), jax.jit(both)(*pairs)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert abs(found - 0.1) > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.once
+def test_derivatives_in_the_start(mode):
+    # Before the first step u = 0, and ‖u‖ has no derivative there.
+    def trained(rate):
+        optimizer = transforms.self_tuning(lambda hp: optax.adam(hp), rate, optax.sgd(0.1), mode=mode)
+        params = jnp.array([0.5, -1.0])
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates, state = optimizer.update(jnp.sin(params), state, params)
+            params = params + updates
+        return jnp.sum(jnp.cos(params))
+
+    value = jax.jit(trained)
+    expected = (value(0.01 + 1e-6) - value(0.01 - 1e-6)) / 2e-6
+    np.testing.assert_allclose(jax.jit(jax.grad(trained))(0.01), expected, rtol=1e-6)
+    assert abs(expected) > 1e-3
+
+
+def test_the_weights_of_a_mixture_within_multi_steps():
+    def factory(logits):
+        return transforms.mixture([optax.sgd(0.1), optax.scale(0.1)], jax.nn.softmax(logits))
+
+    tuned = transforms.self_tuning(factory, jnp.zeros(2), optax.sgd(1.0), rule="additive")
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    _, state = run(optax.MultiSteps(tuned, 2), params, params, num_steps=8)
+    logits = optax.tree.get(state, "hyperparams")
+    assert logits[0] > 0.01 and logits[1] < -0.01  # down the gradient, and not up
+
+
+def test_around_multi_steps_masked_and_within_lookahead():
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    accumulated = transforms.self_tuning(
+        lambda hp: optax.MultiSteps(optax.adam(hp), 2).gradient_transformation(), 1e-3, optax.sgd(0.1)
+    )
+    assert run(accumulated, params, params, num_steps=6)[1].hyperparams > 1.05e-3
+    masked = optax.masked(adam(), {"w": True, "b": False})
+    updates, state = run(masked, params, params)
+    expected, alone = run(adam(), params["w"], params["w"])
+    chex.assert_trees_all_close((updates["w"], optax.tree.get(state, "rate")), (expected, alone.hyperparams["rate"]))
+    ahead = optax.lookahead(adam(), 2, 0.5)
+    pair = optax.LookaheadParams.init_synced(params)
+    state = ahead.init(pair)
+    for _ in range(3):
+        updates, state = ahead.update(params, state, pair)
+        pair = optax.apply_updates(pair, updates)
+    assert optax.tree.get(state, "rate") > 1.1e-3
+
+
+def test_what_does_not_move_the_updates_is_refused():
+    params = jnp.ones(2)
+    injected = transforms.self_tuning(
+        lambda hp: optax.inject_hyperparams(optax.adam)(hp["rate"]), {"rate": 1e-3}, optax.sgd(0.1)
+    )
+    with pytest.raises(ValueError, match=r"\['rate'\] of λ do not move the updates.*`optax.inject_hyperparams` does"):
+        injected.update(params, injected.init(params), params)
+    forgotten = transforms.self_tuning(
+        lambda hp: optax.adamw(hp["rate"]), {"rate": 1e-3, "decay": 0.1}, optax.sgd(0.1), mode="reverse"
+    )
+    with pytest.raises(ValueError, match=r"The leaves \['decay'\] of λ do not move"):
+        forgotten.update(params, forgotten.init(params), params)
+    # Within `masked`, values of what is left out are not used, and need not be.
+    rates = {"w": 0.1, "b": 0.2}
+    masked = optax.masked(
+        transforms.self_tuning(transforms.per_parameter(optax.sgd), rates, optax.sgd(0.1)), {"w": True, "b": False}
+    )
+    _, state = run(masked, jax.tree.map(jnp.asarray, PARAMS), jax.tree.map(jnp.asarray, PARAMS))
+    assert optax.tree.get(state, "hyperparams")["b"] == 0.2
+
+
+def test_a_cosine_for_each_hyperparameter():
+    # g, u and λ ∂u/∂λ by hand: u = −rate (g + decay θ).
+    def factory(hp):
+        return optax.chain(optax.add_decayed_weights(hp["decay"]), optax.sgd(hp["rate"]))
+
+    start = {"decay": 1e-6, "rate": 0.1}
+    tuned = transforms.self_tuning(factory, start, optax.sgd(0.5), rule="cosine")
+    params, first, second = (np.random.default_rng(i).normal(size=5) for i in range(3))
+    _, state = tuned.update(first, tuned.init(params), params)
+    _, state = jax.jit(tuned.update)(second, state, params)
+    cosine = lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    expected = {
+        "decay": 1e-6 * np.exp(0.5 * cosine(second, params)),
+        "rate": 0.1 * np.exp(0.5 * cosine(second, first + 1e-6 * params)),
+    }
+    chex.assert_trees_all_close(state.hyperparams, expected, rtol=1e-6)  # λ is in float32
+    assert abs(expected["decay"] / 1e-6 - 1) > 0.05
+    with pytest.raises(ValueError, match='`rule="cosine"` needs the effect of each λ by itself'):
+        transforms.self_tuning(factory, start, optax.sgd(0.5), rule="cosine", mode="reverse")
+
+
+def test_training_in_float32_among_float64_is_differentiable():
+    # Within float64 a λ in float32, of parameters in half precision and in none.
+    def tuned(rate, params):
+        optimizer = transforms.self_tuning(lambda hp: optax.sgd(hp), rate, optax.sgd(0.1))
+        state = optimizer.init(params)
+        for _ in range(2):
+            _, state = optimizer.update(params, state, params)
+        return state.hyperparams
+
+    for params, expected in ((jnp.ones((2, 3), jnp.bfloat16), np.exp(0.1)), ({}, 1.0)):
+        slope = jax.jit(jax.grad(tuned))(jnp.float32(0.1), params)
+        np.testing.assert_allclose(slope, expected, rtol=1e-2)
+
+
+def test_what_is_no_transform_and_no_gradient_is_refused():
+    with pytest.raises(ValueError, match="`tuner` must be an optax transform; got 0.1"):
+        transforms.self_tuning(optax.sgd, 0.1, 0.1)
+    with pytest.raises(ValueError, match=r"`hyperparams` must be numbers; got '0.1' at \['rate'\]"):
+        transforms.self_tuning(optax.sgd, {"rate": "0.1"}, optax.sgd(0.1))
+    unmade = transforms.self_tuning(lambda hp: optax.adam, 0.1, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"`factory\(hyperparams\)` must be an optax transform; got .* call it"):
+        unmade.init(jnp.ones(2))
+    optimizer, params = adam(), jax.tree.map(jnp.asarray, PARAMS)
+    state = optimizer.init(params)
+    for valid_grad_fn, match in (
+        (params, "`valid_grad_fn` must be a function, `params -> gradient`; got a dict"),
+        (lambda p: (1.0, p), "What `valid_grad_fn` returns must be a tree like the gradients.*value_and_grad"),
+        (lambda p: {**p, "w": jnp.ones(3)}, r"What `valid_grad_fn` returns .*'w': \(2,\)\}; got .*'w': \(3,\)\}"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            optimizer.update(params, state, params, valid_grad_fn=valid_grad_fn)
+    ahead = transforms.self_tuning(lambda hp: optax.lookahead(optax.adam(hp), 2, 0.5), 0.1, optax.sgd(0.1))
+    pair = optax.LookaheadParams.init_synced(params)
+    with pytest.raises(ValueError, match="The parameters must be a tree like the gradients .*belongs around"):
+        ahead.update(params, ahead.init(pair), pair)
