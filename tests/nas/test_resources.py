@@ -42,7 +42,7 @@ def draws(network, num):
         yield nas.from_configuration(network, {n: int(RNG.integers(leaf.high + 1)) for n, leaf in space.items()})
 
 
-@pytest.mark.parametrize("space", ["sizes", "201", pytest.param("darts", marks=pytest.mark.once)])
+@pytest.mark.parametrize("space", ["sizes", *(pytest.param(name, marks=pytest.mark.once) for name in ("201", "darts"))])
 def test_one_hot_costs_are_those_of_the_discrete_network(space):
     """Parameters of its tree, and products of its whole jaxpr: scans, stacks of layers and all."""
     network, shape, ops, partial = SPACES[space]
