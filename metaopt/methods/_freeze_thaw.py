@@ -76,7 +76,8 @@ def train_curve_searcher(
         E[max(y* − y(c, F), 0)] / (1 − fidelity reached),
 
     where y* is the best outcome at the full budget, and the least mean at the full budget as long as there is none.
-    Objectives should continue a trial from its own checkpoint (`tasks.collect(resumes=True)`).
+    Objectives should continue a trial from its own checkpoint (`tasks.collect(resumes=True)`): one that begins anew
+    pays more than is counted here, and its budget goes to the ends of trials that are not worth it.
 
     Args:
       records: trials of earlier tasks, at several fidelities; at the full budget, too. Outcomes of all tasks are on one

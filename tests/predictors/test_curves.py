@@ -109,7 +109,7 @@ def test_gaps_are_filled_from_the_task_s_level_and_the_candidate_s_own_curve():
 def test_intervals_hold_what_they_say_after_calibration_where_errors_have_heavy_tails():
     """Most tasks are near the mean, some are far off: a normal distribution's middle half would hold nearly all."""
     rng = np.random.default_rng(1)
-    tail = rng.standard_t(1.5, size=(60, 6, 2)) * 0.02
+    tail = rng.standard_t(1.5, size=(540, 6, 2)) * 0.02
     curves = 0.5 + tail
     surrogate = predictors.curve_surrogate(curves[:40], np.zeros((6, 1)), np.array([0.5, 1.0]))
     before = np.asarray(surrogate.errors)
