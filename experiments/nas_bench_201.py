@@ -130,7 +130,7 @@ def searches(config: Config) -> dict[str, tuple[methods.Search, optax.GradientTr
         return optax.chain(optax.add_decayed_weights(1e-3), optax.adam(schedule, b1=0.5, b2=0.999))
 
     first = of(methods.darts, order="first")
-    watch = {**LATE, "every": config.every, "num_iterations": 10}
+    watch: dict[str, Any] = {**LATE, "every": config.every, "num_iterations": 10}
     first = first._replace(estimator=nas.stopped_by_curvature(first.estimator, first.problem, **watch))
     solver = hypergrad.neumann(num_steps=3, rate=0.025)
     return {
@@ -369,7 +369,7 @@ def correlations(seeds: dict, table, data) -> list[str]:
             ours = np.array([-np.inf if v is None else v for v in run[name]])
             theirs = published[at, names.index(theirs_of.get(name, name))]
             both = np.isfinite(theirs) & (theirs > -1e7)
-            rho = lambda a, b: float(spearmanr(a, b).statistic)
+            rho = lambda a, b: float(np.asarray(spearmanr(a, b))[0])
             test = 100 - table.test[at]
             columns.append(
                 [rho(ours[both], theirs[both]), *(rho(ours, test[:, t]) for t in range(3))]
@@ -378,7 +378,7 @@ def correlations(seeds: dict, table, data) -> list[str]:
         columns = np.array(columns)
         told = [script.spread(columns[:, i], 2) for i in range(columns.shape[1] - 1)]
         rows.append([name, *told, f"{columns[:, -1].mean():.0f}"])
-    flops = np.array([[spearmanr(data["flops_params_M_cifar10"][r["rows"], 0], -table.test[r["rows"], t]).statistic
+    flops = np.array([[spearmanr(data["flops_params_M_cifar10"][r["rows"], 0], -table.test[r["rows"], t])[0]
                        for t in range(3)] for r in seeds.values()])  # fmt: skip
     rows.append(["FLOPs", "", *(script.spread(flops[:, t], 2) for t in range(3)), "", "", ""])
     header = ["ours", "with published", *(f"with {t}" for t in table.tasks), "where published: ours", "published", "n"]

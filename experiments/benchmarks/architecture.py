@@ -50,7 +50,7 @@ class Case(NamedTuple):
             "ops": self.ops,
             "keep": self.keep,
             "sampler": rows,
-            "outer_batch": lambda key, task: rows(key, 0, task.valid),
+            "outer_batch": lambda key, task: rows(key, jnp.array(0), task.valid),
             **options,
         }
         return method(self.network, self.shape, **options)
