@@ -186,8 +186,8 @@ def text_of(genotypes: dict[str, nas.Genotype], reports: dict[str, methods.Searc
         f"{scale.steps:,} alternations of {scale.batch} images, {scale.cells} cells of {scale.channels} channels; "
         f"alone: {scale.steps_alone:,} steps of {scale.batch_alone}, {scale.cells_alone} cells of "
         f"{scale.channels_alone} channels. Test accuracies (supernets: of {scale.judged:,} images); nothing is chosen "
-        "by them. Random cells are the same in all tables. Processor seconds are those of the last run, where it went on "
-        "from earlier ones.",
+        "by them. Random cells are the same in all tables. Processor seconds are those of the last run, "
+        "where it went on from earlier ones.",
     ]
     return "\n".join(lines)
 
