@@ -51,26 +51,28 @@ def test_a_network_by_hand():
     np.testing.assert_allclose(found, np.maximum(normalized(x), 0) @ head["w"] + head["b"], rtol=1e-9)
 
 
-def test_the_second_layer_sees_the_first_ones_output_twice():
+@pytest.mark.parametrize("stem", [True, False])
+def test_the_second_layer_sees_the_first_ones_output_twice(stem):
     """As DARTS's first cell sees its stem; the third layer sees the two before it."""
     cell = nas.Cell(2, (nas.Edge(0, 2, ("skip_connect",)), nas.Edge(1, 2, ("skip_connect",))), (2,))
-    net = nas.Network({"cell": cell}, (nas.Layer("linear", 4), *[nas.Layer("cell", 4)] * 3), 4)
-    supernet = nas.supernet(net, (3,), ops=nas.BLOCKS)
+    layers = (*[nas.Layer("linear", 4)] * stem, *[nas.Layer("cell", 4 if stem else 3)] * 3)
+    supernet = nas.supernet(nas.Network({"cell": cell}, layers, 4), (3,), ops=nas.BLOCKS)
     params = jax.jit(supernet.init)(KEY)
-    params, features = jax.jit(lambda p: (p, supernet.features(p, None, X)))(params)
-    y, weights = [np.asarray(f) for f in features], []
-    for layers in params["layers"][1:]:
-        inputs = [np.asarray(p["w"]) for p in layers["inputs"]]
+    y = [np.asarray(f) for f in jax.jit(supernet.features)(params, None, X)]
+    weights = []
+    for stacked in params["layers"][stem:]:
+        inputs = [np.asarray(p["w"]) for p in stacked["inputs"]]
         weights += [[w[i] for w in inputs] for i in range(len(inputs[0]))]
 
     def seen(x, w):
         x = np.maximum(x, 0) @ w
         return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
 
-    assert len(y) == 4 and len(weights) == 3
-    for layer, (old, new) in enumerate([(y[0], y[0]), (y[0], y[1]), (y[1], y[2])]):
-        expected = seen(old, weights[layer][0]) + seen(new, weights[layer][1])
-        np.testing.assert_allclose(y[layer + 1], expected, rtol=1e-9)
+    x = np.asarray(X)
+    pairs = [(y[0], y[0]), (y[0], y[1]), (y[1], y[2])] if stem else [(x, x), (y[0], y[0]), (y[0], y[1])]
+    assert len(y) == len(layers) and len(weights) == 3
+    for (old, new), (first, second), found in zip(pairs, weights, y[stem:], strict=True):
+        np.testing.assert_allclose(found, seen(old, first) + seen(new, second), rtol=1e-9)
 
 
 def image_case(name):
