@@ -1093,6 +1093,7 @@ def parse(argv) -> tuple[argparse.Namespace, str, Config]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folds", type=int, nargs="+", help="which folds to hold out, in turn")
     parser.add_argument("--merge", metavar="JSON", nargs="+", help="make one result of runs over different shapes")
+    parser.add_argument("--note", default="", help="a sentence that the result should carry")
     parser.add_argument("--shapes", nargs="+", choices=("images", "tables"))
     for field in dataclasses.fields(Config):
         if field.type in (int, float, "int", "float"):
@@ -1112,7 +1113,7 @@ def main(argv=None) -> list[dict[str, Any]]:
     out.mkdir(parents=True, exist_ok=True)
     if args.merge:
         parts = [json.loads(Path(file).read_text()) for file in args.merge]
-        finish(merged(parts), out / f"auto_architecture_{parts[0]['preset']}")
+        finish({**merged(parts), "note": args.note}, out / f"auto_architecture_{parts[0]['preset']}")
         return [result for part in parts for result in part["results"]]
     begin = time.perf_counter()
     say = lambda text: print(f"[{time.perf_counter() - begin:5.0f} s] {text}", flush=True)
@@ -1122,6 +1123,7 @@ def main(argv=None) -> list[dict[str, Any]]:
         return {
             "command": "python experiments/auto_architecture.py " + " ".join(sys.argv[1:] if argv is None else argv),
             "preset": name,
+            "note": args.note,
             "seed": args.seed,
             "config": dataclasses.asdict(config),
             "data": bool(os.environ.get("METAOPT_DATA")) and not args.packaged,
@@ -1163,7 +1165,9 @@ def finish(details: dict[str, Any], path: Path) -> None:
         "alternation of DARTS costs "
         + " and ".join(f"{r['alternation']:.2f} ({r['shape']})" for r in results)
         + " of it, in operations. Intervals are from a bootstrap over families. Random search is the mean over draws "
-        "of which of the trained networks it saw. Seconds are per task, without the final training's compilation.\n\n"
+        "of which of the trained networks it saw. Seconds are per task, without compilation. "
+        f"DARTS takes {config['darts_steps']} alternations of second order, as fine-tuning takes "
+        f"{config['fine_tune_steps']}, at the same rate of α, which was tuned for neither. " + details["note"] + "\n\n"
         f"`{'METAOPT_DATA=... ' if details['data'] else ''}{details['command'].strip()}`, seed {details['seed']}, "
         f"{details['seconds']:.0f} s ({details['processor']:.0f} processor seconds) on {details['cores']} core(s); "
         f"Python {platform.python_version()}, JAX {jax.__version__}.\n"
