@@ -31,7 +31,7 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
         y[n, p, d] = Σ_{k, c} x[n, s p + r k − pad, c] w[k, c, d] = (patches of x) · (w as a matrix)
 
     with patches [N·P, K·C] (K kernel positions, stride s, dilation r). Values agree to rounding; of equal entries a
-    maximum passes its gradient to the first, as before. Works under jit, vmap, and differentiates in any mode and order.
+    maximum passes its gradient to the first, as before. Works under jit and vmap; differentiates in any mode and order.
 
     - float32, without groups: patches are made by XLA's own kernel, piece by piece in the cache. The convolution keeps
       the one layout that has this kernel, in all derivatives and, one task after the other, for kernels per task.
