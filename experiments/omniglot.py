@@ -313,7 +313,8 @@ def main() -> None:
         f"\n\n{scale.episodes} episodes of unseen characters, {options.split} split, the same for all; mean ± 95 % "
         f"over episodes, of one training each. {scale.blocks} blocks of {scale.filters} filters on {scale.size} × "
         f"{scale.size} pixels, {scale.steps:,} outer steps of {scale.tasks} tasks, of which methods take a share: "
-        f"{shares}. Trained with one shot (Reptile five), tested with one and five; pixel prototypes see the same images."
+        f"{shares}. Trained with one shot (Reptile five), tested with one and five; pixel prototypes see the same "
+        "images."
     )
     script.publish(
         __file__, "Omniglot", text, options, name=options.name or ("omniglot_small" if options.small else None)

@@ -153,3 +153,10 @@ def test_the_table_says_which_floors_are_reached(monkeypatch):
     assert printed["by hand: step"][5] == "0.45"
     assert printed["higher"] == ["88.0", "4.40", "", "", "", "2.00", "", "", "1e-05", ""]
     assert printed["TorchOpt (failed)"] == [""] * 10
+
+
+@pytest.mark.once
+def test_smoke_of_conv4():
+    found = {row[0]: row for row in rows(smoke("conv4.py")) if len(row) == 7 and row[0] not in ("program", "---")}
+    assert list(found) == ["metaopt", "naive: JAX, vmap", "JAX, unrolled"]
+    assert all(float(row[1]) > 0 and float(row[6]) < 1e-2 for row in found.values())

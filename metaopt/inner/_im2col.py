@@ -30,13 +30,15 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
 
         y[n, p, d] = Σ_{k, c} x[n, s p + r k − pad, c] w[k, c, d] = (patches of x) · (w as a matrix)
 
-    with patches [N·P, K·C] made by slices (K kernel positions, stride s, dilation r). In float32 and without groups it is
-    XLA's own kernel that makes the patches, piece by piece in the cache: a convolution that keeps the one layout that
-    has this kernel, in all derivatives and, one task after the other, for kernels per task. Values agree to rounding; of
-    equal entries a maximum passes its gradient to the first, as before. Depthwise convolutions are sums of products
-    with slices. Works under jit, vmap (kernels per task become batched matrix products), and differentiates in any mode
-    and order. Patches made by slices take K times the input's memory, and are not made at all where they would take over 256 MiB; the
-    backward pass is told to make them anew rather than keep them, which JAX 0.12 heeds on CPU and 0.10 does not.
+    with patches [N·P, K·C] (K kernel positions, stride s, dilation r). Values agree to rounding; of equal entries a
+    maximum passes its gradient to the first, as before. Works under jit and vmap; differentiates in any mode and order.
+
+    - float32, without groups: patches are made by XLA's own kernel, piece by piece in the cache. The convolution keeps
+      the one layout that has this kernel, in all derivatives and, one task after the other, for kernels per task.
+    - Others: patches are made by slices, and kernels per task become batched matrix products. They take K times the
+      input's memory, and are not made at all where they would take over 256 MiB; the backward pass is told to make them
+      anew rather than keep them, which JAX 0.12 heeds on CPU and 0.10 does not.
+    - Depthwise convolutions are sums of products with slices.
 
     `inner.loop` and `inner.problem` apply it by themselves where the default backend is a CPU: on one core, training
     with three small convolutions in a scan then takes a hundredth of the time (`experiments/benchmarks/rules.py`).

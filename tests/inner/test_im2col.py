@@ -293,6 +293,6 @@ def test_every_convolution_is_compiled_in_the_layout_that_has_a_kernel():
 
     text = jax.jit(lambda w: jax.lax.scan(step, w, length=3)).lower(w).as_text()
     lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
-    assert len(lines) > 4
+    assert len(lines) >= 2  # equal ones may be one function
     for line in lines:
         assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line and "feature_group_count = 1" in line
