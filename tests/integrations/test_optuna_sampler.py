@@ -57,6 +57,7 @@ def test_it_samples_what_the_searcher_would_ask_for(g):
     assert ("only_a" in study.trials[0].params) == (study.trials[0].params["kind"] == "a")
 
 
+@pytest.mark.once
 def test_maximizing_is_minimizing_the_negative(g):
     one, other = (
         optuna.create_study(direction=d, sampler=integrations.optuna_sampler(g, seed=0))

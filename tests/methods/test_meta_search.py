@@ -56,6 +56,7 @@ def test_suggest_needs_no_bookkeeping_and_no_fit(g):
         g.suggest(tried, [0.1])
 
 
+@pytest.mark.once
 def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch):
     """Whatever the number of trials: the arrays that are computed with have at most 256 rows."""
     looked_at, real = [], _meta_search._padded
@@ -73,6 +74,7 @@ def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch)
     assert last.configuration == POOL[-1]
 
 
+@pytest.mark.once
 def test_a_cheap_trial_is_preferred_where_it_is_as_good(g):
     """Costs grow with x, tenfold; what is good is symmetric around the middle."""
     tried = [{"x": 0.0, "kind": "a"}, {"x": 1.0, "kind": "a"}]
@@ -108,6 +110,7 @@ def test_outcomes_at_several_fidelities_are_brought_to_one_scale():
     np.testing.assert_allclose(_meta_search._at_full_budget([{1.0: 0.0}, {1.0: nan}]), [0, nan])
 
 
+@pytest.mark.once
 def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_whole(g):
     encode = _meta_search.encoder(SPACE)
     base, other = {"x": 0.5, "kind": "a"}, {"x": 0.5, "kind": "a", "only_b": 0.9}
