@@ -117,6 +117,14 @@ def test_smoke_of_architecture():
     assert len(measured) == 15 and all(float(row[2]) >= 0 for row in measured.values())  # seconds to compile
 
 
+@pytest.mark.slow
+def test_smoke_of_suggest():
+    pytest.importorskip("optuna")
+    cost = {tuple(row[:4]): row[4:] for row in rows(smoke("suggest.py")) if row[3:4] == ["10"] and len(row) == 8}
+    names = [("metaopt, candidates", "ei"), ("metaopt, gradient", "ei"), ("Optuna TPE", "")]
+    assert [key[:2] for key in cost] == names and all(0 < float(ms[0]) <= float(ms[1]) for ms in cost.values())
+
+
 def test_hypergradients_that_disagree_are_seen(monkeypatch):
     script = load("rules", monkeypatch)
     expected = {"rate": np.float32(100), "decay": {"in": np.array([1.0, 2.0]), "out": np.float32(-1)}}

@@ -196,8 +196,8 @@ def meta_optimizer(
         conditioned = predictors.condition(learned, weights, trials)
         return lambda x: _mean(predictors.posterior_at(learned, conditioned, x))
 
-    def score_fn(acquisition, key, weights, trials, pending, costs):
-        """x -> [P] scores, larger is better."""
+    def score_fn(acquisition, key, weights, trials, pending, costs, functions=None):
+        """x -> [P] scores, larger is better; `functions` are those at x, where it is always the same."""
         _, y, mask = trials
         best = jnp.where(mask > 0, y, jnp.inf).min()
         conditioned = predictors.condition(surrogate, weights, trials)
@@ -205,9 +205,11 @@ def meta_optimizer(
 
         def score(x):
             if acquisition in ("ei", "ei_per_cost") and pending is not None:
-                gain = predictors.batch_expected_improvement(surrogate, conditioned, pending, x, best, key)
+                gain = predictors.batch_expected_improvement(
+                    surrogate, conditioned, pending, x, best, key, functions=functions
+                )
                 return gain * jnp.exp(-log_cost(x))
-            mixture = predictors.posterior_at(surrogate, conditioned, x)
+            mixture = predictors.posterior_at(surrogate, conditioned, x, functions=functions)
             if acquisition == "ucb":
                 return predictors.lower_confidence_bound(mixture)
             if acquisition == "thompson":
@@ -224,7 +226,7 @@ def meta_optimizer(
         return search(key, score_fn(acquisition, jax.random.fold_in(key, 1), *given))
 
     def acquire_finite(acquisition, key, *given):
-        return score_fn(acquisition, key, *given)(jnp.asarray(finite))
+        return score_fn(acquisition, key, *given)(jnp.asarray(finite))  # the last of them are `functions`
 
     @jax.jit
     def believe(weights, trials, x):
@@ -232,6 +234,7 @@ def meta_optimizer(
 
     suggest_z = jax.jit(suggest_z, static_argnums=0)
     acquire_finite = jax.jit(acquire_finite, static_argnums=0)
+    of_finite = None if finite is None else jax.jit(predictors.functions_at)(surrogate, jnp.asarray(finite))
     expected_finite = jax.jit(expected)
     outcomes_fn = jax.jit(lambda x: predictors.expected_outcomes(surrogate, x))
     to_configuration = lambda z: spaces.configuration(space, spaces.to_constrained(space, unravel(z)))
@@ -324,7 +327,7 @@ def meta_optimizer(
                     costs = _padded(np.stack([tried[i].x for i in known]), np.array([tried[i].log_cost for i in known]))
             if finite is None:
                 return to_configuration(suggest_z(acquisition, key, weights, trials, pending, costs))
-            score = np.array(acquire_finite(acquisition, key, weights, trials, pending, costs))
+            score = np.array(acquire_finite(acquisition, key, weights, trials, pending, costs, of_finite))
             before = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
             score[[name in before for name in finite_keys]] = -np.inf
             if not np.isfinite(score).any():

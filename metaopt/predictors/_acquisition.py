@@ -66,6 +66,7 @@ def batch_expected_improvement(
     key: jax.Array,
     *,
     num_samples: int = 128,
+    functions: jax.Array | None = None,
 ) -> jax.Array:
     """What one more configuration adds to the expected improvement of a batch whose other trials still run.
 
@@ -83,15 +84,16 @@ def batch_expected_improvement(
       best: [] the smallest outcome so far.
       key: of the samples.
       num_samples: how many; a component is drawn for each.
+      functions: `functions_at(surrogate, x)`, where it is known already.
 
     Returns:
-      [P], larger is better. It takes memory O((P + Q)² + P num_samples) beyond that of `posterior_at`.
+      [P], larger is better. It takes memory O((P + Q) Q + P num_samples) beyond that of `posterior_at`.
 
     Source: Snoek, Larochelle & Adams, NeurIPS 2012, https://arxiv.org/abs/1206.2944, section 3.2 (integration over what
     runs); Wilson, Hutter & Deisenroth, NeurIPS 2018, https://arxiv.org/abs/1805.10196 (batches by gradient; greedily)
     """
     running, mask = pending
-    joint = joint_posterior_at(surrogate, conditioned, jnp.concatenate([x, running]))
+    joint = joint_posterior_at(surrogate, conditioned, x, running, functions=functions)
     num = len(x)
     which, noise = jax.random.split(key)
     # Evenly spaced: components come up as often as they weigh.
@@ -99,11 +101,11 @@ def batch_expected_improvement(
     cumulative = jnp.cumsum(jnp.exp(joint.log_weights))
     at = jnp.minimum(jnp.searchsorted(cumulative, levels), len(cumulative) - 1)
     # Within a process, in normalized units: the covariance of what runs, and with x.
-    cross = joint.covariance[:, :num, num:] * mask[None, None]
-    within = joint.covariance[:, num:, num:] * (mask[:, None] * mask[None])[None]
+    cross = joint.covariance[:, :num] * mask[None, None]
+    within = joint.covariance[:, num:] * (mask[:, None] * mask[None])[None]
     chol = jnp.linalg.cholesky(within + jnp.diag(1e-6 + 1 - mask)[None])
     gain = jax.vmap(lambda c, k: jax.scipy.linalg.cho_solve((c, True), k.T).T)(chol, cross)  # [2, P, Q]
-    left = jnp.diagonal(joint.covariance[:, :num, :num], axis1=1, axis2=2) - (gain * cross).sum(2)
+    left = joint.variance[:, :num] - (gain * cross).sum(2)
     std = jnp.sqrt(jnp.maximum(left, 1e-9))  # [2, P]
 
     scale, kind = joint.scales[at], joint.kind[at]  # [n]

@@ -29,20 +29,22 @@ class Mixture(NamedTuple):
 
 
 class Joint(NamedTuple):
-    """`Mixture` with covariances: P configurations, K Gaussians of two processes, informed of earlier tasks and not.
+    """Outcomes at P configurations and at Q others: K Gaussians of two processes, informed of earlier tasks and not.
 
     Attributes:
       log_weights: [K].
-      mean: [P, K].
-      scales: [K]; the covariance of Gaussian k is scales[k]² covariance[kind[k]].
+      mean: [P + Q, K].
+      scales: [K]; variances and covariances of Gaussian k are scales[k]² times those of process kind[k].
       kind: [K] which process it is of: 0 or 1.
-      covariance: [2, P, P].
+      variance: [2, P + Q].
+      covariance: [2, P + Q, Q], with the Q others.
     """
 
     log_weights: jax.Array
     mean: jax.Array
     scales: jax.Array
     kind: jax.Array
+    variance: jax.Array
     covariance: jax.Array
 
 
@@ -90,43 +92,71 @@ def condition(surrogate: Surrogate, weights: jax.Array, trials: tuple[jax.Array,
       A `Conditioned`, for `posterior_at` and `joint_posterior_at`; it takes memory O(N (N + S + M)).
     """
     seen, y, mask = trials
-    at_seen = kernel_matrix(surrogate.kernel, seen, surrogate.reference) @ surrogate.coefficients
+    at_seen = functions_at(surrogate, seen)
     within = kernel_matrix(surrogate.kernel, seen, seen)
     return Conditioned(seen, at_seen, *_condition(surrogate, weights, (at_seen, y, mask), within))
 
 
-def posterior_at(surrogate: Surrogate, conditioned: Conditioned, x: jax.Array) -> Mixture:
+def functions_at(surrogate: Surrogate, x: jax.Array) -> jax.Array:
+    """What earlier tasks say of x: f̄ and every f_s − f̄.
+
+    Args:
+      surrogate: what is known.
+      x: [P, D]; differentiable.
+
+    Returns:
+      [P, 1 + S].
+    """
+    return kernel_matrix(surrogate.kernel, x, surrogate.reference) @ surrogate.coefficients
+
+
+def posterior_at(
+    surrogate: Surrogate, conditioned: Conditioned, x: jax.Array, *, functions: jax.Array | None = None
+) -> Mixture:
     """Few-shot adaptation in closed form: the outcomes to expect at x, given the trials seen on the new task.
 
     Args:
       surrogate: what is known.
       conditioned: by `condition`.
       x: [P, D]; differentiable.
+      functions: `functions_at(surrogate, x)`, where it is known already.
 
     Returns:
       A `Mixture` of 3 S + 5 Gaussians; it takes memory O(P (S + N + M)).
     """
-    at_x = kernel_matrix(surrogate.kernel, x, surrogate.reference) @ surrogate.coefficients
-    return _mixture(surrogate, conditioned, at_x, kernel_matrix(surrogate.kernel, x, conditioned.seen))
+    functions = functions_at(surrogate, x) if functions is None else functions
+    return _mixture(surrogate, conditioned, functions, kernel_matrix(surrogate.kernel, x, conditioned.seen))
 
 
-def joint_posterior_at(surrogate: Surrogate, conditioned: Conditioned, x: jax.Array) -> Joint:
-    """`posterior_at` with the covariances between the outcomes at x.
+def joint_posterior_at(
+    surrogate: Surrogate,
+    conditioned: Conditioned,
+    x: jax.Array,
+    others: jax.Array,
+    *,
+    functions: jax.Array | None = None,
+) -> Joint:
+    """`posterior_at` with the covariances between the outcomes at x and at others.
 
     Args:
       surrogate: what is known.
       conditioned: by `condition`.
       x: [P, D]; differentiable.
+      others: [Q, D]; differentiable.
+      functions: `functions_at(surrogate, x)`, where it is known already.
 
     Returns:
-      A `Joint`; it takes memory O(P²) beyond that of `posterior_at`.
+      A `Joint`; it takes memory O((P + Q) Q) beyond that of `posterior_at`.
     """
-    at_x = kernel_matrix(surrogate.kernel, x, surrogate.reference) @ surrogate.coefficients
-    between, among = (kernel_matrix(surrogate.kernel, x, z) for z in (conditioned.seen, x))
-    mean, covariances = _at(surrogate, conditioned, at_x, between, among)
+    functions = functions_at(surrogate, x) if functions is None else functions
+    at_x = jnp.concatenate([functions, functions_at(surrogate, others)])
+    both = jnp.concatenate([x, others])
+    between, among = (kernel_matrix(surrogate.kernel, both, z) for z in (conditioned.seen, others))
+    mean, variances, covariances = _at(surrogate, conditioned, at_x, between, among)
     scales = [given.scales.ravel() for given in conditioned.processes]
     kind = jnp.asarray(np.repeat([0, 1], [len(s) for s in scales]))
-    return Joint(conditioned.log_weights, mean, jnp.concatenate(scales), kind, jnp.stack(covariances))
+    spread = jnp.stack(variances), jnp.stack(covariances)
+    return Joint(conditioned.log_weights, mean, jnp.concatenate(scales), kind, *spread)
 
 
 def posterior(
@@ -219,7 +249,7 @@ def _share(surrogate: Surrogate):
 
 
 def _mixture(surrogate: Surrogate, conditioned: Conditioned, at_x, between) -> Mixture:
-    mean, variances = _at(surrogate, conditioned, at_x, between, None)
+    mean, variances, _ = _at(surrogate, conditioned, at_x, between, jnp.zeros((len(at_x), 0), at_x.dtype))
     std = [
         jnp.sqrt(variance)[:, None] * given.scales.ravel()[None]
         for variance, given in zip(variances, conditioned.processes, strict=True)
@@ -228,23 +258,31 @@ def _mixture(surrogate: Surrogate, conditioned: Conditioned, at_x, between) -> M
 
 
 def _at(surrogate: Surrogate, conditioned: Conditioned, at_x, between, among):
-    """[P, K] means of all Gaussians; for each process, the variances [P] in units of the scale, squared, or, where
-    `among` is k(x, x) and not None, the covariance [P, P]."""
+    """[P, K] means of all Gaussians; for each process, variances [P] and covariances [P, Q] with the last Q of x, in
+    units of the scale, squared. `among` is k(x, the last Q of x)."""
     informed, naive = conditioned.processes
     share, amplitude = _share(surrogate), jnp.exp(surrogate.kernel.log_amplitude)
     functions, at_seen = at_x[:, 1:], conditioned.at_seen[:, 1:]
-    if among is None:
-        own = share * (functions**2).sum(1) + surrogate.residual, jnp.broadcast_to(amplitude, len(at_x))
-    else:
-        own = share * functions @ functions.T + surrogate.residual * among, amplitude * among
-    cov_x = share * functions @ at_seen.T + surrogate.residual * between
-    mean, covariance = _predict(informed, at_x[:, :1] + surrogate.closeness * functions, cov_x, own[0])
-    naive_mean, naive_covariance = _predict(naive, jnp.zeros((len(at_x), 1)), amplitude * between, own[1])
-    return jnp.concatenate([mean, naive_mean], axis=1), (covariance, naive_covariance)
+    others = functions[len(at_x) - among.shape[1] :]
+    mean, *of_informed = _predict(
+        informed,
+        at_x[:, :1] + surrogate.closeness * functions,
+        share * functions @ at_seen.T + surrogate.residual * between,
+        share * (functions**2).sum(1) + surrogate.residual,
+        share * functions @ others.T + surrogate.residual * among,
+    )
+    naive_mean, *of_naive = _predict(
+        naive,
+        jnp.zeros((len(at_x), 1)),
+        amplitude * between,
+        jnp.broadcast_to(amplitude, len(at_x)),
+        amplitude * among,
+    )
+    return jnp.concatenate([mean, naive_mean], axis=1), *zip(of_informed, of_naive, strict=True)
 
 
-def _predict(given: _Given, mu_x, cov_x, cov_xx):
-    """[P, K·B] means in the task's units; covariance like `cov_xx`, [P] or [P, P]."""
+def _predict(given: _Given, mu_x, cov_x, variance, covariance):
+    """[P, K·B] means in the task's units; the variances and covariances that the trials leave."""
     one, at_y, at_mu = given.one, given.at_y, given.at_mu
     at_x = given.whitening @ (cov_x * given.mask[None]).T  # [N, P]
     total = one @ one
@@ -254,8 +292,7 @@ def _predict(given: _Given, mu_x, cov_x, cov_xx):
     mean_y = at_x.T @ at_y + unexplained * offset_y + given.middle  # [P]
     mean_mu = mu_x - at_x.T @ at_mu - unexplained[:, None] * offset_mu[None]  # [P, K]
     mean = mean_y[:, None, None] + given.scales[None] * mean_mu[..., None]
-    if cov_xx.ndim == 1:
-        covariance = jnp.maximum(cov_xx - (at_x**2).sum(0) + unexplained**2 / total, 1e-9)
-    else:
-        covariance = cov_xx - at_x.T @ at_x + jnp.outer(unexplained, unexplained) / total
-    return mean.reshape(len(mu_x), -1), covariance
+    variance = jnp.maximum(variance - (at_x**2).sum(0) + unexplained**2 / total, 1e-9)
+    others = slice(len(mu_x) - covariance.shape[1], None)
+    covariance = covariance - at_x.T @ at_x[:, others] + jnp.outer(unexplained, unexplained[others]) / total
+    return mean.reshape(len(mu_x), -1), variance, covariance

@@ -228,9 +228,10 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
 
     backend: Any = joblib.parallel.get_active_backend(prefer="threads")[0]
     as_they_end = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"}
-    kwargs: dict[str, Any] = as_they_end if backend.supports_return_generator else {}  # Ray's does not
-    parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", batch_size=1, **kwargs)
-    at_once = None if kwargs else joblib.effective_n_jobs(parallel.n_jobs)
+    streams = backend.supports_return_generator  # Ray's does not
+    kwargs: dict[str, Any] = {"batch_size": 1} | (as_they_end if streams else {})
+    parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", **kwargs)
+    at_once = None if streams else joblib.effective_n_jobs(parallel.n_jobs)
     waiting = jobs()
     try:
         while some := list(itertools.islice(waiting, at_once)) if at_once else waiting:

@@ -56,6 +56,7 @@ def test_suggest_needs_no_bookkeeping_and_no_fit(g):
         g.suggest(tried, [0.1])
 
 
+@pytest.mark.once
 def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch):
     """Whatever the number of trials: the arrays that are computed with have at most 256 rows."""
     looked_at, real = [], _meta_search._padded
@@ -73,6 +74,7 @@ def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch)
     assert last.configuration == POOL[-1]
 
 
+@pytest.mark.once
 def test_a_cheap_trial_is_preferred_where_it_is_as_good(g):
     """Costs grow with x, tenfold; what is good is symmetric around the middle."""
     tried = [{"x": 0.0, "kind": "a"}, {"x": 1.0, "kind": "a"}]
@@ -108,6 +110,7 @@ def test_outcomes_at_several_fidelities_are_brought_to_one_scale():
     np.testing.assert_allclose(_meta_search._at_full_budget([{1.0: 0.0}, {1.0: nan}]), [0, nan])
 
 
+@pytest.mark.once
 def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_whole(g):
     encode = _meta_search.encoder(SPACE)
     base, other = {"x": 0.5, "kind": "a"}, {"x": 0.5, "kind": "a", "only_b": 0.9}
@@ -167,8 +170,9 @@ def test_few_trials_see_the_full_budget_and_they_are_the_good_ones():
         first = {min(f for f in at if n in at[f]) for n in {r.trial for r in records}}
         assert len(first) == num_brackets
         if num_brackets == 1:
-            # A third of each rung, the best of it when it was promoted.
-            assert len(at[1 / 3]) == len(at[1 / 9]) // 3 and len(at[1.0]) == len(at[1 / 3]) // 3
+            # About a third of each rung: what was among the best when it was promoted may have been overtaken since.
+            for low, high in ((1 / 9, 1 / 3), (1 / 3, 1.0)):
+                assert len(at[low]) // 3 <= len(at[high]) <= 0.45 * len(at[low])
             ranks = np.argsort(np.argsort([r.outcome for r in at[1 / 9].values()])) / len(at[1 / 9])
             promoted = [rank for n, rank in zip(at[1 / 9], ranks, strict=True) if n in at[1.0]]
             assert np.mean(promoted) < 0.2
@@ -190,10 +194,13 @@ def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
     g = methods.train_meta_optimizer(records, space={"x": spaces.interval(0.0, 1.0)}, num_steps=0)
     searcher = g.searcher()
     low = [Record("", {"x": x}, 5 + (x - 0.75) ** 2, fidelity=1 / 9, trial=i) for i, x in enumerate((0.0, 0.5, 1.0))]
-    state = searcher.tell(searcher.init(jax.random.key(0), None), low)
-    asked, _ = searcher.ask(state._replace(num_asked=4), 3)
+    start = searcher.init(jax.random.key(0), None)._replace(num_asked=4)
+    asked, _ = searcher.ask(searcher.tell(start, low), 1)
+    assert abs(asked[0].configuration["x"] - 0.75) < 0.12
+    # After one trial every earlier task is as likely: a batch looks at what is best for several of them.
+    asked, _ = searcher.ask(searcher.tell(start, [Record("", {"x": 0.5}, 1.0, trial=0)]), 3)
     xs = np.array([record.configuration["x"] for record in asked])
-    assert abs(xs[0] - 0.75) < 0.12 and np.abs(xs[:, None] - xs[None])[np.triu_indices(3, 1)].min() > 0.02
+    assert np.abs(xs[:, None] - xs[None])[np.triu_indices(3, 1)].min() > 0.1
 
 
 # ---- On disk --------------------------------------------------------------------------------------------------------

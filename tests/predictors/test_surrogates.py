@@ -113,11 +113,12 @@ def test_what_one_more_adds_to_a_batch_is_that_of_samples():
     trials = (jnp.asarray(X[:3]), jnp.array([1.0, 0.2, 0.6]), jnp.ones(3))
     at, running, best = jnp.asarray(X[3:6]), jnp.asarray(X[6:8]), jnp.array(0.2)
     given = jax.jit(predictors.condition)(found, weights, trials)
-    joint = jax.jit(predictors.joint_posterior_at)(found, given, jnp.concatenate([at, running]))
+    joint = jax.jit(predictors.joint_posterior_at)(found, given, jnp.zeros((0, 2)), jnp.concatenate([at, running]))
     mixture = POSTERIOR(found, weights, trials, at)
     np.testing.assert_allclose(joint.log_weights, mixture.log_weights, rtol=1e-6)
     np.testing.assert_allclose(joint.mean[:3], mixture.mean, rtol=1e-6)
-    variances = np.diagonal(joint.covariance, axis1=1, axis2=2)[np.asarray(joint.kind), :3]
+    np.testing.assert_allclose(joint.variance, np.diagonal(joint.covariance, axis1=1, axis2=2), atol=1e-9)
+    variances = np.asarray(joint.variance)[np.asarray(joint.kind), :3]
     np.testing.assert_allclose(np.sqrt(variances.T) * np.asarray(joint.scales), mixture.std, rtol=1e-4)
     rng, num = np.random.default_rng(0), 100_000
     ks = rng.choice(len(joint.scales), num, p=np.exp(np.asarray(joint.log_weights, np.float64)))

@@ -1,0 +1,124 @@
+"""What a suggestion costs after ten, a thousand, ten thousand trials: the searcher of a learned g, beside Optuna's TPE.
+
+g is learned from 100 earlier tasks with 50 trials each of a random forest's seven parameters (made up: it is the cost
+that is measured), at up to 512 reference configurations. Without candidates, a suggestion is a gradient ascent over
+the relaxed space from 8 starts; with candidates, a look at 1,000 configurations. "running" counts trials that have
+been asked for and have not ended (`predictors.batch_expected_improvement`).
+
+    python experiments/benchmarks/suggest.py           # writes experiments/results/suggest.md
+    python experiments/benchmarks/suggest.py --smoke   # seconds; prints only
+
+`OPENBLAS_NUM_THREADS=1 taskset -c 0 python ...` keeps all on one thread: on a machine that does other things, threads
+that wait for one another take most of the time.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from timing import circumstances, num_cores, table
+
+from metaopt import base, integrations, methods, spaces, tasks
+
+RESULT = Path(__file__).resolve().parent.parent / "results" / "suggest.md"
+HEADER = ["sampler", "acquisition", "running", "trials", "ms a suggestion", "slowest", "CPU-ms", "KiB a trial"]
+
+
+def loss(configuration) -> float:
+    return float(np.log(configuration["max_depth"]) + abs(np.log(configuration["n_estimators"]) - 4))
+
+
+def learn(space, drawn, num_tasks: int, num_trials: int):
+    """A g of made-up tasks, with and without candidates."""
+    rng, records = np.random.default_rng(0), []
+    for t in range(num_tasks):
+        for i in range(num_trials):
+            c = drawn[(t * num_trials + i) % len(drawn)]
+            y = loss(c) * (1 + t % 3) + rng.normal() / 10
+            records.append(base.Record(f"t{t}", c, y, cost=float(c["n_estimators"]) * (1 + t % 5)))
+    learned = methods.train_meta_optimizer(records, space=space, num_steps=5, costs=True)
+    return learned, methods.train_meta_optimizer(records, space=space, candidates=drawn, num_steps=5, costs=True)
+
+
+def size(state) -> float:
+    """KiB of what a state holds of a trial."""
+    tried = list(state.tried.values())
+    return sum(trial.x.nbytes + 64 * len(trial.outcomes) + 200 for trial in tried) / len(tried) / 1024
+
+
+def ours(g, acquisition: str, drawn, num: int, running: int, repetitions: int) -> list[str]:
+    searcher, rng = g.searcher(acquisition=acquisition), np.random.default_rng(0)
+    told = [
+        base.Record("", c, loss(c) + rng.normal() / 100, cost=1.0 + i % 3, trial=i, seed=i // len(drawn))
+        for i, c in ((i, drawn[i % len(drawn)]) for i in range(num))
+    ]
+    state = searcher.tell(searcher.init(jax.random.key(0), None), told)._replace(num_asked=4 * num)
+    _, state = searcher.ask(state, running)
+    times = []
+    for i in range(repetitions + 3):  # the first ones are compiled
+        begin, cpu = time.perf_counter(), time.process_time()
+        searcher.ask(state._replace(num_asked=4 * num, key=jax.random.key(i)), 1)
+        times.append((1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - cpu)))
+    return row(times[3:]) + [f"{size(state):.1f}"]
+
+
+def tpe(space, drawn, num: int, repetitions: int) -> list[str]:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    distributions = spaces.to_optuna(space)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    add = lambda c: optuna.trial.create_trial(params=c, distributions=distributions, value=loss(c))
+    study.add_trials([add(drawn[i % len(drawn)]) for i in range(num)])
+    times = []
+    for _ in range(repetitions):
+        begin, cpu = time.perf_counter(), time.process_time()
+        trial = study.ask(distributions)
+        times.append((1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - cpu)))
+        study.tell(trial, loss(trial.params))
+    return [*row(times), ""]
+
+
+def row(times) -> list[str]:
+    wall, cpu = np.array(times).T
+    return [f"{np.median(wall):.1f}", f"{wall.max():.1f}", f"{np.median(cpu):.1f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a suggestion costs.")
+    parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
+    options = parser.parse_args()
+    space = integrations.sklearn_model("random_forest_classifier").space
+    searcher = tasks.random_search()
+    asked, _ = searcher.ask(searcher.init(jax.random.key(0), space), 20 if options.smoke else 1_000)
+    drawn = [record.configuration for record in asked]
+    free, finite = learn(space, drawn, *((3, 5) if options.smoke else (100, 50)))
+    repetitions, nums = (1, [10]) if options.smoke else (15, [10, 1_000, 10_000])
+    rows = []
+    cases = [("candidates", finite, "ei", 0), ("gradient", free, "ei", 0)]
+    if not options.smoke:
+        cases += [("gradient", free, name, 0) for name in ("ei_per_cost", "ucb")]
+        cases += [("candidates", finite, "ei", 4), ("gradient", free, "ei", 4)]
+    for name, g, acquisition, running in cases:
+        for num in nums:
+            found = ours(g, acquisition, drawn, num, running, repetitions)
+            rows.append([f"metaopt, {name}", acquisition, str(running), str(num), *found])
+            print(f"| {name} | {acquisition} | {running} | {num} | {found}", flush=True)
+    for num in nums:
+        rows.append(["Optuna TPE", "", "0", str(num), *tpe(space, drawn, num, min(repetitions, 5))])
+    text = (
+        f"Medians and slowest of {repetitions} suggestions (TPE: {min(repetitions, 5)}), {num_cores()} core(s), after "
+        "what is compiled: seconds for each of at most three sizes of what is looked at (16, 64, 256 trials). Memory "
+        "beyond what a trial takes in the state does not grow with the number of trials.\n\n"
+    )
+    command = "python experiments/benchmarks/suggest.py" + (" --smoke" if options.smoke else "")
+    text += table(HEADER, rows) + "\n\n" + circumstances(command)
+    print(text)
+    if not options.smoke:
+        RESULT.write_text(f"# What a suggestion costs\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()
