@@ -482,7 +482,8 @@ def _cliques(values: np.ndarray, alpha: float) -> tuple[np.ndarray, list[np.ndar
         return ranks, [order]
     pairs = [(i, j) for i in range(num) for j in range(i)]
     difference = {pair: values[pair[0]] - values[pair[1]] for pair in pairs}
-    p = {pair: stats.wilcoxon(d, method="approx").pvalue if np.any(d) else 1.0 for pair, d in difference.items()}
+    p_value = lambda d: float(np.asarray(stats.wilcoxon(d, method="approx"))[1]) if np.any(d) else 1.0
+    p = {pair: p_value(d) for pair, d in difference.items()}
     same, rejecting = np.ones((num, num), bool), True
     for k, (i, j) in enumerate(sorted(pairs, key=lambda pair: p[pair])):
         rejecting = rejecting and p[i, j] <= alpha / (len(pairs) - k)  # Holm: the first that stands ends it

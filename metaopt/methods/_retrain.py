@@ -302,7 +302,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     if np.ptp(inherited) > 0 and np.ptp(retrained) > 0:
         from scipy.stats import spearmanr
 
-        rho = float(spearmanr(inherited, retrained)[0])
+        rho = float(np.asarray(spearmanr(inherited, retrained))[0])
         if len(scores) >= 5:
             half = 1.96 * math.sqrt((1 + rho**2 / 2) / (len(scores) - 3))
             center = math.atanh(min(max(rho, -1 + 1e-12), 1 - 1e-12))
