@@ -256,7 +256,8 @@ def latency(*, num_samples: int = 15, min_seconds: float = 1e-3) -> Measure:
 
     The median of `num_samples` times, each of so many calls that they take `min_seconds` together. Ops by themselves
     are not what they are in one program, where they are fused and none is dispatched: a sum of them is no prediction of
-    a network's time, and how well sums rank networks has not been measured. Take the batch size at which it will run, and a machine that does nothing else.
+    a network's time, and how well sums rank networks has not been measured. Take the batch size at which it will run,
+    and a machine that does nothing else.
 
     Args:
       num_samples: at least 1.
