@@ -23,15 +23,15 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from metaopt.nas._benchmarks import Benchmark, make_benchmark
 from metaopt.nas._genotypes import NAS_BENCH_101_PRIMITIVES, from_nas_bench_201
 from metaopt.nas._specs import DARTS_PRIMITIVES, NAS_BENCH_201_PRIMITIVES, Genotype
+from metaopt.tfrecord import fields, read_tfrecords
 
 
 def save_benchmark(benchmark: Benchmark, path: str | os.PathLike) -> None:
@@ -77,79 +77,11 @@ def load_benchmark(path: str | os.PathLike) -> Benchmark:
 # ---- NAS-Bench-101: TFRecord, JSON, protocol buffers ----------------------------------------------------------------
 
 
-def _crc_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)  # Castagnoli
-        table.append(byte)
-    return table
-
-
-_CRC_TABLE = _crc_table()
-
-
-def _masked_crc(data: bytes) -> int:
-    """TFRecord's checksum: CRC-32C, rotated by 15 bits, plus a constant."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _CRC_TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _records(file: BinaryIO, name: str, verify: bool) -> Iterator[bytes]:
-    """The records of a TFRecord file: length (8 bytes), its checksum (4), the data, its checksum (4)."""
-    while head := file.read(12):
-        length, crc = struct.unpack("<QI", head) if len(head) == 12 else (0, -1)
-        if crc != _masked_crc(head[:8]):
-            raise ValueError(f"{name} is no TFRecord file, or is damaged at byte {file.tell() - len(head)}.")
-        data, tail = file.read(length), file.read(4)
-        if len(data) < length or len(tail) < 4:
-            raise ValueError(f"{name} ends in the middle of a record; was it downloaded whole?")
-        if verify and struct.unpack("<I", tail)[0] != _masked_crc(data):
-            raise ValueError(f"{name} is damaged: the record that ends at byte {file.tell()} has another checksum.")
-        yield data
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields (number, value) of a protocol buffer: integers, floats of 8 bytes, or the bytes of what is nested."""
-    at = 0
-
-    def varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at, value, shift = at + 1, value | (byte & 0x7F) << shift, shift + 7
-            if byte < 0x80:
-                return value
-
-    while at < len(message):
-        key = varint()
-        number, kind = key >> 3, key & 7
-        if kind == 0:
-            yield number, varint()
-        elif kind == 1:
-            at += 8
-            yield number, struct.unpack("<d", message[at - 8 : at])[0]
-        elif kind == 2:
-            length = varint()
-            at += length
-            if at > len(message):
-                raise ValueError("A protocol buffer ends in the middle of a field.")
-            yield number, message[at - length : at]
-        elif kind == 5:
-            at += 4
-            yield number, struct.unpack("<f", message[at - 4 : at])[0]
-        else:
-            raise ValueError(f"A protocol buffer has a field of the kind {kind}.")
-
-
 def _final_metrics(message: bytes) -> tuple[float, float, float]:
     """(seconds, validation, test accuracy) of the last of a ModelMetrics' evaluations: at 0, half and all epochs."""
-    evaluations = [dict(_fields(value)) for number, value in _fields(message) if number == 1]
-    return evaluations[-1][2], evaluations[-1][4], evaluations[-1][5]
+    last = dict(fields([value for number, value in fields(message) if number == 1][-1]))
+    seconds, valid, test = (struct.unpack("<d", last[number])[0] for number in (2, 4, 5))
+    return seconds, valid, test
 
 
 def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benchmark:
@@ -173,19 +105,17 @@ def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benc
     rows: dict[str, int] = {}
     encodings: list[list[int]] = []
     sums: dict[int, dict[int, np.ndarray]] = collections.defaultdict(dict)  # epochs -> row -> four sums
-    with open(path, "rb") as file:
-        for record in _records(file, str(path), verify):
-            try:
-                name, epochs, bits, ops, metrics = json.loads(record)
-                message = base64.b64decode(metrics)
-            except ValueError as error:
-                raise ValueError(f"{path} holds no rows of NAS-Bench-101: {record[:100]!r}.") from error
-            if name not in rows:
-                rows[name] = len(encodings)
-                encodings.append(_encode_101(bits, ops.split(","), name))
-            seconds, valid, test = _final_metrics(message)
-            sums[epochs].setdefault(rows[name], np.zeros(4))
-            sums[epochs][rows[name]] += (1.0, seconds, valid, test)
+    for record in read_tfrecords(path, check=verify):
+        try:
+            name, epochs, bits, ops, metrics = json.loads(record)
+            seconds, valid, test = _final_metrics(base64.b64decode(metrics))
+        except (ValueError, IndexError, KeyError, struct.error) as error:
+            raise ValueError(f"{path} holds no rows of NAS-Bench-101: {record[:100]!r}.") from error
+        if name not in rows:
+            rows[name] = len(encodings)
+            encodings.append(_encode_101(bits, ops.split(","), name))
+        sums[epochs].setdefault(rows[name], np.zeros(4))
+        sums[epochs][rows[name]] += (1.0, seconds, valid, test)
     if not rows:
         raise ValueError(f"{path} is empty.")
     lengths = sorted(sums)
