@@ -58,7 +58,7 @@ def read_tfrecords(file: str | os.PathLike[str], *, check: bool = False) -> Iter
             if len(head) < 12 or struct.unpack("<I", head[8:])[0] != masked_crc(head[:8]):
                 at = stream.tell() - len(head)
                 raise ValueError(
-                    f"{file} is no TFRecord file, or is damaged at byte {at}: a length has another checksum."
+                    f"{file} is no TFRecord file, or is damaged at byte {at}: a length does not match its checksum."
                 )
             data, end = stream.read(length), stream.read(4)
             if len(data) < length or len(end) < 4:
