@@ -38,7 +38,7 @@ def test_json(net):
     for bad, message in [
         (text[:-1], "This is no JSON"),
         ("3", "version of this form is 1; got None"),
-        (text.replace('"layers"', '"other"'), "layers is missing"),
+        (text.replace('"layers"', '"other"'), r"KeyError\('layers'\)"),
         (text.replace('"num_inputs"', '"other"'), "This is no network"),
         (text.replace('"edges": [[0, ', '"edges": [['), "This is no network"),
         (text.replace('"cells": {', '"cells": [], "x": {'), "This is no network"),
