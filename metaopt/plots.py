@@ -462,7 +462,8 @@ def critical_difference(
         y = below - 0.5 * (i if left else len(names) - 1 - i) - 0.3
         x = low - margin if left else high + margin
         color = "C1" if names[method] in highlight else "C0"
-        axes.plot([ranks[method], ranks[method], x], [0, y, y], color=color, lw=1)
+        at = float(ranks[method])
+        axes.plot([at, at, x], [0, y, y], color=color, lw=1)
         text = f"{names[method]} {ranks[method]:.2f} " if left else f" {ranks[method]:.2f} {names[method]}"
         axes.text(x, y, text, ha="right" if left else "left", va="center", fontsize="small", color=color)
     axes.set_xlim(low - 4 * margin - 0.5, high + 4 * margin + 0.5)

@@ -152,7 +152,7 @@ def _encode_101(bits: str, ops: list[str], name: str) -> list[int]:
 # ---- NAS-Bench-201: pickles -----------------------------------------------------------------------------------------
 
 
-def _scalar(dtype, data=None):
+def _scalar(dtype, data=b""):
     return np.frombuffer(data, np.dtype(dtype))[0].item()
 
 

@@ -69,7 +69,8 @@ def _full_matrices(size: int) -> np.ndarray:
         matrices = np.zeros((len(bits), size, size), np.int8)
         for i, pair in enumerate(pairs):
             matrices[:, *pair] = bits[:, i]
-        found.append(matrices[(matrices.any(1)[:, 1:]).all(1) & (matrices.any(2)[:, :-1]).all(1)])
+        into, out_of = np.any(matrices, axis=1), np.any(matrices, axis=2)
+        found.append(matrices[np.all(into[:, 1:], axis=1) & np.all(out_of[:, :-1], axis=1)])
     return np.concatenate(found)
 
 
