@@ -129,13 +129,17 @@ def report(results: dict, num_seeds: int) -> str:
                 for i in at
             )
             rows.append([method, *cells])
-        header = ["test regret after", *(f"{share * seconds[-1]:,.0f} s" for share in MARKS)]
+        header = [f"{_regret(name)} after", *(f"{share * seconds[-1]:,.0f} s" for share in MARKS)]
         lines += [f"## {name}: {task}", "", script.table(header, rows), ""]
     lines.append(
         f"Mean and 95 % band over {num_seeds} seeds, in points of error (NAS-Bench-101: fractions); empty where not "
         "every seed has a finished training. Seconds are those of the benchmarks."
     )
     return "\n".join(lines)
+
+
+def _regret(name: str) -> str:
+    return "validation regret (there is no test)" if "101" in name else "test regret"
 
 
 def plot(results: dict, path: Path) -> None:
@@ -151,7 +155,7 @@ def plot(results: dict, path: Path) -> None:
             (line,) = axis.plot(seconds, mean, "--" if len(values) == 1 else "-", label=method)
             axis.fill_between(seconds, mean - half, mean + half, color=line.get_color(), alpha=0.3, linewidth=0)
         axis.set(
-            title=f"{name}: {task}", xscale="log", yscale="log", xlabel="seconds of training", ylabel="test regret"
+            title=f"{name}: {task}", xscale="log", yscale="log", xlabel="seconds of training", ylabel=_regret(name)
         )
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=90)

@@ -70,7 +70,9 @@ ROWS = {
     "Proto-MAML": Row(lambda f, loss: methods.proto_maml(f, num_steps=1, test_steps=3, rate=0.02), 0.5, ways=False),
     "MAML": Row(lambda f, loss: methods.maml(loss, **KEEP), 0.5),
     "FOMAML": Row(lambda f, loss: methods.fomaml(loss, **KEEP), 0.75),
-    "Reptile": Row(lambda f, loss: methods.reptile(loss, **KEEP | {"num_steps": 4, "rate": 0.2}), 0.25, shots=5),
+    "Reptile": Row(
+        lambda f, loss: methods.reptile(loss, **KEEP | {"num_steps": 4, "test_steps": 8, "rate": 0.2}), 0.25, shots=5
+    ),
     "ANIL": Row(lambda f, loss: methods.anil(loss, **KEEP), 0.5),
     # With a head of zeros nothing else would have a gradient.
     "BOIL": Row(lambda f, loss: methods.boil(loss, **KEEP), 0.5, head=1.0),
@@ -198,6 +200,7 @@ def train(name: str, ways: int, parts: dict, scale: Scale, options) -> tuple[Cal
         optimizer = optax.sgd(optax.cosine_decay_schedule(1.0, steps))
     folder = (
         options.work / f"{name.replace(', ', '_').replace(' ', '-')}_{ways}_{options.split}_{scale.filters}_{steps}"
+        f"_{scale.size}_{scale.tasks}_{options.rate:g}"
     )
     result = training.fit(
         training.learner(lambda step: hypergrad.over_tasks(adaptation.estimator_at(step)), optax.chain(optimizer)),

@@ -57,8 +57,10 @@ def _count(jaxpr: Any, products_only: bool) -> float:
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             total += 2 * outputs * math.prod(equation.invars[0].aval.shape[d] for d in contracted)
-        elif name == "conv_general_dilated":
+        elif name in ("conv_general_dilated", "cpu_convolution"):
             kernel = equation.invars[1].aval.shape
+            if params.get("num_tasks") is not None:  # `outputs` has the axis of tasks
+                kernel = kernel[1:]
             total += 2 * outputs * math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
         elif inner_jaxprs:
             counts = [_count(part, products_only) for part in inner_jaxprs]

@@ -12,7 +12,7 @@ import jax
 from metaopt import base, methods, spaces
 
 _OURS = "metaopt:"  # before the names of user attributes: a person's own may be called "cost" or "seed", too
-_KEPT = ("task", "trial", "cost", "seed", "reason")
+_KEPT = ("task", "trial", "cost", "seed", "reason", "fidelity")
 
 
 def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs: Any) -> Any:

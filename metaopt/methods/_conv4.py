@@ -140,8 +140,10 @@ def conv4(
             parts = x.reshape(*x.shape[:3], groups, -1)
             mean, variance = parts.mean((1, 2, 4)), parts.var((1, 2, 4))  # [N, groups]
             return tuple(jnp.repeat(m, num_filters // groups, axis=1)[:, None, None] for m in (mean, variance))
-        weights = (mask / (mask.sum() * x.shape[1] * x.shape[2]))[:, None, None, None]
-        over = lambda x: (weights * x).sum((0, 1, 2), keepdims=True)
+        weights = (mask / mask.sum())[:, None, None, None]
+        over = lambda x: (weights * x.mean((1, 2), keepdims=True)).sum(
+            0, keepdims=True
+        )  # no number of pixels overflows
         mean = over(x)
         variance = over((x - mean) ** 2)
         if normalization != "tasknorm":

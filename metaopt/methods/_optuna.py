@@ -152,6 +152,8 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
 
         survivors, trials = list(state.survivors), dict(state.trials)
         for record in records:
+            if record.status not in ("COMPLETE", "PRUNED", "FAIL"):
+                continue  # it goes on
             trial = trials.get(record.trial)
             # Another search numbers its trials from 0, too: by its configuration a record is known as one's own.
             if trial is None or not _same(record.configuration, spaces.suggest(trial, state.space)):

@@ -99,6 +99,11 @@ def retraining(
         base.check_positive(name, value, zero=True)
     if not 0 <= drop_path < 1:
         raise ValueError(f"`drop_path` must be a probability below 1; got {drop_path!r}.")
+    if not isinstance(network, nas.Network):
+        raise ValueError(
+            "`network` must be a `nas.Network`: one of sizes has no edges for `drop_path` and no cells for an "
+            "auxiliary head. Train it by `inner.loop` over `nas.supernet(network, in_shape, ops={}).apply`."
+        )
     if any(len(edge.ops) != 1 for cell in network.cells.values() for edge in cell.edges):
         raise ValueError("`network` must have one op on every edge: pass `nas.discrete(network, genotype)`.")
     supernet = nas.supernet(network, in_shape, ops=ops)

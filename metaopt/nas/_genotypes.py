@@ -176,7 +176,7 @@ def _check(network: Space, genotype: Genotype) -> None:
             raise ValueError(f"The genotype has no size for {kind!r}.")
 
 
-def configuration_space(network: Space) -> dict[str, spaces.Integer]:
+def configuration_space(network: Space) -> dict[str, spaces.Integer | spaces.Fixed]:
     """A space's choices as integers, for searchers without a gradient: evolution, random search, Optuna.
 
     Args:
@@ -187,7 +187,7 @@ def configuration_space(network: Space) -> dict[str, spaces.Integer]:
       the way back.
     """
     sizes = {name: len(edge.ops) for name, (_, edge) in _choices(network).items()}
-    return {name: spaces.integer(0, size - 1) for name, size in sizes.items()}
+    return {name: spaces.integer(0, size - 1) if size > 1 else spaces.fixed(0) for name, size in sizes.items()}
 
 
 def from_configuration(network: Space, configuration: Mapping[str, int]) -> Genotype:

@@ -40,7 +40,7 @@ def _each_weight(params: base.Params) -> list[tuple[jax.Array, int]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         keys = [getattr(entry, "key", None) for entry in path]
         # "layers" are stacked by layer, and the ops of a cell by edge, too.
-        stacked = 0 if keys[0] == "head" else 2 if keys[2:3] == ["edges"] else 1
+        stacked = 0 if keys[0] != "layers" else 2 if keys[2:3] == ["edges"] else 1
         if leaf.ndim - stacked >= 2:
             found.append((leaf, stacked))
     return found
@@ -106,7 +106,9 @@ def synflow(
     """log Σ |θ · ∂R/∂θ|, R = the sum of the outputs for an input of ones, with |θ| and without any normalization.
 
     It needs no data. Normalization is what `nas.normalized` does; an own op's own is not seen, and stays. Computed with
-    input and output scaled by 1e-15, so that sums up to 1e50 fit into float32: networks of 17 cells reach 1e40.
+    input and output scaled by 1e-15, so that sums up to 1e50 fit into float32: networks of 17 cells reach 1e40. That is
+    right where outputs are in proportion to inputs, as with convolutions, pooling and ReLU; biases that are not zero,
+    GELU and attention (`TOKEN_OPS`, the block "mlp") break it, and the score means nothing there.
 
     Args:
       supernet: as for `grad_norm`.

@@ -91,7 +91,7 @@ def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -
     candidate's own curve adds on that task by R.
 
     Args:
-      curves: [S, M, F] outcomes, NaN where there is none; at least two tasks.
+      curves: [S, M, F] outcomes, NaN where there is none; at least three tasks: two are left where one is left out.
       x: [M, D] encoded candidates.
       fidelities: [F] in (0, 1], ascending.
 
@@ -99,7 +99,7 @@ def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -
       A `CurveSurrogate`.
 
     Raises:
-      ValueError: shapes disagree, fidelities do not ascend to at most 1, there are fewer than two tasks, or a
+      ValueError: shapes disagree, fidelities do not ascend to at most 1, there are fewer than three tasks, or a
         candidate has no outcome at a fidelity on any task.
     """
     curves, x, fidelities = np.asarray(curves, float), np.asarray(x, float), np.asarray(fidelities, float)
@@ -107,8 +107,8 @@ def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -
         raise ValueError(f"`curves` must be [S, {len(x)}, {len(fidelities)}]; got {curves.shape}.")
     if not (np.diff(fidelities) > 0).all() or not 0 < fidelities[0] <= fidelities[-1] <= 1:
         raise ValueError(f"`fidelities` must ascend within (0, 1]; got {fidelities.tolist()}.")
-    if len(curves) < 2:
-        raise ValueError(f"`curves` must be of at least two tasks; got {len(curves)}.")
+    if len(curves) < 3:
+        raise ValueError(f"`curves` must be of at least three tasks; got {len(curves)}.")
     if np.isinf(curves).any():
         raise ValueError("`curves` must be finite, or NaN where there is no outcome; clip what diverged.")
     known = np.isfinite(curves)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from metaopt import hypergrad
+from metaopt import hypergrad, inner
 
 
 def test_flops_of_products_scans_and_branches():
@@ -41,3 +41,11 @@ def test_flops_of_convolutions():
     )
     assert hypergrad.flops(lambda x, k: convolve(x, k, 1), image, kernel) == 2 * 80 * 18
     assert hypergrad.flops(lambda x, k: convolve(x, k, 2), image, jnp.ones((3, 3, 1, 4))) == 2 * 64 * 9
+    # The way that they are written on CPU takes as many; with kernels per task, as many times the tasks.
+    one = jax.grad(lambda k, x: convolve(x, k, 1).sum())
+    fast = jax.grad(lambda k, x: inner.im2col(lambda x, k: convolve(x, k, 1))(x, k).sum())
+    arguments = [a.astype(jnp.float32) for a in (kernel, image)]
+    assert hypergrad.flops(fast, *arguments, products_only=True) == hypergrad.flops(one, *arguments, products_only=True)
+    tasks = [jnp.stack([a] * 3) for a in arguments]
+    forward = lambda k, x: inner.im2col(lambda x, k: convolve(x, k, 1))(x, k)
+    assert hypergrad.flops(jax.vmap(forward), *tasks, products_only=True) == 3 * 2 * 80 * 18

@@ -60,6 +60,20 @@ def test_a_block_is_numpys(kind):
 
 
 @pytest.mark.once
+def test_many_pixels_do_not_overflow_float16():
+    network = methods.conv4(num_filters=2, num_blocks=1)
+    images = RNG.random((90, 28, 28, 1))  # 70,560 pixels; float16 ends at 65,504
+
+    def features(dtype):
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), network.init(KEY))
+        return network.features(params, {"x": jnp.asarray(images, dtype), "mask": jnp.ones(90, dtype)})
+
+    half, single = features(jnp.float16), features(jnp.float32)
+    assert single.max() > 1
+    np.testing.assert_allclose(np.asarray(half, np.float32), single, atol=0.05)
+
+
+@pytest.mark.once
 def test_only_batch_statistics_are_transductive():
     """Prototypical networks and MAML, without a word from the user on whose statistics they are."""
     images = RNG.normal(size=(8 * 6, 4, 4)).astype(np.float32)

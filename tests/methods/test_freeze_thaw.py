@@ -108,5 +108,5 @@ def test_bad_input_is_named(g):
         searcher.tell(state, [base.Record("", CANDIDATES[0], 1.0, 0.3)])
     with pytest.raises(ValueError, match="`levels` must lie between 0 and 1"):
         g.predict((), (0.0, 0.5))
-    with pytest.raises(ValueError, match="at least two tasks"):
+    with pytest.raises(ValueError, match="at least three tasks"):
         methods.train_curve_searcher([base.Record("a", CANDIDATES[0], 1.0)], space=SPACE)

@@ -203,6 +203,14 @@ class Evil:
         return os.system, ("touch evil",)
 
 
+class Reduced:
+    def __init__(self, *how):
+        self.how = how
+
+    def __reduce__(self):
+        return self.how
+
+
 def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls = [Evil(), {"arch2infos": {0: Evil()}}, print, io.StringIO]
@@ -214,6 +222,17 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
         ):
             nas.read_nas_bench_201(file)
     assert not (tmp_path / "evil").exists()
+    # A type that says of a pointer that it is none; and what a file writes on a function stays with that file.
+    pointer = (np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0))
+    (tmp_path / "pointer.pth").write_bytes(
+        pickle.dumps(Reduced(np._core.multiarray.scalar, (Reduced(*pointer), b"\x01" * 8)))
+    )
+    with pytest.raises(ValueError, match="none of numpy's integers and floats"):
+        nas.read_nas_bench_201(tmp_path / "pointer.pth")
+    written = Reduced(np._core.multiarray.scalar, (np.dtype("f8"), b"\x00" * 8))
+    (tmp_path / "number.pth").write_bytes(pickle.dumps(written))
+    with pytest.raises(ValueError, match="holds no results"):
+        nas.read_nas_bench_201(tmp_path / "number.pth")
     for data, message in [(b"abc", "can be read, or is damaged"), (pickle.dumps([1]), "holds no results")]:
         (tmp_path / "x.pth").write_bytes(data)
         with pytest.raises(ValueError, match=message):

@@ -136,7 +136,7 @@ def test_improvement_is_the_mean_over_errors():
         (CURVES[:, :3], FIDELITIES, r"`curves` must be \[S, 4, 3\]"),
         (CURVES, FIDELITIES[::-1], "ascend"),
         (CURVES, FIDELITIES * 2, "ascend"),
-        (CURVES[:1], FIDELITIES, "at least two tasks"),
+        (CURVES[:2], FIDELITIES, "at least three tasks"),
         (np.where(CURVES == CURVES[0, 0, 0], np.inf, CURVES), FIDELITIES, "clip what diverged"),
         (np.where(np.arange(F) == 1, np.nan, CURVES), FIDELITIES, "each candidate at each fidelity"),
     ],
