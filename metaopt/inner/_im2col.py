@@ -19,7 +19,7 @@ from jax.core import Tracer
 from metaopt import rewrite
 from metaopt.inner import _convolution as fast
 
-# A kernel of more positions is left to XLA: every position is work for the compiler.
+# A kernel of more positions, if it is to be written by slices, is left to XLA: every position is work for the compiler.
 _MOST_POSITIONS = 128
 # Where patches would take more bytes, the product is a sum over the kernel's positions: slower, and as small as x.
 _LARGE = 2**28
@@ -46,9 +46,11 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
 
     Args:
       fn: any JAX function. Convolutions inside functions with a derivative of their own (`jax.custom_vjp`), of kernels
-        of over 128 positions, with `batch_group_count`, or of other than real floating-point numbers are left as they
-        are, as is a function that cannot be traced (because Python branches on a value).
-      only_on_cpu: leaves everything as it is where the default backend, when the function is called, is no CPU.
+        of over 128 positions (in other types than float32, or grouped), with `batch_group_count`, or of other than real
+        floating-point numbers are left as they are, as is a function that cannot be traced (because Python branches on
+        a value).
+      only_on_cpu: leaves everything as it is where the default backend, when the function is called, is no CPU; without
+        it, kernels per task run one after the other on a GPU, too.
 
     Returns:
       A function of the same positional arguments, with the same result.

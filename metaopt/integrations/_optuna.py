@@ -224,6 +224,8 @@ def optuna_sampler(
 
 def _as_told(trial, sign: float) -> list[base.Record]:
     """A trial of Optuna as a searcher hears of it: its value, and those of its steps, each at a fidelity below 1."""
+    if trial.state.name == "FAIL" and not trial.params:
+        return []  # it failed before it asked for anything: nothing is known of any configuration
     record = base.Record("", dict(trial.params), trial=trial.number)
     told = [
         record._replace(outcome=sign * value, fidelity=1 - 1 / (step + 2))

@@ -408,6 +408,25 @@ def test_up_to_five_steps_are_written_out_and_more_are_a_loop(num_steps, loops):
     assert ("stablehlo.while" in lowered) == loops
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 6])
+def test_what_is_scanned_may_be_numpys(num_steps):
+    table, start = np.arange(4.0), np.ones(4)
+
+    def step(carry, x):
+        carry += x[0]  # in place, were it numpy's
+        return carry, carry[x[0].astype(int)]
+
+    carry, ys = hypergrad.checkpointed_scan(
+        step, start, np.arange(num_steps)[:, None] % 2 + table[:1], length=num_steps, remat="none"
+    )
+    total = np.cumsum(np.arange(num_steps) % 2)
+    np.testing.assert_array_equal(carry, 1 + total[-1] * np.ones(4))
+    np.testing.assert_array_equal(ys, 1 + total)
+    np.testing.assert_array_equal(start, np.ones(4))
+    with pytest.raises(ValueError, match="axis sizes|must have . entries"):
+        hypergrad.checkpointed_scan(step, start, np.zeros((7, 1)), length=num_steps, remat="none")
+
+
 def test_the_first_step_is_one_product_for_all_tasks():
     """Before it, tasks share their parameters, and under `vmap` the product of all has no axis of tasks."""
     x, w = jnp.ones((7, 4, 3)), jnp.ones((3, 3))

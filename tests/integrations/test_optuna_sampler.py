@@ -58,6 +58,24 @@ def test_it_samples_what_the_searcher_would_ask_for(g):
 
 
 @pytest.mark.once
+def test_what_failed_before_it_asked_tells_nothing():
+    # The best of what is known is the default, which an empty configuration would be taken for.
+    space = {"x": spaces.interval(0.0, 1.0)}
+    pool = [{"x": float(x)} for x in np.linspace(0, 1, 9)]
+    records = [Record(f"t{slope}", c, slope * abs(c["x"] - 0.5)) for slope in (1, 2) for c in pool]
+    g = methods.train_meta_searcher(records, space=space, num_steps=0)
+
+    def fails_once(trial):
+        if trial.number == 0:
+            raise RuntimeError("no data yet")
+        return abs(trial.suggest_float("x", 0.0, 1.0) - 0.5)
+
+    study = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=3))
+    study.optimize(fails_once, n_trials=2, catch=(RuntimeError,))
+    assert study.trials[0].params == {} and study.trials[1].params["x"] == pytest.approx(g.predict()["x"], abs=0.05)
+
+
+@pytest.mark.once
 def test_maximizing_is_minimizing_the_negative(g):
     one, other = (
         optuna.create_study(direction=d, sampler=integrations.optuna_sampler(g, seed=0))
