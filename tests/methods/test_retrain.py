@@ -126,7 +126,7 @@ def test_the_probability_of_dropping_rises_and_augmentations_follow_one_another(
     assert len({float(found) for found, _ in at}) == 3
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_training_that_is_stopped_goes_on_to_the_same_numbers(tmp_path):
     made = recipe(batch_size=5)
     run = lambda **options: methods.train(made.loop, DATA, num_steps=6, key=KEY, progress=False, **options)
