@@ -3,7 +3,8 @@
 A supernet of the space is trained on one half of the training images, and α by each searcher on the other half. The
 cell that α says at the end is one of the 15,625 of the benchmark, whose test accuracies after 200 epochs on CIFAR-10,
 CIFAR-100 and ImageNet16-120 are known, so that nothing has to be trained again. Searchers have the same steps,
-batches and rates but for what their papers change; nothing is chosen by a test accuracy, and no searcher sees the table but those that are said to.
+batches and rates but for what their papers change; nothing is chosen by a test accuracy, and no searcher sees the
+table but those that are said to.
 
 RobustDARTS and the stop by the number of skips are two more ways to read the run of first-order DARTS, whose
 validation loss's dominant eigenvalue in α is measured at the end of every epoch.
