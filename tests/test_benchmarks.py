@@ -38,7 +38,7 @@ def load(script, monkeypatch):
     return module
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_smoke_of_unroll():
     printed = smoke("unroll.py")
     cost = {row[1]: row for row in rows(printed) if row[0] == "16"}
@@ -61,7 +61,7 @@ def test_the_table_goes_between_the_markers_of_the_readme(tmp_path, monkeypatch)
         assert readme.read_text() == ("before\n<!-- benchmark:start -->\nnew \\1\n<!-- benchmark:end -->\nafter\n")
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_smoke_of_rules():
     # This environment has no torch: the table says why there are no numbers of other libraries.
     printed = smoke("rules.py", "--peers", sys.executable)
@@ -163,7 +163,7 @@ def test_the_table_says_which_floors_are_reached(monkeypatch):
     assert printed["TorchOpt (failed)"] == [""] * 10
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_smoke_of_conv4():
     found = {row[0]: row for row in rows(smoke("conv4.py")) if len(row) == 7 and row[0] not in ("program", "---")}
     assert list(found) == ["metaopt", "naive: JAX, vmap", "JAX, unrolled"]

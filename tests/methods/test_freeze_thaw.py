@@ -6,6 +6,8 @@ import pytest
 
 from metaopt import base, methods, spaces, tasks
 
+pytestmark = pytest.mark.once
+
 SPACE = {"x": spaces.interval(0.0, 1.0)}
 CANDIDATES = [{"x": v} for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
 FIDELITIES = (0.25, 0.5, 1.0)

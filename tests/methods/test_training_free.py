@@ -6,6 +6,8 @@ import pytest
 
 from metaopt import methods, nas, spaces
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 SPACE = {"depth": spaces.integer(0, 99)}
 

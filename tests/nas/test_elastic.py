@@ -11,6 +11,8 @@ from scipy.signal import correlate
 
 from metaopt import base, inner, methods, nas
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 

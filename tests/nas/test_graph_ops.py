@@ -7,6 +7,8 @@ import pytest
 
 from metaopt import nas
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 # A directed graph with weights; node 4 has no neighbor.

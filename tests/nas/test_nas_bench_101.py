@@ -9,6 +9,8 @@ import pytest
 
 from metaopt import nas
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 CONV3, CONV1, POOL = nas.NAS_BENCH_101_PRIMITIVES
 TABLES = Path(os.environ.get("METAOPT_DATA", "absent"))

@@ -11,6 +11,8 @@ import pytest
 
 from metaopt import base, hypergrad, inner, methods, nas, training
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 FLOPS = functools.partial(hypergrad.flops, products_only=True)

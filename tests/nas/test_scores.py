@@ -7,6 +7,8 @@ import pytest
 
 from metaopt import inner, nas
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 # The first one without normalization, after which the rows' Jacobians would add up to zero.
 PLAIN = nas.Op(
