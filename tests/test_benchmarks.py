@@ -125,6 +125,7 @@ def test_smoke_of_suggest():
     assert [key[:2] for key in cost] == names and all(0 < float(ms[0]) <= float(ms[1]) for ms in cost.values())
 
 
+@pytest.mark.once
 def test_hypergradients_that_disagree_are_seen(monkeypatch):
     script = load("rules", monkeypatch)
     expected = {"rate": np.float32(100), "decay": {"in": np.array([1.0, 2.0]), "out": np.float32(-1)}}

@@ -134,6 +134,7 @@ def test_learner():
     assert names(learner.step) == ["state"]
 
 
+@pytest.mark.once
 def test_contexts_and_estimates_have_the_fields_of_the_contract():
     state = problems.RIDGE_LOOP.init(jax.random.key(0), problems.LAM, problems.TASK.train)
     context = problems.RIDGE_LOOP.context(state)

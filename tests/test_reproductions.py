@@ -153,6 +153,7 @@ def test_augmentation(tmp_path):
         assert all(number(cell) > 0 for cell in rows[name])  # the second table: the strengths
 
 
+@pytest.mark.once
 def test_augmentation_moves_images_as_its_strengths_say(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     spec = importlib.util.spec_from_file_location("augmentation", ROOT / "experiments" / "augmentation.py")

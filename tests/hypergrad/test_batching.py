@@ -84,6 +84,7 @@ def test_a_ragged_tuple_equals_one_batch(task_chunk):
 
 
 @pytest.mark.parametrize("sampler", [None, inner.minibatch(3)])
+@pytest.mark.once
 def test_padded_tasks_equal_unpadded_ones(sampler):
     # To rounding: sums have more terms, all of them zero.
     estimator = hypergrad.unrolled(problems.masked_problem(sampler), num_steps=4)
@@ -206,6 +207,7 @@ def test_float32_stays_float32(x64, task_chunk):
 # Seeds.
 
 
+@pytest.mark.once
 def test_seeds_equal_a_loop():
     estimator = hypergrad.unrolled(problems.masked_problem(inner.minibatch(2)), num_steps=2)
     task = problems.unpadded_tasks()[0]

@@ -118,6 +118,7 @@ def test_an_unbiased_rule_is_judged_by_its_own_spread():
 ROLLED = {"num_steps": 6, "truncation_length": 2, "sigma": 0.1, "num_pairs": 4}
 
 
+@pytest.mark.once
 def test_an_unbiased_rule_is_judged_over_its_whole_episode():
     # In the first window these are the same rule; what comes later tells them apart.
     persistent = hypergrad.persistent_es(problems.RIDGE, **ROLLED)

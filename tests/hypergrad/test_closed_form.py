@@ -74,6 +74,7 @@ def test_through_a_change_of_coordinates(name):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.once
 def test_predicted_for_a_batch_of_tasks(name):
     predictor = predictors.mlp({"log_penalty": spaces.real(-1.0, shape=(problems.NUM_FEATURES,))}, 2, num_hidden=3)
     phi = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(KEY, x.shape), predictor.init(KEY))
@@ -90,6 +91,7 @@ def test_predicted_for_a_batch_of_tasks(name):
 
 
 @pytest.mark.parametrize("name", ["unrolled", "unrolled_sqrt"])
+@pytest.mark.once
 def test_second_derivatives_through_an_estimator(name):
     estimator = ESTIMATORS[name](problems.RIDGE)
     hessian = jax.jit(jax.jacfwd(lambda lam: estimator.estimate(lam, problems.TASK, KEY)[0].hypergrad))(problems.LAM)

@@ -35,6 +35,7 @@ def problem(name):
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.once
 def test_equals_loops_over_tasks_and_seeds(name):
     rule = RULES[name](spaces.constrain(problem(name), SPACE))
     predictor = predictors.mlp(SPACE, 2, num_hidden=2)

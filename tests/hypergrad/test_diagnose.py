@@ -82,6 +82,7 @@ def test_an_unfinished_solve_and_a_dead_leaf():
     assert "The hypergradient of λ['log_penalty'] is zero" in words(found)
 
 
+@pytest.mark.once
 def test_optimizer_states_and_noise_are_carried():
     diagnosis = hypergrad.diagnose(problems.EVERYTHING, problems.EVERYTHING_LAM, problems.TASK, num_steps=12)
     assert np.isfinite(diagnosis.growth) and diagnosis.inner_loss.shape == (12,)

@@ -158,6 +158,7 @@ def influence_gradient(lam, num_steps=24):
     return np.mean(grads)
 
 
+@pytest.mark.once
 def test_short_windows_are_unbiased_where_truncation_has_the_wrong_sign():
     lam, episodes = jnp.array(0.5), {}
     for name, rule in WINDOWED.items():
@@ -173,6 +174,7 @@ def test_short_windows_are_unbiased_where_truncation_has_the_wrong_sign():
     assert single[:, -1].var() < persistent[:, -1].var() / 4
 
 
+@pytest.mark.once
 def test_one_window_is_the_whole_training():
     options = {"sigma": SIGMA, "num_pairs": 3}
     expected = first(hypergrad.evolution(POLYNOMIAL, num_steps=4, outer="mean", **options), LAM, TASK, KEY)
@@ -184,6 +186,7 @@ def test_one_window_is_the_whole_training():
         assert once.done, name
 
 
+@pytest.mark.once
 def test_windows_of_one_perturbation_make_up_the_whole_training():
     # Noise, minibatches, a running mean and momentum are carried from window to window.
     def loss(params, hyperparams, batch, context):
@@ -253,6 +256,7 @@ def types(tree):
 
 
 @pytest.mark.parametrize("name", ["evolution", "persistent_es"])
+@pytest.mark.once
 def test_tasks_differ_in_their_perturbations_and_the_state_keeps_its_types(name):
     one = RULES[name](POLYNOMIAL, sigma=0.1, num_pairs=2)
     one = hypergrad.over_seeds(one, 2) if name == "persistent_es" else one

@@ -73,6 +73,7 @@ def estimated_by_lookahead(state):
     return estimator.estimate(LAM, TASK, hypergrad.LookaheadState(state, KEY))[0].hypergrad
 
 
+@pytest.mark.once
 def test_the_error_is_of_second_order_in_the_distance(error):
     errors = [error(epsilon) for epsilon in (0.1, 0.05, 0.025, 1e-5)]
     assert errors[0]["target"] > 1e-5
@@ -145,6 +146,7 @@ def test_answers_for_what_enters_the_model_state_alone():
     np.testing.assert_allclose(estimate.hypergrad, np.exp(0.3) * 2 * 0.2**2, rtol=1e-12)
 
 
+@pytest.mark.once
 def test_the_horizon_ends_once_so_many_steps_are_committed():
     estimator = hypergrad.darts_fd(problem(), commit=2, horizon=4)
     once, state, done = jax.jit(estimator.estimate), estimator.init(KEY, LAM, TASK), []

@@ -49,6 +49,7 @@ def difference(estimate, expected):
     return float(jnp.linalg.norm(estimate.hypergrad["log_penalty"] - expected["log_penalty"]))
 
 
+@pytest.mark.once
 def test_f2sa_equals_the_gradient_of_its_penalized_problem_and_its_bias_is_inverse_to_the_multiplier():
     estimator = hypergrad.f2sa(ridge(), num_steps=600, multiplier=lambda count: 5.0 * 4.0**count)
     estimate, state = jax.jit(estimator.estimate), estimator.init(KEY, LAM, problems.TASK)
@@ -121,6 +122,7 @@ def test_bome_takes_the_step_of_its_algorithm(barrier):
     np.testing.assert_allclose(estimate.value, outer_loss(theta, LAM, valid), rtol=1e-12)
 
 
+@pytest.mark.once
 def test_bome_arrives_at_the_minimum_within_its_step_size():
     newton = jax.jit(lambda x: x - jnp.linalg.solve(jax.hessian(f)(x), jax.grad(f)(x)))
     f = lambda x: closed_form({"log_penalty": x})

@@ -52,6 +52,7 @@ def trained(hyperparams, task, num_steps):
 
 
 @pytest.mark.parametrize(("outer", "chunk"), [([0, 0, 0, 0, 3.0], 3), ([0, 0.5, 0, 2, 0], None)])
+@pytest.mark.once
 def test_equals_the_closed_form_over_tasks_and_devices(outer, chunk):
     batch = problems.stack([problems.regression_task(seed) for seed in range(3)])
     estimator = hypergrad.over_tasks(hypergrad.forward(problems.RIDGE, num_steps=5, outer=outer, chunk=chunk))

@@ -51,6 +51,7 @@ def _noisy_loss(params, hyperparams, batch, context):
     return ridge(params + noise, None, batch) + 0.1 * jnp.vdot(context.model_state, params), params
 
 
+@pytest.mark.once
 def test_equals_one_step_of_lookahead_with_the_inner_loss_as_the_outer_one():
     loop = inner.loop(
         _noisy_loss,

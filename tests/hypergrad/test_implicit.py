@@ -77,6 +77,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.once
 def test_logistic_regression(name):
     _, hessian, f_theta, mixed, expected = problems.logistic_answer(problems.LAM)
     assert np.linalg.norm(expected) > 0.01
@@ -118,6 +119,7 @@ def test_an_adjoint_that_is_not_solved_for_has_the_stated_bias():
     np.testing.assert_allclose(estimate.hypergrad["log_penalty"] - exact, bias, rtol=1e-8)
 
 
+@pytest.mark.once
 def test_a_sampled_hessian_has_the_bias_of_the_mean_of_inverses():
     # Every pair of rows of a small task: θ at rest on all rows, the system on two of them.
     task = problems.logistic_task()
@@ -158,6 +160,7 @@ def test_a_sampled_hessian_has_the_bias_of_the_mean_of_inverses():
     assert np.linalg.norm(bias) > 1e-4 and np.linalg.norm(bias - second) < 0.5 * np.linalg.norm(bias)
 
 
+@pytest.mark.once
 def test_batches():
     lam, task = problems.LAM, problems.TASK
     loop = inner.loop(

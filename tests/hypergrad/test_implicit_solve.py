@@ -33,6 +33,7 @@ def test_values_are_those_of_training():
         (hypergrad.neumann(num_steps=200, rate=1.0), "step"),
     ],
 )
+@pytest.mark.once
 def test_first_and_second_derivatives_in_both_modes(solver, condition):
     # Not quadratic: a first-order rule, which holds θ* constant in its own Hessian, has a wrong second derivative.
     loop, batch = problems.LOGISTIC.loop, problems.LOGISTIC_TASK.valid

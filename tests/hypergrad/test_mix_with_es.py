@@ -125,6 +125,7 @@ def test_gradients_that_are_not_finite_are_left_out_by_leaf():
     assert (out.metrics["exact_weight"] < 1).all()
 
 
+@pytest.mark.once
 def test_over_tasks_amortized_and_carried():
     apply = lambda phi, task: {"log_penalty": phi @ task.features}
     predictor, phi = base.Predictor(lambda key: phi, apply), jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)

@@ -56,6 +56,7 @@ def test_value_and_pullback_are_those_of_reverse_over_reverse(remat):
     )
 
 
+@pytest.mark.once
 def test_auxiliary_outputs_pass_their_cotangent_on():
     # a = (a float that depends on everything, a count): the state of a model.
     def with_aux(params, hyperparams, batch):
@@ -87,6 +88,7 @@ def test_everything_through_training():
     chex.assert_trees_all_close(mixed.hypergrad, reverse.hypergrad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.once
 def test_finite_differences_and_a_second_derivative():
     # Reverse over reverse over mixed: the outer loss's own curvature in λ.
     solve = hypergrad.unroll(problems.RIDGE_LOOP, num_steps=3, grad=hypergrad.mixed_grad)
@@ -173,6 +175,7 @@ def closing_over(labels, scale, key):
 
 
 @pytest.mark.parametrize("transform", ["jit", "vmap of grad", "grad of vmap", "scan"])
+@pytest.mark.once
 def test_traced_indices_keys_and_floats_that_a_loss_closes_over(transform):
     labels, scales = jnp.array([[0, 1], [2, 0]]), jnp.array([0.5, 2.0])
     keys = jax.random.split(jax.random.key(1), 2)

@@ -62,6 +62,7 @@ def test_each_leaf_has_its_closed_form_at_the_current_value_of_the_others():
     assert (estimator.kind, bool(out.done)) == ("biased", False)
 
 
+@pytest.mark.once
 def test_a_wrapped_partition_is_a_partition_of_the_wrapped():
     # In unconstrained coordinates, with a fixed leaf, a predictor and a batch of tasks; labels by path.
     space = {"rate": spaces.positive(0.3), "penalty": spaces.positive(0.3, shape=(4,)), "extra": spaces.fixed(1.0)}

@@ -290,6 +290,7 @@ def relative_error(name, dtype, params_dtype=None):
 
 
 @pytest.mark.parametrize("name", ON_THE_WAY)
+@pytest.mark.once
 def test_on_the_way(name):
     assert relative_error(name, jnp.float64) < 1e-10
 

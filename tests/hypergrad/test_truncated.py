@@ -70,6 +70,7 @@ def test_t1t2_equals_its_formula():
         theta = after
 
 
+@pytest.mark.once
 def test_staggered_slots_do_not_end_together_and_every_horizon_is_whole():
     batch = problems.stack([problems.regression_task(seed) for seed in range(4)])
     estimator = hypergrad.over_tasks(hypergrad.truncated(problems.RIDGE, num_steps=8, truncation_length=2))

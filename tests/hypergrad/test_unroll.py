@@ -255,6 +255,7 @@ def test_outer_weights_equal_a_loop_over_steps(outer, weights, remat):
     assert estimate.done
 
 
+@pytest.mark.once
 def test_a_one_hot_weight_at_the_last_step_is_the_last_step():
     estimates = [
         jax.jit(hypergrad.unrolled(SMALL, num_steps=3, outer=outer).estimate)(SMALL_LAM, SMALL_TASK, KEY)[0]
@@ -263,6 +264,7 @@ def test_a_one_hot_weight_at_the_last_step_is_the_last_step():
     chex.assert_trees_all_equal(*estimates)
 
 
+@pytest.mark.once
 def test_steps_of_weight_zero_before_the_last_are_not_evaluated():
     # At the first step the outer loss is infinite, and infinity times zero would be NaN.
     problem = inner.problem(
@@ -344,6 +346,7 @@ def test_every_estimate_draws_afresh_and_repeats_with_its_key():
     chex.assert_trees_all_equal(first, again)
 
 
+@pytest.mark.once
 def test_the_outer_batch_is_drawn_from_the_task():
     def half(key, task):
         rows = jax.random.permutation(key, 15)[:7]

@@ -49,6 +49,7 @@ def derivatives(fn, *args):
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.once
 def test_a_convolution_and_its_derivatives(name):
     conv, x, w = convolution(name)
     chex.assert_trees_all_close(
@@ -70,6 +71,7 @@ POOLING = {
 
 
 @pytest.mark.parametrize("name", POOLING)
+@pytest.mark.once
 def test_pooling_and_its_derivatives(name):
     operation, start, window, strides, padding = POOLING[name]
 
@@ -141,6 +143,7 @@ def test_precision_is_kept(dtype):
     np.testing.assert_allclose(out.astype(float), CONV(X, W), rtol=0, atol=30 * float(jnp.finfo(dtype).eps))
 
 
+@pytest.mark.once
 def test_narrow_types_are_summed_in_wide_ones():
     x, w = jax.random.normal(KEY, (2, 12, 12, 3)), jax.random.normal(jax.random.key(1), (9, 9, 1, 3))
     conv = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", feature_group_count=3, **NHWC)
@@ -151,6 +154,7 @@ def test_narrow_types_are_summed_in_wide_ones():
 
 
 @pytest.mark.parametrize("name", ["same", "groups"])
+@pytest.mark.once
 def test_large_patches_are_not_made(name, monkeypatch):
     conv, x, w = convolution(name)
     text = [str(jax.make_jaxpr(inner.im2col(conv))(x, w))]

@@ -26,6 +26,7 @@ def make(loss=problems.penalized, optimizer=lambda hp: optax.adam(hp["rate"]), i
     return inner.loop(loss, optimizer, init=init, **options)
 
 
+@pytest.mark.once
 def test_steps_equal_a_plain_optax_loop():
     loop = make(sampler=inner.minibatch(6))
     state = loop.init(KEY, LAM, DATA)
@@ -96,6 +97,7 @@ def test_the_gradient_is_an_argument_of_the_step():
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 5])
+@pytest.mark.once
 def test_run_equals_unroll(num_steps):
     loop, lam = problems.EVERYTHING_LOOP, problems.EVERYTHING_LAM
     expected = jax.jit(hypergrad.unroll(loop, num_steps=num_steps))(KEY, lam, DATA)
@@ -135,6 +137,7 @@ def test_no_derivative_passes_through_run(kind):
     assert jax.jvp(objective, (LAM, DATA), tangents)[1] == 0
 
 
+@pytest.mark.once
 def test_run_over_a_batch_of_keys_and_hyperparams():
     loop = problems.EVERYTHING_LOOP
     train = inner.run(loop, num_steps=3)
@@ -150,6 +153,7 @@ def test_run_over_a_batch_of_keys_and_hyperparams():
 
 
 @pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.once
 def test_float32_training_stays_float32(x64):
     with jax.enable_x64(x64):
         data = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), DATA)

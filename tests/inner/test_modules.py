@@ -184,6 +184,7 @@ def test_a_linen_module_without_the_train_argument():
         model.init(KEY, None, None)
 
 
+@pytest.mark.once
 def test_an_equinox_module_without_ceremony():
     eqx = pytest.importorskip("equinox")
     _, static = eqx.partition(eqx.nn.MLP(D, 1, 4, 1, key=KEY), eqx.is_array)

@@ -17,6 +17,7 @@ def permutation(size, epoch=0, key=KEY):
     return inner.shuffled(key, jnp.full(size, epoch), jnp.arange(size), size)
 
 
+@pytest.mark.once
 def test_shuffled_is_a_permutation_for_every_size_and_epoch():
     padded = 40
 

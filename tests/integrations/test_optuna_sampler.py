@@ -43,6 +43,7 @@ def objective(trial):
     return loss(configuration) + 0.0 * trial.suggest_float("other", 0.0, 1.0)
 
 
+@pytest.mark.once
 def test_it_samples_what_the_searcher_would_ask_for(g):
     study = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=3))
     study.optimize(objective, n_trials=6)

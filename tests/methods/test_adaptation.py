@@ -168,6 +168,7 @@ def estimates():
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.once
 def test_the_hypergradient_is_that_of_differences_of_training_in_numpy(name, estimates):
     _, _, by_hand = CASES[name]
     out, hyperparams = estimates.found[name], estimates.hyperparams[name]
@@ -217,6 +218,7 @@ def test_reptile_is_the_way_that_training_went(estimates):
     assert OTHERS["reptile"].estimator.kind == "pseudo"
 
 
+@pytest.mark.once
 def test_schedules_follow_the_outer_step():
     """MAML++: first order and equal weights at step 0; second order and the last loss alone from step 1 on."""
     a = methods.maml_plus_plus(

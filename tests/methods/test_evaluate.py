@@ -69,6 +69,7 @@ def evaluation():
     return methods.evaluate_episodes(METHODS, samplers, KEY, num_episodes=50, chunk_size=16)
 
 
+@pytest.mark.once
 def test_the_scores_are_those_of_each_episode(evaluation):
     for number, ways in enumerate((3, 2)):
         source = evaluation.sources[number]

@@ -110,6 +110,7 @@ def test_shuffled_records_do_no_harm():
     assert ours.mean() < random.mean()
 
 
+@pytest.mark.once
 def test_what_diverges_does_not_set_the_scale_and_the_best_is_repeated_when_all_were_tried():
     records, _ = make_records(np.random.default_rng(0), num_tasks=4)
     pool = [{"x": x, "kind": kind} for x in (0.0, 0.3, 0.6, 0.9) for kind in SPACE["kind"].labels]
@@ -132,6 +133,7 @@ def test_what_diverges_does_not_set_the_scale_and_the_best_is_repeated_when_all_
     assert {tuple(c.items()) for c in asked[:-1]} == {tuple(c.items()) for c in pool} and asked[-1] == g.predict()
 
 
+@pytest.mark.once
 def test_a_portfolio_has_no_configuration_twice():
     space = {"n": spaces.integer(1, 5)}
     records = [base.Record(f"t{t}", {"n": n}, float((n - t) ** 2)) for t in range(1, 4) for n in range(1, 6)]

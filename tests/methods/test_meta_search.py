@@ -41,6 +41,7 @@ def told(trials, best=0.4, **kwargs):
     return [t._replace(status="COMPLETE", outcome=loss(t.configuration, best), **kwargs) for t in trials]
 
 
+@pytest.mark.once
 def test_suggest_needs_no_bookkeeping_and_no_fit(g):
     assert g.suggest([], []) == [g.predict()]
     searcher = g.searcher([1.5])
@@ -206,6 +207,7 @@ def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
 # ---- On disk --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_what_was_learned_comes_back_from_disk(g, tmp_path):
     methods.save_meta_optimizer(tmp_path / "g.npz", g)
     again = methods.load_meta_optimizer(tmp_path / "g.npz")

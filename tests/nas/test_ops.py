@@ -39,6 +39,7 @@ def test_shapes(name, which):
         assert y.shape == (2, *(-(-n // stride) for n in shape[:-1]), channels), (shape, channels, stride)
 
 
+@pytest.mark.once
 def test_an_op_of_ones_own_on_sequences_one_channel_and_images_that_are_not_square():
     def init(key, in_shape, channels, stride):
         return {"w": nas.uniform(key, (in_shape[-1], channels), in_shape[-1])}

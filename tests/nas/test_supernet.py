@@ -96,6 +96,7 @@ def image_case(name):
         pytest.param("darts", 1, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.once
 def test_one_hot_weights_are_the_discrete_network(name, partial):
     net, shape, ops = (TABLE, (3,), nas.BLOCKS) if name == "table" else image_case(name)
     if partial == 2:  # quicker: a normal cell and a reduction
@@ -161,6 +162,7 @@ def test_isomorphic_cells_give_equal_outputs():
     assert (apart + np.eye(len(apart)) > 1e-4).all()
 
 
+@pytest.mark.once
 def test_a_single_path_runs_the_op_that_is_chosen():
     net = TABLE._replace(layers=TABLE.layers[:2])
     dense = nas.supernet(net, (3,), ops=nas.BLOCKS)

@@ -60,6 +60,7 @@ def test_starts_at_one_given_lambda_for_every_task(name):
 
 
 @pytest.mark.parametrize("name", MAKE)
+@pytest.mark.once
 def test_departs_from_it_as_tasks_tell(name):
     predictor = MAKE[name]()
     phi = random_weights(predictor)
@@ -139,6 +140,7 @@ def test_the_embedding_reads_no_more_than_max_rows():
 
 
 @pytest.mark.parametrize("num_hidden", [0, 3])
+@pytest.mark.once
 def test_amortize_is_the_chain_rule(num_hidden):
     space = {"log_penalty": spaces.real(-1.0, shape=(problems.NUM_FEATURES,))}
     predictor = predictors.mlp(space, 2, num_hidden=num_hidden)

@@ -54,6 +54,7 @@ def test_one_task_without_closeness_is_a_gaussian_process_with_a_flat_offset():
         np.testing.assert_allclose(mixture.std[:, 3 * s + f] ** 2, variance, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.once
 def test_the_weights_are_the_likelihoods():
     """Of components that differ in their task and scale alone, by the density of the outcomes' differences."""
     found = surrogate(closeness=0.6)
@@ -94,6 +95,7 @@ def test_padding_units_and_offsets_change_nothing():
     chex.assert_trees_all_close(moved, one._replace(mean=one.mean + 7), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.once
 def test_acquisitions_are_those_of_samples():
     mixture = predictors.Mixture(jnp.log(jnp.array([0.3, 0.7])), jnp.array([[0.0, 1.0]]), jnp.array([[1.0, 0.5]]))
     key, which = jax.random.split(jax.random.key(0))

@@ -66,6 +66,7 @@ def test_value_is_that_of_the_problem_by_hand():
     assert float(value) == pytest.approx(float(outer(PROBLEM, spaces.to_constrained(SPACE, Z))), rel=1e-12)
 
 
+@pytest.mark.once
 def test_gradient_obeys_the_chain_rule():
     constrained = spaces.constrain(PROBLEM, SPACE)
     gradient = jax.grad(lambda z: outer(constrained, z))(Z)

@@ -388,6 +388,7 @@ def test_fixed_keeps_its_type_and_cannot_be_changed_from_outside():
         assert spaces.default(spaces.fixed(0.5)).dtype == jnp.float32
 
 
+@pytest.mark.once
 def test_rounding_does_not_leave_the_range():
     # In float32, exp(log 1000) is above 1000.
     for high in (30.0, 100.0, 1000.0):

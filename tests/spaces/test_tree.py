@@ -29,6 +29,7 @@ SPACE = {
 }
 
 
+@pytest.mark.once
 def test_fixed_leaves_disappear_from_the_unconstrained_tree():
     z = spaces.to_unconstrained(SPACE, spaces.default(SPACE))
     assert z["adam"].betas[1] is None and z["seed"] is None

@@ -29,6 +29,7 @@ def masked_loss(params, data):
     return jnp.sum(losses * data["mask"]) / jnp.sum(data["mask"])
 
 
+@pytest.mark.once
 def test_padding_changes_neither_loss_nor_gradient():
     one = prepared()
     shape = tasks.shape_of(one)
@@ -170,6 +171,7 @@ def rows_of(part):
     return np.concatenate([np.asarray(part["x"])[real], np.asarray(part["y"])[real, None]], axis=1)
 
 
+@pytest.mark.once
 def test_resplit_redraws_the_same_rows():
     task = padded(prepared(rows=97, classes=4), features=np.ones(2))
     new = jax.jit(tasks.resplit)(jax.random.key(0), task)
@@ -204,6 +206,7 @@ def test_resplit_is_stratified_and_every_row_gets_its_turn():
     assert min(seen.values()) > 0.6 * 300 * (1 - share) and max(seen.values()) < 1.5 * 300 * (1 - share)
 
 
+@pytest.mark.once
 def test_resplit_of_a_batch_is_that_of_each_task():
     some = [padded(prepared(rows=60 + 20 * i, seed=i)) for i in range(3)]
     keys = jax.random.split(jax.random.key(2), 3)

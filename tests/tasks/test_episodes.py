@@ -118,6 +118,7 @@ def close_means(a, b):
 
 
 @pytest.mark.parametrize("name", ["flat", "superclasses", "ontology"])
+@pytest.mark.once
 def test_meta_dataset_draws_as_the_slow_version_does(drawn, name):
     fast, slow = drawn[1][name]
     sizes = np.bincount({s.name: s for s in SOURCES}[name].y)
@@ -203,6 +204,7 @@ def check_all(batch, sources, num, disjoint=True):
     assert set(batch.meta.source[:num].tolist()) == set(range(len(sources)))
 
 
+@pytest.mark.once
 def test_what_holds_in_every_episode(fixed):
     check_all(fixed, [SPOKEN, DRAWN, DAG], 100)
     assert (fixed.meta.num_shots == 3).all() and (fixed.meta.num_query == 2).all()
@@ -269,6 +271,7 @@ def test_groups_are_drawn_uniformly(fixed):
     assert close_means(heard.sum(axis=1), np.sum(slow, axis=1))
 
 
+@pytest.mark.once
 def test_within_a_superclass():
     sample = tasks.episodes(DRAWN, num_ways=20, within_superclass=True, num_query=5)
     classes = np.asarray(jax.jit(jax.vmap(lambda key: sample(key).meta.classes))(KEYS[:200]))
@@ -336,6 +339,7 @@ def test_what_cannot_be_drawn_is_refused(make, message):
         make()
 
 
+@pytest.mark.once
 def test_programs_hold_no_copy_of_the_data():
     images = tasks.from_arrays(np.zeros((600, 20, 20), np.uint8), np.arange(600) // 20)
     key = jax.random.key(0)

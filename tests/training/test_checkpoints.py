@@ -46,6 +46,7 @@ def same(a: training.FitResult, b: training.FitResult) -> bool:
     return small.bits(a) == small.bits(b) and jax.tree.structure(a) == jax.tree.structure(b)
 
 
+@pytest.mark.once
 def test_several_steps_a_call_are_continued(tmp_path, unbroken):
     fit(tmp_path, num_steps=12, steps_per_call=3)
     continued = fit(tmp_path, steps_per_call=3)
@@ -111,6 +112,7 @@ def test_patience_and_the_best_hyperparams_survive_an_interruption(tmp_path):
     assert same(fit(tmp_path, **stop), unbroken)
 
 
+@pytest.mark.once
 def test_shapes_that_vary_survive_an_interruption(tmp_path):
     learner = training.learner(small.quadratic(), optax.adam(0.1))
 

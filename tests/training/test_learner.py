@@ -39,6 +39,7 @@ def check_slots(old, new, fresh_tasks, done):
     assert np.all(new.estimator_state.age[done] <= small.HORIZON)
 
 
+@pytest.mark.once
 def test_done_slots_are_renewed_and_the_others_kept_to_the_bit():
     init, step = map(jax.jit, training.learner(small.carried(), optax.sgd(0.1)))
     state = init(KEY, LAM, small.sample(KEY, 16))
@@ -72,6 +73,7 @@ def test_without_fresh_tasks_done_slots_restart_on_their_task():
         state = new
 
 
+@pytest.mark.once
 def test_a_tuple_of_batches_is_renewed_batch_by_batch():
     init, step = map(jax.jit, training.learner(small.paired(small.carried()), optax.sgd(0.1)))
     state = init(KEY, LAM, (small.sample(KEY, 5), small.sample(KEY, 2)))
@@ -173,6 +175,7 @@ def test_staggered_slots_end_one_after_another():
     np.testing.assert_array_equal(ends, np.tile(np.repeat(np.eye(3, dtype=bool)[::-1], 2, axis=1), (2, 1)))
 
 
+@pytest.mark.once
 def test_a_slot_that_ends_while_others_go_ahead_waits_for_its_renewal():
     init, _ = training.learner(small.paired(young()), optax.sgd(0.1), stagger=2 * small.HORIZON)
     state = init(KEY, LAM, (small.sample(KEY, 6), small.sample(KEY, 1)))

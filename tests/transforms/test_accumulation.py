@@ -32,6 +32,7 @@ def test_the_sum_of_the_momenta_of_optax(average):
     chex.assert_trees_all_close(mean, jax.tree.map(lambda *ms: sum(ms) / 3, *members), rtol=1e-12)
 
 
+@pytest.mark.once
 def test_derivatives():
     def value(decays, weights):
         updates, _ = accumulate(transforms.learnable_accumulation(decays, weights))

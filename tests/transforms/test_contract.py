@@ -83,6 +83,7 @@ def like(params, dtype):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.once
 def test_init_and_update_are_pure_and_keep_their_types(name):
     for dtype in (jnp.float32, jnp.bfloat16):
         params, transform = like(PARAMS, dtype), TRANSFORMS[name]()
@@ -97,6 +98,7 @@ def test_init_and_update_are_pure_and_keep_their_types(name):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.once
 def test_jit_vmap_and_scan(name):
     transform, params = TRANSFORMS[name](), like(PARAMS, jnp.float64)
     expected = two_steps(transform, params)

@@ -149,6 +149,7 @@ def test_without_it_adam_gives_nan():
     assert jnp.isnan(jax.grad(plain)(LAM)["scale"])
 
 
+@pytest.mark.once
 def test_control_flow_and_custom_derivatives_within_a_transform():
     def update(updates, state, params=None):
         def body(i, x):

@@ -61,6 +61,7 @@ def test_the_gradient_in_the_weights_is_that_of_finite_differences():
         np.testing.assert_allclose(slope, (values[0] - values[1]) / 4e-5, rtol=1e-5)
 
 
+@pytest.mark.once
 def test_without_a_gradient_derivatives_are_finite():
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     derivatives = jax.jit(jax.value_and_grad(moved, argnums=(0, 1)))(WEIGHTS, zeros)

@@ -123,6 +123,7 @@ def quadratic(params, hyperparams, batch):
 
 
 @pytest.mark.parametrize("which", ["parameter", "group"])
+@pytest.mark.once
 def test_hypergradients_of_trees(which):
     groups = {"kernels": "kernel$", "rest": ""}
     if which == "parameter":

@@ -95,6 +95,7 @@ def test_derivatives_in_every_number(name):
     assert np.all(np.abs(expected).max(axis=0) > 1e-3)
 
 
+@pytest.mark.once
 def test_derivatives_are_finite_on_the_kinks():
     whole = {"peak_value": 0.3, "warmup_steps": 2.0, "num_steps": 9.0}
     for family, numbers in (

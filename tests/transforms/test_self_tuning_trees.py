@@ -89,6 +89,7 @@ def test_the_weights_of_a_mixture_within_multi_steps():
     assert logits[0] > 0.01 and logits[1] < -0.01  # down the gradient, and not up
 
 
+@pytest.mark.once
 def test_around_multi_steps_masked_and_within_lookahead():
     params = jax.tree.map(jnp.asarray, PARAMS)
     accumulated = transforms.self_tuning(
