@@ -53,6 +53,9 @@ TRANSFORMS = {
     "per_parameter": lambda decay=0.1: transforms.per_parameter(optax.adamw)({"w": 0.1, "b": 0.2}, weight_decay=decay),
     "self_tuning": self_tuning(),
     "self_tuning_carried": self_tuning(carried=True, discount=0.9),
+    "self_tuning_cosine": self_tuning(
+        rule="cosine", projection_fn=lambda hp: optax.projections.projection_box(hp, 0, 1)
+    ),
     "self_tuning_reverse": self_tuning(mode="reverse"),
 }
 # Compiled whole: operation by operation it takes the compiler many times as long.
