@@ -157,7 +157,7 @@ def take(key, part, num: int):
 
 
 def trainer(problem: Problem, make, config, signal: int = 0, read=lambda state, params: params):
-    """`(key, parts, plans) -> [n], [n, steps]`: the loss of the judging rows after training by each plan; the rates.
+    """`(key, parts, plans) -> [n], {name: [n, steps]}`: the loss of the judging rows after each plan; λ of the steps.
 
     `make(plan)` is the optimizer; with `signal` it follows the validation loss, of that many rows.
     """
@@ -178,14 +178,14 @@ def trainer(problem: Problem, make, config, signal: int = 0, read=lambda state, 
                 extra = {"valid_grad_fn": lambda p: jax.grad(mean_loss)(p, take(valid_key, parts[1], signal))}
             grads = jax.grad(mean_loss)(params, take(train_key, parts[0], problem.batch))
             updates, state = optimizer.update(grads, state, params, **extra)
-            used = state.hyperparams["rate"] if isinstance(state, transforms.SelfTuningState) else jnp.nan
+            used = state.hyperparams if isinstance(state, transforms.SelfTuningState) else {}
             return (optax.apply_updates(params, updates), state), used
 
         start = params, optimizer.init(params)
-        (params, state), rates = jax.lax.scan(step, start, jax.random.split(key, config.num_steps))
+        (params, state), used = jax.lax.scan(step, start, jax.random.split(key, config.num_steps))
         rows, num_rows = parts[2]
         losses = problem.loss(read(state, params), rows)
-        return jnp.where(jnp.arange(len(losses)) < num_rows, losses, 0).sum() / num_rows, rates
+        return jnp.where(jnp.arange(len(losses)) < num_rows, losses, 0).sum() / num_rows, used
 
     return jax.jit(lambda key, parts, plans: jax.vmap(lambda plan: train(key, parts, plan))(plans))
 
@@ -242,13 +242,14 @@ def plans(rates, shapes=(False, True), decay=1e-4):
 
 
 def run_problem(problems, methods, config):
-    """{method: losses of the seeds}, and the rates of the tuners."""
+    """{method: losses of the seeds}, the best rate, and {method: {name: λ [seeds, steps]}} of the tuners."""
     grid = np.logspace(-4, 0, config.num_rates)
     keys = [jax.random.key(seed) for seed in range(len(problems))]
 
     def all_seeds(name, plans):
         outs = [methods[name](key, p.parts, plans) for key, p in zip(keys, problems, strict=True)]
-        return np.nan_to_num(np.array([out[0] for out in outs]), nan=np.inf), np.array([out[1] for out in outs])
+        paths = jax.tree.map(lambda *leaves: np.stack(leaves), *(out[1] for out in outs))
+        return np.nan_to_num(np.array([out[0] for out in outs]), nan=np.inf), paths
 
     losses, _ = all_seeds("grid", plans([*grid, 1e-3]))
     constant, shaped = losses[:, : len(grid)], losses[:, len(grid) + 1 : -1]
@@ -261,21 +262,21 @@ def run_problem(problems, methods, config):
     decayed = [all_seeds("grid", plans(grid[::2], (False,), decay))[0] for decay in DECAYS]
     of_both = np.concatenate([constant, *decayed], axis=1)
     results["best of the grid, decay too"] = of_both[:, of_both.mean(0).argmin()]
-    rates = {}
+    tuned = {}
     for name in SIGNALS:
         starts = OF_ALL + (OF_SOME if name in TRUE_STARTS else [])
         losses, paths = all_seeds(name, plans([grid[best] * STARTS[start] for start in starts]))
         for i, start in enumerate(starts):
             shaped = len(starts) + i
             results[f"{name}, {start}"], results[f"{name}, {start}, shaped"] = losses[:, i], losses[:, shaped]
-            if start in OF_ALL:
-                rates[f"{name}, {start}"] = paths[:, shaped]
+            for at, shape in ((i, ""), (shaped, ", shaped")):
+                tuned[f"{name}, {start}{shape}"] = jax.tree.map(lambda path, at=at: path[:, at], paths)
     for name in FREE:
         results[name] = np.nan_to_num(
             [methods[name](k, p.parts, {"_": jnp.zeros(1)})[0][0] for k, p in zip(keys, problems, strict=True)],
             nan=np.inf,
         )
-    return results, grid[best], rates
+    return results, grid[best], tuned
 
 
 def overheads(problem: Problem, config) -> list[str]:
@@ -370,6 +371,15 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
         f"{'; '.join(alike)}.\n\n"
         f"At most 5 % both with λ from best / 100 and from best × 10 itself: {'; '.join(true)}.\n\n"
     )
+    products = [
+        path["rate"] * path["decay"] for _, _, tuned in outcomes.values() for path in tuned.values() if "decay" in path
+    ]
+    reached = np.concatenate([product.max(1) for product in products])
+    result += (
+        f"Of the {len(reached)} trainings with the decay in λ, rate · decay was at its bound of 1 at some step in "
+        f"{(reached > 0.999).sum()}, above 0.1 in {(reached > 0.1).sum()}; the median of the largest is "
+        f"{np.median(reached):.2g}.\n\n"
+    )
     result += "The losses themselves:\n\n"
     losses = [
         [name, f"{rate:.2g}", *(script.spread(results[m]) for m in results), tiny(results)]
@@ -446,9 +456,9 @@ def plot(outcomes, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 5, figsize=(14, 5), sharex=True, sharey=True)
-    for axis, (name, (_, best, rates)) in zip(axes.flat, outcomes.items(), strict=True):
-        for k, (method, paths) in enumerate(rates.items()):
-            axis.plot(np.median(paths, 0) / best, color=f"C{k}", label=method)
+    for axis, (name, (_, best, tuned)) in zip(axes.flat, outcomes.items(), strict=True):
+        for k, method in enumerate(f"{signal}, {start}" for signal in SIGNALS for start in OF_ALL):
+            axis.plot(np.median(tuned[f"{method}, shaped"]["rate"], 0) / best, color=f"C{k}", label=method)
         axis.axhline(1, color="black", lw=0.5)
         axis.set(yscale="log", title=name)
     axes[0, 0].set(ylabel="rate / best of the grid")

@@ -76,8 +76,8 @@ def self_tuning(
     ½‖θ‖², and β is 2, rate · decay passes 2, where a step throws θ further to the other side, and training diverges.
     `projection_fn` takes λ back to where it belongs, at the start and after each move: λ ← P(λ). It sees all of λ:
 
-        lambda hp: optax.projections.projection_box(hp, 1e-6, 1.0)                     # bounds of each
-        lambda hp: {**hp, "decay": jnp.minimum(hp["decay"], 1 / hp["rate"])}           # rate · decay ≤ 1, of AdamW
+        lambda hp: optax.projections.projection_box(hp, low, high)              # bounds of each, in trees like λ
+        lambda hp: {**hp, "decay": jnp.minimum(hp["decay"], 1 / hp["rate"])}    # rate · decay ≤ 1, of AdamW
 
     With the second, a decay takes at most the whole of a parameter in a step, and on such losses, with and without
     noise, at any curvature that was tried, no norm of θ grew. Where P(λ) = λ it changes nothing.
@@ -208,7 +208,7 @@ def self_tuning(
     if projection_fn is not None and not callable(projection_fn):
         raise ValueError(
             "`projection_fn` must be a function `hyperparams -> hyperparams`, such as `lambda hp: "
-            f"optax.projections.projection_box(hp, 1e-6, 1.0)`; got a {type(projection_fn).__name__}."
+            f"optax.projections.projection_box(hp, low, high)`; got a {type(projection_fn).__name__}."
         )
     tuner = optax.with_extra_args_support(tuner)
     logarithmic = rule != "additive"

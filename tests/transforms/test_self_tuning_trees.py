@@ -1,5 +1,8 @@
 """Self-tuning optimizers of other trees, around and within other transforms, and what they refuse."""
 
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -132,6 +135,26 @@ def test_what_does_not_move_the_updates_is_refused():
         whole = optax.masked(idle, {"w": True, "b": False})
         with pytest.raises(ValueError, match="do not move the updates.* Some parameters are masked out here"):
             run(whole, *2 * [jax.tree.map(jnp.asarray, PARAMS)])
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["names"])
+@dataclasses.dataclass
+class Layer:
+    w: jax.Array
+    names: list  # static, and without a hash
+
+
+def test_what_is_static_in_a_tree_needs_no_hash_and_a_gradient_may_be_a_number():
+    params = Layer(jnp.array([0.5, -1.0]), ["a"])
+    _, found = run(adam(), params, params)
+    _, expected = run(adam(), params.w, params.w)
+    assert found.hyperparams == expected.hyperparams
+    state = adam().init(params)
+    _, state = adam().update(params, state, params)
+    np.testing.assert_allclose(state.hyperparams["rate"], 1e-3)
+    for mode in MODES:
+        _, found = run(adam(mode=mode, gap=1.0), 0.5, 0.5, valid_grad_fn=lambda params: 3.0)
+        np.testing.assert_allclose(found.hyperparams["rate"], 1e-3 * np.exp(0.2), rtol=1e-5)
 
 
 def test_a_cosine_for_each_hyperparameter():
