@@ -124,7 +124,8 @@ def self_tuning(
         ts = ts.replace(step=ts.step + 1, params=optax.apply_updates(ts.params, updates), opt_state=opt_state)
 
     Args:
-      factory: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["rate"])`.
+      factory: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["rate"])`;
+        `lambda hp: optax.adamw(**hp)`, where λ has the names of its arguments.
       hyperparams: λ to start from, any tree of numbers; positive but for "additive".
       tuner: the optimizer of λ.
       rule: "additive", "multiplicative", "normalized" or "cosine"; the last with `mode="forward"`.
