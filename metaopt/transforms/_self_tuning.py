@@ -73,7 +73,8 @@ def self_tuning(
 
     **What bounds λ.** Each step multiplies it by up to exp(β), with `optax.sgd(β)`. A rate that is too large turns its
     own signal round, but a long step of another λ may go too far for that: where decay helps at every step, as on
-    ½‖θ‖², and β is 2, rate · decay passes 2, where a step throws θ further to the other side, and training diverges.
+    ½‖θ‖², and β is 2, rate · decay passes 2, where a step throws θ further to the other side, and training diverges; a
+    momentum passes 1.
     `projection_fn` takes λ back to where it belongs, at the start and after each move: λ ← P(λ). It sees all of λ:
 
         lambda hp: optax.projections.projection_box(hp, low, high)              # bounds of each, in trees like λ
@@ -353,7 +354,7 @@ def self_tuning(
         masked = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
         if masked and (valid_grad_fn is not None or grad_fn is not None):
             raise ValueError(
-                "`valid_grad_fn` and `grad_fn` need all parameters, and within `optax.masked` or `multi_transform` "
+                "A validation loss and `grad_fn` need all parameters, and within `optax.masked` or `multi_transform` "
                 "`self_tuning` sees some of the parameters alone. Put it outside: "
                 "`self_tuning(lambda hp: optax.multi_transform({...: optax.adam(hp[...])}, labels), ...)`."
             )
