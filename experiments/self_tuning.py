@@ -349,7 +349,7 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
         hits = sum(mean <= 5 for mean in means)
         cells = [cell(results, method) for results, _, _ in outcomes.values()]
         rows.append([method, f"{hits} of {len(means)}", f"{np.median(means):.0f}", *cells])
-    both, alike, true = [], [], []
+    both, alike, true, true_alike = [], [], [], []
     for name, signal in SIGNALS.items():
         for shape in ("", ", shaped"):
 
@@ -358,10 +358,12 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
                 within = [all(excess(r, m, rival).mean() <= 5 for m in methods) for r, _, _ in outcomes.values()]
                 return f"{name}{shape}: {sum(within)}"
 
+            same = ", shaped" if shape else ", decay too" if signal.decay else ""
             both.append(hits(OF_ALL))
-            alike.append(hits(OF_ALL, ", shaped" if shape else ", decay too" if signal.decay else ""))
+            alike.append(hits(OF_ALL, same))
             if name in TRUE_STARTS:
                 true.append(hits(OF_SOME))
+                true_alike.append(hits(OF_SOME, same))
     result = "Excess in %; at most 5 on how many problems; the median over problems:\n\n"
     result += script.table(["method", "≤ 5 %", "median", *outcomes], rows)
     result += f"\n\nAt most 5 % from both starts, problems of {len(outcomes)}: {'; '.join(both)}.\n\n"
@@ -369,7 +371,8 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
         "The same over the best of a grid of more than the rate (the shape, or without one the weight decays; none "
         "has both): "
         f"{'; '.join(alike)}.\n\n"
-        f"At most 5 % both with λ from best / 100 and from best × 10 itself: {'; '.join(true)}.\n\n"
+        f"At most 5 % both with λ from best / 100 and from best × 10 itself: {'; '.join(true)}; over the grid of more: "
+        f"{'; '.join(true_alike)}.\n\n"
     )
     products = [
         path["rate"] * path["decay"] for _, _, tuned in outcomes.values() for path in tuned.values() if "decay" in path
@@ -405,7 +408,14 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
         "table, and the excess is that over the grid without it. The others have their defaults. Tables: six of the "
         "package's where 1e-3 lost at least 2 % to the best rate on seed 0, before anything was tuned.\n\n"
         "Settings were chosen on other problems (vehicle, car, nursery, vowel, kr-vs-k, german, dermatology, drawings, "
-        "spoken digits; before also text; with seeds from 100). The rows *decay too* were computed once, after that. "
+        "spoken digits; before also text; with seeds from 100). The rows *decay too* were computed after that, and "
+        "once more with the bound on the decay, which they do not reach; the rows *λ from best* once, and nothing was "
+        "chosen by them. The large start itself is the greater risk: what it misses with the decay in λ are fars and "
+        "text, and on seven of those other tables (two seeds) it was within 5 % on three alone (vowel, german, "
+        "kr-vs-k), at 19 % on vehicle, 12 on car, 69 on nursery, whose best rate is .05, and 2,100 on dermatology; "
+        "from a hundredth of 10 times the best rate it was on six, of 1/100 on five. So a hundredth of a guess is "
+        "what the page goes on to recommend. A bound of 0.03 in the place of 1 changed german and dermatology alone, "
+        "and mended nothing. "
         "There, on nine problems, partly with prototypes of these rules, two seeds and the excess clipped to −20 to "
         "60 %, the mean excess from both starts "
         "(and the problems within 5 % from both) were: training signal 26 % (2), shaped 23 % (3); validation signal "
@@ -424,13 +434,15 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
         "mnist (with the training signal 40 "
         "times on mnist and more than 100 times on digits), with the decay in λ as well; but also on fars and "
         "page-blocks, where it did no harm. Presumably the signal of one step does not see that networks overfit "
-        "later, and the decay takes some of that back; its course was not recorded, and nothing here has the decay in "
+        "later, and the decay takes some of that back: from the small start, without the shape, its median over the "
+        "seeds was at most at .03 (page-blocks) to 1 (mnist), and ended at .006 to .45. Nothing here has the decay in "
         "λ with another rule or signal. What is left of *decay too* are satimage and clothes from the small start "
         "(shaped, from both) and digits from the large one. Three seeds are few: one by one, it is within 5 % from "
-        "both starts on 8, 6 and 8 problems; digits from the large start is at 48, −15 and 0 %, clothes at 4, −90 and "
+        "both starts on 8, 7 and 8 problems, and from both of *λ from best* on 5, 7 and 6; digits "
+        "from the large start is at 48, −15 and 0 %, clothes at 4, −90 and "
         "58 %.\n\n"
-        "The times scatter: *decay too*, which does more, took no longer than the validation signal here, and runs of "
-        "earlier code had 17 and 19, and 17 and 23 points for the training signal, so that a few points say little. "
+        "The times scatter: earlier runs had 13 and 25, 17 and 19, and 17 and 23 points for the training signal, so "
+        "that a few points say little. "
         "It is what the rule itself costs here: in one process, a copy of the last step, one product and two norms, "
         "written by hand around AdamW, were at 1.16 and 1.16 (64 and 256 hidden units), the training signal at 1.14 "
         "and 1.15, without its norms at 1.10 and 1.10, and without the operations that are safe at zero at 1.14 and "
