@@ -416,7 +416,7 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
         "from a hundredth of 10 times the best rate it was on six, of 1/100 on five. So a hundredth of a guess is "
         "what the page goes on to recommend. A bound of 0.03 in the place of 1 changed german and dermatology alone, "
         "and mended nothing. "
-        "There, on nine problems, partly with prototypes of these rules, two seeds and the excess clipped to −20 to "
+        "On nine of those other problems, partly with prototypes of these rules, two seeds and the excess clipped to −20 to "
         "60 %, the mean excess from both starts "
         "(and the problems within 5 % from both) were: training signal 26 % (2), shaped 23 % (3); validation signal "
         "23 % (2), shaped 23 % (3); the decay too 4.1 % (5) with sgd(1) and 4.6 % (6) with sgd(2) for it, with sgd(.5) "
