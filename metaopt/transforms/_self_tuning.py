@@ -73,15 +73,15 @@ def self_tuning(
 
     **What bounds λ.** Each step multiplies it by up to exp(β), with `optax.sgd(β)`. A rate that is too large turns its
     own signal round, but a long step of another λ may go too far for that: where decay helps at every step, as on
-    ½‖θ‖², and β is 2, rate · decay passes 2, where a step throws θ further to the other side, and training diverges; a
-    momentum passes 1.
-    `projection_fn` takes λ back to where it belongs, at the start and after each move: λ ← P(λ). It sees all of λ:
+    ½‖θ‖², and β is 2, rate · decay passes 2, where a step throws θ further to the other side, and training diverges;
+    and a momentum may pass 1. `projection_fn` takes λ back to where it belongs, at the start and after each move:
+    λ ← P(λ). It sees all of λ:
 
         lambda hp: optax.projections.projection_box(hp, low, high)              # bounds of each, in trees like λ
         lambda hp: {**hp, "decay": jnp.minimum(hp["decay"], 1 / hp["rate"])}    # rate · decay ≤ 1, of AdamW
 
-    With the second, a decay takes at most the whole of a parameter in a step, and on such losses, with and without
-    noise, at any curvature that was tried, no norm of θ grew. Where P(λ) = λ it changes nothing.
+    With the second, a decay takes at most the whole of a parameter in a step, and can throw none further than it was.
+    Where P(λ) = λ it changes nothing.
 
     Start too small rather than too large, at a hundredth of a guess: a network may be damaged, or have overfitted,
     before λ has come down, and five decades are climbed in some 50 steps. The training loss does not see overfitting:
