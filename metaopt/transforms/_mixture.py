@@ -1,6 +1,6 @@
 """Optimizers as an architecture: a mixture of transforms, whose weights can be tuned."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def _weighted_jvp(primals, tangents):
 
 
 def mixture(
-    transforms: Sequence[optax.GradientTransformation], weights: base.PyTree
+    transforms: Iterable[optax.GradientTransformation], weights: base.PyTree
 ) -> optax.GradientTransformationExtraArgs:
     """The weighted mean of the updates of several transforms, u = Σ_k w_k u_k.
 
@@ -57,6 +57,7 @@ def mixture(
     >>> print(half.update(jnp.array([4.0, -1.0]), half.init(jnp.zeros(2)))[0])
     [-0.25  0.1 ]
     """
+    transforms = list(transforms)  # a generator can be read once
     for k, member in enumerate(transforms):
         base.check_transform(f"transforms[{k}]", member)
     members = [optax.with_extra_args_support(member) for member in transforms]

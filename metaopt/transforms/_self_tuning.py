@@ -9,6 +9,7 @@ is such a g_t for free: for the rate of SGD, h_t = −g_t · g_{t−1}. An optim
 tuner is any transform, and so may tune itself.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,6 +52,8 @@ def self_tuning(
     discount: float = 0.0,
     gap: float = 0.0,
     mode: str = "forward",
+    projection_fn: Callable[[base.HyperParams], base.HyperParams] | None = None,
+    valid_loss_fn: Callable[[base.Params, base.Batch], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose λ descends along a hypergradient h of the training or the validation loss, before each step.
 
@@ -66,20 +69,31 @@ def self_tuning(
     more than one λ: "normalized" follows the gradient in log λ, where what moves the parameters little, such as a
     weight decay, is hardly tuned; with "cosine" each λ moves by the cosine of its own effect, whatever its size, as far
     as the parameters' precision has room for λ ∂u/∂λ (not for a decay of 0.01 at a rate of 1e-5 in float16) and float32
-    for its square. Nothing bounds λ: with `optax.sgd(β)` each step multiplies it by up to exp(β).
+    for its square.
+
+    **What bounds λ.** Each step multiplies it by up to exp(β), with `optax.sgd(β)`. A rate that is too large turns its
+    own signal round, but a long step of another λ may go too far for that: where decay helps at every step, as on
+    ½‖θ‖², and β is 2, rate · decay passes 2, where a step throws θ further to the other side, and training diverges;
+    and a momentum may pass 1. `projection_fn` takes λ back to where it belongs, at the start and after each move:
+    λ ← P(λ). It sees all of λ:
+
+        lambda hp: optax.projections.projection_box(hp, low, high)              # bounds of each, in trees like λ
+        lambda hp: {**hp, "decay": jnp.minimum(hp["decay"], 1 / hp["rate"])}    # rate · decay ≤ 1, of AdamW
+
+    With the second, a decay takes at most the whole of a parameter in a step, and can throw none further than it was.
+    Where P(λ) = λ it changes nothing.
 
     Start too small rather than too large, at a hundredth of a guess: a network may be damaged, or have overfitted,
     before λ has come down, and five decades are climbed in some 50 steps. The training loss does not see overfitting:
     where it goes to zero, following it keeps the rate too large. What did best (`experiments/results/self_tuning.md`)
     follows a validation loss, with the weight decay in λ and `rule="cosine"`: two of three problems whose networks
     overfit then ended below the best constant rate, from either start. Tuners there are `optax.sgd(0.5)` for the rate
-    and `optax.sgd(2.0)` for the decay, which starts at 0.01. It is no guarantee: on ½‖θ‖², where decay helps at every
-    step, that AdamW, from a rate of 1e-5, went on until rate · decay passed 2, and diverged; with `optax.sgd(1.0)` for
-    the decay it came back.
+    and `optax.sgd(2.0)` for the decay, which starts at 0.01 and is kept below 1 / rate by the projection above.
 
     **Which loss.** By default g_t is the gradient that `update` is given, that of the training loss: hypergradient
     descent, at no gradient more. With the extra argument `valid_grad_fn` it is `valid_grad_fn(params)`, the gradient of
-    the validation loss, on a batch of the caller's: T1–T2. One more gradient a step; a smaller batch costs less. A
+    the validation loss, on a batch of the caller's: T1–T2. The same is a `valid_batch` as the extra argument, where
+    `self_tuning` was given the loss itself, as `valid_loss_fn`. One more gradient a step; a smaller batch costs less. A
     `gap` γ counts the gap between the losses once more, g_t = ∇f_valid + γ (∇f_valid − ∇f_train): it grows before the
     validation loss does, where a network is about to overfit. On three such problems, γ = 1 (with a validation batch
     twice as large) was better than 0, on two others worse, and on the rest now this, now that.
@@ -111,23 +125,29 @@ def self_tuning(
         ts = ts.replace(step=ts.step + 1, params=optax.apply_updates(ts.params, updates), opt_state=opt_state)
 
     Args:
-      factory: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["rate"])`.
+      factory: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["rate"])`;
+        `lambda hp: optax.adamw(**hp)`, where λ has the names of its arguments.
       hyperparams: λ to start from, any tree of numbers; positive but for "additive".
       tuner: the optimizer of λ.
       rule: "additive", "multiplicative", "normalized" or "cosine"; the last with `mode="forward"`.
       discount: μ, in [0, 1].
       gap: γ, at least 0; counts where there is a validation loss.
       mode: "forward", for few λ, or "reverse", for many, with μ = 0.
+      projection_fn: P, `hyperparams -> hyperparams`; by default λ is not bounded.
+      valid_loss_fn: the validation loss, `(params, batch) -> []`, where `update` is to be given the batch alone.
 
     Returns:
-      A transform, with parameters as a required argument of `update`, and `valid_grad_fn` and `grad_fn` as extra ones.
+      A transform, with parameters as a required argument of `update`, and `valid_grad_fn` or `valid_batch`, and
+      `grad_fn`, as extra ones.
 
     Raises:
-      ValueError: `rule` or `mode` is something else, `factory` is no function or `tuner` no transform, λ is empty, no
-        number, or not positive where it must be, `discount` is not in [0, 1], or in reverse mode not 0, `rule` is
-        "cosine" there, `gap` is negative; in `update`: there are no parameters, or no `grad_fn` where μ > 0 needs one,
-        they or what `valid_grad_fn` returns are no tree like the gradients, or a leaf of λ does not move the updates
-        (which is not looked at within `optax.masked`).
+      ValueError: `rule` or `mode` is something else, `factory`, `projection_fn` or `valid_loss_fn` is no function or
+        `tuner` no transform, λ is empty, no finite real number, or not positive where it must be, `discount` is not in
+        [0, 1], or in reverse mode not 0, `rule` is "cosine" there, `gap` is negative; in `init`, what `projection_fn`
+        returns is no tree like λ; in `update`: there are no parameters, or no `grad_fn` where μ > 0 needs one, or a
+        `valid_batch` and no `valid_loss_fn`, they or what `valid_grad_fn` or `grad_fn` returns are no tree like the
+        gradients, or a leaf of λ does not move the updates (within `optax.masked`: but for leaves at the paths of
+        parameters that are masked out).
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782; a stack of them: Chandra et al., NeurIPS 2022,
     https://arxiv.org/abs/1909.13371; T1–T2: Luketina et al., ICML 2016, https://arxiv.org/abs/1511.06727; carried:
@@ -166,8 +186,11 @@ def self_tuning(
         where = jax.tree_util.keystr(path) or "the root"
         if isinstance(leaf, Tracer):
             continue
-        if not jnp.issubdtype(np.asarray(leaf).dtype, jnp.number):
-            raise ValueError(f"`hyperparams` must be numbers; got {leaf!r} at {where}.")
+        kind = np.asarray(leaf).dtype
+        if not jnp.issubdtype(kind, jnp.number) or jnp.issubdtype(kind, jnp.complexfloating):
+            raise ValueError(f"`hyperparams` must be real numbers; got {leaf!r} at {where}.")
+        if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+            raise ValueError(f"`hyperparams` must be finite: nothing moves an infinite one; got {leaf} at {where}.")
         if rule != "additive" and not np.all(np.asarray(leaf) > 0):
             raise ValueError(
                 f"`hyperparams` must be positive, since the {rule} rule moves their logarithms; got {leaf} at "
@@ -181,19 +204,35 @@ def self_tuning(
             f"`lambda hp: optax.adamw(hp['rate'])`; got {type(factory).__name__} itself."
         )
     base.check_transform("tuner", tuner)
+    if valid_loss_fn is not None and not callable(valid_loss_fn):
+        kind = type(valid_loss_fn).__name__
+        raise ValueError(f"`valid_loss_fn` must be a function, `(params, batch) -> loss`; got a {kind}.")
+    if projection_fn is not None and not callable(projection_fn):
+        raise ValueError(
+            "`projection_fn` must be a function `hyperparams -> hyperparams`, such as `lambda hp: "
+            f"optax.projections.projection_box(hp, low, high)`; got a {type(projection_fn).__name__}."
+        )
     tuner = optax.with_extra_args_support(tuner)
     logarithmic = rule != "additive"
-    checked = set()
+    checked = []  # and no set: what is static in a tree need not have a hash
 
     def optimizer(hyperparams):
         made = factory(hyperparams)
         base.check_transform("factory(hyperparams)", made)
         return differentiable(made)
 
+    def projected(hyperparams):
+        if projection_fn is None:
+            return hyperparams
+        allowed = projection_fn(hyperparams)
+        _check_like("what `projection_fn` returns", allowed, hyperparams, "λ")
+        return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), allowed, hyperparams)
+
     def init(params):
         # A copy, so that a program may be given the buffer: the next run starts from λ again.
         params = jax.tree.map(jnp.asarray, params)
         start = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), hyperparams)
+        start = projected(start)
         inner = optimizer(start).init(params)
         if mode == "reverse":  # copies, so that a program may be given the buffers of both
             last = (optax.tree.zeros_like(params), *jax.tree.map(jnp.copy, (inner, params)))
@@ -256,7 +295,8 @@ def self_tuning(
                     "`discount` above 0 needs the gradient of the training loss as a function, to see how it changes "
                     "with the parameters: call `update(updates, state, params, grad_fn=grad_fn)`."
                 )
-            _, hessian = jax.linearize(lambda p: _split(grad_fn(_merge(p, rest[1])))[0], floats[1])
+            train_grad = lambda p: _gradient("grad_fn", grad_fn, _merge(p, rest[1]), updates)
+            _, hessian = jax.linearize(train_grad, floats[1])
             by_updates = _like(jax.vmap(hessian, axis_size=flat.size)(by_params), floats[0])
             primals, tangents = (tuned, floats), (*tangents, (by_updates, by_params, by_inner))
 
@@ -281,41 +321,51 @@ def self_tuning(
 
         used = rewrite.used_leaves(moved, state.hyperparams)
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.hyperparams)]
-        idle = [jax.tree_util.keystr(path) or "itself" for path, u in zip(paths, used, strict=True) if not u]
+        # In a tree of λ, what belongs to parameters that are masked out need not be used.
+        nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
+        out = [path for path, node in nodes if _is_masked(node)]
+        unused = [path for path, u in zip(paths, used, strict=True) if not (u or _belongs_to(path, out))]
+        idle = [jax.tree_util.keystr(path) or "itself" for path in unused]
         if idle:
+            masked_out = (
+                " Some parameters are masked out here: what is theirs alone belongs outside, too, unless it stands at "
+                "their path in λ."
+            )
             raise ValueError(
                 f"The leaves {', '.join(idle)} of λ do not move the updates: `factory` does not use them, or what it "
                 "makes keeps them in its state, as `optax.inject_hyperparams` does. Make the optimizer of "
                 "`hyperparams` itself, as in `lambda hp: optax.adamw(hp['rate'])`; around `self_tuning`, "
-                "`inject_hyperparams` works."
+                f"`inject_hyperparams` works.{masked_out if out else ''}"
             )
 
     signal_of, step = (signal_forward, step_forward) if mode == "forward" else (signal_reverse, step_reverse)
 
-    def update(updates, state, params=None, *, valid_grad_fn=None, grad_fn=None, **extra_args):
+    def update(updates, state, params=None, *, valid_grad_fn=None, valid_batch=None, grad_fn=None, **extra_args):
         if params is None:
             raise ValueError("`self_tuning` needs the parameters: call `update(updates, state, params)`.")
         updates, params = jax.tree.map(jnp.asarray, (updates, params))
+        if valid_batch is not None:
+            if valid_loss_fn is None or valid_grad_fn is not None:
+                raise ValueError(
+                    "`valid_batch` needs the validation loss, `self_tuning(..., valid_loss_fn=loss)`, and takes the "
+                    "place of `valid_grad_fn`; got " + ("both." if valid_loss_fn is not None else "no such loss.")
+                )
+            valid_grad_fn = functools.partial(_loss_gradient, valid_loss_fn, valid_batch)
         masked = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
         if masked and (valid_grad_fn is not None or grad_fn is not None):
             raise ValueError(
-                "`valid_grad_fn` and `grad_fn` need all parameters, and within `optax.masked` or `multi_transform` "
+                "A validation loss and `grad_fn` need all parameters, and within `optax.masked` or `multi_transform` "
                 "`self_tuning` sees some of the parameters alone. Put it outside: "
                 "`self_tuning(lambda hp: optax.multi_transform({...: optax.adam(hp[...])}, labels), ...)`."
             )
         _check_like("the parameters", params, updates)
-        judge = updates
+        judge = _split(updates)[0]
         if valid_grad_fn is not None:
-            if not callable(valid_grad_fn):
-                kind = type(valid_grad_fn).__name__
-                raise ValueError(f"`valid_grad_fn` must be a function, `params -> gradient`; got a {kind}.")
-            judge = valid_grad_fn(params)
-            _check_like("what `valid_grad_fn` returns", judge, updates)
-        judge = _split(judge)[0]
+            judge = _gradient("valid_grad_fn", valid_grad_fn, params, updates)
         structure = jax.tree.structure((updates, extra_args))
-        if jax.tree.leaves(judge) and not masked and structure not in checked:
+        if jax.tree.leaves(judge) and structure not in checked:
             refuse_what_has_no_effect(updates, state, params, extra_args)
-            checked.add(structure)
+            checked.append(structure)
         if gap and valid_grad_fn is not None:
             judge = jax.tree.map(lambda v, g: v + gap * (v - g), _wide(judge), _wide(_split(updates)[0]))
         signal = signal_of(judge, state, extra_args)
@@ -325,7 +375,7 @@ def self_tuning(
         def moved(x, move):
             return (x * jnp.exp(move) if logarithmic else x + move).astype(x.dtype)
 
-        tuned = jax.tree.map(moved, state.hyperparams, moves)
+        tuned = projected(jax.tree.map(moved, state.hyperparams, moves))
         new_updates, inner, last = step(updates, state, params, tuned, grad_fn, extra_args)
         last, inner = _like((last, inner), (state.last, state.inner))
         return _like(new_updates, updates), SelfTuningState(tuned, inner, tuner_state, last, state.count + 1)
@@ -346,6 +396,22 @@ def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
+def _loss_gradient(loss_fn, batch, params):
+    """The direction of ascent, as optax has it for complex parameters; of integers there is none."""
+    grads = jax.grad(loss_fn, allow_int=True)(params, batch)
+    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
+
+
+def _belongs_to(path, others):
+    """Whether the end of a path is that of another, or within it, or leads to it."""
+
+    def names(path):
+        return [jax.tree_util.keystr((key,), simple=True) for key in path]
+
+    ends = [names(path)[i:] for i in range(len(path))]
+    return any(end[: len(other)] == other[: len(end)] for other in map(names, others) for end in ends)
+
+
 def _wide(tree):
     """At least in float32: squares of half-precision gradients underflow."""
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
@@ -357,15 +423,34 @@ def _norm(tree):
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def _check_like(what, tree, updates):
-    """Refuses a tree that is not like the updates."""
-    shapes = [jax.tree.map(jnp.shape, t) for t in (tree, updates)]
-    if jax.tree.structure(tree) != jax.tree.structure(updates) or shapes[0] != shapes[1]:
-        raise ValueError(
-            f"{what[0].upper()}{what[1:]} must be a tree like the gradients that `update` is given, "
-            f"{shapes[1]}; got {shapes[0]}. (`jax.value_and_grad` returns a pair; what changes the parameters' "
-            "structure, as `optax.lookahead` does, belongs around `self_tuning`, not into its factory.)"
+def _check_like(what, tree, like, name="the gradients that `update` is given"):
+    """Refuses a tree that is not like another in structure and shapes, or not floating-point where that is."""
+    shapes = [jax.tree.map(jnp.shape, t) for t in (tree, like)]
+    start = f"{what[0].upper()}{what[1:]} must be"
+    if jax.tree.structure(tree) != jax.tree.structure(like) or shapes[0] != shapes[1]:
+        hint = (
+            " (`jax.value_and_grad` returns a pair; what changes the parameters' structure, as `optax.lookahead` does, "
+            "belongs around `self_tuning`, not into its factory.)"
         )
+        end = "" if name == "λ" else hint
+        raise ValueError(f"{start} a tree like {name}, {shapes[1]}; got {shapes[0]}.{end}")
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True):
+        if not _is_float(other):
+            continue
+        kinds = [jnp.result_type(x) for x in (leaf, other)]
+        imaginary = what.startswith("what") and jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(other)
+        if not jnp.issubdtype(kinds[0], jnp.inexact) or imaginary:
+            where = jax.tree_util.keystr(path) or "the root"
+            raise ValueError(f"{start} of the kind of {name}, {kinds[1]} at {where}; got {kinds[0]}.")
+
+
+def _gradient(name, grad_fn, params, updates):
+    """What a function of the caller's returns, where the updates have a derivative."""
+    if not callable(grad_fn):
+        raise ValueError(f"`{name}` must be a function, `params -> gradient`; got a {type(grad_fn).__name__}.")
+    found = grad_fn(params)
+    _check_like(f"what `{name}` returns", found, updates)
+    return jax.tree.map(lambda x, u: jnp.asarray(x) if _is_float(u) else None, found, updates)
 
 
 def _divided(x, norm):

@@ -1,5 +1,7 @@
 """Clipping: optax's values, a norm with a derivative, and nothing infinite at zero."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -82,3 +84,8 @@ def test_bad_arguments():
         transforms.learnable_clip(1.0, sharpness=0)
     with pytest.raises(ValueError, match="`max_norm` must be positive; got -1"):
         transforms.learnable_clip(-1.0)
+    with pytest.raises(ValueError, match=r"`max_norm` must be one number; got shape \(2,\)"):
+        transforms.learnable_clip(np.ones(2))
+    each = transforms.per_parameter(functools.partial(transforms.learnable_clip, scope="leaf"))({"a": 0.5, "b": 0.1})
+    norms = jax.tree.map(jnp.linalg.norm, each.update(GRADS, each.init(GRADS), GRADS)[0])
+    chex.assert_trees_all_close(norms, {"a": 0.5, "b": 0.1}, rtol=1e-6)

@@ -21,6 +21,10 @@ def grads_of(params):
     return jax.tree.map(lambda p: jnp.sin(3 * p), params)
 
 
+def bounded(hyperparams):
+    return optax.projections.projection_box(hyperparams, {"rate": 0.0, "momentum": 0.0}, {"rate": 1.0, "momentum": 0.9})
+
+
 def self_tuning(carried=False, **kwargs):
     def make(beta=0.02):
         transform = transforms.self_tuning(
@@ -53,6 +57,7 @@ TRANSFORMS = {
     "per_parameter": lambda decay=0.1: transforms.per_parameter(optax.adamw)({"w": 0.1, "b": 0.2}, weight_decay=decay),
     "self_tuning": self_tuning(),
     "self_tuning_carried": self_tuning(carried=True, discount=0.9),
+    "self_tuning_cosine": self_tuning(rule="cosine", projection_fn=bounded),
     "self_tuning_reverse": self_tuning(mode="reverse"),
 }
 # Compiled whole: operation by operation it takes the compiler many times as long.

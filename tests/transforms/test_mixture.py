@@ -122,6 +122,12 @@ def test_a_mixture_of_its_own_in_each_parameter():
     np.testing.assert_array_equal(updates["b"], -jnp.sign(PARAMS["b"]))
 
 
+def test_the_members_may_be_generated():
+    members = (optax.sgd(rate) for rate in (0.1, 0.3))
+    updates, _ = (mixed := transforms.mixture(members, jnp.array([0.5, 0.5]))).update(PARAMS, mixed.init(PARAMS))
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.2 * g, PARAMS), rtol=1e-6)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="at least one member"):
         transforms.mixture([], jnp.ones(0))

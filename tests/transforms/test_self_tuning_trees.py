@@ -1,5 +1,8 @@
 """Self-tuning optimizers of other trees, around and within other transforms, and what they refuse."""
 
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -128,6 +131,31 @@ def test_what_does_not_move_the_updates_is_refused():
     )
     _, state = run(masked, jax.tree.map(jnp.asarray, PARAMS), jax.tree.map(jnp.asarray, PARAMS))
     assert optax.tree.get(state, "hyperparams")["b"] == 0.2
+    # What has no parameter to its name is used by none.
+    for idle in (forgotten, injected):
+        whole = optax.masked(idle, {"w": True, "b": False})
+        with pytest.raises(ValueError, match="do not move the updates.* Some parameters are masked out here"):
+            run(whole, *2 * [jax.tree.map(jnp.asarray, PARAMS)])
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["names"])
+@dataclasses.dataclass
+class Layer:
+    w: jax.Array
+    names: list  # static, and without a hash
+
+
+def test_what_is_static_in_a_tree_needs_no_hash_and_a_gradient_may_be_a_number():
+    params = Layer(jnp.array([0.5, -1.0]), ["a"])
+    _, found = run(adam(), params, params)
+    _, expected = run(adam(), params.w, params.w)
+    assert found.hyperparams == expected.hyperparams
+    state = adam().init(params)
+    _, state = adam().update(params, state, params)
+    np.testing.assert_allclose(state.hyperparams["rate"], 1e-3)
+    for mode in MODES:
+        _, found = run(adam(mode=mode, gap=1.0), 0.5, 0.5, valid_grad_fn=lambda params: 3.0)
+        np.testing.assert_allclose(found.hyperparams["rate"], 1e-3 * np.exp(0.2), rtol=1e-5)
 
 
 def test_a_cosine_for_each_hyperparameter():
@@ -151,6 +179,119 @@ def test_a_cosine_for_each_hyperparameter():
         transforms.self_tuning(factory, start, optax.sgd(0.5), rule="cosine", mode="reverse")
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"mode": "reverse", "gap": 1.0}])
+def test_a_validation_batch_is_the_gradient_of_its_loss(kwargs):
+    # Of complex parameters the direction of ascent, of integers none.
+    params = {"a": jnp.array([1.0, -2.0]), "z": jnp.array([0.3 + 0.4j]), "index": jnp.arange(2)}
+    factory = lambda hp: optax.masked(optax.sgd(hp), {"a": True, "z": True, "index": False})
+
+    def valid_loss(params, batch):
+        return jnp.sum(batch["x"] * jnp.sin(params["a"][params["index"]])) + jnp.sum(jnp.abs(params["z"] - 1j) ** 2)
+
+    def by_hand(params):
+        return {
+            "a": jnp.cos(params["a"]) * jnp.array([0.7, -1.0]),
+            "z": 2 * (params["z"] - 1j),
+            "index": jnp.zeros(2, int),
+        }
+
+    start = {"rate": 0.1} if kwargs else 0.1
+    make = (lambda hp: factory(hp["rate"])) if kwargs else factory
+    batch, grads = {"x": jnp.array([0.7, -1.0])}, {**params, "index": jnp.zeros(2, int)}
+    tuned = transforms.self_tuning(make, start, optax.sgd(0.1), valid_loss_fn=valid_loss, **kwargs)
+    _, found = run(tuned, grads, params, valid_batch=batch)
+    _, expected = run(tuned, grads, params, valid_grad_fn=by_hand)
+    chex.assert_trees_all_close(found.hyperparams, expected.hyperparams, rtol=1e-12)
+    _, training = run(tuned, grads, params)
+    assert abs(jax.tree.leaves(found.hyperparams)[0] - jax.tree.leaves(training.hyperparams)[0]) > 1e-3
+    for other, extra, match in (
+        (adam(), {"valid_batch": batch}, "`valid_batch` needs the validation loss.*; got no such loss"),
+        (tuned, {"valid_batch": batch, "valid_grad_fn": by_hand}, "takes the place of `valid_grad_fn`; got both"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            other.update(grads, tuned.init(params), params, **extra)
+
+
+def quadratic(tuner, bound=None, rule="cosine", mode="forward", num_steps=100):
+    """Decoupled decay on ½‖θ‖² from a rate of 0.1: what is left of θ, and the largest rate · decay on the way."""
+    tuned = transforms.self_tuning(
+        lambda hp: optax.chain(optax.sgd(hp["rate"]), optax.add_decayed_weights(-hp["rate"] * hp["decay"])),
+        {"rate": 0.1, "decay": 1e-2},
+        tuner,
+        rule=rule,
+        mode=mode,
+        projection_fn=bound,
+    )
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tuned.update(params, state, params)
+        return (params + updates, state), state.hyperparams
+
+    params = jnp.array([1.0, -2.0, 0.5])
+    (params, _), lams = jax.jit(lambda: jax.lax.scan(step, (params, tuned.init(params)), length=num_steps))()
+    return jnp.linalg.norm(params), lams
+
+
+def at_most(limit):
+    return lambda hp: {**hp, "decay": jnp.minimum(hp["decay"], limit / hp["rate"])}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_projection_keeps_the_decay_from_running_away(mode):
+    # With a decay whose steps are long, rate · decay passes 2, and each step throws θ further to the other side.
+    rule = "cosine" if mode == "forward" else "normalized"
+    tuner = optax.partition({"rate": optax.sgd(0.01), "decay": optax.sgd(20.0)}, {"rate": "rate", "decay": "decay"})
+    left, lams = quadratic(tuner, rule=rule, mode=mode, num_steps=60)
+    assert not left < 1e3  # infinite, or no number
+    left, bounded = quadratic(tuner, at_most(0.5), rule, mode, num_steps=60)
+    assert left < 1e-9
+    np.testing.assert_allclose(jnp.max(bounded["rate"] * bounded["decay"]), 0.5, rtol=1e-6)
+    # Where it changes nothing, it changes no bit.
+    tuner = optax.sgd(0.01)
+    chex.assert_trees_all_equal(quadratic(tuner, at_most(1.0), rule, mode, 30), quadratic(tuner, None, rule, mode, 30))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_it_descends_and_is_projected_from_the_start_on(mode):
+    # Baydin's rule for SGD with its rate in a box, by hand; the projection may answer in its own precision.
+    low, high, rate, last = 0.1, 0.12, 0.02, None
+    box = lambda rate: np.clip(rate, low, high)
+    tuned = transforms.self_tuning(
+        optax.sgd,
+        rate,
+        optax.sgd(0.01),
+        rule="additive",
+        mode=mode,
+        projection_fn=lambda rate: jnp.clip(rate, low, high),
+    )
+    params, state, found, expected = np.array([1.0, -0.5]), tuned.init(jnp.ones(2)), [], []
+    rate, update = box(rate), jax.jit(tuned.update)
+    np.testing.assert_allclose(state.hyperparams, low, rtol=1e-12)
+    for curvature in (1.0, 1.0, 1.0, -1.0, 1.0, -1.0):
+        grads = curvature * params
+        if last is not None:
+            rate = box(rate + 0.01 * grads @ last)
+        updates, state = update(grads, state, params)
+        np.testing.assert_allclose(updates, -rate * grads, rtol=1e-12)
+        params, last = params - rate * grads, grads
+        found.append(float(state.hyperparams))
+        expected.append(float(rate))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert {low, high} < set(expected)  # at both ends, and between them
+
+
+def test_what_a_projection_returns_is_checked():
+    with pytest.raises(ValueError, match="`projection_fn` must be a function .* got a float"):
+        adam(projection_fn=1.0)
+    for projection_fn, match in (
+        (lambda hp: hp["rate"], "What `projection_fn` returns must be a tree like λ.*; got"),
+        (lambda hp: {"rate": jnp.ones(2)}, r"What `projection_fn` returns must be a tree like λ.*\(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            adam(projection_fn=projection_fn).init(jnp.ones(2))
+
+
 def test_training_in_float32_among_float64_is_differentiable():
     # Within float64 a λ in float32, of parameters in half precision and in none.
     def tuned(rate, params):
@@ -168,8 +309,11 @@ def test_training_in_float32_among_float64_is_differentiable():
 def test_what_is_no_transform_and_no_gradient_is_refused():
     with pytest.raises(ValueError, match="`tuner` must be an optax transform; got 0.1"):
         transforms.self_tuning(optax.sgd, 0.1, 0.1)
-    with pytest.raises(ValueError, match=r"`hyperparams` must be numbers; got '0.1' at \['rate'\]"):
+    with pytest.raises(ValueError, match=r"`hyperparams` must be real numbers; got '0.1' at \['rate'\]"):
         transforms.self_tuning(optax.sgd, {"rate": "0.1"}, optax.sgd(0.1))
+    for start in (1j, np.inf, np.nan, np.array([0.1, -np.inf])):
+        with pytest.raises(ValueError, match="`hyperparams` must be (real|finite)"):
+            transforms.self_tuning(optax.sgd, start, optax.sgd(0.1), rule="additive")
     unmade = transforms.self_tuning(lambda hp: optax.adam, 0.1, optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"`factory\(hyperparams\)` must be an optax transform; got .* call it"):
         unmade.init(jnp.ones(2))
@@ -182,6 +326,16 @@ def test_what_is_no_transform_and_no_gradient_is_refused():
     ):
         with pytest.raises(ValueError, match=match):
             optimizer.update(params, state, params, valid_grad_fn=valid_grad_fn)
+    carried = adam(discount=0.5)
+    for grad_fn, match in (
+        (params, "`grad_fn` must be a function, `params -> gradient`; got a dict"),
+        (lambda p: (1.0, p), "What `grad_fn` returns must be a tree like the gradients"),
+        (lambda p: {**p, "w": jnp.ones(3)}, r"What `grad_fn` returns .*; got .*'w': \(3,\)\}"),
+        (lambda p: {**p, "w": jnp.ones(2, int)}, r"`grad_fn` returns must be of the kind .* at \['w'\]; got int"),
+        (lambda p: {**p, "w": 1j * p["w"]}, r"`grad_fn` returns must be of the kind .* at \['w'\]; got complex"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            carried.update(params, carried.init(params), params, grad_fn=grad_fn)
     ahead = transforms.self_tuning(lambda hp: optax.lookahead(optax.adam(hp), 2, 0.5), 0.1, optax.sgd(0.1))
     pair = optax.LookaheadParams.init_synced(params)
     with pytest.raises(ValueError, match="The parameters must be a tree like the gradients .*belongs around"):
