@@ -6,7 +6,7 @@ judged on the source that it never saw. Omniglot is judged on its evaluation cha
 shots and the balance of classes vary as in Meta-Dataset, with smaller numbers; where a source knows who drew or spoke,
 support and query are by different people. All methods see the same episodes; pixel prototypes, the nearest class mean
 by cosine, learn nothing. The features that are learned stand beside the image itself, of length 1: so a network begins
-about where pixel prototypes are. The five trainings of a method run as one program, a `vmap` over the learner's two
+with what pixel prototypes see. The five trainings of a method run as one program, a `vmap` over the learner's two
 functions.
 
     python experiments/small_meta_dataset.py             minutes; experiments/results/small_meta_dataset.md and .png
@@ -35,7 +35,7 @@ LEFT_OUT = ("quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist
 class Settings(NamedTuple):
     filters: int = 16
     tasks: int = 2  # a step, of each training
-    steps: int = 400
+    steps: int = 200
     rows: int = 2000  # of a source, at most; Omniglot's are all used
     episodes: int = 600
     sources: int = len(LEFT_OUT)
@@ -45,32 +45,27 @@ SMOKE = Settings(filters=2, tasks=1, steps=2, rows=200, episodes=2, sources=2)
 MOST_WAYS = 8
 EPISODES: dict[str, Any] = {"min_ways": 5, "max_ways": MOST_WAYS, "max_query": 5, "max_support": 40}
 BATCH = 64  # rows of a step of pre-training
-GAIN = 5.0  # of the image among the features, at the start
+GAINS = (4.0, 5.0)  # of the network's features and of the image, at the start: distances in both are about as large
+RATES = (1e-3, 5e-3, 2e-2)  # of fine-tuning, chosen on episodes of what was trained on
+CHECKED = 60  # such episodes
 UNTRAINED = "prototypical networks, untrained"
 
 
 class Row(NamedTuple):
     make: Callable  # (features, loss) -> Adaptation
-    at_test: Callable | None = None  # the same, at test
     outputs: Callable | None = None  # number of classes trained on -> width of a head that is learned
 
 
+LEARNED: dict[str, Any] = {"rates": "leaf", "order": "first"}
 ROWS = {
     "prototypical networks": Row(lambda f, loss: methods.prototypical_networks(f)),
-    "the same, fine-tuned at test": Row(
-        lambda f, loss: methods.prototypical_networks(f), lambda f, loss: methods.proto_maml(f, num_steps=5, rate=0.02)
-    ),
     "ridge head (R2D2)": Row(lambda f, loss: methods.ridge_head(f)),
-    "Proto-MAML, first order": Row(lambda f, loss: methods.proto_maml(f, num_steps=2, rate=0.02, order="first")),
-    "MAML, first order": Row(
-        lambda f, loss: methods.fomaml(loss, num_steps=3, test_steps=5, rate=0.2, keep_support=True),
-        outputs=lambda num_classes: MOST_WAYS,
+    "Proto-MAML, learned rates": Row(lambda f, loss: methods.proto_maml(f, num_steps=2, rate=0.005, **LEARNED)),
+    "MAML, learned rates": Row(
+        lambda f, loss: methods.meta_sgd(loss, num_steps=3, test_steps=5, rate=0.05, keep_support=True, **LEARNED),
+        lambda num_classes: MOST_WAYS,
     ),
-    "fine-tuning": Row(
-        lambda f, loss: methods.pretrained(loss),
-        lambda f, loss: methods.proto_maml(f, adapt="^head", num_steps=5, rate=0.02),
-        outputs=lambda num_classes: num_classes,
-    ),
+    "fine-tuning": Row(lambda f, loss: methods.pretrained(loss), lambda num_classes: num_classes),
 }
 
 
@@ -105,7 +100,7 @@ def beside_the_image(network: methods.Network) -> methods.Network:
     """The network's features, and the image of length 1, each times a gain that is learned."""
 
     def init(key):
-        return {**network.init(key), "gain": jnp.array([1.0, GAIN])}
+        return {**network.init(key), "gain": jnp.array(GAINS)}
 
     def features(params, batch):
         learned = network.features(params, batch)
@@ -198,37 +193,56 @@ def main() -> None:
     judged: dict[str, methods.AdaptFn] = {"pixel prototypes": pixels}
     names: dict[str, list[str]] = {"pixel prototypes": ["pixel prototypes"], UNTRAINED: []}
     untrained = methods.prototypical_networks(network.features)
+    chosen = 0.0
     for seed in range(seeds):
         drawn = untrained.hyperparams(network.init(jax.random.fold_in(jax.random.key(1), seed)))
         judged[f"{UNTRAINED}, {seed}"] = methods.adapted(untrained, drawn, head)
         names[UNTRAINED].append(f"{UNTRAINED}, {seed}")
-    found: dict[str, list] = {}  # λ of each seed; what adapts otherwise at test alone is not trained again
-    for name, row in list(ROWS.items())[: 2 if options.smoke else None]:
+    tuned = lambda rate: methods.proto_maml(network.features, adapt="^head", num_steps=5, rate=rate)
+
+    def of_each(adaptation, hyperparams):
+        """The method whose λ is that of the training which an episode names."""
+
+        def method(key, support, query):
+            of_source = jax.tree.map(lambda x: x[support["training"]], hyperparams)
+            return methods.adapted(adaptation, of_source, head)(key, support, query)
+
+        return method
+
+    def on_trained(method):
+        """Accuracy on episodes of what was trained on."""
+
+        def one(key, number):
+            sample = jax.tree.map(lambda x: x[number], episodes)
+            support, query, _ = sample(key)
+            seen = {k: v for k, v in query.items() if k != "y"}
+            return methods.accuracy(method(key, {**support, "training": number}, seen)[-1], query)
+
+        keys = jax.random.split(jax.random.key(3), CHECKED)
+        numbers = jnp.arange(CHECKED) % settings.sources
+        return jax.jit(lambda: jax.lax.map(lambda pair: one(*pair), (keys, numbers)).mean())()
+
+    for name, row in list(ROWS.items())[: 1 if options.smoke else None]:
         started = time.process_time()
         adaptation = row.make(network.features, loss)
-        at_test = adaptation if row.at_test is None else row.at_test(network.features, loss)
-        if name != "the same, fine-tuned at test":
 
-            def start(key, row=row):
-                params = network.init(key)
-                if row.outputs is None:
-                    return params
-                num = row.outputs(num_classes)
-                depth = settings.filters * 9 + 14**2
-                return {**params, "head": {"w": jnp.zeros((depth, num)), "b": jnp.zeros(num)}}
+        def start(key, row=row):
+            params = network.init(key)
+            if row.outputs is None:
+                return params
+            num, depth = row.outputs(num_classes), settings.filters * 9 + 14**2
+            return {**params, "head": {"w": jnp.zeros((depth, num)), "b": jnp.zeros(num)}}
 
-            alone = name == "fine-tuning"
-            run = train(adaptation, start, rows if alone else episodes, None if alone else settings.tasks, settings)
-            found[name] = [run(jax.random.key(seed)) for seed in range(seeds)]
-        of_name = found["prototypical networks" if name.startswith("the same") else name]
+        alone = name == "fine-tuning"
+        run = train(adaptation, start, rows if alone else episodes, None if alone else settings.tasks, settings)
+        found = [run(jax.random.key(seed)) for seed in range(seeds)]
+        if alone:
+            scores = {rate: float(on_trained(of_each(tuned(rate), found[0]))) for rate in RATES}
+            chosen = max(scores, key=lambda rate: scores[rate])
+            adaptation = tuned(chosen)
+            print(f"fine-tuning, rates on what was trained on: {scores}", flush=True)
         names[name] = [f"{name}, {seed}" for seed in range(seeds)]
-        for key, hyperparams in zip(names[name], of_name, strict=True):
-
-            def method(key, support, query, at_test=at_test, hyperparams=hyperparams):
-                of_source = jax.tree.map(lambda x: x[support["training"]], hyperparams)
-                return methods.adapted(at_test, of_source, head)(key, support, query)
-
-            judged[key] = method
+        judged |= {one: of_each(adaptation, hp) for one, hp in zip(names[name], found, strict=True)}
         print(f"[{time.process_time() - started:5.0f} s] {name}", flush=True)
 
     def of_training(number, sample):
@@ -259,8 +273,10 @@ def main() -> None:
         f"% over episodes. {settings.filters} filters in each of two blocks, normalized by the support set, beside the "
         f"image; {settings.steps} outer steps of {settings.tasks} episodes (fine-tuning: {BATCH} rows); one training "
         "for each source that was left out. 5 to 8 ways, at most 40 support and 5 query examples of a class. "
-        '"Untrained" is the same method with the network as it was drawn. Two earlier networks, without the image '
-        "among their features, lost to pixel prototypes with most methods, and were changed when that was seen."
+        '"Untrained" is the same method with the network as it was drawn. Inner gradients are of first order, and rates '
+        f"are learned, one a leaf; that of fine-tuning, {chosen:g} for a new head, was the best of {RATES} on "
+        f"{CHECKED} episodes of what was trained on. Earlier networks, without the image among their features, lost to "
+        "pixel prototypes with most methods, and larger fixed rates harmed: both were changed when that was seen."
     )
     if not options.smoke:
         options.out.mkdir(parents=True, exist_ok=True)
