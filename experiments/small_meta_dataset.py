@@ -273,8 +273,8 @@ def main() -> None:
         f"% over episodes. {settings.filters} filters in each of two blocks, normalized by the support set, beside the "
         f"image; {settings.steps} outer steps of {settings.tasks} episodes (fine-tuning: {BATCH} rows); one training "
         "for each source that was left out. 5 to 8 ways, at most 40 support and 5 query examples of a class. "
-        '"Untrained" is the same method with the network as it was drawn. Inner gradients are of first order, and rates '
-        f"are learned, one a leaf; that of fine-tuning, {chosen:g} for a new head, was the best of {RATES} on "
+        '"Untrained" is the same method with the network as it was drawn. Inner gradients are of first order, and '
+        f"rates are learned, one a leaf; that of fine-tuning, {chosen:g} for a new head, was the best of {RATES} on "
         f"{CHECKED} episodes of what was trained on. Earlier networks, without the image among their features, lost to "
         "pixel prototypes with most methods, and larger fixed rates harmed: both were changed when that was seen."
     )
