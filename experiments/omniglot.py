@@ -359,17 +359,21 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a network and a number of steps for one processor core")
     parser.add_argument("--split", choices=("official", "random"), default="official")
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--ways", nargs="+", type=int, choices=(5, 20), default=[5, 20])
+    parser.add_argument(
+        "--ways", nargs="+", type=int, choices=(5, 20), help="both; with --small, 5 where a head is learned"
+    )
     parser.add_argument("--steps", type=int, help="outer steps of prototypical networks")
     parser.add_argument("--tasks", type=int, help="a step, of five ways; a quarter as many of twenty")
     parser.add_argument("--rate", type=float, default=2e-3, help="of the outer Adam, at the start")
     parser.add_argument("--name", help="of the result; omniglot, or omniglot_small")
     parser.add_argument("--work", type=Path, default=Path("omniglot_runs"), help="where trainings are kept")
     options = parser.parse_args()
+    own_head = options.ways or ([5] if options.small else [5, 20])  # a core has no time for more
+    options.ways = options.ways or [5, 20]
     scale = SMOKE if options.smoke else SMALL if options.small else Scale()
     scale = scale._replace(steps=options.steps or scale.steps, tasks=options.tasks or scale.tasks)
     if options.smoke:
-        options.methods, options.ways, options.seeds = ["MAML++", "prototypical networks"], [5], 1
+        options.methods, options.ways, own_head, options.seeds = ["MAML++", "prototypical networks"], [5], [5], 1
     parts, split = load(options.split, scale.size)
     if not options.smoke:
         options.work.mkdir(parents=True, exist_ok=True)
@@ -378,7 +382,6 @@ def main() -> None:
     curves: dict[str, list[dict[int, float]]] = {}
     for seed in range(options.seeds):
         for name in options.methods:
-            own_head = [ways for ways in options.ways if ways == 5 or not options.small]  # a core has no time for more
             for ways in own_head if ROWS[name].ways else options.ways[-1:]:
                 started = time.process_time()
                 method, curve = train(name, ways, seed, parts, scale, options)
