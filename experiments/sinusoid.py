@@ -1,7 +1,8 @@
 """MAML's sinusoids: the mean squared error after a few gradient steps on a few points, for the MAML family.
 
 Tasks y = A sin(x − φ), A ~ U[0.1, 5], φ ~ U[0, π], x ~ U[−5, 5]; a network with two hidden layers of 40 ReLU units; the
-outer optimizer is Adam with 25 tasks a step and a cosine schedule. Every model is judged on the same 600 test tasks of
+outer optimizer is Muon with 25 tasks a step and a cosine schedule: on validation tasks it came in 12,000 steps to
+where Adam was not in 20,000. Every model is judged on the same 600 test tasks of
 100 query points, after 0 to 10 gradient steps on 10 or 5 points.
 
     python experiments/sinusoid.py                    # writes experiments/results/sinusoid.md and .png
@@ -40,8 +41,9 @@ TEXT = """
 
 Mean squared error over {test_tasks} test tasks and {seeds} seed(s), ± 1.96 standard errors over test tasks of the mean
 over seeds. Gradient steps of .01, or learned ones that start there; a model is trained for the number of steps in its
-name, and goes on with its (last) rates; "diverges" stands for more than 100. Outer steps of Adam with 25 tasks and
-{query} query points each, from a rate of {rate:g} by a cosine to zero. Finn et al. (ICML 2017) show curves
+name, and goes on with its (last) rates; "diverges" stands for more than 100. Outer steps of Muon (of Adam for what is
+no matrix, and, at half the rate, for rates that are learned) with 25 tasks and {query} query points each, from a rate
+of {rate:g} by a cosine to zero. Finn et al. (ICML 2017) show curves
 of this experiment, in their figures 2 and 3, and no numbers."""
 
 
@@ -95,8 +97,10 @@ def steps_of(row: Row, config) -> int:
 def train(row: Row, seed: int, config) -> tuple[methods.Adaptation, dict]:
     adaptation = row.make(loss)
     schedule = optax.cosine_decay_schedule(config.rate, steps_of(row, config))
-    # All leaves in one: a step of Adam is then a few operations, not a few for every leaf.
-    optimizer = optax.flatten(optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule)))
+    half = optax.cosine_decay_schedule(config.rate / 2, steps_of(row, config))
+    parts = {"init": optax.contrib.muon(schedule), "rate": optax.adam(half)}
+    by_part = optax.partition(parts, lambda hyperparams: {name: name for name in hyperparams})
+    optimizer = optax.chain(optax.clip_by_global_norm(10.0), by_part)
     init_key, fit_key = jax.random.split(jax.random.key(seed))
     result = training.fit(
         training.learner(hypergrad.over_tasks(adaptation.estimator), optimizer),
@@ -181,10 +185,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
     parser.add_argument("--seeds", type=int, default=3, help="each with its own initialization and training tasks")
-    parser.add_argument("--outer-steps", type=int, default=60_000, help="of MAML; others take a share")
+    parser.add_argument("--outer-steps", type=int, default=20_000, help="of MAML; others take a share")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help="some of the models")
     parser.add_argument("--query", type=int, default=50, help="query points of a training task; 10 learn more slowly")
-    parser.add_argument("--rate", type=float, default=4e-3, help="of the outer Adam, at the start")
+    parser.add_argument("--rate", type=float, default=8e-3, help="of the outer optimizer, at the start")
     parser.add_argument("--work", type=Path, default=Path("sinusoid_runs"), help="where finished trainings are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     config = parser.parse_args()
