@@ -287,7 +287,7 @@ def hospitals(
             "fit": np.tile(fit, 6 // len(fit)),  # of one length, two hospitals or three: drawn alike
             "test": test,
             "decay": decay,
-            "mean": np.nanmean(x, axis=0),
+            "mean": np.nan_to_num(np.nanmean(x, axis=0)),
             "std": np.where(std > 0, std, 1),
         }
 
