@@ -368,8 +368,8 @@ def main() -> None:
     parser.add_argument("--name", help="of the result; omniglot, or omniglot_small")
     parser.add_argument("--work", type=Path, default=Path("omniglot_runs"), help="where trainings are kept")
     options = parser.parse_args()
-    own_head = options.ways or ([5] if options.small else [5, 20])  # a core has no time for more
-    options.ways = options.ways or [5, 20]
+    own_head = options.head_ways or ([5] if options.small else options.ways)  # a core has no time for more
+    options.ways = sorted({*options.ways, *own_head})
     scale = SMOKE if options.smoke else SMALL if options.small else Scale()
     scale = scale._replace(steps=options.steps or scale.steps, tasks=options.tasks or scale.tasks)
     if options.smoke:
