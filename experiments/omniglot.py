@@ -156,6 +156,10 @@ def modulated(features: Callable) -> Callable:
     return of_context
 
 
+def num_tasks(scale: Scale, ways: int) -> int:
+    return max(1, scale.tasks * 5 // ways)
+
+
 def train(name: str, ways: int, seed: int, parts: dict, scale: Scale, options) -> tuple[Callable, dict[int, float]]:
     """`(key, support, query) -> outputs` of a trained method, and outer step -> validation accuracy on the way."""
     row = ROWS[name]
@@ -166,7 +170,7 @@ def train(name: str, ways: int, seed: int, parts: dict, scale: Scale, options) -
     head = methods.linear_head(features)
     loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
     adaptation = row.make(network.features, loss)
-    num = max(1, scale.tasks * 5 // ways)
+    num = num_tasks(scale, ways)
     if row.at_test is None:
         sample = tasks.episodes(parts["train"], num_ways=ways, num_shots=row.shots or 1, num_query=5)
         draw, outputs = tasks.episode_batches(sample, num), ways
@@ -315,7 +319,7 @@ def report(found: dict[str, methods.Evaluation], curves: dict[str, list[dict[int
     )
     known = {f"{w}w{s}s": f"{100 * LITERATURE[w, s]:.1f}" for w, s in SETTINGS}
     rows = [[name, *cells(name)] for name, flag in transductive.items() if flag]
-    rows.append(["MAML, in the literature", *(known.get(setting, "") for setting in whole)])
+    rows.append(["MAML, in the literature (random split)", *(known.get(setting, "") for setting in whole)])
     text += "\n\nWhere the query set's own statistics are used:\n\n"
     text += script.table(["accuracy, %: transductive", *whole], rows)
     normalized = {name: "support" if name == "MAML" else name.removeprefix("MAML, ") for name in transductive}
@@ -359,8 +363,13 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a network and a number of steps for one processor core")
     parser.add_argument("--split", choices=("official", "random"), default="official")
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--ways", nargs="+", type=int, choices=(5, 20), default=[5, 20])
     parser.add_argument(
-        "--ways", nargs="+", type=int, choices=(5, 20), help="both; with --small, 5 where a head is learned"
+        "--head-ways",
+        nargs="+",
+        type=int,
+        choices=(5, 20),
+        help="of methods whose head is learned, a training for each; as --ways, or 5 with --small",
     )
     parser.add_argument("--steps", type=int, help="outer steps of prototypical networks")
     parser.add_argument("--tasks", type=int, help="a step, of five ways; a quarter as many of twenty")
@@ -377,7 +386,10 @@ def main() -> None:
     parts, split = load(options.split, scale.size)
     if not options.smoke:
         options.work.mkdir(parents=True, exist_ok=True)
-        tasks.save_split(options.work / f"split_{options.split}.json", split)
+        file = options.work / f"split_{options.split}.json"
+        if file.is_file() and tasks.load_split(file) != split:
+            sys.exit(f"The trainings in {options.work} are of another split ({file}): give --work another folder.")
+        tasks.save_split(file, split)
     trained: dict[int, dict[str, Any]] = {ways: {f"pixel prototypes{SEED}0": pixels} for ways in options.ways}
     curves: dict[str, list[dict[int, float]]] = {}
     for seed in range(options.seeds):
@@ -398,7 +410,8 @@ def main() -> None:
         f"\n\n{scale.episodes} episodes of unseen characters, {options.split} split, the same for all; mean ± 95 % "
         f"over episodes, of the mean over {options.seeds} seed(s){SPREAD if options.seeds > 1 else ''}. {scale.blocks} "
         f"blocks of {scale.filters} filters on {scale.size} × {scale.size} pixels, {scale.steps:,} outer steps of "
-        f"{scale.tasks} tasks, of which methods take a share: {shares}. Trained with one shot (Reptile five), tested "
+        f"{scale.tasks} tasks of five ways, or {num_tasks(scale, 20)} of twenty (fine-tuning: of 30 rows each), of "
+        f"which methods take a share: {shares}. Trained with one shot (Reptile five), tested "
         "with one and five; pixel prototypes see the same images."
     )
     name = options.name or ("omniglot_small" if options.small else "omniglot")

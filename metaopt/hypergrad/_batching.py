@@ -45,8 +45,8 @@ def _float(tree: Any) -> Any:
 def _sums(estimate: base.Estimate) -> tuple[dict[str, Any], jax.Array]:
     """What a mean over tasks needs, summed over the leading axis of an estimate; and which entries are finite.
 
-    A sum of finite numbers that is finite itself had no NaN among them, so that the entries are looked at one by one
-    where it is not: the usual case costs a sum alone (a twentieth of MAML's time in small networks).
+    A sum that is finite had finite terms, so that the entries are looked at one by one only where it is not: the usual
+    case costs a sum alone (a twentieth of MAML's time in small networks; under `vmap` both are computed).
     """
     hypergrad, value = estimate.hypergrad, estimate.value * 1.0
     squared = lambda tree: sum(jnp.sum(jnp.square(h), range(1, h.ndim)) for h in jax.tree.leaves(tree)) + 0.0
@@ -62,7 +62,9 @@ def _sums(estimate: base.Estimate) -> tuple[dict[str, Any], jax.Array]:
         return summed(finite, hypergrad, total(hypergrad))
 
     def all_of_them(hypergrad, hypergrad_sum):
-        return summed(jnp.isfinite(value), hypergrad, hypergrad_sum)
+        # Zeros where this branch is not taken: a derivative multiplies by what was squared.
+        masked = jax.tree.map(lambda h: jnp.where(jnp.isfinite(h), h, 0), hypergrad)
+        return summed(jnp.isfinite(value), masked, hypergrad_sum)
 
     hypergrad_sum = total(hypergrad)
     all_finite = jnp.isfinite(value).all() & _is_finite(base.Estimate(value.sum(0), hypergrad_sum, estimate.done, {}))

@@ -156,7 +156,7 @@ def labelled_batches(
 def _shares(weights: Sequence[float] | None, num_sources: int) -> jax.Array:
     """[sources], their shares of the draws, cumulated."""
     weights = [1.0] * num_sources if weights is None else list(weights)
-    if len(weights) != num_sources or not min(weights) > 0:
+    if len(weights) != num_sources or not all(weight > 0 for weight in weights):
         raise ValueError(f"`weights` must be positive, one for each of the {num_sources} sources; got {weights}.")
     return jnp.asarray(np.cumsum(weights) / np.sum(weights), jnp.float32)
 

@@ -353,4 +353,4 @@ def test_programs_hold_no_copy_of_the_data():
     assert abs((drawn["y"] >= 30).mean() - 0.75) < 0.08
     assert len(np.unique(drawn["y"][drawn["y"] >= 30])) > 25
     with pytest.raises(ValueError, match="`weights` must be positive, one for each of the 2 sources"):
-        tasks.labelled_batches(two, 3, weights=[1.0, 0.0])
+        tasks.labelled_batches(two, 3, weights=[1.0, np.nan])
