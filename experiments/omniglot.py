@@ -11,11 +11,9 @@ and Lake's 20 one-shot runs. The official split has other alphabets in the evalu
     python experiments/omniglot.py --split random --methods MAML "prototypical networks"
     python experiments/omniglot.py --smoke           # seconds; prints only
 
-To see in the committed results of --small, half a minute for a training: prototypical networks and the ridge head beat
-pixel prototypes, MAML and fine-tuning do not yet, and all are far from the literature's numbers, as their curves say.
-
-A training is kept in the folder that `--work` names, and goes on from there when it was stopped. Omniglot is read from
-the folder that METAOPT_DATA names. Results go to experiments/results/omniglot.md, or omniglot_small.md.
+A training is kept in the folder that `--work` names, with the split, and goes on from there when it was stopped: call
+the script again with the same arguments. Omniglot is read from the folder that METAOPT_DATA names. Results go to
+experiments/results/omniglot.md and .png, or omniglot_small.md and .png.
 """
 
 import sys
@@ -30,11 +28,13 @@ import numpy as np
 import optax
 import script
 
-from metaopt import hypergrad, methods, tasks, training
+from metaopt import hypergrad, methods, plots, tasks, training
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 LITERATURE = {(5, 1): 0.987, (5, 5): 0.999, (20, 1): 0.958, (20, 5): 0.989}  # MAML, transductive, the random split
 ONE_SHOT = "Lake's 20 runs"
+SEED = ", seed "
+SPREAD = "; after the semicolon, the standard deviation over seeds"
 
 
 class Scale(NamedTuple):
@@ -116,18 +116,19 @@ ROWS |= {
 }
 
 
-def load(split: str, size: int) -> dict[str, tasks.Source]:
-    """The parts train, valid and test, with images of `size`."""
+def load(split: str, size: int) -> tuple[dict[str, tasks.Source], dict]:
+    """The parts train, valid and test, with images of `size`; and the split."""
     path = script.data_file(__file__, "omniglot.npz").parent
     source = tasks.from_image_sets(["omniglot"], path=path)["omniglot"]
     source = source._replace(x=shrunk(source.x, size))
-    parts = tasks.omniglot_split(path)
+    whole = tasks.omniglot_split(path)
     if split == "random":
-        parts = tasks.split_classes(source, {"train": 1200, "test": 423}, seed=0)
-    train, test = (tasks.select(source, parts, part)[0] for part in ("train", "test"))
-    held = tasks.split_classes(train, {"valid": 64, "train": train.num_classes - 64}, seed=1)
-    train, valid = (tasks.select(train, held, part)[0] for part in ("train", "valid"))
-    return {"train": tasks.with_rotations(train), "valid": valid, "test": test}
+        whole = tasks.split_classes(source, {"train": 1200, "test": 423}, seed=0)
+    background = tasks.select(source, whole, "train")[0]
+    held = tasks.split_classes(background, {"valid": 64, "train": background.num_classes - 64}, seed=1)
+    parts = {**held, "test": whole["test"]}
+    sources = {part: tasks.select(source, parts, part)[0] for part in ("train", "valid", "test")}
+    return {**sources, "train": tasks.with_rotations(sources["train"])}, parts
 
 
 def shrunk(images: np.ndarray, size: int) -> np.ndarray:
@@ -155,8 +156,12 @@ def modulated(features: Callable) -> Callable:
     return of_context
 
 
-def train(name: str, ways: int, parts: dict, scale: Scale, options) -> tuple[Callable, list[float]]:
-    """`(key, support, query) -> outputs` of a trained method, and its validation accuracies on the way."""
+def num_tasks(scale: Scale, ways: int) -> int:
+    return max(1, scale.tasks * 5 // ways)
+
+
+def train(name: str, ways: int, seed: int, parts: dict, scale: Scale, options) -> tuple[Callable, dict[int, float]]:
+    """`(key, support, query) -> outputs` of a trained method, and outer step -> validation accuracy on the way."""
     row = ROWS[name]
     network = methods.conv4(
         normalization=row.normalization, num_filters=scale.filters, num_blocks=scale.blocks, num_steps=row.steps
@@ -165,20 +170,21 @@ def train(name: str, ways: int, parts: dict, scale: Scale, options) -> tuple[Cal
     head = methods.linear_head(features)
     loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
     adaptation = row.make(network.features, loss)
-    num = max(1, scale.tasks * 5 // ways)
+    num = num_tasks(scale, ways)
     if row.at_test is None:
         sample = tasks.episodes(parts["train"], num_ways=ways, num_shots=row.shots or 1, num_query=5)
         draw, outputs = tasks.episode_batches(sample, num), ways
     else:
         draw = tasks.episode_batches(tasks.labelled_batches(parts["train"], 30), num)
         outputs = parts["train"].num_classes
-    params = network.init(jax.random.key(0))
+    init_key, head_key, context_key, fit_key = jax.random.split(jax.random.key(seed), 4)
+    params = network.init(init_key)
     depth = scale.filters * (scale.size // 2**scale.blocks) ** 2
-    drawn_head = row.head * jax.random.normal(jax.random.key(3), (depth, outputs)) / depth**0.5
+    drawn_head = row.head * jax.random.normal(head_key, (depth, outputs)) / depth**0.5
     params["head"] = {"w": drawn_head, "b": jnp.zeros(outputs)}
     if row.context:
         shape = (2, row.context, depth)
-        params["modulation"] = jax.random.normal(jax.random.key(4), shape) / row.context**0.5
+        params["modulation"] = jax.random.normal(context_key, shape) / row.context**0.5
     if row.ways is False and row.at_test is None:
         del params["head"]  # which the support set makes
     at_test = adaptation if row.at_test is None else row.at_test(network.features)
@@ -198,26 +204,38 @@ def train(name: str, ways: int, parts: dict, scale: Scale, options) -> tuple[Cal
     optimizer = optax.adam(optax.cosine_decay_schedule(options.rate, steps))
     if name == "Reptile":  # its direction is a way gone, and no gradient
         optimizer = optax.sgd(optax.cosine_decay_schedule(1.0, steps))
+    every = steps // scale.checks
+    started = time.monotonic()
+
+    def say(step, metrics):
+        if step % every == 0:
+            passed = time.monotonic() - started
+            print(
+                f"[{passed:6.0f} s] {name}, {ways} ways: {step} of {steps} steps, loss {metrics['value']:.3f}",
+                flush=True,
+            )
+
     folder = (
         options.work / f"{name.replace(', ', '_').replace(' ', '-')}_{ways}_{options.split}_{scale.filters}_{steps}"
-        f"_{scale.size}_{scale.tasks}_{options.rate:g}"
+        f"_{scale.size}_{scale.tasks}_{options.rate:g}_{seed}"
     )
     result = training.fit(
         training.learner(lambda step: hypergrad.over_tasks(adaptation.estimator_at(step)), optax.chain(optimizer)),
         draw,
         hyperparams=adaptation.hyperparams(params),
         num_steps=steps,
-        key=jax.random.key(2),
+        key=fit_key,
         evaluate=lambda key, hyperparams: mistakes(hyperparams, drawn),
-        eval_every=steps // scale.checks,
-        steps_per_call=min(20, steps // scale.checks),
+        eval_every=every,
+        steps_per_call=min(20, every),
+        callback=None if options.smoke else say,
         progress=False,
         checkpoint_dir=None if options.smoke else folder.absolute(),
-        checkpoint_every=steps // scale.checks,
+        checkpoint_every=every,
     )
     if result.stopped == "signal":
-        sys.exit("stopped by a signal")
-    return method(result.best_hyperparams), list(1 - result.evaluations)
+        sys.exit(f"Stopped by a signal; the same command goes on with {name}, {ways} ways.")
+    return method(result.best_hyperparams), {i * every: float(1 - x) for i, x in enumerate(result.evaluations)}
 
 
 def one_shot_runs(path: Path, size: int) -> Callable:
@@ -257,26 +275,87 @@ def judge(trained: dict[int, dict[str, Any]], parts: dict, scale: Scale, one_sho
     return found
 
 
-def report(found: dict, curves: dict[str, list[float]]) -> str:
-    names = list(dict.fromkeys(name for of in found.values() for name in of.scores))
-    first = next(iter(found.values()))
-    means = {setting: methods.mean_scores(of) for setting, of in found.items()}
+def of_seeds(evaluation: methods.Evaluation) -> dict[str, list[str]]:
+    """Method -> its trainings in an evaluation, whose names end in their seeds."""
+    found: dict[str, list[str]] = {}
+    for name in evaluation.scores:
+        found.setdefault(name.rpartition(SEED)[0], []).append(name)
+    return found
+
+
+def joined(found: dict[str, methods.Evaluation]) -> dict[str, methods.Evaluation]:
+    """Each method once: the scores of an episode are means over the seeds of its trainings."""
+
+    def one(of):
+        seeds = of_seeds(of)
+        mean = lambda source, names: np.mean([of.scores[name][source] for name in names], axis=0)
+        return of._replace(
+            scores={method: {source: mean(source, names) for source in of.sources} for method, names in seeds.items()},
+            transductive={method: of.transductive[names[0]] for method, names in seeds.items()},
+        )
+
+    return {setting: one(of) for setting, of in found.items()}
+
+
+def report(found: dict[str, methods.Evaluation], curves: dict[str, list[dict[int, float]]]) -> str:
+    """Tables: inductive methods, transductive ones beside the literature, normalizations, the way there."""
+    whole = joined(found)
+    means = {setting: methods.mean_scores(of) for setting, of in whole.items()}
 
     def cell(name, setting):
         if name not in means[setting]:
             return ""
-        mean, half = means[setting][name][found[setting].sources[0]]
-        return f"{100 * mean:.1f} ± {100 * half:.1f}"
+        ((mean, half),) = means[setting][name].values()
+        each = methods.mean_scores(found[setting])
+        seeds = [mean for training in of_seeds(found[setting])[name] for mean, _ in each[training].values()]
+        spread = f"; {100 * np.std(seeds, ddof=1):.1f}" if len(seeds) > 1 else ""
+        return f"{100 * mean:.1f} ± {100 * half:.1f}{spread}"
 
-    rows = [[name, *(cell(name, s) for s in found), "yes" if first.transductive.get(name) else ""] for name in names]
+    transductive = {name: flag for of in whole.values() for name, flag in of.transductive.items()}
+    cells = lambda name: [cell(name, setting) for setting in whole]
+    plain = [name for name in transductive if not name.startswith("MAML, ")]
+    text = script.table(
+        ["accuracy, %: inductive", *whole], [[name, *cells(name)] for name in plain if not transductive[name]]
+    )
     known = {f"{w}w{s}s": f"{100 * LITERATURE[w, s]:.1f}" for w, s in SETTINGS}
-    rows.append(["MAML, in the literature", *(known.get(s, "") for s in found), "yes"])
-    text = script.table(["accuracy, %", *found, "transductive"], rows)
-    ways = [[name, " ".join(f"{100 * one:.0f}" for one in curve)] for name, curve in curves.items()]
+    rows = [[name, *cells(name)] for name, flag in transductive.items() if flag]
+    rows.append(["MAML, in the literature (random split)", *(known.get(setting, "") for setting in whole)])
+    text += "\n\nWhere the query set's own statistics are used:\n\n"
+    text += script.table(["accuracy, %: transductive", *whole], rows)
+    normalized = {name: "support" if name == "MAML" else name.removeprefix("MAML, ") for name in transductive}
+    normalized = {name: of for name, of in normalized.items() if name.split(", ")[0] == "MAML"}
+    if len(normalized) > 1:
+        rows = [[of, "transductive" if transductive[n] else "inductive", *cells(n)] for n, of in normalized.items()]
+        text += "\n\nMAML, by what its network is normalized by:\n\n"
+        text += script.table(["normalization", "", *whole], rows)
+    rows = [
+        [name, str(max(each[0])), " ".join(f"{100 * np.mean([one[step] for one in each]):.0f}" for step in each[0])]
+        for name, each in curves.items()
+    ]
     text += (
         "\n\nOn the way (validation accuracy of one shot, in %, at equal distances from the first step to the last):"
     )
-    return text + "\n\n" + script.table(["training", "validation"], ways)
+    return text + "\n\n" + script.table(["training", "outer steps", "validation"], rows)
+
+
+def draw(found: dict[str, methods.Evaluation], curves: dict[str, list[dict[int, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    whole = joined(found)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.3 * len(curves) + 2.5), layout="constrained")
+    for i, (name, each) in enumerate(curves.items()):
+        values = [100 * np.mean([one[step] for one in each]) for step in each[0]]
+        left.plot(list(each[0]), values, "-o" if i < 10 else "--s", markersize=3, color=f"C{i}", label=name)
+    left.set(xlabel="outer steps", ylabel="validation accuracy of one shot, %")
+    left.legend(frameon=False, fontsize=7)
+    setting = next(iter(whole))
+    plots.leaderboard(whole[setting], axes=right)
+    right.set(xlabel=f"accuracy on unseen characters, {setting}", title="")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -285,43 +364,61 @@ def main() -> None:
     parser.add_argument("--split", choices=("official", "random"), default="official")
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--ways", nargs="+", type=int, choices=(5, 20), default=[5, 20])
+    parser.add_argument(
+        "--head-ways",
+        nargs="+",
+        type=int,
+        choices=(5, 20),
+        help="of methods whose head is learned, a training for each; as --ways, or 5 with --small",
+    )
     parser.add_argument("--steps", type=int, help="outer steps of prototypical networks")
     parser.add_argument("--tasks", type=int, help="a step, of five ways; a quarter as many of twenty")
     parser.add_argument("--rate", type=float, default=2e-3, help="of the outer Adam, at the start")
     parser.add_argument("--name", help="of the result; omniglot, or omniglot_small")
     parser.add_argument("--work", type=Path, default=Path("omniglot_runs"), help="where trainings are kept")
     options = parser.parse_args()
+    own_head = options.head_ways or ([5] if options.small else options.ways)  # a core has no time for more
+    options.ways = sorted({*options.ways, *own_head})
     scale = SMOKE if options.smoke else SMALL if options.small else Scale()
     scale = scale._replace(steps=options.steps or scale.steps, tasks=options.tasks or scale.tasks)
     if options.smoke:
-        options.methods, options.ways = ["MAML++", "prototypical networks"], [5]
-    parts = load(options.split, scale.size)
-    trained: dict[int, dict[str, Any]] = {ways: {"pixel prototypes": pixels} for ways in options.ways}
-    curves = {}
-    for name in options.methods:
-        own_head = [ways for ways in options.ways if ways == 5 or not options.small]  # a core has no time for more
-        for ways in own_head if ROWS[name].ways else options.ways[-1:]:
-            started = time.process_time()
-            method, curve = train(name, ways, parts, scale, options)
-            label = f"{name}, {ways} ways"
-            curves[label] = curve
-            print(f"[{time.process_time() - started:5.0f} s] {label}: {np.round(curve, 3)}", flush=True)
-            for tested in [ways] if ROWS[name].ways else options.ways:
-                trained[tested][name] = method
+        options.methods, options.ways, own_head, options.seeds = ["MAML++", "prototypical networks"], [5], [5], 1
+    parts, split = load(options.split, scale.size)
+    if not options.smoke:
+        options.work.mkdir(parents=True, exist_ok=True)
+        file = options.work / f"split_{options.split}.json"
+        if file.is_file() and tasks.load_split(file) != split:
+            sys.exit(f"The trainings in {options.work} are of another split ({file}): give --work another folder.")
+        tasks.save_split(file, split)
+    trained: dict[int, dict[str, Any]] = {ways: {f"pixel prototypes{SEED}0": pixels} for ways in options.ways}
+    curves: dict[str, list[dict[int, float]]] = {}
+    for seed in range(options.seeds):
+        for name in options.methods:
+            for ways in own_head if ROWS[name].ways else options.ways[-1:]:
+                started = time.process_time()
+                method, curve = train(name, ways, seed, parts, scale, options)
+                label = f"{name}, {ways} ways"
+                curves.setdefault(label, []).append(curve)
+                seconds = time.process_time() - started
+                print(f"[{seconds:6.0f} s] {label}, seed {seed}: {np.round([*curve.values()], 3)}", flush=True)
+                for tested in [ways] if ROWS[name].ways else options.ways:
+                    trained[tested][f"{name}{SEED}{seed}"] = method
     one_shot = script.data_file(__file__, "omniglot.npz").parent / "omniglot_oneshot_runs.npz"
     found = judge(trained, parts, scale, one_shot)
-    text = report(found, curves)
     shares = ", ".join(f"{name} {ROWS[name].share:g}" for name in options.methods)
-    text += (
+    text = report(found, curves) + (
         f"\n\n{scale.episodes} episodes of unseen characters, {options.split} split, the same for all; mean ± 95 % "
-        f"over episodes, of one training each. {scale.blocks} blocks of {scale.filters} filters on {scale.size} × "
-        f"{scale.size} pixels, {scale.steps:,} outer steps of {scale.tasks} tasks, of which methods take a share: "
-        f"{shares}. Trained with one shot (Reptile five), tested with one and five; pixel prototypes see the same "
-        "images."
+        f"over episodes, of the mean over {options.seeds} seed(s){SPREAD if options.seeds > 1 else ''}. {scale.blocks} "
+        f"blocks of {scale.filters} filters on {scale.size} × {scale.size} pixels, {scale.steps:,} outer steps of "
+        f"{scale.tasks} tasks of five ways, or {num_tasks(scale, 20)} of twenty (fine-tuning: of 30 rows each), of "
+        f"which methods take a share: {shares}. Trained with one shot (Reptile five), tested "
+        "with one and five; pixel prototypes see the same images."
     )
-    script.publish(
-        __file__, "Omniglot", text, options, name=options.name or ("omniglot_small" if options.small else None)
-    )
+    name = options.name or ("omniglot_small" if options.small else "omniglot")
+    if not options.smoke:
+        options.out.mkdir(parents=True, exist_ok=True)
+        draw(found, curves, options.out / f"{name}.png")
+    script.publish(__file__, "Omniglot", text, options, name=name)
 
 
 if __name__ == "__main__":

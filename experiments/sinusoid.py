@@ -1,12 +1,13 @@
 """MAML's sinusoids: the mean squared error after a few gradient steps on a few points, for the MAML family.
 
 Tasks y = A sin(x − φ), A ~ U[0.1, 5], φ ~ U[0, π], x ~ U[−5, 5]; a network with two hidden layers of 40 ReLU units; the
-outer optimizer is Adam with 25 tasks a step and a cosine schedule. Every model is judged on the same 600 test tasks of
-100 query points, after 0 to 10 gradient steps on 10 or 5 points.
+outer optimizer is Muon with 25 tasks a step and a cosine schedule: on validation tasks, after 16,000 steps from .008
+(one seed), the error of MAML with one step was .305 by Muon and .381 by Adam, from 5 shots .527 and .597. Every model
+is judged on the same 600 test tasks of 100 query points, after 0 to 10 gradient steps on 10 or 5 points.
 
     python experiments/sinusoid.py                    # writes experiments/results/sinusoid.md and .png
     python experiments/sinusoid.py --smoke            # seconds; prints only
-    python experiments/sinusoid.py --seeds 1 --outer-steps 15000   # a smaller run
+    python experiments/sinusoid.py --seeds 1 --outer-steps 5000    # a smaller run
 
 What every training came to is saved in the folder that `--work` names: a run that was stopped goes on with those that
 had not ended.
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if __name__ == "__main__" and "--smoke" in sys.argv:
     import os
@@ -40,9 +41,10 @@ TEXT = """
 
 Mean squared error over {test_tasks} test tasks and {seeds} seed(s), ± 1.96 standard errors over test tasks of the mean
 over seeds. Gradient steps of .01, or learned ones that start there; a model is trained for the number of steps in its
-name, and goes on with its (last) rates; "diverges" stands for more than 100. {outer_steps:,} outer steps of Adam with
-25 tasks and {query} query points each, from a rate of {rate:g} by a cosine to zero. Finn et al. (ICML 2017) show curves
-of this experiment, in their figures 2 and 3, and no numbers."""
+name, and goes on with its (last) rates; "diverges" stands for more than 100. Outer steps of Muon (of Adam for what is
+no matrix, and, at half the rate, for rates that are learned) with 25 tasks and {query} query points each, from a rate
+of {rate:g} by a cosine to zero; the optimizer, its rate and the steps were chosen on other tasks. Finn et al. (ICML
+2017, with Adam) show curves of this experiment, in their figures 2 and 3, and no numbers."""
 
 
 class Row(NamedTuple):
@@ -50,6 +52,7 @@ class Row(NamedTuple):
     shots: int
     judged: int  # the gradient steps that the errors of each seed are shown after
     bars: dict = {}  # gradient steps -> the error to reach
+    share: float = 1.0  # of the outer steps
 
 
 # The rate .01 of MAML's code; 10 shots unless it says otherwise.
@@ -57,12 +60,14 @@ ROWS = {
     "MAML, 1 step": Row(lambda loss: methods.maml(loss, num_steps=1), 10, 1, {1: 0.32}),
     "MAML, 5 steps": Row(lambda loss: methods.maml(loss, num_steps=5), 10, 5, {5: 0.062, 10: 0.038}),
     "MAML, 1 step, 5 shots": Row(lambda loss: methods.maml(loss, num_steps=1), 5, 1, {1: 0.54}),
-    "Meta-SGD, 1 step": Row(lambda loss: methods.meta_sgd(loss, num_steps=1), 10, 1),
-    "LSLR, 5 steps": Row(lambda loss: methods.meta_sgd(loss, num_steps=5, rates="leaf", rates_per_step=True), 10, 5),
-    "Meta-SGD, 1 step, 5 shots": Row(lambda loss: methods.meta_sgd(loss, num_steps=1), 5, 1),
-    "FOMAML, 5 steps": Row(lambda loss: methods.fomaml(loss, num_steps=5), 10, 5),
-    "ANIL, 5 steps": Row(lambda loss: methods.anil(loss, head="^out", num_steps=5), 10, 5),
-    "pre-trained": Row(lambda loss: methods.pretrained(loss), 10, 10),
+    "Meta-SGD, 1 step": Row(lambda loss: methods.meta_sgd(loss, num_steps=1), 10, 1, share=0.5),
+    "LSLR, 5 steps": Row(
+        lambda loss: methods.meta_sgd(loss, num_steps=5, rates="leaf", rates_per_step=True), 10, 5, share=1 / 3
+    ),
+    "Meta-SGD, 1 step, 5 shots": Row(lambda loss: methods.meta_sgd(loss, num_steps=1), 5, 1, share=0.5),
+    "FOMAML, 5 steps": Row(lambda loss: methods.fomaml(loss, num_steps=5), 10, 5, share=1 / 3),
+    "ANIL, 5 steps": Row(lambda loss: methods.anil(loss, head="^out", num_steps=5), 10, 5, share=1 / 3),
+    "pre-trained": Row(lambda loss: methods.pretrained(loss), 10, 10, share=1 / 3),
 }
 
 
@@ -85,23 +90,29 @@ def initial(key, width):
     }
 
 
+def steps_of(row: Row, config) -> int:
+    return max(1, round(config.outer_steps * row.share))
+
+
 def train(row: Row, seed: int, config) -> tuple[methods.Adaptation, dict]:
     adaptation = row.make(loss)
-    schedule = optax.cosine_decay_schedule(config.rate, config.outer_steps)
-    # All leaves in one: a step of Adam is then a few operations, not a few for every leaf.
-    optimizer = optax.flatten(optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule)))
+    schedule = optax.cosine_decay_schedule(config.rate, steps_of(row, config))
+    half = optax.cosine_decay_schedule(config.rate / 2, steps_of(row, config))
+    parts: dict[Any, optax.GradientTransformation] = {"init": optax.contrib.muon(schedule), "rate": optax.adam(half)}
+    by_part = optax.partition(parts, lambda hyperparams: {name: name for name in hyperparams})
+    optimizer = optax.chain(optax.clip_by_global_norm(10.0), by_part)
     init_key, fit_key = jax.random.split(jax.random.key(seed))
     result = training.fit(
         training.learner(hypergrad.over_tasks(adaptation.estimator), optimizer),
         tasks.episode_batches(tasks.sinusoids(num_shots=row.shots, num_query=config.query), 25),
         hyperparams=adaptation.hyperparams(initial(init_key, config.width)),
-        num_steps=config.outer_steps,
+        num_steps=steps_of(row, config),
         key=fit_key,
         steps_per_call=config.steps_per_call,
         progress=False,
     )
     if result.stopped == "signal":
-        sys.exit("stopped by a signal")
+        sys.exit("Stopped by a signal; the same command begins anew with the training that it ended.")
     return adaptation, result.hyperparams
 
 
@@ -114,7 +125,7 @@ def judge(adaptation, hyperparams, shots: int, config) -> np.ndarray:
             )
         },
         tasks.sinusoids(num_shots=shots, num_query=100),
-        jax.random.key(2025),  # the rate and the number of outer steps were chosen on those of 2024
+        jax.random.key(2025),  # the outer optimizer, its steps and query points were chosen on those of 2024
         num_episodes=config.test_tasks,
         chunk_size=min(100, config.test_tasks),
         score_fn=methods.mean_squared_error,
@@ -145,7 +156,12 @@ def plot(errors: dict, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6.5, 4))
     for i, (name, found) in enumerate(errors.items()):
         axis.plot(found.mean((0, 1)), "--" if "5 shots" in name else "-", color=f"C{i}", label=name)
-    axis.set(yscale="log", ylim=(2e-3, 10), xlabel="gradient steps", ylabel="mean squared error, 600 test tasks")
+    axis.set(
+        yscale="log",
+        ylim=(2e-3, 10),
+        xlabel="gradient steps",
+        ylabel=f"mean squared error, {next(iter(errors.values())).shape[1]} test tasks",
+    )
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -162,8 +178,11 @@ def report(errors: dict, config) -> str:
         )
         judged = ROWS[name].judged
         seeds = ", ".join(f"{one:.4f}" for one in found[:, :, judged].mean(1))
-        lines.append([name, *(interval(found[:, :, step]) for step in shown), f"{seeds} (after {judged})", reached])
-    header = ["model", *(f"after {step}" for step in shown), "each seed", "bar, reached"]
+        steps = f"{steps_of(ROWS[name], config):,}"
+        lines.append(
+            [name, steps, *(interval(found[:, :, step]) for step in shown), f"{seeds} (after {judged})", reached]
+        )
+    header = ["model", "outer steps", *(f"after {step}" for step in shown), "each seed", "bar, reached"]
     return table(header, lines)
 
 
@@ -171,10 +190,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
     parser.add_argument("--seeds", type=int, default=3, help="each with its own initialization and training tasks")
-    parser.add_argument("--outer-steps", type=int, default=120_000)
+    parser.add_argument("--outer-steps", type=int, default=20_000, help="of MAML; others take a share")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help="some of the models")
-    parser.add_argument("--query", type=int, default=10, help="query points of a training task; 50 learn faster")
-    parser.add_argument("--rate", type=float, default=4e-3, help="of the outer Adam, at the start")
+    parser.add_argument("--query", type=int, default=50, help="query points of a training task; 10 learn more slowly")
+    parser.add_argument("--rate", type=float, default=8e-3, help="of the outer optimizer, at the start")
     parser.add_argument("--work", type=Path, default=Path("sinusoid_runs"), help="where finished trainings are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     config = parser.parse_args()
@@ -186,7 +205,7 @@ def main() -> None:
     for seed in range(config.seeds):
         for name in config.rows:
             row = ROWS[name]
-            settings = f"{seed}_{config.outer_steps}_{config.rate:g}_{config.query}"
+            settings = f"muon_{seed}_{steps_of(row, config)}_{config.rate:g}_{config.query}"
             file = config.work / f"{name.replace(', ', '_').replace(' ', '-')}_{settings}.npy"
             if file.is_file() and not config.smoke:
                 found = np.load(file)

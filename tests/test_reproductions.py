@@ -65,7 +65,7 @@ FEW_SHOT = {
         "parkinsons_telemonitoring.csv.gz",
         ("the last value | 3.19", "logistic regression, fine-tuned"),
     ),
-    "omniglot": ("omniglot.npz", ("pixel prototypes", "MAML | ", "MAML, 5 ways", "prototypical networks, 5 ways")),
+    "omniglot": ("omniglot.npz", ("pixel prototypes", "MAML++ | ", "MAML++, 5 ways", "prototypical networks, 5 ways")),
     "small_meta_dataset": ("omniglot.npz", ("pixel prototypes", "prototypical networks, untrained")),
 }
 

@@ -199,7 +199,7 @@ def main() -> None:
         threads=num_cores(), repetitions=options.repetitions, agree=agree, tol=TOLERANCE, many=options.many
     )
     flags = (" --peers PYTHON" if options.peers else "") + (" --smoke" if options.smoke else "")
-    end = circumstances(f"python experiments/benchmarks/maml.py{flags}")
+    end = circumstances(f"python experiments/benchmarks/maml.py{flags}", memory=False)
     text = "\n".join([text, table(HEADER, printed), "", end + (f" Peers: {versions}." if versions else "")])
     print(text)
     if not options.smoke:

@@ -30,12 +30,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
-def circumstances(command: str) -> str:
-    """The last paragraph of a report: what ran, on what."""
+def circumstances(command: str, *, memory: bool = True) -> str:
+    """The last paragraph of a report: what ran, on what; `memory`: and how memory is to be read."""
     versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
     return (
         f"`{command}` with Python {platform.python_version()}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f"; {jax.default_backend()}, {num_cores()} cores. Memory is what the compiler states: compare ratios within "
-        "one JAX version."
+        + f"; {jax.default_backend()}, {num_cores()} cores."
+        + (" Memory is what the compiler states: compare ratios within one JAX version." if memory else "")
     )

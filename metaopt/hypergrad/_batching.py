@@ -42,18 +42,34 @@ def _float(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.result_type(x, jnp.float32)), tree)
 
 
-def _sums(estimate: base.Estimate) -> dict[str, Any]:
-    """What a mean over tasks needs, summed over the leading axis of an estimate."""
-    finite = jax.vmap(_is_finite)(estimate)
-    hypergrad = _keep(finite, estimate.hypergrad)
-    sums = {
-        "value": estimate.value * 1.0,
-        "hypergrad": hypergrad,
-        "squared_norm": sum(jnp.sum(jnp.square(h), range(1, h.ndim)) for h in jax.tree.leaves(hypergrad)) + 0.0,
-        "metrics": _float(estimate.metrics),
-    }
-    sums = jax.tree.map(lambda x: x.sum(0), _keep(finite, sums))
-    return {**sums, "finite": finite.sum(), "tasks": jnp.array(finite.size)}
+def _sums(estimate: base.Estimate) -> tuple[dict[str, Any], jax.Array]:
+    """What a mean over tasks needs, summed over the leading axis of an estimate; and which entries are finite.
+
+    A sum that is finite had finite terms, so that the entries are looked at one by one only where it is not: the usual
+    case costs a sum alone (a twentieth of MAML's time in small networks; under `vmap` both are computed).
+    """
+    hypergrad, value = estimate.hypergrad, estimate.value * 1.0
+    squared = lambda tree: sum(jnp.sum(jnp.square(h), range(1, h.ndim)) for h in jax.tree.leaves(tree)) + 0.0
+    total = lambda tree: jax.tree.map(lambda x: x.sum(0), tree)
+
+    def summed(finite, hypergrad, hypergrad_sum):
+        sums = {"value": value, "squared_norm": squared(hypergrad), "metrics": _float(estimate.metrics)}
+        return {**total(_keep(finite, sums)), "hypergrad": hypergrad_sum}, finite
+
+    def each(hypergrad, hypergrad_sum):
+        finite = jax.vmap(_is_finite)(estimate._replace(hypergrad=hypergrad))
+        hypergrad = _keep(finite, hypergrad)
+        return summed(finite, hypergrad, total(hypergrad))
+
+    def all_of_them(hypergrad, hypergrad_sum):
+        # Zeros where this branch is not taken: a derivative multiplies by what was squared.
+        masked = jax.tree.map(lambda h: jnp.where(jnp.isfinite(h), h, 0), hypergrad)
+        return summed(jnp.isfinite(value), masked, hypergrad_sum)
+
+    hypergrad_sum = total(hypergrad)
+    all_finite = jnp.isfinite(value).all() & _is_finite(base.Estimate(value.sum(0), hypergrad_sum, estimate.done, {}))
+    sums, finite = jax.lax.cond(all_finite, all_of_them, each, hypergrad, hypergrad_sum)
+    return {**sums, "finite": finite.sum(), "tasks": jnp.array(finite.size)}, finite
 
 
 def over_seeds(estimator: base.Estimator, num_seeds: int) -> base.Estimator:
@@ -83,7 +99,7 @@ def over_seeds(estimator: base.Estimator, num_seeds: int) -> base.Estimator:
     def estimate(hyperparams, task, state):
         base.check_hyperparams(hyperparams)
         estimates, state = jax.vmap(estimator.estimate, in_axes=(None, None, 0))(hyperparams, task, state)
-        sums = _sums(estimates)
+        sums, _ = _sums(estimates)
         mean = jax.tree.map(lambda x: x / sums["finite"], {k: sums[k] for k in ("value", "hypergrad", "metrics")})
         done = jnp.all(estimates.done) | (sums["finite"] < num_seeds)
         metrics = {**mean["metrics"], "num_finite_seeds": sums["finite"]}
@@ -186,7 +202,8 @@ def over_tasks(
     def batch_sums(hyperparams, tasks, state):
         def chunk_sums(tasks, state):
             estimates, state = jax.vmap(one, in_axes=(None, 0, 0))(hyperparams, tasks, state)
-            return _sums(estimates), estimates.done | ~jax.vmap(_is_finite)(estimates), state
+            sums, finite = _sums(estimates)
+            return sums, estimates.done | ~finite, state
 
         num_tasks = size(tasks)
         if task_chunk is None or task_chunk >= num_tasks:

@@ -63,7 +63,8 @@ def conv4(
       num_blocks: each halves height and width.
       num_channels: C of the images.
       num_steps: T, if scale and shift have a value for each inner step (MAML++), as their leading axis: then
-        `adaptation(leaves_per_step="scale|shift", adapt="^(?!.*(scale|shift))")`.
+        `adaptation(leaves_per_step="scale|shift", adapt="^(?!.*(scale|shift))")`. Statistics are still those of the
+        table, at each step anew: nothing is carried from step to step or from task to task.
 
     Returns:
       A `Network`; `features` are flat, block by block smaller images. All floating-point leaves; differentiable in any

@@ -145,7 +145,10 @@ def maml_plus_plus(
         F = Σ_t w_t f(θ_t),    w_t = max(0, 1 − k/N)/T for t < T,    w_T = 1 − Σ_{t<T} w_t    at outer step k.
 
     (The paper keeps a small weight on early steps until N, and drops it there.) Per-step normalization is the model's:
-    a scale and a shift with a leading axis of T are `leaves_per_step`, and a loss with `with_context` is told the step.
+    a scale and a shift with a leading axis of T are `leaves_per_step` (`conv4(num_steps=T)`), and a loss with
+    `with_context` is told the step. Each step is normalized by the statistics of its own batch. The paper also gathers
+    running statistics for each step, but its authors' code reads them nowhere: in training and at test it normalizes by
+    the batch (`F.batch_norm(..., training=True)`), so that they change no prediction, and they are not kept here.
 
     Args:
       loss: as for `maml`.
@@ -161,7 +164,8 @@ def maml_plus_plus(
     Raises:
       ValueError: a number of steps is negative, or an option is not valid.
 
-    Source: Antoniou, Edwards & Storkey, ICLR 2019, https://arxiv.org/abs/1810.09502
+    Source: Antoniou, Edwards & Storkey, ICLR 2019, https://arxiv.org/abs/1810.09502; their code,
+      https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch (`MetaBatchNormLayer` at 006eb57).
     """
 
     base.check_integer("first_order_steps", first_order_steps, 0)

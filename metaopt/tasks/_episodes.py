@@ -111,13 +111,18 @@ def episode_batches(sample: Callable[[jax.Array], Any], num_tasks: int) -> Calla
 
 
 def labelled_batches(
-    sources: Source | Sequence[Source], batch_size: int, *, preprocess: Callable[[jax.Array], jax.Array] | None = None
+    sources: Source | Sequence[Source],
+    batch_size: int,
+    *,
+    weights: Sequence[float] | None = None,
+    preprocess: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[jax.Array], base.Task]:
     """Rows of all classes at once, as tasks: what is trained on before fine-tuning (`methods.pretrained`).
 
     Args:
       sources: one or several; their examples have one shape. Their `C` classes are numbered through.
       batch_size: N, at least 1; rows are drawn uniformly, with repetition.
+      weights: of the sources, positive; a row's source is drawn by them. None: rows of all sources are alike.
       preprocess: as for `episodes`.
 
     Returns:
@@ -125,20 +130,35 @@ def labelled_batches(
       0..C-1, "mask" [N] and "class_mask" [C], both ones. One task, for an estimator of one task.
 
     Raises:
-      ValueError: `batch_size` is below 1, or sources cannot be joined.
+      ValueError: `batch_size` is below 1, a weight is not positive, or sources cannot be joined.
     """
     base.check_integer("batch_size", batch_size, 1)
-    rows = labelled_rows(_as_list(sources))
+    sources = _as_list(sources)
+    rows = labelled_rows(sources)
     num_classes = int(rows["y"].max()) + 1
+    sizes = np.array([len(source.y) for source in sources])
+    shares = _shares(sizes.tolist() if weights is None else weights, len(sources))
+    first = np.cumsum(sizes) - sizes
 
-    def sample(x, y, key):
-        at = jax.random.randint(key, (batch_size,), 0, len(y))
+    def sample(x, y, shares, first, sizes, key):
+        source_key, row_key = jax.random.split(key)
+        source = (shares[None, :-1] <= jax.random.uniform(source_key, (batch_size, 1))).sum(axis=1)
+        at = first[source] + jax.random.randint(row_key, (batch_size,), 0, sizes[source])
         drawn = _to_floats(x[at]) if preprocess is None else preprocess(x[at])
         masks = {"mask": jnp.ones(batch_size, jnp.float32), "class_mask": jnp.ones(num_classes, jnp.float32)}
         batch = {"x": drawn, "y": y[at], **masks}
         return base.Task(batch, batch)
 
-    return Partial(jax.jit(sample), jnp.asarray(rows["x"]), jnp.asarray(rows["y"]))
+    numbers = (jnp.asarray(n, jnp.int32) for n in (first, sizes))
+    return Partial(jax.jit(sample), jnp.asarray(rows["x"]), jnp.asarray(rows["y"]), shares, *numbers)
+
+
+def _shares(weights: Sequence[float] | None, num_sources: int) -> jax.Array:
+    """[sources], their shares of the draws, cumulated."""
+    weights = [1.0] * num_sources if weights is None else list(weights)
+    if len(weights) != num_sources or not all(weight > 0 for weight in weights):
+        raise ValueError(f"`weights` must be positive, one for each of the {num_sources} sources; got {weights}.")
+    return jnp.asarray(np.cumsum(weights) / np.sum(weights), jnp.float32)
 
 
 def episodes(
@@ -412,9 +432,7 @@ def _pool(
     weights: Sequence[float] | None,
 ) -> tuple[_Pool, int]:
     """The pool, and the classes of the widest node."""
-    weights = [1.0] * len(sources) if weights is None else list(weights)
-    if len(weights) != len(sources) or not min(weights) > 0:
-        raise ValueError(f"`weights` must be positive, one for each of the {len(sources)} sources; got {weights}.")
+    shares = _shares(weights, len(sources))
     # Where groups do not matter, all examples of a class are one group's.
     sources = [s if num else s._replace(group=None) for s, num in zip(sources, support_groups, strict=True)]
     most = max(source.num_groups for source in sources)
@@ -441,7 +459,7 @@ def _pool(
         node_start=index(np.cumsum(sizes) - sizes),
         node_size=index(sizes),
         members=index(np.concatenate(flat)),
-        shares=jnp.asarray(np.cumsum(weights) / np.sum(weights), jnp.float32),
+        shares=shares,
     )
     return pool, int(sizes.max())
 

@@ -220,12 +220,15 @@ def from_parkinsons(path: str | os.PathLike[str] | None = None, *, target: str =
 def from_heart_disease(path: str | os.PathLike[str] | None = None) -> UserTable:
     """Heart disease: 920 patients of four hospitals; whether disease was found. Here a "user" is a hospital.
 
+    Nobody has a cholesterol or a blood pressure of 0, which one hospital wrote for all of its patients and another for
+    some: these are gaps.
+
     Args:
       path: the data folder; None: the environment variable METAOPT_DATA.
 
     Returns:
-      A `UserTable` without time; y is 0 or 1; many gaps in the last columns. To leave one hospital out, standardize and
-      train on the three others.
+      A `UserTable` without time; y is 0 or 1; many gaps in the last columns; "cp", "restecg", "slope" and "thal" are
+      codes. To leave one hospital out, standardize and train on the three others.
 
     Raises:
       FileNotFoundError: there is no such folder or file.
@@ -236,6 +239,9 @@ def from_heart_disease(path: str | os.PathLike[str] | None = None) -> UserTable:
     hospital = columns.pop("hospital")
     y = np.array([float(v) > 0 for v in columns.pop("num")])
     x = np.array([[float(v) if v else np.nan for v in values] for values in columns.values()], np.float32).T
+    for name in ("chol", "trestbps"):
+        of_name = x[:, list(columns).index(name)]
+        of_name[of_name == 0] = np.nan
     return from_user_records(x, y, hospital, feature_names=list(columns))
 
 

@@ -266,6 +266,26 @@ def test_at_test_it_goes_on_with_the_last_rates_and_says_what_each_step_predicts
     np.testing.assert_allclose(outputs, expected, rtol=1e-10)
 
 
+def test_memory_at_test_is_that_of_the_outputs_whatever_the_steps():
+    """No graph is kept: beside it, what a derivative through as many steps keeps."""
+    a = CASES["maml"][0]
+    hyperparams, (support, query) = jax.tree.map(jnp.asarray, (a.hyperparams(META), DATA))
+    solve = lambda num: hypergrad.unroll(a.problem.loop, num_steps=num)
+    end = lambda hp, support, query, num: solve(num)(KEY, hp, support).params["out"]["b"].sum()
+
+    def temporary(num_steps, derivative=False):
+        method = methods.adapted(a, hyperparams, lambda p, query: network(p, query["x"]), num_steps=num_steps)
+        program = lambda hp, support, query: method(KEY, support, query)
+        if derivative:
+            program = jax.grad(lambda hp, support, query: end(hp, support, query, num_steps))
+        compiled = jax.jit(program).lower(hyperparams, support, query).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    outputs = 500 * query["y"].size * 8
+    assert temporary(506) - temporary(6) <= 2 * outputs + 1000
+    assert temporary(506, derivative=True) - temporary(6, derivative=True) > 4 * outputs
+
+
 def test_model_state_is_carried_and_seen():
     """A running mean of the inputs, which the outer loss subtracts."""
 

@@ -1,5 +1,7 @@
 """Each normalization against NumPy; which of them are transductive; statistics of the support set alone."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,20 +98,41 @@ def test_only_batch_statistics_are_transductive():
 
 
 @pytest.mark.once
-def test_scales_of_each_step():
-    network = methods.conv4(num_filters=2, num_blocks=1, num_steps=2)
-    head = methods.linear_head(network.features)
-    loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
-    a = methods.maml(loss, num_steps=2, adapt="^(?!.*(scale|shift))", leaves_per_step="scale|shift")
+def test_each_step_has_its_own_scale_and_shift_and_the_statistics_of_its_own_batch():
+    """MAML++'s network against two steps of the plain one, written out: no statistics are carried on."""
+    per_step = re.compile("scale|shift")
+    network, plain = (methods.conv4(num_filters=2, num_blocks=1, num_steps=steps) for steps in (2, None))
+
+    def loss_of(network):
+        head = methods.linear_head(network.features)
+        return lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+
+    a = methods.maml_plus_plus(
+        loss_of(network), num_steps=2, rate=0.3, adapt="^(?!.*(scale|shift))", leaves_per_step="scale|shift"
+    )
     params = {**network.init(KEY), "head": {"w": jnp.ones((8, 2), jnp.float32), "b": jnp.zeros(2, jnp.float32)}}
     params["head"]["w"] = params["head"]["w"].at[0, 0].set(2.0)
-    part = {
-        "x": jnp.asarray(IMAGES[..., 0]),
-        "y": jnp.arange(7) % 2,
-        "mask": jnp.asarray(MASK),
-        "class_mask": jnp.ones(2),
-    }
-    out = a.estimator.estimate(a.hyperparams(params), tasks.Task(part, part), KEY)[0]
+    params["block0"]["scale"] *= jnp.array([[1.5], [0.5]], jnp.float32)
+    params["block0"]["shift"] += jnp.array([[0.1], [-0.2]], jnp.float32)
+    rows = {"y": jnp.arange(7) % 2, "mask": jnp.asarray(MASK), "class_mask": jnp.ones(2)}
+    support, query = ({"x": jnp.asarray(scale * IMAGES[..., 0]), **rows} for scale in (1, 3))
+
+    def at(params, step):
+        pick = lambda path, leaf: leaf[step] if per_step.search(jax.tree_util.keystr(path)) else leaf
+        return jax.tree_util.tree_map_with_path(pick, params)
+
+    @jax.jit
+    def both(params):
+        out = a.estimator.estimate(a.hyperparams(params), tasks.Task(support, query), KEY)[0]
+        theta, loss = params, loss_of(plain)
+        for step in (0, 1):
+            slopes = jax.grad(loss)(at(theta, step), None, support)
+            move = lambda path, leaf, slope: leaf if per_step.search(jax.tree_util.keystr(path)) else leaf - 0.3 * slope
+            theta = jax.tree_util.tree_map_with_path(move, theta, slopes)
+        return out, loss(at(theta, 1), None, query), loss(at(theta, 0), None, query)
+
+    out, by_hand, of_the_first = both(params)
+    assert float(out.value) == pytest.approx(float(by_hand), rel=1e-5) and abs(by_hand - of_the_first) > 1e-3
     scale = np.abs(out.hypergrad["init"]["block0"]["scale"]).max(1)
     assert scale.shape == (2,) and (scale > 1e-6).all() and np.isfinite(out.value)
 

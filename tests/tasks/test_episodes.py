@@ -351,3 +351,10 @@ def test_programs_hold_no_copy_of_the_data():
     task = rows(key)
     assert task.train["x"].shape == (3, 20, 20) and task.train["x"].dtype == jnp.float32
     assert task.valid["class_mask"].shape == (30,) and (task.valid["y"] < 30).all()
+    two = [images, images._replace(name="other", x=images.x + 1)]
+    drawn = tasks.labelled_batches(two, 400, weights=[1.0, 3.0])(key).train
+    assert ((drawn["y"] >= 30) == (drawn["x"][:, 0, 0] > 0)).all() and (drawn["y"] < 60).all()
+    assert abs((drawn["y"] >= 30).mean() - 0.75) < 0.08
+    assert len(np.unique(drawn["y"][drawn["y"] >= 30])) > 25
+    with pytest.raises(ValueError, match="`weights` must be positive, one for each of the 2 sources"):
+        tasks.labelled_batches(two, 3, weights=[1.0, np.nan])
