@@ -332,12 +332,13 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
         rows.append(
             [score.name, told(score.mixed), told(score.inherited), told(alone) + spread, gap, f"{len(score.retrained)}"]
         )
-    between = "" if math.isnan(interval[0]) else f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
+    ranks = "undefined, one side is constant" if math.isnan(rho) else f"{rho:.2f}"
+    ranks += "" if math.isnan(interval[0]) else f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += [
         "",
         f"Accuracies in %. Rank correlation (Spearman) of discrete with retrained over {len(scores)} architectures: "
-        f"{rho:.2f}{between}. Discretization gap (mixed − discrete, of what was searched for): "
+        f"{ranks}. Discretization gap (mixed − discrete, of what was searched for): "
         f"{100 * discretization:.1f} points; retrained − discrete, of all: {100 * evaluation:.1f} points.",
     ]
     return SearchReport(rho, interval, discretization, evaluation, "\n".join(lines))

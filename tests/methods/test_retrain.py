@@ -238,7 +238,7 @@ def test_the_report():
     few = methods.search_report(SCORES[:3])
     assert np.isnan(few.interval).all() and few.correlation == 1.0
     same = methods.search_report([s._replace(inherited=0.1) for s in SCORES])
-    assert np.isnan(same.correlation)
+    assert np.isnan(same.correlation) and "6 architectures: undefined, one side is constant." in same.text
     for bad in ([], SCORES[:1], [SCORES[0], SCORES[1]._replace(retrained=())]):
         with pytest.raises(ValueError, match="at least two architectures"):
             methods.search_report(bad)
