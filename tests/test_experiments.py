@@ -287,6 +287,23 @@ def test_auto_architecture_smoke(tmp_path):
     assert (tmp_path / "auto_architecture_smoke.png").stat().st_size > 10_000
 
 
+def test_folds_of_auto_architecture_are_kept_and_know_their_data(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script = importlib.import_module("auto_architecture")
+    file, calls = tmp_path / "parts.json", []
+    make = lambda value: lambda: calls.append(value) or {"scores": [value]}
+    first = script.Kept(file, {"seed": 0, "trials": (5, 20)})
+    assert first.get("images, fold 0", 7, make(1)) == {"scores": [1]} and not any(first.before)
+    again = script.Kept(file, {"seed": 0, "trials": (5, 20)})  # after a kill
+    assert again.get("images, fold 0", 7, make(2)) == {"scores": [1]} and again.before[0] > 0
+    assert again.get("images, fold 1", 7, make(3)) == {"scores": [3]} and calls == [1, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["parts.json"]
+    with pytest.raises(SystemExit, match="holds 'images, fold 1' of other data"):
+        script.Kept(file, {"seed": 0, "trials": (5, 20)}).get("images, fold 1", 8, make(4))
+    with pytest.raises(SystemExit, match="holds parts of a run with other settings"):
+        script.Kept(file, {"seed": 1, "trials": (5, 20)})
+
+
 # ---- HPO-B -----------------------------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,12 @@ def test_smoke_prints_a_table_and_writes_nothing(name, tmp_path):
     check_smoke(name, *SCRIPTS[name], tmp_path)
 
 
+@pytest.mark.slow
+def test_darts_at_full_size_asks_for_all_of_cifar_10():
+    done = run("darts_cifar", "--full")
+    assert done.returncode == 1 and "--full needs whole CIFAR-10, by --data FILE or --tfds" in done.stderr
+
+
 FEW_SHOT = {
     "personalization": (
         "parkinsons_telemonitoring.csv.gz",

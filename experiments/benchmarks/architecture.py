@@ -6,7 +6,7 @@ turns, medians, over those of a plain step; memory is what the compiler states, 
 
     python experiments/benchmarks/architecture.py            # minutes; writes experiments/results/architecture.md
     python experiments/benchmarks/architecture.py --smoke    # seconds, small networks without convolutions; prints only
-    python experiments/benchmarks/architecture.py --only cost large
+    python experiments/benchmarks/architecture.py --only cost large    # other parts of the result stay as they are
 """
 
 import argparse
@@ -106,8 +106,6 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
     task = case.task()
     of = lambda method, **options: estimate(case.search(method, **options), task)
     first = case.search(methods.darts, order="first")
-    many = hypergrad.over_tasks(first.estimator)
-    tasks = jax.tree.map(lambda leaf: jnp.stack([leaf] * TASKS), task)
     lengths = (2,) if smoke else (4,)
     programs = {
         "plain": plain(first, task),
@@ -116,13 +114,12 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
         "exact": of(methods.darts, order="exact"),
         "gdas": of(methods.gdas, num_steps=100),
         "partial": of(methods.pc_darts, partial=4),
-        "tasks": estimate(first._replace(estimator=many), tasks),
     }
     for num in lengths:
         programs[f"unrolled {num}"] = of(methods.unrolled_darts, num_steps=num, remat="none")
     seconds = medians({name: p.call for name, p in programs.items()}, repetitions, clock=time.process_time)
     one = seconds["plain"]
-    told = lambda name, what, share=1, bar=None, by=one: row(what, seconds[name] / by / share, bar, programs[name])
+    told = lambda name, what, share=1, bar=None: row(what, seconds[name] / one / share, bar, programs[name])
     rows = [
         ["a plain step of the weights, ms", f"{1e3 * one:.3g}", "", f"{programs['plain'].seconds:.0f}"],
         told("first", "DARTS, first order"),
@@ -131,7 +128,6 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
         *(told(f"unrolled {num}", f"unrolled over {num}, an inner step", num, 3.2) for num in lengths),
         told("gdas", "GDAS, one op an edge (a step of weights and one of α)"),
         told("partial", "PC-DARTS, K = 4 (a step of weights and one of α)"),
-        told("tasks", f"{TASKS} tasks in one program, over one (first order)", bar=16.0, by=seconds["first"]),
     ]
     single = nas.uniform_path()
     path = case.search(methods.darts, order="first", relaxation=single, decode=nas.softmax(), single_path=True)
@@ -139,6 +135,27 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
     pair = medians({"dense": dense.call, "one": sampled.call}, repetitions, clock=time.process_time)
     rows.append(row("single path, a step of the weights, over a plain one", pair["one"] / pair["dense"], None, sampled))
     return rows
+
+
+def many(smoke: bool, repetitions: int) -> list[list[str]]:
+    """Rows: the time of an estimate for many tasks, so many at once, over that for one."""
+    case = small_case(smoke)
+    task, first = case.task(), case.search(methods.darts, order="first")
+    tasks = jax.tree.map(lambda leaf: jnp.stack([leaf] * TASKS), task)
+    programs = {0: estimate(first, task)}
+    for chunk in (1, 4, TASKS):
+        over = hypergrad.over_tasks(first.estimator, task_chunk=chunk)
+        programs[chunk] = estimate(first._replace(estimator=over), tasks)
+    seconds = medians({chunk: p.call for chunk, p in programs.items()}, repetitions, clock=time.process_time)
+    what = lambda chunk: "all at once" if chunk == TASKS else f"{chunk} at once, `task_chunk={chunk}`"
+    return [
+        ["one task, ms", f"{1e3 * seconds[0]:.3g}", "", f"{programs[0].seconds:.0f}"],
+        *(
+            row(f"{TASKS} tasks, {what(chunk)}", seconds[chunk] / seconds[0], float(TASKS), programs[chunk])
+            for chunk in programs
+            if chunk
+        ),
+    ]
 
 
 def memory(smoke: bool) -> list[list[str]]:
@@ -177,33 +194,42 @@ def row(what: str, value: float, bar: float | None, program: Program) -> list[st
     return [what, f"{value:.2f}", told, f"{program.seconds:.0f}"]
 
 
-def report(parts: dict[str, list[list[str]]]) -> str:
-    titles = {
-        "cost": "Times over a plain step of the supernet of NAS-Bench-201 (C = 8, N = 1, 16x16, 16 a batch)",
-        "memory": "Memory of the same supernet",
-        "large": "The supernet of DARTS (8 cells, C = 16, 32x32, 64 a batch)",
-    }
-    header = ["", "", "at most", "compiled in, s"]
-    return "\n\n".join(f"## {titles[name]}\n\n{table(header, rows)}" for name, rows in parts.items())
+TITLES = {
+    "cost": "Times over a plain step of the supernet of NAS-Bench-201 (C = 8, N = 1, 16x16, 16 a batch)",
+    "tasks": "Times of one program for many tasks over those for one (the same supernet, first order)",
+    "memory": "Memory of the same supernet",
+    "large": "The supernet of DARTS (8 cells, C = 16, 32x32, 64 a batch)",
+}
+
+
+def sections(text: str) -> dict[str, str]:
+    """The parts of a result that was written before, by name."""
+    found = {part.partition("\n")[0]: part for part in text.split("\n## ")[1:]}
+    return {name: f"## {found[title].rstrip()}" for name, title in TITLES.items() if title in found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small networks; writes no result")
-    parser.add_argument("--only", nargs="+", choices=("cost", "memory", "large"), default=("cost", "memory", "large"))
+    parser.add_argument("--only", nargs="+", choices=tuple(TITLES), default=tuple(TITLES))
     parser.add_argument("--repetitions", type=int, default=10, help="timed turns")
     options = parser.parse_args()
     repetitions = 2 if options.smoke else options.repetitions
-    make = {"cost": lambda smoke: cost(smoke, repetitions), "memory": memory, "large": large}
-    parts = {name: make[name](options.smoke) for name in options.only}
-    command = " ".join(["python experiments/benchmarks/architecture.py", *sys.argv[1:]])
-    text = report(parts) + (
-        "\n\nAn alternation is a step of the weights and one of α; its floor with second order is 3.75 plain steps. "
-        "Seconds are of the processor, whatever else ran. " + circumstances(command) + "\n"
-    )
-    print(text)
+    timed = lambda part: lambda smoke: part(smoke, repetitions)
+    make = {"cost": timed(cost), "tasks": timed(many), "memory": memory, "large": large}
+    made = circumstances(" ".join(["python experiments/benchmarks/architecture.py", *sys.argv[1:]])).rstrip()
+    header, parts = ["", "", "at most", "compiled in, s"], {}
+    for name in options.only:
+        parts[name] = f"## {TITLES[name]}\n\n{table(header, make[name](options.smoke))}\n\n{made}"
+        print(parts[name], flush=True)
     if not options.smoke:
-        RESULT.write_text(f"# What a step of architecture search costs\n\n{text}")
+        parts = {**(sections(RESULT.read_text()) if RESULT.is_file() else {}), **parts}
+        text = "\n\n".join(parts[name] for name in TITLES if name in parts)
+        RESULT.write_text(
+            "# What a step of architecture search costs\n\nAn alternation is a step of the weights and one of α; its "
+            "floor with second order is 3.75 plain steps. Seconds are of the processor, whatever else ran.\n\n"
+            f"{text}\n"
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ class Search(NamedTuple):
       estimator: of dF/dα.
       problem: what it estimates for.
       supernet: what is trained.
-      hyperparams: `(key) -> α` to start from; with `learn_init`, {"alpha": α, "init": θ_0}, and α is that below.
+      hyperparams: `(key) -> λ` to start from: α; with `learn_init`, {"alpha": α, "init": θ_0}. "α" below is this λ.
+      alpha: `(λ) -> ` α alone.
       weights: `(α) -> ` mixing weights, kind -> [edges, ops], as genotypes are read from them (`decode`).
       genotype: `(α) -> Genotype`.
       rule: `(problem) -> Estimator`, which made `estimator`; `under_budget` makes another one by it.
@@ -30,6 +31,7 @@ class Search(NamedTuple):
     problem: base.Problem
     supernet: nas.Supernet
     hyperparams: Callable[[jax.Array], base.HyperParams]
+    alpha: Callable[[base.HyperParams], base.HyperParams]
     weights: Callable[[base.HyperParams], dict[str, jax.Array]]
     genotype: Callable[[base.HyperParams], nas.Genotype]
     rule: Callable[[base.Problem], base.Estimator]
@@ -156,7 +158,7 @@ def architecture_search(
     def genotype(hyperparams):
         return nas.discretize(network, jax.device_get(weights(hyperparams)), keep=keep)
 
-    return Search(rule(problem), problem, supernet, hyperparams, weights, genotype, rule)
+    return Search(rule(problem), problem, supernet, hyperparams, alpha_of, weights, genotype, rule)
 
 
 def darts(
@@ -396,9 +398,10 @@ def under_budget(
 ) -> Search:
     """The same search within a budget: min over α, max over μ ≥ 0 of F(α) + μ (C(α)/budget − 1).
 
-    λ is then {"hyperparams": α, "multiplier": m}, with μ = softplus(m); one descending optimizer moves both. Where the
-    budget binds, the expected cost comes to it. Of the genotype the argmax is taken, and that one may cost more or
-    less: `nas.within_budget(network, search.weights(λ), table, budget)` projects it.
+    λ is then {"hyperparams": α, "multiplier": m} (what the search has with `learn_init` in the place of α), with
+    μ = softplus(m); one descending optimizer moves both. Where the budget binds, the expected cost comes to it. Of the
+    genotype the argmax is taken, and that one may cost more or less: `nas.within_budget(network, search.weights(λ),
+    table, budget)` projects it.
 
     Args:
       search: any whose rule differentiates the outer loss, and which counts α by `relaxation`.
@@ -425,11 +428,13 @@ def under_budget(
     ['hyperparams', 'multiplier']
     """
     excess = nas.over_budget(table, search.supernet.network, budget=budget, relaxation=relaxation)
-    problem = nas.lagrangian(search.problem, excess, damping=damping)
+    constraint = lambda hyperparams, step: excess(search.alpha(hyperparams), step)
+    problem = nas.lagrangian(search.problem, constraint, damping=damping)
     return search._replace(
         estimator=search.rule(problem),
         problem=problem,
         hyperparams=lambda key: {"hyperparams": search.hyperparams(key), "multiplier": jnp.asarray(multiplier)},
+        alpha=lambda both: search.alpha(both["hyperparams"]),
         weights=lambda both: search.weights(both["hyperparams"]),
         genotype=lambda both: search.genotype(both["hyperparams"]),
     )

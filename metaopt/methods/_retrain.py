@@ -157,6 +157,7 @@ def train(
     progress: bool | None = None,
     checkpoint_dir: str | os.PathLike | None = None,
     checkpoint_every: int = 1_000,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[base.InnerState, np.ndarray]:
     """Training alone, step by step on the host: what `inner.run` is for runs of hours, which are stopped and continued.
 
@@ -168,36 +169,41 @@ def train(
       data: its training data.
       num_steps: in all, those before an interruption included.
       key: what everything random follows from.
-      hyperparams: λ, constant; None where the loop has none.
-      callback: `(step, metrics) -> stop`, with the metric "value", the training loss.
+      hyperparams: λ, constant, a tree of arrays; None where the loop has none.
+      callback: `(step, metrics) -> stop`, with the metric "loss", of training. Where it is not finite training goes on,
+        as it does in `inner.run`: stop it here.
       progress: draw a bar; None draws one in a terminal or notebook.
       checkpoint_dir: where checkpoints are kept, one directory for each training; None keeps none.
-      checkpoint_every: steps between them.
+      checkpoint_every: steps between them. They hold no data.
+      settings: as for `training.fit`, such as `{"genotype": nas.genotype_to_json(genotype)}`: networks whose arrays
+        have equal shapes are told apart by this alone.
 
     Returns:
       The inner state, and [steps] training losses.
 
     Raises:
-      ValueError: a count is out of range; `checkpoint_dir` holds another run.
+      ValueError: a count is out of range; `checkpoint_dir` holds another run: of another key, other data, another λ,
+        or other `settings`.
     """
     init_key, fit_key = jax.random.split(key)
 
-    constant = hyperparams  # the loop's; the rule's own are a number without an effect
-
+    # The loop's λ comes with the data; the rule's own is a number without an effect.
     def init(key, hyperparams, task):
-        return loop.init(init_key, constant, task)
+        return loop.init(init_key, task["hyperparams"], task["data"])
 
     def estimate(hyperparams, task, state):
-        batch, context = loop.batch(state, task), loop.context(state)
+        batch, context = loop.batch(state, task["data"]), loop.context(state)
         loss = jax.value_and_grad(loop.loss, has_aux=True)
-        (value, model_state), grads = loss(loop.params(state), constant, batch, context)
-        state = loop.update(state, grads, model_state, constant)
-        return base.Estimate(value, jnp.zeros_like(hyperparams), jnp.array(False), {}), state
+        (value, model_state), grads = loss(loop.params(state), task["hyperparams"], batch, context)
+        state = loop.update(state, grads, model_state, task["hyperparams"])
+        # A value that is not finite would end the task, and training would begin anew.
+        finite = jnp.where(jnp.isfinite(value), value, jnp.finfo(value.dtype).max)
+        return base.Estimate(finite, jnp.zeros_like(hyperparams), jnp.array(False), {"loss": value}), state
 
     learner = training.learner(base.Estimator(init, estimate, kind="exact"), optax.set_to_zero())
     result = training.fit(
         learner,
-        lambda key: data,
+        lambda key: {"data": data, "hyperparams": hyperparams},
         hyperparams=jnp.zeros(()),
         num_steps=num_steps,
         key=fit_key,
@@ -205,8 +211,9 @@ def train(
         progress=progress,
         checkpoint_dir=checkpoint_dir,
         checkpoint_every=checkpoint_every,
+        settings=settings,
     )
-    return result.state.estimator_state, result.history["value"]
+    return result.state.estimator_state, result.history.get("loss", np.zeros(0))
 
 
 def batched_accuracy(
@@ -325,12 +332,13 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
         rows.append(
             [score.name, told(score.mixed), told(score.inherited), told(alone) + spread, gap, f"{len(score.retrained)}"]
         )
-    between = "" if math.isnan(interval[0]) else f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
+    ranks = "undefined, one side is constant" if math.isnan(rho) else f"{rho:.2f}"
+    ranks += "" if math.isnan(interval[0]) else f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += [
         "",
         f"Accuracies in %. Rank correlation (Spearman) of discrete with retrained over {len(scores)} architectures: "
-        f"{rho:.2f}{between}. Discretization gap (mixed − discrete, of what was searched for): "
+        f"{ranks}. Discretization gap (mixed − discrete, of what was searched for): "
         f"{100 * discretization:.1f} points; retrained − discrete, of all: {100 * evaluation:.1f} points.",
     ]
     return SearchReport(rho, interval, discretization, evaluation, "\n".join(lines))

@@ -56,23 +56,29 @@ def load_benchmark(path: str | os.PathLike) -> Benchmark:
       A `Benchmark`.
 
     Raises:
-      ValueError: the file holds something else.
+      ValueError: the file holds something else, or is damaged.
     """
-    with np.load(path, allow_pickle=False) as data:
-        missing = sorted({*Benchmark._fields} - {"query", *data})
-        if missing:
-            raise ValueError(f"{path} is no benchmark that `save_benchmark` wrote: it lacks {', '.join(missing)}.")
-        return make_benchmark(
-            str(data["name"]),
-            data["tasks"].tolist(),
-            data["dims"].tolist(),
-            data["num_choices"].tolist(),
-            data["encodings"],
-            data["valid"],
-            fidelities=tuple(data["fidelities"].tolist()),
-            test=data["test"],
-            cost=data["cost"],
-        )
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            data = dict(archive)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever damage raises: numpy, zipfile, zlib; an array is no archive
+        raise ValueError(f"{path} is no benchmark that `save_benchmark` wrote, or is damaged: {error}") from error
+    missing = sorted({*Benchmark._fields} - {"query", *data})
+    if missing:
+        raise ValueError(f"{path} is no benchmark that `save_benchmark` wrote: it lacks {', '.join(missing)}.")
+    return make_benchmark(
+        str(data["name"]),
+        data["tasks"].tolist(),
+        data["dims"].tolist(),
+        data["num_choices"].tolist(),
+        data["encodings"],
+        data["valid"],
+        fidelities=tuple(data["fidelities"].tolist()),
+        test=data["test"],
+        cost=data["cost"],
+    )
 
 
 # ---- NAS-Bench-101: TFRecord, JSON, protocol buffers ----------------------------------------------------------------
@@ -211,16 +217,22 @@ def _unpickled(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                (inside,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-                return _Unpickler(io.BytesIO(archive.read(inside))).load()
+                inside = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+                if len(inside) != 1:
+                    raise ValueError("it is a zip archive without one data.pkl, which is where PyTorch keeps objects")
+                return _Unpickler(io.BytesIO(archive.read(inside[0]))).load()
         with (bz2.open if path.suffix == ".pbz2" else open)(path, "rb") as file:
             found = _Unpickler(file).load()
             if found == 0x1950A86A20F9469CFC6C:  # the old form of PyTorch: a number, a version, the system, the object
                 for _ in range(3):
                     found = _Unpickler(file).load()
             return found
-    except (pickle.UnpicklingError, EOFError, OSError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no pickle that can be read, or is damaged: {error}") from error
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever damage raises: pickle, zipfile, zlib, bz2, and what builds numbers
+        raise ValueError(
+            f"{path} is no pickle that can be read, or is damaged: {error or type(error).__name__}"
+        ) from error
 
 
 # task -> the training that has a validation set and its name, that with the test set and its name

@@ -207,7 +207,7 @@ def _pool(kind: str, stride: int, x: jax.Array) -> jax.Array:
 
 
 def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, single_path: bool, remat: bool):
-    """`init`, `apply`, `features`, `head` and `inherit` of a `Supernet`."""
+    """`init`, `apply`, `features` and `head` of a `Supernet`, and `(params, discrete network) -> its params`."""
     layers, cells = placed(network, in_shape), network.cells
 
     def init(key):
@@ -235,11 +235,11 @@ def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, sin
     def apply(params, weights, x, drop_path=None):
         return head(params, features(params, weights, x, drop_path)[-1])
 
-    def inherit(params, genotype):
-        small = placed(chosen(network, genotype), in_shape)
+    def sliced(params, discrete):
+        small = placed(discrete, in_shape)
         return {a.name: slice_layer(a, b, params[a.name]) for a, b in zip(layers, small, strict=True)}
 
-    return init, apply, features, head, inherit
+    return init, apply, features, head, sliced
 
 
 def _rows(cells, weights: Mapping[str, Any], dtype, single_path: bool) -> dict[str, jax.Array]:

@@ -32,7 +32,8 @@ class Supernet(NamedTuple):
       features: as `apply`, the outputs of all layers in the place of the network's, in their order: what an auxiliary
         head sees.
       head: `(params, features of the last layer) -> [N, num_outputs]`.
-      inherit: `(params, genotype) -> params` of the genotype's discrete network, with the supernet's weights.
+      inherit: `(params, genotype) -> params` of the genotype's discrete network, with the supernet's weights; raises as
+        `discrete` does.
       network: the spec.
       in_shape: the shape of one input.
     """
@@ -121,8 +122,9 @@ def supernet(
     if isinstance(network, ElasticNetwork):
         if partial > 1:
             raise ValueError(f"`partial` splits the channels that ops see, and sizes have no ops: 1, not {partial}.")
-        functions = _elastic.elastic_functions(network, in_shape, single_path=single_path, remat=remat_edges)
-        return Supernet(*functions, network, in_shape)
+        made = _elastic.elastic_functions(network, in_shape, single_path=single_path, remat=remat_edges)
+        inherit = lambda params, genotype: made[-1](params, _genotypes.discrete(network, genotype))
+        return Supernet(*made[:-1], inherit, network, in_shape)
     check_network(network)
     runs = _build(network, in_shape, ops, partial)
     features = runs[-1].out_shape[-1]

@@ -15,7 +15,7 @@ import numpy as np
 
 from metaopt import base
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Saved(NamedTuple):
@@ -45,7 +45,7 @@ class Saved(NamedTuple):
         names = [jax.tree_util.keystr(path) for path, _ in leaves]
         for name in sorted(set(names).symmetric_difference(self.arrays)):
             where = "the checkpoint" if name in self.arrays else "this run"
-            raise ValueError(self._refusal(f"only {where} has the array `{name}`"))
+            raise ValueError(self.refusal(f"only {where} has the array `{name}`"))
         restored = []
         for name, (_, leaf) in zip(names, leaves, strict=True):
             array = self.arrays[name]
@@ -55,11 +55,12 @@ class Saved(NamedTuple):
                 array = jax.random.wrap_key_data(jnp.asarray(array), impl=self.impls[name])
             if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
                 here, there = (f"{x.dtype}{list(x.shape)}" for x in (leaf, array))
-                raise ValueError(self._refusal(f"`{name}` is {there} in the checkpoint and {here} in this run"))
+                raise ValueError(self.refusal(f"`{name}` is {there} in the checkpoint and {here} in this run"))
             restored.append(array)
         return jax.tree.unflatten(treedef, restored)
 
-    def _refusal(self, difference: str) -> str:
+    def refusal(self, difference: str) -> str:
+        """What to say where this run differs from the checkpoint's."""
         return _refusal(self.directory, self.step, difference)
 
 
@@ -98,7 +99,7 @@ class Checkpoints:
                 leaf = jax.random.key_data(leaf)
             arrays[name] = np.asarray(leaf)
         described = {
-            name: {"shape": list(x.shape), "dtype": str(x.dtype), "crc32": _checksum(x)} for name, x in arrays.items()
+            name: {"shape": list(x.shape), "dtype": str(x.dtype), "crc32": checksum(x)} for name, x in arrays.items()
         }
         run = {"settings": self._settings, "extra": extra, "impls": impls, "arrays": described}
         # Orbax saves no empty arrays; `restore` makes them from their description.
@@ -136,6 +137,12 @@ class Checkpoints:
                     "start anew."
                 )
             return None
+        if run["settings"].get("format") != FORMAT:
+            raise ValueError(
+                f"{self._directory} holds a checkpoint of the format {run['settings'].get('format')}, of another "
+                f"version of metaopt; this one has the format {FORMAT}. Continue with the version that began the run, "
+                "or remove the directory to start anew."
+            )
         for name in {**self._settings, **run["settings"]}:
             here, there = self._settings.get(name), run["settings"].get(name)
             if here != there:
@@ -155,7 +162,7 @@ class Checkpoints:
         full = self._read(step, "arrays", self._ocp.args.StandardRestore(target))
         arrays = {name: full.get(str(i), empty[i]) for i, name in enumerate(described)}
         for name, array in arrays.items():
-            if _checksum(array) != described[name]["crc32"]:
+            if checksum(array) != described[name]["crc32"]:
                 raise ValueError(f"the checksum of `{name}` does not match")
         return Saved(step, run["extra"], arrays, run["impls"], self._directory)
 
@@ -171,7 +178,8 @@ class Checkpoints:
         self._manager = self._open()
 
 
-def _checksum(array: np.ndarray) -> int:
+def checksum(array: np.ndarray) -> int:
+    """Of the bits, whatever the dtype."""
     return zlib.crc32(np.ascontiguousarray(array).tobytes())
 
 

@@ -2,13 +2,14 @@
 
 import contextlib
 import functools
+import json
 import logging
 import math
 import os
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jax.tree_util import Partial
 
 from metaopt import base
 from metaopt.training import _learner
-from metaopt.training._checkpoints import Checkpoints, Saved
+from metaopt.training._checkpoints import Checkpoints, Saved, checksum
 from metaopt.training._learner import Learner, LearnerState
 from metaopt.training._progress import progress_bar
 
@@ -78,14 +79,17 @@ def fit(
     progress: bool | None = None,
     checkpoint_dir: str | os.PathLike | None = None,
     checkpoint_every: int = 100,
+    settings: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Takes `num_steps` outer steps from `hyperparams`, or continues where a checkpoint left off.
 
     Everything random follows from `key` and the step alone: the tasks drawn for step t are
     `sample_tasks(fold_in(k, t))`, and every evaluation is `evaluate(k', λ)`, with k and k' split from `key`. So a run
     that was killed and is started again with the same arguments ends in the same bits as one that was not, history,
-    best λ and patience included; it may also be continued to a larger `num_steps`. What functions compute
-    cannot be compared: a changed loss or optimizer is noticed only where it changes an array's shape or name.
+    best λ and patience included; it may also be continued to a larger `num_steps`. A checkpoint is refused where the
+    key, the initial λ, the tasks drawn last, `eval_every` or `settings` differ. What functions compute cannot be
+    compared: a changed loss, network or optimizer is noticed where it changes an array's shape or name, or where
+    `settings` names it. Tasks that a draw gives again (a data set that all steps share) are not in the checkpoint.
 
     The first SIGINT or SIGTERM ends the run after the current step: a checkpoint is left, and what there is comes
     back with `stopped="signal"`. A second SIGINT raises `KeyboardInterrupt`. An error in one of the functions
@@ -117,13 +121,15 @@ def fit(
       progress: draw a progress bar; None draws one in a terminal or notebook only.
       checkpoint_dir: where the newest two checkpoints are kept, one directory for each run; None keeps none.
       checkpoint_every: steps between checkpoints; the end of the run leaves one too.
+      settings: what else says which run this is, as JSON has it, such as the text of an architecture or a rate.
 
     Returns:
       A `FitResult`.
 
     Raises:
       ValueError: an argument is out of range; λ has an integer leaf, or one that is not finite; the tasks are empty;
-        tasks of other shapes were drawn while some slots were not done; `checkpoint_dir` holds another run.
+        tasks of other shapes were drawn while some slots were not done; `checkpoint_dir` holds another run; `settings`
+        is not made of what JSON has.
 
     Example:
       >>> import optax
@@ -169,8 +175,8 @@ def fit(
         signals = stack.enter_context(_signals())
         checkpoints = saved = None
         if checkpoint_dir is not None:
-            settings = _settings(key, hyperparams, None if evaluate is None else eval_every)
-            checkpoints = Checkpoints(checkpoint_dir, settings)
+            every = None if evaluate is None else eval_every
+            checkpoints = Checkpoints(checkpoint_dir, _settings(key, hyperparams, every, settings))
             stack.callback(checkpoints.close)
             saved = checkpoints.restore()
         if saved is None:
@@ -185,18 +191,25 @@ def fit(
                 )
             # The same draw again has the carried tasks' shapes, and goes where none is done.
             tasks = draw(saved.extra["drawn"])
-            run = _resumed(saved, jax.eval_shape(init, init_key, hyperparams, tasks), hyperparams)
+            run = _resumed(saved, jax.eval_shape(init, init_key, hyperparams, tasks), hyperparams, tasks)
         saved_step = None if saved is None else saved.step
+        held = run.drawn  # the step that `tasks` are of
         show = stack.enter_context(progress_bar(num_steps, run.step, progress))
         any_done = bool(_learner.num_true(run.state.done))
         ended = False  # by the callback
+
+        def last_drawn(run: _Run) -> base.PyTree:
+            """The tasks of step `run.drawn`; None where the sampler fails, whose error has ended the run."""
+            with contextlib.suppress(Exception):
+                return tasks if held == run.drawn else draw(run.drawn)
+            return None
 
         try:
             while True:
                 if evaluate is not None and run.step == len(run.evaluations) * eval_every:
                     run = _evaluated(run, evaluate, eval_key)
                 if checkpoints and run.step > 0 and run.step % checkpoint_every == 0 and run.step != saved_step:
-                    _save(checkpoints, run)
+                    _save(checkpoints, run, last_drawn(run))
                     saved_step = run.step
                 stopped = _why_stop(run, num_steps, patience, signals) or ("callback" if ended else "")
                 if stopped:
@@ -206,10 +219,11 @@ def fit(
                 state, drawn = run.state, run.drawn
                 if num > 1:
                     state, metrics = several(state, run.step, num, sampler)
-                    drawn = run.step + num - 1
+                    drawn = run.step + num - 1  # inside the program
                 else:
                     if any_done:
-                        tasks, drawn = draw(run.step), run.step
+                        tasks = draw(run.step)
+                        held = drawn = run.step
                         if not _learner.same_types(tasks, state.tasks):
                             _check_all_done(state, tasks)
                             state = _owned(_learner.restart(init, state, tasks))
@@ -225,7 +239,7 @@ def fit(
         finally:
             # An error inside the step itself leaves nothing to save: the state was donated.
             if checkpoints and run.step != saved_step and _intact(run.state):
-                _save(checkpoints, run)
+                _save(checkpoints, run, last_drawn(run))
 
     if run.step and np.all(run.history.get("skipped", [0.0])):
         _log.warning(
@@ -346,30 +360,72 @@ def _columns(run: _Run) -> dict[str, np.ndarray]:
     return columns
 
 
-def _settings(key: jax.Array, hyperparams: base.HyperParams, eval_every: int | None) -> dict[str, Any]:
+def _settings(
+    key: jax.Array, hyperparams: base.HyperParams, eval_every: int | None, own: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """What a run's bits depend on and can be compared."""
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    try:
+        named = json.loads(json.dumps(dict(own or {}), allow_nan=False))  # tuples are lists there
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`settings` must map names to what JSON has: numbers, texts, lists of them ({error})."
+        ) from error
     leaves = [np.asarray(x) for x in jax.tree.leaves(hyperparams)]
-    checksum = 0
+    total = 0
     for leaf in leaves:
-        checksum = zlib.crc32(leaf.tobytes(), checksum)
+        total = zlib.crc32(leaf.tobytes(), total)
     return {
-        "key": np.asarray(jax.random.key_data(key) if typed else key).tolist(),
-        "initial hyperparams": f"{len(leaves)} arrays of {sum(x.size for x in leaves)} entries, checksum {checksum}",
+        "key": _plain(key).tolist(),
+        "initial hyperparams": f"{len(leaves)} arrays of {sum(x.size for x in leaves)} entries, checksum {total}",
         "eval_every": eval_every,
+        **{f"settings[{name!r}]": value for name, value in named.items()},
     }
 
 
-def _save(checkpoints: Checkpoints, run: _Run) -> None:
+def _plain(leaf: jax.Array) -> np.ndarray:
+    """A leaf on the host, a key as its data."""
+    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+
+def _described(tasks: base.PyTree) -> dict[str, str]:
+    """What can be compared of tasks, by name: types, shapes, and checksums."""
+    described = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
+        name = f"tasks{jax.tree_util.keystr(path)}"
+        described[name] = f"{leaf.dtype}{list(leaf.shape)} with checksum {checksum(_plain(leaf))}"
+    return described
+
+
+def _save(checkpoints: Checkpoints, run: _Run, tasks: base.PyTree) -> None:
+    """Writes a checkpoint, without the tasks where those of step `run.drawn`, which are given, are what is carried."""
     lists = {"history": _columns(run), "evaluations": np.array(run.evaluations, np.float64)}
+    described = None if tasks is None else _described(tasks)
+    again = described == _described(run.state.tasks)
     extra = {"drawn": run.drawn, "metrics": list(run.history), "num_evaluations": len(run.evaluations)}
-    checkpoints.save(run.step, (run.state, run.best_hyperparams, lists), extra)
+    extra |= {"tasks": described, "tasks again": again}
+    state = run.state._replace(tasks=()) if again else run.state
+    checkpoints.save(run.step, (state, run.best_hyperparams, lists), extra)
 
 
-def _resumed(saved: Saved, state: LearnerState, hyperparams: base.HyperParams) -> _Run:
+def _resumed(saved: Saved, state: LearnerState, hyperparams: base.HyperParams, tasks: base.PyTree) -> _Run:
+    """The run of a checkpoint; `tasks` are those of the step that it drew last, and must be what they were."""
+    here = _described(tasks)
+    there = here if saved.extra["tasks"] is None else saved.extra["tasks"]
+    for name in {**there, **here}:
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                saved.refusal(
+                    f"`{name}`, drawn for step {saved.extra['drawn']}, is {there.get(name, 'missing')} in the "
+                    f"checkpoint and {here.get(name, 'missing')} in this run (other data, another sampler, or the last "
+                    "bits of another device or version of JAX)"
+                )
+            )
     history = {name: np.empty(saved.step) for name in saved.extra["metrics"]}
     lists = {"history": history, "evaluations": np.empty(saved.extra["num_evaluations"])}
-    state, best_hyperparams, lists = saved.tree((state, hyperparams, lists))
+    again = saved.extra["tasks again"]
+    state, best_hyperparams, lists = saved.tree((state._replace(tasks=()) if again else state, hyperparams, lists))
+    if again:
+        state = state._replace(tasks=_owned(tasks))
     history = {name: column.tolist() for name, column in lists["history"].items()}
     evaluations = lists["evaluations"].tolist()
     return _Run(state, best_hyperparams, history, evaluations, saved.step, saved.extra["drawn"])

@@ -22,7 +22,7 @@ from metaopt import base
 
 
 class LearnerState(NamedTuple):
-    """Everything that an outer loop carries, so that a checkpoint of it holds everything.
+    """Everything that an outer loop carries: a checkpoint holds it, but for tasks that a draw gives again.
 
     Attributes:
       hyperparams: λ.

@@ -126,6 +126,43 @@ def test_the_probability_of_dropping_rises_and_augmentations_follow_one_another(
     assert len({float(found) for found, _ in at}) == 3
 
 
+def test_training_goes_on_with_its_own_data_and_network_alone(tmp_path):
+    """Of other data of the same shapes, another λ, or another network, it says so; and the data are not kept."""
+    rows = {"x": jnp.arange(20_000.0), "y": jnp.ones(20_000)}
+    loss = lambda params, scale, batch, context: ((params * batch["x"] - scale * batch["y"]) ** 2).mean()
+    loop = inner.loop(loss, lambda _: optax.sgd(1e-9), init=lambda *_: (jnp.zeros(()), None), with_context=True)
+
+    def run(data=rows, num_steps=2, scale=1.0, settings=("a", 1)):
+        named = {"progress": False, "checkpoint_dir": tmp_path, "settings": {"net": settings}}
+        return methods.train(loop, data, num_steps=num_steps, key=KEY, hyperparams=scale, **named)
+
+    run()
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 100_000  # the rows alone are 320 kB
+    assert len(run(num_steps=3)[1]) == 3
+    for other, message in [
+        (
+            {"data": {**rows, "y": 2 * rows["y"]}},
+            r"`tasks\['data'\]\['y'\]`, drawn for step 0, is .* in the checkpoint",
+        ),
+        ({"scale": 2.0}, r"`tasks\['hyperparams'\]`, drawn for step 0"),
+        ({"settings": ("b", 1)}, r"`settings\['net'\]` is \['a', 1\] in the checkpoint and \['b', 1\] in this run"),
+    ]:
+        with pytest.raises(ValueError, match=f"holds the checkpoint .* of another run: {message}"):
+            run(**other, num_steps=4)
+
+
+def test_training_that_diverges_goes_on_as_in_one_program():
+    """And does not begin anew in silence."""
+    loss = lambda params, scale, batch, context: ((params - 1) ** 4 * batch["x"]).mean()
+    loop = inner.loop(loss, lambda _: optax.sgd(10.0), init=lambda *_: (jnp.zeros(()), None), with_context=True)
+    rows = {"x": jnp.ones(3)}
+    state, losses = methods.train(loop, rows, num_steps=12, key=KEY, progress=False)
+    ended = np.flatnonzero(~np.isfinite(losses))
+    assert 0 < ended[0] < 10 and list(ended) == list(range(ended[0], 12))
+    assert int(state.step) == 12 and not np.isfinite(state.params)
+    assert not np.isfinite(inner.run(loop, 12)(jax.random.split(KEY)[0], None, rows).params)
+
+
 @pytest.mark.slow
 def test_training_that_is_stopped_goes_on_to_the_same_numbers(tmp_path):
     made = recipe(batch_size=5)
@@ -201,7 +238,7 @@ def test_the_report():
     few = methods.search_report(SCORES[:3])
     assert np.isnan(few.interval).all() and few.correlation == 1.0
     same = methods.search_report([s._replace(inherited=0.1) for s in SCORES])
-    assert np.isnan(same.correlation)
+    assert np.isnan(same.correlation) and "6 architectures: undefined, one side is constant." in same.text
     for bad in ([], SCORES[:1], [SCORES[0], SCORES[1]._replace(retrained=())]):
         with pytest.raises(ValueError, match="at least two architectures"):
             methods.search_report(bad)

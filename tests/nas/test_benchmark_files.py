@@ -99,6 +99,9 @@ def test_nas_bench_101(tmp_path):
     np.savez(kept, name="x")
     with pytest.raises(ValueError, match="it lacks cost, dims"):
         nas.load_benchmark(kept)
+    kept.write_bytes(kept.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="or is damaged: File is not a zip file"):
+        nas.load_benchmark(kept)
 
 
 def test_nas_bench_101_that_is_damaged(tmp_path):
@@ -240,6 +243,18 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
     (tmp_path / "x.pth").write_bytes(pickle.dumps({"arch2infos": {0: {"less": {}}}}))
     with pytest.raises(ValueError, match=r"holds no results of NAS-Bench-201 \(KeyError"):
         nas.read_nas_bench_201(tmp_path / "x.pth")
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("nas/data.pkl", pickle.dumps([1] * 99, 2))
+    cut = bytearray(whole.getvalue())
+    cut[60:80] = bytes(20)  # inside the member: its checksum is another
+    for data, message in [
+        (bytes(cut), "or is damaged: Bad CRC-32"),
+        (b"PK\x05\x06" + bytes(18), "without one data.pkl"),
+    ]:
+        (tmp_path / "x.pth").write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            nas.read_nas_bench_201(tmp_path / "x.pth")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no files such as"):
         nas.read_nas_bench_201(tmp_path / "empty")

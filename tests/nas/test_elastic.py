@@ -319,5 +319,8 @@ def test_bad_weights_and_inputs():
         apply(None, jnp.zeros((2, 4)))
     with pytest.raises(ValueError, match="sizes have no ops: 1, not 4"):
         methods.pc_darts(SIZES, (3,), ops={})
+    inherit = nas.supernet(nas.mlp_space(2, widths=(4, 6), depths=(1,)), (3,), ops={}).inherit
+    with pytest.raises(ValueError, match="no op '5' on the edge 0 -> 1 of 'linear.width'"):
+        inherit(None, {"linear.width": ((0, 1, "5"),)})
     with pytest.raises(ValueError, match="The genotype has no size for 'linear.width'"):
         nas.discrete(SIZES, {"linear.width": (), "linear.depth": ((0, 1, "1"),)})

@@ -304,6 +304,16 @@ def test_a_search_comes_to_its_budget():
     assert cost(run.hyperparams) < 1.05 * budget
     found = nas.within_budget(ROWS, jax.device_get(bound.weights(run.hyperparams)), row_table(), budget)
     assert nas.cost_of(row_table(), ROWS, found) <= budget
+    # With a learned start the constraint still sees α alone.
+    search = methods.unrolled_darts(ROWS, (3,), ops={}, num_steps=1, learn_init=True)
+    learned = methods.under_budget(search, row_table(), budget=budget)
+    given = learned.hyperparams(KEY)
+    excess = nas.over_budget(row_table(), ROWS, budget=budget)(learned.alpha(given), 0)
+    assert set(given["hyperparams"]) == {"alpha", "init"}
+    run = lambda given: learned.estimator.estimate(given, TASK, learned.estimator.init(KEY, given, TASK))[0]
+    estimate = jax.jit(run)(given)
+    sigma = jax.nn.sigmoid(given["multiplier"])
+    np.testing.assert_allclose(estimate.hypergrad["multiplier"], -excess * sigma, rtol=1e-6)
     robust = methods.robust_darts(ROWS, (3,), ops={}, every=2)
     stopping = methods.under_budget(robust, row_table(), budget=budget)
     state = jax.eval_shape(lambda: stopping.estimator.init(KEY, stopping.hyperparams(KEY), TASK))

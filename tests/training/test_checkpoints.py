@@ -16,6 +16,7 @@ import pytest
 import small_estimators as small
 
 from metaopt import training
+from metaopt.training import _checkpoints
 
 LEARNER = training.learner(small.carried(), optax.adam(0.1))
 NUM_STEPS = 23
@@ -101,6 +102,40 @@ def test_a_finished_run_is_read_and_can_be_continued_to_more_steps(tmp_path, unb
         fit(tmp_path, num_steps=11)
 
 
+def test_refuses_settings_that_json_does_not_have(tmp_path):
+    for value in (object(), float("nan")):
+        with pytest.raises(ValueError, match="`settings` must map names to what JSON has"):
+            fit(tmp_path, settings={"net": value})
+
+
+def test_refuses_the_checkpoint_of_another_format(tmp_path, monkeypatch):
+    monkeypatch.setattr(_checkpoints, "FORMAT", 1)
+    fit(tmp_path, num_steps=2)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="holds a checkpoint of the format 1, of another version of metaopt"):
+        fit(tmp_path)
+
+
+def test_a_sampler_that_fails_for_good_still_leaves_a_checkpoint(tmp_path, unbroken):
+    """With several steps a call, whose last tasks are to be drawn again: the carried ones are kept whole."""
+    broken = []
+
+    def sample_tasks(key):
+        if broken and not isinstance(key, jax.core.Tracer):
+            raise Interruption
+        return small.sample(key)
+
+    def callback(step, metrics):
+        if step == 9:
+            broken.append(True)
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        fit(tmp_path, sample_tasks=sample_tasks, callback=callback, steps_per_call=3)
+    assert steps_in(tmp_path)[-1] == 10  # the call's last
+    assert fit(tmp_path, steps_per_call=3).state.step == NUM_STEPS
+
+
 def test_patience_and_the_best_hyperparams_survive_an_interruption(tmp_path):
     stop = {"num_steps": 50, "eval_every": 1, "patience": 6, "evaluate": lambda key, h: (h["x"] - 0.8) ** 2}
     unbroken = fit(**stop)
@@ -163,8 +198,10 @@ def test_every_kind_of_array_survives(tmp_path):
         ({"evaluate": None}, "`eval_every` is 4 in the checkpoint and None in this run"),
         (
             {"sample_tasks": lambda key: small.sample(key, 5)},
-            r"is .*\[4.*\] in the checkpoint and .*\[5.*\] in this run",
+            r"`tasks`, drawn for step 5, is .*\[4\] .* in the checkpoint and .*\[5\] .* in this run",
         ),
+        ({"sample_tasks": lambda key: small.sample(key) + 1}, "`tasks`, drawn for step .*, is .* with checksum"),
+        ({"settings": {"net": "deep"}}, r"`settings\['net'\]` is None in the checkpoint and deep in this run"),
         (
             {"learner": training.learner(small.carried(), optax.sgd(0.1))},
             "only the checkpoint has the array .*opt_state",
