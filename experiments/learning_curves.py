@@ -242,7 +242,7 @@ def compare(data: Curves, t: int, learned: list, options: argparse.Namespace) ->
     open_ = np.flatnonzero(np.isfinite(data.y[t]).all(1))
     pick, curves = partial(pick_exactly, number, set(open_.tolist())), {}
     for name, g in zip(OURS, learned, strict=False):
-        curves[name] = [search(data, t, g.searcher(), data.space, options.own_budget, 0, pick)]
+        curves[name] = [search(data, t, g.searcher(resumes=data.resumes), data.space, options.own_budget, 0, pick)]
     others = np.flatnonzero(data.groups != data.groups[t])
     lists = {"best on average": [np.nanmean([data.regret(s) for s in others], 0).argsort()]}
     lists["random search"] = [np.random.default_rng([s, t]).permutation(len(regret)) for s in range(options.seeds)]

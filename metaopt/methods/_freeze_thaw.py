@@ -10,6 +10,8 @@ import optax
 
 from metaopt import base, hypergrad, predictors, spaces, tasks, training
 
+_NUM_NODES = 16  # of what a look may show
+
 
 class PredictFinalFn(Protocol):
     def __call__(self, trials: Sequence[base.Record] = (), levels: Sequence[float] = (0.05, 0.5, 0.95)) -> np.ndarray:
@@ -18,8 +20,9 @@ class PredictFinalFn(Protocol):
 
 
 class MakeCurveSearcherFn(Protocol):
-    def __call__(self, *, first: Sequence[Mapping[str, Any]] = ()) -> base.Searcher:
-        """A searcher that decides after every step which trial to continue, or to begin."""
+    def __call__(self, *, first: Sequence[Mapping[str, Any]] = (), resumes: bool = True) -> base.Searcher:
+        """A searcher that decides after every step which trial to continue, or to begin; `resumes`: whether trials go
+        on from where they paused, so that the difference alone is paid for."""
         ...
 
 
@@ -28,7 +31,7 @@ class CurveSearcher(NamedTuple):
 
     Attributes:
       predict: `(trials, levels) -> [M, levels]` quantiles at the full budget.
-      searcher: `(*, first) -> Searcher`.
+      searcher: `(*, first, resumes) -> Searcher`.
       candidates: M configurations.
       surrogate: what was learned (`predictors.CurveSurrogate`).
       space: of λ.
@@ -48,7 +51,7 @@ class FreezeThawState(NamedTuple):
       key: of the trials' seeds.
       started: candidates by trial number.
       seen: (candidate, fidelity's number, outcome) of what was told.
-      closed: candidates that failed, or were pruned by the objective.
+      closed: candidates that failed, or that the objective pruned: what those had reached is seen all the same.
       pending: (candidate, fidelity's number) of what has not been told.
     """
 
@@ -76,8 +79,15 @@ def train_curve_searcher(
         E[max(y* − y(c, F), 0)] / (1 − fidelity reached),
 
     where y* is the best outcome at the full budget, and the least mean at the full budget as long as there is none.
-    Objectives should continue a trial from its own checkpoint (`tasks.collect(resumes=True)`): one that begins anew
-    pays more than is counted here, and its budget goes to the ends of trials that are not worth it.
+    Objectives should continue a trial from its own checkpoint (`tasks.collect(resumes=True)`).
+
+    Where every fidelity is paid for anew (larger training sets, or no checkpoints), `searcher(resumes=False)` does not
+    climb: the next trial is a candidate at its full budget, at a cost of 1, or one look at a fidelity s below it, at a
+    cost of s, after which its full budget may be worth its cost or not. Each is worth its index λ,
+
+        λ = E[max(y* − y, 0)]    at the full budget;    E[max(E[max(y* − y, 0) | look] − λ, 0)] = λ s    for a look,
+
+    the price of budget at which it is as good as nothing (Weitzman, 1979), and the largest index is next.
 
     Args:
       records: trials of earlier tasks, at several fidelities; at the full budget, too. Outcomes of all tasks are on one
@@ -94,7 +104,8 @@ def train_curve_searcher(
       ValueError: records are of one task only, a configuration does not fit the space, or a candidate lacks a fidelity
         everywhere.
 
-    Source: Swersky, Snoek & Adams, 2014, https://arxiv.org/abs/1406.3896
+    Source: Swersky, Snoek & Adams, 2014, https://arxiv.org/abs/1406.3896; the index: Weitzman, Optimal search for the
+    best alternative, Econometrica 47(3), 1979.
     """
     base.check_integer("num_steps", num_steps, 0)
     key = jax.random.key(0) if key is None else key
@@ -164,8 +175,8 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
         return rung
 
     def seen_of(records):
-        complete = [r for r in records if r.status == "COMPLETE" and np.isfinite(r.outcome)]
-        return [(known_number(r.configuration), rung_of(r.fidelity), float(r.outcome)) for r in complete]
+        counted = [r for r in records if r.status in ("COMPLETE", "PRUNED") and np.isfinite(r.outcome)]
+        return [(known_number(r.configuration), rung_of(r.fidelity), float(r.outcome)) for r in counted]
 
     def predict(trials=(), levels=(0.05, 0.5, 0.95)):
         if not all(0 < level < 1 for level in levels):
@@ -177,7 +188,7 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
         at_levels = np.stack([[np.interp(level, middle, row) for level in levels] for row in errors])
         return mean[:, None] + std[:, None] * at_levels
 
-    def searcher(*, first=()):
+    def searcher(*, first=(), resumes=True):
         given = [known_number(c) for c in first]
 
         def init(key, space):
@@ -201,6 +212,15 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
             if waiting:
                 return waiting[0], 0
             best = min((y for _, j, y in state.seen if j == last), default=np.inf)
+            if not resumes:
+                index, mean = _index(
+                    surrogate, _padded(seen), jnp.asarray(reached), jnp.asarray(rungs / rungs[-1]), best
+                )
+                index = np.where(open_[:, None], index, -1.0)
+                if index.max() > 1e-12:
+                    candidate, rung = np.unravel_index(index.argmax(), index.shape)
+                    return int(candidate), int(rung)
+                return int(np.where(open_, mean, np.inf).argmin()), last
             value, mean = _score(surrogate, _padded(seen), jnp.asarray(reached), remaining, best)
             value, mean = np.where(open_, value, -1.0), np.where(open_, mean, np.inf)
             # Where no improvement is left to hope for, the least expected outcome.
@@ -237,9 +257,9 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
                     continue
                 entry = known_number(record.configuration), rung_of(record.fidelity)
                 state = state._replace(pending=tuple(p for p in state.pending if p != entry))
-                if record.status == "COMPLETE" and np.isfinite(record.outcome):
-                    state = state._replace(seen=(*state.seen, (*entry, float(record.outcome))))
-                else:
+                seen = seen_of([record])
+                state = state._replace(seen=(*state.seen, *seen))
+                if record.status != "COMPLETE" or not seen:
                     state = state._replace(closed=state.closed | {entry[0]})
             return state
 
@@ -258,6 +278,33 @@ def _score(surrogate, observed, reached, remaining, best):
     mean, std = _at(surrogate, observed, jnp.arange(num), jnp.full(num, num_fidelities - 1))
     y = jnp.where(jnp.isfinite(best), best, mean.min())
     return predictors.curve_improvement(mean, std, surrogate.errors[reached], y) / remaining[reached], mean
+
+
+@jax.jit
+def _index(surrogate, observed, reached, costs, best):
+    """[M, F] indices of the trials that may be next where nothing resumes, −1 where a candidate has been there, and
+    [M] means at the full budget."""
+    num, num_fidelities = surrogate.mean.shape
+    mean, std = _at(surrogate, observed, jnp.arange(num), jnp.full(num, num_fidelities - 1))
+    y = jnp.where(jnp.isfinite(best), best, mean.min())
+    candidate, fidelity = jnp.repeat(jnp.arange(num), num_fidelities), jnp.tile(jnp.arange(num_fidelities), num)
+    tau = predictors.curve_look(surrogate, observed, candidate, fidelity).reshape(num, num_fidelities)
+    left = jnp.sqrt(jnp.maximum(std[:, None] ** 2 - tau**2, 1e-12))
+    nodes = jax.scipy.special.ndtri((jnp.arange(_NUM_NODES) + 0.5) / _NUM_NODES)
+    after = mean[:, None, None] + tau[..., None] * nodes  # [M, F, nodes] means after a look
+    ahead = after[..., None] + left[..., None, None] * surrogate.errors[None, 1:, None]
+    gain = jnp.maximum(y - ahead, 0.0).mean(-1)  # [M, F, nodes]
+
+    def halve(_, bounds):
+        low, high = bounds
+        price = (low + high) / 2
+        pays = jnp.maximum(gain - price[..., None], 0.0).mean(-1) > price * costs
+        return jnp.where(pays, price, low), jnp.where(pays, high, price)
+
+    low, _ = jax.lax.fori_loop(0, 40, halve, (jnp.zeros(gain.shape[:2]), gain.max(-1)))
+    whole = predictors.curve_improvement(mean, std, surrogate.errors[reached], y)
+    index = low.at[:, -1].set(whole)
+    return jnp.where(jnp.arange(num_fidelities) >= reached[:, None], index, -1.0), mean
 
 
 def _reached(seen, num: int) -> np.ndarray:

@@ -358,8 +358,10 @@ def meta_optimizer(
                     del pending[record.trial]
                 name = record.trial, record.seed, x.tobytes()
                 before = tried.get(name, TriedConfiguration(x, {}, np.nan))
-                outcome = record.outcome if record.status == "COMPLETE" else np.nan
-                cost = np.log(record.cost / record.fidelity) if record.cost > 0 else before.log_cost
+                # What a trial had reached when it was given up counts; what it had cost by then is not its cost.
+                outcome = record.outcome if record.status in ("COMPLETE", "PRUNED") else np.nan
+                whole = record.cost > 0 and record.status != "PRUNED"
+                cost = np.log(record.cost / record.fidelity) if whole else before.log_cost
                 tried[name] = TriedConfiguration(x, {**before.outcomes, record.fidelity: float(outcome)}, float(cost))
             return state._replace(pending=pending, tried=tried)
 

@@ -53,6 +53,7 @@ class CurveSurrogate(NamedTuple):
       deviations: [S, M, F] d_s.
       spread: [M, F] u.
       correlation: [F, F] R.
+      known: [S, M, F] bool, what was observed of f_s; the rest was filled in.
       noise: the scales of the terms.
       errors: [1 + F, Q] ascending: what (y − μ)/σ was at the full budget on earlier tasks that were left out, after 0,
         1, ... F fidelities of the trial itself were seen (`calibrate`). They take the place of the normal distribution.
@@ -64,6 +65,7 @@ class CurveSurrogate(NamedTuple):
     deviations: jax.Array
     spread: jax.Array
     correlation: jax.Array
+    known: jax.Array
     noise: CurveNoise
     errors: jax.Array
 
@@ -128,6 +130,7 @@ def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -
         as_array(deviations),
         as_array(_spread(deviations, len(deviations))),
         as_array(correlation),
+        jnp.asarray(known),
         noise,
         jnp.tile(jax.scipy.special.ndtri((jnp.arange(_NUM_ERRORS) + 0.5) / _NUM_ERRORS), (len(fidelities) + 1, 1)),
     )
@@ -210,12 +213,48 @@ def curve_posterior(
     chol, white = _factor(surrogate, observed)
     cross = _covariance(surrogate, at, (observed.candidate, observed.fidelity)) * observed.mask[None]
     solved = jax.scipy.linalg.solve_triangular(chol, cross.T, lower=True)  # [N, P]
-    alpha, beta, gamma, delta, sigma = jnp.exp(surrogate.noise.log_scales)
-    spread = surrogate.spread[at] ** 2
-    prior = alpha * (surrogate.deviations[:, candidate, fidelity] ** 2).mean(0)
-    prior += (beta + gamma + delta) * spread * jnp.diag(surrogate.correlation)[fidelity]
-    variance = prior - (solved**2).sum(0) + sigma * spread
+    noise = jnp.exp(surrogate.noise.log_scales[4]) * surrogate.spread[at] ** 2
+    variance = _own_covariance(surrogate, candidate, fidelity, fidelity) - (solved**2).sum(0) + noise
     return surrogate.mean[at] + solved.T @ white, jnp.sqrt(jnp.maximum(variance, 1e-12))
+
+
+def curve_look(surrogate: CurveSurrogate, observed: Observed, candidate: jax.Array, fidelity: jax.Array) -> jax.Array:
+    """By how much one more outcome would move what is expected at the full budget; costs as `curve_posterior`.
+
+    The mean at the full budget moves by τ ε, ε ~ N(0, 1), and its variance falls by τ²,
+
+        τ = cov(y(c, F), y(c, j)) / σ(y(c, j)),    both given what was observed.
+
+    Args:
+      surrogate: what is known.
+      observed: N outcomes; none where the mask is zero.
+      candidate: [P] int.
+      fidelity: [P] int, that of the outcome to come.
+
+    Returns:
+      [P] τ.
+    """
+    at, last = (candidate, fidelity), jnp.full_like(candidate, surrogate.mean.shape[1] - 1)
+    seen = observed.candidate, observed.fidelity
+    chol, _ = _factor(surrogate, observed)
+
+    def solved(at):
+        cross = _covariance(surrogate, at, seen) * observed.mask[None]
+        return jax.scipy.linalg.solve_triangular(chol, cross.T, lower=True)
+
+    here, end = solved(at), solved((candidate, last))
+    noise = jnp.exp(surrogate.noise.log_scales[4]) * surrogate.spread[at] ** 2
+    variance = _own_covariance(surrogate, candidate, fidelity, fidelity) - (here**2).sum(0) + noise
+    covariance = _own_covariance(surrogate, candidate, fidelity, last) - (here * end).sum(0)
+    return covariance / jnp.sqrt(jnp.maximum(variance, 1e-12))
+
+
+def _own_covariance(surrogate: CurveSurrogate, c, j, i):
+    """[P] between two fidelities of the same candidate, without the noise."""
+    alpha, beta, gamma, delta, _ = jnp.exp(surrogate.noise.log_scales)
+    shared = (surrogate.deviations[:, c, j] * surrogate.deviations[:, c, i]).mean(0)
+    own = surrogate.correlation[j, i] * surrogate.spread[c, j] * surrogate.spread[c, i]
+    return alpha * shared + (beta + gamma + delta) * own
 
 
 def curve_loss(noise: CurveNoise, surrogate: CurveSurrogate, task: jax.Array, observed: Observed) -> jax.Array:
@@ -261,6 +300,9 @@ def leave_out(surrogate: CurveSurrogate, task: jax.Array) -> CurveSurrogate:
 def calibrate(surrogate: CurveSurrogate, key: jax.Array, *, num_candidates: int = 20, num_draws: int = 4):
     """Standardized errors at the full budget on each earlier task, left out, by how much of a trial was seen.
 
+    What was filled in of a task is neither seen nor predicted here. A length that no earlier task can say anything of
+    (none has a trial with an outcome there and at the full budget) has the errors of the next shorter one.
+
     Args:
       surrogate: what is known, with its noise learned.
       key: which candidates are looked at.
@@ -273,26 +315,33 @@ def calibrate(surrogate: CurveSurrogate, key: jax.Array, *, num_candidates: int 
     num_tasks, num, _ = surrogate.deviations.shape
     keys = jax.random.split(key, num_tasks * num_draws)
     some = min(num_candidates, num)
-    found = [np.asarray(_errors(surrogate, i % num_tasks, k, some)) for i, k in enumerate(keys)]
-    levels = (np.arange(_NUM_ERRORS) + 0.5) / _NUM_ERRORS
-    quantiles = np.quantile(np.concatenate(found, 1), levels, axis=1).T
-    return surrogate._replace(errors=jnp.asarray(quantiles, surrogate.mean.dtype))
+    found = np.concatenate([np.asarray(_errors(surrogate, i % num_tasks, k, some)) for i, k in enumerate(keys)], 1)
+    levels, quantiles = (np.arange(_NUM_ERRORS) + 0.5) / _NUM_ERRORS, []
+    for row in found:
+        row = row[np.isfinite(row)]
+        quantiles.append(np.quantile(row, levels) if len(row) else quantiles[-1])
+    return surrogate._replace(errors=jnp.asarray(np.array(quantiles), surrogate.mean.dtype))
 
 
 @partial(jax.jit, static_argnums=3)
 def _errors(surrogate, task, key, num_candidates: int):
-    """[1 + F, num_candidates] standardized errors at the full budget after 0, 1, ... F fidelities."""
+    """[1 + F, num_candidates] standardized errors at the full budget after 0, 1, ... F fidelities; NaN: not known."""
     num, num_fidelities = surrogate.mean.shape
-    chosen = jax.random.permutation(key, num)[:num_candidates]
+    known = surrogate.known[task]
+    # Those that the task has an end of, in random order, before the others.
+    order = jax.random.permutation(key, num)
+    chosen = order[jnp.argsort(~known[order, -1], stable=True)][:num_candidates]
     candidate, fidelity = jnp.repeat(chosen, num_fidelities), jnp.tile(jnp.arange(num_fidelities), num_candidates)
     last = jnp.full(num_candidates, num_fidelities - 1)
     left = leave_out(surrogate, task)
     curve = (surrogate.mean + surrogate.deviations[task])[candidate, fidelity]
 
     def after(count):
-        observed = Observed(candidate, fidelity, curve, (fidelity < count) * 1.0)
+        observed = Observed(candidate, fidelity, curve, ((fidelity < count) & known[candidate, fidelity]) * 1.0)
         mean, std = curve_posterior(left, observed, chosen, last)
-        return (surrogate.mean[chosen, last] + surrogate.deviations[task][chosen, last] - mean) / std
+        error = (surrogate.mean[chosen, last] + surrogate.deviations[task][chosen, last] - mean) / std
+        reached = (count == 0) | known[chosen, jnp.maximum(count - 1, 0)]
+        return jnp.where(known[chosen, last] & reached, error, jnp.nan)
 
     return jax.lax.map(after, jnp.arange(1 + num_fidelities))
 

@@ -1,10 +1,12 @@
 """Trials that are paused and continued, on curves that are known."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from metaopt import base, methods, spaces, tasks
+from metaopt.methods import _freeze_thaw
 
 pytestmark = pytest.mark.once
 
@@ -100,6 +102,54 @@ def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
     state = searcher.tell(state, [done(asked[4], 0.5)])
     (again, *rest), _ = searcher.ask(state, 3)
     assert (again.trial, again.fidelity) == (4, 0.5) and rest == []
+
+
+def test_what_a_pruned_trial_had_reached_is_seen_and_it_does_not_go_on(g):
+    searcher, state = begin(g)
+    asked, state = searcher.ask(state, 5)
+    pruned = done(asked[0], 0.5)._replace(status="PRUNED")
+    state = searcher.tell(state, [pruned, *(done(t, 0.5) for t in asked[1:])])
+    assert len(state.seen) == 5 and state.seen[0][2] == pruned.outcome and len(state.closed) == 1
+    assert 0 not in {t.trial for t in searcher.ask(state, 4)[0]}
+    np.testing.assert_array_equal(g.predict([pruned]), g.predict([pruned._replace(status="COMPLETE")]))
+    nothing = pruned._replace(outcome=np.nan)  # given up before there was anything
+    assert searcher.tell(begin(g)[1], [nothing]).seen == () and (g.predict([nothing]) == g.predict()).all()
+
+
+def test_where_nothing_resumes_a_trial_is_a_look_or_the_whole(g):
+    searcher, state = begin(g, resumes=False)
+    seen: dict[int, list] = {}
+    while found := searcher.ask(state, 1)[0]:
+        (trial,), state = searcher.ask(state, 1)
+        seen.setdefault(trial.trial, []).append(trial.fidelity)
+        state = searcher.tell(state, [done(trial, 0.7)])
+        assert found == [trial]
+    assert list(seen) == [0, 1, 2, 3, 4]
+    for fidelities in seen.values():
+        assert fidelities == sorted(set(fidelities)) and fidelities[-1] == 1.0
+    assert sum(map(len, seen.values())) < len(CANDIDATES) * len(FIDELITIES)  # it does not climb
+
+
+def test_the_index_of_a_look_that_says_nothing_is_what_is_left_after_its_cost(g):
+    """λ = EI/(1 + s). And a cheap look that says all is worth more than the whole without it."""
+    s, num = g.surrogate, len(CANDIDATES)
+    costs, nothing = jnp.asarray(FIDELITIES), _freeze_thaw._padded([])
+    index_at = lambda correlation, noise, costs=costs: _freeze_thaw._index(
+        s._replace(
+            correlation=jnp.asarray(correlation),
+            errors=jnp.tile(s.errors[0], (len(FIDELITIES) + 1, 1)),
+            noise=s.noise._replace(log_scales=jnp.log(jnp.array([1e-9, 0.2, 0.2, 0.3, noise]))),
+        ),
+        nothing,
+        jnp.zeros(num, int),
+        costs,
+        0.3,
+    )[0]
+    index = index_at(np.eye(3), 0.01)
+    assert (index > 1e-4).all()
+    np.testing.assert_allclose(index, index[:, -1:] / np.array([1.25, 1.5, 1.0]), rtol=1e-4)
+    told = index_at(np.ones((3, 3)), 1e-6, costs / 100)
+    assert (told[:, :-1] > 1.2 * told[:, -1:]).all()
 
 
 def test_bad_input_is_named(g):

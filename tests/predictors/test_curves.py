@@ -67,6 +67,19 @@ def test_without_an_outcome_the_mean_of_the_tasks_is_expected():
     np.testing.assert_allclose(mean, CURVES.mean(0)[:, 2], rtol=1e-12)
 
 
+def test_a_look_moves_the_mean_and_narrows_the_variance_by_as_much_as_conditioning_on_it():
+    surrogate = predictors.curve_surrogate(CURVES, X, FIDELITIES)
+    seen, y, look = [(0, 0), (2, 0), (2, 2)], [0.3, 0.9, 0.1], (0, 1)
+    at = lambda fidelity: (jnp.array([0]), jnp.array([fidelity]))
+    (expected,), (spread,) = POSTERIOR(surrogate, observed(seen, y), *at(1))
+    before, after = (
+        POSTERIOR(surrogate, observed([*seen, look][:num], [*y, expected + spread][:num]), *at(2)) for num in (3, 4)
+    )
+    (tau,) = predictors.curve_look(surrogate, observed(seen, y), *at(1))
+    np.testing.assert_allclose(after[0] - before[0], [tau], rtol=1e-4)
+    np.testing.assert_allclose(before[1] ** 2 - after[1] ** 2, [tau**2], rtol=1e-4)
+
+
 def test_the_loss_is_the_likelihood_under_the_other_tasks():
     surrogate = predictors.curve_surrogate(CURVES, X, FIDELITIES)
     seen, task = [(0, 0), (0, 1), (1, 0), (3, 2)], 1
@@ -121,6 +134,36 @@ def test_intervals_hold_what_they_say_after_calibration_where_errors_have_heavy_
     z = (curves[40:, :, 1] - np.asarray(mean)) / np.asarray(std)
     inside = lambda errors: np.mean((z > np.quantile(errors, 0.25)) & (z < np.quantile(errors, 0.75)))
     assert abs(inside(surrogate.errors[0]) - 0.5) < 0.12 < inside(before[0]) - 0.5
+
+
+def test_what_was_filled_in_is_no_truth_to_calibrate_by():
+    """The errors are those of outcomes that there are, given outcomes that there are."""
+    rng = np.random.default_rng(2)
+    curves = 0.5 + 0.1 * rng.normal(size=(9, 2, 2)).cumsum(2)
+    curves[::2, 1, 1] = curves[1, 0, 0] = np.nan  # ends, and a beginning
+    known = np.isfinite(curves)
+    surrogate = predictors.curve_surrogate(curves, np.zeros((2, 1)), np.array([0.5, 1.0]))
+    np.testing.assert_array_equal(surrogate.known, known)
+    found = predictors.calibrate(surrogate, jax.random.key(0), num_candidates=2, num_draws=1).errors
+    for seen in (0, 1):
+        z = []
+        for s in range(9):
+            begun = [(c, 0) for c in range(2) if known[s, c, 0] and seen]
+            given = observed(begun, [curves[s, c, 0] for c, _ in begun])
+            mean, std = POSTERIOR(predictors.leave_out(surrogate, s), given, jnp.arange(2), jnp.ones(2, int))
+            z += [
+                (curves[s, c, 1] - mean[c]) / std[c]
+                for c in range(2)
+                if known[s, c, 1] and (known[s, c, 0] or not seen)
+            ]
+        assert len(z) == 13 - seen
+        np.testing.assert_allclose(found[seen], np.quantile(z, (np.arange(40) + 0.5) / 40), rtol=1e-6)
+    # No task has both: a trial that was seen to there is as wide as one that was seen less of.
+    apart = np.where(np.arange(9)[:, None, None] % 2 == np.arange(2), rng.normal(size=(9, 2, 2)), np.nan)
+    errors = predictors.calibrate(
+        predictors.curve_surrogate(apart, np.zeros((2, 1)), np.array([0.5, 1.0])), jax.random.key(0)
+    ).errors
+    np.testing.assert_array_equal(errors[1], errors[0])
 
 
 def test_improvement_is_the_mean_over_errors():

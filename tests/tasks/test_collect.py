@@ -221,6 +221,36 @@ def test_the_budget_ends_a_collection_and_the_next_one_goes_on(tmp_path):
     assert len(collect(objective, on={"t": 0}, num_trials=4, store=store)) == 4 == len(calls)
 
 
+def test_a_budget_is_overrun_by_less_than_a_trial():
+    """Trials of .4 s begin at 0 and .4; none begins after .5. A child that is not ready by then is not waited for."""
+    start, calls = time.monotonic(), []
+
+    def objective(trial, task):
+        calls.append(trial)
+        time.sleep(0.4)
+        return 0.0
+
+    assert len(collect(objective, on={"t": 0}, num_trials=50, budget=0.5)) == len(calls) == 2
+    assert 0.5 < time.monotonic() - start < 0.5 + 0.4
+    start = time.monotonic()
+    assert collect(black_boxes.misbehave, on={"t": "hang"}, isolated=True, time_limit=0.5, budget=0.05) == []
+    assert time.monotonic() - start < 0.05 + 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_hung_trials_overrun_a_budget_by_less_than_their_limit(num_workers, tmp_path):
+    """Every one of them ends its child, and the next one needs seconds to start."""
+    start, store = time.monotonic(), tmp_path / "records.db"
+    kwargs = {"on": {"t": "hang"}, "isolated": True, "time_limit": 2.0, "num_workers": num_workers, "num_trials": 50}
+    records = collect(black_boxes.misbehave, budget=9.0, store=store, **kwargs)
+    assert 9.0 - 0.1 < time.monotonic() - start < 9.0 + 2.0
+    assert 1 <= len(records) < 50 and {r.reason for r in records} == {"time limit of 2 s"}
+    assert all(r.cost < 2.5 for r in records)
+    rest = len(tasks.read_records(store)) - len(records)  # they had no time to begin, and are queued again
+    assert 0 <= rest <= num_workers
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "reason"),
