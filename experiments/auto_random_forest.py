@@ -119,14 +119,14 @@ class Objective:
     def __call__(self, trial: base.Record, part: Split) -> float:
         from sklearn import model_selection
 
-        begin = time.process_time()  # the machine may be busy with something else
+        begin = time.thread_time()  # the machine may be busy with something else
         folds = model_selection.StratifiedKFold(self.num_folds, shuffle=True, random_state=0)
         x, y = part.train.x, part.train.y
         scores = []
         for rows, held_out in folds.split(x, y):
             fitted = x[rows], y[rows], part.train.categorical, x[held_out], y[held_out]
             scores.append(forest_scores(trial.configuration, trial.seed, *fitted))
-        losses, seconds = np.mean(scores, 0)[:, 0], time.process_time() - begin
+        losses, seconds = np.mean(scores, 0)[:, 0], time.thread_time() - begin
         whole = x, y, part.train.categorical, part.test_x, part.test_y
         test_loss, test_error = forest_scores(trial.configuration, trial.seed, *whole)[-1]
         ended = trial._replace(status="COMPLETE", cost=seconds)
@@ -220,12 +220,9 @@ def pack(file: Path, splits: list[Split], config: Config, store: Path) -> None:
     found = {part: tasks.tabulate(read(part)) for part in ("curve", "test loss", "test error")}
     curve = found["curve"]
     whole = np.isfinite(curve.outcomes).all(2)  # [T, C], in the order of trials: the same for all
-    num = max(
-        range(1, whole.shape[1] + 1),
-        key=lambda c: (
-            (c * whole[:, :c].all(1).sum(), c) if whole[:, :c].all(1).sum() >= min(100, len(splits)) else (0, 0)
-        ),
-    )
+    tables = np.logical_and.accumulate(whole, 1).sum(0)  # [C] how many have so many configurations
+    enough = tables >= min(100, len(splits))
+    num = 1 + int(np.argmax(np.where(enough, tables * np.arange(1, len(tables) + 1), 0)))
     here = {s.train.name: s.train for s in splits}
     rows = [t for t, name in enumerate(curve.tasks) if whole[t, :num].all() and name in here]
     names = [curve.tasks[t] for t in rows]
@@ -262,13 +259,6 @@ def unpack(file: Path, config: Config) -> Records:
 
 
 # ---- 3, 4. Prediction, and a few trials ----------------------------------------------------------------------------
-
-
-class Choice(NamedTuple):
-    """What a method chooses for a table: configurations' numbers, one a seed, and the mean seconds of its trials."""
-
-    numbers: Sequence[int]
-    seconds: float
 
 
 def best_of(records: Records, t: int, order: Sequence[int]) -> int:
@@ -406,17 +396,18 @@ def split_families(families: np.ndarray, num_splits: int) -> np.ndarray:
     return np.array([part[family] for family in families])
 
 
-def choose(records: Records, config: Config, options, optimizers) -> tuple[dict[str, list[Choice]], float]:
-    """method -> a choice for every table, none of which has read a test row; and the seconds that train a g."""
+def choose(records: Records, config: Config, options, optimizers) -> tuple[dict[str, list[list[int]]], float]:
+    """method -> the configurations' numbers for every table, one a seed, none of which has read a test row; and the
+    seconds that train a g."""
     space = make_space(config)
     y, num_tables = records.outcomes[:, :, -1], len(records.names)
     ranks = (stats.rankdata(y, axis=1) - 1) / max(1, y.shape[1] - 1)  # regret that no outlier dominates
     folds = split_families(records.families, config.num_splits)
     counts = sorted({min(n, y.shape[1]) for n in config.trials})
-    chosen: dict[str, list[Choice]] = {}
+    chosen: dict[str, list[list[int]]] = {}
 
-    def add(name, t, numbers, seconds=0.0):
-        chosen.setdefault(name, [Choice([], 0.0)] * num_tables)[t] = Choice(numbers, float(seconds))
+    def add(name, t, numbers):
+        chosen.setdefault(name, [[]] * num_tables)[t] = numbers
 
     trained = 0.0
     near = predictors.rank_features(np.sort(records.features, 0).T, records.features, num_tables)
@@ -438,7 +429,7 @@ def choose(records: Records, config: Config, options, optimizers) -> tuple[dict[
         trained += (time.process_time() - begin) / config.num_splits
         portfolio = greedy(ranks[train], counts[-1])
         for t in test:
-            add("scikit-learn's defaults", t, [0])
+            add(f"scikit-learn's defaults, {records.configurations[0]['n_estimators']} trees", t, [0])
             add("best on average", t, [int(ranks[train].mean(0).argmin())])
             nearest = train[((near[train] - near[t]) ** 2).sum(1).argmin()]
             add("1-nearest neighbor in meta-features", t, [int(y[nearest].argmin())])
@@ -447,19 +438,13 @@ def choose(records: Records, config: Config, options, optimizers) -> tuple[dict[
                 name = "g(t'), no trial" if num == 1 else f"g(t') and its searcher, {num} trials"
                 add(name, t, [number])
                 if num > 1:
-                    add(
-                        f"portfolio, {num} trials",
-                        t,
-                        [best_of(records, t, portfolio[:num])],
-                        records.seconds[t, portfolio[:num]].sum(),
-                    )
+                    add(f"portfolio, {num} trials", t, [best_of(records, t, portfolio[:num])])
     # Prefixes of random orders, the defaults first, as `tasks.random_search` has them.
     for num in sorted({*(n for n in counts if n > 1), *(min(n, y.shape[1]) for n in config.more_trials)}):
         for t in range(num_tables):
             rngs = [np.random.default_rng([seed, t]) for seed in range(options.seeds)]
             orders = [[0, *(1 + rng.permutation(y.shape[1] - 1))][:num] for rng in rngs]
-            seconds = np.mean([records.seconds[t, order].sum() for order in orders])
-            add(f"random search, {num} trials", t, [best_of(records, t, order) for order in orders], seconds)
+            add(f"random search, {num} trials", t, [best_of(records, t, order) for order in orders])
     for name, numbers in optimizers.items():
         for i, num in enumerate(counts):
             for t in range(num_tables):
@@ -476,7 +461,7 @@ def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[s
     names, (_, of) = list(chosen), np.unique(records.families, return_inverse=True)
     draws = np.random.default_rng(0).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), size=4000)
     weights = draws[:, of] / draws[:, of].sum(1, keepdims=True)
-    mean = lambda values: np.array([[values[t, c.numbers].mean() for t, c in enumerate(chosen[n])] for n in names])
+    mean = lambda values: np.array([[values[t, c].mean() for t, c in enumerate(chosen[n])] for n in names])
     losses, errors, regrets = mean(records.test_loss), mean(records.test_error), mean(records.regret)
     ranks, differences, rows = stats.rankdata(losses.round(9), axis=0).mean(1), {}, []
     gap = {n: losses[i] - losses[names.index(ours)] for i, n in enumerate(names) if n != ours}
@@ -485,7 +470,7 @@ def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[s
     for i, name in enumerate(sorted(p, key=lambda n: p[n])):
         holm[name] = worst = max(worst, min(1.0, (len(p) - i) * p[name]))
     for i, name in enumerate(names):
-        row = [name, f"{len(chosen[name][0].numbers)}", f"{losses[i].mean():.4f}", f"{errors[i].mean():.4f}"]
+        row = [name, f"{len(chosen[name][0])}", f"{losses[i].mean():.4f}", f"{errors[i].mean():.4f}"]
         row += [f"{regrets[i].mean():.4f}", f"{ranks[i]:.2f}"]
         for other in (reference, ours):
             difference = losses[i] - losses[names.index(other)]

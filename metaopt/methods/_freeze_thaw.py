@@ -291,20 +291,20 @@ def _index(surrogate, observed, reached, costs, best):
     tau = predictors.curve_look(surrogate, observed, candidate, fidelity).reshape(num, num_fidelities)
     left = jnp.sqrt(jnp.maximum(std[:, None] ** 2 - tau**2, 1e-12))
     nodes = jax.scipy.special.ndtri((jnp.arange(_NUM_NODES) + 0.5) / _NUM_NODES)
-    after = mean[:, None, None] + tau[..., None] * nodes  # [M, F, nodes] means after a look
+    after = mean[:, None, None] + tau[..., None] * nodes[None, None]  # [M, F, nodes] means after a look
     ahead = after[..., None] + left[..., None, None] * surrogate.errors[None, 1:, None]
     gain = jnp.maximum(y - ahead, 0.0).mean(-1)  # [M, F, nodes]
 
     def halve(_, bounds):
         low, high = bounds
         price = (low + high) / 2
-        pays = jnp.maximum(gain - price[..., None], 0.0).mean(-1) > price * costs
+        pays = jnp.maximum(gain - price[..., None], 0.0).mean(-1) > price * costs[None]
         return jnp.where(pays, price, low), jnp.where(pays, high, price)
 
     low, _ = jax.lax.fori_loop(0, 40, halve, (jnp.zeros(gain.shape[:2]), gain.max(-1)))
     whole = predictors.curve_improvement(mean, std, surrogate.errors[reached], y)
     index = low.at[:, -1].set(whole)
-    return jnp.where(jnp.arange(num_fidelities) >= reached[:, None], index, -1.0), mean
+    return jnp.where(jnp.arange(num_fidelities)[None] >= reached[:, None], index, -1.0), mean
 
 
 def _reached(seen, num: int) -> np.ndarray:

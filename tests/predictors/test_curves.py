@@ -16,6 +16,7 @@ X = RNG.uniform(size=(M, 2))
 FIDELITIES = np.array([0.25, 0.5, 1.0])
 POSTERIOR = jax.jit(predictors.curve_posterior)
 LOSS = jax.jit(predictors.curve_loss)
+LOOK = jax.jit(predictors.curve_look)
 
 
 def observed(entries, y):
@@ -71,13 +72,13 @@ def test_a_look_moves_the_mean_and_narrows_the_variance_by_as_much_as_conditioni
     surrogate = predictors.curve_surrogate(CURVES, X, FIDELITIES)
     seen, y, look = [(0, 0), (2, 0), (2, 2)], [0.3, 0.9, 0.1], (0, 1)
     at = lambda fidelity: (jnp.array([0]), jnp.array([fidelity]))
-    (expected,), (spread,) = POSTERIOR(surrogate, observed(seen, y), *at(1))
-    before, after = (
-        POSTERIOR(surrogate, observed([*seen, look][:num], [*y, expected + spread][:num]), *at(2)) for num in (3, 4)
-    )
-    (tau,) = predictors.curve_look(surrogate, observed(seen, y), *at(1))
-    np.testing.assert_allclose(after[0] - before[0], [tau], rtol=1e-4)
-    np.testing.assert_allclose(before[1] ** 2 - after[1] ** 2, [tau**2], rtol=1e-4)
+    nothing = lambda outcomes: outcomes._replace(mask=outcomes.mask.at[3].set(0.0))
+    (expected,), (spread,) = POSTERIOR(surrogate, nothing(observed([*seen, look], [*y, 0.0])), *at(1))
+    outcomes = observed([*seen, look], [*y, expected + spread])
+    before, after = (POSTERIOR(surrogate, given, *at(2)) for given in (nothing(outcomes), outcomes))
+    tau = LOOK(surrogate, nothing(outcomes), *at(1))
+    np.testing.assert_allclose(after[0] - before[0], tau, rtol=1e-4)
+    np.testing.assert_allclose(before[1] ** 2 - after[1] ** 2, tau**2, rtol=1e-4)
 
 
 def test_the_loss_is_the_likelihood_under_the_other_tasks():
@@ -148,8 +149,8 @@ def test_what_was_filled_in_is_no_truth_to_calibrate_by():
     for seen in (0, 1):
         z = []
         for s in range(9):
-            begun = [(c, 0) for c in range(2) if known[s, c, 0] and seen]
-            given = observed(begun, [curves[s, c, 0] for c, _ in begun])
+            begun = observed([(0, 0), (1, 0)], curves[s, :, 0])
+            given = begun._replace(mask=jnp.array([*(known[s, :, 0] & bool(seen)), False]) * 1.0)
             mean, std = POSTERIOR(predictors.leave_out(surrogate, s), given, jnp.arange(2), jnp.ones(2, int))
             z += [
                 (curves[s, c, 1] - mean[c]) / std[c]
