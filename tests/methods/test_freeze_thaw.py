@@ -147,7 +147,7 @@ def test_the_index_of_a_look_that_says_nothing_is_what_is_left_after_its_cost(g)
     )[0]
     index = index_at(np.eye(3), 0.01)
     assert (index > 1e-4).all()
-    np.testing.assert_allclose(index, index[:, -1:] / np.array([1.25, 1.5, 1.0]), rtol=1e-4)
+    np.testing.assert_allclose(index, np.asarray(index)[:, -1:] / np.array([1.25, 1.5, 1.0]), rtol=1e-4)
     told = index_at(np.ones((3, 3)), 1e-6, costs / 100)
     assert (told[:, :-1] > 1.2 * told[:, -1:]).all()
 

@@ -145,6 +145,15 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g)
     np.testing.assert_allclose(y, [0.3, 0.9])
 
 
+def test_bohb_and_tpe_begin_with_what_g_proposes(g):
+    pytest.importorskip("optuna")
+    first = g.portfolio(3, [1.2])
+    for searcher, fidelity in ((methods.tpe(first=first), 1.0), (methods.bohb(first=first, num_rungs=3), 1 / 9)):
+        asked, _ = searcher.ask(searcher.init(jax.random.key(0), SPACE), 4)
+        assert [t.configuration for t in asked[:3]] == first != [t.configuration for t in asked[1:]]
+        assert {round(t.fidelity, 9) for t in asked} == {round(fidelity, 9)}
+
+
 def test_a_foreign_record_with_the_number_of_a_running_trial_leaves_it_running(g):
     searcher = g.searcher()
     (own,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
