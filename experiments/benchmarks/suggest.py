@@ -13,6 +13,7 @@ that wait for one another take most of the time.
 """
 
 import argparse
+import os
 import resource
 import time
 import tracemalloc
@@ -117,10 +118,12 @@ def main() -> None:
         f"Medians and slowest of {repetitions} suggestions (TPE: {min(repetitions, 5)}), {num_cores()} core(s), after "
         "what is compiled: seconds for each of at most three sizes of what is looked at (16, 64, 256 trials). What is "
         "computed with does not grow with the number of trials, and the state by what is told; the whole process, all "
-        f"rows together, took at most {most:.0f} MiB.\n\n"
+        f"rows together, took at most {most:.0f} MiB. Where ms exceed CPU-ms, the core did something else, too.\n\n"
     )
-    command = "python experiments/benchmarks/suggest.py" + (" --smoke" if options.smoke else "")
-    text += table(HEADER, rows) + "\n\n" + circumstances(command)
+    threads = os.environ.get("OPENBLAS_NUM_THREADS")
+    command = f"OPENBLAS_NUM_THREADS={threads} " if threads else ""
+    command += "python experiments/benchmarks/suggest.py" + (" --smoke" if options.smoke else "")
+    text += table(HEADER, rows) + "\n\n" + circumstances(command).partition(" Memory")[0]  # that is another memory
     print(text)
     if not options.smoke:
         RESULT.write_text(f"# What a suggestion costs\n\n{text}\n")
