@@ -173,7 +173,7 @@ def load_auto_random_forest():
 @pytest.mark.slow
 @pytest.mark.once
 def test_auto_random_forest_smoke(tmp_path):
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn"), pytest.importorskip("optuna")
     printed = run("experiments/auto_random_forest.py", "--smoke", "--workers", "1", "--out", tmp_path)
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][2:]
     ranks = {row[0]: float(row[5]) for row in rows}

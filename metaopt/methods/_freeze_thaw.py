@@ -50,7 +50,7 @@ class FreezeThawState(NamedTuple):
     Attributes:
       key: of the trials' seeds.
       started: candidates by trial number.
-      seen: (candidate, fidelity's number, outcome) of what was told.
+      seen: (candidate, fidelity's number, outcome) of what was told; of a pruned trial, the fidelity asked for.
       closed: candidates that failed, or that the objective pruned: what those had reached is seen all the same.
       pending: (candidate, fidelity's number) of what has not been told.
     """
@@ -211,7 +211,8 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
             waiting = [c for c in given if open_[c] and not reached[c]]
             if waiting:
                 return waiting[0], 0
-            best = min((y for _, j, y in state.seen if j == last), default=np.inf)
+            ended = [y for c, j, y in state.seen if j == last and c not in state.closed]  # none that was given up
+            best = min(ended, default=np.inf)
             if not resumes:
                 index, mean = _index(
                     surrogate, _padded(seen), jnp.asarray(reached), jnp.asarray(rungs / rungs[-1]), best

@@ -91,13 +91,16 @@ class TriedConfiguration(NamedTuple):
 
     Attributes:
       x: [D] the encoded configuration.
-      outcomes: by fidelity; NaN where the trial failed.
+      outcomes: by fidelity; NaN where the trial failed. Of a pruned trial, what it had reached, by the fidelity asked
+        for.
       log_cost: of the full budget, NaN where it is not known.
+      given_up: whether it was pruned. It counts as no better than the best trial that was not.
     """
 
     x: np.ndarray
     outcomes: dict[float, float]
     log_cost: float
+    given_up: bool = False
 
 
 class MetaSearcherState(NamedTuple):
@@ -307,6 +310,9 @@ def meta_optimizer(
                 return planned(state)
             if finite is None and state.num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
                 return to_configuration(sample(key[None])[0])  # what the surrogate will not look at
+            given_up = np.array([trial.given_up for trial in tried])
+            if (ended := seen & ~given_up).any():
+                y = np.where(given_up, np.maximum(y, y[ended].min()), y)
             y = np.where(seen, y, np.max(y[seen]))
             y = np.minimum(y - y.min(), widest)  # an offset means nothing; what diverged does not set the scale
             keep = np.arange(len(y))
@@ -361,10 +367,12 @@ def meta_optimizer(
                 name = record.trial, record.seed, x.tobytes()
                 before = tried.get(name, TriedConfiguration(x, {}, np.nan))
                 # What a trial had reached when it was given up counts; what it had cost by then is not its cost.
-                outcome = record.outcome if record.status in ("COMPLETE", "PRUNED") else np.nan
-                whole = record.cost > 0 and record.status != "PRUNED"
-                cost = np.log(record.cost / record.fidelity) if whole else before.log_cost
-                tried[name] = TriedConfiguration(x, {**before.outcomes, record.fidelity: float(outcome)}, float(cost))
+                given_up = record.status == "PRUNED"
+                outcome = record.outcome if record.status == "COMPLETE" or given_up else np.nan
+                whole = record.cost > 0 and not given_up
+                cost = float(np.log(record.cost / record.fidelity) if whole else before.log_cost)
+                outcomes = {**before.outcomes, record.fidelity: float(outcome)}
+                tried[name] = TriedConfiguration(x, outcomes, cost, given_up)
             return state._replace(pending=pending, tried=tried)
 
         return base.Searcher(init, ask, tell)

@@ -29,6 +29,7 @@ import numpy as np
 
 _JITTER = 1e-6
 _NUM_ERRORS = 40
+_FEW = 10
 
 
 class CurveNoise(NamedTuple):
@@ -300,8 +301,8 @@ def leave_out(surrogate: CurveSurrogate, task: jax.Array) -> CurveSurrogate:
 def calibrate(surrogate: CurveSurrogate, key: jax.Array, *, num_candidates: int = 20, num_draws: int = 4):
     """Standardized errors at the full budget on each earlier task, left out, by how much of a trial was seen.
 
-    What was filled in of a task is neither seen nor predicted here. A length that no earlier task can say anything of
-    (none has a trial with an outcome there and at the full budget) has the errors of the next shorter one.
+    What was filled in of a task is neither seen nor predicted here. A length of which earlier tasks say too little
+    (fewer than ten errors of trials with an outcome there and at the full budget) has those of the next shorter one.
 
     Args:
       surrogate: what is known, with its noise learned.
@@ -319,7 +320,8 @@ def calibrate(surrogate: CurveSurrogate, key: jax.Array, *, num_candidates: int 
     levels, quantiles = (np.arange(_NUM_ERRORS) + 0.5) / _NUM_ERRORS, []
     for row in found:
         row = row[np.isfinite(row)]
-        quantiles.append(np.quantile(row, levels) if len(row) else quantiles[-1])
+        enough = len(row) >= _FEW or not quantiles
+        quantiles.append(np.quantile(row, levels) if enough else quantiles[-1])
     return surrogate._replace(errors=jnp.asarray(np.array(quantiles), surrogate.mean.dtype))
 
 

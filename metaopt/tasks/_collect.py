@@ -88,7 +88,8 @@ def collect(
       memory_limit: MiB of a trial's process and what that starts; read 20 times a second, on Linux. Python with metaopt
         and JAX takes 200 to 300 of them.
       budget: seconds in all, after which no trial begins; those that run then go on to their end, or their limit: a
-        collection takes less than one trial's limit more.
+        collection takes less than one trial's limit more (by this machine's clock, which workers on others should
+        share). Trials that were about to begin stay "RUNNING" in the store, until the next call.
       progress: a bar on the terminal; None shows it in a terminal or a notebook.
 
     Returns:
@@ -193,13 +194,13 @@ class _Isolated:
     def __init__(self, time_limit, memory_limit, owner):
         self.limits = {"time_limit": time_limit, "memory_limit": memory_limit, "owner": owner}
 
-    def __call__(self, objective, task, trial, begins_within):
-        return run_isolated(objective, task, trial, begins_within=begins_within, **self.limits)
+    def __call__(self, objective, task, trial, begins_before):
+        return run_isolated(objective, task, trial, begins_before=begins_before, **self.limits)
 
 
-def _run_here(objective, task, trial, begins_within):
-    del begins_within  # it begins at once
-    return run_here(objective, task, trial)
+def _run_here(objective, task, trial, begins_before):
+    late = begins_before is not None and time.time() >= begins_before  # a pool of processes takes seconds to start
+    return None if late else run_here(objective, task, trial)
 
 
 def _identity(record: base.Record) -> tuple:
@@ -231,7 +232,8 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
                 return
             if store is not None:
                 append_records(store, [trial._replace(status="RUNNING")], study=study)
-            yield joblib.delayed(run)(objective, named[trial.task], trial, left if left < float("inf") else None)
+            begins_before = time.time() + left if left < float("inf") else None
+            yield joblib.delayed(run)(objective, named[trial.task], trial, begins_before)
 
     backend: Any = joblib.parallel.get_active_backend(prefer="threads")[0]
     as_they_end = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"}

@@ -84,7 +84,7 @@ def run_isolated(
     time_limit: float | None = None,
     memory_limit: float | None = None,
     owner: str = "",
-    begins_within: float | None = None,
+    begins_before: float | None = None,
 ) -> Record | None:
     """Runs a trial in a child.
 
@@ -95,7 +95,7 @@ def run_isolated(
       time_limit: seconds, without the child's start and imports.
       memory_limit: MiB of the child and what it starts, Python and its libraries included.
       owner: whose trial it is, for `end_children`.
-      begins_within: seconds, after which the trial does not begin any more: a child takes seconds to start.
+      begins_before: by `time.time()`, from when on the trial does not begin any more: a child takes seconds to start.
 
     Returns:
       The trial with its outcome, cost, status and reason; None where it could not begin in time.
@@ -111,7 +111,7 @@ def run_isolated(
             'Isolated trials need cloudpickle; install it with `pip install "metaopt-jax[records]"`.'
         ) from error
     start = time.perf_counter()
-    left = lambda begin=start: math.inf if begins_within is None else begins_within - (time.perf_counter() - begin)
+    left = lambda: math.inf if begins_before is None else begins_before - time.time()
     message = cloudpickle.dumps((objective, task, trial))
     child = _take(left())
     if child is None:

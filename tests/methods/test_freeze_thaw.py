@@ -104,7 +104,7 @@ def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
     assert (again.trial, again.fidelity) == (4, 0.5) and rest == []
 
 
-def test_what_a_pruned_trial_had_reached_is_seen_and_it_does_not_go_on(g):
+def test_what_a_pruned_trial_had_reached_is_seen_and_it_does_not_go_on(g, monkeypatch):
     searcher, state = begin(g)
     asked, state = searcher.ask(state, 5)
     pruned = done(asked[0], 0.5)._replace(status="PRUNED")
@@ -112,6 +112,12 @@ def test_what_a_pruned_trial_had_reached_is_seen_and_it_does_not_go_on(g):
     assert len(state.seen) == 5 and state.seen[0][2] == pruned.outcome and len(state.closed) == 1
     assert 0 not in {t.trial for t in searcher.ask(state, 4)[0]}
     np.testing.assert_array_equal(g.predict([pruned]), g.predict([pruned._replace(status="COMPLETE")]))
+    # Given up on its way to the end: no outcome that another trial would have to be better than.
+    bests, real = [], _freeze_thaw._score
+    monkeypatch.setattr(_freeze_thaw, "_score", lambda *args: bests.append(args[-1]) or real(*args))
+    for status in ("PRUNED", "COMPLETE"):
+        searcher.ask(searcher.tell(begin(g)[1], [pruned._replace(fidelity=1.0, status=status)]), 1)
+    assert bests == [np.inf, pruned.outcome]
     nothing = pruned._replace(outcome=np.nan)  # given up before there was anything
     assert searcher.tell(begin(g)[1], [nothing]).seen == () and (g.predict([nothing]) == g.predict()).all()
 
