@@ -236,6 +236,39 @@ def test_what_ends_after_the_budget_does_not_count():
     assert forest.run_searcher(records, 0, searcher, None, 0, (1, 2)) == [0, 0]
 
 
+def test_records_of_forests_are_packed_in_the_order_of_trials_whoever_ended_first(tmp_path):
+    pytest.importorskip("optuna")
+    forest, rng = load_auto_random_forest(), np.random.default_rng(0)
+    config, store = forest.SMOKE, tmp_path / "records.sqlite"
+    table = lambda name: tasks.Table(name, name, rng.normal(size=(60, 2)), np.arange(60) % 2, np.zeros(2, bool))
+    splits = [forest.split(table(name), 40) for name in ("a", "b")]
+    configurations = [{"n_estimators": n} for n in (10, 5, 7)]
+    outcome = lambda t, c, f: t + 0.1 * c + f
+    records = [
+        base.Record("ab"[t], configurations[c], outcome(t, c, f), f, cost=1.0, trial=c)
+        for t in range(2)
+        for c in range(3 - t)  # the second table lacks the last one
+        for f in forest.FIDELITIES
+    ]
+    rng.shuffle(records)
+    whole = [record for record in records if record.fidelity == 1.0]
+    for part, found in (("curve", records), ("test loss", whole), ("test error", whole)):
+        tasks.append_records(store, found, study=f"{forest.study(config)} {part}")
+    forest.pack(tmp_path / "packed.npz", splits, config, store)
+    packed = forest.unpack(tmp_path / "packed.npz", config)
+    assert packed.configurations == configurations[:2]
+    at = ["ab".index(name) for name in packed.names]
+    expected = [[[outcome(t, c, f) for f in forest.FIDELITIES] for c in range(2)] for t in at]
+    np.testing.assert_allclose(packed.outcomes, expected, rtol=1e-6)
+    np.testing.assert_allclose(packed.test_loss, packed.outcomes[:, :, -1])
+    # What was run on them is not taken for what was run on others.
+    file = tmp_path / "runs.npz"
+    forest.run_optimizer("TPE", packed, config, 1, file)
+    assert forest.read_optimizers(file, packed, config)["TPE"].shape == (1, 2, 2)
+    assert forest.read_optimizers(file, packed._replace(outcomes=packed.outcomes + 0.1), config) == {}
+    assert forest.read_optimizers(file, packed, config._replace(trials=(1, 3))) == {}
+
+
 def test_the_shipped_records_of_forests_fit_the_default_run():
     forest = load_auto_random_forest()
     records = forest.unpack(forest.RECORDS, forest.Config())
@@ -247,6 +280,10 @@ def test_the_shipped_records_of_forests_fit_the_default_run():
     assert all(np.isfinite(values).all() for values in (records.outcomes, records.test_loss, records.seconds))
     assert forest.RECORDS.stat().st_size < 1_000_000
     assert not set(records.families) & set(tasks.SYNTHETIC_FAMILIES)
+    runs = forest.read_optimizers(
+        forest.RECORDS.with_name("auto_random_forest_optimizers.npz"), records, forest.Config()
+    )
+    assert runs["TPE"].shape == (20, len(records.names), 4) and runs["BOHB"].shape[1:] == runs["TPE"].shape[1:]
     with pytest.raises(SystemExit, match="other sizes"):
         forest.unpack(forest.RECORDS, forest.FULL)
 
