@@ -10,8 +10,6 @@ import optax
 
 from metaopt import base, hypergrad, predictors, spaces, tasks, training
 
-_NUM_NODES = 16  # of what a look may show
-
 
 class PredictFinalFn(Protocol):
     def __call__(self, trials: Sequence[base.Record] = (), levels: Sequence[float] = (0.05, 0.5, 0.95)) -> np.ndarray:
@@ -81,13 +79,9 @@ def train_curve_searcher(
     where y* is the best outcome at the full budget, and the least mean at the full budget as long as there is none.
     Objectives should continue a trial from its own checkpoint (`tasks.collect(resumes=True)`).
 
-    Where every fidelity is paid for anew (larger training sets, or no checkpoints), `searcher(resumes=False)` does not
-    climb: the next trial is a candidate at its full budget, at a cost of 1, or one look at a fidelity s below it, at a
-    cost of s, after which its full budget may be worth its cost or not. Each is worth its index λ,
-
-        λ = E[max(y* − y, 0)]    at the full budget;    E[max(E[max(y* − y, 0) | look] − λ, 0)] = λ s    for a look,
-
-    the price of budget at which it is as good as nothing (Weitzman, 1979), and the largest index is next.
+    Where every fidelity is paid for anew (larger training sets, or no checkpoints), `searcher(resumes=False)` asks for
+    full budgets alone, by expected improvement: what a look at a lower fidelity says is lost in what it costs. It still
+    learns from all records that it is told.
 
     Args:
       records: trials of earlier tasks, at several fidelities; at the full budget, too. Outcomes of all tasks are on one
@@ -104,8 +98,7 @@ def train_curve_searcher(
       ValueError: records are of one task only, a configuration does not fit the space, or a candidate lacks a fidelity
         everywhere.
 
-    Source: Swersky, Snoek & Adams, 2014, https://arxiv.org/abs/1406.3896; the index: Weitzman, Optimal search for the
-    best alternative, Econometrica 47(3), 1979.
+    Source: Swersky, Snoek & Adams, 2014, https://arxiv.org/abs/1406.3896
     """
     base.check_integer("num_steps", num_steps, 0)
     key = jax.random.key(0) if key is None else key
@@ -210,23 +203,15 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
                 return None
             waiting = [c for c in given if open_[c] and not reached[c]]
             if waiting:
-                return waiting[0], 0
+                return waiting[0], 0 if resumes else last
             ended = [y for c, j, y in state.seen if j == last and c not in state.closed]  # none that was given up
             best = min(ended, default=np.inf)
-            if not resumes:
-                index, mean = _index(
-                    surrogate, _padded(seen), jnp.asarray(reached), jnp.asarray(rungs / rungs[-1]), best
-                )
-                index = np.where(open_[:, None], index, -1.0)
-                if index.max() > 1e-12:
-                    candidate, rung = np.unravel_index(index.argmax(), index.shape)
-                    return int(candidate), int(rung)
-                return int(np.where(open_, mean, np.inf).argmin()), last
-            value, mean = _score(surrogate, _padded(seen), jnp.asarray(reached), remaining, best)
+            to_pay = remaining if resumes else jnp.ones_like(remaining)
+            value, mean = _score(surrogate, _padded(seen), jnp.asarray(reached), to_pay, best)
             value, mean = np.where(open_, value, -1.0), np.where(open_, mean, np.inf)
             # Where no improvement is left to hope for, the least expected outcome.
             chosen = int(value.argmax()) if value.max() > 1e-12 else int(mean.argmin())
-            return chosen, int(reached[chosen])
+            return chosen, int(reached[chosen]) if resumes else last
 
         def ask(state, num):
             asked = []
@@ -279,33 +264,6 @@ def _score(surrogate, observed, reached, remaining, best):
     mean, std = _at(surrogate, observed, jnp.arange(num), jnp.full(num, num_fidelities - 1))
     y = jnp.where(jnp.isfinite(best), best, mean.min())
     return predictors.curve_improvement(mean, std, surrogate.errors[reached], y) / remaining[reached], mean
-
-
-@jax.jit
-def _index(surrogate, observed, reached, costs, best):
-    """[M, F] indices of the trials that may be next where nothing resumes, −1 where a candidate has been there, and
-    [M] means at the full budget."""
-    num, num_fidelities = surrogate.mean.shape
-    mean, std = _at(surrogate, observed, jnp.arange(num), jnp.full(num, num_fidelities - 1))
-    y = jnp.where(jnp.isfinite(best), best, mean.min())
-    candidate, fidelity = jnp.repeat(jnp.arange(num), num_fidelities), jnp.tile(jnp.arange(num_fidelities), num)
-    tau = predictors.curve_look(surrogate, observed, candidate, fidelity).reshape(num, num_fidelities)
-    left = jnp.sqrt(jnp.maximum(std[:, None] ** 2 - tau**2, 1e-12))
-    nodes = jax.scipy.special.ndtri((jnp.arange(_NUM_NODES) + 0.5) / _NUM_NODES)
-    after = mean[:, None, None] + tau[..., None] * nodes[None, None]  # [M, F, nodes] means after a look
-    ahead = after[..., None] + left[..., None, None] * surrogate.errors[None, 1:, None]
-    gain = jnp.maximum(y - ahead, 0.0).mean(-1)  # [M, F, nodes]
-
-    def halve(_, bounds):
-        low, high = bounds
-        price = (low + high) / 2
-        pays = jnp.maximum(gain - price[..., None], 0.0).mean(-1) > price * costs[None]
-        return jnp.where(pays, price, low), jnp.where(pays, high, price)
-
-    low, _ = jax.lax.fori_loop(0, 40, halve, (jnp.zeros(gain.shape[:2]), gain.max(-1)))
-    whole = predictors.curve_improvement(mean, std, surrogate.errors[reached], y)
-    index = low.at[:, -1].set(whole)
-    return jnp.where(jnp.arange(num_fidelities)[None] >= reached[:, None], index, -1.0), mean
 
 
 def _reached(seen, num: int) -> np.ndarray:

@@ -214,48 +214,12 @@ def curve_posterior(
     chol, white = _factor(surrogate, observed)
     cross = _covariance(surrogate, at, (observed.candidate, observed.fidelity)) * observed.mask[None]
     solved = jax.scipy.linalg.solve_triangular(chol, cross.T, lower=True)  # [N, P]
-    noise = jnp.exp(surrogate.noise.log_scales[4]) * surrogate.spread[at] ** 2
-    variance = _own_covariance(surrogate, candidate, fidelity, fidelity) - (solved**2).sum(0) + noise
+    alpha, beta, gamma, delta, sigma = jnp.exp(surrogate.noise.log_scales)
+    spread = surrogate.spread[at] ** 2
+    prior = alpha * (surrogate.deviations[:, candidate, fidelity] ** 2).mean(0)
+    prior += (beta + gamma + delta) * spread * jnp.diag(surrogate.correlation)[fidelity]
+    variance = prior - (solved**2).sum(0) + sigma * spread
     return surrogate.mean[at] + solved.T @ white, jnp.sqrt(jnp.maximum(variance, 1e-12))
-
-
-def curve_look(surrogate: CurveSurrogate, observed: Observed, candidate: jax.Array, fidelity: jax.Array) -> jax.Array:
-    """By how much one more outcome would move what is expected at the full budget; costs as `curve_posterior`.
-
-    The mean at the full budget moves by τ ε, ε ~ N(0, 1), and its variance falls by τ²,
-
-        τ = cov(y(c, F), y(c, j)) / σ(y(c, j)),    both given what was observed.
-
-    Args:
-      surrogate: what is known.
-      observed: N outcomes; none where the mask is zero.
-      candidate: [P] int.
-      fidelity: [P] int, that of the outcome to come.
-
-    Returns:
-      [P] τ.
-    """
-    at, last = (candidate, fidelity), jnp.full_like(candidate, surrogate.mean.shape[1] - 1)
-    seen = observed.candidate, observed.fidelity
-    chol, _ = _factor(surrogate, observed)
-
-    def solved(at):
-        cross = _covariance(surrogate, at, seen) * observed.mask[None]
-        return jax.scipy.linalg.solve_triangular(chol, cross.T, lower=True)
-
-    here, end = solved(at), solved((candidate, last))
-    noise = jnp.exp(surrogate.noise.log_scales[4]) * surrogate.spread[at] ** 2
-    variance = _own_covariance(surrogate, candidate, fidelity, fidelity) - (here**2).sum(0) + noise
-    covariance = _own_covariance(surrogate, candidate, fidelity, last) - (here * end).sum(0)
-    return covariance / jnp.sqrt(jnp.maximum(variance, 1e-12))
-
-
-def _own_covariance(surrogate: CurveSurrogate, c, j, i):
-    """[P] between two fidelities of the same candidate, without the noise."""
-    alpha, beta, gamma, delta, _ = jnp.exp(surrogate.noise.log_scales)
-    shared = (surrogate.deviations[:, c, j] * surrogate.deviations[:, c, i]).mean(0)
-    own = surrogate.correlation[j, i] * surrogate.spread[c, j] * surrogate.spread[c, i]
-    return alpha * shared + (beta + gamma + delta) * own
 
 
 def curve_loss(noise: CurveNoise, surrogate: CurveSurrogate, task: jax.Array, observed: Observed) -> jax.Array:

@@ -1,7 +1,6 @@
 """Trials that are paused and continued, on curves that are known."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -122,40 +121,20 @@ def test_what_a_pruned_trial_had_reached_is_seen_and_it_does_not_go_on(g, monkey
     assert searcher.tell(begin(g)[1], [nothing]).seen == () and (g.predict([nothing]) == g.predict()).all()
 
 
-def test_where_nothing_resumes_a_trial_is_a_look_or_the_whole(g):
-    searcher, state = begin(g, resumes=False)
-    seen: dict[int, list] = {}
-    while found := searcher.ask(state, 1)[0]:
+def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_first(g):
+    searcher, state = begin(g, resumes=False, first=[CANDIDATES[0]])
+    asked = []
+    for _ in CANDIDATES:
         (trial,), state = searcher.ask(state, 1)
-        seen.setdefault(trial.trial, []).append(trial.fidelity)
         state = searcher.tell(state, [done(trial, 0.7)])
-        assert found == [trial]
-    assert list(seen) == [0, 1, 2, 3, 4]
-    for fidelities in seen.values():
-        assert fidelities == sorted(set(fidelities)) and fidelities[-1] == 1.0
-    assert sum(map(len, seen.values())) < len(CANDIDATES) * len(FIDELITIES)  # it does not climb
-
-
-def test_the_index_of_a_look_that_says_nothing_is_what_is_left_after_its_cost(g):
-    """λ = EI/(1 + s). And a cheap look that says all is worth more than the whole without it."""
-    s, num = g.surrogate, len(CANDIDATES)
-    costs, nothing = jnp.asarray(FIDELITIES), _freeze_thaw._padded([])
-    index_at = lambda correlation, noise, costs=costs: _freeze_thaw._index(
-        s._replace(
-            correlation=jnp.asarray(correlation),
-            errors=jnp.tile(s.errors[0], (len(FIDELITIES) + 1, 1)),
-            noise=s.noise._replace(log_scales=jnp.log(jnp.array([1e-9, 0.2, 0.2, 0.3, noise]))),
-        ),
-        nothing,
-        jnp.zeros(num, int),
-        costs,
-        0.3,
-    )[0]
-    index = index_at(np.eye(3), 0.01)
-    assert (index > 1e-4).all()
-    np.testing.assert_allclose(index, np.asarray(index)[:, -1:] / np.array([1.25, 1.5, 1.0]), rtol=1e-4)
-    told = index_at(np.ones((3, 3)), 1e-6, costs / 100)
-    assert (told[:, :-1] > 1.2 * told[:, -1:]).all()
+        asked.append(trial)
+    assert {t.fidelity for t in asked} == {1.0} and {t.configuration["x"] for t in asked} == {0, 0.25, 0.5, 0.75, 1}
+    assert asked[0].configuration == CANDIDATES[0] and CANDIDATES[3] in [t.configuration for t in asked[1:3]]
+    assert searcher.ask(state, 1)[0] == []
+    # What is paid does not matter any more, and what was seen below the full budget is believed all the same.
+    low = [base.Record("", c, outcome(0.7, c["x"], f), f) for c in CANDIDATES for f in (0.25, 0.5)]
+    (trial,), _ = searcher.ask(searcher.tell(begin(g, resumes=False)[1], low), 1)
+    assert (trial.fidelity, trial.configuration) == (1.0, CANDIDATES[3])
 
 
 def test_bad_input_is_named(g):

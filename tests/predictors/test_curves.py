@@ -16,7 +16,6 @@ X = RNG.uniform(size=(M, 2))
 FIDELITIES = np.array([0.25, 0.5, 1.0])
 POSTERIOR = jax.jit(predictors.curve_posterior)
 LOSS = jax.jit(predictors.curve_loss)
-LOOK = jax.jit(predictors.curve_look)
 
 
 def observed(entries, y):
@@ -66,19 +65,6 @@ def test_without_an_outcome_the_mean_of_the_tasks_is_expected():
     nothing = jax.tree.map(lambda leaf: leaf[-1:], observed([(0, 0)], [0.0]))
     mean, _ = POSTERIOR(surrogate, nothing, jnp.arange(M), jnp.full(M, 2))
     np.testing.assert_allclose(mean, CURVES.mean(0)[:, 2], rtol=1e-12)
-
-
-def test_a_look_moves_the_mean_and_narrows_the_variance_by_as_much_as_conditioning_on_it():
-    surrogate = predictors.curve_surrogate(CURVES, X, FIDELITIES)
-    seen, y, look = [(0, 0), (2, 0), (2, 2)], [0.3, 0.9, 0.1], (0, 1)
-    at = lambda fidelity: (jnp.array([0]), jnp.array([fidelity]))
-    nothing = lambda outcomes: outcomes._replace(mask=outcomes.mask.at[3].set(0.0))
-    (expected,), (spread,) = POSTERIOR(surrogate, nothing(observed([*seen, look], [*y, 0.0])), *at(1))
-    outcomes = observed([*seen, look], [*y, expected + spread])
-    before, after = (POSTERIOR(surrogate, given, *at(2)) for given in (nothing(outcomes), outcomes))
-    tau = LOOK(surrogate, nothing(outcomes), *at(1))
-    np.testing.assert_allclose(after[0] - before[0], tau, rtol=1e-4)
-    np.testing.assert_allclose(before[1] ** 2 - after[1] ** 2, tau**2, rtol=1e-4)
 
 
 def test_the_loss_is_the_likelihood_under_the_other_tasks():
