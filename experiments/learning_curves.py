@@ -310,12 +310,14 @@ def by_parts(means: dict[str, np.ndarray], group_of: np.ndarray) -> str:
     """What was seen when the rule for trials that do not resume was chosen, and what was not."""
     at, parts = {name: BUDGETS.index(20.0 if name == "BOHB" else 5.0) for name in means}, []
     for label, rows in (("those", group_of < 2), ("the others", group_of >= 2)):
+        if not rows.any():
+            continue
         found = ", ".join(f"{n} {means[n][rows, at[n]].mean():.4f}" for n in (OURS[0], "best on average", "BOHB"))
         parts.append(f"on {label} ({rows.sum()} tasks) {found}")
     return (
-        "Trials do not resume here, and `searcher(resumes=False)` asks for full budgets alone. That rule was chosen with "
-        "an earlier table of these tasks in sight, among several that also look at small fidelities, by the regrets in "
-        f"parts 0 and 1. After 5 full budgets (BOHB: 20), {'; '.join(parts)}."
+        "Trials do not resume here, and `searcher(resumes=False)` asks for full budgets alone. That rule was chosen "
+        "with an earlier table of these tasks in sight, among several that also look at small fidelities, by the regrets "
+        f"in parts 0 and 1. After 5 full budgets (BOHB: 20), {'; '.join(parts)}."
     )
 
 
