@@ -145,8 +145,9 @@ def test_what_was_filled_in_is_no_truth_to_calibrate_by():
             ]
         assert len(z) == 13 - seen
         np.testing.assert_allclose(found[seen], np.quantile(z, (np.arange(40) + 0.5) / 40), rtol=1e-6)
-    # No task has both: a trial that was seen to there is as wide as one that was seen less of.
+    # One task alone has both: a trial that was seen to there is as wide as one that was seen less of.
     apart = np.where(np.arange(9)[:, None, None] % 2 == np.arange(2), rng.normal(size=(9, 2, 2)), np.nan)
+    apart[0] = rng.normal(size=(2, 2))
     errors = predictors.calibrate(
         predictors.curve_surrogate(apart, np.zeros((2, 1)), np.array([0.5, 1.0])), jax.random.key(0)
     ).errors
