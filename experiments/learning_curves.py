@@ -316,7 +316,7 @@ def by_parts(means: dict[str, np.ndarray], group_of: np.ndarray) -> str:
         parts.append(f"on {label} ({rows.sum()} tasks) {found}")
     return (
         "Trials do not resume here, and `searcher(resumes=False)` asks for full budgets alone. That rule was chosen "
-        "with an earlier table of these tasks in sight, among several that also look at small fidelities, by the regrets "
+        "with an earlier table of these tasks in sight, among some that also look at small fidelities, by the regrets "
         f"in parts 0 and 1. After 5 full budgets (BOHB: 20), {'; '.join(parts)}."
     )
 
