@@ -517,8 +517,13 @@ def main() -> None:
         f"means over seeds: random search {options.seeds}, {', '.join(counts)}, the process without other tasks "
         f"{options.plain_seeds}; metaopt ({options.train_seeds} training key(s)) and the lists are deterministic, "
         "given what they learn from. A fifth of the families is left out at a time; where one family is, average-best "
-        f"has {'; '.join(families)} (more tasks to learn from, and others near the new one)."
+        f"has {'; '.join(families)} (more tasks to learn from, and others near the new one). BOHB is not among them: a "
+        "table has one fidelity, at which it is TPE."
+        + ("" if any(count.startswith("SMAC") for count in counts) else " SMAC3 (`--baselines SMAC`) was not run.")
+        + " The curves of baselines are kept beside the results, and only what lacks of them is run."
     )
+    if not options.smoke:
+        text = ["![Mean normalized regret over trials](record_tables.png)", "", *text]
     script.publish(__file__, "Records of earlier tasks", "\n".join(text), options)
     if not options.smoke:
         plot(results, options.out / "record_tables.png")

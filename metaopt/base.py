@@ -362,8 +362,8 @@ class Record(NamedTuple):
     Attributes:
       task: the task's name.
       configuration: λ as plain values, by path (`spaces.names`).
-      outcome: the loss, smaller is better; NaN where there is none.
-      fidelity: the fraction of the full budget, in (0, 1].
+      outcome: the loss, smaller is better; NaN where there is none. Of a pruned trial, what it had reached.
+      fidelity: the fraction of the full budget, in (0, 1], that was asked for.
       cost: seconds.
       seed: the trial's seed.
       status: "WAITING", "RUNNING", "COMPLETE", "PRUNED" or "FAIL".

@@ -173,13 +173,19 @@ def load_auto_random_forest():
 @pytest.mark.slow
 @pytest.mark.once
 def test_auto_random_forest_smoke(tmp_path):
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn"), pytest.importorskip("optuna")
     printed = run("experiments/auto_random_forest.py", "--smoke", "--workers", "1", "--out", tmp_path)
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][2:]
     ranks = {row[0]: float(row[5]) for row in rows}
-    assert {"scikit-learn's defaults", "g(t'), no trial", "g(t') and its searcher, 3 trials"} <= set(ranks)
+    names = {
+        "scikit-learn's defaults, 10 trees",
+        "g(t'), no trial",
+        "g(t') and its searcher, 2 trials",
+        "BOHB, 2 trials",
+    }
+    assert names <= set(ranks)
     assert sum(ranks.values()) == pytest.approx(len(ranks) * (len(ranks) + 1) / 2, abs=0.005 * len(ranks))
-    assert all(0 < float(row[3]) < 5 and 0 <= float(row[4]) < 1 for row in rows) and not list(tmp_path.iterdir())
+    assert all(0 < float(row[2]) < 5 and 0 <= float(row[3]) < 1 for row in rows) and not list(tmp_path.iterdir())
 
 
 def test_the_rows_of_a_forests_table_are_split_once_and_rare_classes_are_left_out():
@@ -193,15 +199,91 @@ def test_the_rows_of_a_forests_table_are_split_once_and_rare_classes_are_left_ou
     np.testing.assert_array_equal(np.array([0, 2])[split.test_y], y[test])
 
 
+def test_a_part_of_a_forest_is_the_forest_that_has_so_many_trees():
+    """Its ninth and third: log loss and error are scikit-learn's own, of forests that were trained with fewer trees."""
+    ensemble, metrics = pytest.importorskip("sklearn.ensemble"), pytest.importorskip("sklearn.metrics")
+    forest, rng = load_auto_random_forest(), np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 3)), rng.integers(3, size=60)
+    x[:, 2] = rng.integers(3, size=60)
+    x[0, 0] = np.nan  # is the median of the training rows
+    categorical, train, test = np.array([False, False, True]), slice(0, 40), slice(40, 60)
+    found = forest.forest_scores({"n_estimators": 9}, 5, x[train], y[train], categorical, x[test], y[test])
+    filled = np.where(np.isnan(x), np.nanmedian(x[train, 0]), x)
+    columns = np.concatenate([filled[:, :2], filled[:, 2:] == np.arange(3)], 1).astype(np.float32)
+    for (loss, error), trees in zip(found, (1, 3, 9), strict=True):
+        model = ensemble.RandomForestClassifier(trees, random_state=5).fit(columns[train], y[train])
+        p = 0.99 * model.predict_proba(columns[test]) + 0.01 / 3
+        assert loss == pytest.approx(metrics.log_loss(y[test], p)) and error == np.mean(p.argmax(1) != y[test])
+
+
+def test_what_ends_after_the_budget_does_not_count():
+    """Fidelities 1/9, 1/3, 1 of three candidates: a trial that goes on pays for its new trees alone."""
+    forest = load_auto_random_forest()
+    outcomes = np.array([[[0.9, 0.8, 0.5], [0.9, 0.6, 0.4], [0.9, 0.9, 0.3]]])
+    one = np.zeros((1, 3))
+    configurations = [{"x": float(i)} for i in range(3)]
+    names, features = np.array(["t"]), np.zeros((1, 0))
+    records = forest.Records(names, names, features, configurations, outcomes, one, one, one)
+    plan = iter([(0, 1 / 9), (0, 1 / 3), (0, 1.0), (1, 1 / 9), (1, 1 / 3), (1, 1.0), (2, 1.0)])
+
+    def ask(state, num):
+        c, fidelity = next(plan)
+        return [base.Record("", configurations[c], fidelity=fidelity, trial=c)], state
+
+    searcher = base.Searcher(lambda key, space: None, ask, lambda state, records: state)
+    assert forest.run_searcher(records, 0, searcher, None, 0, (1, 2, 3)) == [0, 1, 2]
+    plan = iter([(1, 1 / 9), (0, 1.0), (2, 1.0)])  # the ninth is paid for: 0 ends after the first budget
+    assert forest.run_searcher(records, 0, searcher, None, 0, (1, 2)) == [0, 0]
+
+
+def test_records_of_forests_are_packed_in_the_order_of_trials_whoever_ended_first(tmp_path):
+    pytest.importorskip("optuna")
+    forest, rng = load_auto_random_forest(), np.random.default_rng(0)
+    config, store = forest.SMOKE, tmp_path / "records.sqlite"
+    table = lambda name: tasks.Table(name, name, rng.normal(size=(60, 2)), np.arange(60) % 2, np.zeros(2, bool))
+    splits = [forest.split(table(name), 40) for name in ("a", "b")]
+    configurations = [{"n_estimators": n} for n in (10, 5, 7)]
+    outcome = lambda t, c, f: t + 0.1 * c + f
+    records = [
+        base.Record("ab"[t], configurations[c], outcome(t, c, f), f, cost=1.0, trial=c)
+        for t in range(2)
+        for c in range(3 - t)  # the second table lacks the last one
+        for f in forest.FIDELITIES
+    ]
+    rng.shuffle(records)
+    whole = [record for record in records if record.fidelity == 1.0]
+    for part, found in (("curve", records), ("test loss", whole), ("test error", whole)):
+        tasks.append_records(store, found, study=f"{forest.study(config)} {part}")
+    forest.pack(tmp_path / "packed.npz", splits, config, store)
+    packed = forest.unpack(tmp_path / "packed.npz", config)
+    assert packed.configurations == configurations[:2]
+    at = ["ab".index(name) for name in packed.names]
+    expected = [[[outcome(t, c, f) for f in forest.FIDELITIES] for c in range(2)] for t in at]
+    np.testing.assert_allclose(packed.outcomes, expected, rtol=1e-6)
+    np.testing.assert_allclose(packed.test_loss, packed.outcomes[:, :, -1])
+    # What was run on them is not taken for what was run on others.
+    file = tmp_path / "runs.npz"
+    forest.run_optimizer("TPE", packed, config, 1, file)
+    assert forest.read_optimizers(file, packed, config)["TPE"].shape == (1, 2, 2)
+    assert forest.read_optimizers(file, packed._replace(outcomes=packed.outcomes + 0.1), config) == {}
+    assert forest.read_optimizers(file, packed, config._replace(trials=(1, 3))) == {}
+
+
 def test_the_shipped_records_of_forests_fit_the_default_run():
     forest = load_auto_random_forest()
-    outcomes, seconds, configurations = forest.unpack(forest.RECORDS, forest.Config())
-    space, _ = forest.make_objective(forest.Config())
-    plain = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in configurations]
-    assert plain[0] == spaces.configuration(space, spaces.default(space)) and plain[0]["n_estimators"] == 100
-    assert plain == configurations and len(configurations) == forest.Config().num_configurations
-    assert np.isfinite(list(outcomes.values())).all() and set(seconds) == set(outcomes)
+    records = forest.unpack(forest.RECORDS, forest.Config())
+    space = forest.make_space(forest.Config())
+    plain = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in records.configurations]
+    assert plain[0] == spaces.configuration(space, spaces.default(space)) and plain[0]["n_estimators"] == 64
+    assert plain == records.configurations and len(records.names) >= 100
+    assert len(set(plain_names := list(map(forest.name_of, plain)))) == len(plain_names)
+    assert all(np.isfinite(values).all() for values in (records.outcomes, records.test_loss, records.seconds))
     assert forest.RECORDS.stat().st_size < 1_000_000
+    assert not set(records.families) & set(tasks.SYNTHETIC_FAMILIES)
+    runs = forest.read_optimizers(
+        forest.RECORDS.with_name("auto_random_forest_optimizers.npz"), records, forest.Config()
+    )
+    assert runs["TPE"].shape == (20, len(records.names), 4) and runs["BOHB"].shape[1:] == runs["TPE"].shape[1:]
     with pytest.raises(SystemExit, match="other sizes"):
         forest.unpack(forest.RECORDS, forest.FULL)
 

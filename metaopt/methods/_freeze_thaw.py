@@ -18,8 +18,9 @@ class PredictFinalFn(Protocol):
 
 
 class MakeCurveSearcherFn(Protocol):
-    def __call__(self, *, first: Sequence[Mapping[str, Any]] = ()) -> base.Searcher:
-        """A searcher that decides after every step which trial to continue, or to begin."""
+    def __call__(self, *, first: Sequence[Mapping[str, Any]] = (), resumes: bool = True) -> base.Searcher:
+        """A searcher that decides after every step which trial to continue, or to begin; `resumes`: whether trials go
+        on from where they paused, so that the difference alone is paid for."""
         ...
 
 
@@ -28,7 +29,7 @@ class CurveSearcher(NamedTuple):
 
     Attributes:
       predict: `(trials, levels) -> [M, levels]` quantiles at the full budget.
-      searcher: `(*, first) -> Searcher`.
+      searcher: `(*, first, resumes) -> Searcher`.
       candidates: M configurations.
       surrogate: what was learned (`predictors.CurveSurrogate`).
       space: of λ.
@@ -47,8 +48,8 @@ class FreezeThawState(NamedTuple):
     Attributes:
       key: of the trials' seeds.
       started: candidates by trial number.
-      seen: (candidate, fidelity's number, outcome) of what was told.
-      closed: candidates that failed, or were pruned by the objective.
+      seen: (candidate, fidelity's number, outcome) of what was told; of a pruned trial, the fidelity asked for.
+      closed: candidates that failed, or that the objective pruned: what those had reached is seen all the same.
       pending: (candidate, fidelity's number) of what has not been told.
     """
 
@@ -76,8 +77,11 @@ def train_curve_searcher(
         E[max(y* − y(c, F), 0)] / (1 − fidelity reached),
 
     where y* is the best outcome at the full budget, and the least mean at the full budget as long as there is none.
-    Objectives should continue a trial from its own checkpoint (`tasks.collect(resumes=True)`): one that begins anew
-    pays more than is counted here, and its budget goes to the ends of trials that are not worth it.
+    Objectives should continue a trial from its own checkpoint (`tasks.collect(resumes=True)`).
+
+    Where every fidelity is paid for anew (larger training sets, or no checkpoints), `searcher(resumes=False)` asks for
+    full budgets alone, by expected improvement: what a look at a lower fidelity says is lost in what it costs. It still
+    learns from all records that it is told.
 
     Args:
       records: trials of earlier tasks, at several fidelities; at the full budget, too. Outcomes of all tasks are on one
@@ -164,8 +168,8 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
         return rung
 
     def seen_of(records):
-        complete = [r for r in records if r.status == "COMPLETE" and np.isfinite(r.outcome)]
-        return [(known_number(r.configuration), rung_of(r.fidelity), float(r.outcome)) for r in complete]
+        counted = [r for r in records if r.status in ("COMPLETE", "PRUNED") and np.isfinite(r.outcome)]
+        return [(known_number(r.configuration), rung_of(r.fidelity), float(r.outcome)) for r in counted]
 
     def predict(trials=(), levels=(0.05, 0.5, 0.95)):
         if not all(0 < level < 1 for level in levels):
@@ -177,7 +181,7 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
         at_levels = np.stack([[np.interp(level, middle, row) for level in levels] for row in errors])
         return mean[:, None] + std[:, None] * at_levels
 
-    def searcher(*, first=()):
+    def searcher(*, first=(), resumes=True):
         given = [known_number(c) for c in first]
 
         def init(key, space):
@@ -199,13 +203,15 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
                 return None
             waiting = [c for c in given if open_[c] and not reached[c]]
             if waiting:
-                return waiting[0], 0
-            best = min((y for _, j, y in state.seen if j == last), default=np.inf)
-            value, mean = _score(surrogate, _padded(seen), jnp.asarray(reached), remaining, best)
+                return waiting[0], 0 if resumes else last
+            ended = [y for c, j, y in state.seen if j == last and c not in state.closed]  # none that was given up
+            best = min(ended, default=np.inf)
+            to_pay = remaining if resumes else jnp.ones_like(remaining)
+            value, mean = _score(surrogate, _padded(seen), jnp.asarray(reached), to_pay, best)
             value, mean = np.where(open_, value, -1.0), np.where(open_, mean, np.inf)
             # Where no improvement is left to hope for, the least expected outcome.
             chosen = int(value.argmax()) if value.max() > 1e-12 else int(mean.argmin())
-            return chosen, int(reached[chosen])
+            return chosen, int(reached[chosen]) if resumes else last
 
         def ask(state, num):
             asked = []
@@ -237,9 +243,9 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
                     continue
                 entry = known_number(record.configuration), rung_of(record.fidelity)
                 state = state._replace(pending=tuple(p for p in state.pending if p != entry))
-                if record.status == "COMPLETE" and np.isfinite(record.outcome):
-                    state = state._replace(seen=(*state.seen, (*entry, float(record.outcome))))
-                else:
+                seen = seen_of([record])
+                state = state._replace(seen=(*state.seen, *seen))
+                if record.status != "COMPLETE" or not seen:
                     state = state._replace(closed=state.closed | {entry[0]})
             return state
 

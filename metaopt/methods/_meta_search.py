@@ -91,13 +91,16 @@ class TriedConfiguration(NamedTuple):
 
     Attributes:
       x: [D] the encoded configuration.
-      outcomes: by fidelity; NaN where the trial failed.
+      outcomes: by fidelity; NaN where the trial failed. Of a pruned trial, what it had reached, by the fidelity asked
+        for.
       log_cost: of the full budget, NaN where it is not known.
+      given_up: whether it was pruned. It counts as no better than the best trial that was not.
     """
 
     x: np.ndarray
     outcomes: dict[float, float]
     log_cost: float
+    given_up: bool = False
 
 
 class MetaSearcherState(NamedTuple):
@@ -185,7 +188,7 @@ def meta_optimizer(
     def expected(weights, x):
         return -(predictors.expected_outcomes(surrogate, x) @ weights)
 
-    def log_cost_fn(trials):
+    def log_cost_fn(trials, functions):
         """x -> [P], up to a constant, which is that of the machine and of the task's size."""
         learned = cost_surrogate
         assert learned is not None
@@ -194,14 +197,14 @@ def meta_optimizer(
             weights *= jnp.exp(learned.log_scales)
             return lambda x: predictors.expected_outcomes(learned, x) @ weights
         conditioned = predictors.condition(learned, weights, trials)
-        return lambda x: _mean(predictors.posterior_at(learned, conditioned, x))
+        return lambda x: _mean(predictors.posterior_at(learned, conditioned, x, functions=functions))
 
-    def score_fn(acquisition, key, weights, trials, pending, costs, functions=None):
-        """x -> [P] scores, larger is better; `functions` are those at x, where it is always the same."""
+    def score_fn(acquisition, key, weights, trials, pending, costs, functions=None, cost_functions=None):
+        """x -> [P] scores, larger is better; the functions are those at x, where it is always the same."""
         _, y, mask = trials
         best = jnp.where(mask > 0, y, jnp.inf).min()
         conditioned = predictors.condition(surrogate, weights, trials)
-        log_cost = log_cost_fn(costs) if acquisition == "ei_per_cost" else lambda x: jnp.zeros(len(x))
+        log_cost = log_cost_fn(costs, cost_functions) if acquisition == "ei_per_cost" else lambda x: jnp.zeros(len(x))
 
         def score(x):
             if acquisition in ("ei", "ei_per_cost") and pending is not None:
@@ -226,7 +229,7 @@ def meta_optimizer(
         return search(key, score_fn(acquisition, jax.random.fold_in(key, 1), *given))
 
     def acquire_finite(acquisition, key, *given):
-        return score_fn(acquisition, key, *given)(jnp.asarray(finite))  # the last of them are `functions`
+        return score_fn(acquisition, key, *given)(jnp.asarray(finite))  # the last of them are functions
 
     @jax.jit
     def believe(weights, trials, x):
@@ -234,7 +237,9 @@ def meta_optimizer(
 
     suggest_z = jax.jit(suggest_z, static_argnums=0)
     acquire_finite = jax.jit(acquire_finite, static_argnums=0)
-    of_finite = None if finite is None else jax.jit(predictors.functions_at)(surrogate, jnp.asarray(finite))
+    functions_at = jax.jit(predictors.functions_at)
+    at_finite = lambda of: None if finite is None or of is None else functions_at(of, jnp.asarray(finite))
+    of_finite = at_finite(surrogate), at_finite(cost_surrogate)
     expected_finite = jax.jit(expected)
     outcomes_fn = jax.jit(lambda x: predictors.expected_outcomes(surrogate, x))
     to_configuration = lambda z: spaces.configuration(space, spaces.to_constrained(space, unravel(z)))
@@ -305,6 +310,9 @@ def meta_optimizer(
                 return planned(state)
             if finite is None and state.num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
                 return to_configuration(sample(key[None])[0])  # what the surrogate will not look at
+            given_up = np.array([trial.given_up for trial in tried])
+            if (ended := seen & ~given_up).any():
+                y = np.where(given_up, np.maximum(y, y[ended].min()), y)
             y = np.where(seen, y, np.max(y[seen]))
             y = np.minimum(y - y.min(), widest)  # an offset means nothing; what diverged does not set the scale
             keep = np.arange(len(y))
@@ -327,7 +335,7 @@ def meta_optimizer(
                     costs = _padded(np.stack([tried[i].x for i in known]), np.array([tried[i].log_cost for i in known]))
             if finite is None:
                 return to_configuration(suggest_z(acquisition, key, weights, trials, pending, costs))
-            score = np.array(acquire_finite(acquisition, key, weights, trials, pending, costs, of_finite))
+            score = np.array(acquire_finite(acquisition, key, weights, trials, pending, costs, *of_finite))
             before = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
             score[[name in before for name in finite_keys]] = -np.inf
             if not np.isfinite(score).any():
@@ -358,9 +366,13 @@ def meta_optimizer(
                     del pending[record.trial]
                 name = record.trial, record.seed, x.tobytes()
                 before = tried.get(name, TriedConfiguration(x, {}, np.nan))
-                outcome = record.outcome if record.status == "COMPLETE" else np.nan
-                cost = np.log(record.cost / record.fidelity) if record.cost > 0 else before.log_cost
-                tried[name] = TriedConfiguration(x, {**before.outcomes, record.fidelity: float(outcome)}, float(cost))
+                # What a trial had reached when it was given up counts; what it had cost by then is not its cost.
+                given_up = record.status == "PRUNED"
+                outcome = record.outcome if record.status == "COMPLETE" or given_up else np.nan
+                whole = record.cost > 0 and not given_up
+                cost = float(np.log(record.cost / record.fidelity) if whole else before.log_cost)
+                outcomes = {**before.outcomes, record.fidelity: float(outcome)}
+                tried[name] = TriedConfiguration(x, outcomes, cost, given_up)
             return state._replace(pending=pending, tried=tried)
 
         return base.Searcher(init, ask, tell)

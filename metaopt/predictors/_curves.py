@@ -29,6 +29,7 @@ import numpy as np
 
 _JITTER = 1e-6
 _NUM_ERRORS = 40
+_FEW = 10
 
 
 class CurveNoise(NamedTuple):
@@ -53,6 +54,7 @@ class CurveSurrogate(NamedTuple):
       deviations: [S, M, F] d_s.
       spread: [M, F] u.
       correlation: [F, F] R.
+      known: [S, M, F] bool, what was observed of f_s; the rest was filled in.
       noise: the scales of the terms.
       errors: [1 + F, Q] ascending: what (y − μ)/σ was at the full budget on earlier tasks that were left out, after 0,
         1, ... F fidelities of the trial itself were seen (`calibrate`). They take the place of the normal distribution.
@@ -64,6 +66,7 @@ class CurveSurrogate(NamedTuple):
     deviations: jax.Array
     spread: jax.Array
     correlation: jax.Array
+    known: jax.Array
     noise: CurveNoise
     errors: jax.Array
 
@@ -128,6 +131,7 @@ def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -
         as_array(deviations),
         as_array(_spread(deviations, len(deviations))),
         as_array(correlation),
+        jnp.asarray(known),
         noise,
         jnp.tile(jax.scipy.special.ndtri((jnp.arange(_NUM_ERRORS) + 0.5) / _NUM_ERRORS), (len(fidelities) + 1, 1)),
     )
@@ -261,6 +265,9 @@ def leave_out(surrogate: CurveSurrogate, task: jax.Array) -> CurveSurrogate:
 def calibrate(surrogate: CurveSurrogate, key: jax.Array, *, num_candidates: int = 20, num_draws: int = 4):
     """Standardized errors at the full budget on each earlier task, left out, by how much of a trial was seen.
 
+    What was filled in of a task is neither seen nor predicted here. A length of which earlier tasks say too little
+    (fewer than ten errors of trials with an outcome there and at the full budget) has those of the next shorter one.
+
     Args:
       surrogate: what is known, with its noise learned.
       key: which candidates are looked at.
@@ -273,26 +280,34 @@ def calibrate(surrogate: CurveSurrogate, key: jax.Array, *, num_candidates: int 
     num_tasks, num, _ = surrogate.deviations.shape
     keys = jax.random.split(key, num_tasks * num_draws)
     some = min(num_candidates, num)
-    found = [np.asarray(_errors(surrogate, i % num_tasks, k, some)) for i, k in enumerate(keys)]
-    levels = (np.arange(_NUM_ERRORS) + 0.5) / _NUM_ERRORS
-    quantiles = np.quantile(np.concatenate(found, 1), levels, axis=1).T
-    return surrogate._replace(errors=jnp.asarray(quantiles, surrogate.mean.dtype))
+    found = np.concatenate([np.asarray(_errors(surrogate, i % num_tasks, k, some)) for i, k in enumerate(keys)], 1)
+    levels, quantiles = (np.arange(_NUM_ERRORS) + 0.5) / _NUM_ERRORS, []
+    for row in found:
+        row = row[np.isfinite(row)]
+        enough = len(row) >= _FEW or not quantiles
+        quantiles.append(np.quantile(row, levels) if enough else quantiles[-1])
+    return surrogate._replace(errors=jnp.asarray(np.array(quantiles), surrogate.mean.dtype))
 
 
 @partial(jax.jit, static_argnums=3)
 def _errors(surrogate, task, key, num_candidates: int):
-    """[1 + F, num_candidates] standardized errors at the full budget after 0, 1, ... F fidelities."""
+    """[1 + F, num_candidates] standardized errors at the full budget after 0, 1, ... F fidelities; NaN: not known."""
     num, num_fidelities = surrogate.mean.shape
-    chosen = jax.random.permutation(key, num)[:num_candidates]
+    known = surrogate.known[task]
+    # Those that the task has an end of, in random order, before the others.
+    order = jax.random.permutation(key, num)
+    chosen = order[jnp.argsort(~known[order, -1], stable=True)][:num_candidates]
     candidate, fidelity = jnp.repeat(chosen, num_fidelities), jnp.tile(jnp.arange(num_fidelities), num_candidates)
     last = jnp.full(num_candidates, num_fidelities - 1)
     left = leave_out(surrogate, task)
     curve = (surrogate.mean + surrogate.deviations[task])[candidate, fidelity]
 
     def after(count):
-        observed = Observed(candidate, fidelity, curve, (fidelity < count) * 1.0)
+        observed = Observed(candidate, fidelity, curve, ((fidelity < count) & known[candidate, fidelity]) * 1.0)
         mean, std = curve_posterior(left, observed, chosen, last)
-        return (surrogate.mean[chosen, last] + surrogate.deviations[task][chosen, last] - mean) / std
+        error = (surrogate.mean[chosen, last] + surrogate.deviations[task][chosen, last] - mean) / std
+        reached = (count == 0) | known[chosen, jnp.maximum(count - 1, 0)]
+        return jnp.where(known[chosen, last] & reached, error, jnp.nan)
 
     return jax.lax.map(after, jnp.arange(1 + num_fidelities))
 

@@ -87,7 +87,9 @@ def collect(
       time_limit: seconds a trial.
       memory_limit: MiB of a trial's process and what that starts; read 20 times a second, on Linux. Python with metaopt
         and JAX takes 200 to 300 of them.
-      budget: seconds in all, after which no trial starts; those that run then go on to their end, or their limit.
+      budget: seconds in all, after which no trial begins; those that run then go on to their end, or their limit: a
+        collection takes less than one trial's limit more (by this machine's clock, which workers on others should
+        share). Trials that were about to begin stay "RUNNING" in the store, until the next call.
       progress: a bar on the terminal; None shows it in a terminal or a notebook.
 
     Returns:
@@ -131,7 +133,7 @@ def collect(
     searcher = random_search() if searcher is None else searcher
 
     owner = uuid.uuid4().hex
-    run = run_here if not isolated else _Isolated(time_limit, memory_limit, owner)
+    run = _run_here if not isolated else _Isolated(time_limit, memory_limit, owner)
     deadline = float("inf") if budget is None else time.monotonic() + budget
     ended = _read_ended(store, study, named)
     states = {
@@ -192,8 +194,13 @@ class _Isolated:
     def __init__(self, time_limit, memory_limit, owner):
         self.limits = {"time_limit": time_limit, "memory_limit": memory_limit, "owner": owner}
 
-    def __call__(self, objective, task, trial):
-        return run_isolated(objective, task, trial, **self.limits)
+    def __call__(self, objective, task, trial, begins_before):
+        return run_isolated(objective, task, trial, begins_before=begins_before, **self.limits)
+
+
+def _run_here(objective, task, trial, begins_before):
+    late = begins_before is not None and time.time() >= begins_before  # a pool of processes takes seconds to start
+    return None if late else run_here(objective, task, trial)
 
 
 def _identity(record: base.Record) -> tuple:
@@ -220,11 +227,13 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
 
     def jobs():
         for trial in trials:  # taken by joblib when a worker is free
-            if stopped or time.monotonic() >= deadline:
+            left = deadline - time.monotonic()
+            if stopped or left <= 0:
                 return
             if store is not None:
                 append_records(store, [trial._replace(status="RUNNING")], study=study)
-            yield joblib.delayed(run)(objective, named[trial.task], trial)
+            begins_before = time.time() + left if left < float("inf") else None
+            yield joblib.delayed(run)(objective, named[trial.task], trial, begins_before)
 
     backend: Any = joblib.parallel.get_active_backend(prefer="threads")[0]
     as_they_end = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"}
@@ -236,6 +245,8 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
     try:
         while some := list(itertools.islice(waiting, at_once)) if at_once else waiting:
             for record in parallel(some):
+                if record is None:  # it had no time to begin
+                    continue
                 if store is not None:
                     append_records(store, [record], study=study)
                 yield record

@@ -84,7 +84,8 @@ def run_isolated(
     time_limit: float | None = None,
     memory_limit: float | None = None,
     owner: str = "",
-) -> Record:
+    begins_before: float | None = None,
+) -> Record | None:
     """Runs a trial in a child.
 
     Args:
@@ -94,9 +95,10 @@ def run_isolated(
       time_limit: seconds, without the child's start and imports.
       memory_limit: MiB of the child and what it starts, Python and its libraries included.
       owner: whose trial it is, for `end_children`.
+      begins_before: by `time.time()`, from when on the trial does not begin any more: a child takes seconds to start.
 
     Returns:
-      The trial with its outcome, cost, status and reason.
+      The trial with its outcome, cost, status and reason; None where it could not begin in time.
 
     Raises:
       RuntimeError: a child cannot be started, or cannot read the objective or the task.
@@ -108,10 +110,13 @@ def run_isolated(
         raise ImportError(
             'Isolated trials need cloudpickle; install it with `pip install "metaopt-jax[records]"`.'
         ) from error
-    message = cloudpickle.dumps((objective, task, trial))
-    child = _take()
-    _busy[child.process.pid] = owner, child
     start = time.perf_counter()
+    left = lambda: math.inf if begins_before is None else begins_before - time.time()
+    message = cloudpickle.dumps((objective, task, trial))
+    child = _take(left())
+    if child is None:
+        return None
+    _busy[child.process.pid] = owner, child
     fails = lambda reason: trial._replace(status="FAIL", cost=time.perf_counter() - start, reason=reason)
     keep = False
     try:
@@ -119,12 +124,15 @@ def run_isolated(
         for answer_of in ("read", "run"):
             start = time.perf_counter()
             # Reading imports what the objective needs, for which the first trial of a child is not to pay.
-            limit = None if time_limit is None else time_limit + (_SECONDS_TO_START if answer_of == "read" else 0)
-            exceeded = _wait(child, limit, memory_limit)
+            reads = answer_of == "read"
+            limit = None if time_limit is None else time_limit + (_SECONDS_TO_START if reads else 0)
+            exceeded = _wait(child, min(limit or math.inf, left()) if reads else limit, memory_limit)
+            if exceeded and reads and left() <= 0:
+                return None
             if exceeded:
                 return fails(exceeded)
             answer = child.connection.recv()
-            if answer_of == "read" and answer is not None:
+            if reads and answer is not None:
                 raise RuntimeError(
                     f"A trial's process cannot read the objective or the task: {answer}. What they need must be "
                     "importable there; `isolated=False` runs trials in this process."
@@ -167,7 +175,8 @@ def memory_is_known() -> bool:
     return Path("/proc/self/statm").is_file()
 
 
-def _take() -> _Child:
+def _take(seconds: float) -> _Child | None:
+    """A child that waits for a trial; None where none is ready within so many seconds."""
     while _idle:
         child = _idle.pop()
         if child.process.poll() is None:
@@ -185,10 +194,13 @@ def _take() -> _Child:
     there.close()
     child = _Child(process, here)
     try:
-        if here.poll(_SECONDS_TO_START) and here.recv() == "ready":
+        if here.poll(max(0.0, min(_SECONDS_TO_START, seconds))) and here.recv() == "ready":
             return child
     except (EOFError, ConnectionError):
-        pass
+        seconds = math.inf  # it has ended by itself
+    if seconds < _SECONDS_TO_START:
+        _end(child)
+        return None
     reason = "it did not start in time" if process.poll() is None else _how_it_ended(process)
     _end(child)
     raise RuntimeError(f"A process for trials cannot be started ({reason}); its error is above, on standard error.")

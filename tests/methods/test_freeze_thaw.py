@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from metaopt import base, methods, spaces, tasks
+from metaopt.methods import _freeze_thaw
 
 pytestmark = pytest.mark.once
 
@@ -100,6 +101,40 @@ def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
     state = searcher.tell(state, [done(asked[4], 0.5)])
     (again, *rest), _ = searcher.ask(state, 3)
     assert (again.trial, again.fidelity) == (4, 0.5) and rest == []
+
+
+def test_what_a_pruned_trial_had_reached_is_seen_and_it_does_not_go_on(g, monkeypatch):
+    searcher, state = begin(g)
+    asked, state = searcher.ask(state, 5)
+    pruned = done(asked[0], 0.5)._replace(status="PRUNED")
+    state = searcher.tell(state, [pruned, *(done(t, 0.5) for t in asked[1:])])
+    assert len(state.seen) == 5 and state.seen[0][2] == pruned.outcome and len(state.closed) == 1
+    assert 0 not in {t.trial for t in searcher.ask(state, 4)[0]}
+    np.testing.assert_array_equal(g.predict([pruned]), g.predict([pruned._replace(status="COMPLETE")]))
+    # Given up on its way to the end: no outcome that another trial would have to be better than.
+    bests, real = [], _freeze_thaw._score
+    monkeypatch.setattr(_freeze_thaw, "_score", lambda *args: bests.append(args[-1]) or real(*args))
+    for status in ("PRUNED", "COMPLETE"):
+        searcher.ask(searcher.tell(begin(g)[1], [pruned._replace(fidelity=1.0, status=status)]), 1)
+    assert bests == [np.inf, pruned.outcome]
+    nothing = pruned._replace(outcome=np.nan)  # given up before there was anything
+    assert searcher.tell(begin(g)[1], [nothing]).seen == () and (g.predict([nothing]) == g.predict()).all()
+
+
+def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_first(g):
+    searcher, state = begin(g, resumes=False, first=[CANDIDATES[0]])
+    asked = []
+    for _ in CANDIDATES:
+        (trial,), state = searcher.ask(state, 1)
+        state = searcher.tell(state, [done(trial, 0.7)])
+        asked.append(trial)
+    assert {t.fidelity for t in asked} == {1.0} and {t.configuration["x"] for t in asked} == {0, 0.25, 0.5, 0.75, 1}
+    assert asked[0].configuration == CANDIDATES[0] and CANDIDATES[3] in [t.configuration for t in asked[1:3]]
+    assert searcher.ask(state, 1)[0] == []
+    # What is paid does not matter any more, and what was seen below the full budget is believed all the same.
+    low = [base.Record("", c, outcome(0.7, c["x"], f), f) for c in CANDIDATES for f in (0.25, 0.5)]
+    (trial,), _ = searcher.ask(searcher.tell(begin(g, resumes=False)[1], low), 1)
+    assert (trial.fidelity, trial.configuration) == (1.0, CANDIDATES[3])
 
 
 def test_bad_input_is_named(g):

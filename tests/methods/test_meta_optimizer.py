@@ -95,13 +95,21 @@ def test_a_finite_set_is_never_left_nor_repeated(acquisition):
     assert len(set(seen)) == 5 and all(dict(c) in pool for c in seen)
 
 
+def unrelated(rng):
+    """Earlier tasks of another kind: all of them alike, sharp, on another scale, and worst where new ones are best."""
+    records, _ = make_records(rng)
+    wrong = lambda c: 1e3 * (np.abs(c["x"] - 0.5) < 0.45) - 300 * (c["kind"] == "a") + np.sin(40 * c["x"])
+    return [record._replace(outcome=float(wrong(record.configuration))) for record in records]
+
+
 @slow
-def test_shuffled_records_do_no_harm():
+@pytest.mark.parametrize("kind", ["shuffled", "unrelated"])
+def test_records_that_say_nothing_of_new_tasks_do_no_harm(kind):
     """After 25 trials, beside random search, and a searcher that learned from one uninformative task."""
     rng = np.random.default_rng(2)
-    shuffled, _ = make_records(rng, shuffled=True)
-    flat = [base.Record("flat", record.configuration, 1.0 + rng.normal()) for record in shuffled[:15]]
-    one, other = (methods.train_meta_optimizer(r, space=SPACE, num_steps=60) for r in (shuffled, flat))
+    useless = make_records(rng, shuffled=True)[0] if kind == "shuffled" else unrelated(rng)
+    flat = [base.Record("flat", record.configuration, 1.0 + rng.normal()) for record in useless[:15]]
+    one, other = (methods.train_meta_optimizer(r, space=SPACE, num_steps=60) for r in (useless, flat))
     bests = rng.uniform(size=8)
     searchers = (one.searcher(), other.searcher(), tasks.random_search())
     ours, plain, random = (np.array([search(s, b, 25)[-1] for b in bests]) for s in searchers)

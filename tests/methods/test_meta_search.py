@@ -130,6 +130,32 @@ def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_
     np.testing.assert_array_equal(np.argsort(np.asarray(found))[:2] % 3, [0, 0])  # the first and the last
 
 
+def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g, monkeypatch):
+    searcher = g.searcher()
+    (trial,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
+    pruned = trial._replace(status="PRUNED", outcome=0.3, fidelity=0.5, cost=7.0)
+    (tried,) = searcher.tell(state, [pruned]).tried.values()
+    assert tried.outcomes == {0.5: 0.3} and np.isnan(tried.log_cost)
+    (tried,) = searcher.tell(state, [pruned._replace(status="FAIL")]).tried.values()
+    assert np.isnan(tried.outcomes[0.5])
+    # It is not the worst there is, as a failed one would be, nor better than the best of those that ended.
+    seen, real = [], _meta_search._padded
+    monkeypatch.setattr(_meta_search, "_padded", lambda x, y: seen.append(y.tolist()) or real(x, y))
+    others = [Record("", POOL[7], 0.5, trial=1), Record("", POOL[8], 0.9, trial=2)]
+    for outcome in (0.6, 0.3):
+        searcher.ask(searcher.tell(state, [pruned._replace(fidelity=1.0, outcome=outcome), *others]), 1)
+    np.testing.assert_allclose(seen, [[0.1, 0.0, 0.4], [0.0, 0.0, 0.4]], atol=1e-9)
+
+
+def test_bohb_and_tpe_begin_with_what_g_proposes(g):
+    pytest.importorskip("optuna")
+    first = g.portfolio(3, [1.2])
+    for searcher, fidelity in ((methods.tpe(first=first), 1.0), (methods.bohb(first=first, num_rungs=3), 1 / 9)):
+        asked, _ = searcher.ask(searcher.init(jax.random.key(0), SPACE), 4)
+        assert [t.configuration for t in asked[:3]] == first != [t.configuration for t in asked[1:]]
+        assert {round(t.fidelity, 9) for t in asked} == {round(fidelity, 9)}
+
+
 def test_a_foreign_record_with_the_number_of_a_running_trial_leaves_it_running(g):
     searcher = g.searcher()
     (own,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
@@ -144,18 +170,41 @@ def without_cost(records):
     return [repr(record._replace(cost=0.0)) for record in records]
 
 
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
 @pytest.mark.once
-def test_its_collections_are_continued_to_the_bit_by_any_number_of_workers(g, tmp_path):
-    """25 + 25 trials equal 50; four workers equal one; failures among them, searcher and ASHA around it."""
-    fails = lambda trial, task: np.nan if trial.trial % 7 == 3 else loss(trial.configuration) + 1 - trial.fidelity
-    for name, searcher in (("g", g.searcher()), ("asha", methods.asha(g.searcher(), num_rungs=3))):
-        kwargs = {"key": jax.random.key(1), "searcher": searcher, "batch_size": 4, "isolated": False}
-        kwargs |= {"study": name, "space": None, "tasks": {"t": 0}}
-        whole = tasks.collect(fails, num_trials=12, **kwargs)
-        assert without_cost(tasks.collect(fails, num_trials=12, num_workers=4, **kwargs)) == without_cost(whole)
-        tasks.collect(fails, num_trials=6, store=tmp_path / "r.db", **kwargs)
-        found = tasks.collect(fails, num_trials=12, store=tmp_path / "r.db", **kwargs)
-        assert without_cost(found) == without_cost(whole) and {"FAIL", "COMPLETE"} <= {r.status for r in found}
+@pytest.mark.parametrize("name", ["g", "asha", "tpe"])
+def test_25_and_25_trials_after_a_kill_are_50_to_the_bit_by_any_number_of_workers(g, name, tmp_path):
+    """Configurations, seeds and outcomes, failures among them, and what would be asked for next; a trial that ran when
+    the collector was killed is queued again. Four workers find what one does."""
+    if name == "tpe":
+        pytest.importorskip("optuna")
+    make = {"g": g.searcher, "asha": lambda: methods.asha(g.searcher(), num_rungs=3), "tpe": methods.tpe}[name]
+    ran, num, more = [], *((14, 15) if name == "asha" else (50, 54))  # full budgets: of ASHA, many trials each
+
+    def objective(trial, task):
+        ran.append(trial)
+        if len(ran) == 26:
+            raise Killed
+        return np.nan if trial.trial % 7 == 3 else loss(trial.configuration) + 1 - trial.fidelity
+
+    kwargs = {"key": jax.random.key(1), "batch_size": 4, "isolated": False, "space": SPACE, "tasks": {"t": 0}}
+    collect = lambda objective=objective, **more: tasks.collect(objective, searcher=make(), **kwargs | more)
+    store = tmp_path / "r.db"
+    with pytest.raises(Killed):
+        collect(num_trials=num, store=store)
+    kept = tasks.read_records(store)
+    assert [r.status == "RUNNING" for r in kept] == [False] * 25 + [True]
+    found = collect(num_trials=num, store=store, num_workers=4)
+    assert ran[25] in ran[26:]  # the trial that ran
+    whole = collect(num_trials=more, num_workers=4)
+    assert without_cost(found) == without_cost(whole[: len(found)]) and {"FAIL", "COMPLETE"} <= {
+        r.status for r in found
+    }
+    assert without_cost(collect(num_trials=more, store=store)) == without_cost(whole) and len(whole) >= 54
+    assert len(ran) == 1 + 2 * len(whole)  # nothing is run again
 
 
 def test_few_trials_see_the_full_budget_and_they_are_the_good_ones():

@@ -123,6 +123,37 @@ def test_intervals_hold_what_they_say_after_calibration_where_errors_have_heavy_
     assert abs(inside(surrogate.errors[0]) - 0.5) < 0.12 < inside(before[0]) - 0.5
 
 
+def test_what_was_filled_in_is_no_truth_to_calibrate_by():
+    """The errors are those of outcomes that there are, given outcomes that there are."""
+    rng = np.random.default_rng(2)
+    curves = 0.5 + 0.1 * rng.normal(size=(9, 2, 2)).cumsum(2)
+    curves[::2, 1, 1] = curves[1, 0, 0] = np.nan  # ends, and a beginning
+    known = np.isfinite(curves)
+    surrogate = predictors.curve_surrogate(curves, np.zeros((2, 1)), np.array([0.5, 1.0]))
+    np.testing.assert_array_equal(surrogate.known, known)
+    found = predictors.calibrate(surrogate, jax.random.key(0), num_candidates=2, num_draws=1).errors
+    for seen in (0, 1):
+        z = []
+        for s in range(9):
+            begun = observed([(0, 0), (1, 0)], curves[s, :, 0])
+            given = begun._replace(mask=jnp.array([*(known[s, :, 0] & bool(seen)), False]) * 1.0)
+            mean, std = POSTERIOR(predictors.leave_out(surrogate, s), given, jnp.arange(2), jnp.ones(2, int))
+            z += [
+                (curves[s, c, 1] - mean[c]) / std[c]
+                for c in range(2)
+                if known[s, c, 1] and (known[s, c, 0] or not seen)
+            ]
+        assert len(z) == 13 - seen
+        np.testing.assert_allclose(found[seen], np.quantile(z, (np.arange(40) + 0.5) / 40), rtol=1e-6)
+    # One task alone has both: a trial that was seen to there is as wide as one that was seen less of.
+    apart = np.where(np.arange(9)[:, None, None] % 2 == np.arange(2), rng.normal(size=(9, 2, 2)), np.nan)
+    apart[0] = rng.normal(size=(2, 2))
+    errors = predictors.calibrate(
+        predictors.curve_surrogate(apart, np.zeros((2, 1)), np.array([0.5, 1.0])), jax.random.key(0)
+    ).errors
+    np.testing.assert_array_equal(errors[1], errors[0])
+
+
 def test_improvement_is_the_mean_over_errors():
     mean, std = jnp.array([1.0, 2.0]), jnp.array([1.0, 0.5])
     errors = jnp.array([[-2.0, 0.0, 2.0], [-1.0, 0.0, 4.0]])

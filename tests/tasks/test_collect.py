@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from metaopt import base, spaces, tasks
+from metaopt.tasks import _collect, _trials
 
 TASKS = {"left": -0.5, "right": 0.5}
 KEY = jax.random.key(3)
@@ -219,6 +220,43 @@ def test_the_budget_ends_a_collection_and_the_next_one_goes_on(tmp_path):
     took = time.monotonic() - start
     assert 1 <= len(records) == len(calls) <= 3 and took >= 0.25
     assert len(collect(objective, on={"t": 0}, num_trials=4, store=store)) == 4 == len(calls)
+
+
+def test_a_budget_is_overrun_by_less_than_a_trial():
+    """No trial of .5 s begins after 1 s. A child that is not ready in time is not waited for."""
+    collect(black_boxes.pure, on={"t": 0}, num_trials=50, budget=1e-3)  # compiles
+    begun = []
+
+    def objective(trial, task):
+        begun.append(time.monotonic())
+        time.sleep(0.5)
+        return 0.0
+
+    start = time.monotonic()
+    assert len(collect(objective, on={"t": 0}, num_trials=50, budget=1.0)) == len(begun) >= 1
+    assert begun[-1] - start < 1.0 < time.monotonic() - start < 1.0 + 0.5 + 0.2
+    trial = base.Record("t", {}, status="WAITING")
+    for seconds in (0.05, -1.0):
+        start = time.monotonic()
+        before = time.time() + seconds
+        assert _trials.run_isolated(black_boxes.misbehave, "good", trial, begins_before=before) is None
+        assert time.monotonic() - start < 0.5
+    assert _collect._run_here(black_boxes.misbehave, "good", trial, time.time() - 1) is None
+    assert _collect._run_here(black_boxes.misbehave, "good", trial, time.time() + 60).outcome == 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_hung_trials_overrun_a_budget_by_less_than_their_limit(num_workers, tmp_path):
+    """Every one of them ends its child, and the next one needs seconds to start."""
+    start, store = time.monotonic(), tmp_path / "records.db"
+    kwargs = {"on": {"t": "hang"}, "isolated": True, "time_limit": 2.0, "num_workers": num_workers, "num_trials": 50}
+    records = collect(black_boxes.misbehave, budget=9.0, store=store, **kwargs)
+    assert 9.0 - 0.1 < time.monotonic() - start < 9.0 + 2.0
+    assert 1 <= len(records) < 50 and {r.reason for r in records} == {"time limit of 2 s"}
+    assert all(r.cost < 2.5 for r in records)
+    rest = len(tasks.read_records(store)) - len(records)  # they had no time to begin, and are queued again
+    assert 0 <= rest <= num_workers
 
 
 @pytest.mark.slow
