@@ -43,7 +43,7 @@ def learnable_clip(
     if scope not in ("global", "leaf"):
         raise ValueError(f'`scope` must be "global" or "leaf"; got {scope!r}.')
     for name, value in (("max_norm", max_norm), ("sharpness", sharpness)):
-        if np.shape(value):
+        if value is not None and np.shape(value):
             raise ValueError(
                 f"`{name}` must be one number; got shape {np.shape(value)}. One for each parameter: "
                 '`per_parameter(functools.partial(learnable_clip, scope="leaf"))`.'

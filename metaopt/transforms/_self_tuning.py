@@ -214,7 +214,7 @@ def self_tuning(
         )
     tuner = optax.with_extra_args_support(tuner)
     logarithmic = rule != "additive"
-    checked = []  # and no set: what is static in a tree need not have a hash
+    checked = set()
 
     def optimizer(hyperparams):
         made = factory(hyperparams)
@@ -365,7 +365,7 @@ def self_tuning(
         structure = jax.tree.structure((updates, extra_args))
         if jax.tree.leaves(judge) and structure not in checked:
             refuse_what_has_no_effect(updates, state, params, extra_args)
-            checked.append(structure)
+            checked.add(structure)
         if gap and valid_grad_fn is not None:
             judge = jax.tree.map(lambda v, g: v + gap * (v - g), _wide(judge), _wide(_split(updates)[0]))
         signal = signal_of(judge, state, extra_args)
