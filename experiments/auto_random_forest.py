@@ -565,7 +565,8 @@ def main() -> None:
         "g, portfolio and random search choose among the records' configurations; the other optimizers draw from the "
         "whole space, and are given what the nearest untried one of them came to, as the outcome of what they asked "
         "for. "
-        f"The whole run took {time.perf_counter() - begin:.0f} s."
+        + ("" if "SMAC" in optimizers else "SMAC3 (`--optimizers SMAC`, seconds for each table and seed) was not run. ")
+        + f"The whole run took {time.perf_counter() - begin:.0f} s."
     )
     if not options.smoke:
         text = "![Differences in test log loss](auto_random_forest.png)\n\n" + text
