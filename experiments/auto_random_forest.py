@@ -291,7 +291,7 @@ def run_searcher(records: Records, t: int, searcher, space, seed: int, at: Seque
         spent += FIDELITIES[j] - reached.get(c, 0.0)
         reached[c] = FIDELITIES[j]
         if spent > at[len(best)] + 1e-6:  # the trial would not have ended
-            best.append(best_of(records, t, ended) if ended else 0)
+            best.append(best_of(records, t, ended) if ended else 0)  # the default, untried
         if len(best) < len(at) and j == len(FIDELITIES) - 1:
             ended.append(c)
             if abs(spent - at[len(best)]) < 1e-6:
