@@ -291,7 +291,7 @@ def run_searcher(records: Records, t: int, searcher, space, seed: int, at: Seque
         spent += FIDELITIES[j] - reached.get(c, 0.0)
         reached[c] = FIDELITIES[j]
         if spent > at[len(best)] + 1e-6:  # the trial would not have ended
-            best.append(best_of(records, t, ended) if ended else 0)
+            best.append(best_of(records, t, ended) if ended else 0)  # the default, untried
         if len(best) < len(at) and j == len(FIDELITIES) - 1:
             ended.append(c)
             if abs(spent - at[len(best)]) < 1e-6:
@@ -483,7 +483,8 @@ def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[s
         holm[name] = worst = max(worst, min(1.0, (len(p) - i) * p[name]))
     for i, name in enumerate(names):
         row = [name, f"{len(chosen[name][0])}", f"{losses[i].mean():.4f}", f"{errors[i].mean():.4f}"]
-        row += [f"{regrets[i].mean():.4f}", f"{ranks[i]:.2f}"]
+        low, high = np.quantile(weights @ (regrets[i] - regrets[names.index(ours)]), [0.025, 0.975])
+        row += [f"{regrets[i].mean():.4f}" + ("" if name == ours else f" [{low:+.4f}, {high:+.4f}]"), f"{ranks[i]:.2f}"]
         for other in (reference, ours):
             difference = losses[i] - losses[names.index(other)]
             low, high = np.quantile(weights @ difference, [0.025, 0.975])
@@ -492,7 +493,7 @@ def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[s
         better = np.sign((losses[names.index(ours)] - losses[i]).round(9))
         row += ["", ""] if name == ours else [f"{(better > 0).sum()} / {(better < 0).sum()}", f"{holm[name]:.2g}"]
         rows.append(row)
-    header = ["method", "seeds", "test log loss", "test error", "regret", "mean rank"]
+    header = ["method", "seeds", "test log loss", "test error", "regret", "mean rank of test log loss"]
     header += [f"log loss minus that of {other}" for other in (reference, ours)]
     return [*header, "better / worse than it", "p"], rows, differences
 
@@ -558,12 +559,14 @@ def main() -> None:
         "\n\nMeans over tables, of means over seeds. Trials are cross-validations on the new table, looked up in the "
         "records; what has been chosen is fitted to all training rows, and judged on the test rows. Probabilities are "
         "mixed with 1 % of the uniform distribution. Regret is that of the cross-validated loss, 0 at a table's best "
-        "and 1 at its worst configuration. In brackets: paired 95 % interval, bootstrap over families; p: Wilcoxon's "
+        "and 1 at its worst configuration. In brackets: paired 95 % interval of a difference (of regret, from that of "
+        f"{ours!r}), bootstrap over families; p: Wilcoxon's "
         f"signed-rank test over tables against {ours!r} by Holm's method. BOHB's trials are full budgets. "
         "g, portfolio and random search choose among the records' configurations; the other optimizers draw from the "
         "whole space, and are given what the nearest untried one of them came to, as the outcome of what they asked "
         "for. "
-        f"The whole run took {time.perf_counter() - begin:.0f} s."
+        + ("" if "SMAC" in optimizers else "SMAC3 (`--optimizers SMAC`, seconds for each table and seed) was not run. ")
+        + f"The whole run took {time.perf_counter() - begin:.0f} s."
     )
     if not options.smoke:
         text = "![Differences in test log loss](auto_random_forest.png)\n\n" + text

@@ -36,8 +36,10 @@ def train_meta_optimizer(
     `predict` minimizes the weighted mean outcome by gradient descent over the relaxed space from several starts, or
     over the candidates. The searcher's first trial is that; afterwards it maximizes an acquisition function under
     `predictors.posterior`, in the same way; for a batch, and while trials run, what a trial adds to those that run
-    (`predictors.batch_expected_improvement`). Records of unrelated tasks lose their weight after a few trials. A task
-    whose trials all have one outcome, such as a task with one trial, says nothing of what is better, and is left out.
+    (`predictors.batch_expected_improvement`). Records of unrelated tasks lose their weight after a few trials; their
+    outcomes should have the units of the new task's, since scale and noise of those are expected to be like theirs. A
+    task whose trials all have one outcome, such as a task with one trial, says nothing of what is better, and is left
+    out.
 
     Args:
       records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which count as bad. Names

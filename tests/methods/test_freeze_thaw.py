@@ -121,7 +121,7 @@ def test_what_a_pruned_trial_had_reached_is_seen_and_it_does_not_go_on(g, monkey
     assert searcher.tell(begin(g)[1], [nothing]).seen == () and (g.predict([nothing]) == g.predict()).all()
 
 
-def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_first(g):
+def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_first(g, monkeypatch):
     searcher, state = begin(g, resumes=False, first=[CANDIDATES[0]])
     asked = []
     for _ in CANDIDATES:
@@ -133,8 +133,10 @@ def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_fir
     assert searcher.ask(state, 1)[0] == []
     # What is paid does not matter any more, and what was seen below the full budget is believed all the same.
     low = [base.Record("", c, outcome(0.7, c["x"], f), f) for c in CANDIDATES for f in (0.25, 0.5)]
+    to_pay, real = [], _freeze_thaw._score
+    monkeypatch.setattr(_freeze_thaw, "_score", lambda *args: to_pay.append(np.asarray(args[3])) or real(*args))
     (trial,), _ = searcher.ask(searcher.tell(begin(g, resumes=False)[1], low), 1)
-    assert (trial.fidelity, trial.configuration) == (1.0, CANDIDATES[3])
+    assert (trial.fidelity, trial.configuration) == (1.0, CANDIDATES[3]) and (to_pay[0] == 1).all()
 
 
 def test_bad_input_is_named(g):

@@ -96,9 +96,9 @@ def test_a_finite_set_is_never_left_nor_repeated(acquisition):
 
 
 def unrelated(rng):
-    """Earlier tasks of another kind: all of them alike, sharp, on another scale, and worst where new ones are best."""
+    """Earlier tasks of another kind: all of them alike, with a cliff and waves, and worst where new ones are best."""
     records, _ = make_records(rng)
-    wrong = lambda c: 1e3 * (np.abs(c["x"] - 0.5) < 0.45) - 300 * (c["kind"] == "a") + np.sin(40 * c["x"])
+    wrong = lambda c: 3.0 * (np.abs(c["x"] - 0.5) < 0.45) - (c["kind"] == "a") + 0.2 * np.sin(40 * c["x"])
     return [record._replace(outcome=float(wrong(record.configuration))) for record in records]
 
 
