@@ -124,7 +124,8 @@ def train(adaptation: methods.Adaptation, start: Callable, sampler: Partial, num
     def one(sampler, key):
         start_key, init_key, key = jax.random.split(key, 3)
         draw = tasks.episode_batches(sampler, num_tasks) if num_tasks else sampler
-        state = learner.init(init_key, adaptation.hyperparams(start(start_key)), draw(key))
+        support = jax.tree.map(lambda x: x[0], draw(key).train) if num_tasks else draw(key).train
+        state = learner.init(init_key, adaptation.hyperparams(start(start_key), support), draw(key))
         step = lambda state, i: (learner.step(state, draw(jax.random.fold_in(key, i)))[0], None)
         return jax.lax.scan(step, state, jnp.arange(settings.steps))[0].hyperparams
 
