@@ -352,7 +352,9 @@ def draw(found: dict[str, methods.Evaluation], curves: dict[str, list[dict[int, 
     left.set(xlabel="outer steps", ylabel="validation accuracy of one shot, %")
     left.legend(frameon=False, fontsize=7)
     setting = next(iter(whole))
-    plots.leaderboard(whole[setting], axes=right)
+    of = whole[setting]
+    marked = lambda by_name: {f"{n}, transductive" if of.transductive[n] else n: x for n, x in by_name.items()}
+    plots.leaderboard(of._replace(scores=marked(of.scores), transductive=marked(of.transductive)), axes=right)
     right.set(xlabel=f"accuracy on unseen characters, {setting}", title="")
     figure.savefig(path, dpi=110)
     plt.close(figure)
