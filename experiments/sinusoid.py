@@ -57,9 +57,9 @@ class Row(NamedTuple):
 
 # The rate .01 of MAML's code; 10 shots unless it says otherwise.
 ROWS = {
-    "MAML, 1 step": Row(lambda loss: methods.maml(loss, num_steps=1), 10, 1, {1: 0.32}),
+    "MAML, 1 step": Row(lambda loss: methods.maml(loss, num_steps=1), 10, 1, {1: 0.32}, share=3),
     "MAML, 5 steps": Row(lambda loss: methods.maml(loss, num_steps=5), 10, 5, {5: 0.062, 10: 0.038}),
-    "MAML, 1 step, 5 shots": Row(lambda loss: methods.maml(loss, num_steps=1), 5, 1, {1: 0.54}),
+    "MAML, 1 step, 5 shots": Row(lambda loss: methods.maml(loss, num_steps=1), 5, 1, {1: 0.54}, share=3),
     "Meta-SGD, 1 step": Row(lambda loss: methods.meta_sgd(loss, num_steps=1), 10, 1, share=0.5),
     "LSLR, 5 steps": Row(
         lambda loss: methods.meta_sgd(loss, num_steps=5, rates="leaf", rates_per_step=True), 10, 5, share=1 / 3
