@@ -11,8 +11,8 @@ and Lake's 20 one-shot runs. The official split has other alphabets in the evalu
     python experiments/omniglot.py --split random --methods MAML "prototypical networks"
     python experiments/omniglot.py --smoke           # seconds; prints only
 
-To see in the committed results of --small, half a minute for a training: eight of thirteen methods beat pixel prototypes
-with 5 ways and one shot, nearest class means in feature space most of all; what adapts the body alone (BOIL), or in
+To see in the committed results of --small, half a minute for a training: eight of thirteen methods beat pixel
+prototypes with 5 ways and one shot, class means in feature space most of all; what adapts the body alone (BOIL), or in
 several steps (MAML++, Reptile), is ahead of MAML, whose validation accuracy falls again after a fifth of its steps;
 statistics of the support set cost MAML two points against the query set's own; all are far from the literature.
 
