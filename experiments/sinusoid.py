@@ -43,9 +43,9 @@ Mean squared error over {test_tasks} test tasks and {seeds} seed(s), ± 1.96 sta
 over seeds. Gradient steps of .01, or learned ones that start there; a model is trained for the number of steps in its
 name, and goes on with its (last) rates; "diverges" stands for more than 100. Outer steps of Muon (of Adam for what is
 no matrix, and, at half the rate, for rates that are learned) with 25 tasks and {query} query points each, from a rate
-of {rate:g} by a cosine to zero. The optimizer, its rate and the query points were chosen on other tasks; the outer steps
-of the models with one step were tripled after one seed's errors on these tasks had been seen (.344, from 5 shots .549).
-Finn et al. (ICML 2017, with Adam) show curves of this experiment, in their figures 2 and 3, and no numbers."""
+of {rate:g} by a cosine to zero. The optimizer, its rate and the query points were chosen on other tasks; the outer
+steps of the models with one step were tripled after one seed's errors on these tasks had been seen (.344, from 5 shots
+.549). Finn et al. (ICML 2017, with Adam) show curves of this experiment, in their figures 2 and 3, and no numbers."""
 
 
 class Row(NamedTuple):
