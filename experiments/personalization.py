@@ -11,7 +11,11 @@ under the ROC curve, the mean over draws of the 20. Codes are one column for eac
 three other hospitals, with a random third of the measurements blank, since hospitals differ in what they measure. The
 weight decay is what is best, for the same method, where each of the three in turn is left out of the training.
 
-To see in the committed results: TO BE WRITTEN
+To see in the committed results: with learned rates (Meta-SGD) adaptation is best or level on patients; with a fixed
+rate it harms, and most of the gain over the last value is that of one network which sees score and slope. On all four
+hospitals MAML, FOMAML and ANIL are above the published areas, and so is logistic regression, with columns of codes,
+gaps and a decay: adaptation to twenty patients adds half a point. Of Switzerland's 123 patients 8 are healthy: its
+areas say little.
 
 All folds and seeds of a method are trained by one program, a `vmap` over the learner's two functions. Sizes and steps
 were not chosen by patients or hospitals that are tested on; what the network sees was: for patients after one look at

@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def publish(file: str, title: str, text: str, options: argparse.Namespace, *, na
 
     `name` is that of the result, where it is not the script's.
     """
-    command = " ".join([f"python experiments/{Path(file).name}", *sys.argv[1:]])
+    command = shlex.join(["python", f"experiments/{Path(file).name}", *sys.argv[1:]])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     text += (
         f"\n\n`{command}`, {time.process_time():.0f} processor seconds on {jax.default_backend()}, {cores} core(s); "

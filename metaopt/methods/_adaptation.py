@@ -265,7 +265,15 @@ def adaptation(
             like = jnp.zeros([])
         else:
             first = leaves_at(made, 0) if leaves_per_step else made
-            like = jax.eval_shape(lambda data: start(jax.random.key(0), first, data)[0], data)
+            try:
+                like = jax.eval_shape(lambda data: start(jax.random.key(0), first, data)[0], data)
+            except TypeError as error:
+                if data is not None or init is None:
+                    raise
+                raise ValueError(
+                    "Each leaf or entry of what `init` makes of a support set has a rate: `hyperparams` needs one "
+                    "task's, `hyperparams(meta_params, data)`, for their shapes."
+                ) from error
         lead = (num_steps,) if rates_per_step else ()
         value = lambda x: jnp.full(lead + (x.shape if rates == "entry" else ()), rate, x.dtype)
         return {**made, "rate": jax.tree.map(value, like)}

@@ -118,6 +118,7 @@ def test_imaml_is_the_implicit_derivative_in_closed_form():
         (lambda: methods.imaml(np.sum, proximal=1.0, rates="leaf"), "`imaml` has no option `rates`"),
         (lambda: methods.imaml(np.sum, proximal=1.0, order="first"), "they do not go with a `rule`"),
         (lambda: methods.ridge_head(features, with_context=True), "has no option `with_context`"),
+        (lambda: methods.proto_maml(features, rates="leaf").hyperparams(META), "`hyperparams` needs one task's"),
         (
             lambda: estimate(methods.ridge_head(lambda p, b: b["x"]), base.Task(side(4, 0), side(4, 0)), 1.0),
             "must be a dict",
