@@ -153,7 +153,8 @@ def by_number(evaluation: methods.Evaluation) -> str:
         else:
             header += [f"{number:.1f} shots" for number, *_ in next(iter(binned.values()))]
         for name, bins in binned.items():
-            rows[name] += [f"{mean:.3f} ± {half:.3f}" for _, _, mean, half in bins]
+            # One episode alone has no interval.
+            rows[name] += [f"{mean:.3f}" + (f" ± {half:.3f}" if np.isfinite(half) else "") for _, _, mean, half in bins]
     return script.table(header, list(rows.values()))
 
 
