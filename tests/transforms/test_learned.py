@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import transforms
+from metaopt import base, hypergrad, inner, training, transforms
 
 KEY = jax.random.key(0)
 WEIGHTS = jax.tree.map(lambda x: x.astype(jnp.float64), transforms.init_learned(KEY))
@@ -267,3 +267,40 @@ def test_the_shipped_weights_train_better_than_fresh_ones_and_than_adam_by_defau
     optimizers = transforms.learned(), transforms.learned(transforms.init_learned(KEY)), optax.adam(1e-3)
     learned, fresh, adam = jax.jit(lambda: [last(o) for o in optimizers])()
     assert learned < 0.5 * adam and learned < 0.5 * fresh
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("rule", ["persistent_es", "truncated"])
+def test_its_weights_are_trained_by_evolution_strategies_or_gradients_of_windows(rule):
+    # A family of quadratics, of other curvatures and minima in each task; judged on tasks that were not trained on.
+    def draw(key, num):
+        curvature, target = jax.random.split(key)
+        data = {
+            "curvature": jnp.exp(jax.random.normal(curvature, (num, 6))),
+            "target": jax.random.normal(target, (num, 6)),
+        }
+        return base.Task(data, data)
+
+    distance = lambda params, weights, batch: (batch["curvature"] * (params - batch["target"]) ** 2).mean()
+    loop = inner.loop(distance, transforms.learned, init=lambda key, weights, data: jnp.zeros(6))
+    problem = inner.problem(loop, distance)
+    windows = {"num_steps": 20, "truncation_length": 5}
+    if rule == "truncated":
+        estimator = hypergrad.truncated(problem, **windows, outer="mean")
+    else:
+        estimator = hypergrad.persistent_es(problem, **windows, sigma=0.01, num_pairs=8)
+    start = jax.tree.map(lambda x: x.astype(jnp.float64), transforms.init_learned(KEY))
+    learner = training.learner(
+        hypergrad.over_tasks(estimator, max_norm=1.0), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
+    )
+    trained = training.fit(
+        learner, lambda key: draw(key, 8), hyperparams=start, num_steps=120, key=KEY, progress=False
+    ).hyperparams
+
+    @jax.jit
+    def judged(weights):
+        run = hypergrad.unroll(loop, num_steps=20)
+        one = lambda task: distance(loop.params(run(KEY, weights, task.train)), weights, task.valid)
+        return jax.vmap(one)(draw(jax.random.key(5), 64)).mean()
+
+    assert judged(trained) < 0.7 * judged(start)
