@@ -71,11 +71,11 @@ def self_tuning(
     as the parameters' precision has room for λ ∂u/∂λ (not for a decay of 0.01 at a rate of 1e-5 in float16) and float32
     for its square.
 
-    **What bounds λ.** Each step multiplies it by up to exp(β), with `optax.sgd(β)`. A rate that is too large turns its
-    own signal round, but a long step of another λ may go too far for that: where decay helps at every step, as on
-    ½‖θ‖², and β is 2, rate · decay passes 2, where a step throws θ further to the other side, and training diverges;
-    and a momentum may pass 1. `projection_fn` takes λ back to where it belongs, at the start and after each move:
-    λ ← P(λ). It sees all of λ:
+    **What bounds λ.** With "normalized" or "cosine" and `optax.sgd(β)` each step multiplies it by up to exp(β); with
+    the other rules there is no such bound. A rate that is too large turns its own signal round, but a long step of
+    another λ may go too far for that: where decay helps at every step, as on ½‖θ‖², and β is 2, rate · decay passes 2,
+    where a step throws θ further to the other side, and training diverges; and a momentum may pass 1. `projection_fn`
+    takes λ back to where it belongs, at the start and after each move: λ ← P(λ). It sees all of λ:
 
         lambda hp: optax.projections.projection_box(hp, low, high)              # bounds of each, in trees like λ
         lambda hp: {**hp, "decay": jnp.minimum(hp["decay"], 1 / hp["rate"])}    # rate · decay ≤ 1, of AdamW
@@ -93,10 +93,11 @@ def self_tuning(
     **Which loss.** By default g_t is the gradient that `update` is given, that of the training loss: hypergradient
     descent, at no gradient more. With the extra argument `valid_grad_fn` it is `valid_grad_fn(params)`, the gradient of
     the validation loss, on a batch of the caller's: T1–T2. The same is a `valid_batch` as the extra argument, where
-    `self_tuning` was given the loss itself, as `valid_loss_fn`. One more gradient a step; a smaller batch costs less. A
-    `gap` γ counts the gap between the losses once more, g_t = ∇f_valid + γ (∇f_valid − ∇f_train): it grows before the
-    validation loss does, where a network is about to overfit. On three such problems, γ = 1 (with a validation batch
-    twice as large) was better than 0, on two others worse, and on the rest now this, now that.
+    `self_tuning` was given the loss itself, as `valid_loss_fn` (of complex parameters, the conjugate of JAX's gradient:
+    the direction of ascent). All members of a chain see the same extra arguments. One more gradient a step; a smaller
+    batch costs less. A `gap` γ counts the gap between the losses once more, g_t = ∇f_valid + γ (∇f_valid − ∇f_train):
+    it grows before the validation loss does, where a network is about to overfit. On three such problems, γ = 1 (with a
+    validation batch twice as large) was better than 0, on two others worse, and on the rest now this, now that.
 
     **How far back.** One step is short-sighted: it knows of no later step, prefers small rates on noisy gradients, and
     cannot see what a small decay does over time. With a `discount` μ > 0 the derivative is carried along with training,
@@ -133,7 +134,8 @@ def self_tuning(
       discount: μ, in [0, 1].
       gap: γ, at least 0; counts where there is a validation loss.
       mode: "forward", for few λ, or "reverse", for many, with μ = 0.
-      projection_fn: P, `hyperparams -> hyperparams`; by default λ is not bounded.
+      projection_fn: P, `hyperparams -> hyperparams`, positive but for "additive" (a λ of zero never moves again: no
+        simplex); by default λ is not bounded.
       valid_loss_fn: the validation loss, `(params, batch) -> []`, where `update` is to be given the batch alone.
 
     Returns:
@@ -145,9 +147,9 @@ def self_tuning(
         `tuner` no transform, λ is empty, no finite real number, or not positive where it must be, `discount` is not in
         [0, 1], or in reverse mode not 0, `rule` is "cosine" there, `gap` is negative; in `init`, what `projection_fn`
         returns is no tree like λ; in `update`: there are no parameters, or no `grad_fn` where μ > 0 needs one, or a
-        `valid_batch` and no `valid_loss_fn`, they or what `valid_grad_fn` or `grad_fn` returns are no tree like the
-        gradients, or a leaf of λ does not move the updates (within `optax.masked`: but for leaves at the paths of
-        parameters that are masked out).
+        `valid_batch` and no `valid_loss_fn` or the other way around, or both a `valid_batch` and a `valid_grad_fn`,
+        they or what `valid_grad_fn` or `grad_fn` returns are no tree like the gradients, or a leaf of λ does not move
+        the updates (within `optax.masked`: but for leaves at the paths of parameters that are masked out).
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782; a stack of them: Chandra et al., NeurIPS 2022,
     https://arxiv.org/abs/1909.13371; T1–T2: Luketina et al., ICML 2016, https://arxiv.org/abs/1511.06727; carried:
@@ -226,13 +228,20 @@ def self_tuning(
             return hyperparams
         allowed = projection_fn(hyperparams)
         _check_like("what `projection_fn` returns", allowed, hyperparams, "λ")
-        return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), allowed, hyperparams)
+        # Copies: what P returns may be the caller's own array, or one array twice.
+        return jax.tree.map(lambda x, like: jnp.array(x, like.dtype), allowed, hyperparams)
 
     def init(params):
         # A copy, so that a program may be given the buffer: the next run starts from λ again.
         params = jax.tree.map(jnp.asarray, params)
         start = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), hyperparams)
         start = projected(start)
+        known = [x for x in jax.tree.leaves(start) if not isinstance(x, Tracer)]
+        if logarithmic and projection_fn is not None and not all(np.all(x > 0) for x in known):
+            raise ValueError(
+                f"What `projection_fn` returns must be positive, since the {rule} rule moves logarithms, and a λ of "
+                f"zero never moves again; got {start}."
+            )
         inner = optimizer(start).init(params)
         if mode == "reverse":  # copies, so that a program may be given the buffers of both
             last = (optax.tree.zeros_like(params), *jax.tree.map(jnp.copy, (inner, params)))
@@ -344,6 +353,11 @@ def self_tuning(
         if params is None:
             raise ValueError("`self_tuning` needs the parameters: call `update(updates, state, params)`.")
         updates, params = jax.tree.map(jnp.asarray, (updates, params))
+        if valid_loss_fn is not None and valid_batch is None and valid_grad_fn is None:
+            raise ValueError(
+                "`valid_loss_fn` needs its batch: call `update(updates, state, params, valid_batch=batch)`; got none. "
+                "(Flax's `TrainState` drops extra arguments.)"
+            )
         if valid_batch is not None:
             if valid_loss_fn is None or valid_grad_fn is not None:
                 raise ValueError(

@@ -202,11 +202,12 @@ def test_a_validation_batch_is_the_gradient_of_its_loss(kwargs):
     _, found = run(tuned, grads, params, valid_batch=batch)
     _, expected = run(tuned, grads, params, valid_grad_fn=by_hand)
     chex.assert_trees_all_close(found.hyperparams, expected.hyperparams, rtol=1e-12)
-    _, training = run(tuned, grads, params)
+    _, training = run(transforms.self_tuning(make, start, optax.sgd(0.1), **kwargs), grads, params)
     assert abs(jax.tree.leaves(found.hyperparams)[0] - jax.tree.leaves(training.hyperparams)[0]) > 1e-3
     for other, extra, match in (
         (adam(), {"valid_batch": batch}, "`valid_batch` needs the validation loss.*; got no such loss"),
         (tuned, {"valid_batch": batch, "valid_grad_fn": by_hand}, "takes the place of `valid_grad_fn`; got both"),
+        (tuned, {}, "`valid_loss_fn` needs its batch.*; got none"),  # and does not follow the training loss instead
     ):
         with pytest.raises(ValueError, match=match):
             other.update(grads, tuned.init(params), params, **extra)
@@ -340,3 +341,20 @@ def test_what_is_no_transform_and_no_gradient_is_refused():
     pair = optax.LookaheadParams.init_synced(params)
     with pytest.raises(ValueError, match="The parameters must be a tree like the gradients .*belongs around"):
         ahead.update(params, ahead.init(pair), pair)
+
+
+def test_what_is_projected_stays_positive_and_is_a_copy():
+    pair = lambda bound: transforms.self_tuning(
+        lambda hp: optax.chain(optax.sgd(hp["a"]), optax.add_decayed_weights(hp["b"])),
+        {"a": 0.3, "b": 0.2},
+        optax.sgd(0.1),
+        projection_fn=bound,
+    )
+    with pytest.raises(ValueError, match="must be positive, since the normalized rule moves logarithms"):
+        pair(lambda hp: {**hp, "b": 0.0}).init(jnp.ones(2))
+    # One array for two leaves, which is the caller's own: a program may be given the state's buffers all the same.
+    limit = jnp.float32(0.1)
+    tuned, params = pair(lambda hp: {"a": limit, "b": limit}), jnp.ones(2)
+    state = tuned.init(params)
+    _, state = jax.jit(tuned.update, donate_argnums=1)(params, state, params)
+    assert state.hyperparams["a"] == state.hyperparams["b"] == limit
