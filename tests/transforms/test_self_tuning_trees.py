@@ -356,5 +356,6 @@ def test_what_is_projected_stays_positive_and_is_a_copy():
     limit = jnp.array(0.1)
     tuned, params = pair(lambda hp: {"a": limit, "b": limit}), jnp.ones(2)
     state = tuned.init(params)
+    assert len({x.unsafe_buffer_pointer() for x in (limit, *state.hyperparams.values())}) == 3
     _, state = jax.jit(tuned.update, donate_argnums=1)(params, state, params)
     assert state.hyperparams["a"] == state.hyperparams["b"] == limit
