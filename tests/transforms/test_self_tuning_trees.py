@@ -353,7 +353,7 @@ def test_what_is_projected_stays_positive_and_is_a_copy():
     with pytest.raises(ValueError, match="must be positive, since the normalized rule moves logarithms"):
         pair(lambda hp: {**hp, "b": 0.0}).init(jnp.ones(2))
     # One array for two leaves, which is the caller's own: a program may be given the state's buffers all the same.
-    limit = jnp.array(0.1)
+    limit = jnp.array(0.1, float)
     tuned, params = pair(lambda hp: {"a": limit, "b": limit}), jnp.ones(2)
     state = tuned.init(params)
     assert len({x.unsafe_buffer_pointer() for x in (limit, *state.hyperparams.values())}) == 3
