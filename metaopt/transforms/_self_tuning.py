@@ -227,7 +227,7 @@ def self_tuning(
         if projection_fn is None:
             return hyperparams
         allowed = projection_fn(hyperparams)
-        _check_like("what `projection_fn` returns", allowed, hyperparams, "λ")
+        _check_like("what `projection_fn` returns", allowed, hyperparams, "λ", hint="")
         # Copies: what P returns may be the caller's own array, or one array twice.
         return jax.tree.map(lambda x, like: jnp.array(x, like.dtype), allowed, hyperparams)
 
@@ -333,10 +333,15 @@ def self_tuning(
         # In a tree of λ, what belongs to parameters that are masked out need not be used.
         nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
         out = [path for path, node in nodes if _is_masked(node)]
-        unused = [path for path, u in zip(paths, used, strict=True) if not (u or _belongs_to(path, out))]
+        kept = [path for path, node in nodes if not _is_masked(node)]
+
+        def masked_out(path):
+            return _belongs_to(path, out) and not _belongs_to(path, kept)
+
+        unused = [path for path, u in zip(paths, used, strict=True) if not (u or masked_out(path))]
         idle = [jax.tree_util.keystr(path) or "itself" for path in unused]
         if idle:
-            masked_out = (
+            some_out = (
                 " Some parameters are masked out here: what is theirs alone belongs outside, too, unless it stands at "
                 "their path in λ."
             )
@@ -344,7 +349,7 @@ def self_tuning(
                 f"The leaves {', '.join(idle)} of λ do not move the updates: `factory` does not use them, or what it "
                 "makes keeps them in its state, as `optax.inject_hyperparams` does. Make the optimizer of "
                 "`hyperparams` itself, as in `lambda hp: optax.adamw(hp['rate'])`; around `self_tuning`, "
-                f"`inject_hyperparams` works.{masked_out if out else ''}"
+                f"`inject_hyperparams` works.{some_out if out else ''}"
             )
 
     signal_of, step = (signal_forward, step_forward) if mode == "forward" else (signal_reverse, step_reverse)
@@ -372,7 +377,7 @@ def self_tuning(
                 "`self_tuning` sees some of the parameters alone. Put it outside: "
                 "`self_tuning(lambda hp: optax.multi_transform({...: optax.adam(hp[...])}, labels), ...)`."
             )
-        _check_like("the parameters", params, updates)
+        _check_like("the parameters", params, updates, real=False)
         judge = _split(updates)[0]
         if valid_grad_fn is not None:
             judge = _gradient("valid_grad_fn", valid_grad_fn, params, updates)
@@ -437,22 +442,26 @@ def _norm(tree):
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def _check_like(what, tree, like, name="the gradients that `update` is given"):
-    """Refuses a tree that is not like another in structure and shapes, or not floating-point where that is."""
+_CHANGED_STRUCTURE = (
+    " (`jax.value_and_grad` returns a pair; what changes the parameters' structure, as `optax.lookahead` does, belongs "
+    "around `self_tuning`, not into its factory.)"
+)
+
+
+def _check_like(what, tree, like, name="the gradients that `update` is given", *, hint=_CHANGED_STRUCTURE, real=True):
+    """Refuses a tree that is not like another in structure and shapes, or not floating-point where that is.
+
+    With `real`, it must not be complex, either, where the other is real.
+    """
     shapes = [jax.tree.map(jnp.shape, t) for t in (tree, like)]
     start = f"{what[0].upper()}{what[1:]} must be"
     if jax.tree.structure(tree) != jax.tree.structure(like) or shapes[0] != shapes[1]:
-        hint = (
-            " (`jax.value_and_grad` returns a pair; what changes the parameters' structure, as `optax.lookahead` does, "
-            "belongs around `self_tuning`, not into its factory.)"
-        )
-        end = "" if name == "λ" else hint
-        raise ValueError(f"{start} a tree like {name}, {shapes[1]}; got {shapes[0]}.{end}")
+        raise ValueError(f"{start} a tree like {name}, {shapes[1]}; got {shapes[0]}.{hint}")
     for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True):
         if not _is_float(other):
             continue
         kinds = [jnp.result_type(x) for x in (leaf, other)]
-        imaginary = what.startswith("what") and jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(other)
+        imaginary = real and jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(other)
         if not jnp.issubdtype(kinds[0], jnp.inexact) or imaginary:
             where = jax.tree_util.keystr(path) or "the root"
             raise ValueError(f"{start} of the kind of {name}, {kinds[1]} at {where}; got {kinds[0]}.")

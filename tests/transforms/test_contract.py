@@ -22,7 +22,10 @@ def grads_of(params):
 
 
 def bounded(hyperparams):
-    return optax.projections.projection_box(hyperparams, {"rate": 0.0, "momentum": 0.0}, {"rate": 1.0, "momentum": 0.9})
+    # Below the momentum to start from, so that it binds.
+    return optax.projections.projection_box(
+        hyperparams, {"rate": 0.0, "momentum": 0.0}, {"rate": 1.0, "momentum": 0.85}
+    )
 
 
 def self_tuning(carried=False, **kwargs):

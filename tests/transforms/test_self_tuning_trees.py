@@ -131,6 +131,14 @@ def test_what_does_not_move_the_updates_is_refused():
     )
     _, state = run(masked, jax.tree.map(jnp.asarray, PARAMS), jax.tree.map(jnp.asarray, PARAMS))
     assert optax.tree.get(state, "hyperparams")["b"] == 0.2
+    # A leaf of λ for two parameters, of which one is there, is needed.
+    pairs = {"w": {"in": jnp.ones(2), "out": jnp.ones(2)}, "b": jnp.ones(2)}
+    of_one = optax.masked(
+        transforms.self_tuning(lambda hp: optax.sgd(hp["b"]), {"w": 0.1, "b": 0.2}, optax.sgd(0.1)),
+        {"w": {"in": True, "out": False}, "b": True},
+    )
+    with pytest.raises(ValueError, match=r"The leaves \['w'\] of λ do not move.* Some parameters are masked out"):
+        run(of_one, pairs, pairs)
     # What has no parameter to its name is used by none.
     for idle in (forgotten, injected):
         whole = optax.masked(idle, {"w": True, "b": False})
@@ -211,6 +219,38 @@ def test_a_validation_batch_is_the_gradient_of_its_loss(kwargs):
     ):
         with pytest.raises(ValueError, match=match):
             other.update(grads, tuned.init(params), params, **extra)
+    with pytest.raises(
+        ValueError, match=r"`valid_loss_fn` must be a function, `\(params, batch\) -> loss`; got a dict"
+    ):
+        transforms.self_tuning(make, start, optax.sgd(0.1), valid_loss_fn=batch, **kwargs)
+
+
+def test_a_validation_batch_of_each_step_goes_through_a_chain_and_multi_steps():
+    params, batches = jnp.array([0.5, -1.0]), jnp.array([[0.7, -1.0], [3.0, 0.2], [-1.0, 2.0], [0.4, 0.4]])
+
+    def valid_loss(params, batch):
+        return jnp.sum(batch * jnp.sin(params))
+
+    def tuned_by(name, compose):
+        tuned = compose(transforms.self_tuning(optax.adam, 1e-2, optax.sgd(0.1), valid_loss_fn=valid_loss))
+
+        @jax.jit
+        def step(params, state, batch):
+            extra = {"valid_batch": batch} if name == "batch" else {"valid_grad_fn": lambda p: batch * jnp.cos(p)}
+            updates, state = tuned.update(2 * params, state, params, **extra)
+            return optax.apply_updates(params, updates), state
+
+        carry = params, tuned.init(params)
+        rates = []
+        for batch in batches:
+            carry = step(*carry, batch)
+            rates.append(optax.tree.get(carry[1], "hyperparams"))
+        return jnp.stack(rates)
+
+    for compose in (lambda t: optax.chain(optax.clip(0.4), t), lambda t: optax.MultiSteps(t, 2)):
+        found = tuned_by("batch", compose)
+        chex.assert_trees_all_close(found, tuned_by("function", compose), rtol=1e-12)
+        assert jnp.ptp(found) > 1e-4, "each batch moves λ"
 
 
 def quadratic(tuner, bound=None, rule="cosine", mode="forward", num_steps=100):
