@@ -282,6 +282,7 @@ def judge(trained: dict[int, dict[str, Any]], parts: dict, scale: Scale, one_sho
     for ways, shots in SETTINGS:
         if ways in trained:
             sample = tasks.episodes(parts["test"], num_ways=ways, num_shots=shots, num_query=15 if ways == 5 else 5)
+            print(f"[{time.process_time():6.0f} s] judging {len(trained[ways])} methods, {ways}w{shots}s", flush=True)
             found[f"{ways}w{shots}s"] = methods.evaluate_episodes(
                 trained[ways],
                 sample,

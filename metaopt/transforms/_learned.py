@@ -159,11 +159,12 @@ def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
     150 multiplications for each parameter.
 
     `learned()` was meta-trained by `experiments/learned_optimizer.py` on trainings of 200 and 1,000 steps of small
-    networks, for losses on held-out rows. On other families of tables, and small images, it is about as good after 200
-    steps as Adam with one rate chosen over the tasks of the meta-training, without a rate to choose (validation loss
-    1.14 against 1.12 times that of Adam tuned on each task; Adam at 1e-3: 2.16). After 1,000 steps it is worse (1.41
-    against 1.23; Adam at 1e-3: 1.27), and its training losses are far from those of a tuned optimizer: its steps do
-    not become small enough.
+    networks, for losses on held-out rows, by ES-Single (`hypergrad.es_single`; the script's `--rule` has persistent
+    evolution strategies and gradients of truncated windows, too). On other families of tables, and small images, it is
+    about as good after 200 steps as Adam with one rate chosen over the tasks of the meta-training, without a rate to
+    choose (validation loss 1.14 against 1.12 times that of Adam tuned on each task; Adam at 1e-3: 2.16). After 1,000
+    steps it is worse (1.41 against 1.23; Adam at 1e-3: 1.27), and its training losses are far from those of a tuned
+    optimizer: its steps do not become small enough.
 
     Args:
       weights: φ, as `init_learned` and `load_learned` give it; or the name of shipped ones: "small".

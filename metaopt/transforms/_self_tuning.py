@@ -107,7 +107,8 @@ def self_tuning(
     with s the optimizer's state. μ = 0 is one step; μ = 1 is the exact derivative of f(θ_t) along an equal shift of all
     λ so far (of all log λ, but for "additive"); between them, steps longer ago than 1/(1 − μ) are forgotten: a short
     truncation, biased by what it forgets. It needs `grad_fn`, `params -> gradient` of this step's training loss; what
-    transforms gradients before this optimizer in a chain has no part in the derivative.
+    transforms gradients before this optimizer in a chain, or updates after it, has no part in the derivative. (With
+    μ = 0, `grad_fn` goes to the optimizer, as other extra arguments do: to `optax.contrib.sam`.)
 
     **What it costs**, with n entries of λ. `mode="forward"` keeps n derivatives of the parameters (μ > 0: and of the
     optimizer's state), in their precision, and pushes n tangents through the optimizer's operations; with μ > 0 it
@@ -223,6 +224,10 @@ def self_tuning(
         base.check_transform("factory(hyperparams)", made)
         return differentiable(made)
 
+    def run(hyperparams, updates, inner, params, extra_args):
+        """u and the optimizer's state after it, as arrays: some states hold a number of Python's."""
+        return jax.tree.map(jnp.asarray, optimizer(hyperparams).update(updates, inner, params, **extra_args))
+
     def projected(hyperparams):
         if projection_fn is None:
             return hyperparams
@@ -242,7 +247,7 @@ def self_tuning(
                 f"What `projection_fn` returns must be positive, since the {rule} rule moves logarithms, and a λ of "
                 f"zero never moves again; got {start}."
             )
-        inner = optimizer(start).init(params)
+        inner = jax.tree.map(jnp.asarray, optimizer(start).init(params))
         if mode == "reverse":  # copies, so that a program may be given the buffers of both
             last = (optax.tree.zeros_like(params), *jax.tree.map(jnp.copy, (inner, params)))
         else:
@@ -269,7 +274,7 @@ def self_tuning(
         last_grads, last_inner, last_params = state.last
 
         def last_update(hyperparams):
-            out, _ = optimizer(hyperparams).update(last_grads, last_inner, last_params, **extra_args)
+            out, _ = run(hyperparams, last_grads, last_inner, last_params, extra_args)
             return _split(out)[0]
 
         last_updates, pullback = jax.vjp(last_update, state.hyperparams)
@@ -289,7 +294,7 @@ def self_tuning(
     def step_reverse(updates, state, params, tuned, grad_fn, extra_args):
         """u_t, the optimizer's state after it, and what the next signal is made of."""
         del grad_fn
-        out, inner = optimizer(tuned).update(updates, state.inner, params, **extra_args)
+        out, inner = run(tuned, updates, state.inner, params, extra_args)
         return out, inner, (updates, state.inner, params)
 
     def step_forward(updates, state, params, tuned, grad_fn, extra_args):
@@ -311,7 +316,7 @@ def self_tuning(
 
         def advance(hyperparams, floats=floats):
             updates, params, inner = _merge(floats, rest)
-            out, inner = optimizer(hyperparams).update(updates, inner, params, **extra_args)
+            out, inner = run(hyperparams, updates, inner, params, extra_args)
             return _split((out, _like(inner, state.inner)))
 
         floats_out, push, rest_out = jax.linearize(advance, *primals, has_aux=True)
@@ -325,7 +330,7 @@ def self_tuning(
         """Raises where a leaf of λ does not move the updates (with a discount: nor the optimizer's state)."""
 
         def moved(hyperparams):
-            out, inner = optimizer(hyperparams).update(updates, state.inner, params, **extra_args)
+            out, inner = run(hyperparams, updates, state.inner, params, extra_args)
             return _split((out, inner if discount else None))[0]
 
         used = rewrite.used_leaves(moved, state.hyperparams)
@@ -370,6 +375,8 @@ def self_tuning(
                     "place of `valid_grad_fn`; got " + ("both." if valid_loss_fn is not None else "no such loss.")
                 )
             valid_grad_fn = functools.partial(_loss_gradient, valid_loss_fn, valid_batch)
+        if grad_fn is not None and not discount:  # the optimizer's own
+            extra_args, grad_fn = {**extra_args, "grad_fn": grad_fn}, None
         masked = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
         if masked and (valid_grad_fn is not None or grad_fn is not None):
             raise ValueError(
@@ -397,7 +404,9 @@ def self_tuning(
         tuned = projected(jax.tree.map(moved, state.hyperparams, moves))
         new_updates, inner, last = step(updates, state, params, tuned, grad_fn, extra_args)
         last, inner = _like((last, inner), (state.last, state.inner))
-        return _like(new_updates, updates), SelfTuningState(tuned, inner, tuner_state, last, state.count + 1)
+        return _promoted(new_updates, updates, params), SelfTuningState(
+            tuned, inner, tuner_state, last, state.count + 1
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -405,6 +414,15 @@ def self_tuning(
 def _like(new, old):
     """With the precision of `old`: λ in float32 does not widen what is in bfloat16."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype) if _is_float(y) else x, new, old)
+
+
+def _promoted(new, updates, params):
+    """As precise as the gradients or the parameters: a decay in bfloat16 would be lost beside a larger step."""
+
+    def one(x, update, param):
+        return x.astype(jnp.promote_types(update.dtype, param.dtype)) if _is_float(update) else x
+
+    return jax.tree.map(one, new, updates, params)
 
 
 def _is_float(x: Any) -> bool:

@@ -399,3 +399,40 @@ def test_what_is_projected_stays_positive_and_is_a_copy():
     assert len({x.unsafe_buffer_pointer() for x in (limit, *state.hyperparams.values())}) == 3
     _, state = jax.jit(tuned.update, donate_argnums=1)(params, state, params)
     assert state.hyperparams["a"] == state.hyperparams["b"] == limit
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "factory",
+    [optax.optimistic_adam_v2, optax.optimistic_gradient_descent, optax.contrib.dog],
+    ids=lambda f: f.__name__,
+)
+def test_a_state_that_holds_a_number_of_python(factory, mode):
+    params = jnp.array([1.0, -2.0])
+    _, found = run(transforms.self_tuning(factory, 1e-2, optax.sgd(0.1), mode=mode), params, params)
+    assert found.hyperparams > 1.1e-2
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kinds", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")])
+def test_updates_are_as_precise_as_those_of_the_optimizer_alone(kinds, mode):
+    grads, params = jnp.array([1e-3, 0.1, 0.1], kinds[0]), jnp.array([0.5, 2.0, 30.0], kinds[1])
+    adamw = lambda rate: optax.adamw(rate, eps=1e-3, weight_decay=1e-4)
+    tuned = transforms.self_tuning(adamw, 1e-3, optax.sgd(1e-9), mode=mode)
+    updates, _ = tuned.update(grads, tuned.init(params), params)
+    expected, _ = adamw(1e-3).update(grads, adamw(1e-3).init(params), params)
+    assert updates.dtype == expected.dtype == jnp.promote_types(*kinds)
+    np.testing.assert_allclose(updates, expected, rtol=1e-6 if expected.dtype == jnp.float32 else 2e-3)
+
+
+def test_grad_fn_goes_to_the_optimizer_where_nothing_is_carried():
+    def sam(rate):
+        ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.3))
+        return optax.contrib.sam(optax.sgd(rate), ascent, opaque_mode=True)
+
+    params, grad_fn = jnp.array([1.0, -2.0]), lambda params, _: params**3
+    tuned = transforms.self_tuning(sam, 1e-2, optax.sgd(1e-9))
+    updates, _ = tuned.update(params**3, tuned.init(params), params, grad_fn=grad_fn)
+    expected, _ = sam(1e-2).update(params**3, sam(1e-2).init(params), params, grad_fn=grad_fn)
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+    assert jnp.abs(expected + 1e-2 * params**3).max() > 1e-3, "the gradient ahead is another"
