@@ -220,7 +220,11 @@ def self_tuning(
     checked = set()
 
     def optimizer(hyperparams):
-        made = factory(hyperparams)
+        try:
+            made = factory(hyperparams)
+        except TypeError as error:
+            error.add_note("`factory` is called with the whole of λ: for a dict, `lambda hp: optax.adamw(**hp)`.")
+            raise
         base.check_transform("factory(hyperparams)", made)
         return differentiable(made)
 
@@ -366,7 +370,7 @@ def self_tuning(
         if valid_loss_fn is not None and valid_batch is None and valid_grad_fn is None:
             raise ValueError(
                 "`valid_loss_fn` needs its batch: call `update(updates, state, params, valid_batch=batch)`; got none. "
-                "(Flax's `TrainState` drops extra arguments.)"
+                "(Flax's `TrainState.apply_gradients` has no way for it.)"
             )
         if valid_batch is not None:
             if valid_loss_fn is None or valid_grad_fn is not None:
