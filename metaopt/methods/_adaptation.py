@@ -165,7 +165,7 @@ def adaptation(
     def whole(params, made, meta_params):
         """All leaves: those that do not adapt were made by `init`, or are read from the meta-parameters."""
         given = _by_path(meta_params) | _by_path(made)
-        fill = lambda path, x: given[_path(path)] if x is None else x
+        fill = lambda path, x: given.get(_path(path)) if x is None else x  # what is None in the model stays so
         return jax.tree_util.tree_map_with_path(fill, params, is_leaf=lambda x: x is None)
 
     def judged(params, carried, meta_params):

@@ -140,15 +140,17 @@ def maml_plus_plus(
     multi_step_steps: int = 0,
     **options: Any,
 ) -> Adaptation:
-    """MAML++: a loss after each step at first, a learned rate for each leaf and step, first order at first.
+    """MAML++: a learned rate for each leaf and step; if asked for, a loss after each step and first order at first.
 
         F = Σ_t w_t f(θ_t),    w_t = max(0, 1 − k/N)/T for t < T,    w_T = 1 − Σ_{t<T} w_t    at outer step k.
 
-    (The paper keeps a small weight on early steps until N, and drops it there.) Per-step normalization is the model's:
-    a scale and a shift with a leading axis of T are `leaves_per_step` (`conv4(num_steps=T)`), and a loss with
-    `with_context` is told the step. Each step is normalized by the statistics of its own batch. The paper also gathers
-    running statistics for each step, but its authors' code reads them nowhere: in training and at test it normalizes by
-    the batch (`F.batch_norm(..., training=True)`), so that they change no prediction, and they are not kept here.
+    Both schedules are off unless they are given, and then followed by `estimator_at` alone (`estimator` is what comes
+    after them): `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)`. (The paper
+    keeps a small weight on early steps until N, and drops it there.) Per-step normalization is the model's: a scale and
+    a shift with a leading axis of T are `leaves_per_step` (`conv4(num_steps=T)`), and a loss with `with_context` is
+    told the step. Each step is normalized by the statistics of its own batch. The paper also gathers running statistics
+    for each step, but its authors' code reads them nowhere: in training and at test it normalizes by the batch
+    (`F.batch_norm(..., training=True)`), so that they change no prediction, and they are not kept here.
 
     Args:
       loss: as for `maml`.

@@ -1,7 +1,10 @@
 """The specification, setting by setting, against a network whose training is written in NumPy and its differences."""
 
+import dataclasses
+import functools
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,6 +198,48 @@ def test_all_leaves_by_name_are_maml_and_so_are_equal_rates(estimates):
 def test_first_order_is_the_gradient_of_f_where_training_ends(estimates):
     close(estimates.found["fomaml"].hypergrad["init"], slopes(trained(META, 2)[-1], DATA[1]))
     assert methods.fomaml(loss).estimator.kind == "biased" and methods.maml(loss).estimator.kind == "exact"
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["hidden", "out", "nothing"], meta_fields=[])
+@dataclasses.dataclass
+class Module:
+    """A model like Equinox's: it can be called, and what is static in it is None."""
+
+    hidden: dict
+    out: dict
+    nothing: None = None
+
+    def __call__(self, x):
+        return network({"hidden": self.hidden, "out": self.out}, x)
+
+
+def module_loss(params, hyperparams, batch):
+    assert params.nothing is None
+    return ((params(batch["x"]) - batch["y"]) ** 2).mean()
+
+
+@pytest.mark.once
+def test_a_model_that_can_be_called_and_has_none_in_it(estimates):
+    made = {
+        "maml": methods.maml(module_loss, num_steps=2, rate=RATE),
+        "anil": methods.anil(module_loss, head="^out", num_steps=2, rate=RATE),
+        "reptile": methods.reptile(module_loss, num_steps=2, rate=RATE),
+        "meta_sgd": methods.meta_sgd(module_loss, num_steps=2, rate=RATE),
+    }
+
+    @jax.jit
+    def program(init, task):
+        found = {}
+        for name, a in made.items():
+            hyperparams = a.hyperparams(init)
+            found[name] = a.estimator.estimate(hyperparams, task, a.estimator.init(KEY, hyperparams, task))[0]
+        return found
+
+    found = program(Module(**jax.tree.map(jnp.asarray, META)), jax.tree.map(jnp.asarray, TASK))
+    for name, estimate in found.items():
+        expected = estimates.found[name].hypergrad["init"]
+        init = estimate.hypergrad["init"]
+        chex.assert_trees_all_close({"hidden": init.hidden, "out": init.out}, expected, rtol=1e-10)
 
 
 def test_truncation_to_one_step_is_first_order():

@@ -114,6 +114,51 @@ def test_places_and_keys_tell_nothing():
     assert (found.scores["key"]["all"] < 2).all()
 
 
+@pytest.mark.once
+def test_who_uses_the_query_set_is_found_in_any_source_and_behind_any_offset():
+    def one_example(key):
+        support, query, *_ = sample(key)
+        return tasks.Episode(support, {k: v if k == "class_mask" else v[:1] for k, v in query.items()})
+
+    def far(key, support, query):
+        """Outputs with a common offset, moved by the mean of the query set."""
+        return 1e4 + query["x"].mean() + prototypes(key, support, query)
+
+    found = methods.evaluate_episodes(
+        {"centered": centered, "far": far, "prototypes": prototypes, "offset": lambda *args: 1e4 + prototypes(*args)},
+        {"one": one_example, "nine": sample},  # of one example, the mean says nothing of others
+        jax.random.key(0),
+        num_episodes=8,
+        chunk_size=4,
+    )
+    assert found.transductive == {"centered": True, "far": True, "prototypes": False, "offset": False}
+
+
+@pytest.mark.once
+def test_all_that_belongs_to_an_example_goes_with_it():
+    def richer(key):
+        support, query, *_ = sample(key)
+        of = lambda part: {"points": part["x"], "times": jnp.arange(len(part["y"]))}
+        return tasks.Episode({**support, "x": of(support)}, {**query, "x": of(query), "again": query["x"]})
+
+    def by_points(key, support, query):
+        return prototypes(key, {**support, "x": support["x"]["points"]}, {"x": query["x"]["points"]})
+
+    def by_again(key, support, query):
+        return prototypes(key, {**support, "x": support["x"]["points"]}, {"x": query["again"]})
+
+    def by_others(key, support, query):
+        mean = query["again"].mean(axis=0, keepdims=True)
+        return by_again(key, support, {"again": query["again"] - 0.2 * mean})
+
+    of = lambda named, sampler: methods.evaluate_episodes(named, sampler, jax.random.key(0), num_episodes=16)
+    plain = of({"plain": prototypes}, sample).scores["plain"]
+    found = of({"points": by_points, "again": by_again, "others": by_others}, richer)
+    for name in ("points", "again"):
+        np.testing.assert_array_equal(next(iter(found.scores[name].values())), next(iter(plain.values())))
+    assert found.transductive == {"points": False, "again": False, "others": True}
+
+
 def test_every_user_is_judged_once():
     """And users that are drawn with replacement, who would pass for many, are refused."""
     table = tasks.from_user_records(
