@@ -1,11 +1,13 @@
-"""Meta-Dataset's own files, without TensorFlow: one file of TFRecords a class, and a JSON that describes them.
+"""Meta-Dataset's own files, and those of its builder for tfds, without TensorFlow: TFRecords, and a JSON about them.
 
 A record is a protocol-buffer `Example`: a map from names to lists of bytes, floats or integers.
 """
 
 import io
+import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,34 +53,51 @@ def read_example(data: bytes) -> dict[str, list[Any]]:
 
 
 def from_meta_dataset(
-    folder: str | os.PathLike[str], *, part: str, size: int, channels: int = 3, check: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    part: str,
+    size: int,
+    channels: int = 3,
+    version: str = "v1",
+    check: bool = False,
 ) -> Source:
-    """One data set in Meta-Dataset's format: `dataset_spec.json`, and `0.tfrecords`, `1.tfrecords` ..., a file a class.
+    """One data set of Meta-Dataset, as its conversion scripts write it: `dataset_spec.json`, and `0.tfrecords`,
+    `1.tfrecords` ..., a file a class; or as its builder for TensorFlow Datasets does (`tfds build md_tfds`):
+    `metadata.json`, and all classes, one after another, in `*-all_classes.tfrecord-*`.
 
     Args:
-      folder: of one data set (`omniglot`, `aircraft` ...), as Meta-Dataset's conversion scripts write it.
+      folder: of one data set (`omniglot`, `aircraft` ...; with tfds `meta_dataset/omniglot/1.0.0`).
       part: "train", "valid" or "test": the classes that the specification gives to it.
       size: images are resized to a square of so many pixels a side.
       channels: 3, [N, S, S, 3], or 1, gray, [N, S, S].
+      version: of the protocol, where the files have both: "v1", or "v2" (with VTAB, which has other parts).
       check: as for `read_tfrecords`.
 
     Returns:
       A `Source`: Omniglot's with superclasses, ImageNet's with the ontology of the part.
 
     Raises:
-      FileNotFoundError: there is no specification.
+      FileNotFoundError: there is no specification, or there are no records.
       ValueError: the part has no classes, a file is damaged, or the specification has another form.
       ImportError: Pillow is not installed.
+
+    Source: Triantafillou et al., ICLR 2020, https://arxiv.org/abs/1903.03096; the formats:
+    https://github.com/google-research/meta-dataset
     """
     if part not in PARTS:
         raise ValueError(f"`part` must be one of {', '.join(map(repr, PARTS))}; got {part!r}.")
     folder, image = Path(folder), _pillow("from_meta_dataset")
-    if not (folder / "dataset_spec.json").is_file():
-        raise FileNotFoundError(f"{folder} has no dataset_spec.json.")
-    spec = json.loads((folder / "dataset_spec.json").read_text(encoding="utf-8"))
+    of_tfds = (folder / "metadata.json").is_file()
+    if not of_tfds and not (folder / "dataset_spec.json").is_file():
+        raise FileNotFoundError(f"{folder} has no dataset_spec.json, and no metadata.json of tfds's builder.")
+    file = folder / ("metadata.json" if of_tfds else "dataset_spec.json")
     superclass = ontology = None
+    slices: dict[str, list[int]] = {}
     try:
-        if spec["file_pattern"] != "{}.tfrecords":
+        spec = json.loads(file.read_text(encoding="utf-8"))
+        if of_tfds:
+            slices, spec = spec["relative_class_slices"][version][part], spec["dataset_specs"][version]
+        elif spec["file_pattern"] != "{}.tfrecords":
             raise ValueError(f"{folder}: only files '{{}}.tfrecords' are read; got {spec['file_pattern']!r}.")
         if "superclasses_per_split" in spec:
             sizes = spec["classes_per_superclass"]
@@ -94,13 +113,18 @@ def from_meta_dataset(
         else:
             numbers = _in_part(spec["classes_per_split"], part)
         names = [spec["class_names"][str(k)] for k in numbers]
+        at = [slices[str(k)] for k in range(len(numbers))] if of_tfds else []
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/dataset_spec.json lacks {error}.") from error
+        raise ValueError(f"{file} lacks {error}.") from error
     if not names:
         raise ValueError(f"{folder}: the part {part!r} has no classes.")
+    if of_tfds:
+        classes = _of_tfds(folder, at, check)
+    else:
+        classes = (read_tfrecords(folder / f"{number}.tfrecords", check=check) for number in numbers)
     x, y = [], []
-    for number in numbers:
-        for record in read_tfrecords(folder / f"{number}.tfrecords", check=check):
+    for number, records in zip(numbers, classes, strict=True):
+        for record in records:
             encoded = read_example(record)["image"][0]
             x.append(_pixels(image.open(io.BytesIO(encoded)), size, channels))
             y.append(number)
@@ -108,6 +132,26 @@ def from_meta_dataset(
     unique = names if len(set(names)) == len(names) else [f"{k}/{name}" for k, name in zip(numbers, names, strict=True)]
     name = spec.get("name", folder.name)
     return from_arrays(np.stack(x), y, name=name, class_names=unique, superclass=superclass, ontology=ontology)
+
+
+def _of_tfds(folder: Path, slices: list[list[int]], check: bool) -> Iterator[Iterator[bytes]]:
+    """The records of each class, which are at a slice of all that follow one another in the shards.
+
+    The classes of a part follow one another, too, so that one pass reads them.
+    """
+    files = sorted(folder.glob("*-all_classes.tfrecord-*"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no files *-all_classes.tfrecord-* (other formats of tfds are not read).")
+    records = itertools.chain.from_iterable(read_tfrecords(file, check=check) for file in files)
+    read = 0
+    for start, stop in slices:
+        if start < read:
+            raise ValueError(f"{folder}: the classes of a part must follow one another; one starts at {start}.")
+        found = list(itertools.islice(records, start - read, stop - read))
+        if len(found) < stop - start:
+            raise ValueError(f"{folder}: records {start} to {stop} were expected; the files end before.")
+        read = stop
+        yield iter(found)
 
 
 def _in_part(sizes: dict[str, int], part: str) -> range:

@@ -169,7 +169,11 @@ def _partitioned(factory: Callable, choose: Callable) -> Callable:
             settings, labels = choose(hyperparams, params)
             if len(settings) < 2:  # nothing to tell apart
                 return optax.with_extra_args_support(call(next(iter(settings.values()), hyperparams))), settings, labels
-            return optax.partition({label: call(s) for label, s in settings.items()}, lambda _: labels), settings, labels
+            return (
+                optax.partition({label: call(s) for label, s in settings.items()}, lambda _: labels),
+                settings,
+                labels,
+            )
 
         def init(params):
             return transform(params)[0].init(params)

@@ -1,5 +1,6 @@
 """What comes out of a source is what went in."""
 
+import io
 import sys
 import types
 
@@ -129,6 +130,40 @@ def test_a_data_set_of_tfds(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ImportError, match=r"metaopt-jax\[episodes\]"):
         tasks.from_tfds("insects")
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore")
+def test_a_data_set_that_tfds_itself_prepared_and_reads(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("array_record")
+    image = pytest.importorskip("PIL.Image")
+
+    class Insects(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            label = tfds.features.ClassLabel(names=["ant", "bee", "cat"])
+            features = {"image": tfds.features.Image(shape=(4, 4, 1)), "label": label}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(6):
+                stream = io.BytesIO()
+                image.fromarray(np.full((4, 4), 10 * i, np.uint8)).save(stream, "PNG")
+                stream.seek(0)
+                yield i, {"image": stream, "label": i % 3}
+
+    builder = Insects(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare(file_format="array_record")
+    source = tasks.from_tfds("insects", data_dir=tmp_path)
+    assert source.x.shape == (6, 4, 4) and source.class_names == ("ant", "bee", "cat")
+    np.testing.assert_array_equal(source.x[:, 0, 0] // 10 % 3, source.y)
+    np.testing.assert_array_equal(np.sort(source.x[:, 0, 0]), 10 * np.arange(6))
+    assert "tensorflow" not in sys.modules
 
 
 def test_the_sets_of_the_data_folder(monkeypatch, tmp_path):

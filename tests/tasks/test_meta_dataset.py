@@ -143,3 +143,43 @@ def test_superclasses_and_ontologies(tmp_path):
     train = tasks.from_meta_dataset(tmp_path, part="train", size=4)
     assert tasks.ontology_nodes(train.ontology, train.class_names, min_leaves=2) == [("n0", [0, 1])]
     assert tasks.from_meta_dataset(tmp_path, part="test", size=4).class_names == ("n3",)
+
+
+def test_the_files_of_its_builder_for_tfds(tmp_path):
+    """Classes one after another, in shards that do not end with them; the parts of v2 are others."""
+    records = []
+    for k, per_class in enumerate((2, 3, 1, 2)):
+        for i in range(per_class):
+            stream = io.BytesIO()
+            Image.fromarray(np.full((4, 4, 3), 10 * k + i, np.uint8)).save(stream, "PNG")
+            records.append(record(example(image=stream.getvalue(), label=[k])))
+    for shard, part in enumerate((records[:3], records[3:4], records[4:])):
+        (tmp_path / f"meta_dataset-all_classes.tfrecord-{shard:05d}-of-00003").write_bytes(b"".join(part))
+    spec = {"name": "toy", "file_pattern": "{}.tfrecords", "class_names": {str(k): f"class {k}" for k in range(4)}}
+    slices = [[0, 2], [2, 5], [5, 6], [6, 8]]
+
+    def of(train, valid, test):
+        parts = {"train": range(train), "valid": range(train, train + valid), "test": range(train + valid, 4)}
+        where = {p: {str(i): slices[k] for i, k in enumerate(ks)} for p, ks in parts.items()}
+        return {**spec, "classes_per_split": {"TRAIN": train, "VALID": valid, "TEST": test}}, where
+
+    made = {"v1": of(1, 1, 2), "v2": of(3, 0, 1)}
+    content = {"dataset_specs": {v: s for v, (s, _) in made.items()}}
+    content["relative_class_slices"] = {v: where for v, (_, where) in made.items()}
+    (tmp_path / "metadata.json").write_text(json.dumps(content))
+    read = lambda part, **options: tasks.from_meta_dataset(tmp_path, part=part, size=2, **options)
+    test = read("test", check=True)
+    assert test.class_names == ("class 2", "class 3") and test.name == "toy"
+    np.testing.assert_array_equal(test.x[:, 0, 0, 0], [20, 30, 31])
+    np.testing.assert_array_equal(read("valid").x[:, 0, 0, 0], [10, 11, 12])
+    np.testing.assert_array_equal(read("train", version="v2").x[:, 0, 0, 0], [0, 1, 10, 11, 12, 20])
+    np.testing.assert_array_equal(read("train", version="v2").y, [0, 0, 1, 1, 1, 2])
+    with pytest.raises(ValueError, match="metadata.json lacks 'v3'"):
+        read("test", version="v3")
+    (tmp_path / "meta_dataset-all_classes.tfrecord-00002-of-00003").unlink()
+    with pytest.raises(ValueError, match="records 5 to 6 were expected"):
+        read("test")
+    for file in tmp_path.glob("*.tfrecord-*"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="no files"):
+        read("test")
