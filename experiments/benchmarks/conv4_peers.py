@@ -3,6 +3,7 @@
 Prints processor milliseconds and gradients as one line of JSON. A program that fails gets a row that says why.
 """
 
+import functools
 import json
 import sys
 import time
@@ -62,17 +63,21 @@ def with_autograd(params, train, valid, blocks, rate):
     return gradient
 
 
-def with_func(params, train, valid, blocks, rate):
+def with_func(params, train, valid, blocks, rate, normalize=by_hand):
     def one(params, sx, sy, qx, qy):
-        grads = torch.func.grad(loss)(params, sx, sy, blocks, by_hand)
-        return loss({n: p - rate * grads[n] for n, p in params.items()}, qx, qy, blocks, by_hand)
+        grads = torch.func.grad(loss)(params, sx, sy, blocks, normalize)
+        return loss({n: p - rate * grads[n] for n, p in params.items()}, qx, qy, blocks, normalize)
 
     batched = torch.func.vmap(one, in_dims=(None, 0, 0, 0, 0))
     gradient = torch.func.grad(lambda params: batched(params, *train, *valid).mean())
     return lambda: gradient(params)
 
 
-PROGRAMS = {"PyTorch, a loop over tasks": with_autograd, "torch.func, vmap": with_func}
+PROGRAMS = {
+    "PyTorch, a loop over tasks": with_autograd,
+    "torch.func, vmap": with_func,
+    "torch.func, vmap, fused": functools.partial(with_func, normalize=fused),
+}
 
 
 def main() -> None:
