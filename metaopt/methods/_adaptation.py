@@ -171,6 +171,11 @@ def adaptation(
     def judged(params, carried, meta_params):
         """What f and predictions see."""
         params = whole(params, carried.made, meta_params)
+        if keep_support and not isinstance(params, dict):
+            raise ValueError(
+                'With `keep_support=True`, f finds the support set in `params["support"]`, so that the model must be a '
+                f"dict; got a {type(params).__name__}."
+            )
         return {**params, "support": carried.support} if keep_support else params
 
     def start(key, hyperparams, data):

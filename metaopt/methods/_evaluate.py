@@ -263,6 +263,8 @@ def _differ(outputs: jax.Array, again: jax.Array, query: dict[str, jax.Array]) -
 
 def _at(evaluation: Evaluation, method: str, source: str, step: int) -> np.ndarray:
     """[E], the scores after `step` steps, or after the method's last where it takes fewer."""
+    if step < -1:
+        raise ValueError(f"`step` must be a number of steps, or -1 for a method's last; got {step}.")
     scores = evaluation.scores[method][source]
     return scores[:, step] if step < scores.shape[1] else scores[:, -1]
 

@@ -253,7 +253,8 @@ def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **op
 
     For regression, and for classes that keep their labels from task to task. Where every episode labels its classes
     anew there is nothing that one head could learn for all of them: train features and a head on all classes at once,
-    with `tasks.labelled_batches`, and give every task a new head at test, as Chen et al. (ICLR 2019) do:
+    with `tasks.labelled_batches`, and give every task a new head at test, as Chen et al. (ICLR 2019) do (theirs is
+    drawn; here it starts from prototypes):
 
         head = methods.linear_head(features)
         loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)

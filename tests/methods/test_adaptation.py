@@ -389,6 +389,14 @@ def test_bad_arguments(options, message):
         methods.adaptation(loss, **options)
 
 
+def test_a_support_set_is_kept_in_a_dict():
+    a = methods.maml(lambda params, hyperparams, batch: ((params[0] - batch["x"]) ** 2).sum(), keep_support=True)
+    data = {"x": jnp.ones(2), "mask": jnp.ones(2)}
+    task = base.Task(data, data)
+    with pytest.raises(ValueError, match="so that the model must be a dict; got a tuple"):
+        jax.eval_shape(a.estimator.estimate, a.hyperparams((jnp.zeros(2),)), task, KEY)
+
+
 def test_bad_patterns():
     with pytest.raises(ValueError, match="`adapt` must find a leaf: 'head' is in none of \\['hidden/b'"):
         a = methods.anil(loss)

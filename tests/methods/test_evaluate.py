@@ -205,6 +205,8 @@ def test_means_differences_and_ranks_by_hand():
     tied = by_hand({"a": {"u": [[1]], "v": [[3]]}, "b": {"u": [[1]], "v": [[2]]}, "c": {"u": [[0]], "v": [[9]]}})
     assert methods.average_ranks(tied) == {"a": 1.75, "c": 2.0, "b": 2.25}
     assert methods.average_ranks(tied._replace(higher_is_better=False)) == {"b": 1.75, "c": 2.0, "a": 2.25}
+    with pytest.raises(ValueError, match="`step` must be a number of steps, or -1"):
+        methods.mean_scores(HAND, step=-2)
 
 
 def test_against_ways_by_hand():
