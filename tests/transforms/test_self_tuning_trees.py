@@ -401,6 +401,7 @@ def test_what_is_projected_stays_positive_and_is_a_copy():
     assert state.hyperparams["a"] == state.hyperparams["b"] == limit
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "factory",
@@ -413,6 +414,7 @@ def test_a_state_that_holds_a_number_of_python(factory, mode):
     assert found.hyperparams > 1.1e-2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kinds", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")])
 def test_updates_are_as_precise_as_those_of_the_optimizer_alone(kinds, mode):
