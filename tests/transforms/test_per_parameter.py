@@ -46,11 +46,6 @@ FACTORIES = {
         lambda rate, b1: optax.conditionally_transform(optax.adam(rate, b1), every_other),
         {"b1": 0.5},
     ),
-    "conditionally_mask": (lambda rate, b1: optax.conditionally_mask(optax.adam(rate, b1), every_other), {"b1": 0.5}),
-    "multi_steps": (
-        lambda rate, b1: optax.MultiSteps(optax.adam(rate, b1), 2).gradient_transformation(),
-        {"b1": 0.5},
-    ),
     "clip_by_leaf": (
         lambda rate, norm: optax.chain(transforms.learnable_clip(norm, scope="leaf"), optax.sgd(rate)),
         {"norm": 0.4},
@@ -236,7 +231,9 @@ COUPLED = {
     "normalize_by_update_norm": lambda rate: optax.chain(optax.normalize_by_update_norm(), optax.sgd(rate)),
     "polyak_sgd": lambda rate: optax.polyak_sgd(scaling=rate),
     **{name: getattr(contrib, name) for name in ("dadapt_adamw", "dog", "dowg", "momo", "momo_adam", "prodigy")},
-    "dpsgd": lambda rate: contrib.dpsgd(rate, 1.0, 0.1, key=jax.random.key(0)),
+    "differentially_private": lambda rate: optax.chain(
+        contrib.differentially_private_aggregate(1.0, 0.1, key=jax.random.key(0)), optax.sgd(rate)
+    ),
     "mechanize": lambda rate: contrib.mechanize(optax.sgd(rate)),
     "normalize": lambda rate: optax.chain(contrib.normalize(), optax.sgd(rate)),
     "sam": lambda rate: optax.GradientTransformation(
@@ -255,7 +252,8 @@ def refused(factory):
 
     def update(rates):
         optimizer = transforms.per_parameter(factory)(rates)
-        grads = GRADS if factory is not COUPLED["dpsgd"] else jax.tree.map(lambda g: g[None], GRADS)  # by example
+        by_example = factory is COUPLED["differentially_private"]
+        grads = jax.tree.map(lambda g: g[None], GRADS) if by_example else GRADS
         return optimizer.update(grads, optimizer.init(PARAMS), PARAMS, value=jnp.ones(()))
 
     jax.eval_shape(update, 0.1)
@@ -280,6 +278,8 @@ def halved(x):
 halved.defvjp(lambda x: (x / 2, None), lambda _, g: (g / 2,))
 APART = {
     "fromage": optax.fromage,
+    "conditionally_mask": lambda rate: optax.conditionally_mask(optax.adam(rate), every_other),
+    "multi_steps": lambda rate: optax.MultiSteps(optax.adam(rate), 2).gradient_transformation(),
     "monitor": lambda rate: optax.chain(optax.monitor({"norm": optax.tree.norm}), optax.sgd(rate)),
     "differentiable": lambda rate: transforms.differentiable(optax.adam(rate)),
     "custom_vjp": by_leaves(lambda *leaves: jax.jit(lambda *u: jax.tree.map(halved, u))(*leaves)),
@@ -325,6 +325,7 @@ NNX = {
 
 
 @pytest.mark.parametrize("name", NNX)
+@pytest.mark.once
 def test_in_an_nnx_optimizer(name):
     model, x = Net(), jnp.array([[0.3, -1.0], [0.5, 0.2]])
     optimizer = nnx.Optimizer(model, NNX[name](), wrt=nnx.Param)
