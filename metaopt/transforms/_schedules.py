@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 
 def knot_schedule(
@@ -173,7 +174,7 @@ def wsd_schedule(
     if decay not in _DECAYS:
         raise ValueError(f"`decay` must be one of {sorted(_DECAYS)}; got {decay!r}.")
     lengths = (warmup_steps, decay_steps, num_steps)
-    if not any(isinstance(x, jax.core.Tracer) for x in lengths):
+    if not any(isinstance(x, Tracer) for x in lengths):
         warmup, last, total = (np.asarray(x, float) for x in lengths)
         if np.any(warmup + last > total * (1 + 1e-6)):  # shares of the whole are rounded
             raise ValueError(
