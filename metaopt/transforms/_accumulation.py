@@ -43,7 +43,8 @@ def learnable_accumulation(
         to itself and never decays: `jnp.float32` for those.
 
     Returns:
-      A transform, to be chained with a learning rate.
+      A transform, to be chained with a learning rate. As those of `optax.trace`, its updates have the wider type of
+      gradient and momentum.
 
     Raises:
       ValueError: `decays` is no vector, or the weights are not as many.
@@ -86,7 +87,7 @@ def learnable_accumulation(
             return (b * m + (1 - b if average else 1) * jnp.asarray(u)[None]).astype(m.dtype)
 
         def mixed(u, m):  # a sum of products and no dot, which an accelerator rounds
-            return (column(weight, m) * m).sum(0).astype(jnp.result_type(u))
+            return (column(weight, m) * m).sum(0).astype(jnp.promote_types(jnp.result_type(u), m.dtype))
 
         momenta = jax.tree.map(decayed, updates, state.momenta)
         return jax.tree.map(mixed, updates, momenta), AccumulationState(momenta)

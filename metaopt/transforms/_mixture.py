@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import eval_jaxpr
+from jax.tree_util import all_leaves
 
 from metaopt import base
+from metaopt.transforms import _prefixes
 
 
 @jax.custom_jvp
@@ -42,14 +44,16 @@ def mixture(
 
     Args:
       transforms: the members, at least one; wrap those that need it in `optax.chain` for their own rates.
-      weights: [K], one for each member; or a tree of [K] that is a prefix of the parameters', for a mixture of its own
-        in each. They are used as they are: `spaces.simplex(K)` or a softmax keeps them nonnegative with sum one.
+      weights: [K], an array or a list of K numbers, one for each member; or a tree of them that is a prefix of the
+        parameters', for a mixture of its own in each (in `nnx.Optimizer`, a dict or an `nnx.State`). They are used as
+        they are: `spaces.simplex(K)` or a softmax keeps them nonnegative with sum one.
 
     Returns:
       A transform; its state is the tuple of the members' states. Extra arguments reach every member that takes them.
 
     Raises:
-      ValueError: there is no member, one is no transform, or weights are not [K].
+      ValueError: there is no member, one is no transform, or weights are not [K]; by `update`, their tree does not fit
+        the parameters.
 
     >>> import jax.numpy as jnp, optax
     >>> from metaopt import transforms
@@ -63,6 +67,7 @@ def mixture(
     members = [optax.with_extra_args_support(member) for member in transforms]
     if not members:
         raise ValueError("`transforms` must have at least one member; got none.")
+    weights = jax.tree.map(_as_vector, _prefixes.opened(weights), is_leaf=_is_list_of_numbers)
     for leaf in jax.tree.leaves(weights):
         if np.shape(leaf) != (len(members),):
             raise ValueError(
@@ -79,14 +84,18 @@ def mixture(
             idle = jnp.all(jnp.array([leaf[k] == 0 for leaf in jax.tree.leaves(weights)]))
             results.append(_update_apart(member, idle, (updates, member_state, params), extra_args))
 
-        def mix(weights, *trees):
-            def mean(*leaves):
-                terms = [_weighted(jnp.asarray(w, u.dtype), u) for w, u in zip(weights, leaves, strict=True)]
-                return sum(terms[1:], start=terms[0])
+        def mean(weights, *leaves):
+            terms = [_weighted(jnp.asarray(w, u.dtype), u) for w, u in zip(weights, leaves, strict=True)]
+            return sum(terms[1:], start=terms[0])
 
-            return jax.tree.map(mean, *trees)
-
-        mixed = jax.tree.map(lambda w, *trees: mix(w, *trees), weights, *(u for u, _ in results))
+        try:
+            full = _prefixes.spread(weights, updates)
+        except ValueError as error:
+            raise ValueError(
+                "`weights` must be one vector, or a tree of vectors that is the parameters' or a prefix of it; got "
+                f"{jax.tree.structure(weights)} for parameters {jax.tree.structure(_prefixes.opened(updates))}."
+            ) from error
+        mixed = jax.tree.map(mean, full, *(u for u, _ in results))
         return mixed, tuple(s for _, s in results)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -104,6 +113,14 @@ def _update_apart(member, idle, operands, extra_args):
     broken = idle & ~jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in outputs]))
     hold = lambda x: jnp.where(broken, jax.lax.stop_gradient(x), x) if _is_float(x) else x
     return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(jax.tree.map(hold, arguments)))
+
+
+def _is_list_of_numbers(x) -> bool:
+    return isinstance(x, list | tuple) and len(x) > 0 and all_leaves(x) and all(np.ndim(number) == 0 for number in x)
+
+
+def _as_vector(weights):
+    return jnp.stack([jnp.asarray(w) for w in weights]) if _is_list_of_numbers(weights) else weights
 
 
 def _is_float(x) -> bool:

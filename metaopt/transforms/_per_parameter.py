@@ -17,6 +17,7 @@ import optax
 from jax.extend import core
 
 from metaopt import base
+from metaopt.transforms import _prefixes
 
 
 def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Callable:
@@ -29,6 +30,17 @@ def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Calla
     A container that is no tree of hyperparameters (`ns_coeffs` of Muon) belongs into the factory, by
     `functools.partial`. A PRNG key that is not a tree is the same for every group.
 
+    Refused is what makes one number of all parameters, or one array. Of optax's optimizers these are `lbfgs`,
+    `polyak_sgd` and, from `contrib`, `dadapt_adamw`, `dog`, `dowg`, `dpsgd`, `mechanize`, `momo`, `momo_adam`,
+    `prodigy`, `sam` and `sophia` (inner products, norms, a loss of the whole); of its parts `clip_by_global_norm`,
+    `normalize_by_update_norm`, `scale_by_polyak`, the line searches, and `normalize` and
+    `differentially_private_aggregate` from `contrib`; `apply_if_finite`, and a `MultiSteps` that skips (one NaN skips
+    all); `flatten` (one array, whatever is done with it). Of this room, `mixture` and `self_tuning` take trees by
+    themselves.
+
+    In `nnx.Optimizer`, a tree is a dict of the paths in the model, {"layers": {0: {"kernel": 1e-3, "bias": 1e-2}}}, or
+    an `nnx.State`, such as `jax.tree.map(lambda p: 1e-3, nnx.state(model, nnx.Param))`.
+
     Differentiable in every floating-point hyperparameter that the factory is. The state is that of `optax.partition`,
     whose labels are the path of a group's first parameter; with one value for all, that of the factory.
 
@@ -40,8 +52,7 @@ def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Calla
 
     Raises:
       ValueError: `factory` is no function; by `init` and `update`, a tree does not fit the parameters; by `update`, the
-        update of one group would depend on the gradient or the parameters of another (a global norm, D-Adaptation, a
-        line search).
+        update of one group would depend on the gradient or the parameters of another.
 
     >>> import jax, optax
     >>> from metaopt import transforms
@@ -55,19 +66,19 @@ def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Calla
     def choose(hyperparams, params):
         leaves, chosen = {}, {}
         for name, value in hyperparams.items():
-            leaves[name], structure = jax.tree.flatten(value, is_leaf=_is_one_value)
+            leaves[name], structure = jax.tree.flatten(_prefixes.opened(value), is_leaf=_is_one_value)
             numbers = structure.unflatten(range(structure.num_leaves))
             try:
-                chosen[name] = jax.tree.leaves(_spread(numbers, params))
+                chosen[name] = jax.tree.leaves(_prefixes.spread(numbers, params))
             except ValueError as error:
                 raise ValueError(
                     f"The hyperparameter {name} must be one value, or a tree that is the parameters' or a prefix of "
-                    f"it; got {structure} for parameters {jax.tree.structure(params)}. A container that is one value "
-                    "belongs into the factory: `functools.partial(factory, ...)`."
+                    f"it; got {structure} for parameters {jax.tree.structure(_prefixes.opened(params))}. A container "
+                    "that is one value belongs into the factory: `functools.partial(factory, ...)`."
                 ) from error
         settings, labels, label_of = {}, [], {}
-        for (path, _), *numbers in zip(jax.tree_util.tree_leaves_with_path(params), *chosen.values(), strict=True):
-            label = label_of.setdefault(tuple(numbers), _path(path))
+        for path, *numbers in zip(_prefixes.paths(params), *chosen.values(), strict=True):
+            label = label_of.setdefault(tuple(numbers), path)
             settings[label] = {name: leaves[name][n] for name, n in zip(hyperparams, numbers, strict=True)}
             labels.append(label)
         if len(settings) < len(label_of):
@@ -90,7 +101,8 @@ def per_group(
 
     Args:
       factory: such as `optax.adamw`: `(...) -> optax.GradientTransformation`.
-      patterns: group -> regular expression, searched for in paths like "encoder/0/bias"; the first that is found is the
+      patterns: group -> regular expression, searched for in paths like "encoder/0/bias"
+        (in `nnx.Optimizer`, too); the first that is found is the
         parameter's group, and `"rest": ""` fits what is left. Every pattern must find a parameter.
       labels: in the place of patterns: a tree of groups (strings, numbers or booleans) that is the parameters' or a
         prefix of it, or a function `params -> tree`, such as a mask for `optax.masked`.
@@ -114,18 +126,18 @@ def per_group(
         raise ValueError("`per_group` needs either `patterns` or `labels`.")
 
     def group_of(path):
-        found = [group for group, pattern in (patterns or {}).items() if re.search(pattern, _path(path))]
+        found = [group for group, pattern in (patterns or {}).items() if re.search(pattern, path)]
         if not found:
-            raise ValueError(f'The parameter {_path(path)} fits no pattern of {patterns}; add `"rest": ""`.')
+            raise ValueError(f'The parameter {path} fits no pattern of {patterns}; add `"rest": ""`.')
         return found[0]
 
     def choose(hyperparams, params):
         if patterns is not None:
-            groups = jax.tree_util.tree_map_with_path(lambda path, _: group_of(path), params)
+            groups = jax.tree.structure(params).unflatten([group_of(path) for path in _prefixes.paths(params)])
         else:
             groups = labels(params) if callable(labels) else labels
             try:
-                groups = _spread(groups, params)
+                groups = _prefixes.spread(groups, params)
             except ValueError as error:
                 raise ValueError(f"`labels` must be a tree like the parameters or a prefix of it: {error}") from error
         names = list(patterns or dict.fromkeys(jax.tree.leaves(groups)))
@@ -193,26 +205,25 @@ def _partitioned(factory: Callable, choose: Callable) -> Callable:
 
 
 def _refuse_coupled(optimizer, labels, updates, params, extra_args):
-    """Raises where one group's update depends on another group's parameters, or gradient in this step or the last."""
+    """Raises where one group's update depends on another group's parameters, or on its gradient in any step."""
     optimizer = optax.with_extra_args_support(optimizer)
-
-    def two_steps(grads, next_grads, params):
-        first, state = optimizer.update(grads, optimizer.init(params), params, **extra_args)
-        second, _ = optimizer.update(next_grads, state, params, **extra_args)
-        return first, second
-
     like = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
-    shapes = like(updates)
-    jaxpr = jax.make_jaxpr(two_steps)(shapes, shapes, shapes if params is None else like(params)).jaxpr
-    groups = jax.tree.leaves(labels)
-    sources = _sources(jaxpr, [frozenset([group]) for group in groups * 3])
-    for group, found in zip(groups * 2, sources, strict=True):
+    grads, params = like(updates), like(updates if params is None else params)
+    own = [frozenset([group]) for group in jax.tree.leaves(labels)]
+
+    update = functools.partial(optimizer.update, **extra_args)
+    first = lambda grads, params: update(grads, optimizer.init(params), params)
+    jaxpr, (_, state) = jax.make_jaxpr(first, return_shape=True)(grads, params)
+    sources = _sources(jaxpr.jaxpr, own * 2)
+    jaxpr = jax.make_jaxpr(update)(grads, state, params).jaxpr  # a state may grow in the first step alone
+    sources = _until_it_stays(lambda sources: _sources(jaxpr, [*own, *sources[len(own) :], *own]), sources)
+    for (group,), found in zip(own, sources[: len(own)], strict=True):
         others = found - {group}
         if others:
             raise ValueError(
                 f"The hyperparameters must be one value for all parameters here: the update of the group {group!r} "
-                f"depends on that of {sorted(others)[0]!r} (a global norm, a step size from all gradients), which each "
-                "group would be without. Chain what looks at all parameters outside: "
+                f"depends on that of {sorted(others)[0]!r} (a global norm, a step size from all gradients, one "
+                "array of all), which each group would be without. Chain what looks at all parameters outside: "
                 "`optax.chain(optax.clip_by_global_norm(1.0), transforms.per_parameter(optax.adamw)(...))`."
             )
 
@@ -223,13 +234,63 @@ def _sources(jaxpr, given):
     look = lambda v: frozenset() if isinstance(v, core.Literal) else known.get(v, frozenset())
     for equation in jaxpr.eqns:
         operands = [look(v) for v in equation.invars]
-        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-        if equation.primitive.name in ("pjit", "jit", "closed_call", "custom_jvp_call"):
-            outputs = _sources(inner.jaxpr, operands)
-        else:
+        rule = _RULES.get(equation.primitive.name)
+        if rule is None:  # every output may depend on every operand
             outputs = [frozenset().union(*operands)] * len(equation.outvars)
+        else:
+            outputs = rule(equation, operands)
         known.update(zip(equation.outvars, outputs, strict=True))
     return [look(v) for v in jaxpr.outvars]
+
+
+def _until_it_stays(step, carry):
+    """What a carry has come to depend on after any number of steps."""
+    while (after := [old | new for old, new in zip(carry, step(carry), strict=True)]) != carry:
+        carry = after
+    return carry
+
+
+def _sources_of_call(equation, operands):
+    called = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+    return _sources(getattr(called, "jaxpr", called), operands)
+
+
+def _sources_of_cond(equation, operands):
+    index, *operands = operands
+    results = [_sources(branch.jaxpr, operands) for branch in equation.params["branches"]]
+    return [index.union(*found) for found in zip(*results, strict=True)]
+
+
+def _sources_of_scan(equation, operands):
+    # Constants and carry are as the body has them; what is scanned has one more axis.
+    body, more = equation.params["jaxpr"], lambda v, aval: v.aval.ndim > aval.ndim
+    num_carry = len(equation.outvars) - sum(map(more, equation.outvars, body.out_avals))
+    start = len(operands) - sum(map(more, equation.invars, body.in_avals)) - num_carry
+    consts, carry, xs = operands[:start], operands[start : start + num_carry], operands[start + num_carry :]
+    step = lambda carry: _sources(body.jaxpr, [*consts, *carry, *xs])
+    carry = _until_it_stays(lambda carry: step(carry)[:num_carry], carry)
+    return [*carry, *step(carry)[num_carry:]]
+
+
+def _sources_of_while(equation, operands):
+    condition, body = equation.params["cond_jaxpr"].jaxpr, equation.params["body_jaxpr"].jaxpr
+    of_condition, rest = operands[: (n := equation.params["cond_nconsts"])], operands[n:]
+    of_body, carry = rest[: (n := equation.params["body_nconsts"])], rest[n:]
+
+    def step(carry):
+        (goes_on,) = _sources(condition, [*of_condition, *carry])
+        return [goes_on | found for found in _sources(body, [*of_body, *carry])]
+
+    return _until_it_stays(step, carry)
+
+
+_CALLS = ("jit", "pjit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call")
+_RULES: dict[str, Callable] = {
+    **dict.fromkeys(_CALLS, _sources_of_call),
+    "cond": _sources_of_cond,
+    "scan": _sources_of_scan,
+    "while": _sources_of_while,
+}
 
 
 def _is_one_value(value: Any) -> bool:
@@ -240,11 +301,3 @@ def _scalar(value: Any) -> Any:
     """An array of one hyperparameter an entry fits its own parameter alone; for the others, its first entry."""
     is_array = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)
     return jnp.ravel(value)[0] if is_array and jnp.ndim(value) else value
-
-
-def _spread(prefix: base.PyTree, params: base.Params) -> base.PyTree:
-    return jax.tree.map(lambda value, below: jax.tree.map(lambda _: value, below), prefix, params)
-
-
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

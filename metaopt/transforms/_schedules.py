@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 
 def knot_schedule(
@@ -30,7 +31,8 @@ def knot_schedule(
 
     Args:
       values: [K].
-      num_steps: for K knots at equal distances, the first at step 0 and the last at step `num_steps − 1`.
+      num_steps: for K knots at equal distances, the first at step 0 and the last at step `num_steps`, as in the other
+        schedules: the first that training of `num_steps` steps does not take.
       knots: in the place of `num_steps`: [K], the steps that the values belong to, increasing.
       monotone: None, "increasing" or "decreasing".
 
@@ -43,7 +45,7 @@ def knot_schedule(
 
     >>> import jax.numpy as jnp
     >>> from metaopt import transforms
-    >>> schedule = transforms.knot_schedule(jnp.array([0.0, 1.0, 0.5]), num_steps=5)
+    >>> schedule = transforms.knot_schedule(jnp.array([0.0, 1.0, 0.5]), num_steps=4)
     >>> [round(float(schedule(step)), 3) for step in range(7)]
     [0.0, 0.5, 1.0, 0.75, 0.5, 0.5, 0.5]
     """
@@ -58,7 +60,7 @@ def knot_schedule(
     # Half precision has no room for steps.
     values = jnp.asarray(values)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    at = jnp.asarray(np.linspace(0, num_steps - 1, len(values)) if num_steps is not None else knots, values.dtype)
+    at = jnp.asarray(np.linspace(0, num_steps, len(values)) if num_steps is not None else knots, values.dtype)
     if monotone == "increasing":
         values = jnp.cumsum(values)
     elif monotone == "decreasing":
@@ -163,13 +165,21 @@ def wsd_schedule(
       A schedule, differentiable in all six numbers.
 
     Raises:
-      ValueError: `decay` is something else.
+      ValueError: `decay` is something else, or warmup and decay together are longer than `num_steps`, where neither is
+        traced; traced ones are used as they are, and the value jumps where the warmup ends.
 
     Source: Hu et al., COLM 2024, https://arxiv.org/abs/2404.06395; "sqrt": Hägele et al., NeurIPS 2024,
     https://arxiv.org/abs/2405.18392
     """
     if decay not in _DECAYS:
         raise ValueError(f"`decay` must be one of {sorted(_DECAYS)}; got {decay!r}.")
+    lengths = (warmup_steps, decay_steps, num_steps)
+    if not any(isinstance(x, Tracer) for x in lengths):
+        warmup, last, total = (np.asarray(x, float) for x in lengths)
+        if np.any(warmup + last > total * (1 + 1e-6)):  # shares of the whole are rounded
+            raise ValueError(
+                f"`warmup_steps` and `decay_steps` must fit into `num_steps`; got {warmup} + {last} of {total}."
+            )
 
     def schedule(step):
         left = _DECAYS[decay](_ramp(step, _wide(num_steps) - decay_steps, num_steps))

@@ -54,8 +54,19 @@ def test_momenta_of_half_precision_gradients_in_float32():
         transform = transforms.learnable_accumulation(decays, accumulator_dtype=dtype)
         start = transform.init(grads[0])
         state, updates = jax.lax.scan(lambda s, g, t=transform: t.update(g, s)[::-1], start, jnp.stack(grads))
-        assert updates.dtype == jnp.bfloat16 and state.momenta.dtype == (dtype or jnp.bfloat16)
+        assert updates.dtype == state.momenta.dtype == (dtype or jnp.bfloat16)
         np.testing.assert_allclose(updates[-1].astype(float), expected, rtol=1e-2)
+
+
+def test_mixed_precision_as_optax_has_it():
+    params, grads = jnp.ones(2, jnp.float32), jnp.array([0.1, -0.3], jnp.bfloat16)
+    trace, ours = optax.trace(0.9), transforms.learnable_accumulation(jnp.array([0.9], jnp.float32))
+    expected, state, ours_state = None, trace.init(params), ours.init(params)
+    for _ in range(2):
+        expected, state = trace.update(grads, state)
+        updates, ours_state = ours.update(grads, ours_state)
+    assert updates.dtype == expected.dtype == jnp.float32
+    np.testing.assert_allclose(updates, expected, rtol=1e-7)
 
 
 def test_whole_numbers_and_no_dot():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from metaopt import transforms
 
@@ -122,6 +123,35 @@ def test_a_mixture_of_its_own_in_each_parameter():
     np.testing.assert_array_equal(updates["b"], -jnp.sign(PARAMS["b"]))
 
 
+@pytest.mark.parametrize("make", [dict, nnx.State])
+def test_a_tree_in_an_nnx_optimizer(make):
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    kernel = model.kernel[...]
+    weights = make({"kernel": jnp.array([1.0, 0.0]), "bias": [0.25, 0.75]})
+    optimizer = nnx.Optimizer(model, transforms.mixture([optax.sgd(0.1), optax.sign_sgd(1.0)], weights), wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda model: 2 * jnp.sum(model(jnp.ones((1, 2)))))(model))
+    np.testing.assert_allclose(model.kernel[...], kernel - 0.2, rtol=1e-6)
+    np.testing.assert_allclose(model.bias[...], [-0.25 * 0.2 - 0.75], rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [list, tuple])
+def test_lists_of_numbers_are_weights(make):
+    members = [optax.sgd(0.1), optax.sign_sgd(1.0)]
+
+    def updates(weights):
+        optimizer = transforms.mixture(members, weights)
+        return optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)[0]
+
+    one, two = make([0.25, 0.75]), make([1, 0])
+    chex.assert_trees_all_equal(updates(one), updates(jnp.array([0.25, 0.75])))
+    chex.assert_trees_all_equal(
+        updates({"a": one, "b": two}), updates({"a": jnp.array([0.25, 0.75]), "b": jnp.array([1.0, 0.0])})
+    )
+    # Numbers that are traced, such as the leaves of a λ.
+    by_list = jax.jacfwd(lambda w: updates(make([w[0], w[1]])))(jnp.array([0.25, 0.75]))
+    chex.assert_trees_all_equal(by_list, jax.jacfwd(updates)(jnp.array([0.25, 0.75])))
+
+
 def test_the_members_may_be_generated():
     members = (optax.sgd(rate) for rate in (0.1, 0.3))
     updates, _ = (mixed := transforms.mixture(members, jnp.array([0.5, 0.5]))).update(PARAMS, mixed.init(PARAMS))
@@ -134,6 +164,11 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="one weight for each of the 2 transforms"):
         transforms.mixture([optax.sgd(0.1), optax.adam(0.1)], jnp.ones(3))
     with pytest.raises(ValueError, match=r"leaf of shape \(\)"):
-        transforms.mixture([optax.sgd(0.1), optax.adam(0.1)], [0.5, 0.5])
+        transforms.mixture([optax.sgd(0.1), optax.adam(0.1)], {"a": 0.5})
+    with pytest.raises(ValueError, match=r"leaf of shape \(3,\)"):
+        transforms.mixture([optax.sgd(0.1), optax.adam(0.1)], [0.5, 0.5, 0.0])
+    with pytest.raises(ValueError, match="`weights` must be one vector, or a tree of vectors"):
+        mixed = transforms.mixture([optax.sgd(0.1), optax.adam(0.1)], {"a": [0.5, 0.5]})
+        mixed.update(PARAMS, mixed.init(PARAMS))
     with pytest.raises(ValueError, match=r"`transforms\[1\]` must be an optax transform; got .*: call it"):
         transforms.mixture([optax.sgd(0.1), optax.adam], jnp.ones(2))

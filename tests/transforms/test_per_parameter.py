@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from optax import contrib
 
 from metaopt import hypergrad, inner, transforms
 
@@ -27,13 +29,23 @@ def train(optimizer, params=PARAMS, num_steps=3):
     return params
 
 
+def every_other(step, updates=None, params=None, **extra_args):
+    return step % 2 == 0
+
+
 FACTORIES = {
     "sgd": (optax.sgd, {"momentum": 0.9}),
     "adam": (optax.adam, {"b1": 0.5, "b2": 0.9}),
     "adamw": (optax.adamw, {"weight_decay": 0.3}),
     "lamb": (optax.lamb, {"weight_decay": 0.3}),
     "adafactor": (optax.adafactor, {"weight_decay_rate": 0.1}),
-    "muon": (optax.contrib.muon, {"weight_decay": 0.1}),
+    "muon": (contrib.muon, {"weight_decay": 0.1}),
+    # Branches of a `cond`, one of them without the gradient.
+    "novograd": (optax.novograd, {"weight_decay": 0.3}),
+    "conditionally_transform": (
+        lambda rate, b1: optax.conditionally_transform(optax.adam(rate, b1), every_other),
+        {"b1": 0.5},
+    ),
     "clip_by_leaf": (
         lambda rate, norm: optax.chain(transforms.learnable_clip(norm, scope="leaf"), optax.sgd(rate)),
         {"norm": 0.4},
@@ -166,34 +178,176 @@ def test_groups_by_patterns_labels_and_masks():
         chex.assert_trees_all_close(result, results[0], rtol=1e-12)
 
 
+def by_leaves(change):
+    """A transform that replaces the list of the gradients, in order."""
+    return lambda rate: optax.chain(
+        optax.stateless(lambda u, _: jax.tree.structure(u).unflatten(change(*jax.tree.leaves(u)))), optax.sgd(rate)
+    )
+
+
+def delayed(num_steps):
+    """The norm of an earlier step's gradients scales this one's: through the state alone."""
+    return lambda rate: optax.GradientTransformation(
+        lambda params: [jnp.ones(())] * num_steps,
+        lambda u, state, params=None: (optax.tree.scale(rate * state[0], u), [*state[1:], optax.tree.norm(u)]),
+    )
+
+
+def in_two_rounds(first, second, third):
+    """The first leaf's mean scales the third in the second round of a loop: on its way it is in a place of its own."""
+    mean, _ = jax.lax.fori_loop(0, 2, lambda _, carry: (carry[1], first.mean()), (1.0, 1.0))
+    return [first, second, third * mean]
+
+
+def in_the_next_round(first, second, third):
+    _, scales = jax.lax.scan(lambda before, _: (first.mean(), before), 1.0, None, 2)
+    return [first, second, third * scales.sum()]
+
+
+def its_own_loop(*leaves):
+    return jax.lax.fori_loop(0, 3, lambda step, us: [u / (step + 2) for u in us], list(leaves))
+
+
+def scanned(*leaves):
+    return [u[0] for u in jax.lax.scan(lambda _, x: (0.0, [2 * u for u in x]), 0.0, [u[None] for u in leaves])[1]]
+
+
+def until(condition, leaves):
+    body = lambda carry: (carry[0] + 1, [leaf / 2 for leaf in carry[1]])
+    return jax.lax.while_loop(condition, body, (0, list(leaves)))[1]
+
+
 COUPLED = {
-    "clip_by_global_norm": lambda rate: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(rate)),
-    "prodigy": optax.contrib.prodigy,
-    "dog": optax.contrib.dog,
-    "fromage_is_not": None,
     "apply_if_finite": lambda rate: optax.apply_if_finite(optax.sgd(rate), 3),
-    "polyak": lambda rate: optax.polyak_sgd(scaling=rate),
-    # The norm of the last step's gradients scales this one's: through the state alone.
-    "delayed": lambda rate: optax.GradientTransformation(
-        lambda params: jnp.ones(()),
-        lambda u, state, params=None: (optax.tree.scale(rate * state, u), optax.tree.norm(u)),
+    "clip_by_global_norm": lambda rate: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(rate)),
+    "conditionally_transform": lambda rate: optax.conditionally_transform(
+        optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(rate)), every_other
     ),
+    "flatten": lambda rate: optax.flatten(optax.sgd(rate)),
+    "lbfgs": lambda rate: optax.lbfgs(rate, linesearch=None),
+    "multi_steps": lambda rate: optax.MultiSteps(
+        optax.sgd(rate), 2, should_skip_update_fn=optax.skip_not_finite
+    ).gradient_transformation(),
+    "normalize_by_update_norm": lambda rate: optax.chain(optax.normalize_by_update_norm(), optax.sgd(rate)),
+    "polyak_sgd": lambda rate: optax.polyak_sgd(scaling=rate),
+    **{name: getattr(contrib, name) for name in ("dadapt_adamw", "dog", "dowg", "momo", "momo_adam", "prodigy")},
+    "differentially_private": lambda rate: optax.chain(
+        contrib.differentially_private_aggregate(1.0, 0.1, key=jax.random.key(0)), optax.sgd(rate)
+    ),
+    "mechanize": lambda rate: contrib.mechanize(optax.sgd(rate)),
+    "normalize": lambda rate: optax.chain(contrib.normalize(), optax.sgd(rate)),
+    "sam": lambda rate: optax.GradientTransformation(
+        *contrib.sam(optax.sgd(rate), optax.chain(contrib.normalize(), optax.sgd(0.1)))
+    ),
+    "one_step_late": delayed(1),
+    "three_steps_late": delayed(3),
+    "scan": by_leaves(in_two_rounds),
+    "scanned": by_leaves(in_the_next_round),
+    "while": by_leaves(lambda *leaves: until(lambda carry: jnp.abs(carry[1][0]).max() > 0.1, leaves)),
 }
+
+
+def refused(factory):
+    """Whether `update` says so for two groups; with one value for all, nothing is split."""
+
+    def update(rates):
+        optimizer = transforms.per_parameter(factory)(rates)
+        by_example = factory is COUPLED["differentially_private"]
+        grads = jax.tree.map(lambda g: g[None], GRADS) if by_example else GRADS
+        return optimizer.update(grads, optimizer.init(PARAMS), PARAMS, value=jnp.ones(()))
+
+    jax.eval_shape(update, 0.1)
+    try:
+        jax.eval_shape(update, {"encoder": 0.1, "head": 0.2})
+    except ValueError as error:
+        assert "Chain what looks at all parameters outside" in str(error)
+        return True
+    return False
 
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_what_looks_at_all_parameters_is_refused(name):
-    factory = COUPLED[name]
-    optimizer = transforms.per_parameter(factory or optax.fromage)({"encoder": 0.1, "head": 0.2})
-    state = optimizer.init(PARAMS)
-    update = functools.partial(optimizer.update, value=jnp.ones(()))
-    if factory is None:
-        update(GRADS, state, PARAMS)
-    else:
-        with pytest.raises(ValueError, match="Chain what looks at all parameters outside"):
-            update(GRADS, state, PARAMS)
-        whole = transforms.per_parameter(factory)(0.1)  # one value for all: nothing is split
-        whole.update(GRADS, whole.init(PARAMS), PARAMS, value=jnp.ones(()))
+    assert refused(COUPLED[name])
+
+
+@jax.custom_vjp
+def halved(leaves):
+    return [leaf / 2 for leaf in leaves]
+
+
+halved.defvjp(lambda leaves: (halved(leaves), None), lambda _, g: (halved(g),))
+APART = {
+    "fromage": optax.fromage,
+    "conditionally_mask": lambda rate: optax.conditionally_mask(optax.adam(rate), every_other),
+    "multi_steps": lambda rate: optax.MultiSteps(optax.adam(rate), 2).gradient_transformation(),
+    "monitor": lambda rate: optax.chain(optax.monitor({"norm": optax.tree.norm}), optax.sgd(rate)),
+    "differentiable": lambda rate: transforms.differentiable(optax.adam(rate)),
+    "custom_vjp": by_leaves(lambda *leaves: halved(list(leaves))),
+    "jit": by_leaves(jax.jit(lambda *leaves: [u / 2 for u in leaves])),
+    "checkpoint": by_leaves(jax.checkpoint(lambda *leaves: [2 * u for u in leaves])),
+    "scan": by_leaves(its_own_loop),
+    "scanned": by_leaves(scanned),
+    "while": by_leaves(lambda *leaves: until(lambda carry: carry[0] < 3, leaves)),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_does_not_is_let_through(name):
+    assert not refused(APART[name])
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        self.layers = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Linear(2, 1, rngs=nnx.Rngs(1))])
+
+    def __call__(self, x):
+        return self.layers[1](jnp.tanh(self.layers[0](x)))
+
+
+def by_kind(make):
+    return {"layers": {layer: {kind: make(kind) for kind in ("kernel", "bias")} for layer in (0, 1)}}
+
+
+RATE = {"kernel": 0.1, "bias": 0.3}
+NNX = {
+    "group_by_pattern": lambda: transforms.per_group(
+        optax.adam, patterns={"kernel": "0/kernel$|1/kernel$", "bias": ""}
+    )(RATE),
+    "group_by_label": lambda: transforms.per_group(optax.adam, labels=by_kind(str))(RATE),
+    "group_by_function": lambda: transforms.per_group(
+        optax.adam, labels=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    )({True: 0.1, False: 0.3}),
+    "parameter_dict": lambda: transforms.per_parameter(optax.adam)(by_kind(RATE.get)),
+    "parameter_state": lambda: transforms.per_parameter(optax.adam)(nnx.State(by_kind(RATE.get))),
+    "parameter_variables": lambda: transforms.per_parameter(optax.adam)(
+        jax.tree.map(lambda p: 0.1 if p.ndim > 1 else 0.3, nnx.state(Net(), nnx.Param))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NNX)
+@pytest.mark.once
+def test_in_an_nnx_optimizer(name):
+    model, x = Net(), jnp.array([[0.3, -1.0], [0.5, 0.2]])
+    optimizer = nnx.Optimizer(model, NNX[name](), wrt=nnx.Param)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    labels = by_kind(str)
+    expected = optax.partition({kind: optax.adam(rate) for kind, rate in RATE.items()}, labels)
+    state = expected.init(params)
+    for _ in range(2):
+        grads = nnx.grad(lambda model: jnp.sum((model(x) - 1) ** 2))(model)
+        updates, state = expected.update(nnx.to_pure_dict(grads), state, params)
+        params = optax.apply_updates(params, updates)
+        optimizer.update(model, grads)
+    chex.assert_trees_all_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), params, rtol=1e-12)
+
+
+def test_a_parameter_called_value_keeps_its_name():
+    grouped = transforms.per_group(optax.sgd, patterns={"v": "^value$", "rest": ""})
+    updates, _ = (sgd := grouped({"v": 1.0, "rest": 0.0})).update(
+        p := {"value": jnp.ones(1), "w": jnp.ones(1)}, sgd.init(p), p
+    )
+    assert updates["value"] == -1 and updates["w"] == 0
 
 
 def test_it_composes():

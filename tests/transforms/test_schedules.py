@@ -42,6 +42,16 @@ def test_the_values_are_those_of_optax():
         np.testing.assert_allclose(jax.vmap(ours)(STEPS), expected, rtol=1e-6)  # optax's in float32
 
 
+def test_all_schedules_end_at_the_same_step():
+    for schedule in (
+        transforms.knot_schedule([1.0, 0.5, 0.0], num_steps=8),
+        transforms.polynomial_schedule(1.0, 0.0, num_steps=8),
+        transforms.cosine_schedule(1.0, num_steps=8),
+        transforms.wsd_schedule(1.0, num_steps=8, decay_steps=4),
+    ):
+        assert schedule(7) > 0.03 and schedule(8) == schedule(9) == 0
+
+
 def test_the_phases_of_wsd():
     for decay, middle in {"linear": 0.5, "cosine": 0.5, "sqrt": 1 - 0.5**0.5}.items():
         schedule = transforms.wsd_schedule(2.0, num_steps=10, warmup_steps=2, decay_steps=4, decay=decay)
@@ -54,8 +64,8 @@ def test_the_phases_of_wsd():
 
 def test_monotone_knots():
     values = jnp.array([0.1, 0.4, 0.2])
-    rising = transforms.knot_schedule(values, num_steps=5, monotone="increasing")
-    falling = transforms.knot_schedule(values, num_steps=5, monotone="decreasing")
+    rising = transforms.knot_schedule(values, num_steps=4, monotone="increasing")
+    falling = transforms.knot_schedule(values, num_steps=4, monotone="decreasing")
     np.testing.assert_allclose(jax.vmap(rising)(jnp.arange(5)), [0.1, 0.3, 0.5, 0.6, 0.7], rtol=1e-12)
     np.testing.assert_allclose(jax.vmap(falling)(jnp.arange(5)), [0.7, 0.65, 0.6, 0.4, 0.2], rtol=1e-12)
 
@@ -124,10 +134,10 @@ def test_a_schedule_is_learned_through_training():
 
 def test_whole_numbers_and_half_precision():
     # Knots at 0, 1.5 and 3, whatever the values' type.
-    np.testing.assert_allclose(transforms.knot_schedule([0, 6, 0], num_steps=4)(1), 4.0)
+    np.testing.assert_allclose(transforms.knot_schedule([0, 6, 0], num_steps=3)(1), 4.0)
     for dtype in (jnp.bfloat16, jnp.float16):  # neither holds the step 999, nor 70,000
         peak, length = jnp.array(0.5, dtype), jnp.array(1024, dtype)
-        knots = transforms.knot_schedule(jnp.array([0, 1], dtype), num_steps=70_001)
+        knots = transforms.knot_schedule(jnp.array([0, 1], dtype), num_steps=70_000)
         np.testing.assert_allclose(knots(jnp.array(69_999)), 69_999 / 70_000, rtol=1e-6)
         for schedule, exact in (
             (transforms.cosine_schedule(peak, num_steps=length), 0.25 * (1 + np.cos(np.pi * 999 / 1024))),
@@ -151,3 +161,7 @@ def test_bad_arguments():
         transforms.knot_schedule([0.1, 0.2], num_steps=3, monotone="up")
     with pytest.raises(ValueError, match="`decay` must be one of"):
         transforms.wsd_schedule(0.1, num_steps=3, decay="exponential")
+    with pytest.raises(ValueError, match="must fit into `num_steps`; got 4.0 \\+ 2.5 of 6.0"):
+        transforms.wsd_schedule(0.1, num_steps=6, warmup_steps=4, decay_steps=jnp.array(2.5))
+    transforms.wsd_schedule(0.1, num_steps=3.0, warmup_steps=0.1 * 3, decay_steps=0.9 * 3)  # rounded
+    jax.jit(lambda n: transforms.wsd_schedule(0.1, num_steps=n, warmup_steps=4)(0))(3)  # not known
