@@ -161,9 +161,9 @@ def differentiable(
 
     Where no perturbation of λ moves such a gradient off zero (a dead unit), both are exact; they differ where it would.
 
-    In float16, whose smallest normal number is 6e-5, quotients by less than .008 count as singular too, and so does 1/√x
-    for x below .0015, √x below .039: there the derivative is without that term, and wrong wherever the gradient is not
-    zero. float32 and bfloat16 have the range for what they are.
+    In float16, whose smallest normal number is 6e-5, quotients by less than .008 count as singular too, and so does
+    1/√x for x below .0015, √x below .039: there the derivative lacks that term, and is wrong wherever the gradient is
+    not zero. float32 and bfloat16 have the range for what they are.
 
     Complex parameters are differentiated as JAX does it, with the same rules by the size of an operand.
 
