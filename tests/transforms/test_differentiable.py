@@ -81,7 +81,12 @@ def objective(optimizer, lam, alive=ALIVE):
 LAM = {"rate": jnp.array(0.05), "scale": jnp.array(0.9)}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+EVERYWHERE = ("adamw", "adafactor", "clipped_sgd", "rmsprop")  # on every Python
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in EVERYWHERE else pytest.param(n, marks=pytest.mark.once) for n in OPTIMIZERS]
+)
 def test_values_are_equal_to_the_bit(name):
     expected, values = (
         jax.jit(lambda lam, wrap=wrap: train(OPTIMIZERS[name], lam, ALIVE, wrap))(LAM)
@@ -228,7 +233,7 @@ def test_derivatives_with_complex_dead_entries(name):
     chex.assert_trees_all_close(grads, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.float64])
 @pytest.mark.once
 def test_complex_values_are_equal_to_the_bit(dtype):
     lam = jax.tree.map(lambda x: x.astype(dtype), LAM)
