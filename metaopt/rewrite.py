@@ -22,7 +22,7 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
       replace: `(equation) -> None`, or a function of its operands that takes its place.
 
     Returns:
-      The outputs, flat.
+      The outputs, flat. One that is a constant or an argument is handed back as it is, a Python scalar perhaps.
     """
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))

@@ -72,7 +72,8 @@ def _pow(operands, tangents, out):
     x, exponent = operands[0], operands[1].astype(operands[0].dtype)
     by_x, by_y = tangents
     by_x = None if by_x is None else by_x * exponent * jnp.power(x, exponent - 1)
-    by_y = None if by_y is None else by_y * out * jnp.log(jnp.where(x > 0, x, 1))
+    has_logarithm = x != 0 if jnp.iscomplexobj(x) else x > 0
+    by_y = None if by_y is None else by_y * out * jnp.log(jnp.where(has_logarithm, x, 1))
     return _sum(by_x, by_y)
 
 
@@ -86,9 +87,14 @@ def _mul(operands, tangents, out):
     return _sum(None if by_x is None else by_x * y, None if by_y is None else x * by_y)
 
 
+def _size(x):
+    return jnp.abs(x) if jnp.iscomplexobj(x) else x
+
+
 def _singular_pow(x, y, *, drop):
     # 0 to a negative power, or an overflow.
-    return ~jnp.isfinite(jnp.power(jnp.abs(x), jnp.asarray(y).astype(x.dtype) - 1))
+    size = jnp.abs(x)
+    return ~jnp.isfinite(jnp.power(size, jnp.real(y).astype(size.dtype) - 1))
 
 
 def _singular_div(x, y, *, drop):
@@ -98,10 +104,11 @@ def _singular_div(x, y, *, drop):
     return bad | ((x == 0) & (size <= 1 / _STEEP)) if drop else bad
 
 
-# What has an infinite derivative: where it is singular, `(*operands, drop) -> bool`, and its rule.
+# What has an infinite derivative: where it is singular, `(*operands, drop) -> bool`, and its rule. Complex operands are
+# judged by their size: a root of a negative number, too, has a slope there.
 _RULES: dict[str, tuple[Callable, Callable]] = {
-    "sqrt": (lambda x, *, drop: x <= 0, _sqrt),
-    "rsqrt": (lambda x, *, drop: x <= jnp.finfo(x.dtype).tiny ** (2 / 3), _rsqrt),  # below, x^(-3/2) overflows
+    "sqrt": (lambda x, *, drop: _size(x) <= 0, _sqrt),
+    "rsqrt": (lambda x, *, drop: _size(x) <= jnp.finfo(x.dtype).tiny ** (2 / 3), _rsqrt),  # below, x^(-3/2) overflows
     "cbrt": (lambda x, *, drop: x == 0, _cbrt),
     "pow": (_singular_pow, _pow),
     "div": (_singular_div, _div),
@@ -123,11 +130,11 @@ def _rule_of(equation: Any) -> tuple[Callable, Callable]:
 def _is_tame(equation: Any) -> bool:
     """Whether the derivative is finite and not steep whatever the operands, as for a product with a small constant."""
     name, invars = equation.primitive.name, equation.invars
-    if not jnp.issubdtype(invars[0].aval.dtype, jnp.floating):
+    if not jnp.issubdtype(invars[0].aval.dtype, jnp.inexact):
         return True
     if name == "integer_pow":
         return equation.params["y"] >= 0
-    constants = [abs(float(v.val)) if isinstance(v, core.Literal) and np.ndim(v.val) == 0 else None for v in invars]
+    constants = [float(abs(v.val)) if isinstance(v, core.Literal) and np.ndim(v.val) == 0 else None for v in invars]
     if name == "mul":
         return any(c is not None and np.isfinite(c) for c in constants)
     return name == "div" and constants[1] is not None and constants[1] > 1 / _STEEP
@@ -154,8 +161,11 @@ def differentiable(
 
     Where no perturbation of λ moves such a gradient off zero (a dead unit), both are exact; they differ where it would.
 
-    In float16, whose smallest normal number is 6e-5, quotients by less than .008 count as singular too; float32 and
-    bfloat16 have the range for what they are.
+    In float16, whose smallest normal number is 6e-5, quotients by less than .008 count as singular too, and so does
+    1/√x for x below .0015, √x below .039: there the derivative lacks that term, and is wrong wherever the gradient is
+    not zero. float32 and bfloat16 have the range for what they are.
+
+    Complex parameters are differentiated as JAX does it, with the same rules by the size of an operand.
 
     Reverse, forward, nested and batched differentiation work, and cost what they cost without it. A `while_loop` inside
     the transform (a line search) remains forward-differentiable only, as everywhere in JAX.
@@ -165,7 +175,8 @@ def differentiable(
       zero: "drop" or "exact".
 
     Returns:
-      A transform with the same state and the same values under jit.
+      A transform with the same state and the same values under jit; what `update` returns has the types that it has
+      under jit, also where optax keeps a Python bool in its state.
 
     Raises:
       ValueError: `optimizer` is no transform, or `zero` is neither "drop" nor "exact".
@@ -200,6 +211,6 @@ def differentiable(
         closed, shapes = jax.make_jaxpr(flat_update, return_shape=True)(*operands)
         replace = functools.partial(_zero_safe_form, drop=zero == "drop")
         outputs = rewrite.evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(operands), replace)
-        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+        return jax.tree.unflatten(jax.tree.structure(shapes), [jnp.asarray(x) for x in outputs])
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
