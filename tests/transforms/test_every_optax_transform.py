@@ -437,3 +437,42 @@ def test_every_public_transform_is_here():
     assert found - here == set()
     # nadam is a partial function, MultiSteps a class; monitor has no annotation.
     assert here - found == {"MultiSteps", "monitor", "nadam", "nadamw"}
+
+
+# What `self_tuning` refuses, or has no use for, and why.
+NOT_SELF_TUNED = {
+    "rprop": "the rate is in the state alone",
+    "inject_hyperparams": "the rate is in the state alone",
+    "inject_stateful_hyperparams": "the rate is in the state alone",
+    "lookahead": "its parameters are pairs: it belongs around",
+    "measure_with_ema": "its state grows in the first step",
+    "monitor": "its state grows in the first step",
+    "scale_by_backtracking_linesearch": "hands its objective all that `update` is given",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_self_tuning_of_every_transform(mode):
+    """Updates like the parameters, and a state that a scan can carry."""
+    params = jax.tree.map(jnp.asarray, START)
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    value_fn = lambda params, **_: sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+
+    def both_states(case):
+        tuned = transforms.self_tuning(case.make if isinstance(case, Case) else case, 0.1, optax.sgd(0.1), mode=mode)
+        extra = {"value": 1.0, "grad": params, "value_fn": value_fn, "obj_fn": value_fn}
+        extra["grad_fn"] = lambda params, step: jax.grad(value_fn)(params)
+        state = jax.eval_shape(tuned.init, params)
+        updates, after = jax.eval_shape(lambda s: tuned.update(params, s, params, **extra), state)
+        assert types(updates) == types(params)
+        return types(state), types(after)
+
+    for name in CASES.keys() - NOT_SELF_TUNED.keys():
+        before, after = both_states(CASES[name])
+        assert before == after, name
+    for name, why in NOT_SELF_TUNED.items():
+        if "state alone" in why:
+            with pytest.raises(ValueError, match="do not move the updates"):
+                both_states(CASES[name])
