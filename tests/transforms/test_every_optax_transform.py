@@ -413,8 +413,9 @@ def test_lower_precision(name):
                 return value.astype(jnp.float32), params
 
             grads, params = jax.jit(jax.grad(function, has_aux=True), compiler_options=QUICK)(lam)
-            # Where it is not, what optax computes is not either: `test_values_are_equal_to_the_bit`.
-            assert is_finite(params) == (name not in NOT_FINITE.get(dtype, ()))
+            # Where it is not, what optax computes is not either: `test_values_are_equal_to_the_bit`. (A compiler that
+            # keeps more digits on the way may divide no 0 by 0.)
+            assert is_finite(params) or name in NOT_FINITE.get(dtype, ())
             if is_finite(params):
                 chex.assert_tree_all_finite(grads)
 
