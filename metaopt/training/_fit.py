@@ -80,6 +80,7 @@ def fit(
     checkpoint_dir: str | os.PathLike | None = None,
     checkpoint_every: int = 100,
     settings: Mapping[str, Any] | None = None,
+    handle_signals: bool = True,
 ) -> FitResult:
     """Takes `num_steps` outer steps from `hyperparams`, or continues where a checkpoint left off.
 
@@ -122,6 +123,8 @@ def fit(
       checkpoint_dir: where the newest two checkpoints are kept, one directory for each run; None keeps none.
       checkpoint_every: steps between checkpoints; the end of the run leaves one too.
       settings: what else says which run this is, as JSON has it, such as the text of an architecture or a rate.
+      handle_signals: False leaves SIGINT and SIGTERM as they are (`KeyboardInterrupt`, the end of the process): for a
+        training within a function whose caller would take what is trained by half for the whole.
 
     Returns:
       A `FitResult`.
@@ -172,7 +175,7 @@ def fit(
     sampler = sample_tasks if isinstance(sample_tasks, Partial) else Partial(sample_tasks)
 
     with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(_signals())
+        signals = stack.enter_context(_signals()) if handle_signals else []
         checkpoints = saved = None
         if checkpoint_dir is not None:
             every = None if evaluate is None else eval_every

@@ -275,6 +275,17 @@ def test_a_signal_ends_the_run_after_the_step(number):
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == former
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_signals_may_be_left_to_the_caller():
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            callback=lambda step, metrics: steps.append(step) or step == 2 and signal.raise_signal(signal.SIGINT),
+            handle_signals=False,
+        )
+    assert steps == [1, 2]
+
+
 def test_an_ignored_interrupt_stays_ignored():
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
