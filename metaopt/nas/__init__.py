@@ -19,6 +19,7 @@ from metaopt.nas._benchmark_files import (
 )
 from metaopt.nas._benchmarks import (
     Benchmark,
+    benchmark_graph,
     nas_bench_101_table,
     nas_bench_201_table,
     nas_bench_graph_table,
@@ -54,6 +55,7 @@ from metaopt.nas._genotypes import (
     configuration_space,
     discrete,
     discretize,
+    edge_graph,
     from_configuration,
     from_darts,
     from_nas_bench_201,
@@ -156,6 +158,7 @@ __all__ = [
     "Supernet",
     "auxiliary_head",
     "auxiliary_skip",
+    "benchmark_graph",
     "beta_decay",
     "canonical",
     "check_network",
@@ -176,6 +179,7 @@ __all__ = [
     "discretize",
     "discretize_graph",
     "dominant_eigenvalue",
+    "edge_graph",
     "edge_normalized",
     "expected_cost",
     "from_configuration",

@@ -12,7 +12,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from metaopt import spaces
+from metaopt import base, spaces
 from metaopt.nas import _elastic
 from metaopt.nas._specs import (
     DARTS_PRIMITIVES,
@@ -452,6 +452,37 @@ class Graph(NamedTuple):
 
     matrix: tuple[tuple[int, ...], ...]
     ops: tuple[str, ...]
+
+
+def edge_graph(edges: Iterable[tuple[int, int, str]], *, num_inputs: int = 1, output: Sequence[int]) -> Graph:
+    """A cell whose ops are on edges as a graph with ops on vertices: what an encoder of cells reads.
+
+    Each op that is not "none" becomes a vertex, behind the ops into its source, or behind the input that its source is;
+    the output is behind the ops into its nodes. A node renamed changes the order of vertices alone.
+
+    Args:
+      edges: (source, target, op), of one kind of cell of a genotype.
+      num_inputs: how many of the first nodes are inputs, at least 1.
+      output: the nodes whose channels are the output.
+
+    Returns:
+      A `Graph`; of several inputs, the first vertices are "input 0", "input 1" ...
+
+    Raises:
+      ValueError: there is no input.
+    """
+    base.check_integer("num_inputs", num_inputs, 1)
+    kept = sorted((edge for edge in edges if edge[2] != NONE), key=_by_target)
+    inputs = ["input"] if num_inputs == 1 else [f"input {i}" for i in range(num_inputs)]
+    size = num_inputs + len(kept) + 1
+    matrix = np.zeros((size, size), int)
+    arriving: dict[int, list[int]] = {i: [i] for i in range(num_inputs)}  # node -> vertices into it
+    for vertex, (source, target, _) in enumerate(kept, num_inputs):
+        matrix[arriving.get(source, []), vertex] = 1
+        arriving.setdefault(target, []).append(vertex)
+    for node in output:
+        matrix[arriving.get(node, []), -1] = 1
+    return Graph(tuple(map(tuple, matrix.tolist())), (*inputs, *(op for _, _, op in kept), "output"))
 
 
 NAS_BENCH_101_PRIMITIVES = ("conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3")

@@ -66,6 +66,45 @@ def test_published_numbers():
     np.testing.assert_allclose(found, [0.45, 0.62, 0.88], atol=0.006)
 
 
+@needs_tables
+def test_rows_as_graphs():
+    folder = Path(os.environ["METAOPT_DATA"])
+    table = nas.nas_bench_201_table()
+    graphs = [nas.benchmark_graph(table, row) for row in table.encodings]
+    joined = [len(graph.ops) > 2 for graph in graphs]
+    assert sum(joined) == 15_284 and not nas.benchmark_graph(table, [0] * 6).matrix[0][1]
+    # Cells that are one as graphs have one loss up to noise, which others do not.
+    with np.load(folder / "nasbench201.npz") as data:
+        strings = data["unique_str"]
+    of = {}
+    for graph, name in zip(graphs, strings, strict=True):
+        of.setdefault(graph, set()).add(str(name))
+    assert max(map(len, of.values())) > 1 and len(of) < 15_284
+    graph = nas.benchmark_graph(table, table.encodings[9930])
+    assert graph.ops == ("input", *["nor_conv_3x3"] * 3, "skip_connect", *["nor_conv_3x3"] * 2, "output")
+    with np.load(folder / "nasbenchgraph.npz") as data:
+        links, names = data["links"], data["op_names"].tolist()
+    table = nas.nas_bench_graph_table()
+    for link in range(9):
+        graph = nas.benchmark_graph(table, [link, 0, 1, 2, 8])
+        assert graph.ops == ("input", *(names[i] for i in (0, 1, 2, 8)), "output")
+        np.testing.assert_array_equal(np.array(graph.matrix)[:, 1:5].argmax(0), links[link])
+        assert (np.array(graph.matrix)[:, 1:5].sum(0) == 1).all() and all(map(any, graph.matrix[1:5]))
+    macro = nas.trans_nas_bench_101_table(space="macro")
+    assert nas.benchmark_graph(macro, [2, 4, 1, 1, 0, 0]).ops[1:-1] == (
+        "channels",
+        "channels and stride",
+        *["plain"] * 2,
+    )
+    assert len(nas.benchmark_graph(nas.nas_bench_macro_table(), [0] * 8).ops) == 10
+    part = nas.nas_bench_101_table()
+    assert nas.benchmark_graph(part, part.encodings[5]) == nas.pruned(nas.nas_bench_101_graph(part.encodings[5]))
+    with pytest.raises(ValueError, match="digits below"):
+        nas.benchmark_graph(macro, [5] * 6)
+    with pytest.raises(ValueError, match="'mine' are not known as graphs"):
+        nas.benchmark_graph(macro._replace(name="mine"), [1] * 6)
+
+
 def test_absent_files_and_unknown_spaces(tmp_path):
     with pytest.raises(ValueError, match="There is no file"):
         nas.nas_bench_201_table(tmp_path)

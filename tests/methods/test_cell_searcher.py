@@ -1,0 +1,80 @@
+"""h by an encoder of cells, on tasks whose best cells are known."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from metaopt import base, methods, nas
+
+OPS = ("none", "a", "b", "c")
+CELLS = [{"e0": x, "e1": y, "e2": z} for x, y, z in itertools.product(OPS, repeat=3)]
+
+
+def graph(cell):
+    edges = [(0, 1, cell["e0"]), (1, 2, cell["e1"]), (0, 2, cell["e2"])]
+    return nas.edge_graph(edges, output=(2,))
+
+
+def loss(cell, share):
+    """Some tasks want the op a, some b, and all of them a path of two."""
+    ops = list(cell.values())
+    on_path = "none" not in ops[:2]
+    return 30 - 4 * on_path - share * ops.count("a") - (1 - share) * ops.count("b")
+
+
+def records(shares, cells=CELLS):
+    return [base.Record(f"t{share}", cell, loss(cell, share)) for share in shares for cell in cells]
+
+
+SHARES = (0.0, 0.1, 0.2, 0.8, 0.9, 1.0)
+
+
+def trained(given, **options):
+    return methods.train_cell_searcher(given, graph, width=8, num_layers=1, num_members=2, batch_size=32, **options)
+
+
+@pytest.mark.once
+def test_it_reads_the_task_and_ranks_cells_that_were_never_tried():
+    rng = np.random.default_rng(0)
+    half = [record for record in records(SHARES) if rng.uniform() < 0.5]  # not the same cells on all tasks
+    half += [base.Record("t0.0", {**CELLS[-1], "e0": "a"}, status="PRUNED")]
+    h = trained(half, features={f"t{s}": [s] for s in SHARES}, candidates=CELLS, num_steps=150, rate=2e-2)
+    for share in (0.05, 0.95):
+        losses = np.array([loss(cell, share) for cell in CELLS])
+        scores = h.scores(base.Task(None, None, np.array([share])))
+        np.testing.assert_allclose(scores.std(1), 1, rtol=1e-6)
+        assert np.corrcoef(scores.mean(0).argsort().argsort(), -losses.argsort().argsort())[0, 1] > 0.6
+        assert loss(h.predict([share]), share) - losses.min() < 0.5
+    assert h.predict([0.05]) != h.predict([0.95])
+    assert {"none"}.isdisjoint(list(h.predict().values())[:2])  # what all tasks want, where nothing is known
+    with pytest.raises(ValueError, match=r"has \[1\] features; got shape \(2,\)"):
+        h.predict([0.1, 0.2])
+
+
+def test_failures_are_worse_than_all_that_ended():
+    given = records(SHARES[:1])
+    # Of the first op of the path, "c" fails; the outcomes that they would have had are the best of all.
+    given = [
+        record._replace(outcome=float("nan"), status="FAIL")
+        if record.configuration["e0"] == "c"
+        else record._replace(outcome=0.0)
+        for record in given
+    ]
+    h = trained(given, num_steps=20, rate=2e-2)
+    assert h.candidates == CELLS
+    mean = h.scores().mean(0)
+    fails = np.array([cell["e0"] == "c" for cell in CELLS])
+    alive = np.array([cell["e1"] != "none" for cell in CELLS])
+    assert mean[fails & alive].max() < mean[~fails & alive].min()
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="there is none"):
+        trained([base.Record("t", CELLS[0], 1.0, fidelity=0.5)])
+    with pytest.raises(ValueError, match="it is empty"):
+        trained(records((0.5,)), candidates=[])
+    with pytest.raises(ValueError, match="'t0.5', the lengths"):
+        trained(records((0.5,)), features={"other": [1.0]})
+    with pytest.raises(ValueError, match="`num_members` must be at least 1"):
+        methods.train_cell_searcher(records((0.5,)), graph, num_members=0)
