@@ -96,9 +96,7 @@ def train_cell_searcher(
     offered = seen if candidates is None else predictors.cells(offered_graphs, ops, num_vertices=most)
     known, center, scale = _features(names, features)
 
-    encoder = predictors.cell_encoder(
-        len(ops), most, num_features=known.shape[1], width=width, num_layers=num_layers
-    )
+    encoder = predictors.cell_encoder(len(ops), most, num_features=known.shape[1], width=width, num_layers=num_layers)
 
     def member_loss(meta_params, data, key):
         row_key, blind_key = jax.random.split(key)

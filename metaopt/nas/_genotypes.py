@@ -128,6 +128,47 @@ def one_hot(network: Space, genotype: Genotype) -> dict[str, np.ndarray]:
     return weights
 
 
+def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarray) -> dict[str, np.ndarray]:
+    """α from scores of architectures: what those that have an op on an edge score more than all, in the mean.
+
+        α[e, o] = mean {s_a : o on e in a} − mean_a s_a
+
+    So h from records (`methods.train_cell_searcher`), or any other judge, says where a search, or an h that is then
+    learned by hypergradient, starts: `predictors.mlp(space, num_features, hyperparams=alpha)`.
+
+    Args:
+      network: a supernet's.
+      genotypes: A of them; an edge that one does not have counts as its "none".
+      scores: [A], larger is better.
+
+    Returns:
+      kind -> [edges, ops]; 0 where no architecture has the op.
+
+    Raises:
+      ValueError: there are not as many scores as genotypes, or none; as for `one_hot`.
+
+    >>> from metaopt import nas
+    >>> cell = nas.complete_cell(1, ("none", "mlp"))
+    >>> network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    >>> alpha = nas.op_scores(network, [{"cell": ((0, 1, "mlp"),)}, {"cell": ()}], [3.0, 1.0])
+    >>> alpha["cell"].tolist()
+    [[-1.0, 1.0]]
+    """
+    scores = np.asarray(scores, np.float64)
+    if not len(genotypes) or scores.shape != (len(genotypes),):
+        raise ValueError(f"There must be a score for each of the {len(genotypes)} genotypes; got shape {scores.shape}.")
+    rows = [one_hot(network, genotype) for genotype in genotypes]
+    alpha = {}
+    for kind, cell in network.cells.items():
+        has = np.stack([row[kind] for row in rows])  # [A, edges, ops]
+        for e, edge in enumerate(cell.edges):
+            if NONE in edge.ops:
+                has[:, e, edge.ops.index(NONE)] = 1 - has[:, e].sum(-1)
+        total = np.einsum("a,aeo->eo", scores - scores.mean(), has)
+        alpha[kind] = total / np.maximum(has.sum(0), 1)
+    return alpha
+
+
 def random_genotype(seed: int, network: Network, *, keep: int | None = 2) -> Genotype:
     """A genotype drawn at random: what a search must beat.
 

@@ -1,5 +1,6 @@
 """Genotypes: counts that are published, keys of published tables, round trips, and the trap of ranking α."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -274,3 +275,22 @@ def test_a_cell_with_ops_on_edges_as_a_graph_of_them():
     assert renamed != graph and nas.nas_bench_101_hash(renamed) == nas.nas_bench_101_hash(graph)
     with pytest.raises(ValueError, match="`num_inputs` must be at least 1"):
         nas.edge_graph(edges, num_inputs=0, output=(3,))
+
+
+def test_alpha_of_scores_that_are_sums_over_edges():
+    names = ("none", "skip_connect", "mlp")
+    cell = nas.complete_cell(2, names)
+    network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    own = np.random.default_rng(0).normal(size=(3, 3))
+    choices = list(itertools.product(range(3), repeat=3))
+    scores = np.array([7 + own[range(3), choice].sum() for choice in choices])
+    genotypes = [
+        {"cell": tuple((*edge[:2], names[x]) for edge, x in zip(cell.edges, choice, strict=True) if x)}
+        for choice in choices
+    ]
+    alpha = nas.op_scores(network, genotypes, scores)["cell"]
+    np.testing.assert_allclose(alpha, own - own.mean(1, keepdims=True), atol=1e-12)
+    alive = [g for g, choice in zip(genotypes, choices, strict=True) if choice[0]]
+    assert nas.op_scores(network, alive, np.arange(18.0))["cell"][0, 0] == 0  # no one has it
+    with pytest.raises(ValueError, match="a score for each of the 18 genotypes"):
+        nas.op_scores(network, alive, np.zeros(3))
