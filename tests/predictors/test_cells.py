@@ -53,6 +53,7 @@ def test_arrays_are_the_graph_its_paths_and_its_depths():
     np.testing.assert_array_equal(cells.paths[0], paths)
 
 
+@pytest.mark.once
 def test_renaming_vertices_and_padding_change_nothing():
     expected = encoded(DIAMOND)
     assert np.abs(expected).max() > 0.1
@@ -64,6 +65,7 @@ def test_renaming_vertices_and_padding_change_nothing():
     chex.assert_trees_all_close(ENCODE(PARAMS, dirty), jnp.tile(expected, (2, 1)), rtol=1e-12)
 
 
+@pytest.mark.once
 def test_ops_edges_paths_and_counts_are_told_apart():
     graph = lambda edges, ops: nas.Graph(
         tuple(tuple(int((s, t) in edges) for t in range(len(ops))) for s in range(len(ops))), ops
@@ -84,6 +86,7 @@ def test_ops_edges_paths_and_counts_are_told_apart():
     assert distance.min() > 1e-3
 
 
+@pytest.mark.once
 def test_one_ranking_for_all_tasks_at_the_start_and_the_bilinear_form_afterwards():
     cells = predictors.cells(
         [DIAMOND, renamed(DIAMOND, (0, 1, 2, 3, 4))._replace(ops=("input", *"bbb", "output"))], OPS
@@ -112,6 +115,7 @@ def test_gradients():
     check_grads(jax.jit(loss), (moved(tiny.init(KEY)),), order=1, modes=["rev"], rtol=1e-5)
 
 
+@pytest.mark.once
 def test_the_ranking_loss_is_its_sum_over_pairs():
     from scipy.stats import norm, rankdata
 
