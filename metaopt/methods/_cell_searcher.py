@@ -80,6 +80,7 @@ def train_cell_searcher(
     Raises:
       ValueError: a size is out of range; no record has an outcome; `candidates` is empty; features have different
         lengths, or are of none of the records' tasks.
+      KeyboardInterrupt: a signal came before the last step: what is trained by half has nothing to say.
     """
     for name, value in (("num_members", num_members), ("batch_size", batch_size)):
         base.check_integer(name, value, 1)
@@ -124,6 +125,8 @@ def train_cell_searcher(
     fitted = training.fit(
         learner, lambda key: data, hyperparams=start, num_steps=num_steps, key=fit_key, progress=False
     )
+    if fitted.stopped == "signal":
+        raise KeyboardInterrupt("A signal came while the encoder was trained.")
 
     @jax.jit
     def encode(meta_params, cells):

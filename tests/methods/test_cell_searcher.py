@@ -1,6 +1,8 @@
 """h by an encoder of cells, on tasks whose best cells are known."""
 
 import itertools
+import os
+import signal
 
 import jax
 import numpy as np
@@ -81,3 +83,13 @@ def test_refusals():
         trained(records((0.5,)), features={"other": [1.0]})
     with pytest.raises(ValueError, match="`num_members` must be at least 1"):
         methods.train_cell_searcher(records((0.5,)), graph, num_members=0)
+
+
+def test_a_signal_ends_it(monkeypatch):
+    def loss_and_signal(*args):
+        os.kill(os.getpid(), signal.SIGTERM)  # while it is traced, in the first step
+        return jax.numpy.zeros(())
+
+    monkeypatch.setattr(predictors, "cell_ranking_loss", loss_and_signal)
+    with pytest.raises(KeyboardInterrupt, match="A signal came"):
+        trained(records((0.5,)), num_steps=3)
