@@ -163,6 +163,7 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
         has = np.stack([row[kind] for row in rows])  # [A, edges, ops]
         for e, edge in enumerate(cell.edges):
             if NONE in edge.ops:
+                has[:, e, edge.ops.index(NONE)] = 0
                 has[:, e, edge.ops.index(NONE)] = 1 - has[:, e].sum(-1)
         total = np.einsum("a,aeo->eo", scores - scores.mean(), has)
         alpha[kind] = total / np.maximum(has.sum(0), 1)
@@ -499,20 +500,25 @@ def edge_graph(edges: Iterable[tuple[int, int, str]], *, num_inputs: int = 1, ou
     """A cell whose ops are on edges as a graph with ops on vertices: what an encoder of cells reads.
 
     Each op that is not "none" becomes a vertex, behind the ops into its source, or behind the input that its source is;
-    the output is behind the ops into its nodes. A node renamed changes the order of vertices alone.
+    the output is behind the ops into its nodes. Nodes are in topological order; another such order of them changes the
+    order of vertices alone.
 
     Args:
-      edges: (source, target, op), of one kind of cell of a genotype.
-      num_inputs: how many of the first nodes are inputs, at least 1.
+      edges: (source, target, op), of one kind of cell of a genotype; `source` < `target`.
+      num_inputs: how many of the first nodes are inputs, at least 1; no edge leads to them.
       output: the nodes whose channels are the output.
 
     Returns:
       A `Graph`; of several inputs, the first vertices are "input 0", "input 1" ...
 
     Raises:
-      ValueError: there is no input.
+      ValueError: there is no input, or an edge leads backwards or to an input.
     """
     base.check_integer("num_inputs", num_inputs, 1)
+    edges = list(edges)
+    for source, target, _ in edges:
+        if not 0 <= source < target or target < num_inputs:
+            raise ValueError(f"An edge goes to a later node that is no input; got {source} -> {target}.")
     kept = sorted((edge for edge in edges if edge[2] != NONE), key=_by_target)
     inputs = ["input"] if num_inputs == 1 else [f"input {i}" for i in range(num_inputs)]
     size = num_inputs + len(kept) + 1

@@ -7,11 +7,11 @@ reached, one at those right behind it, one at all that it reaches; each at the v
 
     x_v = E[op_v] + D[depth_v] + H[height_v],
     x ← x + Σ_heads attention(norm x; mask),    x ← x + W₂ relu(W₁ norm x)        (`num_layers` times)
-    z(a) = relu(W Σ_v x_v + b),
+    z(a) = relu(W Σ_v x_v / √V + b),
     score(a, t) = z(a) · c(t),    c(t) = c₀ + A t + B tanh(C t + b)
 
 so that a task is a vector of coefficients, which its features move: with A and B zero at the start there is one ranking
-for all tasks. Renaming the vertices changes nothing.
+for all tasks. Renaming the vertices changes nothing, nor does what stands in padding; V is part of the function.
 """
 
 from collections.abc import Callable, Sequence
@@ -112,7 +112,7 @@ def cell_encoder(
     """A scorer of cells for tasks, to be trained by `cell_ranking_loss`; `methods.train_cell_searcher` does so.
 
     Args:
-      num_ops: names of ops, the input's and the output's too.
+      num_ops: names of ops, the input's and the output's too; that indices are below it is not checked.
       num_vertices: V.
       num_features: F, of a task; 0 scores for all tasks alike.
       width: of a token and of z, a multiple of 4 (the heads).
@@ -121,10 +121,10 @@ def cell_encoder(
 
     Returns:
       A `CellEncoder`, plain functions under jit, vmap and any mode of differentiation. A call takes memory of about
-      A·V·(8·width·num_layers + 4·V) numbers where it is differentiated.
+      A·V·(20·width + 8·V)·num_layers numbers where it is differentiated.
 
     Raises:
-      ValueError: a size is out of range.
+      ValueError: a size is out of range; at trace time, cells have another number of vertices, or a task of features.
 
     Sources: Luo, Thost & Shi, Transformers over directed acyclic graphs, NeurIPS 2023,
       https://arxiv.org/abs/2210.13148 (attention along paths, depth as position); Zaheer et al., Deep Sets, NeurIPS
@@ -164,6 +164,8 @@ def cell_encoder(
         }
 
     def encode(meta_params, cells):
+        if cells.ops.shape[-1] != num_vertices:
+            raise ValueError(f"This encoder reads cells of {num_vertices} vertices; got {cells.ops.shape[-1]}.")
         return jax.vmap(lambda cell: _encode(meta_params, cell))(cells)
 
     def coefficients(meta_params, features):

@@ -275,6 +275,10 @@ def test_a_cell_with_ops_on_edges_as_a_graph_of_them():
     assert renamed != graph and nas.nas_bench_101_hash(renamed) == nas.nas_bench_101_hash(graph)
     with pytest.raises(ValueError, match="`num_inputs` must be at least 1"):
         nas.edge_graph(edges, num_inputs=0, output=(3,))
+    with pytest.raises(ValueError, match="got 2 -> 1"):
+        nas.edge_graph([(0, 2, "a"), (2, 1, "b")], output=(1,))
+    with pytest.raises(ValueError, match="got 0 -> 1"):
+        nas.edge_graph([(0, 1, "a")], num_inputs=2, output=(1,))
 
 
 def test_alpha_of_scores_that_are_sums_over_edges():
@@ -285,7 +289,7 @@ def test_alpha_of_scores_that_are_sums_over_edges():
     choices = list(itertools.product(range(3), repeat=3))
     scores = np.array([7 + own[range(3), choice].sum() for choice in choices])
     genotypes = [
-        {"cell": tuple((*edge[:2], names[x]) for edge, x in zip(cell.edges, choice, strict=True) if x)}
+        {"cell": tuple((*e[:2], names[x]) for i, (e, x) in enumerate(zip(cell.edges, choice, strict=True)) if x or i)}
         for choice in choices
     ]
     alpha = nas.op_scores(network, genotypes, scores)["cell"]

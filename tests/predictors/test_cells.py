@@ -54,7 +54,7 @@ def test_arrays_are_the_graph_its_paths_and_its_depths():
 
 
 @pytest.mark.once
-def test_renaming_vertices_and_padding_change_nothing():
+def test_renaming_vertices_and_what_stands_in_padding_change_nothing():
     expected = encoded(DIAMOND)
     assert np.abs(expected).max() > 0.1
     for order in itertools.permutations(range(5)):
@@ -84,6 +84,37 @@ def test_ops_edges_paths_and_counts_are_told_apart():
     z = np.asarray(encoded(*others))
     distance = np.abs(z[:, None] - z[None]).max(-1) + np.eye(len(z))
     assert distance.min() > 1e-3
+
+
+@pytest.mark.once
+def test_the_encoder_by_hand():
+    encoder = predictors.cell_encoder(len(OPS), 5, width=4, num_layers=2)
+    params = jax.tree.map(np.asarray, moved(encoder.init(KEY)))
+    matrix = np.array(DIAMOND.matrix, bool)
+    paths = matrix | (matrix @ matrix) | (matrix @ matrix @ matrix)
+    tokens, depth, height = params["tokens"], [0, 1, 1, 2, 3], [3, 2, 2, 1, 0]
+    x = np.stack(
+        [
+            tokens["op"][OPS.index(op)] + tokens["depth"][d] + tokens["height"][h]
+            for op, d, h in zip(DIAMOND.ops, depth, height, strict=True)
+        ]
+    )
+    norm = lambda x: (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
+    for i in range(2):
+        layer = {name: w[i] for name, w in params["layers"].items()}
+        q, k, v = ((norm(x) @ layer["qkv"])[:, i::3] for i in range(3))  # a number each for a head
+        mixed = np.zeros_like(x)
+        for head, seen in enumerate([matrix.T, paths.T, matrix, paths]):
+            for u in range(5):
+                at = [w for w in range(5) if seen[u, w] or w == u]
+                weights = np.exp(q[u, head] * k[at, head])
+                mixed[u, head] = weights @ v[at, head] / weights.sum()
+        x = x + mixed @ layer["mix"]
+        x = x + np.maximum(norm(x) @ layer["up"], 0) @ layer["down"]
+    expected = np.maximum(x.sum(0) / np.sqrt(5) @ params["out"] + params["bias"], 0)
+    found = jax.jit(encoder.encode)(params, predictors.cells([DIAMOND], OPS))[0]
+    assert expected.max() > 0.01
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 @pytest.mark.once
@@ -148,5 +179,7 @@ def test_refusals():
         predictors.cells([DIAMOND], OPS, num_vertices=4)
     with pytest.raises(ValueError, match="it is empty"):
         predictors.cells([], OPS)
+    with pytest.raises(ValueError, match="cells of 6 vertices; got 5"):
+        ENCODER.encode(PARAMS, predictors.cells([DIAMOND], OPS))
     with pytest.raises(ValueError, match="a multiple of 4"):
         predictors.cell_encoder(3, 3, width=6)
