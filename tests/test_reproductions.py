@@ -238,14 +238,14 @@ def test_the_prior_of_tasks_finds_its_own_variances_and_conditions_exactly():
     rng = np.random.default_rng(0)
     digits = np.array([(a, b, c) for a in range(12) for b in range(12) for c in range(12)])
     table = SimpleNamespace(encodings=digits, num_choices=(12, 12, 12))
-    phi, is_pair = tables.encode(table)
-    assert phi.shape == (12**3, 36 + 3 * 144) and (phi.sum(1) == 6).all() and is_pair.sum() == 3 * 144
+    phi, kind = tables.encode(table)
+    assert phi.shape == (12**3, 36 + 3 * 144) and (phi.sum(1) == 6).all() and kind.sum() == 3 * 144
     # Scores of the model itself: digits, what tasks share, what validation and test share, noise.
-    scale = np.where(is_pair, 0.0, 0.5)[:, None]
-    coefficients = scale * (rng.normal(size=(len(is_pair), 1)) + 0.3 * rng.normal(size=(len(is_pair), 5)))
+    scale = np.where(kind == 1, 0.0, 0.5)[:, None]
+    coefficients = scale * (rng.normal(size=(len(kind), 1)) + 0.3 * rng.normal(size=(len(kind), 5)))
     real = phi @ coefficients + 0.6 * rng.normal(size=(12**3, 1)) + 0.4 * rng.normal(size=(12**3, 5))
     valid = real + 0.5 * rng.normal(size=real.shape)
-    prior = tables.fit_prior(phi, is_pair, phi.T @ phi, valid, real)
+    prior = tables.fit_prior(phi, kind, phi.T @ phi, valid, real)
     shared, apart, noise = 0.36, 0.16, 0.25
     trust = shared / (shared + (apart + noise) / 5)
     np.testing.assert_allclose([prior.noise, prior.alone], [noise, shared * (1 - trust) + apart], rtol=0.1)

@@ -17,6 +17,7 @@ from metaopt.methods._architecture import (
     unrolled_darts,
 )
 from metaopt.methods._asha import AshaState, asha
+from metaopt.methods._cell_searcher import CellSearcher, train_cell_searcher
 from metaopt.methods._conv4 import NORMALIZATIONS, Network, conv4
 from metaopt.methods._evaluate import (
     AdaptFn,
@@ -74,6 +75,7 @@ __all__ = [
     "Adaptation",
     "ArchitectureScores",
     "AshaState",
+    "CellSearcher",
     "CurveSearcher",
     "Evaluation",
     "EvolutionState",
@@ -139,6 +141,7 @@ __all__ = [
     "single_path_one_shot",
     "tpe",
     "train",
+    "train_cell_searcher",
     "train_curve_searcher",
     "train_meta_optimizer",
     "train_meta_searcher",

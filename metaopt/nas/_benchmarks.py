@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metaopt.nas._genotypes import NONE, Graph, edge_graph, pruned
+from metaopt.nas._nas_bench_101 import nas_bench_101_graph
+from metaopt.nas._specs import NAS_BENCH_201_PRIMITIVES
+
 
 class Benchmark(NamedTuple):
     """Architectures × tasks × outcomes.
@@ -203,3 +207,57 @@ def nas_bench_101_table(folder: str | os.PathLike | None = None) -> Benchmark:
         return make_benchmark(
             "NAS-Bench-101, a part", ["cifar10"], dims, num_choices, encodings, valid, fidelities=fidelities, cost=cost
         )
+
+
+# ---- Architectures as graphs ----------------------------------------------------------------------------------------
+
+_GRAPH_OPS = ("gat", "gcn", "gin", "cheb", "sage", "arma", "graph", "fc", "skip")
+# Of each shape of a NAS-Bench-Graph cell, what its four nodes come from: 0 the input, i the node before it.
+_GRAPH_LINKS = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 1), (0, 0, 1, 2), (0, 0, 1, 3)]
+_GRAPH_LINKS += [(0, 1, 1, 1), (0, 1, 1, 2), (0, 1, 2, 2), (0, 1, 2, 3)]
+_PAIRS = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+_EDGE_OPS = {
+    "NAS-Bench-201": NAS_BENCH_201_PRIMITIVES,
+    "TransNAS-Bench-101, micro": (NONE, "skip_connect", "conv1x1", "conv3x3"),
+}
+_CHAINS = {
+    "TransNAS-Bench-101, macro": (NONE, "plain", "channels", "stride", "channels and stride"),
+    "NAS-Bench-Macro": ("identity", "block 1", "block 2"),
+}
+
+
+def benchmark_graph(benchmark: Benchmark, encoding) -> Graph:
+    """The architecture that a row of a table says, as a graph with ops on vertices, without what leads nowhere.
+
+    Of networks of blocks it is a chain.
+
+    Args:
+      benchmark: any but NAS-Bench-301, whose networks have two kinds of cells.
+      encoding: [D] a row of integers.
+
+    Returns:
+      A `Graph`; where nothing joins input and output, it has these two vertices and no edge.
+
+    Raises:
+      ValueError: the benchmark is unknown, or the row is none of its.
+    """
+    digits = [int(x) for x in encoding]
+    counts = benchmark.num_choices
+    if len(digits) != len(counts) or not all(0 <= x < n for x, n in zip(digits, counts, strict=True)):
+        raise ValueError(f"{benchmark.name} has {len(counts)} digits below {tuple(counts)}; got {tuple(digits)}.")
+    if benchmark.name.startswith("NAS-Bench-101"):
+        graph = nas_bench_101_graph(digits)
+    elif benchmark.name in _EDGE_OPS:
+        ops = _EDGE_OPS[benchmark.name]
+        graph = edge_graph([(*pair, ops[x]) for pair, x in zip(_PAIRS, digits, strict=True)], output=(3,))
+    elif benchmark.name in _CHAINS:
+        blocks = [op for op in (_CHAINS[benchmark.name][x] for x in digits) if op != NONE]
+        graph = edge_graph([(i, i + 1, op) for i, op in enumerate(blocks)], output=(len(blocks),))
+    elif benchmark.name == "NAS-Bench-Graph":
+        links, matrix = _GRAPH_LINKS[digits[0]], np.zeros((6, 6), int)
+        matrix[links, range(1, 5)] = 1
+        matrix[1:5, 5] = ~matrix[1:5].any(1)  # what nothing comes from is the output
+        graph = Graph(tuple(map(tuple, matrix.tolist())), ("input", *(_GRAPH_OPS[x] for x in digits[1:]), "output"))
+    else:
+        raise ValueError(f"The architectures of {benchmark.name!r} are not known as graphs.")
+    return pruned(graph) or Graph(((0, 0), (0, 0)), ("input", "output"))

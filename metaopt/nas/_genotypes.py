@@ -12,7 +12,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from metaopt import spaces
+from metaopt import base, spaces
 from metaopt.nas import _elastic
 from metaopt.nas._specs import (
     DARTS_PRIMITIVES,
@@ -126,6 +126,48 @@ def one_hot(network: Space, genotype: Genotype) -> dict[str, np.ndarray]:
         kept = {(s, t): op for s, t, op in genotype[kind]}
         weights[kind] = np.array([[float(kept.get(edge[:2]) == op) for op in edge.ops] for edge in cell.edges])
     return weights
+
+
+def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarray) -> dict[str, np.ndarray]:
+    """α from scores of architectures: what those that have an op on an edge score more than all, in the mean.
+
+        α[e, o] = mean {s_a : o on e in a} − mean_a s_a
+
+    So h from records (`methods.train_cell_searcher`), or any other judge, says where a search, or an h that is then
+    learned by hypergradient, starts: `predictors.mlp(space, num_features, hyperparams=alpha)`.
+
+    Args:
+      network: a supernet's.
+      genotypes: A of them; an edge that one does not have counts as its "none".
+      scores: [A], larger is better.
+
+    Returns:
+      kind -> [edges, ops]; 0 where no architecture has the op.
+
+    Raises:
+      ValueError: there are not as many scores as genotypes, or none; as for `one_hot`.
+
+    >>> from metaopt import nas
+    >>> cell = nas.complete_cell(1, ("none", "mlp"))
+    >>> network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    >>> alpha = nas.op_scores(network, [{"cell": ((0, 1, "mlp"),)}, {"cell": ()}], [3.0, 1.0])
+    >>> alpha["cell"].tolist()
+    [[-1.0, 1.0]]
+    """
+    scores = np.asarray(scores, np.float64)
+    if not len(genotypes) or scores.shape != (len(genotypes),):
+        raise ValueError(f"There must be a score for each of the {len(genotypes)} genotypes; got shape {scores.shape}.")
+    rows = [one_hot(network, genotype) for genotype in genotypes]
+    alpha = {}
+    for kind, cell in network.cells.items():
+        has = np.stack([row[kind] for row in rows])  # [A, edges, ops]
+        for e, edge in enumerate(cell.edges):
+            if NONE in edge.ops:
+                has[:, e, edge.ops.index(NONE)] = 0
+                has[:, e, edge.ops.index(NONE)] = 1 - has[:, e].sum(-1)
+        total = np.einsum("a,aeo->eo", scores - scores.mean(), has)
+        alpha[kind] = total / np.maximum(has.sum(0), 1)
+    return alpha
 
 
 def random_genotype(seed: int, network: Network, *, keep: int | None = 2) -> Genotype:
@@ -452,6 +494,42 @@ class Graph(NamedTuple):
 
     matrix: tuple[tuple[int, ...], ...]
     ops: tuple[str, ...]
+
+
+def edge_graph(edges: Iterable[tuple[int, int, str]], *, num_inputs: int = 1, output: Sequence[int]) -> Graph:
+    """A cell whose ops are on edges as a graph with ops on vertices: what an encoder of cells reads.
+
+    Each op that is not "none" becomes a vertex, behind the ops into its source, or behind the input that its source is;
+    the output is behind the ops into its nodes. Nodes are in topological order; another such order of them changes the
+    order of vertices alone.
+
+    Args:
+      edges: (source, target, op), of one kind of cell of a genotype; `source` < `target`.
+      num_inputs: how many of the first nodes are inputs, at least 1; no edge leads to them.
+      output: the nodes whose channels are the output.
+
+    Returns:
+      A `Graph`; of several inputs, the first vertices are "input 0", "input 1" ...
+
+    Raises:
+      ValueError: there is no input, or an edge leads backwards or to an input.
+    """
+    base.check_integer("num_inputs", num_inputs, 1)
+    edges = list(edges)
+    for source, target, _ in edges:
+        if not 0 <= source < target or target < num_inputs:
+            raise ValueError(f"An edge goes to a later node that is no input; got {source} -> {target}.")
+    kept = sorted((edge for edge in edges if edge[2] != NONE), key=_by_target)
+    inputs = ["input"] if num_inputs == 1 else [f"input {i}" for i in range(num_inputs)]
+    size = num_inputs + len(kept) + 1
+    matrix = np.zeros((size, size), int)
+    arriving: dict[int, list[int]] = {i: [i] for i in range(num_inputs)}  # node -> vertices into it
+    for vertex, (source, target, _) in enumerate(kept, num_inputs):
+        matrix[arriving.get(source, []), vertex] = 1
+        arriving.setdefault(target, []).append(vertex)
+    for node in output:
+        matrix[arriving.get(node, []), -1] = 1
+    return Graph(tuple(map(tuple, matrix.tolist())), (*inputs, *(op for _, _, op in kept), "output"))
 
 
 NAS_BENCH_101_PRIMITIVES = ("conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3")

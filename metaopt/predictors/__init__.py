@@ -7,6 +7,7 @@ from metaopt.predictors._acquisition import (
     thompson_sample,
 )
 from metaopt.predictors._amortize import amortize
+from metaopt.predictors._cells import CellEncoder, Cells, cell_encoder, cell_ranking_loss, cells
 from metaopt.predictors._curves import (
     CurveNoise,
     CurveSurrogate,
@@ -48,6 +49,8 @@ from metaopt.predictors._surrogates import (
 )
 
 __all__ = [
+    "CellEncoder",
+    "Cells",
     "Conditioned",
     "CurveNoise",
     "CurveSurrogate",
@@ -63,6 +66,9 @@ __all__ = [
     "attention_weights",
     "batch_expected_improvement",
     "calibrate",
+    "cell_encoder",
+    "cell_ranking_loss",
+    "cells",
     "condition",
     "curve_improvement",
     "curve_loss",

@@ -66,6 +66,42 @@ def test_published_numbers():
     np.testing.assert_allclose(found, [0.45, 0.62, 0.88], atol=0.006)
 
 
+@needs_tables
+@pytest.mark.once
+def test_rows_as_graphs():
+    folder = Path(os.environ["METAOPT_DATA"])
+    table = nas.nas_bench_201_table()
+    pairs, of = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)], {}
+    for row in table.encodings[::20]:
+        edges = [(*p, nas.NAS_BENCH_201_PRIMITIVES[x]) for p, x in zip(pairs, row, strict=True)]
+        of.setdefault(nas.benchmark_graph(table, row), set()).add(nas.canonical(edges, output=(3,)))
+    assert all(len(same) == 1 for same in of.values())  # what is one graph is one function
+    assert of[nas.benchmark_graph(table, [0] * 6)] == {"0"} and len(of) < len(table.encodings[::20])
+    graph = nas.benchmark_graph(table, table.encodings[9930])
+    assert graph.ops == ("input", *["nor_conv_3x3"] * 3, "skip_connect", *["nor_conv_3x3"] * 2, "output")
+    with np.load(folder / "nasbenchgraph.npz") as data:
+        links, names = data["links"], data["op_names"].tolist()
+    table = nas.nas_bench_graph_table()
+    for link in range(9):
+        graph = nas.benchmark_graph(table, [link, 0, 1, 2, 8])
+        assert graph.ops == ("input", *(names[i] for i in (0, 1, 2, 8)), "output")
+        np.testing.assert_array_equal(np.array(graph.matrix)[:, 1:5].argmax(0), links[link])
+        assert (np.array(graph.matrix)[:, 1:5].sum(0) == 1).all() and all(map(any, graph.matrix[1:5]))
+    macro = nas.trans_nas_bench_101_table(space="macro")
+    assert nas.benchmark_graph(macro, [2, 4, 1, 1, 0, 0]).ops[1:-1] == (
+        "channels",
+        "channels and stride",
+        *["plain"] * 2,
+    )
+    assert len(nas.benchmark_graph(nas.nas_bench_macro_table(), [0] * 8).ops) == 10
+    part = nas.nas_bench_101_table()
+    assert nas.benchmark_graph(part, part.encodings[5]) == nas.pruned(nas.nas_bench_101_graph(part.encodings[5]))
+    with pytest.raises(ValueError, match="digits below"):
+        nas.benchmark_graph(macro, [5] * 6)
+    with pytest.raises(ValueError, match="'mine' are not known as graphs"):
+        nas.benchmark_graph(macro._replace(name="mine"), [1] * 6)
+
+
 def test_absent_files_and_unknown_spaces(tmp_path):
     with pytest.raises(ValueError, match="There is no file"):
         nas.nas_bench_201_table(tmp_path)

@@ -1,5 +1,6 @@
 """Genotypes: counts that are published, keys of published tables, round trips, and the trap of ranking α."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -255,3 +256,45 @@ def test_the_keys_of_the_table():
         size = len(ops) + 2
         cell = nas.Graph(tuple(map(tuple, matrix[:size, :size].tolist())), ("input", *ops, "output"))
         assert nas.nas_bench_101_hash(cell) == keys[i]
+
+
+def test_a_cell_with_ops_on_edges_as_a_graph_of_them():
+    edges = [(0, 1, "a"), (0, 2, "none"), (1, 2, "b"), (0, 3, "c"), (2, 3, "d"), (1, 3, "none")]
+    graph = nas.edge_graph(edges, output=(3,))
+    assert graph.ops == ("input", "a", "b", "c", "d", "output")
+    assert set(zip(*np.nonzero(graph.matrix), strict=True)) == {(0, 1), (1, 2), (0, 3), (2, 4), (3, 5), (4, 5)}
+    # Two inputs, and an input that is part of the output.
+    graph = nas.edge_graph([(0, 2, "a"), (1, 2, "b")], num_inputs=2, output=(1, 2))
+    assert graph.ops == ("input 0", "input 1", "a", "b", "output")
+    assert set(zip(*np.nonzero(graph.matrix), strict=True)) == {(0, 2), (1, 3), (1, 4), (2, 4), (3, 4)}
+    # The nodes 1 and 2 trade names.
+    edges = [(0, 1, "maxpool3x3"), (0, 2, "conv1x1-bn-relu"), (1, 3, "conv1x1-bn-relu"), (2, 3, "conv3x3-bn-relu")]
+    swap = {0: 0, 1: 2, 2: 1, 3: 3}
+    renamed = nas.edge_graph([(swap[s], swap[t], op) for s, t, op in edges], output=(3,))
+    graph = nas.edge_graph(edges, output=(3,))
+    assert renamed != graph and nas.nas_bench_101_hash(renamed) == nas.nas_bench_101_hash(graph)
+    with pytest.raises(ValueError, match="`num_inputs` must be at least 1"):
+        nas.edge_graph(edges, num_inputs=0, output=(3,))
+    with pytest.raises(ValueError, match="got 2 -> 1"):
+        nas.edge_graph([(0, 2, "a"), (2, 1, "b")], output=(1,))
+    with pytest.raises(ValueError, match="got 0 -> 1"):
+        nas.edge_graph([(0, 1, "a")], num_inputs=2, output=(1,))
+
+
+def test_alpha_of_scores_that_are_sums_over_edges():
+    names = ("none", "skip_connect", "mlp")
+    cell = nas.complete_cell(2, names)
+    network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    own = np.random.default_rng(0).normal(size=(3, 3))
+    choices = list(itertools.product(range(3), repeat=3))
+    scores = np.array([7 + own[range(3), choice].sum() for choice in choices])
+    genotypes = [
+        {"cell": tuple((*e[:2], names[x]) for i, (e, x) in enumerate(zip(cell.edges, choice, strict=True)) if x or i)}
+        for choice in choices
+    ]
+    alpha = nas.op_scores(network, genotypes, scores)["cell"]
+    np.testing.assert_allclose(alpha, own - own.mean(1, keepdims=True), atol=1e-12)
+    alive = [g for g, choice in zip(genotypes, choices, strict=True) if choice[0]]
+    assert nas.op_scores(network, alive, np.arange(18.0))["cell"][0, 0] == 0  # no one has it
+    with pytest.raises(ValueError, match="a score for each of the 18 genotypes"):
+        nas.op_scores(network, alive, np.zeros(3))

@@ -1,0 +1,228 @@
+"""A transformer over cells, crossed with the task: how well would this architecture do there?
+
+A cell is a directed acyclic graph with an op on every vertex. Its vertices are tokens, in no order: what a token is
+told of its place is its depth below the input and its height above the output, and it may look at the vertices that
+edges and paths lead to. There are four heads: one looks at those right before a vertex, one at all from which it is
+reached, one at those right behind it, one at all that it reaches; each at the vertex itself, too.
+
+    x_v = E[op_v] + D[depth_v] + H[height_v],
+    x ← x + Σ_heads attention(norm x; mask),    x ← x + W₂ relu(W₁ norm x)        (`num_layers` times)
+    z(a) = relu(W Σ_v x_v / √V + b),
+    score(a, t) = z(a) · c(t),    c(t) = c₀ + A t + B tanh(C t + b)
+
+so that a task is a vector of coefficients, which its features move: with A and B zero at the start there is one ranking
+for all tasks. Renaming the vertices changes nothing, nor does what stands in padding; V is part of the function.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base, nas
+from metaopt.predictors._networks import _apply_head, _init_head
+
+_NUM_HEADS = 4
+
+
+class Cells(NamedTuple):
+    """Cells as arrays, made by `cells`. V vertices each, some of them padding.
+
+    Attributes:
+      ops: [A, V] int32, indices into the ops' names.
+      edges: [A, V, V] bool, whether an edge leads from one vertex to another.
+      paths: [A, V, V] bool, whether a path does.
+      depth: [A, V] int32, edges of the longest path that ends at a vertex.
+      height: [A, V] int32, edges of the longest path that begins there.
+      mask: [A, V] bool, which vertices are there.
+    """
+
+    ops: jax.Array
+    edges: jax.Array
+    paths: jax.Array
+    depth: jax.Array
+    height: jax.Array
+    mask: jax.Array
+
+
+class CellEncoder(NamedTuple):
+    """What `cell_encoder` returns.
+
+    Attributes:
+      init: `(key) -> φ`.
+      encode: `(φ, Cells) -> [A, width]`, z.
+      score: `(φ, Cells, features [F]) -> [A]`, larger is better.
+      coefficients: `(φ, features [F]) -> [width]`, c.
+    """
+
+    init: Callable[[jax.Array], base.PyTree]
+    encode: Callable[[base.PyTree, Cells], jax.Array]
+    score: Callable[[base.PyTree, Cells, jax.Array], jax.Array]
+    coefficients: Callable[[base.PyTree, jax.Array], jax.Array]
+
+
+def cells(graphs: Sequence[nas.Graph], ops: Sequence[str], *, num_vertices: int | None = None) -> Cells:
+    """Graphs as arrays of one shape.
+
+    Args:
+      graphs: with the vertices in any order; `nas.edge_graph` makes them of cells whose ops are on edges.
+      ops: all names that may be on a vertex, the input's and the output's too.
+      num_vertices: V; by default, that of the largest graph.
+
+    Returns:
+      `Cells`.
+
+    Raises:
+      ValueError: there is no graph; an op has no such name; a graph has a cycle, a matrix of another shape, or more
+        than `num_vertices` vertices.
+    """
+    base.check_integer("num_vertices", num_vertices, 1, optional=True)
+    if not len(graphs):
+        raise ValueError("`graphs` must hold a graph; it is empty.")
+    index = {op: i for i, op in enumerate(ops)}
+    most = max(len(graph.ops) for graph in graphs) if num_vertices is None else num_vertices
+    labels, edges = np.zeros((len(graphs), most), np.int32), np.zeros((len(graphs), most, most), bool)
+    mask = np.zeros((len(graphs), most), bool)
+    for a, graph in enumerate(graphs):
+        size = len(graph.ops)
+        if not set(graph.ops) <= set(index):
+            raise ValueError(f"The ops are {', '.join(index)}; a graph has {', '.join(graph.ops)}.")
+        if size > most or np.shape(graph.matrix) != (size, size):
+            raise ValueError(
+                f"A graph must have at most {most} vertices and a square matrix; got {size} and shape "
+                f"{np.shape(graph.matrix)}."
+            )
+        labels[a, :size], mask[a, :size] = [index[op] for op in graph.ops], True
+        edges[a, :size, :size] = graph.matrix
+    paths, depth, height = edges.copy(), np.zeros_like(labels), np.zeros_like(labels)
+    for _ in range(most - 1):
+        paths = paths | (paths.astype(np.uint8) @ edges.astype(np.uint8) > 0)
+        depth = np.where(edges, depth[:, :, None] + 1, 0).max(1)
+        height = np.where(edges, height[:, None] + 1, 0).max(2)
+    if np.einsum("avv->av", paths).any():
+        raise ValueError("A graph has a cycle; a cell has none.")
+    return Cells(*map(jnp.asarray, (labels, edges, paths, depth, height, mask)))
+
+
+def cell_encoder(
+    num_ops: int, num_vertices: int, *, num_features: int = 0, width: int = 32, num_layers: int = 2, num_hidden: int = 8
+) -> CellEncoder:
+    """A scorer of cells for tasks, to be trained by `cell_ranking_loss`; `methods.train_cell_searcher` does so.
+
+    Args:
+      num_ops: names of ops, the input's and the output's too; that indices are below it is not checked.
+      num_vertices: V.
+      num_features: F, of a task; 0 scores for all tasks alike.
+      width: of a token and of z, a multiple of 4 (the heads).
+      num_layers: of attention.
+      num_hidden: tanh units between a task's features and its coefficients.
+
+    Returns:
+      A `CellEncoder`, plain functions under jit, vmap and any mode of differentiation. A call takes memory of about
+      A·V·(20·width + 8·V)·num_layers numbers where it is differentiated.
+
+    Raises:
+      ValueError: a size is out of range; at trace time, cells have another number of vertices, or a task of features.
+
+    Sources: Luo, Thost & Shi, Transformers over directed acyclic graphs, NeurIPS 2023,
+      https://arxiv.org/abs/2210.13148 (attention along paths, depth as position); Zaheer et al., Deep Sets, NeurIPS
+      2017, https://arxiv.org/abs/1703.06114 (the sum).
+    """
+    for name, value in (("num_ops", num_ops), ("num_vertices", num_vertices), ("num_layers", num_layers)):
+        base.check_integer(name, value, 1)
+    base.check_integer("num_features", num_features, 0)
+    base.check_integer("num_hidden", num_hidden, 0)
+    base.check_integer("width", width, 1)
+    if width % _NUM_HEADS:
+        raise ValueError(f"`width` must be a multiple of {_NUM_HEADS}, the number of heads; got {width}.")
+
+    def init(key):
+        token_key, layer_key, out_key, center_key, head_key = jax.random.split(key, 5)
+        normal = lambda key, rows, columns: jax.random.normal(key, (rows, columns)) / np.sqrt(rows)
+
+        def layer(key):
+            keys = jax.random.split(key, 4)
+            return {
+                "qkv": normal(keys[0], width, 3 * width),
+                "mix": normal(keys[1], width, width),
+                "up": normal(keys[2], width, 2 * width),
+                "down": normal(keys[3], 2 * width, width),
+            }
+
+        sizes = {"op": num_ops, "depth": num_vertices, "height": num_vertices}
+        keys = jax.random.split(token_key, len(sizes))
+        return {
+            "tokens": {
+                name: jax.random.normal(k, (n, width)) for k, (name, n) in zip(keys, sizes.items(), strict=True)
+            },
+            "layers": jax.vmap(layer)(jax.random.split(layer_key, num_layers)),
+            "out": normal(out_key, width, width),
+            "bias": jnp.zeros(width),
+            "head": _init_head(head_key, num_features, num_hidden, normal(center_key, width, 1)[:, 0]),
+        }
+
+    def encode(meta_params, cells):
+        if cells.ops.shape[-1] != num_vertices:
+            raise ValueError(f"This encoder reads cells of {num_vertices} vertices; got {cells.ops.shape[-1]}.")
+        return jax.vmap(lambda cell: _encode(meta_params, cell))(cells)
+
+    def coefficients(meta_params, features):
+        if jnp.shape(features) != (num_features,):
+            raise ValueError(f"This encoder reads [{num_features}] features; got shape {jnp.shape(features)}.")
+        return _apply_head(meta_params["head"], features)
+
+    def score(meta_params, cells, features):
+        return encode(meta_params, cells) @ coefficients(meta_params, features)
+
+    return CellEncoder(init, encode, score, coefficients)
+
+
+def _encode(meta_params, cell: Cells) -> jax.Array:
+    """[W] of one cell."""
+    tokens = meta_params["tokens"]
+    x = tokens["op"][cell.ops] + tokens["depth"][cell.depth] + tokens["height"][cell.height]  # [V, W]
+    itself = jnp.eye(len(x), dtype=bool)
+    seen = jnp.stack([cell.edges.T, cell.paths.T, cell.edges, cell.paths]) | itself[None]  # [heads, V, V]
+    norm = lambda x: jax.nn.standardize(x, epsilon=1e-6)
+
+    def step(x, layer):
+        q, k, v = jnp.split((norm(x) @ layer["qkv"]).reshape(len(x), _NUM_HEADS, -1), 3, axis=-1)
+        # By hand: `jax.nn.dot_product_attention` takes the softmax in float32, whatever it is given.
+        logits = jnp.einsum("uhk,vhk->huv", q, k) / np.sqrt(q.shape[-1])
+        mixed = jnp.einsum("huv,vhk->uhk", jax.nn.softmax(logits, where=seen), v)
+        x = x + mixed.reshape(x.shape) @ layer["mix"]
+        return x + jax.nn.relu(norm(x) @ layer["up"]) @ layer["down"], None
+
+    x, _ = jax.lax.scan(step, x, meta_params["layers"])
+    # A sum, since two convolutions are more than one; what attention averages does not say how many there are.
+    total = jnp.where(cell.mask[:, None], x, 0).sum(0) / np.sqrt(len(x))
+    return jax.nn.relu(total @ meta_params["out"] + meta_params["bias"])
+
+
+def cell_ranking_loss(scores: jax.Array, outcomes: jax.Array) -> jax.Array:
+    """The logistic loss of the order of all pairs, each by how far its two lie apart.
+
+        Σ_{i, j: y_i < y_j} |q_i − q_j| log(1 + exp(s_j − s_i)) / Σ |q_i − q_j|
+
+    where q are normal scores of the outcomes: the best and the worst count more than the middle, and the units of a
+    task not at all.
+
+    Args:
+      scores: [N] s, larger is better.
+      outcomes: [N] y, losses, smaller is better; NaN where there is none.
+
+    Returns:
+      []; log 2 where all scores are equal, 0 where no two outcomes differ.
+
+    Source: Burges et al., Learning to rank using gradient descent, ICML 2005 (pairs by a logistic loss).
+    """
+    known = jnp.isfinite(outcomes)
+    y = jnp.where(known, outcomes, 0.0)
+    below = ((y[:, None] > y[None]) & known[None]).sum(1) + 0.5 * ((y[:, None] == y[None]) & known[None]).sum(1)
+    q = jax.scipy.special.ndtri(jnp.clip(below / jnp.maximum(known.sum(), 1), 1e-3, 1 - 1e-3))
+    better = (y[:, None] < y[None]) & known[:, None] & known[None]
+    weights = jnp.where(better, jnp.abs(q[:, None] - q[None]), 0.0)
+    losses = jax.nn.softplus(scores[None] - scores[:, None])
+    return (weights * losses).sum() / jnp.maximum(weights.sum(), 1e-9)

@@ -1,0 +1,99 @@
+"""h by an encoder of cells, on tasks whose best cells are known."""
+
+import itertools
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from scipy.stats import rankdata
+
+from metaopt import base, methods, nas, predictors
+
+OPS = ("none", "a", "b", "c")
+CELLS = [{"e0": x, "e1": y, "e2": z} for x, y, z in itertools.product(OPS, repeat=3)]
+
+
+def graph(cell):
+    edges = [(0, 1, cell["e0"]), (1, 2, cell["e1"]), (0, 2, cell["e2"])]
+    return nas.edge_graph(edges, output=(2,))
+
+
+def loss(cell, share):
+    """Some tasks want the op a, some b, and all of them a path of two."""
+    ops = list(cell.values())
+    on_path = "none" not in ops[:2]
+    return 30 - 4 * on_path - share * ops.count("a") - (1 - share) * ops.count("b")
+
+
+def records(shares, cells=CELLS):
+    return [base.Record(f"t{share}", cell, loss(cell, share)) for share in shares for cell in cells]
+
+
+SHARES = (0.0, 0.1, 0.2, 0.8, 0.9, 1.0)
+
+
+def trained(given, **options):
+    return methods.train_cell_searcher(given, graph, width=8, num_layers=1, num_members=2, batch_size=32, **options)
+
+
+@pytest.mark.once
+def test_it_reads_the_task_ranks_cells_that_were_never_tried_and_avoids_what_fails():
+    rng = np.random.default_rng(0)
+    half = [record for record in records(SHARES) if rng.uniform() < 0.5]  # not the same cells on all tasks
+    half = [  # the op "c" fails where it comes first
+        record._replace(outcome=float("nan"), status="FAIL") if record.configuration["e0"] == "c" else record
+        for record in half
+    ]
+    half += [
+        record._replace(outcome=0.0, status="PRUNED") for record in half if "none" in record.configuration.values()
+    ]
+    h = trained(half, features={f"t{s}": [s] for s in SHARES}, candidates=CELLS, num_steps=60, rate=2e-2)
+    fails, dead = (np.array([cell["e0"] == op for cell in CELLS]) for op in ("c", "none"))
+    for share in (0.05, 0.95):
+        losses = np.array([loss(cell, share) for cell in CELLS])
+        scores = h.scores(base.Task(None, None, np.array([share])))
+        np.testing.assert_allclose([scores.mean(1), scores.std(1)], [[0, 0], [1, 1]], atol=1e-6)
+        mean = scores.mean(0)
+        assert mean[fails].mean() < mean[dead].mean() < mean[~fails & ~dead].mean()
+        ended = [(m, -y) for m, y, f in zip(mean, losses, fails, strict=True) if not f]
+        assert np.corrcoef(rankdata(ended, axis=0).T)[0, 1] > 0.6
+        assert loss(h.predict([share]), share) - losses.min() < 0.5 and h.predict([share])["e0"] != "c"
+    assert h.predict([0.05]) != h.predict([0.95])
+    assert {"none"}.isdisjoint(list(h.predict().values())[:2])  # what all tasks want, where nothing is known
+    np.testing.assert_array_equal(h.scores([np.nan]), h.scores())
+    # Scores are those of the encoder itself, of each member.
+    assert h.encoded.shape == (2, len(CELLS), 8)
+    graphs = [graph(cell) for cell in CELLS]
+    cells = predictors.cells(graphs, sorted({op for each in graphs for op in each.ops}))
+    second = jax.tree.map(lambda x: x[1], h.meta_params)
+    raw = jax.jit(h.encoder.score)(second, cells, (np.array([0.3]) - np.mean(SHARES)) / np.std(SHARES))
+    np.testing.assert_allclose(h.scores([0.3])[1], (raw - raw.mean()) / raw.std(), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"has \[1\] features; got shape \(2,\)"):
+        h.predict([0.1, 0.2])
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="there is none"):
+        trained([base.Record("t", CELLS[0], 1.0, fidelity=0.5)])
+    with pytest.raises(ValueError, match="it is empty"):
+        trained(records((0.5,)), candidates=[])
+    with pytest.raises(ValueError, match="'t0.5', the lengths"):
+        trained(records((0.5,)), features={"other": [1.0]})
+    with pytest.raises(ValueError, match="`num_members` must be at least 1"):
+        methods.train_cell_searcher(records((0.5,)), graph, num_members=0)
+
+
+def test_a_signal_ends_it(monkeypatch):
+    def loss_and_signal(*args):
+        os.kill(os.getpid(), signal.SIGTERM)  # while it is traced, in the first step
+        return jax.numpy.zeros(())
+
+    former = signal.signal(signal.SIGTERM, lambda *_: None)  # where the loop's own does not stand, the test fails
+    monkeypatch.setattr(predictors, "cell_ranking_loss", loss_and_signal)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="A signal came"):
+            trained(records((0.5,)), num_steps=3)
+    finally:
+        signal.signal(signal.SIGTERM, former)
