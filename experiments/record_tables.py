@@ -129,8 +129,8 @@ def greedy(regret: np.ndarray) -> np.ndarray:
     return np.array(order)
 
 
-@jax.jit
-def search(surrogate, functions, gram, weights, error, start):
+@partial(jax.jit, static_argnames="adaptation_steps")
+def search(surrogate, x, functions, weights, error, start, adaptation_steps=10):
     """[NUM_TRIALS] configurations: the searcher of `methods` on one task, for all steps in one program."""
     open_ = jnp.isfinite(error)
     error = jnp.where(open_, error, 0.0)
@@ -138,8 +138,8 @@ def search(surrogate, functions, gram, weights, error, start):
     def step(carry, i):
         seen, mask, tried = carry
         y = error[seen]
-        within, between = gram[seen][:, seen], gram[:, seen]
-        mixture = predictors.posterior_given(surrogate, weights, (functions[seen], y, mask), functions, within, between)
+        conditioned = predictors.condition(surrogate, weights, (x[seen], y, mask), adaptation_steps=adaptation_steps)
+        mixture = predictors.posterior_at(surrogate, conditioned, x, functions=functions)
         score = predictors.expected_improvement(mixture, jnp.where(mask > 0, y, jnp.inf).min())
         new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
         return (seen.at[i].set(new), mask.at[i].set(1.0), tried.at[new].set(True)), None

@@ -11,13 +11,16 @@ import numpy as np
 from metaopt import predictors, spaces
 from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 
-VERSION = 1
+VERSION = 2
 _FORMAT = "metaopt.meta_optimizer"
 # What the arrays of a surrogate are called, and how many axes they have.
 _AXES: Any = {"reference": 2, "curves": 2, "coefficients": 2, "log_scales": 1, "kernel": (1, 0, 0)}
 _AXES |= {"attention": {"log_rates": 2, "logit_share": 1}, "sorted_features": 2, "features": 2}
-_AXES |= {"closeness": 0, "residual": 0}
+_AXES |= {"closeness": 0, "residual": 0, "deep_share": 0}
 _TEMPLATE = predictors.Surrogate(**_AXES | {"kernel": predictors.Kernel(*_AXES["kernel"])})
+_DEEP = predictors.DeepKernel(3, 3, 2, 3, 2, 2, 2, 1, 1)
+_ROWS = {"entry": {"w": 1, "b": 1}, "pair": {"w": 2, "b": 1}, "embedding": 2}
+_EMBEDDING = predictors.Embedding(_ROWS, 1, 1)
 
 
 def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimizer) -> None:
@@ -90,25 +93,43 @@ def _arrays(kind: str, surrogate: predictors.Surrogate) -> dict[str, Any]:
 
 
 def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predictors.Surrogate:
+    has = lambda part: any(name.startswith(f"{kind}.{part}.") for name in arrays)
+    arrays.setdefault(f"{kind}.deep_share", np.array(0.0))  # version 1 has none
+    template = _TEMPLATE._replace(deep=_DEEP if has("deep") else None)
+    template = template._replace(embedding=_EMBEDDING if has("embedding") else None)
+
     def read(path, num_axes):
         array = arrays[kind + jax.tree_util.keystr(path)]
         if array.ndim != num_axes or array.dtype.kind != "f":
             raise ValueError(f"{kind}{jax.tree_util.keystr(path)} has shape {array.shape} and type {array.dtype}")
         return array
 
-    found: predictors.Surrogate = jax.tree_util.tree_map_with_path(read, _TEMPLATE)
+    found: predictors.Surrogate = jax.tree_util.tree_map_with_path(read, template)
     num_tasks, num_reference = found.curves.shape
     num_members, num_features = found.attention["log_rates"].shape
+    width = 0 if found.embedding is None else len(found.embedding.center)
     expected = {
         "reference": (num_reference, num_dims),
         "coefficients": (num_reference, 1 + num_tasks),
         "log_scales": (num_tasks,),
-        "sorted_features": (num_features, num_tasks),
+        "sorted_features": (num_features - width, num_tasks),
         "features": (num_tasks, num_features),
     }
     shapes = {name: np.shape(getattr(found, name)) for name in expected}
     shapes |= {"log_lengths": found.kernel.log_lengths.shape, "logit_share": found.attention["logit_share"].shape}
     expected |= {"log_lengths": (num_dims,), "logit_share": (num_members,)}
+    if found.embedding is not None:
+        shapes |= {name: np.shape(leaf) for name, leaf in _named("embedding", found.embedding)}
+        inputs = 2 * width + 1
+        rows = {"entry": {"w": (width,), "b": (width,)}, "pair": {"w": (inputs, width), "b": (width,)}}
+        rows |= {"embedding": (width, width)}
+        expected |= dict(_named("embedding", predictors.Embedding(rows, (width,), (width,))))
+    if found.deep is not None:
+        num_deep, num_hidden = found.deep.bias.shape
+        sizes = (num_dims, num_hidden), (num_features, num_hidden), (num_hidden,), (num_hidden, num_hidden)
+        sizes = (*sizes, (num_hidden,), (num_hidden,), (num_hidden,), (), ())
+        shapes |= {name: np.shape(leaf) for name, leaf in _named("deep", found.deep)}
+        expected |= dict(_named("deep", predictors.DeepKernel(*[(num_deep, *size) for size in sizes])))
     if shapes != expected:
         raise ValueError(f"its arrays have shapes {shapes}, and should have {expected}")
     on_device = jax.tree.map(jnp.asarray, found)
@@ -116,4 +137,13 @@ def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predi
         sorted_features=np.asarray(found.sorted_features),
         closeness=float(found.closeness),
         residual=float(found.residual),
+        deep_share=float(found.deep_share),
     )
+
+
+def _named(part: str, tree) -> list[tuple[str, Any]]:
+    """Its leaves, shapes among them, by name."""
+    flat = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: isinstance(x, tuple) and not hasattr(x, "_fields")
+    )
+    return [(part + jax.tree_util.keystr(path), leaf) for path, leaf in flat]
