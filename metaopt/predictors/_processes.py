@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 NOISE = 1e-3  # variance of a repeated outcome, in normalized units
-_WIDEST = 7.0  # how far units may differ from those of earlier tasks, as a logarithm
+_WIDEST = 10.0  # how far units may differ from those of earlier tasks, as a logarithm
 
 
 class Given(NamedTuple):
@@ -58,10 +58,10 @@ def given(
     Args:
       mu: [N, K] their means, in normalized units.
       covariance: [N, N], without noise.
-      log_scales: [K, B] logarithms of b.
+      log_scales: [K, B] or [1, B], logarithms of b.
       trials: (y [N], mask [N]).
       own_scale: add one more scale, where the likelihood is largest, with the likelihood that it has on average over
-        the units that a task may have (Laplace's method; log b uniform within ±7 of the first scales' median).
+        the units that a task may have (Laplace's method; log b uniform within ±10 of the first scales' median).
 
     Returns:
       A `Given`, with B + 1 scales where there is one more.
@@ -76,6 +76,7 @@ def given(
     total = one @ one
     y_c, mu_c = at_y - one * (one @ at_y) / total, at_mu - jnp.outer(one, one @ at_mu) / total
     of_y, of_both = y_c @ y_c, (y_c @ mu_c)[:, None]
+    log_scales = jnp.broadcast_to(log_scales, (mu.shape[1], log_scales.shape[1]))
     rest = -jnp.log(jnp.diag(chol)).sum() - jnp.log(total) / 2 - (mu_c**2).sum(0)[:, None] / 2
 
     def log_likelihood(log_scales):

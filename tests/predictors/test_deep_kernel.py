@@ -15,7 +15,10 @@ Y = np.sin(4 * X[:, 0]) + X[:, 1]
 FEATURES = np.array([0.5, -1.0])
 DEEP = predictors.init_deep_kernel(jax.random.key(0), 3, 2, num_hidden=4)
 DEEP = DEEP._replace(mean=jnp.array([0.3, -0.2, 0.1, 0.4]), hidden_bias=jnp.array([0.1, 0.2, -0.1, 0.0]))
-LOSS = jax.jit(predictors.deep_kernel_loss)
+LOSS = jax.jit(predictors.deep_kernel_loss, static_argnames="penalty")
+CONDITION = jax.jit(predictors.condition, static_argnames="adaptation_steps")
+POSTERIOR_AT, JOINT_AT = jax.jit(predictors.posterior_at), jax.jit(predictors.joint_posterior_at)
+ADAPT = jax.jit(predictors.adapt_deep_kernel)  # the number of steps is traced: one program for all
 LOG_SCALES = jnp.array([-0.5, 0.5])
 
 
@@ -38,9 +41,11 @@ def log_density(mean, covariance, y):
     return -r @ np.linalg.solve(c, r) / 2 - np.linalg.slogdet(c)[1] / 2
 
 
-def padded(x, y, num=2):
+def padded(x, y, far=9.0):
+    """At 12, so that one program serves all; what padding holds does not matter, as long as it is nobody's neighbor."""
+    num = 12 - len(y)
     mask = np.concatenate([np.ones(len(y)), np.zeros(num)])
-    return jnp.asarray(np.concatenate([x, 9 + x[:num]])), jnp.asarray(np.append(y, np.full(num, 7.0))), mask
+    return jnp.asarray(np.concatenate([x, far + RNG.uniform(size=(num, 3))])), jnp.asarray(np.pad(y, (0, num))), mask
 
 
 def test_the_loss_is_the_likelihood_and_its_gradient_is_right():
@@ -57,14 +62,15 @@ def surrogate(deep, share):
     return found._replace(deep=jax.tree.map(lambda leaf: leaf[None], deep), deep_share=share)
 
 
+@pytest.mark.once
 def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     found = surrogate(_deep_kernel.at_features(DEEP, jnp.asarray(FEATURES)), 1.0)
     weights = predictors.task_weights(found)
     np.testing.assert_allclose(weights, [0, 0, 0, 1])
     seen, at = np.array([1, 4, 7]), np.array([0, 1, 8])
     y = np.array([1.0, 0.2, 0.6])
-    given = predictors.condition(found, weights, padded(X[seen], y), adaptation_steps=0)
-    mixture = predictors.posterior_at(found, given, jnp.asarray(X[at]))
+    given = CONDITION(found, weights, padded(X[seen], y), adaptation_steps=0)
+    mixture = POSTERIOR_AT(found, given, jnp.asarray(X[at]))
     mean, cov = by_numpy(DEEP, X)
     scales = np.asarray(given.deep.given.scales)[0, 0]
     assert len(scales) == 6 and mixture.mean.shape == (3, 4 * 3 + 6 + 6)
@@ -81,28 +87,28 @@ def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     np.testing.assert_allclose(np.log(weights[-6] / weights[-5]), one - other, rtol=1e-5)
     np.testing.assert_allclose(predictors.expected_outcomes(found, X)[:, 3], by_numpy(DEEP, X)[0], rtol=1e-6)
     # And what is adapted, or runs in a batch, goes the same way.
-    adapted = predictors.condition(found, predictors.task_weights(found), padded(X[seen], y))
-    joint = predictors.joint_posterior_at(found, adapted, jnp.asarray(X[at]), jnp.asarray(X[2:4]))
-    again = predictors.posterior_at(found, adapted, jnp.asarray(X[at]))
+    adapted = CONDITION(found, predictors.task_weights(found), padded(X[seen], y))
+    joint = JOINT_AT(found, adapted, jnp.asarray(X[at]), jnp.asarray(X[2:4]))
+    again = POSTERIOR_AT(found, adapted, jnp.asarray(X[at]))
     np.testing.assert_allclose(joint.mean[:3], again.mean, rtol=1e-6)
     variances = np.asarray(joint.variance)[np.asarray(joint.kind), :3]
     np.testing.assert_allclose(np.sqrt(variances.T) * np.asarray(joint.scales), again.std, rtol=1e-5)
 
 
+@pytest.mark.once
 def test_a_few_steps_make_a_tasks_own_trials_likelier():
     start = _deep_kernel.at_features(DEEP, jnp.asarray(FEATURES))
     y = 5.0 - 2.0 * Y  # unlike anything
-    adapt = jax.jit(predictors.adapt_deep_kernel, static_argnames="num_steps")
     likelihood = lambda deep: np.logaddexp.reduce(
         [log_density(*by_numpy(deep, X, 0 * FEATURES), y / np.exp(b)) - 8 * b for b in LOG_SCALES]
     )
-    values = [likelihood(adapt(start, LOG_SCALES, padded(X, y), num_steps=n)) for n in (0, 5, 20)]
+    values = [likelihood(ADAPT(start, LOG_SCALES, padded(X, y), num_steps=n)) for n in (0, 5, 20)]
     assert values[0] < values[1] - 0.5 < values[2] - 1
     for one, other in zip(
-        adapt(start, LOG_SCALES, padded(X, y)), adapt(start, LOG_SCALES, padded(X, y, 5)), strict=True
+        ADAPT(start, LOG_SCALES, padded(X, y)), ADAPT(start, LOG_SCALES, padded(X, y, 99.0)), strict=True
     ):
         np.testing.assert_allclose(one, other, rtol=1e-8)
-    for one, other in zip(adapt(start, LOG_SCALES, padded(X[:1], y[:1], 1)), start, strict=True):
+    for one, other in zip(ADAPT(start, LOG_SCALES, padded(X[:1], y[:1])), start, strict=True):
         np.testing.assert_array_equal(one, other)
 
 

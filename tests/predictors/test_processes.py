@@ -27,14 +27,14 @@ def log_density(log_scale, mu, y=Y[:4], covariance=COVARIANCE[:4, :4]):
 def test_the_last_scale_is_the_likeliest_and_weighs_as_all_units_do():
     found = given(MU, COVARIANCE, jnp.array([[0.0, 1.0], [0.5, 1.5]]), (Y, MASK))
     assert found.scales.shape == found.log_likelihood.shape == (2, 3)
-    grid = np.linspace(0.75 - 7, 0.75 + 7, 100_001)  # around the median of the scales
+    grid = np.linspace(0.75 - 10, 0.75 + 10, 200_001)  # around the median of the scales
     for k in range(2):
         values = np.array([log_density(b, MU[:4, k]) for b in grid[::100]])
         best = grid[::100][values.argmax()]
         assert abs(np.log(found.scales[k, 2]) - best) < 0.02
         # What Laplace's method gives for the mean of the likelihood over log b, to a tenth or two.
         top = values.max()
-        mean = np.log(np.trapezoid(np.exp(values - top), grid[::100]) / 14) + top
+        mean = np.log(np.trapezoid(np.exp(values - top), grid[::100]) / 20) + top
         at_first = found.log_likelihood[k, 0] - log_density(np.log(found.scales[k, 0]), MU[:4, k])
         np.testing.assert_allclose(found.log_likelihood[k, 2], mean + at_first, atol=0.25)
 
@@ -44,7 +44,7 @@ def test_one_trial_says_nothing_of_scales_and_equal_outcomes_are_no_reason_for_t
     np.testing.assert_allclose(alone.scales[:, 2], 1.0)
     np.testing.assert_allclose(alone.log_likelihood[:, 2], alone.log_likelihood[:, 0])
     equal = given(MU, COVARIANCE, jnp.array([[0.0, 1.0]]), (np.full(5, 3.0), MASK))
-    assert np.isfinite(equal.log_likelihood).all() and (np.abs(np.log(equal.scales) - 0.5) < 7.001).all()
+    assert np.isfinite(equal.log_likelihood).all() and (np.abs(np.log(equal.scales) - 0.5) < 10.001).all()
     gradient = jax.grad(
         lambda mu: given(mu, COVARIANCE, jnp.array([[0.0]]), (np.full(5, 3.0), MASK)).log_likelihood.sum()
     )
