@@ -373,6 +373,18 @@ def read_baselines(file: Path) -> dict[str, np.ndarray]:
         return dict(found)
 
 
+def kept(store: Path | None, name: str, make) -> dict:
+    """What `make` gives, or gave before."""
+    if store is None:
+        return make()
+    file = store / f"{name}.npz"
+    if not file.is_file():
+        store.mkdir(parents=True, exist_ok=True)
+        np.savez(file, **make())
+    with np.load(file, allow_pickle=False) as found:
+        return {key: array for key, array in found.items()}
+
+
 def by_family(data: Records) -> np.ndarray:
     """[T, NUM_TRIALS] curves of average-best where one family is left out at a time, and not a fifth of them."""
     regret, curves = data.regret, []
@@ -412,7 +424,11 @@ def run(
             for name, found in baselines.items():
                 add(name, t, found[:, t].mean(0))
         repeats = [
-            learned(data, train, test, jax.random.key(seed), options, options.plain_seeds)
+            kept(
+                options.store,
+                f"{data.name}, {fold}, {seed}",
+                partial(learned, data, train, test, jax.random.key(seed), options, options.plain_seeds),
+            )
             for seed in range(options.train_seeds)
         ]
         for name in repeats[0]:
@@ -497,6 +513,7 @@ def main() -> None:
     parser.add_argument("--plain-seeds", type=int, default=20, help="random starts of the process without other tasks")
     parser.add_argument("--train-seeds", type=int, default=1, help="keys that metaopt is trained with")
     parser.add_argument("--ablate", action="store_true", help="also without features, and without adaptation")
+    parser.add_argument("--store", type=Path, help="a folder that keeps what was learned in each fold, to go on with")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--tables", nargs="+", default=["forest", "six", "oboe"])
     parser.add_argument("--reference", default="average-best")

@@ -353,9 +353,10 @@ def meta_optimizer(
             if (ended := seen & ~given_up).any():
                 y = np.where(given_up, np.maximum(y, y[ended].min()), y)
             low = y[seen].min()
-            # An offset means nothing, and what diverged does not set the scale: neither that of earlier tasks, nor that
-            # of the better half, should this task's units be others.
-            y = np.minimum(y - low, max(widest, 4 * (np.quantile(y[seen], 0.5, method="lower") - low)))
+            # An offset means nothing, and what diverged does not set the scale. Where half of all trials are beyond what
+            # earlier tasks have seen, units are others, and the better half says what is far.
+            middle = np.quantile(y[seen], 0.5, method="lower") - low
+            y = np.minimum(y - low, widest if middle <= widest else 4 * middle)
             keep = np.arange(len(y))
             if len(y) > _MAX_TRIALS:  # the best, and the latest
                 half = _MAX_TRIALS // 2

@@ -110,12 +110,13 @@ def condition(
         log_scales = _typical_scales(surrogate)
 
         def of_member(member):
+            # What was adapted to the trials would always explain them best: it weighs as what was not.
+            before = _deep_kernel.condition_deep(member, log_scales, trials).log_likelihood.max()
             member = _deep_kernel.adapt_deep_kernel(member, log_scales, trials, num_steps=adaptation_steps)
-            return Adapted(
-                member,
-                _deep_kernel.condition_deep(member, log_scales, trials),
-                _deep_kernel.embed(member, seen),
-            )
+            given = _deep_kernel.condition_deep(member, log_scales, trials)
+            gained = given.log_likelihood.max() - before
+            given = given._replace(log_likelihood=given.log_likelihood - gained)
+            return Adapted(member, given, _deep_kernel.embed(member, seen))
 
         deep = jax.vmap(of_member)(surrogate.deep)
         prior = jnp.log(weights[len(surrogate.curves) :] + _NEVER)

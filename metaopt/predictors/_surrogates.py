@@ -9,9 +9,10 @@ unknown offset a and scale b of its outcomes,
 ρ is where the mixture stands between two models that are each good at one thing: at ρ = 0 it is one process with a
 learned mean and covariance; at ρ = 1 (and η = 0) the new task is one of the earlier ones, as a greedy portfolio has it.
 Mean and covariance of f are the same for every ρ, if all w_s are. k is a plain kernel over encoded configurations. One
-more component, GP(0, v k), knows nothing of earlier tasks, and takes over where their predictions fail. Offsets have a
-flat prior; scales are those of the earlier tasks, times a few factors. Everything is in closed form, and differentiable
-in c.
+more component, GP(0, v k), knows nothing of earlier tasks, and takes over where their predictions fail; deep kernels
+(`_deep_kernel`) may stand beside. Offsets have a flat prior; scales are those of the earlier tasks, times a few
+factors, and the one that a task's own trials make likeliest, should its outcomes have other units. Everything but the
+adaptation of deep kernels is in closed form, and all is differentiable in c.
 
 Sources: Wang et al., Pre-trained Gaussian processes for Bayesian optimization, JMLR 2024,
 https://arxiv.org/abs/2109.08215 (learned mean and covariance, ρ = 0); Silverman, Density estimation, 1986, section 6.4

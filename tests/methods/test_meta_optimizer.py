@@ -104,7 +104,7 @@ def unrelated(rng):
 
 @pytest.mark.once
 def test_units_of_earlier_tasks_do_not_matter():
-    """A hundred times as large or as small, they teach what they taught: within one standard error after 25 trials."""
+    """A hundred times as large or as small, they teach what they taught, once a few trials have told the scale."""
     rng = np.random.default_rng(0)
     line = [{"x": float(x), "kind": kind} for x in np.linspace(0, 1, 25) for kind in SPACE["kind"].labels]
     centers = rng.uniform(size=8)
@@ -112,11 +112,11 @@ def test_units_of_earlier_tasks_do_not_matter():
     for factor in (1.0, 100.0, 0.01):
         records = [base.Record(str(b), c, factor * outcome(b, c)) for b in centers for c in line[::2]]
         g = methods.train_meta_optimizer(records, space=SPACE, candidates=line, num_steps=5)
-        regrets[factor] = np.array([search(g.searcher(), b, 8) for b in (0.15, 0.4, 0.77)])
+        regrets[factor] = np.array([search(g.searcher(), b, 12) for b in (0.15, 0.4, 0.62, 0.77)])
     for factor in (100.0, 0.01):
         np.testing.assert_allclose(regrets[factor][:, 0], regrets[1.0][:, 0])  # without a trial, there are no units
         gap = regrets[factor][:, -1] - regrets[1.0][:, -1]
-        assert gap.mean() <= max(gap.std() / np.sqrt(len(gap)), 1e-3)
+        assert gap.mean() < 5e-4
 
 
 @pytest.mark.once
@@ -154,12 +154,14 @@ def test_rows_of_a_table_tell_which_earlier_tasks_it_is_like():
 @pytest.mark.once
 def test_deep_kernels_predict_from_features_and_stand_alone_where_they_have_the_whole_share():
     records, features = make_records(np.random.default_rng(5), num_tasks=24)
-    kwargs = {"space": SPACE, "features": features, "num_steps": 40, "num_members": 1, "deep_kernels": 2}
+    line = [{"x": float(x), "kind": kind} for x in np.linspace(0, 1, 13) for kind in SPACE["kind"].labels]
+    kwargs = {"space": SPACE, "candidates": line, "features": features}
+    kwargs |= {"num_steps": 40, "num_members": 1, "deep_kernels": 2}
     alone = methods.train_meta_optimizer(records, deep_share=1.0, **kwargs)
     for best in (0.1, 0.9):
         predicted = alone.predict([best, 0.0])
         assert abs(predicted["x"] - best) < 0.3 and predicted["kind"] == ("a" if best < 0.5 else "b")
-        assert search(alone.searcher([best, 0.0]), best, 5)[-1] < 0.01
+        assert search(alone.searcher([best, 0.0]), best, 5)[-1] < 0.02
     with pytest.raises(ValueError, match=r"`deep_share` must lie in \[0, 1\]; got 2"):
         methods.train_meta_optimizer(records, deep_share=2, **kwargs)
 

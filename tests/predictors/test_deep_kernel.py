@@ -88,6 +88,14 @@ def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     np.testing.assert_allclose(predictors.expected_outcomes(found, X)[:, 3], by_numpy(DEEP, X)[0], rtol=1e-6)
     # And what is adapted, or runs in a batch, goes the same way.
     adapted = CONDITION(found, predictors.task_weights(found), padded(X[seen], y))
+    # That it was adapted to the trials is no reason to believe it more.
+    half = found._replace(deep_share=0.5)
+    before, after = (
+        CONDITION(half, predictors.task_weights(half), padded(X[seen], y), adaptation_steps=n) for n in (0, 10)
+    )
+    best = lambda given: given.log_weights[-6:].max() - given.log_weights[0]
+    assert np.abs(before.deep.at_seen - after.deep.at_seen)[0, :3].max() > 0.01
+    np.testing.assert_allclose(best(before), best(after), rtol=1e-6)
     joint = JOINT_AT(found, adapted, jnp.asarray(X[at]), jnp.asarray(X[2:4]))
     again = POSTERIOR_AT(found, adapted, jnp.asarray(X[at]))
     np.testing.assert_allclose(joint.mean[:3], again.mean, rtol=1e-6)
