@@ -13,7 +13,8 @@ from metaopt.predictors import _deep_kernel, _processes
 from metaopt.predictors._surrogates import Surrogate, expected_outcomes, kernel_matrix
 
 _FACTORS = (-0.7, 0.0, 0.7)  # of scales, as logarithms
-_OWN_UNITS = 0.1  # how likely it is that a task's outcomes have other units than those of earlier tasks
+# How likely it is that a task's outcomes have other units than those of earlier tasks: if these inform it, and if not.
+_OWN_UNITS, _OWN_UNITS_NAIVE = 0.1, 0.5
 _NEVER = 1e-30
 
 
@@ -249,17 +250,17 @@ def _condition(surrogate: Surrogate, weights, trials, within):
     )
     prior = jnp.log(0.95 * weights[: len(surrogate.curves)] + _NEVER)[:, None]
     naive_prior = jnp.log(0.05 * weights[: len(surrogate.curves)].sum() + _NEVER)
-    return (informed, naive), (_weigh(informed, prior), _weigh(naive, naive_prior))
+    return (informed, naive), (_weigh(informed, prior), _weigh(naive, naive_prior, _OWN_UNITS_NAIVE))
 
 
 def _typical_scales(surrogate: Surrogate) -> jax.Array:
     return jnp.quantile(surrogate.log_scales, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))
 
 
-def _weigh(given: _processes.Given, prior: jax.Array) -> jax.Array:
+def _weigh(given: _processes.Given, prior: jax.Array, own: float = _OWN_UNITS) -> jax.Array:
     """[K·B] prior and likelihood: each scale of earlier tasks alike, and the task's own."""
     num = given.scales.shape[1] - 1
-    scales = np.log(np.append(np.full(num, (1 - _OWN_UNITS) / num), _OWN_UNITS)).astype(given.scales.dtype)
+    scales = np.log(np.append(np.full(num, (1 - own) / num), own)).astype(given.scales.dtype)
     return (prior + scales[None] + given.log_likelihood).ravel()
 
 
