@@ -41,7 +41,7 @@ from metaopt import base, methods, predictors, spaces
 NUM_TRIALS = 20
 CURVES = Path(__file__).parent / "results" / "record_tables.npz"  # of the baselines that are run apart
 AT = (1, 5, 20)
-NUM_DEEP = 4  # deep kernels
+NUM_DEEP = 2  # deep kernels
 DEEP = {"metaopt with deep kernels": 0.5, "deep kernels alone (FSBO)": 1.0}  # their share of the mixture
 NOT_ADAPTED = "deep kernels alone, not adapted"
 LEARNED = ("metaopt", *DEEP)

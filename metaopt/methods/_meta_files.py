@@ -18,9 +18,10 @@ _AXES: Any = {"reference": 2, "curves": 2, "coefficients": 2, "log_scales": 1, "
 _AXES |= {"attention": {"log_rates": 2, "logit_share": 1}, "sorted_features": 2, "features": 2}
 _AXES |= {"closeness": 0, "residual": 0, "deep_share": 0}
 _TEMPLATE = predictors.Surrogate(**_AXES | {"kernel": predictors.Kernel(*_AXES["kernel"])})
-_DEEP = predictors.DeepKernel(3, 3, 2, 3, 2, 2, 2, 1, 1)
-_ROWS = {"entry": {"w": 1, "b": 1}, "pair": {"w": 2, "b": 1}, "embedding": 2}
-_EMBEDDING = predictors.Embedding(_ROWS, 1, 1)
+_DEEP_AXES: Any = (3, 3, 2, 3, 2, 2, 2, 1, 1)
+_DEEP = predictors.DeepKernel(*_DEEP_AXES)
+_EMBEDDING_AXES: Any = ({"entry": {"w": 1, "b": 1}, "pair": {"w": 2, "b": 1}, "embedding": 2}, 1, 1)
+_EMBEDDING = predictors.Embedding(*_EMBEDDING_AXES)
 
 
 def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimizer) -> None:
@@ -115,21 +116,18 @@ def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predi
         "sorted_features": (num_features - width, num_tasks),
         "features": (num_tasks, num_features),
     }
-    shapes = {name: np.shape(getattr(found, name)) for name in expected}
+    shapes: dict[str, Any] = {name: np.shape(getattr(found, name)) for name in expected}
     shapes |= {"log_lengths": found.kernel.log_lengths.shape, "logit_share": found.attention["logit_share"].shape}
     expected |= {"log_lengths": (num_dims,), "logit_share": (num_members,)}
+    key, sizes = jax.random.key(0), lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]
     if found.embedding is not None:
-        shapes |= {name: np.shape(leaf) for name, leaf in _named("embedding", found.embedding)}
-        inputs = 2 * width + 1
-        rows = {"entry": {"w": (width,), "b": (width,)}, "pair": {"w": (inputs, width), "b": (width,)}}
-        rows |= {"embedding": (width, width)}
-        expected |= dict(_named("embedding", predictors.Embedding(rows, (width,), (width,))))
+        shapes["embedding"] = sizes(found.embedding)
+        expected["embedding"] = sizes(jax.eval_shape(lambda: predictors.init_embedding(key, width))) + 2 * [(width,)]
     if found.deep is not None:
         num_deep, num_hidden = found.deep.bias.shape
-        sizes = (num_dims, num_hidden), (num_features, num_hidden), (num_hidden,), (num_hidden, num_hidden)
-        sizes = (*sizes, (num_hidden,), (num_hidden,), (num_hidden,), (), ())
-        shapes |= {name: np.shape(leaf) for name, leaf in _named("deep", found.deep)}
-        expected |= dict(_named("deep", predictors.DeepKernel(*[(num_deep, *size) for size in sizes])))
+        init = lambda: predictors.init_deep_kernel(key, num_dims, num_features, num_hidden=num_hidden)
+        shapes["deep"] = sizes(found.deep)
+        expected["deep"] = [(num_deep, *size) for size in sizes(jax.eval_shape(init))]
     if shapes != expected:
         raise ValueError(f"its arrays have shapes {shapes}, and should have {expected}")
     on_device = jax.tree.map(jnp.asarray, found)
@@ -139,11 +137,3 @@ def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predi
         residual=float(found.residual),
         deep_share=float(found.deep_share),
     )
-
-
-def _named(part: str, tree) -> list[tuple[str, Any]]:
-    """Its leaves, shapes among them, by name."""
-    flat = jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda x: isinstance(x, tuple) and not hasattr(x, "_fields")
-    )
-    return [(part + jax.tree_util.keystr(path), leaf) for path, leaf in flat]

@@ -353,8 +353,8 @@ def meta_optimizer(
             if (ended := seen & ~given_up).any():
                 y = np.where(given_up, np.maximum(y, y[ended].min()), y)
             low = y[seen].min()
-            # An offset means nothing, and what diverged does not set the scale. Where half of all trials are beyond what
-            # earlier tasks have seen, units are others, and the better half says what is far.
+            # An offset means nothing, and what diverged does not set the scale. Where half of all trials are beyond
+            # what earlier tasks have seen, units are others, and the better half says what is far.
             middle = np.quantile(y[seen], 0.5, method="lower") - low
             y = np.minimum(y - low, widest if middle <= widest else 4 * middle)
             keep = np.arange(len(y))
