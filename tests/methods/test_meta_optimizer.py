@@ -151,7 +151,7 @@ def test_rows_of_a_table_tell_which_earlier_tasks_it_is_like():
         methods.train_meta_optimizer(records, datasets={k: v for k, v in tables.items() if k != "t3"}, **kwargs)
 
 
-@pytest.mark.once
+@slow
 def test_deep_kernels_predict_from_features_and_stand_alone_where_they_have_the_whole_share():
     records, features = make_records(np.random.default_rng(5), num_tasks=24)
     line = [{"x": float(x), "kind": kind} for x in np.linspace(0, 1, 13) for kind in SPACE["kind"].labels]

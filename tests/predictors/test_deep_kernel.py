@@ -16,9 +16,9 @@ FEATURES = np.array([0.5, -1.0])
 DEEP = predictors.init_deep_kernel(jax.random.key(0), 3, 2, num_hidden=4)
 DEEP = DEEP._replace(mean=jnp.array([0.3, -0.2, 0.1, 0.4]), hidden_bias=jnp.array([0.1, 0.2, -0.1, 0.0]))
 LOSS = jax.jit(predictors.deep_kernel_loss, static_argnames="penalty")
-CONDITION = jax.jit(predictors.condition, static_argnames="adaptation_steps")
+CONDITION = jax.jit(predictors.condition)  # with the number of steps as an argument: one program for all
 POSTERIOR_AT, JOINT_AT = jax.jit(predictors.posterior_at), jax.jit(predictors.joint_posterior_at)
-ADAPT = jax.jit(predictors.adapt_deep_kernel)  # the number of steps is traced: one program for all
+ADAPT = jax.jit(predictors.adapt_deep_kernel)
 LOG_SCALES = jnp.array([-0.5, 0.5])
 
 
@@ -87,7 +87,7 @@ def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     np.testing.assert_allclose(np.log(weights[-6] / weights[-5]), one - other, rtol=1e-5)
     np.testing.assert_allclose(predictors.expected_outcomes(found, X)[:, 3], by_numpy(DEEP, X)[0], rtol=1e-6)
     # And what is adapted, or runs in a batch, goes the same way.
-    adapted = CONDITION(found, predictors.task_weights(found), padded(X[seen], y))
+    adapted = CONDITION(found, predictors.task_weights(found), padded(X[seen], y), adaptation_steps=10)
     # That it was adapted to the trials is no reason to believe it more.
     half = found._replace(deep_share=0.5)
     before, after = (
