@@ -596,10 +596,14 @@ def main() -> None:
         "mixed with 1 % of the uniform distribution. Regret is that of the cross-validated loss, 0 at a table's best "
         "and 1 at its worst configuration. In brackets: paired 95 % interval of a difference (of regret, from that of "
         f"{ours!r}), bootstrap over families; p: Wilcoxon's "
-        f"signed-rank test over tables against {ours!r} by Holm's method. BOHB's trials are full budgets. "
-        "g, portfolio and random search choose among the records' configurations; the other optimizers draw from the "
-        "whole space, and are given what the nearest untried one of them came to, as the outcome of what they asked "
-        "for. "
+        f"signed-rank test over tables against {ours!r} by Holm's method. "
+        "g, portfolio and random search choose among the records' configurations. "
+        + (
+            "The other optimizers draw from the whole space, and are given what the nearest untried one of them came "
+            "to, as the outcome of what they asked for; BOHB's trials are full budgets. "
+            if optimizers
+            else "TPE and BOHB were not run on these records (`--optimizers`). "
+        )
         + ("" if "SMAC" in optimizers else "SMAC3 (`--optimizers SMAC`, seconds for each table and seed) was not run. ")
         + f"The whole run took {time.perf_counter() - begin:.0f} s."
     )

@@ -211,7 +211,7 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
     g = train_g()
     seconds = time.process_time() - begin
     deep = train_g(deep_kernels=NUM_DEEP).surrogate.deep
-    deep_seconds = time.process_time() - begin - seconds
+    deep_seconds = time.process_time() - begin - seconds  # all of it, once more
     surrogate = g.surrogate
     variants = {name: surrogate._replace(deep=deep, deep_share=share) for name, share in DEEP.items()}
     variants = {"metaopt": surrogate} | variants
@@ -380,7 +380,9 @@ def kept(store: Path | None, name: str, make) -> dict:
     file = store / f"{name}.npz"
     if not file.is_file():
         store.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **make())
+        with open(f"{file}.part", "wb") as part:
+            np.savez(part, **make())
+        Path(f"{file}.part").replace(file)
     with np.load(file, allow_pickle=False) as found:
         return {key: array for key, array in found.items()}
 
@@ -426,7 +428,7 @@ def run(
         repeats = [
             kept(
                 options.store,
-                f"{data.name}, {fold}, {seed}",
+                f"{data.name}, {fold}, {seed}, {options.plain_seeds}, {options.ablate}, {options.smoke}, {NUM_DEEP}",
                 partial(learned, data, train, test, jax.random.key(seed), options, options.plain_seeds),
             )
             for seed in range(options.train_seeds)
@@ -546,7 +548,7 @@ def main() -> None:
         text += [
             f"**{data.name}: {len(judged)} tasks of {len(np.unique(data.family[judged]))} families × "
             f"{data.error.shape[1]} configurations**; metaopt is trained in {seconds[0]:.0f} processor seconds a "
-            f"fold, {NUM_DEEP} deep kernels in {seconds[1]:.0f} beside, and it is asked for a trial in "
+            f"fold, with {NUM_DEEP} deep kernels in {seconds[1]:.0f}, and asked for a trial in "
             f"{seconds[2]:.0f} processor milliseconds (median)",
             "",
             script.table(header, rows),

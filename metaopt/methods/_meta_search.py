@@ -363,9 +363,7 @@ def meta_optimizer(
                 keep = np.union1d(np.argsort(y, kind="stable")[:half], keep[-half:])
             x, y = np.stack([tried[i].x for i in keep]), y[keep]
             if (failed := np.isnan(y)).any():
-                y = np.where(failed, np.nanmax(y), y)
-                if (~failed).any():
-                    y = with_failed(x, y, failed)
+                y = with_failed(x, np.where(failed, np.nanmax(y), y), failed)
             trials, pending, costs = _padded(x, y), None, None
             if state.pending:
                 waiting = np.stack(list(state.pending.values()))

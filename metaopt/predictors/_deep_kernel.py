@@ -1,6 +1,6 @@
 """A Gaussian process whose kernel sees configurations through a network, adapted to a task by a few steps.
 
-    y = a + b f(c),    f ~ GP(m, k),    m(c) = w·φ(c, t) + d,
+    y = a + b f(c),    f ~ GP(m, k),    m(c) = w·φ(c, t),
     k(c, c') = v (s exp(−½ Σ_h ((φ_h(c, t) − φ_h(c', t))/ℓ_h)²) + (1 − s) [c = c']),
     φ(c, t) = tanh(U tanh(W c + V x_t + β) + γ),
 

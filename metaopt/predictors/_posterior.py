@@ -15,7 +15,6 @@ from metaopt.predictors._surrogates import Surrogate, expected_outcomes, kernel_
 _FACTORS = (-0.7, 0.0, 0.7)  # of scales, as logarithms
 # How likely it is that a task's outcomes have other units than those of earlier tasks: if these inform it, and if not.
 _OWN_UNITS, _OWN_UNITS_NAIVE = 0.1, 0.5
-_NEVER = 1e-30
 
 
 class Mixture(NamedTuple):
@@ -120,7 +119,7 @@ def condition(
             return Adapted(member, given, _deep_kernel.embed(member, seen))
 
         deep = jax.vmap(of_member)(surrogate.deep)
-        prior = jnp.log(weights[len(surrogate.curves) :] + _NEVER)
+        prior = _log(weights[len(surrogate.curves) :])
         log_weights = (*log_weights, jax.vmap(_weigh)(deep.given, prior).ravel())
     return Conditioned(seen, at_seen, processes, jax.nn.log_softmax(jnp.concatenate(log_weights)), deep)
 
@@ -170,7 +169,7 @@ def expected_after_failures(
     Args:
       surrogate: what is known, of the task (`at_task`) where it has deep kernels.
       weights: [S + E], by `task_weights`.
-      failed: (x [N, D], mask [N]).
+      failed: (x [N, D], mask [N]); trials that still run may stand among them, so that a batch spreads.
       x: [P, D]; differentiable.
 
     Returns:
@@ -248,9 +247,14 @@ def _condition(surrogate: Surrogate, weights, trials, within):
         _typical_scales(surrogate)[None],
         (y, mask),
     )
-    prior = jnp.log(0.95 * weights[: len(surrogate.curves)] + _NEVER)[:, None]
-    naive_prior = jnp.log(0.05 * weights[: len(surrogate.curves)].sum() + _NEVER)
+    prior = _log(0.95 * weights[: len(surrogate.curves)])[:, None]
+    naive_prior = _log(0.05 * weights[: len(surrogate.curves)].sum())
     return (informed, naive), (_weigh(informed, prior), _weigh(naive, naive_prior, _OWN_UNITS_NAIVE))
+
+
+def _log(weights: jax.Array) -> jax.Array:
+    """What has no weight is never believed, however likely it makes the trials."""
+    return jnp.where(weights > 0, jnp.log(jnp.maximum(weights, 1e-37)), -jnp.inf)
 
 
 def _typical_scales(surrogate: Surrogate) -> jax.Array:

@@ -429,11 +429,13 @@ def expected_outcomes(surrogate: Surrogate, x: jax.Array) -> jax.Array:
       x: [P, D] encoded configurations.
 
     Returns:
-      [P, S + E] normalized outcomes, the deep ones up to an offset.
+      [P, S + E] normalized outcomes. Deep kernels know theirs up to an offset: over the reference configurations their
+      mean is that of earlier tasks.
     """
     functions = kernel_matrix(surrogate.kernel, x, surrogate.reference) @ surrogate.coefficients
     known = functions[:, :1] + functions[:, 1:]
     if surrogate.deep is None:
         return known
-    of_member = lambda deep: _deep_kernel.embed(deep, x) @ deep.mean
+    at = lambda deep, x: _deep_kernel.embed(deep, x) @ deep.mean
+    of_member = lambda deep: at(deep, x) - at(deep, surrogate.reference).mean() + surrogate.curves.mean()
     return jnp.concatenate([known, jax.vmap(of_member)(surrogate.deep).T], axis=1)
