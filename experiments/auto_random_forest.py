@@ -395,6 +395,8 @@ def read_optimizers(file: Path, records: Records, config: Config) -> dict[str, n
         return {}
     with np.load(file, allow_pickle=False) as found:
         same = "of" in found and str(found["of"]) == fingerprint(records, config)
+        if not same:
+            print(f"{file.name} is of other records, and left out; --optimizers makes it anew.")
         return {n: found[n] for n in found.files if n != "of"} if same else {}
 
 
