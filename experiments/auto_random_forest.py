@@ -17,6 +17,7 @@ BOHB's fidelity is the number of trees, of which a forest that goes on pays for 
     python experiments/auto_random_forest.py                    from the records beside the results
     python experiments/auto_random_forest.py --collect          makes the records anew (resumable: --store)
     python experiments/auto_random_forest.py --optimizers TPE BOHB SMAC      runs these anew on the records
+    python experiments/auto_random_forest.py --rows             g reads the tables' rows, too (needs the tables)
     python experiments/auto_random_forest.py --smoke            4 tables, tiny forests (for the tests)
     python experiments/auto_random_forest.py --full --collect   more rows, trees and configurations (hours)
 
@@ -25,6 +26,7 @@ collection; those that are simulated or follow a rule (`tasks.SYNTHETIC_FAMILIES
 """
 
 import argparse
+import functools
 import json
 import os
 import tempfile
@@ -316,6 +318,22 @@ def make_nearest(space, configurations: list[dict]):
     return nearest
 
 
+def table_rows(splits: list[Split]) -> dict[str, dict]:
+    """The training rows of every table as an embedding reads them: encoded, with masks."""
+    found = {}
+    for part in splits:
+        prepared = tasks.prepare(part.train, valid_fraction=0.1, test_fraction=0.0)
+        shape = tasks.shape_of(prepared)
+        task = tasks.to_task(
+            prepared,
+            rows=(shape.train_rows, shape.valid_rows),
+            num_features=shape.features,
+            num_classes=shape.classes,
+        )
+        found[part.train.name] = task.train
+    return found
+
+
 def run_optimizer(name: str, records: Records, config: Config, num_seeds: int, file: Path) -> None:
     """[seeds, T, len(trials)] chosen configurations into a file, written after every seed and gone on with."""
     space = make_space(config)
@@ -377,6 +395,8 @@ def read_optimizers(file: Path, records: Records, config: Config) -> dict[str, n
         return {}
     with np.load(file, allow_pickle=False) as found:
         same = "of" in found and str(found["of"]) == fingerprint(records, config)
+        if not same:
+            print(f"{file.name} is of other records, and left out; --optimizers makes it anew.")
         return {n: found[n] for n in found.files if n != "of"} if same else {}
 
 
@@ -408,7 +428,9 @@ def split_families(families: np.ndarray, num_splits: int) -> np.ndarray:
     return np.array([part[family] for family in families])
 
 
-def choose(records: Records, config: Config, options, optimizers) -> tuple[dict[str, list[list[int]]], float]:
+def choose(
+    records: Records, config: Config, options, optimizers, rows=None
+) -> tuple[dict[str, list[list[int]]], float]:
     """method -> the configurations' numbers for every table, one a seed, none of which has read a test row; and the
     seconds that train a g."""
     space = make_space(config)
@@ -426,19 +448,26 @@ def choose(records: Records, config: Config, options, optimizers) -> tuple[dict[
     for fold in range(config.num_splits):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         begin = time.process_time()
-        g = methods.train_meta_searcher(
-            [
-                base.Record(str(records.names[s]), c, float(v))
-                for s in train
-                for c, v in zip(records.configurations, y[s], strict=True)
-            ],
+        trials = [
+            base.Record(str(records.names[s]), c, float(v))
+            for s in train
+            for c, v in zip(records.configurations, y[s], strict=True)
+        ]
+        train_g = functools.partial(
+            methods.train_meta_searcher,
+            trials,
             space=space,
             candidates=records.configurations,
-            features={str(records.names[s]): records.features[s] for s in train},
             families={str(records.names[s]): str(records.families[s]) for s in train},
             num_steps=config.num_steps,
         )
+        features = {str(records.names[s]): records.features[s] for s in train}
+        g = train_g(features=features)
         trained += (time.process_time() - begin) / config.num_splits
+        others = {}
+        if rows is not None:
+            others = {"g(t') of features and rows": train_g(features=features, datasets=rows)}
+            others |= {"g(t') of rows alone": train_g(datasets=rows), "g of no features": train_g()}
         portfolio = greedy(ranks[train], counts[-1])
         for t in test:
             add(f"scikit-learn's defaults, {records.configurations[0]['n_estimators']} trees", t, [0])
@@ -446,6 +475,12 @@ def choose(records: Records, config: Config, options, optimizers) -> tuple[dict[
             nearest = train[((near[train] - near[t]) ** 2).sum(1).argmin()]
             add("1-nearest neighbor in meta-features", t, [int(y[nearest].argmin())])
             found = run_searcher(records, t, g.searcher(records.features[t]), space, 0, counts)
+            for name, other in others.items():
+                known = records.features[t] if name.endswith("features and rows") else None
+                task = base.Task(rows[str(records.names[t])], None, known)
+                tried = run_searcher(records, t, other.searcher(task), space, 0, counts)
+                for num, number in zip(counts, tried, strict=True):
+                    add(f"{name}, no trial" if num == 1 else f"{name}, {num} trials", t, [number])
             for num, number in zip(counts, found, strict=True):
                 name = "g(t'), no trial" if num == 1 else f"g(t') and its searcher, {num} trials"
                 add(name, t, [number])
@@ -522,6 +557,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path("auto_random_forest.sqlite"), help="of trials as they end")
     parser.add_argument("--budget", type=float, help="seconds after which no trial of the collection starts")
     parser.add_argument("--packaged", action="store_true", help="collect only on tables of Python packages")
+    parser.add_argument("--rows", action="store_true", help="also g of the tables' rows, which are read for it")
     parser.add_argument("--full", action="store_true", help="more rows, trees and configurations")
     parser.add_argument("--optimizers", nargs="*", default=[], choices=["TPE", "BOHB", "SMAC"], help="run these anew")
     parser.add_argument("--optimizer-seeds", type=int, help="of these; --seeds by default")
@@ -531,8 +567,8 @@ def main() -> None:
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         file, runs = RECORDS, RECORDS.with_name("auto_random_forest_optimizers.npz")
+        splits = load(options, config) if options.smoke or options.collect or options.rows else []
         if options.smoke or options.collect:
-            splits = load(options, config)
             out = Path(folder) if options.smoke else options.out
             out.mkdir(parents=True, exist_ok=True)
             file, store = out / RECORDS.name, Path(folder) / "smoke.sqlite" if options.smoke else options.store
@@ -543,7 +579,8 @@ def main() -> None:
         for name in ["TPE", "BOHB"] if options.smoke else options.optimizers:
             run_optimizer(name, records, config, 1 if options.smoke else options.optimizer_seeds or options.seeds, runs)
         optimizers = read_optimizers(runs, records, config)
-    chosen, seconds = choose(records, config, options, optimizers)
+    rows = table_rows(splits) if options.rows else None
+    chosen, seconds = choose(records, config, options, optimizers, rows)
     counts = [n for n in config.trials if 1 < n <= 10]
     ours, reference = (f"{name}, {max(counts)} trials" for name in ("g(t') and its searcher", "random search"))
     header, rows, differences = compare(records, chosen, ours, reference)
@@ -561,10 +598,14 @@ def main() -> None:
         "mixed with 1 % of the uniform distribution. Regret is that of the cross-validated loss, 0 at a table's best "
         "and 1 at its worst configuration. In brackets: paired 95 % interval of a difference (of regret, from that of "
         f"{ours!r}), bootstrap over families; p: Wilcoxon's "
-        f"signed-rank test over tables against {ours!r} by Holm's method. BOHB's trials are full budgets. "
-        "g, portfolio and random search choose among the records' configurations; the other optimizers draw from the "
-        "whole space, and are given what the nearest untried one of them came to, as the outcome of what they asked "
-        "for. "
+        f"signed-rank test over tables against {ours!r} by Holm's method. "
+        "g, portfolio and random search choose among the records' configurations. "
+        + (
+            "The other optimizers draw from the whole space, and are given what the nearest untried one of them came "
+            "to, as the outcome of what they asked for; BOHB's trials are full budgets. "
+            if optimizers
+            else "TPE and BOHB were not run on these records (`--optimizers`). "
+        )
         + ("" if "SMAC" in optimizers else "SMAC3 (`--optimizers SMAC`, seconds for each table and seed) was not run. ")
         + f"The whole run took {time.perf_counter() - begin:.0f} s."
     )

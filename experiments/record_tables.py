@@ -7,10 +7,12 @@ on the other four. The normalized regret of a task is 0 at its best and 1 at its
 
 `metaopt` is `methods.train_meta_searcher`, with a task's features; its searcher begins with what it predicts and goes
 on by expected improvement. It was developed by the regrets in folds 0–2; those of folds 3 and 4 had not been looked at
-before the first whole run, and are reported by themselves, too. The others: random search; TPE (Optuna, the parameters
-as categories; a configuration that the table lacks becomes the nearest one); the 1-nearest neighbour in features, and
-its best configurations in turn; the best configurations on average, in turn; a greedy portfolio; a Gaussian process
-with expected improvement and no other task, from a random start. A configuration that failed on the task at hand is no
+before the first whole run, and are reported by themselves, too. Deep kernels (FSBO: meta-learned by marginal
+likelihood, adapted to the task's trials by ten steps) stand beside its mixture of Gaussian processes, or alone; they
+were developed on folds 0–2 as well. The others: random search; TPE (Optuna, the parameters as categories; a
+configuration that the table lacks becomes the nearest one); the 1-nearest neighbour in features, and its best
+configurations in turn; the best configurations on average, in turn; a greedy portfolio; a Gaussian process with
+expected improvement and no other task, from a random start. A configuration that failed on the task at hand is no
 candidate for any method. TPE and SMAC3 are run apart (`--baselines`), and their curves kept beside the results. BOHB is
 not here: a table has one fidelity, at which it is TPE.
 
@@ -39,7 +41,11 @@ from metaopt import base, methods, predictors, spaces
 NUM_TRIALS = 20
 CURVES = Path(__file__).parent / "results" / "record_tables.npz"  # of the baselines that are run apart
 AT = (1, 5, 20)
-LEARNED = ("metaopt, no features", "metaopt")  # the first with --ablate
+NUM_DEEP = 2  # deep kernels
+DEEP = {"metaopt with deep kernels": 0.5, "deep kernels alone (FSBO)": 1.0}  # their share of the mixture
+NOT_ADAPTED = "deep kernels alone, not adapted"
+LEARNED = ("metaopt", *DEEP)
+ABLATED = ("metaopt, no features", NOT_ADAPTED)  # with --ablate
 
 
 class Records(NamedTuple):
@@ -129,8 +135,8 @@ def greedy(regret: np.ndarray) -> np.ndarray:
     return np.array(order)
 
 
-@jax.jit
-def search(surrogate, functions, gram, weights, error, start):
+@partial(jax.jit, static_argnames="adaptation_steps")
+def search(surrogate, x, functions, weights, error, start, adaptation_steps=10):
     """[NUM_TRIALS] configurations: the searcher of `methods` on one task, for all steps in one program."""
     open_ = jnp.isfinite(error)
     error = jnp.where(open_, error, 0.0)
@@ -138,8 +144,8 @@ def search(surrogate, functions, gram, weights, error, start):
     def step(carry, i):
         seen, mask, tried = carry
         y = error[seen]
-        within, between = gram[seen][:, seen], gram[:, seen]
-        mixture = predictors.posterior_given(surrogate, weights, (functions[seen], y, mask), functions, within, between)
+        conditioned = predictors.condition(surrogate, weights, (x[seen], y, mask), adaptation_steps=adaptation_steps)
+        mixture = predictors.posterior_at(surrogate, conditioned, x, functions=functions)
         score = predictors.expected_improvement(mixture, jnp.where(mask > 0, y, jnp.inf).min())
         new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
         return (seen.at[i].set(new), mask.at[i].set(1.0), tried.at[new].set(True)), None
@@ -191,36 +197,53 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
     ]
     features, families = dict(zip(names, data.features, strict=True)), dict(zip(names, data.family, strict=True))
     num_steps = 5 if options.smoke else 150
-    begin = time.process_time()
-    g = methods.train_meta_searcher(
-        records, space=space, candidates=plain, features=features, families=families, key=key, num_steps=num_steps
+    train_g = partial(
+        methods.train_meta_searcher,
+        records,
+        space=space,
+        candidates=plain,
+        features=features,
+        families=families,
+        key=key,
+        num_steps=num_steps,
     )
+    begin = time.process_time()
+    g = train_g()
     seconds = time.process_time() - begin
+    deep = train_g(deep_kernels=NUM_DEEP).surrogate.deep
+    deep_seconds = time.process_time() - begin - seconds  # all of it, once more
     surrogate = g.surrogate
+    variants = {name: surrogate._replace(deep=deep, deep_share=share) for name, share in DEEP.items()}
+    variants = {"metaopt": surrogate} | variants
+    if options.ablate:
+        variants |= {ABLATED[0]: surrogate, NOT_ADAPTED: variants["deep kernels alone (FSBO)"]}
     encoded = jnp.stack([spaces.encode(space, spaces.from_configuration(space, c)) for c in plain])
-    k = partial(predictors.kernel_matrix, surrogate.kernel)
-    functions, gram = k(encoded, surrogate.reference) @ surrogate.coefficients, k(encoded, encoded)
+    functions = predictors.functions_at(surrogate, encoded)
     plain_kernel = predictors.Kernel(jnp.full(encoded.shape[1], -0.5), jnp.array(4.0), jnp.array(0.0))
     plain_gram = predictors.kernel_matrix(plain_kernel, encoded, encoded)
-    expected = predictors.expected_outcomes(surrogate, encoded)
-    methods_ = LEARNED if options.ablate else LEARNED[1:]
-    curves = {name: [] for name in (*methods_, "GP, fixed kernel, no other task")}
+    curves = {name: [] for name in (*variants, "GP, fixed kernel, no other task")}
+    expected = jax.jit(lambda of, weights: predictors.expected_outcomes(of, encoded) @ weights)
+
+    def trials(name, t, error, open_):
+        known = None if name == ABLATED[0] else data.features[t]
+        weights, of = predictors.task_weights(variants[name], known), predictors.at_task(variants[name], known)
+        start = open_[np.asarray(expected(of, weights))[open_].argmin()]
+        return search(of, encoded, functions, weights, error, start, 0 if name == NOT_ADAPTED else 10)
+
     rng = np.random.default_rng(0)
     for t in test:
         error, regret = jnp.asarray(data.error[t], jnp.float32), data.regret[t]
         open_ = np.flatnonzero(np.isfinite(regret))
-        for name in methods_:
-            weights = predictors.task_weights(surrogate, data.features[t] if name == "metaopt" else None)
-            start = open_[np.asarray(expected @ weights)[open_].argmin()]
-            tried = search(surrogate, functions, gram, weights, error, start)
-            curves[name].append(curve(regret, np.asarray(tried)))
+        for name in variants:
+            curves[name].append(curve(regret, np.asarray(trials(name, t, error, open_))))
         tried = plain_search(plain_gram, error, jnp.asarray(rng.choice(open_, plain_starts)))
         curves["GP, fixed kernel, no other task"].append(np.mean([curve(regret, run) for run in np.asarray(tried)], 0))
-    tried = search(surrogate, functions, gram, weights, error, start)  # the last task's, again as a user has it
+    tried = trials("metaopt", test[-1], error, open_)  # the last task's, again as a user has it
     again, milliseconds = one_by_one(g, data, test[-1], plain)
     if again != np.asarray(tried)[: len(again)].tolist():
         print(f"{data.name}: the searcher's trials {again} differ from the program's {tried[: len(again)]}.")
-    return {name: np.stack(found) for name, found in curves.items()} | {"seconds": seconds, "ask": milliseconds}
+    curves = {name: np.stack(found) for name, found in curves.items()}
+    return curves | {"seconds": (seconds, deep_seconds), "ask": milliseconds}
 
 
 def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict]) -> tuple[list[int], float]:
@@ -350,6 +373,20 @@ def read_baselines(file: Path) -> dict[str, np.ndarray]:
         return dict(found)
 
 
+def kept(store: Path | None, name: str, make) -> dict:
+    """What `make` gives, or gave before."""
+    if store is None:
+        return make()
+    file = store / f"{name}.npz"
+    if not file.is_file():
+        store.mkdir(parents=True, exist_ok=True)
+        with open(f"{file}.part", "wb") as part:
+            np.savez(part, **make())
+        Path(f"{file}.part").replace(file)
+    with np.load(file, allow_pickle=False) as found:
+        return {key: array for key, array in found.items()}
+
+
 def by_family(data: Records) -> np.ndarray:
     """[T, NUM_TRIALS] curves of average-best where one family is left out at a time, and not a fifth of them."""
     regret, curves = data.regret, []
@@ -362,7 +399,7 @@ def run(
     data: Records, options: argparse.Namespace, baselines: dict[str, np.ndarray]
 ) -> tuple[dict, np.ndarray, np.ndarray]:
     """name -> [tasks, NUM_TRIALS] curves, means over seeds where a method is random; the tasks;
-    seconds of training and milliseconds of an `ask`."""
+    seconds of training, without and with deep kernels, and milliseconds of an `ask`."""
     curves: dict[str, np.ndarray] = {}
     regret, seconds, judged = data.regret, [], []
 
@@ -389,13 +426,17 @@ def run(
             for name, found in baselines.items():
                 add(name, t, found[:, t].mean(0))
         repeats = [
-            learned(data, train, test, jax.random.key(seed), options, options.plain_seeds)
+            kept(
+                options.store,
+                f"{data.name}, {fold}, {seed}, {options.plain_seeds}, {options.ablate}, {options.smoke}, {NUM_DEEP}",
+                partial(learned, data, train, test, jax.random.key(seed), options, options.plain_seeds),
+            )
             for seed in range(options.train_seeds)
         ]
         for name in repeats[0]:
             if name not in ("seconds", "ask"):
                 add(name, test, np.mean([r[name] for r in repeats], 0))
-        seconds += [(r["seconds"], r["ask"]) for r in repeats]
+        seconds += [(*r["seconds"], r["ask"]) for r in repeats]
         print(
             data.name,
             "fold",
@@ -473,7 +514,8 @@ def main() -> None:
     parser.add_argument("--baseline-seeds", type=int, help="of these; --seeds by default")
     parser.add_argument("--plain-seeds", type=int, default=20, help="random starts of the process without other tasks")
     parser.add_argument("--train-seeds", type=int, default=1, help="keys that metaopt is trained with")
-    parser.add_argument("--ablate", action="store_true", help="also without the features of the new task")
+    parser.add_argument("--ablate", action="store_true", help="also without features, and without adaptation")
+    parser.add_argument("--store", type=Path, help="a folder that keeps what was learned in each fold, to go on with")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--tables", nargs="+", default=["forest", "six", "oboe"])
     parser.add_argument("--reference", default="average-best")
@@ -506,7 +548,8 @@ def main() -> None:
         text += [
             f"**{data.name}: {len(judged)} tasks of {len(np.unique(data.family[judged]))} families × "
             f"{data.error.shape[1]} configurations**; metaopt is trained in {seconds[0]:.0f} processor seconds a "
-            f"fold, and asked for a trial in {seconds[1]:.0f} processor milliseconds (median)",
+            f"fold, with {NUM_DEEP} deep kernels in {seconds[1]:.0f}, and asked for a trial in "
+            f"{seconds[2]:.0f} processor milliseconds (median)",
             "",
             script.table(header, rows),
             "",

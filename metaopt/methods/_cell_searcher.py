@@ -80,7 +80,6 @@ def train_cell_searcher(
     Raises:
       ValueError: a size is out of range; no record has an outcome; `candidates` is empty; features have different
         lengths, or are of none of the records' tasks.
-      KeyboardInterrupt: a signal came before the last step: what is trained by half has nothing to say.
     """
     for name, value in (("num_members", num_members), ("batch_size", batch_size)):
         base.check_integer(name, value, 1)
@@ -123,10 +122,14 @@ def train_cell_searcher(
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, max(num_steps, 1)))
     learner = training.learner(hypergrad.direct(loss), optimizer)
     fitted = training.fit(
-        learner, lambda key: data, hyperparams=start, num_steps=num_steps, key=fit_key, progress=False
+        learner,
+        lambda key: data,
+        hyperparams=start,
+        num_steps=num_steps,
+        key=fit_key,
+        progress=False,
+        handle_signals=False,
     )
-    if fitted.stopped == "signal":
-        raise KeyboardInterrupt("A signal came while the encoder was trained.")
 
     @jax.jit
     def encode(meta_params, cells):

@@ -48,8 +48,8 @@ class FreezeThawState(NamedTuple):
     Attributes:
       key: of the trials' seeds.
       started: candidates by trial number.
-      seen: (candidate, fidelity's number, outcome) of what was told; of a pruned trial, the fidelity asked for.
-      closed: candidates that failed, or that the objective pruned: what those had reached is seen all the same.
+      seen: (candidate, fidelity's number, outcome) of what was told and ended.
+      closed: candidates that failed, or that the objective pruned.
       pending: (candidate, fidelity's number) of what has not been told.
     """
 
@@ -83,9 +83,14 @@ def train_curve_searcher(
     full budgets alone, by expected improvement: what a look at a lower fidelity says is lost in what it costs. It still
     learns from all records that it is told.
 
+    A pruned trial has an outcome that it had reached somewhere below the fidelity it was asked for, and nothing says
+    where. On a curve that outcome has no place, so that it is left out, of tasks now and before; what the trial ended
+    with at lower fidelities counts, and it is not continued.
+
     Args:
       records: trials of earlier tasks, at several fidelities; at the full budget, too. Outcomes of all tasks are on one
-        scale, such as error rates or losses that were clipped; failed trials are left out, and gaps filled in.
+        scale, such as error rates or losses that were clipped; failed and pruned trials are left out, and gaps filled
+        in.
       space: of λ. The candidates are the configurations of the records: each should have been run at each fidelity on
         some task.
       num_steps: outer steps that learn the process's scales.
@@ -103,7 +108,7 @@ def train_curve_searcher(
     base.check_integer("num_steps", num_steps, 0)
     key = jax.random.key(0) if key is None else key
     fit_key, calibrate_key = jax.random.split(key)
-    table = tasks.tabulate([record for record in records if record.status in ("COMPLETE", "PRUNED")])
+    table = tasks.tabulate([record for record in records if record.status == "COMPLETE"])
     hyperparams = [spaces.from_configuration(space, c) for c in table.configurations]
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *hyperparams)
     x = np.asarray(jax.jit(jax.vmap(lambda hp: spaces.encode(space, hp)))(stacked))
@@ -138,7 +143,13 @@ def _fit_noise(key, surrogate, curves, num_steps: int, *, num_tasks: int = 4, nu
 
     learner = training.learner(hypergrad.over_tasks(hypergrad.direct(loss)), optax.adam(0.05))
     fitted = training.fit(
-        learner, sample_tasks, hyperparams=surrogate.noise, num_steps=num_steps, key=key, progress=False
+        learner,
+        sample_tasks,
+        hyperparams=surrogate.noise,
+        num_steps=num_steps,
+        key=key,
+        progress=False,
+        handle_signals=False,
     )
     return fitted.hyperparams
 
@@ -168,7 +179,7 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
         return rung
 
     def seen_of(records):
-        counted = [r for r in records if r.status in ("COMPLETE", "PRUNED") and np.isfinite(r.outcome)]
+        counted = [r for r in records if r.status == "COMPLETE" and np.isfinite(r.outcome)]
         return [(known_number(r.configuration), rung_of(r.fidelity), float(r.outcome)) for r in counted]
 
     def predict(trials=(), levels=(0.05, 0.5, 0.95)):
@@ -204,7 +215,7 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
             waiting = [c for c in given if open_[c] and not reached[c]]
             if waiting:
                 return waiting[0], 0 if resumes else last
-            ended = [y for c, j, y in state.seen if j == last and c not in state.closed]  # none that was given up
+            ended = [y for _, j, y in state.seen if j == last]
             best = min(ended, default=np.inf)
             to_pay = remaining if resumes else jnp.ones_like(remaining)
             value, mean = _score(surrogate, _padded(seen), jnp.asarray(reached), to_pay, best)

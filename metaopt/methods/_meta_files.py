@@ -11,13 +11,17 @@ import numpy as np
 from metaopt import predictors, spaces
 from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 
-VERSION = 1
+VERSION = 2
 _FORMAT = "metaopt.meta_optimizer"
 # What the arrays of a surrogate are called, and how many axes they have.
 _AXES: Any = {"reference": 2, "curves": 2, "coefficients": 2, "log_scales": 1, "kernel": (1, 0, 0)}
 _AXES |= {"attention": {"log_rates": 2, "logit_share": 1}, "sorted_features": 2, "features": 2}
-_AXES |= {"closeness": 0, "residual": 0}
+_AXES |= {"closeness": 0, "residual": 0, "deep_share": 0}
 _TEMPLATE = predictors.Surrogate(**_AXES | {"kernel": predictors.Kernel(*_AXES["kernel"])})
+_DEEP_AXES: Any = (3, 3, 2, 3, 2, 2, 2, 1, 1)
+_DEEP = predictors.DeepKernel(*_DEEP_AXES)
+_EMBEDDING_AXES: Any = ({"entry": {"w": 1, "b": 1}, "pair": {"w": 2, "b": 1}, "embedding": 2}, 1, 1)
+_EMBEDDING = predictors.Embedding(*_EMBEDDING_AXES)
 
 
 def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimizer) -> None:
@@ -90,25 +94,40 @@ def _arrays(kind: str, surrogate: predictors.Surrogate) -> dict[str, Any]:
 
 
 def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predictors.Surrogate:
+    has = lambda part: any(name.startswith(f"{kind}.{part}.") for name in arrays)
+    arrays.setdefault(f"{kind}.deep_share", np.array(0.0))  # version 1 has none
+    template = _TEMPLATE._replace(deep=_DEEP if has("deep") else None)
+    template = template._replace(embedding=_EMBEDDING if has("embedding") else None)
+
     def read(path, num_axes):
         array = arrays[kind + jax.tree_util.keystr(path)]
         if array.ndim != num_axes or array.dtype.kind != "f":
             raise ValueError(f"{kind}{jax.tree_util.keystr(path)} has shape {array.shape} and type {array.dtype}")
         return array
 
-    found: predictors.Surrogate = jax.tree_util.tree_map_with_path(read, _TEMPLATE)
+    found: predictors.Surrogate = jax.tree_util.tree_map_with_path(read, template)
     num_tasks, num_reference = found.curves.shape
     num_members, num_features = found.attention["log_rates"].shape
+    width = 0 if found.embedding is None else len(found.embedding.center)
     expected = {
         "reference": (num_reference, num_dims),
         "coefficients": (num_reference, 1 + num_tasks),
         "log_scales": (num_tasks,),
-        "sorted_features": (num_features, num_tasks),
+        "sorted_features": (num_features - width, num_tasks),
         "features": (num_tasks, num_features),
     }
-    shapes = {name: np.shape(getattr(found, name)) for name in expected}
+    shapes: dict[str, Any] = {name: np.shape(getattr(found, name)) for name in expected}
     shapes |= {"log_lengths": found.kernel.log_lengths.shape, "logit_share": found.attention["logit_share"].shape}
     expected |= {"log_lengths": (num_dims,), "logit_share": (num_members,)}
+    key, sizes = jax.random.key(0), lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]
+    if found.embedding is not None:
+        shapes["embedding"] = sizes(found.embedding)
+        expected["embedding"] = sizes(jax.eval_shape(lambda: predictors.init_embedding(key, width))) + 2 * [(width,)]
+    if found.deep is not None:
+        num_deep, num_hidden = found.deep.bias.shape
+        init = lambda: predictors.init_deep_kernel(key, num_dims, num_features, num_hidden=num_hidden)
+        shapes["deep"] = sizes(found.deep)
+        expected["deep"] = [(num_deep, *size) for size in sizes(jax.eval_shape(init))]
     if shapes != expected:
         raise ValueError(f"its arrays have shapes {shapes}, and should have {expected}")
     on_device = jax.tree.map(jnp.asarray, found)
@@ -116,4 +135,5 @@ def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predi
         sorted_features=np.asarray(found.sorted_features),
         closeness=float(found.closeness),
         residual=float(found.residual),
+        deep_share=float(found.deep_share),
     )

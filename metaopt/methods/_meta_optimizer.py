@@ -17,11 +17,14 @@ def train_meta_optimizer(
     *,
     space: base.PyTree,
     features: Mapping[str, Any] | None = None,
+    datasets: Mapping[str, Any] | None = None,
     families: Mapping[str, Any] | None = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
     num_members: int = 8,
     num_steps: int = 150,
     max_reference: int = 512,
+    deep_kernels: int = 0,
+    deep_share: float = 0.5,
     costs: bool = False,
     key: jax.Array | None = None,
 ) -> MetaOptimizer:
@@ -31,15 +34,19 @@ def train_meta_optimizer(
     configurations, by the marginal likelihood of the tasks' outcomes; what every earlier task says about every
     configuration, with mean and covariance over tasks (`predictors.surrogate`); and how a task's features weigh
     earlier tasks, by the regret of what would have been chosen for each task had its family been unknown
-    (`predictors.attention_loss`), as an ensemble of bootstrapped members.
+    (`predictors.attention_loss`), as an ensemble of bootstrapped members. With `deep_kernels`, Gaussian processes whose
+    mean and kernel see configurations and the task's features through a network stand beside them: meta-learned by the
+    marginal likelihood of the tasks' outcomes (`predictors.deep_kernel_loss`), and adapted to a new task's trials by a
+    few steps (FSBO).
 
     `predict` minimizes the weighted mean outcome by gradient descent over the relaxed space from several starts, or
     over the candidates. The searcher's first trial is that; afterwards it maximizes an acquisition function under
     `predictors.posterior`, in the same way; for a batch, and while trials run, what a trial adds to those that run
-    (`predictors.batch_expected_improvement`). Records of unrelated tasks lose their weight after a few trials; their
-    outcomes should have the units of the new task's, since scale and noise of those are expected to be like theirs. A
-    task whose trials all have one outcome, such as a task with one trial, says nothing of what is better, and is left
-    out.
+    (`predictors.batch_expected_improvement`). Records of unrelated tasks lose their weight after a few trials. Outcomes
+    of earlier tasks are normalized one task at a time; a new task's are expected on the scales of theirs, and on the
+    scale that fits its own trials best, should its units be others. A task whose trials all have one outcome, such as a
+    task with one trial, says nothing of what is better, and is left out. A trial of the new task that failed is
+    expected to have given what is no better than the worst one that did not (`predictors.censored_mean`).
 
     Args:
       records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which count as bad. Names
@@ -47,12 +54,18 @@ def train_meta_optimizer(
         spaces differ still teach.
       space: of λ, for new tasks.
       features: task name -> [F] numbers, NaN where unknown; tasks without an entry are unknown altogether.
+      datasets: task name -> its labelled rows, a dict like `train` of `tasks.to_task`, for an embedding of the rows
+        themselves (`predictors.embed_rows`, the first 64 of them), which is trained jointly with how features weigh
+        tasks, and joins the features. A new task then brings its `train`. An embedding that is there already is given
+        as `features`.
       families: task name -> family; tasks of one family (near-duplicates) are left out together while features are
         learned. By default, every task is its own.
       candidates: configurations to choose from; None searches the space.
       num_members: of the ensemble that reads features.
-      num_steps: outer steps that learn the kernel, and the ensemble.
+      num_steps: outer steps that learn the kernel, and the ensemble; deep kernels take as many times four.
       max_reference: configurations at which functions are kept; where more were tried, a random choice of them.
+      deep_kernels: how many of them, which differ by their initialization; 0 learns none.
+      deep_share: how likely they are, together, before a new task has trials; 1 leaves nothing else.
       costs: also learn what trials cost, as the logarithm of a record's `cost` up to a factor for each task, for
         `searcher(acquisition="ei_per_cost")`: expected improvement per predicted cost (Snoek et al., 2012).
       key: what everything random follows from; `jax.random.key(0)` by default.
@@ -62,12 +75,18 @@ def train_meta_optimizer(
 
     Raises:
       ValueError: no record has an outcome, or all outcomes of every task are equal; a candidate does not fit the
-        space; features have different lengths, or, like families, are of none of the records' tasks; `costs`, and no
-        task has records of different costs.
+        space; features have different lengths, or, like families, are of none of the records' tasks; `datasets` lacks
+        a task of the records; `costs`, and no task has records of different costs.
+
+    Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063, for `datasets`;
+      Wistuba & Grabocka, ICLR 2021, https://arxiv.org/abs/2101.07667, for `deep_kernels`.
     """
     base.check_integer("num_members", num_members, 1)
     base.check_integer("num_steps", num_steps, 0)
     base.check_integer("max_reference", max_reference, 2)
+    base.check_integer("deep_kernels", deep_kernels, 0)
+    if not 0 <= deep_share <= 1:
+        raise ValueError(f"`deep_share` must lie in [0, 1]; got {deep_share}.")
     if candidates is not None and not len(candidates):
         raise ValueError("`candidates` must hold a configuration, or be None to search the whole space; it is empty.")
     key = jax.random.key(0) if key is None else key
@@ -83,10 +102,18 @@ def train_meta_optimizer(
     if families is not None and not any(name in families for name in names):
         raise ValueError(f"`families` has none of the records' tasks, {_some(names)}; its keys are {_some(families)}.")
     surrogate = predictors.surrogate(trials, kernel, _reference(reference_key, trials, max_reference), features=known)
-    if known is not None:
-        family = [name if families is None else families.get(name, name) for name in names]
+    family = [name if families is None else families.get(name, name) for name in names]
+    if datasets is not None:
+        rows = _stacked_rows(names, datasets)
+        surrogate = _fit_embedding(attention_key, surrogate, rows, family, num_members, num_steps)
+    elif known is not None:
         attention = _fit_attention(attention_key, surrogate, family, num_members, num_steps)
         surrogate = surrogate._replace(attention=attention)
+    if deep_kernels:
+        deep = _fit_deep_kernels(jax.random.fold_in(key, 3), trials, surrogate.features, deep_kernels, 4 * num_steps)
+        if candidates is None:
+            deep = deep._replace(logit_smooth=jnp.maximum(deep.logit_smooth, 5.0))
+        surrogate = surrogate._replace(deep=deep, deep_share=float(deep_share))
     cost_surrogate = None
     if costs:
         trials = _costs_by_task(records, encode)
@@ -188,50 +215,180 @@ def _some(names) -> str:
     return ", ".join(repr(name) for name in names[:3]) + (" ..." if len(names) > 3 else "") if names else "none"
 
 
-def _fit_kernel(key, trials, num_steps: int, *, num_tasks: int = 16, num_trials: int = 64) -> predictors.Kernel:
+def _fit_kernel(key, trials, num_steps: int) -> predictors.Kernel:
     """By the marginal likelihood of some trials of some tasks at every step."""
     num_dims = trials[0].x.shape[1]
     start = predictors.Kernel(jnp.full(num_dims, -0.5), jnp.array(2.0), jnp.log(jnp.array(0.1)))
     usable = [task for task in trials if np.isfinite(task.y).sum() > 1]
     if not usable or num_dims == 0:
         return start
-    size = min(num_trials, max(int(np.isfinite(task.y).sum()) for task in usable))
+
+    def center(rng, s, x, y, mask):
+        return x, (y - (y * mask).sum() / mask.sum()) * mask, mask
+
+    estimator = hypergrad.direct(lambda kernel, task, key: predictors.kernel_loss(kernel, task))
+    learner = training.learner(hypergrad.over_tasks(estimator), optax.adam(0.05))
+    sample_tasks = _sample_trials(usable, 64, center)
+    fitted = training.fit(
+        learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=key, progress=False, handle_signals=False
+    )
+    return fitted.hyperparams
+
+
+def _fit_deep_kernels(key, trials, features, num_members: int, num_steps: int) -> predictors.DeepKernel:
+    """By the same likelihood, of few trials as of many, and with the task's features or without."""
+    init_key, fit_key = jax.random.split(key)
+    usable = np.array([s for s, task in enumerate(trials) if np.isfinite(task.y).sum() > 1])
+    features = np.asarray(features)
+    num_dims, num_features = trials[0].x.shape[1], features.shape[1]
+    init = lambda key: predictors.init_deep_kernel(key, num_dims, num_features)
+    start = jax.vmap(init)(jax.random.split(init_key, num_members))
+    if not len(usable) or num_dims == 0:
+        return start
+
+    def with_features(rng, s, x, y, mask):
+        few = np.arange(len(mask)) < rng.integers(2, len(mask) + 1)
+        return (x, y, mask * few), features[usable[s]] * (rng.random() < 0.8)
+
+    def loss(deep, task, key):
+        return jax.vmap(lambda member: predictors.deep_kernel_loss(member, *task))(deep).sum()
+
+    rate = optax.cosine_decay_schedule(3e-3, max(num_steps, 1))
+    optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
+    learner = training.learner(hypergrad.over_tasks(hypergrad.direct(loss)), optimizer)
+    sample_tasks = _sample_trials([trials[s] for s in usable], 32, with_features)
+    fitted = training.fit(
+        learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=fit_key, progress=False, handle_signals=False
+    )
+    return fitted.hyperparams
+
+
+def _sample_trials(trials, num_trials: int, make, *, num_tasks: int = 16):
+    """`sample_tasks` of `fit`: `make(rng, s, x, y, mask)` of some trials of some tasks, normalized."""
+    size = min(num_trials, max(int(np.isfinite(task.y).sum()) for task in trials))
 
     def sample_tasks(key):
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         batch = []
-        for s in rng.integers(len(usable), size=num_tasks):
-            y, _ = predictors.normalize(usable[s].y)
+        for s in rng.integers(len(trials), size=num_tasks):
+            y, _ = predictors.normalize(trials[s].y)
             rows = rng.permutation(np.flatnonzero(np.isfinite(y)))[:size]
             pad = (0, size - len(rows))
-            x = np.pad(usable[s].x[rows], (pad, (0, 0)))
-            batch.append((x, np.pad(y[rows] - y[rows].mean(), pad), np.pad(np.ones(len(rows)), pad)))
+            x, mask = np.pad(trials[s].x[rows], (pad, (0, 0))), np.pad(np.ones(len(rows)), pad)
+            batch.append(make(rng, s, x, np.pad(y[rows], pad), mask))
         return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves), jnp.result_type(float)), *batch)
 
-    estimator = hypergrad.direct(lambda kernel, task, key: predictors.kernel_loss(kernel, task))
-    learner = training.learner(hypergrad.over_tasks(estimator), optax.adam(0.05))
-    fitted = training.fit(learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=key, progress=False)
-    return fitted.hyperparams
+    return sample_tasks
 
 
 def _fit_attention(key, surrogate, family, num_members: int, num_steps: int):
     """An ensemble whose members see the families with weights of their own."""
     init_key, boot_key, fit_key = jax.random.split(key, 3)
+    data = _attention_data(boot_key, surrogate, family, num_members)
+    if data is None:
+        return predictors.init_attention(init_key, 0, surrogate.features.shape[1])
+    start = predictors.init_attention(init_key, num_members, surrogate.features.shape[1])
+    estimator = hypergrad.direct(lambda attention, data, key: predictors.attention_loss(attention, data))
+    learner = training.learner(estimator, optax.adam(0.05))
+    fitted = training.fit(
+        learner,
+        lambda key: data,
+        hyperparams=start,
+        num_steps=num_steps,
+        key=fit_key,
+        progress=False,
+        handle_signals=False,
+    )
+    return fitted.hyperparams
+
+
+def _attention_data(key, surrogate, family, num_members: int):
+    """What `attention_loss` takes; None where there is one family, and none to learn from for another."""
     _, of = np.unique([str(name) for name in family], return_inverse=True)
     size = np.bincount(of)
-    draws = jax.random.exponential(boot_key, (num_members, len(size)))[:, of] / np.sqrt(size)[of][None]
-    data = {
+    if len(size) < 2:
+        return None
+    draws = jax.random.exponential(key, (num_members, len(size)))[:, of] / np.sqrt(size)[of][None]
+    return {
         "features": surrogate.features,
         "curves": surrogate.curves,
         "same_family": jnp.asarray(of[:, None] == of[None]),
         "weights": draws / draws.sum(1, keepdims=True),
     }
-    start = predictors.init_attention(init_key, num_members, surrogate.features.shape[1])
-    if len(size) < 2:
-        return predictors.init_attention(init_key, 0, surrogate.features.shape[1])
-    estimator = hypergrad.direct(lambda attention, data, key: predictors.attention_loss(attention, data))
-    learner = training.learner(estimator, optax.adam(0.05))
-    fitted = training.fit(
-        learner, lambda key: data, hyperparams=start, num_steps=num_steps, key=fit_key, progress=False
+
+
+def _fit_embedding(key, surrogate, rows, family, num_members: int, num_steps: int, *, num_tasks: int = 32):
+    """The embedding of rows and what weighs tasks by it, together: each step sees some tasks, whose families are left
+    out among themselves."""
+    init_key, boot_key, fit_key, embedding_key = jax.random.split(key, 4)
+    data = _attention_data(boot_key, surrogate, family, num_members)
+    params = predictors.init_embedding(embedding_key)
+    width = len(params["embedding"])
+    embed = lambda params, rows: jax.vmap(
+        lambda data: predictors.embed_rows(params, data, max_rows=predictors.MAX_ROWS)
+    )(rows)
+
+    def standardized(raw):
+        center, scale = raw.mean(0), jnp.sqrt(raw.var(0) + 1e-6)
+        return (raw - center[None]) / scale[None], center, scale
+
+    attention = predictors.init_attention(init_key, num_members, surrogate.features.shape[1] + width)
+    if data is None:
+        attention = predictors.init_attention(init_key, 0, surrogate.features.shape[1] + width)
+    else:
+
+        def loss(hyperparams, batch, key):
+            attention, params = hyperparams
+            data, rows = batch
+            found = standardized(embed(params, rows))[0]
+            data = data | {"features": jnp.concatenate([data["features"], found], axis=1)}
+            return predictors.attention_loss(attention, data)
+
+        def sample_tasks(key):
+            size = min(num_tasks, len(family))
+            for draw in range(100):  # more than one family must be among them
+                at = jax.random.permutation(jax.random.fold_in(key, draw), len(family))[:size]
+                if not data["same_family"][at][:, at].all(1).any():
+                    break
+            weights = data["weights"][:, at]
+            some = {"features": data["features"][at], "curves": data["curves"][at]}
+            some |= {"same_family": data["same_family"][at][:, at]}
+            some |= {"weights": weights / weights.sum(1, keepdims=True)}
+            return some, jax.tree.map(lambda leaf: leaf[at], rows)
+
+        rates = optax.partition({"attention": optax.adam(0.05), "rows": optax.adam(3e-3)}, ("attention", "rows"))
+        learner = training.learner(hypergrad.direct(loss), rates)
+        fitted = training.fit(
+            learner,
+            sample_tasks,
+            hyperparams=(attention, params),
+            num_steps=num_steps,
+            key=fit_key,
+            progress=False,
+            handle_signals=False,
+        )
+        attention, params = fitted.hyperparams
+    found, center, scale = jax.jit(lambda params, rows: standardized(embed(params, rows)))(params, rows)
+    return surrogate._replace(
+        attention=attention,
+        features=jnp.concatenate([surrogate.features, found], axis=1),
+        embedding=predictors.Embedding(params, center, scale),
     )
-    return fitted.hyperparams
+
+
+def _stacked_rows(names, datasets) -> dict[str, jax.Array]:
+    """[S, ...] the rows that are read, with columns and classes padded to one size."""
+    if missing := [name for name in names if name not in datasets]:
+        raise ValueError(
+            f"`datasets` must hold the rows of each task of the records that teaches; it lacks {_some(missing)}."
+        )
+    kept = ("x", "y", "mask", "feature_mask", "class_mask")
+    cut = [
+        {k: np.asarray(datasets[n][k])[: predictors.MAX_ROWS if k in kept[:3] else None] for k in kept} for n in names
+    ]
+    largest = {k: np.max([of[k].shape for of in cut], axis=0) for k in kept}
+    pad = lambda k, leaf: np.pad(leaf, [(0, n - have) for n, have in zip(largest[k], leaf.shape, strict=True)])
+    return {
+        k: jnp.asarray(np.stack([pad(k, of[k]) for of in cut]), None if k == "y" else jnp.result_type(float))
+        for k in kept
+    }

@@ -62,7 +62,8 @@ class MakeSearcherFn(Protocol):
 
 class MetaOptimizer(NamedTuple):
     """What `train_meta_optimizer` and `train_meta_searcher` return. A new task is given as a `base.Task` with its
-    `features`, as the features themselves [F], or as None where nothing is known of it.
+    `features`, and with its `train` rows where g reads those; as the features themselves [F]; or as None where nothing
+    is known of it.
 
     Attributes:
       predict: `(new_task) -> configuration`, as plain values by name.
@@ -185,8 +186,11 @@ def meta_optimizer(
         both = jnp.concatenate([top, jnp.asarray(ascended)])
         return both[jnp.argmax(score(jax.vmap(rounded)(both)))]
 
-    def expected(weights, x):
-        return -(predictors.expected_outcomes(surrogate, x) @ weights)
+    # What depends on the task of a surrogate are its deep kernels.
+    at = lambda deep: surrogate._replace(deep=deep)
+
+    def expected(weights, deep, x):
+        return -(predictors.expected_outcomes(at(deep), x) @ weights)
 
     def log_cost_fn(trials, functions):
         """x -> [P], up to a constant, which is that of the machine and of the task's size."""
@@ -199,11 +203,11 @@ def meta_optimizer(
         conditioned = predictors.condition(learned, weights, trials)
         return lambda x: _mean(predictors.posterior_at(learned, conditioned, x, functions=functions))
 
-    def score_fn(acquisition, key, weights, trials, pending, costs, functions=None, cost_functions=None):
+    def score_fn(acquisition, key, weights, deep, trials, pending, costs, functions=None, cost_functions=None):
         """x -> [P] scores, larger is better; the functions are those at x, where it is always the same."""
         _, y, mask = trials
         best = jnp.where(mask > 0, y, jnp.inf).min()
-        conditioned = predictors.condition(surrogate, weights, trials)
+        conditioned = predictors.condition(at(deep), weights, trials)
         log_cost = log_cost_fn(costs, cost_functions) if acquisition == "ei_per_cost" else lambda x: jnp.zeros(len(x))
 
         def score(x):
@@ -222,8 +226,16 @@ def meta_optimizer(
         return score
 
     @jax.jit
-    def best_expected(key, weights):
-        return search(key, lambda x: expected(weights, x))
+    def best_expected(key, weights, deep):
+        return search(key, lambda x: expected(weights, deep, x))
+
+    @jax.jit
+    def best_after_failures(key, weights, deep, failed):
+        return search(key, lambda x: -predictors.expected_after_failures(at(deep), weights, failed, x))
+
+    @jax.jit
+    def finite_after_failures(weights, deep, failed):
+        return -predictors.expected_after_failures(at(deep), weights, failed, jnp.asarray(finite))
 
     def suggest_z(acquisition, key, *given):
         return search(key, score_fn(acquisition, jax.random.fold_in(key, 1), *given))
@@ -232,8 +244,12 @@ def meta_optimizer(
         return score_fn(acquisition, key, *given)(jnp.asarray(finite))  # the last of them are functions
 
     @jax.jit
-    def believe(weights, trials, x):
-        return _mean(predictors.posterior(surrogate, weights, trials, x))
+    def believe(weights, deep, trials, x):
+        return _mean(predictors.posterior(at(deep), weights, trials, x))
+
+    @jax.jit
+    def believe_failed(weights, deep, trials, x, worst):
+        return predictors.censored_mean(predictors.posterior(at(deep), weights, trials, x), worst)
 
     suggest_z = jax.jit(suggest_z, static_argnums=0)
     acquire_finite = jax.jit(acquire_finite, static_argnums=0)
@@ -241,31 +257,35 @@ def meta_optimizer(
     at_finite = lambda of: None if finite is None or of is None else functions_at(of, jnp.asarray(finite))
     of_finite = at_finite(surrogate), at_finite(cost_surrogate)
     expected_finite = jax.jit(expected)
-    outcomes_fn = jax.jit(lambda x: predictors.expected_outcomes(surrogate, x))
+    outcomes_fn = jax.jit(lambda deep, x: predictors.expected_outcomes(at(deep), x))
     to_configuration = lambda z: spaces.configuration(space, spaces.to_constrained(space, unravel(z)))
 
-    def weights_of(new_task):
+    def seen_from(new_task):
+        """What tells tasks apart: the weights of earlier ones, and the deep kernels with the task's features."""
         features = new_task.features if isinstance(new_task, base.Task) else new_task
         num_features = len(surrogate.sorted_features)
         if features is not None and num_features and np.shape(features) != (num_features,):
             raise ValueError(f"A new task has [{num_features}] features; got shape {np.shape(features)}.")
-        return predictors.task_weights(surrogate, features)
+        rows = new_task.train if isinstance(new_task, base.Task) else None
+        of = features, rows
+        return predictors.task_weights(surrogate, *of), predictors.at_task(surrogate, *of).deep
 
     def predict(new_task: Any = None) -> dict[str, Any]:
-        weights = weights_of(new_task)
+        task = seen_from(new_task)
         if finite is not None:
-            return dict(pool[int(jnp.argmax(expected_finite(weights, jnp.asarray(finite))))])
-        return to_configuration(best_expected(jax.random.key(0), weights))
+            return dict(pool[int(jnp.argmax(expected_finite(*task, jnp.asarray(finite))))])
+        return to_configuration(best_expected(jax.random.key(0), *task))
 
     def portfolio(num: int, new_task: Any = None) -> list[dict[str, Any]]:
         base.check_integer("num", num, 1)
-        weights, chosen = np.asarray(weights_of(new_task)), [predict(new_task)]
+        (weights, deep), chosen = seen_from(new_task), [predict(new_task)]
+        weights = np.asarray(weights)
         if pool:
             among = pool
         else:
             zs = sample(jax.random.split(jax.random.key(1), _NUM_RANDOM))
             among = list({tuple(sorted(c.items())): c for c in [chosen[0], *map(to_configuration, zs)]}.values())
-        curves = np.asarray(outcomes_fn(jnp.asarray(np.stack([encode(c) for c in among]))))
+        curves = np.asarray(outcomes_fn(deep, jnp.asarray(np.stack([encode(c) for c in among]))))
         taken = {among.index(chosen[0])}
         best = curves[among.index(chosen[0])]
         while len(chosen) < min(num, len(among)):
@@ -281,7 +301,7 @@ def meta_optimizer(
             raise ValueError(f"`acquisition` must be one of {', '.join(map(repr, ACQUISITIONS))}; got {acquisition!r}.")
         if acquisition == "ei_per_cost" and cost_surrogate is None:
             raise ValueError("'ei_per_cost' needs `train_meta_optimizer(..., costs=True)`, and records with costs.")
-        weights, own_space = weights_of(new_task), space
+        task, own_space = seen_from(new_task), space
         given = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in first]
         widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome
@@ -294,12 +314,31 @@ def meta_optimizer(
                 )
             return MetaSearcherState(key, 0, {}, {})
 
-        def planned(state):
-            """The next configuration of the portfolio, as long as there is no outcome."""
+        def planned(key, state):
+            """As long as there is no outcome: the next configuration of the portfolio, and where trials have failed
+            what is expected to be good, and is not like them, nor like those that run."""
             known = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
+            if state.tried:
+                failed = np.stack([trial.x for trial in state.tried.values()] + list(state.pending.values()))
+                failed = failed[-_MAX_TRIALS:]
+                at_failed, _, mask = _padded(failed, np.zeros(len(failed)))
+                if finite is None:
+                    return to_configuration(best_after_failures(key, *task, (at_failed, mask)))
+                score = np.array(finite_after_failures(*task, (at_failed, mask)))
+                score[[name in known for name in finite_keys]] = -np.inf
+                if np.isfinite(score).any():
+                    return dict(pool[int(score.argmax())])
             if len(plan) <= len(known):
                 plan[:] = portfolio(len(known) + 8, new_task)
             return next((c for c in plan if encode(c).tobytes() not in known), plan[-1])
+
+        def with_failed(x, y, failed):
+            """Of a failed trial it is known that its outcome is no better than the worst one: it is expected there."""
+            (at_failed, *_), worst = _padded(x[failed], y[failed]), y[~failed].max()
+            found = believe_failed(*task, _padded(x[~failed], y[~failed]), at_failed, worst)
+            y = y.copy()
+            y[failed] = np.asarray(found)[: failed.sum()]
+            return y
 
         def choose(key, state):
             """The next configuration, given all that was told and is pending."""
@@ -307,26 +346,31 @@ def meta_optimizer(
             y = _at_full_budget([trial.outcomes for trial in tried])
             seen = np.isfinite(y)
             if not seen.any():
-                return planned(state)
+                return planned(key, state)
             if finite is None and state.num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
                 return to_configuration(sample(key[None])[0])  # what the surrogate will not look at
             given_up = np.array([trial.given_up for trial in tried])
             if (ended := seen & ~given_up).any():
                 y = np.where(given_up, np.maximum(y, y[ended].min()), y)
-            y = np.where(seen, y, np.max(y[seen]))
-            y = np.minimum(y - y.min(), widest)  # an offset means nothing; what diverged does not set the scale
+            low = y[seen].min()
+            # An offset means nothing, and what diverged does not set the scale. Where half of all trials are beyond
+            # what earlier tasks have seen, units are others, and the better half says what is far.
+            middle = np.quantile(y[seen], 0.5, method="lower") - low
+            y = np.minimum(y - low, widest if middle <= widest else 4 * middle)
             keep = np.arange(len(y))
             if len(y) > _MAX_TRIALS:  # the best, and the latest
                 half = _MAX_TRIALS // 2
                 keep = np.union1d(np.argsort(y, kind="stable")[:half], keep[-half:])
             x, y = np.stack([tried[i].x for i in keep]), y[keep]
+            if (failed := np.isnan(y)).any():
+                y = with_failed(x, np.where(failed, np.nanmax(y), y), failed)
             trials, pending, costs = _padded(x, y), None, None
             if state.pending:
                 waiting = np.stack(list(state.pending.values()))
                 padded, _, mask = _padded(waiting, np.zeros(len(waiting)))
                 pending = padded, mask
                 if acquisition in ("ucb", "thompson"):  # they are believed to give what is expected
-                    believed = np.asarray(believe(weights, trials, padded))[: len(waiting)]
+                    believed = np.asarray(believe(*task, trials, padded))[: len(waiting)]
                     trials = _padded(np.concatenate([x, waiting]), np.concatenate([y, believed]))
                     pending = None
             if acquisition == "ei_per_cost":
@@ -334,12 +378,12 @@ def meta_optimizer(
                 if known:
                     costs = _padded(np.stack([tried[i].x for i in known]), np.array([tried[i].log_cost for i in known]))
             if finite is None:
-                return to_configuration(suggest_z(acquisition, key, weights, trials, pending, costs))
-            score = np.array(acquire_finite(acquisition, key, weights, trials, pending, costs, *of_finite))
+                return to_configuration(suggest_z(acquisition, key, *task, trials, pending, costs))
+            score = np.array(acquire_finite(acquisition, key, *task, trials, pending, costs, *of_finite))
             before = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
             score[[name in before for name in finite_keys]] = -np.inf
             if not np.isfinite(score).any():
-                score = np.asarray(expected_finite(weights, jnp.asarray(finite)))  # all were tried
+                score = np.asarray(expected_finite(*task, jnp.asarray(finite)))  # all were tried
             return dict(pool[int(score.argmax())])
 
         def ask(state, num):

@@ -21,6 +21,34 @@ def expected_improvement(mixture: Mixture, best: jax.Array) -> jax.Array:
     return _improvement(best - mixture.mean, mixture.std) @ jnp.exp(mixture.log_weights)
 
 
+def censored_mean(mixture: Mixture, bound: jax.Array) -> jax.Array:
+    """E[y | y ≥ bound] under the mixture, of each configuration by itself.
+
+        Σ_k w_k (μ_k Φ(u_k) + σ_k φ(u_k)) / Σ_k w_k Φ(u_k),    u_k = (μ_k − bound)/σ_k.
+
+    What a trial that failed is worth: all that is known of its outcome is that it is no better than the worst one. It
+    is the expectation step of a censored likelihood, taken once. The worst outcome in its place would say more than is
+    known, and too little: that the configuration is no worse than another that did run.
+
+    Args:
+      mixture: at P configurations, given the trials that did not fail.
+      bound: [] the worst outcome of those.
+
+    Returns:
+      [P], at least the bound.
+
+    Source: Tobin, Econometrica 1958 (the censored likelihood); Hutter, Hoos & Leyton-Brown, Bayesian optimization with
+      censored response data, 2011, https://arxiv.org/abs/1310.1947 (imputed in turn, in Bayesian optimization).
+    """
+    above = (mixture.mean - bound) / mixture.std
+    weights = jnp.exp(mixture.log_weights)
+    shares = jax.scipy.special.ndtr(above) @ weights
+    # E[y | y ≥ bound] − bound is the improvement in the other direction, among what is beyond the bound.
+    excess = _improvement(mixture.mean - bound, mixture.std) @ weights
+    # Far from what was expected (shares underflow) the excess is less than a standard deviation of any Gaussian.
+    return bound + jnp.where(shares > 1e-6, excess / jnp.maximum(shares, 1e-6), 0.0)
+
+
 def lower_confidence_bound(mixture: Mixture, width: float = 1.0) -> jax.Array:
     """width·σ − μ, with mean and standard deviation of the whole mixture.
 
@@ -104,9 +132,9 @@ def batch_expected_improvement(
     cross = joint.covariance[:, :num] * mask[None, None]
     within = joint.covariance[:, num:] * (mask[:, None] * mask[None])[None]
     chol = jnp.linalg.cholesky(within + jnp.diag(1e-6 + 1 - mask)[None])
-    gain = jax.vmap(lambda c, k: jax.scipy.linalg.cho_solve((c, True), k.T).T)(chol, cross)  # [2, P, Q]
+    gain = jax.vmap(lambda c, k: jax.scipy.linalg.cho_solve((c, True), k.T).T)(chol, cross)  # [R, P, Q]
     left = joint.variance[:, :num] - (gain * cross).sum(2)
-    std = jnp.sqrt(jnp.maximum(left, 1e-9))  # [2, P]
+    std = jnp.sqrt(jnp.maximum(left, 1e-9))  # [R, P]
 
     scale, kind = joint.scales[at], joint.kind[at]  # [n]
     deviations = jnp.einsum("nij,nj->ni", chol[kind], jax.random.normal(noise, (num_samples, len(mask))))

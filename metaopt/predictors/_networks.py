@@ -88,6 +88,63 @@ def mlp(
     return base.Predictor(init, apply, config)
 
 
+def init_embedding(key: jax.Array, width: int = 16) -> dict[str, Any]:
+    """Parameters of `embed_rows`.
+
+    Args:
+      key: consumed.
+      width: W, of every layer and of the embedding.
+
+    Returns:
+      "entry" {"w", "b"}, "pair" {"w", "b"}, "embedding": W₁ and b₁, W₂ and b₂, W₃.
+    """
+    return _init_embedding(jax.random.split(key, 3), width, jnp.result_type(float))
+
+
+def _init_embedding(keys, width: int, dtype) -> dict[str, Any]:
+    entry_key, pair_key, out_key = keys
+    pair_inputs = 2 * width + 1
+    return {
+        "entry": {"w": jax.random.normal(entry_key, (width,), dtype), "b": jnp.linspace(-2, 2, width, dtype=dtype)},
+        "pair": {
+            "w": jax.random.normal(pair_key, (pair_inputs, width), dtype) * np.sqrt(2 / pair_inputs),
+            "b": jnp.zeros(width, dtype),
+        },
+        "embedding": jax.random.normal(out_key, (width, width), dtype) / np.sqrt(width),
+    }
+
+
+def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) -> jax.Array:
+    """The embedding of `dataset_embedding`: what a labelled table is like, whatever the order of anything in it.
+
+    Args:
+      params: by `init_embedding`.
+      data: a dict like `train` of `tasks.to_task`: N rows, D columns, C classes, with masks.
+      max_rows: rows that are read, the first ones.
+
+    Returns:
+      [W]. It takes memory O((N + C) D W), and is differentiable in `params` and in "x".
+    """
+    x, y, mask = (data[name][:max_rows] for name in ("x", "y", "mask"))
+    entry, pair = params["entry"], params["pair"]
+    entries = jax.nn.relu(x[..., None] * entry["w"][None, None] + entry["b"][None, None])  # [N, D, W]
+    member = jax.nn.one_hot(y, data["class_mask"].shape[0], dtype=x.dtype) * mask[:, None]  # [N, C]
+    count, total = member.sum(0), mask.sum()
+    by_class = jnp.einsum("nc,ndw->cdw", member, entries) / jnp.maximum(count, 1)[:, None, None]
+    overall = jnp.einsum("n,ndw->dw", mask, entries) / total
+    share = count / total
+    pairs = jnp.concatenate(
+        [
+            by_class,
+            jnp.broadcast_to(overall[None], by_class.shape),
+            jnp.broadcast_to(share[:, None, None], (*by_class.shape[:2], 1)),
+        ],
+        axis=-1,
+    )
+    hidden = jax.nn.relu(pairs @ pair["w"] + pair["b"][None, None]) @ params["embedding"]  # [C, D, W]
+    return jnp.einsum("c,d,cdw->w", share, data["feature_mask"] / data["feature_mask"].sum(), hidden)
+
+
 def dataset_embedding(
     space: base.PyTree,
     *,
@@ -131,41 +188,12 @@ def dataset_embedding(
     center, unravel = _start(space, hyperparams)
 
     def init(key):
-        entry_key, pair_key, out_key, head_key = jax.random.split(key, 4)
-        dtype = center.dtype
-        pair_inputs = 2 * width + 1
-        return {
-            "entry": {"w": jax.random.normal(entry_key, (width,), dtype), "b": jnp.linspace(-2, 2, width, dtype=dtype)},
-            "pair": {
-                "w": jax.random.normal(pair_key, (pair_inputs, width), dtype) * np.sqrt(2 / pair_inputs),
-                "b": jnp.zeros(width, dtype),
-            },
-            "embedding": jax.random.normal(out_key, (width, width), dtype) / np.sqrt(width),
-            "head": _init_head(head_key, width + num_features, num_hidden, center),
-        }
-
-    def embed(meta_params, data):
-        x, y, mask = (data[name][:max_rows] for name in ("x", "y", "mask"))
-        entry, pair = meta_params["entry"], meta_params["pair"]
-        entries = jax.nn.relu(x[..., None] * entry["w"][None, None] + entry["b"][None, None])  # [N, D, W]
-        member = jax.nn.one_hot(y, data["class_mask"].shape[0], dtype=x.dtype) * mask[:, None]  # [N, C]
-        count, total = member.sum(0), mask.sum()
-        by_class = jnp.einsum("nc,ndw->cdw", member, entries) / jnp.maximum(count, 1)[:, None, None]
-        overall = jnp.einsum("n,ndw->dw", mask, entries) / total
-        share = count / total
-        pairs = jnp.concatenate(
-            [
-                by_class,
-                jnp.broadcast_to(overall[None], by_class.shape),
-                jnp.broadcast_to(share[:, None, None], (*by_class.shape[:2], 1)),
-            ],
-            axis=-1,
-        )
-        hidden = jax.nn.relu(pairs @ pair["w"] + pair["b"][None, None]) @ meta_params["embedding"]  # [C, D, W]
-        return jnp.einsum("c,d,cdw->w", share, data["feature_mask"] / data["feature_mask"].sum(), hidden)
+        *keys, head_key = jax.random.split(key, 4)
+        params = _init_embedding(keys, width, center.dtype)
+        return params | {"head": _init_head(head_key, width + num_features, num_hidden, center)}
 
     def apply(meta_params, task):
-        embedding = embed(meta_params, task.train)
+        embedding = embed_rows(meta_params, task.train, max_rows=max_rows)
         if num_features:
             _check_features(task, num_features)
             embedding = jnp.concatenate([embedding, task.features])

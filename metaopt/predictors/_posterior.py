@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt.predictors._surrogates import NOISE, Surrogate, kernel_matrix
+from metaopt.predictors import _deep_kernel, _processes
+from metaopt.predictors._surrogates import Surrogate, expected_outcomes, kernel_matrix
 
 _FACTORS = (-0.7, 0.0, 0.7)  # of scales, as logarithms
+# How likely it is that a task's outcomes have other units than those of earlier tasks: if these inform it, and if not.
+_OWN_UNITS, _OWN_UNITS_NAIVE = 0.1, 0.5
 
 
 class Mixture(NamedTuple):
@@ -29,15 +32,15 @@ class Mixture(NamedTuple):
 
 
 class Joint(NamedTuple):
-    """Outcomes at P configurations and at Q others: K Gaussians of two processes, informed of earlier tasks and not.
+    """Outcomes at P configurations and at Q others: K Gaussians of a few processes.
 
     Attributes:
       log_weights: [K].
       mean: [P + Q, K].
       scales: [K]; variances and covariances of Gaussian k are scales[k]² times those of process kind[k].
-      kind: [K] which process it is of: 0 or 1.
-      variance: [2, P + Q].
-      covariance: [2, P + Q, Q], with the Q others.
+      kind: [K] which process it is of: of R, which are 2 and the deep kernels.
+      variance: [R, P + Q].
+      covariance: [R, P + Q, Q], with the Q others.
     """
 
     log_weights: jax.Array
@@ -55,38 +58,45 @@ class Conditioned(NamedTuple):
       seen: [N, D] their encoded configurations.
       at_seen: [N, 1 + S] k(seen, reference) @ coefficients.
       processes: what follows for the process that earlier tasks inform, and for the one that knows nothing.
-      log_weights: [3 S + 5] of all Gaussians.
+      log_weights: [4 S + 6 + 6 E] of all Gaussians.
+      deep: the E deep kernels, adapted, or None.
     """
 
     seen: jax.Array
     at_seen: jax.Array
-    processes: tuple["_Given", "_Given"]
+    processes: tuple[_processes.Given, _processes.Given]
     log_weights: jax.Array
+    deep: "Adapted | None" = None
 
 
-class _Given(NamedTuple):
-    """K Gaussian processes with B scales each and one covariance LLᵀ, given N trials.
+class Adapted(NamedTuple):
+    """E deep kernels after a few steps on a task's trials, and given those.
 
-    L⁻¹ is kept, since products take a tenth of the time of solves; noise bounds the condition of L by some hundreds.
+    Attributes:
+      members: their parameters.
+      given: what the trials say; leaves [E, ...].
+      at_seen: [E, N, H] φ of the trials.
     """
 
-    whitening: jax.Array  # [N, N] L⁻¹
-    mask: jax.Array  # [N]
-    one: jax.Array  # [N] L⁻¹1
-    at_y: jax.Array  # [N] L⁻¹y
-    at_mu: jax.Array  # [N, K] L⁻¹μ
-    middle: jax.Array  # [] what was taken off y
-    scales: jax.Array  # [K, B]
-    log_likelihood: jax.Array  # [K, B]
+    members: _deep_kernel.DeepKernel
+    given: _processes.Given
+    at_seen: jax.Array
 
 
-def condition(surrogate: Surrogate, weights: jax.Array, trials: tuple[jax.Array, jax.Array, jax.Array]) -> Conditioned:
+def condition(
+    surrogate: Surrogate,
+    weights: jax.Array,
+    trials: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    adaptation_steps: int = _deep_kernel.ADAPTATION_STEPS,
+) -> Conditioned:
     """What the trials of a new task say, whatever is asked afterwards.
 
     Args:
-      surrogate: what is known.
-      weights: [S], by `task_weights`.
+      surrogate: what is known, of the task (`at_task`) where it has deep kernels.
+      weights: [S + E], by `task_weights`.
       trials: (x [N, D], y [N], mask [N]); at least one is real. y may have any units.
+      adaptation_steps: of deep kernels, on these trials.
 
     Returns:
       A `Conditioned`, for `posterior_at` and `joint_posterior_at`; it takes memory O(N (N + S + M)).
@@ -94,7 +104,24 @@ def condition(surrogate: Surrogate, weights: jax.Array, trials: tuple[jax.Array,
     seen, y, mask = trials
     at_seen = functions_at(surrogate, seen)
     within = kernel_matrix(surrogate.kernel, seen, seen)
-    return Conditioned(seen, at_seen, *_condition(surrogate, weights, (at_seen, y, mask), within))
+    processes, log_weights = _condition(surrogate, weights, (at_seen, y, mask), within)
+    deep = None
+    if surrogate.deep is not None:
+        log_scales = _typical_scales(surrogate)
+
+        def of_member(member):
+            # What was adapted to the trials would always explain them best: it weighs as what was not.
+            before = _deep_kernel.condition_deep(member, log_scales, trials).log_likelihood.max()
+            member = _deep_kernel.adapt_deep_kernel(member, log_scales, trials, num_steps=adaptation_steps)
+            given = _deep_kernel.condition_deep(member, log_scales, trials)
+            gained = given.log_likelihood.max() - before
+            given = given._replace(log_likelihood=given.log_likelihood - gained)
+            return Adapted(member, given, _deep_kernel.embed(member, seen))
+
+        deep = jax.vmap(of_member)(surrogate.deep)
+        prior = _log(weights[len(surrogate.curves) :])
+        log_weights = (*log_weights, jax.vmap(_weigh)(deep.given, prior).ravel())
+    return Conditioned(seen, at_seen, processes, jax.nn.log_softmax(jnp.concatenate(log_weights)), deep)
 
 
 def functions_at(surrogate: Surrogate, x: jax.Array) -> jax.Array:
@@ -122,10 +149,37 @@ def posterior_at(
       functions: `functions_at(surrogate, x)`, where it is known already.
 
     Returns:
-      A `Mixture` of 3 S + 5 Gaussians; it takes memory O(P (S + N + M)).
+      A `Mixture` of 4 S + 6 + 6 E Gaussians; it takes memory O(P (S + N + M)).
     """
     functions = functions_at(surrogate, x) if functions is None else functions
-    return _mixture(surrogate, conditioned, functions, kernel_matrix(surrogate.kernel, x, conditioned.seen))
+    return _mixture(surrogate, conditioned, x, functions, kernel_matrix(surrogate.kernel, x, conditioned.seen))
+
+
+def expected_after_failures(
+    surrogate: Surrogate, weights: jax.Array, failed: tuple[jax.Array, jax.Array], x: jax.Array
+) -> jax.Array:
+    """The outcomes to expect at x on a task of which nothing is known but that trials failed.
+
+    Without an outcome there is no offset, and none is needed: in normalized units a failed trial is as bad as the worst
+    configuration, 1, or as bad as was expected. It says so of what is like it, and not, as an outcome would, which
+    earlier tasks the new one is like. With m = Σ_s w_s f_s,
+
+        E[f(x)] = m(x) + k(x, F) (k(F, F) + noise)⁻¹ max(1 − m(F), 0).
+
+    Args:
+      surrogate: what is known, of the task (`at_task`) where it has deep kernels.
+      weights: [S + E], by `task_weights`.
+      failed: (x [N, D], mask [N]); trials that still run may stand among them, so that a batch spreads.
+      x: [P, D]; differentiable.
+
+    Returns:
+      [P] normalized outcomes.
+    """
+    at, mask = failed
+    expected = lambda x: expected_outcomes(surrogate, x) @ weights
+    within = kernel_matrix(surrogate.kernel, at, at) * mask[:, None] * mask[None] + jnp.diag(1 - mask + 1e-2)
+    worse = jnp.maximum(1 - expected(at), 0) * mask
+    return expected(x) + kernel_matrix(surrogate.kernel, x, at) @ jnp.linalg.solve(within, worse)
 
 
 def joint_posterior_at(
@@ -152,9 +206,9 @@ def joint_posterior_at(
     at_x = jnp.concatenate([functions, functions_at(surrogate, others)])
     both = jnp.concatenate([x, others])
     between, among = (kernel_matrix(surrogate.kernel, both, z) for z in (conditioned.seen, others))
-    mean, variances, covariances = _at(surrogate, conditioned, at_x, between, among)
-    scales = [given.scales.ravel() for given in conditioned.processes]
-    kind = jnp.asarray(np.repeat([0, 1], [len(s) for s in scales]))
+    mean, variances, covariances = _at(surrogate, conditioned, both, at_x, between, among)
+    scales = _scales(conditioned)
+    kind = jnp.asarray(np.repeat(np.arange(len(scales)), [len(s) for s in scales]))
     spread = jnp.stack(variances), jnp.stack(covariances)
     return Joint(conditioned.log_weights, mean, jnp.concatenate(scales), kind, *spread)
 
@@ -166,133 +220,112 @@ def posterior(
 
     Args:
       surrogate: what is known.
-      weights: [S], by `task_weights`.
+      weights: [S + E], by `task_weights`.
       trials: (x [N, D], y [N], mask [N]); at least one is real. y may have any units.
       x: [P, D]; differentiable.
 
     Returns:
-      A `Mixture` of 3 S + 5 Gaussians; it takes memory O(P (S + N + M)), and N² for the trials.
+      A `Mixture` of 4 S + 6 + 6 E Gaussians; it takes memory O(P (S + N + M)), and N² for the trials.
     """
     return posterior_at(surrogate, condition(surrogate, weights, trials), x)
 
 
-def posterior_given(
-    surrogate: Surrogate,
-    weights: jax.Array,
-    trials: tuple[jax.Array, jax.Array, jax.Array],
-    at_x: jax.Array,
-    within: jax.Array,
-    between: jax.Array,
-) -> Mixture:
-    """`posterior`, where all that configurations enter by has been computed: many searches over one finite set.
-
-    Args:
-      surrogate: what is known.
-      weights: [S].
-      trials: (at_seen [N, 1 + S], y [N], mask [N]), at_seen = k(seen, reference) @ coefficients.
-      at_x: [P, 1 + S], the same of x.
-      within: [N, N], k(seen, seen).
-      between: [P, N], k(x, seen).
-
-    Returns:
-      A `Mixture`.
-    """
-    at_seen = trials[0]
-    nothing = jnp.zeros((len(at_seen), 0), at_seen.dtype)  # its configurations are not looked at
-    conditioned = Conditioned(nothing, at_seen, *_condition(surrogate, weights, trials, within))
-    return _mixture(surrogate, conditioned, at_x, between)
-
-
 def _condition(surrogate: Surrogate, weights, trials, within):
-    """Both processes given the trials, and the log weights of all Gaussians."""
+    """The processes that stand on functions of earlier tasks, and the one that knows nothing, given the trials; the log
+    weights of all their Gaussians."""
     at_seen, y, mask = trials
     rho = surrogate.closeness
-    informed = _given(
+    informed = _processes.given(
         at_seen[:, :1] + rho * at_seen[:, 1:],
         _share(surrogate) * at_seen[:, 1:] @ at_seen[:, 1:].T + surrogate.residual * within,
         surrogate.log_scales[:, None] + jnp.array(_FACTORS)[None],
         (y, mask),
     )
-    naive = _given(
+    naive = _processes.given(
         jnp.zeros((len(y), 1)),
         jnp.exp(surrogate.kernel.log_amplitude) * within,
-        jnp.quantile(surrogate.log_scales, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))[None],
+        _typical_scales(surrogate)[None],
         (y, mask),
     )
-    prior = jnp.log(0.95 * weights / len(_FACTORS) + 1e-12)[:, None]
-    naive_prior = np.log(0.05 / naive.log_likelihood.size)
-    both = [(prior + informed.log_likelihood).ravel(), (naive_prior + naive.log_likelihood).ravel()]
-    return (informed, naive), jax.nn.log_softmax(jnp.concatenate(both))
+    prior = _log(0.95 * weights[: len(surrogate.curves)])[:, None]
+    naive_prior = _log(0.05 * weights[: len(surrogate.curves)].sum())
+    return (informed, naive), (_weigh(informed, prior), _weigh(naive, naive_prior, _OWN_UNITS_NAIVE))
 
 
-def _given(mu_seen, cov, log_scales, trials) -> _Given:
-    """The offset is integrated out under a flat prior: with P = K⁻¹ − K⁻¹11ᵀK⁻¹/1ᵀK⁻¹1, residuals r = y/b − μ have the
-    log likelihood −½ (rᵀPr + log|K| + log 1ᵀK⁻¹1) − (n − 1) log b. It is quadratic in 1/b, and so costs one solve.
-    """
-    y, mask = trials
-    scales = jnp.exp(log_scales)
-    num = mask.sum()
-    middle = jnp.where(mask > 0, y, 0.0).sum() / num  # taken off, and put back: float32 has few digits
-    y = jnp.where(mask > 0, y - middle, 0.0)
-    chol = jnp.linalg.cholesky(cov * mask[:, None] * mask[None] + jnp.diag(jnp.where(mask > 0, NOISE, 1.0)))
-    whitening = jax.scipy.linalg.solve_triangular(chol, jnp.eye(len(y), dtype=chol.dtype), lower=True)
-    one, at_y, at_mu = whitening @ mask, whitening @ y, whitening @ (mu_seen * mask[:, None])
-    total = one @ one
-    y_c, mu_c = at_y - one * (one @ at_y) / total, at_mu - jnp.outer(one, one @ at_mu) / total
-    quadratic = (y_c @ y_c) / scales**2 - 2 * (y_c @ mu_c)[:, None] / scales + (mu_c**2).sum(0)[:, None]
-    likelihood = -quadratic / 2 - jnp.log(jnp.diag(chol)).sum() - jnp.log(total) / 2 - (num - 1) * log_scales
-    return _Given(whitening, mask, one, at_y, at_mu, middle, scales, likelihood)
+def _log(weights: jax.Array) -> jax.Array:
+    """What has no weight is never believed, however likely it makes the trials."""
+    return jnp.where(weights > 0, jnp.log(jnp.maximum(weights, 1e-37)), -jnp.inf)
+
+
+def _typical_scales(surrogate: Surrogate) -> jax.Array:
+    return jnp.quantile(surrogate.log_scales, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))
+
+
+def _weigh(given: _processes.Given, prior: jax.Array, own: float = _OWN_UNITS) -> jax.Array:
+    """[K·B] prior and likelihood: each scale of earlier tasks alike, and the task's own."""
+    num = given.scales.shape[1] - 1
+    scales = np.log(np.append(np.full(num, (1 - own) / num), own)).astype(given.scales.dtype)
+    return (prior + scales[None] + given.log_likelihood).ravel()
 
 
 def _share(surrogate: Surrogate):
     return (1 - surrogate.closeness**2) / len(surrogate.curves)
 
 
-def _mixture(surrogate: Surrogate, conditioned: Conditioned, at_x, between) -> Mixture:
-    mean, variances, _ = _at(surrogate, conditioned, at_x, between, jnp.zeros((len(at_x), 0), at_x.dtype))
+def _mixture(surrogate: Surrogate, conditioned: Conditioned, x, at_x, between) -> Mixture:
+    mean, variances, _ = _at(surrogate, conditioned, x, at_x, between, jnp.zeros((len(at_x), 0), at_x.dtype))
     std = [
-        jnp.sqrt(variance)[:, None] * given.scales.ravel()[None]
-        for variance, given in zip(variances, conditioned.processes, strict=True)
+        jnp.sqrt(variance)[:, None] * scales[None]
+        for variance, scales in zip(variances, _scales(conditioned), strict=True)
     ]
     return Mixture(conditioned.log_weights, mean, jnp.concatenate(std, axis=1))
 
 
-def _at(surrogate: Surrogate, conditioned: Conditioned, at_x, between, among):
+def _scales(conditioned: Conditioned) -> list[jax.Array]:
+    """[K·B] of every process."""
+    scales = [given.scales.ravel() for given in conditioned.processes]
+    return scales if conditioned.deep is None else [*scales, *conditioned.deep.given.scales[:, 0]]
+
+
+def _at(surrogate: Surrogate, conditioned: Conditioned, x, at_x, between, among):
     """[P, K] means of all Gaussians; for each process, variances [P] and covariances [P, Q] with the last Q of x, in
     units of the scale, squared. `among` is k(x, the last Q of x)."""
     informed, naive = conditioned.processes
     share, amplitude = _share(surrogate), jnp.exp(surrogate.kernel.log_amplitude)
     functions, at_seen = at_x[:, 1:], conditioned.at_seen[:, 1:]
-    others = functions[len(at_x) - among.shape[1] :]
-    mean, *of_informed = _predict(
-        informed,
-        at_x[:, :1] + surrogate.closeness * functions,
-        share * functions @ at_seen.T + surrogate.residual * between,
-        share * (functions**2).sum(1) + surrogate.residual,
-        share * functions @ others.T + surrogate.residual * among,
-    )
-    naive_mean, *of_naive = _predict(
-        naive,
-        jnp.zeros((len(at_x), 1)),
-        amplitude * between,
-        jnp.broadcast_to(amplitude, len(at_x)),
-        amplitude * among,
-    )
-    return jnp.concatenate([mean, naive_mean], axis=1), *zip(of_informed, of_naive, strict=True)
+    num_others = among.shape[1]
+    others = functions[len(at_x) - num_others :]
+    found = [
+        _processes.predict(
+            informed,
+            at_x[:, :1] + surrogate.closeness * functions,
+            share * functions @ at_seen.T + surrogate.residual * between,
+            share * (functions**2).sum(1) + surrogate.residual,
+            share * functions @ others.T + surrogate.residual * among,
+        ),
+        _processes.predict(
+            naive,
+            jnp.zeros((len(at_x), 1)),
+            amplitude * between,
+            jnp.broadcast_to(amplitude, len(at_x)),
+            amplitude * among,
+        ),
+    ]
+    if conditioned.deep is not None:
+        same = _deep_kernel.same_configuration(x, conditioned.seen)
+        same_other = _deep_kernel.same_configuration(x, x[len(x) - num_others :])
 
+        def of_member(deep, given, at_seen):
+            at_x = _deep_kernel.embed(deep, x)
+            return _processes.predict(
+                given,
+                (at_x @ deep.mean)[:, None],
+                _deep_kernel.covariance(deep, at_x, at_seen, same),
+                jnp.broadcast_to(jnp.exp(deep.log_amplitude), len(x)),
+                _deep_kernel.covariance(deep, at_x, at_x[len(x) - num_others :], same_other),
+            )
 
-def _predict(given: _Given, mu_x, cov_x, variance, covariance):
-    """[P, K·B] means in the task's units; the variances and covariances that the trials leave."""
-    one, at_y, at_mu = given.one, given.at_y, given.at_mu
-    at_x = given.whitening @ (cov_x * given.mask[None]).T  # [N, P]
-    total = one @ one
-    # Means: offset + μ(c) + k K⁻¹(r − offset), and those are linear in y/b and in μ.
-    unexplained = 1 - one @ at_x  # [P]
-    offset_y, offset_mu = (one @ at_y) / total, (one @ at_mu) / total
-    mean_y = at_x.T @ at_y + unexplained * offset_y + given.middle  # [P]
-    mean_mu = mu_x - at_x.T @ at_mu - unexplained[:, None] * offset_mu[None]  # [P, K]
-    mean = mean_y[:, None, None] + given.scales[None] * mean_mu[..., None]
-    variance = jnp.maximum(variance - (at_x**2).sum(0) + unexplained**2 / total, 1e-9)
-    others = slice(len(mu_x) - covariance.shape[1], None)
-    covariance = covariance - at_x.T @ at_x[:, others] + jnp.outer(unexplained, unexplained[others]) / total
-    return mean.reshape(len(mu_x), -1), variance, covariance
+        members = jax.vmap(of_member)(*conditioned.deep)
+        found += [jax.tree.map(lambda leaf, e=e: leaf[e], members) for e in range(len(members[0]))]
+    means, variances, covariances = zip(*found, strict=True)
+    return jnp.concatenate(means, axis=1), variances, covariances

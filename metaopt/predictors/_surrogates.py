@@ -9,9 +9,10 @@ unknown offset a and scale b of its outcomes,
 ρ is where the mixture stands between two models that are each good at one thing: at ρ = 0 it is one process with a
 learned mean and covariance; at ρ = 1 (and η = 0) the new task is one of the earlier ones, as a greedy portfolio has it.
 Mean and covariance of f are the same for every ρ, if all w_s are. k is a plain kernel over encoded configurations. One
-more component, GP(0, v k), knows nothing of earlier tasks, and takes over where their predictions fail. Offsets have a
-flat prior; scales are those of the earlier tasks, times a few factors. Everything is in closed form, and differentiable
-in c.
+more component, GP(0, v k), knows nothing of earlier tasks, and takes over where their predictions fail; deep kernels
+(`_deep_kernel`) may stand beside. Offsets have a flat prior; scales are those of the earlier tasks, times a few
+factors, and the one that a task's own trials make likeliest, should its outcomes have other units. Everything but the
+adaptation of deep kernels is in closed form, and all is differentiable in c.
 
 Sources: Wang et al., Pre-trained Gaussian processes for Bayesian optimization, JMLR 2024,
 https://arxiv.org/abs/2109.08215 (learned mean and covariance, ρ = 0); Silverman, Density estimation, 1986, section 6.4
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-NOISE = 1e-3  # variance of a repeated outcome, in normalized units
+from metaopt.predictors import _deep_kernel, _networks, _processes
 
 
 class TaskTrials(NamedTuple):
@@ -55,6 +56,20 @@ class Kernel(NamedTuple):
     log_amplitude: jax.Array
 
 
+class Embedding(NamedTuple):
+    """How the rows of a task's table become W more features.
+
+    Attributes:
+      params: of `embed_rows`.
+      center: [W] the mean over earlier tasks, which is taken off.
+      scale: [W] the standard deviation, by which it is divided.
+    """
+
+    params: dict[str, Any]
+    center: jax.Array
+    scale: jax.Array
+
+
 class Surrogate(NamedTuple):
     """What is known of earlier tasks, as arrays: M reference configurations, S tasks, E members, F features.
 
@@ -66,9 +81,12 @@ class Surrogate(NamedTuple):
       kernel: k.
       attention: how features weigh tasks (`attention_weights`).
       sorted_features: [F, S] the features of earlier tasks in ascending order: raw ones become ranks.
-      features: [S, F] as ranks.
+      features: [S, F] as ranks; [S, F + W] with an embedding of the tasks' rows.
       closeness: [] ρ.
       residual: [] η.
+      deep: E Gaussian processes with a meta-learned network in them (`deep_kernel_loss`), or None.
+      deep_share: [] how likely they are, together, before there is a trial.
+      embedding: how a task's rows become features, or None.
     """
 
     reference: jax.Array
@@ -81,6 +99,9 @@ class Surrogate(NamedTuple):
     features: jax.Array
     closeness: float
     residual: float
+    deep: _deep_kernel.DeepKernel | None = None
+    deep_share: float = 0.0
+    embedding: Embedding | None = None
 
 
 def kernel_matrix(kernel: Kernel, x: jax.Array, z: jax.Array) -> jax.Array:
@@ -113,7 +134,7 @@ def kernel_loss(kernel: Kernel, trials: tuple[jax.Array, jax.Array, jax.Array]) 
     x, y, mask = trials
     both = mask[:, None] * mask[None]
     matrix = jnp.exp(kernel.log_amplitude) * kernel_matrix(kernel, x, x) * both
-    chol = jnp.linalg.cholesky(matrix + jnp.diag(NOISE + 1 - mask))
+    chol = jnp.linalg.cholesky(matrix + jnp.diag(_processes.NOISE + 1 - mask))
     white = jax.scipy.linalg.solve_triangular(chol, y * mask, lower=True)
     nll = (white @ white) / 2 + jnp.log(jnp.diag(chol)).sum()
     prior = ((kernel.log_lengths + 0.5) ** 2).sum() / 2 + kernel.logit_smooth**2 / 8
@@ -329,33 +350,92 @@ def attention_loss(
     return jax.vmap(member)(attention, data["weights"]).sum()
 
 
-def task_weights(surrogate: Surrogate, features: Any = None) -> jax.Array:
-    """How much each earlier task says about a new one: the mean over members.
+MAX_ROWS = 64  # of a task's table that its embedding reads
+
+
+def task_features(surrogate: Surrogate, features: Any = None, data: Any = None) -> jax.Array | None:
+    """What tells a task from others: the ranks of its features, and the embedding of its rows.
+
+    Args:
+      surrogate: what is known.
+      features: [F] of the task, raw; None or NaN where unknown.
+      data: a dict like `train` of `tasks.to_task`; None where unknown, and where there is no embedding.
+
+    Returns:
+      [F + W], 0 where unknown; None where all is unknown.
+    """
+    embedding, num_features = surrogate.embedding, len(surrogate.sorted_features)
+    data = None if embedding is None else data
+    if (features is None or not num_features) and data is None:
+        return None
+    given = None if features is None or not num_features else np.asarray(features)[None]
+    parts = [jnp.asarray(rank_features(surrogate.sorted_features, given, 1)[0])]
+    if embedding is not None:
+        found = jnp.zeros_like(embedding.center)
+        if data is not None:
+            raw = _networks.embed_rows(embedding.params, jax.tree.map(jnp.asarray, data), max_rows=MAX_ROWS)
+            found = (raw - embedding.center) / embedding.scale
+        parts.append(found)
+    return jnp.concatenate(parts)
+
+
+def task_weights(surrogate: Surrogate, features: Any = None, data: Any = None) -> jax.Array:
+    """How much each earlier task, and each deep kernel, says about a new one before it has a trial.
 
     Args:
       surrogate: what is known.
       features: [F] of the new task, raw; None or NaN where unknown.
+      data: its rows, as for `task_features`.
 
     Returns:
-      [S], sums to 1.
+      [S + E], sums to 1: earlier tasks by the mean over the attention's members, then the E deep kernels alike.
     """
     num_tasks = len(surrogate.curves)
-    if features is None or not len(surrogate.attention["logit_share"]):
-        return jnp.full(num_tasks, 1 / num_tasks)
-    query = jnp.asarray(rank_features(surrogate.sorted_features, np.asarray(features)[None], 1))
-    weights = lambda attention: attention_weights(attention, query, surrogate.features)[0]
-    return jax.vmap(weights)(surrogate.attention).mean(0)
+    query = task_features(surrogate, features, data)
+    if query is None or not len(surrogate.attention["logit_share"]):
+        weights = jnp.full(num_tasks, 1 / num_tasks)
+    else:
+        of_member = lambda attention: attention_weights(attention, query[None], surrogate.features)[0]
+        weights = jax.vmap(of_member)(surrogate.attention).mean(0)
+    if surrogate.deep is None:
+        return weights
+    num_deep = len(surrogate.deep.log_amplitude)
+    share = surrogate.deep_share
+    return jnp.concatenate([(1 - share) * weights, jnp.full(num_deep, share / num_deep)])
 
 
-def expected_outcomes(surrogate: Surrogate, x: jax.Array) -> jax.Array:
-    """f_s at any configurations.
+def at_task(surrogate: Surrogate, features: Any = None, data: Any = None) -> Surrogate:
+    """The surrogate for one task: what is known of it goes into the deep kernels, which see nothing otherwise.
 
     Args:
       surrogate: what is known.
+      features: [F] of the task, raw; None or NaN where unknown.
+      data: its rows, as for `task_features`.
+
+    Returns:
+      A `Surrogate`.
+    """
+    query = task_features(surrogate, features, data)
+    if surrogate.deep is None or query is None:
+        return surrogate
+    return surrogate._replace(deep=_deep_kernel.at_features(surrogate.deep, query))
+
+
+def expected_outcomes(surrogate: Surrogate, x: jax.Array) -> jax.Array:
+    """f_s, and the means of deep kernels, at any configurations.
+
+    Args:
+      surrogate: what is known, of the task (`at_task`) where it has deep kernels.
       x: [P, D] encoded configurations.
 
     Returns:
-      [P, S] normalized outcomes.
+      [P, S + E] normalized outcomes. Deep kernels know theirs up to an offset: over the reference configurations their
+      mean is that of earlier tasks.
     """
     functions = kernel_matrix(surrogate.kernel, x, surrogate.reference) @ surrogate.coefficients
-    return functions[:, :1] + functions[:, 1:]
+    known = functions[:, :1] + functions[:, 1:]
+    if surrogate.deep is None:
+        return known
+    at = lambda deep, x: _deep_kernel.embed(deep, x) @ deep.mean
+    of_member = lambda deep: at(deep, x) - at(deep, surrogate.reference).mean() + surrogate.curves.mean()
+    return jnp.concatenate([known, jax.vmap(of_member)(surrogate.deep).T], axis=1)

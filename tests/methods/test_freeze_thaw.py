@@ -103,22 +103,37 @@ def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
     assert (again.trial, again.fidelity) == (4, 0.5) and rest == []
 
 
-def test_what_a_pruned_trial_had_reached_is_seen_and_it_does_not_go_on(g, monkeypatch):
+def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not_go_on(g):
+    """It is the outcome of some fidelity below the one that was asked for."""
     searcher, state = begin(g)
     asked, state = searcher.ask(state, 5)
-    pruned = done(asked[0], 0.5)._replace(status="PRUNED")
-    state = searcher.tell(state, [pruned, *(done(t, 0.5) for t in asked[1:])])
-    assert len(state.seen) == 5 and state.seen[0][2] == pruned.outcome and len(state.closed) == 1
-    assert 0 not in {t.trial for t in searcher.ask(state, 4)[0]}
-    np.testing.assert_array_equal(g.predict([pruned]), g.predict([pruned._replace(status="COMPLETE")]))
-    # Given up on its way to the end: no outcome that another trial would have to be better than.
-    bests, real = [], _freeze_thaw._score
-    monkeypatch.setattr(_freeze_thaw, "_score", lambda *args: bests.append(args[-1]) or real(*args))
-    for status in ("PRUNED", "COMPLETE"):
-        searcher.ask(searcher.tell(begin(g)[1], [pruned._replace(fidelity=1.0, status=status)]), 1)
-    assert bests == [np.inf, pruned.outcome]
-    nothing = pruned._replace(outcome=np.nan)  # given up before there was anything
-    assert searcher.tell(begin(g)[1], [nothing]).seen == () and (g.predict([nothing]) == g.predict()).all()
+    state = searcher.tell(state, [done(t, 0.5) for t in asked])
+    (first,), state = searcher.ask(state, 1)
+    half_way = first._replace(status="PRUNED", outcome=outcome(0.5, first.configuration["x"], 0.3))
+    told = searcher.tell(state, [half_way])
+    assert told.seen == state.seen and len(told.seen) == 5 and len(told.closed) == 1 and told.pending == ()
+    assert first.trial not in {t.trial for t in searcher.ask(told, 4)[0]}
+    ended = [done(t, 0.5) for t in asked]
+    np.testing.assert_array_equal(g.predict([*ended, half_way]), g.predict(ended))
+    # Nor is it an end that others would have to be better than.
+    full = half_way._replace(fidelity=1.0, outcome=-9.0)
+    np.testing.assert_array_equal(g.predict([full]), g.predict())
+    for record in (full, full._replace(outcome=np.nan)):
+        assert searcher.tell(begin(g)[1], [record]).seen == ()
+
+
+def test_pruned_trials_of_earlier_tasks_do_not_bend_their_curves():
+    records = [
+        base.Record(str(task), c, outcome(task, c["x"], f), f)
+        for task in (0.0, 0.5, 1.0)
+        for c in CANDIDATES
+        for f in FIDELITIES
+    ]
+    early = base.Record("0.5", CANDIDATES[2], outcome(0.5, 0.5, 0.3), 1.0, status="PRUNED")
+    one, other = (
+        methods.train_curve_searcher(r, space=SPACE, num_steps=0).surrogate.mean for r in (records, [*records, early])
+    )
+    np.testing.assert_array_equal(one, other)
 
 
 def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_first(g, monkeypatch):

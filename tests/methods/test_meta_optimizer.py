@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt import base, methods, spaces, tasks
+from metaopt import base, methods, predictors, spaces, tasks
 
 slow = pytest.mark.slow
 SPACE = {"x": spaces.interval(0.0, 1.0), "kind": spaces.choice(["a", "b"])}
@@ -100,6 +100,70 @@ def unrelated(rng):
     records, _ = make_records(rng)
     wrong = lambda c: 3.0 * (np.abs(c["x"] - 0.5) < 0.45) - (c["kind"] == "a") + 0.2 * np.sin(40 * c["x"])
     return [record._replace(outcome=float(wrong(record.configuration))) for record in records]
+
+
+@pytest.mark.once
+def test_units_of_earlier_tasks_do_not_matter():
+    """A hundred times as large or as small, they teach what they taught, once a few trials have told the scale."""
+    rng = np.random.default_rng(0)
+    line = [{"x": float(x), "kind": kind} for x in np.linspace(0, 1, 25) for kind in SPACE["kind"].labels]
+    centers = rng.uniform(size=8)
+    regrets = {}
+    for factor in (1.0, 100.0, 0.01):
+        records = [base.Record(str(b), c, factor * outcome(b, c)) for b in centers for c in line[::2]]
+        g = methods.train_meta_optimizer(records, space=SPACE, candidates=line, num_steps=5)
+        regrets[factor] = np.array([search(g.searcher(), b, 12) for b in (0.15, 0.4, 0.62, 0.77)])
+    for factor in (100.0, 0.01):
+        np.testing.assert_allclose(regrets[factor][:, 0], regrets[1.0][:, 0])  # without a trial, there are no units
+        gap = regrets[factor][:, -1] - regrets[1.0][:, -1]
+        assert gap.mean() < 5e-4
+
+
+@pytest.mark.once
+def test_rows_of_a_table_tell_which_earlier_tasks_it_is_like():
+    """The distance of two classes says which configuration is best; nothing else does."""
+    rng = np.random.default_rng(0)
+
+    def rows(best, num=24, num_columns=3):
+        y = rng.permutation(np.arange(num) % 2)
+        x = rng.normal(size=(num, num_columns)) / 4 + 4 * best * (y[:, None] - 0.5)
+        masks = {"mask": np.ones(num), "feature_mask": np.ones(num_columns), "class_mask": np.ones(2)}
+        return {"x": x, "y": y, **masks}
+
+    line = [{"x": float(x)} for x in np.linspace(0, 1, 11)]
+    bests = {f"t{t}": float(best) for t, best in enumerate(np.linspace(0, 1, 12))}
+    records = [base.Record(name, c, (c["x"] - best) ** 2) for name, best in bests.items() for c in line]
+    # Tables of different shapes stand side by side.
+    tables = {name: rows(best, 24 + 4 * (i % 2), 3 + i % 3) for i, (name, best) in enumerate(bests.items())}
+    kwargs = {"space": {"x": SPACE["x"]}, "candidates": line, "num_steps": 30, "num_members": 2}
+    g = methods.train_meta_optimizer(records, datasets=tables, **kwargs)
+    blind = g.predict()["x"]
+    errors = [[abs(g.predict(base.Task(rows(b), None))["x"] - b), abs(blind - b)] for b in (0.05, 0.3, 0.7, 0.95)]
+    assert np.mean(errors, 0)[0] < 0.5 * np.mean(errors, 0)[1]
+    # The order of rows, columns and classes is nothing, and padding neither.
+    table = rows(0.9)
+    order, columns = rng.permutation(24), rng.permutation(3)
+    changed = {"x": table["x"][order][:, columns], "y": 1 - table["y"][order]}
+    changed = {k: np.pad(v, [(0, 2)] * v.ndim) for k, v in {**table, **changed}.items()}
+    one, other = (predictors.task_weights(g.surrogate, None, data) for data in (table, changed))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    with pytest.raises(ValueError, match="`datasets` must hold the rows of each task .* lacks 't3'"):
+        methods.train_meta_optimizer(records, datasets={k: v for k, v in tables.items() if k != "t3"}, **kwargs)
+
+
+@slow
+def test_deep_kernels_predict_from_features_and_stand_alone_where_they_have_the_whole_share():
+    records, features = make_records(np.random.default_rng(5), num_tasks=24)
+    line = [{"x": float(x), "kind": kind} for x in np.linspace(0, 1, 13) for kind in SPACE["kind"].labels]
+    kwargs = {"space": SPACE, "candidates": line, "features": features}
+    kwargs |= {"num_steps": 40, "num_members": 1, "deep_kernels": 2}
+    alone = methods.train_meta_optimizer(records, deep_share=1.0, **kwargs)
+    for best in (0.1, 0.9):
+        predicted = alone.predict([best, 0.0])
+        assert abs(predicted["x"] - best) < 0.3 and predicted["kind"] == ("a" if best < 0.5 else "b")
+        assert search(alone.searcher([best, 0.0]), best, 5)[-1] < 0.02
+    with pytest.raises(ValueError, match=r"`deep_share` must lie in \[0, 1\]; got 2"):
+        methods.train_meta_optimizer(records, deep_share=2, **kwargs)
 
 
 @slow

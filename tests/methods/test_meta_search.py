@@ -3,10 +3,11 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import Record, methods, predictors, spaces, tasks
+from metaopt import Record, Task, methods, predictors, spaces, tasks
 from metaopt.methods import _meta_search
 
 SPACE = {
@@ -28,6 +29,14 @@ def make_records(num_tasks=4, cost=lambda configuration: 1.0 + 9.0 * configurati
         for t in range(num_tasks)
         for i, c in enumerate(POOL)
     ]
+
+
+def rows_of(rng, shift, num=12, num_columns=2, num_classes=2):
+    """A table whose two classes lie as far apart as the shift."""
+    y = np.arange(num) % 2
+    x = rng.normal(size=(num, num_columns)) / 9 + 3 * shift * (y[:, None] - 0.5)
+    masks = {"mask": np.ones(num), "feature_mask": np.ones(num_columns), "class_mask": np.ones(num_classes)}
+    return {"x": x, "y": y, **masks}
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +67,47 @@ def test_suggest_needs_no_bookkeeping_and_no_fit(g):
 
 
 @pytest.mark.once
+def test_a_region_that_fails_is_left_at_once(monkeypatch):
+    """Earlier tasks say that x = 0.8 is best; here all beyond 0.55 fails."""
+    space, line = {"x": spaces.interval(0.0, 1.0)}, [{"x": float(x)} for x in np.linspace(0, 1, 21)]
+    records = [Record(f"t{b}", c, (c["x"] - b) ** 2) for b in (0.7, 0.75, 0.8, 0.85, 0.9) for c in line]
+
+    def failures(num, first=()):
+        g = methods.train_meta_optimizer(records, space=space, candidates=line, num_steps=10)
+        searcher = g.searcher(first=first)
+        state, tried = searcher.init(jax.random.key(0), None), []
+        for _ in range(num):
+            (trial,), state = searcher.ask(state, 1)
+            x = trial.configuration["x"]
+            tried.append(x)
+            ended = {"status": "FAIL"} if x > 0.55 else {"status": "COMPLETE", "outcome": (x - 0.8) ** 2}
+            state = searcher.tell(state, [trial._replace(**ended)])
+        return np.array(tried) > 0.55
+
+    # Before there is an outcome: what is like a failed trial is expected to be bad, and not the portfolio's next.
+    assert failures(4).tolist() == [True, False, False, False]
+    # Afterwards: beyond the worst outcome, and not at it.
+    first = [{"x": 0.4}]
+    assert failures(4, first).tolist() == [False, True, False, False]
+    monkeypatch.setattr(predictors, "censored_mean", lambda mixture, bound: jnp.full(len(mixture.mean), bound))
+    assert failures(4, first).tolist() == [False, True, True, False]
+
+
+@pytest.mark.once
 def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch):
     """Whatever the number of trials: the arrays that are computed with have at most 256 rows."""
     looked_at, real = [], _meta_search._padded
-    monkeypatch.setattr(_meta_search, "_padded", lambda x, y: looked_at.append(len(y)) or real(x, y))
+    monkeypatch.setattr(_meta_search, "_padded", lambda x, y: looked_at.append((x, y)) or real(x, y))
     searcher, rng = g.searcher(acquisition="ei_per_cost"), np.random.default_rng(0)
     others = [{"x": x, "kind": "a"} for x in rng.uniform(size=50).tolist()]
     many = [Record("", others[i % 50], float(rng.uniform(1, 2)), cost=1.0, trial=i) for i in range(10_000)]
-    state = searcher.tell(searcher.init(jax.random.key(0), None), [*many, *told([Record("", POOL[0])], trial=10_001)])
+    state = searcher.tell(searcher.init(jax.random.key(0), None), [*told([Record("", POOL[0])], trial=10_001), *many])
     asked, state = searcher.ask(state._replace(num_asked=10_002), 3)
-    assert looked_at and max(looked_at) <= 256 and len(state.tried) == 10_001
-    # The only good one is the oldest of those that were kept, and it is still known; none is repeated.
-    assert all(abs(record.configuration["x"] - POOL[0]["x"]) < 0.5 for record in asked)
+    assert looked_at and max(len(y) for _, y in looked_at) <= 256 and len(state.tried) == 10_001
+    # The only good one is still known, though it is not among the latest; none is repeated.
+    x, y = looked_at[0]
+    np.testing.assert_array_equal(x[y.argmin()], _meta_search.encoder(SPACE)(POOL[0]))
+    assert len(y) > 128 and len({tuple(record.configuration.items()) for record in asked}) == 3
     state = searcher.tell(state, [Record("", c, 2.0, trial=20_000 + i) for i, c in enumerate(POOL[:-1])])
     (last,), _ = searcher.ask(state._replace(pending={}), 1)
     assert last.configuration == POOL[-1]
@@ -279,7 +317,7 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
         methods.load_meta_optimizer(tmp_path / "h.npz")
 
     for changed, message in (
-        ({"version": 2}, "reads 'metaopt.meta_optimizer' up to version 1"),
+        ({"version": 3}, "reads 'metaopt.meta_optimizer' up to version 2"),
         ({"format": "metaopt.predictor"}, "is of format 'metaopt.predictor'"),
         ({"outcome.curves": None}, "does not describe .* 'outcome.curves'"),
         ({"outcome.reference": np.zeros((4, 2))}, "does not describe .* have shapes"),
@@ -292,6 +330,33 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
         methods.load_meta_optimizer(tmp_path / "text.npz")
     with pytest.raises(FileNotFoundError):
         methods.load_meta_optimizer(tmp_path / "none.npz")
+
+
+@pytest.mark.once
+def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well_and_so_do_files_of_version_1(g, tmp_path):
+    tables = {f"t{t}": rows_of(np.random.default_rng(t), t / 3) for t in range(4)}
+    h = methods.train_meta_optimizer(
+        make_records(), space=SPACE, candidates=POOL, datasets=tables, num_steps=1, deep_kernels=2, deep_share=0.25
+    )
+    methods.save_meta_optimizer(tmp_path / "h.npz", h)
+    again = methods.load_meta_optimizer(tmp_path / "h.npz")
+    assert jax.tree.structure(again.surrogate) == jax.tree.structure(h.surrogate)
+    for one, other in zip(jax.tree.leaves(again.surrogate), jax.tree.leaves(h.surrogate), strict=True):
+        np.testing.assert_array_equal(one, other)
+    task = Task(tables["t1"], None)
+    assert again.predict(task) == h.predict(task)
+    with np.load(tmp_path / "h.npz") as file:
+        arrays = dict(file)
+    for name in ("deep.hidden", "embedding.params['pair']['w']"):
+        np.savez(tmp_path / "wrong.npz", **arrays | {f"outcome.{name}": arrays[f"outcome.{name}"][:, :-1]})
+        with pytest.raises(ValueError, match="does not describe .* have shapes"):
+            methods.load_meta_optimizer(tmp_path / "wrong.npz")
+    methods.save_meta_optimizer(tmp_path / "g.npz", g)
+    with np.load(tmp_path / "g.npz") as file:
+        arrays = {name: array for name, array in file.items() if "deep_share" not in name}
+    header = json.loads(arrays["header"].tobytes()) | {"version": 1}
+    np.savez(tmp_path / "g.npz", **arrays | {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)})
+    assert methods.load_meta_optimizer(tmp_path / "g.npz").portfolio(3, [1.2]) == g.portfolio(3, [1.2])
 
 
 # ---- What is wrong is said ------------------------------------------------------------------------------------------

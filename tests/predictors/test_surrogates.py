@@ -50,8 +50,8 @@ def test_one_task_without_closeness_is_a_gaussian_process_with_a_flat_offset():
         gain = wide[np.ix_(at, seen)] @ np.linalg.inv(wide[np.ix_(seen, seen)] + b**2 * 1e-3 * np.eye(3))
         expected = b * mean[at] + gain @ (np.asarray(y) - b * mean[seen])
         variance = np.diag(wide[np.ix_(at, at)] - gain @ wide[np.ix_(seen, at)])
-        np.testing.assert_allclose(mixture.mean[:, 3 * s + f], expected, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(mixture.std[:, 3 * s + f] ** 2, variance, rtol=1e-2, atol=1e-4)
+        np.testing.assert_allclose(mixture.mean[:, 4 * s + f], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(mixture.std[:, 4 * s + f] ** 2, variance, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.once
@@ -77,7 +77,7 @@ def test_the_weights_are_the_likelihoods():
         return -r @ np.linalg.solve(c, r) / 2 - 2 * np.log(b) + np.log(float(weights[s]))
 
     expected = log_density(1, 0.7) - log_density(3, -0.7)
-    np.testing.assert_allclose(mixture.log_weights[3 + 2] - mixture.log_weights[9], expected, rtol=1e-3)
+    np.testing.assert_allclose(mixture.log_weights[4 + 2] - mixture.log_weights[12], expected, rtol=1e-3)
 
 
 def test_padding_units_and_offsets_change_nothing():
@@ -106,6 +106,21 @@ def test_acquisitions_are_those_of_samples():
     assert abs(predictors.expected_improvement(mixture, jnp.array(0.4))[0] - improvement.mean()) < 3 * error
     bound = predictors.lower_confidence_bound(mixture, 2.0)[0]
     np.testing.assert_allclose(bound, 2 * y.std() - y.mean(), atol=0.02)
+
+
+def test_what_failed_is_expected_beyond_the_worst_outcome():
+    """The mean of those samples of the mixture that are no better than the bound."""
+    mean, std = jnp.array([[0.0, 1.0], [-1.0, 0.5], [3.0, 3.0]]), jnp.array([[1.0, 0.5], [0.2, 0.1], [0.1, 0.1]])
+    mixture = predictors.Mixture(jnp.log(jnp.array([0.3, 0.7])), mean, std)
+    rng, num = np.random.default_rng(0), 400_000
+    at = (rng.random(num) < 0.7).astype(int)
+    for i, bound in ((0, 0.8), (1, 0.55), (2, -1.0)):
+        y = np.asarray(mean)[i, at] + np.asarray(std)[i, at] * rng.normal(size=num)
+        y = y[y >= bound]
+        found = predictors.censored_mean(mixture, jnp.array(bound))[i]
+        np.testing.assert_allclose(found, y.mean(), atol=4 * y.std() / np.sqrt(len(y)))
+    far = predictors.censored_mean(mixture, jnp.array(50.0))
+    np.testing.assert_allclose(far, 50.0)
 
 
 @pytest.mark.once

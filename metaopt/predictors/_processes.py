@@ -1,0 +1,137 @@
+"""Gaussian processes with an unknown offset and a few possible scales, given the trials of one task.
+
+    y(c) = a + b f(c),    f ~ GP(μ, K),    a flat prior on a.
+
+With P = K⁻¹ − K⁻¹11ᵀK⁻¹/1ᵀK⁻¹1 and residuals r = y/b − μ, n trials have the log likelihood
+
+    −½ (rᵀPr + log|K| + log 1ᵀK⁻¹1) − (n − 1) log b.
+
+It is quadratic in 1/b, and so costs one solve for any number of scales, and its largest value over b is in closed form.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NOISE = 1e-3  # variance of a repeated outcome, in normalized units
+_WIDEST = 10.0  # how far units may differ from those of earlier tasks, as a logarithm
+
+
+class Given(NamedTuple):
+    """K processes with B scales each and one covariance LLᵀ, given N trials.
+
+    L⁻¹ is kept, since products take a tenth of the time of solves; noise bounds the condition of L by some hundreds.
+
+    Attributes:
+      whitening: [N, N] L⁻¹.
+      mask: [N].
+      one: [N] L⁻¹1.
+      at_y: [N] L⁻¹y.
+      at_mu: [N, K] L⁻¹μ.
+      middle: [] what was taken off y.
+      scales: [K, B] b.
+      log_likelihood: [K, B].
+    """
+
+    whitening: jax.Array
+    mask: jax.Array
+    one: jax.Array
+    at_y: jax.Array
+    at_mu: jax.Array
+    middle: jax.Array
+    scales: jax.Array
+    log_likelihood: jax.Array
+
+
+def given(
+    mu: jax.Array,
+    covariance: jax.Array,
+    log_scales: jax.Array,
+    trials: tuple[jax.Array, jax.Array],
+    *,
+    own_scale: bool = True,
+) -> Given:
+    """What trials say of K processes.
+
+    Args:
+      mu: [N, K] their means, in normalized units.
+      covariance: [N, N], without noise.
+      log_scales: [K, B] or [1, B], logarithms of b.
+      trials: (y [N], mask [N]).
+      own_scale: add one more scale, where the likelihood is largest, with the likelihood that it has on average over
+        the units that a task may have (Laplace's method; log b uniform within ±10 of the first scales' median).
+
+    Returns:
+      A `Given`, with B + 1 scales where there is one more.
+    """
+    y, mask = trials
+    num = mask.sum()
+    middle = jnp.where(mask > 0, y, 0.0).sum() / num  # taken off, and put back: float32 has few digits
+    y = jnp.where(mask > 0, y - middle, 0.0)
+    chol = jnp.linalg.cholesky(covariance * mask[:, None] * mask[None] + jnp.diag(jnp.where(mask > 0, NOISE, 1.0)))
+    whitening = jax.scipy.linalg.solve_triangular(chol, jnp.eye(len(y), dtype=chol.dtype), lower=True)
+    one, at_y, at_mu = whitening @ mask, whitening @ y, whitening @ (mu * mask[:, None])
+    total = one @ one
+    y_c, mu_c = at_y - one * (one @ at_y) / total, at_mu - jnp.outer(one, one @ at_mu) / total
+    of_y, of_both = y_c @ y_c, (y_c @ mu_c)[:, None]
+    log_scales = jnp.broadcast_to(log_scales, (mu.shape[1], log_scales.shape[1]))
+    rest = -jnp.log(jnp.diag(chol)).sum() - jnp.log(total) / 2 - (mu_c**2).sum(0)[:, None] / 2
+
+    def log_likelihood(log_scales):
+        inverse = jnp.exp(-log_scales)
+        return rest - of_y * inverse**2 / 2 + of_both * inverse - (num - 1) * log_scales
+
+    values = log_likelihood(log_scales)
+    if own_scale:
+        own, width = _likeliest(of_y, of_both, num, log_scales)
+        known = num > 1  # one trial says nothing of scales
+        at_own = jnp.where(known, log_likelihood(own) + jnp.log(width / (2 * _WIDEST)), values[:, :1])
+        values = jnp.concatenate([values, at_own], axis=1)
+        log_scales = jnp.concatenate([log_scales, jnp.where(known, own, log_scales[:, :1])], axis=1)
+    return Given(whitening, mask, one, at_y, at_mu, middle, jnp.exp(log_scales), values)
+
+
+def _likeliest(of_y, of_both, num, log_scales):
+    """[K, 1] the log b at which −½ of_y/b² + of_both/b − (n − 1) log b is largest, and √(2π / its curvature there)."""
+    root = jnp.sqrt(of_both**2 + 4 * of_y * (num - 1))
+    # Both are the positive root of −of_y u² + of_both u + (n − 1), u = 1/b; each is exact where the other cancels.
+    inverse = jnp.where(
+        of_both > 0,
+        (of_both + root) / jnp.maximum(2 * of_y, 1e-30),
+        2 * (num - 1) / jnp.maximum(root - of_both, 1e-30),
+    )
+    middle = jnp.median(log_scales)
+    # Equal outcomes have no scale, and would be of the smallest.
+    own = jnp.clip(-jnp.log(jnp.maximum(inverse, 1e-30)), middle - _WIDEST, middle + _WIDEST)
+    curvature = of_y * jnp.exp(-2 * own) + jnp.maximum(num - 1, 1)
+    return jax.lax.stop_gradient(own), jax.lax.stop_gradient(jnp.sqrt(2 * np.pi / curvature))
+
+
+def predict(given: Given, mu: jax.Array, cross: jax.Array, variance: jax.Array, covariance: jax.Array):
+    """Means of all processes at P configurations, and what the trials leave of their variance.
+
+    Args:
+      given: what the trials say.
+      mu: [P, K] prior means.
+      cross: [P, N] prior covariances with the trials.
+      variance: [P] prior variances.
+      covariance: [P, Q] prior covariances with the last Q configurations.
+
+    Returns:
+      [P, K·B] means in the task's units; [P] variances and [P, Q] covariances in normalized ones.
+    """
+    one, at_y, at_mu = given.one, given.at_y, given.at_mu
+    at_x = given.whitening @ (cross * given.mask[None]).T  # [N, P]
+    total = one @ one
+    # Means: offset + μ(c) + k K⁻¹(r − offset), and those are linear in y/b and in μ.
+    unexplained = 1 - one @ at_x  # [P]
+    offset_y, offset_mu = (one @ at_y) / total, (one @ at_mu) / total
+    mean_y = at_x.T @ at_y + unexplained * offset_y + given.middle  # [P]
+    mean_mu = mu - at_x.T @ at_mu - unexplained[:, None] * offset_mu[None]  # [P, K]
+    mean = mean_y[:, None, None] + given.scales[None] * mean_mu[..., None]
+    variance = jnp.maximum(variance - (at_x**2).sum(0) + unexplained**2 / total, 1e-9)
+    others = slice(len(mu) - covariance.shape[1], None)
+    covariance = covariance - at_x.T @ at_x[:, others] + jnp.outer(unexplained, unexplained[others]) / total
+    return mean.reshape(len(mu), -1), variance, covariance
