@@ -345,11 +345,10 @@ def _fit_embedding(key, surrogate, rows, family, num_members: int, num_steps: in
             return predictors.attention_loss(attention, data)
 
         def sample_tasks(key):
-            size = min(num_tasks, len(family))
-            for draw in range(100):  # more than one family must be among them
-                at = jax.random.permutation(jax.random.fold_in(key, draw), len(family))[:size]
-                if not data["same_family"][at][:, at].all(1).any():
-                    break
+            order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(family)))
+            at, same = order[: min(num_tasks, len(family))], np.asarray(data["same_family"])
+            if same[at[0], at].all():  # more than one family must be among them
+                at = np.append(at[:-1], next(i for i in order if not same[at[0], i]))
             weights = data["weights"][:, at]
             some = {"features": data["features"][at], "curves": data["curves"][at]}
             some |= {"same_family": data["same_family"][at][:, at]}

@@ -151,6 +151,28 @@ def test_rows_of_a_table_tell_which_earlier_tasks_it_is_like():
         methods.train_meta_optimizer(records, datasets={k: v for k, v in tables.items() if k != "t3"}, **kwargs)
 
 
+@pytest.mark.once
+def test_one_task_of_another_family_among_many_is_in_every_step():
+    rng = np.random.default_rng(0)
+    table = lambda: {"x": rng.normal(size=(8, 2)), "y": np.arange(8) % 2, "mask": np.ones(8)}
+    masks = {"feature_mask": np.ones(2), "class_mask": np.ones(2)}
+    names = [f"t{t}" for t in range(40)]
+    records = [
+        base.Record(name, {"x": x}, (x - 0.5) ** 2 + t / 100) for t, name in enumerate(names) for x in (0.2, 0.6)
+    ]
+    g = methods.train_meta_optimizer(
+        records,
+        datasets={name: table() | masks for name in names},
+        families={name: "one" if t else "other" for t, name in enumerate(names)},
+        space={"x": SPACE["x"]},
+        candidates=[{"x": 0.2}, {"x": 0.6}],
+        num_steps=5,
+        num_members=1,
+    )
+    assert all(jax.tree.leaves(jax.tree.map(lambda x: bool(np.isfinite(x).all()), g.surrogate.embedding.params)))
+    assert np.isfinite(predictors.task_weights(g.surrogate, None, table() | masks)).all()
+
+
 @slow
 def test_deep_kernels_predict_from_features_and_stand_alone_where_they_have_the_whole_share():
     records, features = make_records(np.random.default_rng(5), num_tasks=24)
