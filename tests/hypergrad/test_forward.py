@@ -22,7 +22,7 @@ def exact_rules():
     yield "truncated", hypergrad.truncated(problems.EVERYTHING, **options, truncation_length=NUM_STEPS, remat="sqrt")
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_every_exact_rule_is_the_same_on_everything_at_once():
     # One program: initialization, dropout, minibatches, statistics, Adam; λ enters everywhere.
     @jax.jit

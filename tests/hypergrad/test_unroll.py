@@ -161,7 +161,7 @@ def test_checkpointing_changes_nothing(num_steps):
         chex.assert_trees_all_close(results(remat), expected, rtol=1e-11, atol=1e-14)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_orders_of_nesting_agree():
     def hessian(outer, remat):
         def objective(lam):

@@ -261,7 +261,7 @@ def as_float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_float32_has_the_kernel_of_xla_in_every_derivative_and_batch():
     """One program for all forms: a value, a gradient and a product of the Hessian, under vmaps of each kind."""
 

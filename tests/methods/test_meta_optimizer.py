@@ -119,7 +119,7 @@ def test_units_of_earlier_tasks_do_not_matter():
         assert gap.mean() < 5e-4
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_rows_of_a_table_tell_which_earlier_tasks_it_is_like():
     """The distance of two classes says which configuration is best; nothing else does."""
     rng = np.random.default_rng(0)

@@ -113,7 +113,7 @@ def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch)
     assert last.configuration == POOL[-1]
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_a_cheap_trial_is_preferred_where_it_is_as_good(g):
     """Costs grow with x, tenfold; what is good is symmetric around the middle."""
     tried = [{"x": 0.0, "kind": "a"}, {"x": 1.0, "kind": "a"}]
@@ -275,7 +275,7 @@ def test_few_trials_see_the_full_budget_and_they_are_the_good_ones():
             methods.asha(**kwargs)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
     """Without candidates: the trials of a batch are where each adds to the others."""
     records = [Record(f"t{t}", {"x": float(x)}, (x - t / 4) ** 2) for t in range(5) for x in np.linspace(0, 1, 9)]
@@ -332,7 +332,7 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
         methods.load_meta_optimizer(tmp_path / "none.npz")
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well_and_so_do_files_of_version_1(g, tmp_path):
     tables = {f"t{t}": rows_of(np.random.default_rng(t), t / 3) for t in range(4)}
     h = methods.train_meta_optimizer(

@@ -70,7 +70,7 @@ def test_every_edge_and_layer_has_its_own_draws():
 # ---- The recipe -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_a_step_by_hand():
     made = recipe(auxiliary=0.3, drop_path=0.0, clip=0.05, decay=0.1, rate=0.2)
     supernet = nas.supernet(NET, (6, 2), ops=nas.BLOCKS)

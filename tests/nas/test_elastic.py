@@ -211,7 +211,7 @@ def test_every_search_takes_sizes(name):
     assert not nas.discrete(SIZES, genotype).cells
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_the_exact_hypergradient_is_finite_differences():
     """In windows, widths and depths at once, one step ahead, through `methods.darts`."""
     network = conv_net(widths=(1, 2), kernels=(1, 3), depths=(1, 2), hidden=(2, 3), norm="batch")

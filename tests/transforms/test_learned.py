@@ -269,7 +269,7 @@ def test_the_shipped_weights_train_better_than_fresh_ones_and_than_adam_by_defau
     assert learned < 0.5 * adam and learned < 0.5 * fresh
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["persistent_es", "truncated"])
 def test_its_weights_are_trained_by_evolution_strategies_or_gradients_of_windows(rule):
     # A family of quadratics, of other curvatures and minima in each task; judged on tasks that were not trained on.
