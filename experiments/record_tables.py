@@ -45,6 +45,7 @@ NUM_DEEP = 2  # deep kernels
 DEEP = {"metaopt with deep kernels": 0.5, "deep kernels alone (FSBO)": 1.0}  # their share of the mixture
 NOT_ADAPTED = "deep kernels alone, not adapted"
 LEARNED = ("metaopt", *DEEP)
+PLAIN_LENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # of the process without other tasks, in units of the encoding
 ABLATED = ("metaopt, no features", NOT_ADAPTED)  # with --ablate
 
 
@@ -157,8 +158,9 @@ def search(surrogate, x, functions, weights, error, start, adaptation_steps=10):
 
 
 @jax.jit
-def plain_search(gram, error, starts):
-    """[runs, NUM_TRIALS]: one Gaussian process, its mean and amplitude by maximum likelihood, expected improvement."""
+def plain_search(grams, error, starts):
+    """[runs, NUM_TRIALS]: one Gaussian process, its kernel (of K), mean and amplitude by maximum likelihood, expected
+    improvement."""
     open_ = jnp.isfinite(error)
     error = jnp.where(open_, error, 0.0)
 
@@ -167,11 +169,21 @@ def plain_search(gram, error, starts):
             seen, mask, tried = carry
             y = error[seen]
             both = mask[:, None] * mask[None]
-            inverse = jnp.linalg.inv(gram[seen][:, seen] * both + jnp.diag(jnp.where(mask > 0, 1e-3, 1.0)))
-            cross, total = gram[:, seen] * mask[None], mask @ inverse @ mask
-            mean = (mask @ inverse @ y) / total
-            rest = (y - mean) * mask
-            scale = jnp.sqrt((rest @ inverse @ rest) / jnp.maximum(i - 1, 1) + 1e-8)
+
+            def fitted(gram):
+                among = gram[seen][:, seen] * both + jnp.diag(jnp.where(mask > 0, 1e-3, 1.0))
+                inverse = jnp.linalg.inv(among)
+                total = mask @ inverse @ mask
+                mean = (mask @ inverse @ y) / total
+                rest = (y - mean) * mask
+                square = (rest @ inverse @ rest) / jnp.maximum(i - 1, 1) + 1e-8
+                nll = (i - 1) * jnp.log(square) + jnp.linalg.slogdet(among)[1] + jnp.log(total)
+                return nll, inverse, mean, rest, jnp.sqrt(square)
+
+            nll, *found = jax.vmap(fitted)(grams)
+            best = jnp.argmin(nll)
+            inverse, mean, rest, scale = (leaf[best] for leaf in found)
+            cross = grams[best][:, seen] * mask[None]
             variance = 1 + 1e-3 - ((cross @ inverse) * cross).sum(1)
             mu, std = mean + cross @ inverse @ rest, scale * jnp.sqrt(jnp.maximum(variance, 1e-9))
             mixture = predictors.Mixture(jnp.zeros(1), mu[:, None], std[:, None])
@@ -219,9 +231,11 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
         variants |= {ABLATED[0]: surrogate, NOT_ADAPTED: variants["deep kernels alone (FSBO)"]}
     encoded = jnp.stack([spaces.encode(space, spaces.from_configuration(space, c)) for c in plain])
     functions = predictors.functions_at(surrogate, encoded)
-    plain_kernel = predictors.Kernel(jnp.full(encoded.shape[1], -0.5), jnp.array(4.0), jnp.array(0.0))
-    plain_gram = predictors.kernel_matrix(plain_kernel, encoded, encoded)
-    curves = {name: [] for name in (*variants, "GP, fixed kernel, no other task")}
+    of_length = lambda log: predictors.Kernel(jnp.full(encoded.shape[1], log), jnp.array(4.0), jnp.array(0.0))
+    plain_grams = jnp.stack(
+        [predictors.kernel_matrix(of_length(log), encoded, encoded) for log in np.log(PLAIN_LENGTHS)]
+    )
+    curves = {name: [] for name in (*variants, "GP, no other task")}
     expected = jax.jit(lambda of, weights: predictors.expected_outcomes(of, encoded) @ weights)
 
     def trials(name, t, error, open_):
@@ -236,8 +250,8 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
         open_ = np.flatnonzero(np.isfinite(regret))
         for name in variants:
             curves[name].append(curve(regret, np.asarray(trials(name, t, error, open_))))
-        tried = plain_search(plain_gram, error, jnp.asarray(rng.choice(open_, plain_starts)))
-        curves["GP, fixed kernel, no other task"].append(np.mean([curve(regret, run) for run in np.asarray(tried)], 0))
+        tried = plain_search(plain_grams, error, jnp.asarray(rng.choice(open_, plain_starts)))
+        curves["GP, no other task"].append(np.mean([curve(regret, run) for run in np.asarray(tried)], 0))
     tried = trials("metaopt", test[-1], error, open_)  # the last task's, again as a user has it
     again, milliseconds = one_by_one(g, data, test[-1], plain)
     if again != np.asarray(tried)[: len(again)].tolist():
@@ -263,15 +277,25 @@ def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict
 
 
 class Labels(NamedTuple):
-    """A table's configurations as categories, for optimizers that know nothing of tables."""
+    """A table's parameters one by one, for optimizers that know nothing of tables: numbers in order, and categories."""
 
     columns: dict[str, np.ndarray]  # [C] texts by parameter, "" where a configuration lacks it
     values: dict[tuple[str, str], list[str]]  # (algorithm, parameter) -> what is tried of it, where that is several
+    numbers: set[tuple[str, str]]  # whose values are numbers, in ascending order, and more than two
 
-    def nearest(self, algorithm: str, given: dict[str, str], open_: np.ndarray) -> int:
-        """The open configuration that shares most of these values."""
-        same = sum(self.columns[name] == value for name, value in given.items())
-        return int(np.where(open_, same + 100 * (self.columns["algorithm"] == algorithm), -1).argmax())
+    def nearest(self, algorithm: str, given: dict[str, str], open_: np.ndarray, rng: np.random.Generator) -> int:
+        """The open configuration nearest to these values; any of them where several are."""
+        distance = 100.0 * (self.columns["algorithm"] != algorithm)
+        for name, value in given.items():
+            values, column = self.values[algorithm, name], self.columns[name]
+            if (algorithm, name) in self.numbers:
+                at = np.array([values.index(v) if v in values else -1 for v in column])
+                apart = np.abs(at - values.index(value)) / (len(values) - 1)
+                distance += np.where(at < 0, 1.0, apart)
+            else:
+                distance += column != value
+        distance = np.where(open_, distance, np.inf)
+        return int(rng.choice(np.flatnonzero(distance < distance.min() + 1e-9)))
 
 
 def label(data: Records) -> Labels:
@@ -281,15 +305,23 @@ def label(data: Records) -> Labels:
         for name, value in c.items():
             values.setdefault((c.get("algorithm", "") if name != "algorithm" else "", name), set()).add(value)
     columns = {name: np.array([c.get(name, "") for c in found]) for name in {"algorithm", *(n for _, n in values)}}
-    return Labels(columns, {key: sorted(v) for key, v in values.items() if len(v) > 1})
+    ordered, numbers = {}, set()
+    for key, of in values.items():
+        try:
+            ordered[key] = sorted(of, key=float)
+            numbers |= {key} if len(of) > 2 else set()
+        except ValueError:
+            ordered[key] = sorted(of)
+    return Labels(columns, {key: of for key, of in ordered.items() if len(of) > 1}, numbers)
 
 
 def tpe(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
-    """The curve of Optuna's TPE: every parameter a category, and snapped to the nearest row of the table."""
+    """The curve of Optuna's TPE, snapped to the nearest row of the table. A number is its place in order."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    rng = np.random.default_rng([seed, t])  # no task begins as another does
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=int(rng.integers(2**31))))
     regret, tried = data.regret[t], []
     open_ = np.isfinite(regret)
     while len(tried) < NUM_TRIALS and open_.any():
@@ -299,8 +331,11 @@ def tpe(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
             algorithm = trial.suggest_categorical("algorithm", labels.values["", "algorithm"])
         for (of, name), values in labels.values.items():
             if of == algorithm and name != "algorithm":
-                given[name] = trial.suggest_categorical(f"{of}.{name}", values)
-        tried.append(labels.nearest(algorithm, given, open_))
+                if (of, name) in labels.numbers:
+                    given[name] = values[trial.suggest_int(f"{of}.{name}", 0, len(values) - 1)]
+                else:
+                    given[name] = trial.suggest_categorical(f"{of}.{name}", values)
+        tried.append(labels.nearest(algorithm, given, open_, rng))
         open_[tried[-1]] = False
         study.tell(trial, float(data.error[t, tried[-1]]))
     return curve(regret, np.array(tried))
@@ -312,6 +347,8 @@ def smac(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
     from smac import HyperparameterOptimizationFacade, Scenario
     from smac.runhistory.dataclasses import TrialValue
 
+    rng = np.random.default_rng([seed, t])
+    seed = int(rng.integers(2**31))
     space = ConfigSpace.ConfigurationSpace(seed=seed)
     which = None
     if ("", "algorithm") in labels.values:
@@ -319,7 +356,10 @@ def smac(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
         space.add(which)
     for (of, name), values in labels.values.items():
         if name != "algorithm":
-            parameter = ConfigSpace.CategoricalHyperparameter(f"{of}.{name}", values)
+            kind: Any = ConfigSpace.CategoricalHyperparameter
+            if (of, name) in labels.numbers:
+                kind = ConfigSpace.OrdinalHyperparameter
+            parameter = kind(f"{of}.{name}", values)
             space.add(parameter)
             if which is not None:
                 space.add(ConfigSpace.EqualsCondition(parameter, which, of))
@@ -338,10 +378,10 @@ def smac(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
         optimizer = HyperparameterOptimizationFacade(scenario, refuse, overwrite=True, logging_level=False)
         while len(tried) < NUM_TRIALS and open_.any():
             trial = optimizer.ask()
-            given = dict(trial.config)
+            given = {name: str(value) for name, value in dict(trial.config).items()}
             algorithm = given.pop("algorithm", labels.columns["algorithm"][0])
             given = {name.partition(".")[2]: value for name, value in given.items()}
-            tried.append(labels.nearest(algorithm, given, open_))
+            tried.append(labels.nearest(algorithm, given, open_, rng))
             open_[tried[-1]] = False
             optimizer.tell(trial, TrialValue(cost=float(data.error[t, tried[-1]])), save=False)
     return curve(regret, np.array(tried))

@@ -11,15 +11,17 @@ import numpy as np
 from metaopt import predictors, spaces
 from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 
-VERSION = 2
+VERSION = 3
 _FORMAT = "metaopt.meta_optimizer"
 # What the arrays of a surrogate are called, and how many axes they have.
 _AXES: Any = {"reference": 2, "curves": 2, "coefficients": 2, "log_scales": 1, "kernel": (1, 0, 0)}
 _AXES |= {"attention": {"log_rates": 2, "logit_share": 1}, "sorted_features": 2, "features": 2}
-_AXES |= {"closeness": 0, "residual": 0, "deep_share": 0}
+_AXES |= {"closeness": 0, "residual": 0, "deep_share": 0, "transformer_share": 0}
 _TEMPLATE = predictors.Surrogate(**_AXES | {"kernel": predictors.Kernel(*_AXES["kernel"])})
 _DEEP_AXES: Any = (3, 3, 2, 3, 2, 2, 2, 1, 1)
 _DEEP = predictors.DeepKernel(*_DEEP_AXES)
+_TRANSFORMER_AXES: Any = (3, 3, 3, 3, 2, 2, dict.fromkeys(("qkv", "mix", "up", "down"), 4), 3, 2)
+_TRANSFORMER = predictors.Transformer(*_TRANSFORMER_AXES)
 _EMBEDDING_AXES: Any = ({"entry": {"w": 1, "b": 1}, "pair": {"w": 2, "b": 1}, "embedding": 2}, 1, 1)
 _EMBEDDING = predictors.Embedding(*_EMBEDDING_AXES)
 
@@ -95,8 +97,10 @@ def _arrays(kind: str, surrogate: predictors.Surrogate) -> dict[str, Any]:
 
 def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predictors.Surrogate:
     has = lambda part: any(name.startswith(f"{kind}.{part}.") for name in arrays)
-    arrays.setdefault(f"{kind}.deep_share", np.array(0.0))  # version 1 has none
+    for name in ("deep_share", "transformer_share"):
+        arrays.setdefault(f"{kind}.{name}", np.array(0.0))  # version 1 has none, version 2 the first
     template = _TEMPLATE._replace(deep=_DEEP if has("deep") else None)
+    template = template._replace(transformers=_TRANSFORMER if has("transformers") else None)
     template = template._replace(embedding=_EMBEDDING if has("embedding") else None)
 
     def read(path, num_axes):
@@ -128,6 +132,11 @@ def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predi
         init = lambda: predictors.init_deep_kernel(key, num_dims, num_features, num_hidden=num_hidden)
         shapes["deep"] = sizes(found.deep)
         expected["deep"] = [(num_deep, *size) for size in sizes(jax.eval_shape(init))]
+    if found.transformers is not None:
+        num, num_layers, width, _ = found.transformers.layers["mix"].shape
+        init = lambda: predictors.init_transformer(key, num_dims, num_features, width=width, num_layers=num_layers)
+        shapes["transformers"] = sizes(found.transformers)
+        expected["transformers"] = [(num, *size) for size in sizes(jax.eval_shape(init))]
     if shapes != expected:
         raise ValueError(f"its arrays have shapes {shapes}, and should have {expected}")
     on_device = jax.tree.map(jnp.asarray, found)
@@ -136,4 +145,5 @@ def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predi
         closeness=float(found.closeness),
         residual=float(found.residual),
         deep_share=float(found.deep_share),
+        transformer_share=float(found.transformer_share),
     )

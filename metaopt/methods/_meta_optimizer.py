@@ -25,6 +25,8 @@ def train_meta_optimizer(
     max_reference: int = 512,
     deep_kernels: int = 0,
     deep_share: float = 0.5,
+    transformers: int = 0,
+    transformer_share: float = 0.5,
     costs: bool = False,
     key: jax.Array | None = None,
 ) -> MetaOptimizer:
@@ -37,7 +39,10 @@ def train_meta_optimizer(
     (`predictors.attention_loss`), as an ensemble of bootstrapped members. With `deep_kernels`, Gaussian processes whose
     mean and kernel see configurations and the task's features through a network stand beside them: meta-learned by the
     marginal likelihood of the tasks' outcomes (`predictors.deep_kernel_loss`), and adapted to a new task's trials by a
-    few steps (FSBO).
+    few steps (FSBO). With `transformers`, networks that read the trials of a task as a set, and say what another one
+    will give (`predictors.transformer_loss`), are trained on the outcomes of some trials of earlier tasks given others,
+    and need no adaptation (a prior-fitted network, or transformer neural process). What is expected, and what a trial
+    promises, is then the weighted mean of both.
 
     `predict` minimizes the weighted mean outcome by gradient descent over the relaxed space from several starts, or
     over the candidates. The searcher's first trial is that; afterwards it maximizes an acquisition function under
@@ -46,7 +51,9 @@ def train_meta_optimizer(
     of earlier tasks are normalized one task at a time; a new task's are expected on the scales of theirs, and on the
     scale that fits its own trials best, should its units be others. A task whose trials all have one outcome, such as a
     task with one trial, says nothing of what is better, and is left out. A trial of the new task that failed is
-    expected to have given what is no better than the worst one that did not (`predictors.censored_mean`).
+    expected to have given what is no better than the worst one that did not (`predictors.censored_mean`); transformers
+    read, and predict, that trials fail. They look at the best and the latest of many trials (`predictors.MAX_SHOWN`),
+    and at what runs as if it had given what the mixture expects.
 
     Args:
       records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which count as bad. Names
@@ -62,10 +69,14 @@ def train_meta_optimizer(
         learned. By default, every task is its own.
       candidates: configurations to choose from; None searches the space.
       num_members: of the ensemble that reads features.
-      num_steps: outer steps that learn the kernel, and the ensemble; deep kernels take as many times four.
+      num_steps: outer steps that learn the kernel, and the ensemble; deep kernels and transformers take as many times
+        four.
       max_reference: configurations at which functions are kept; where more were tried, a random choice of them.
       deep_kernels: how many of them, which differ by their initialization; 0 learns none.
       deep_share: how likely they are, together, before a new task has trials; 1 leaves nothing else.
+      transformers: how many of them, which differ by their initialization, and whose predictions are averaged; 0 trains
+        none.
+      transformer_share: what share of the whole they have, whatever a new task's trials say; 1 leaves nothing else.
       costs: also learn what trials cost, as the logarithm of a record's `cost` up to a factor for each task, for
         `searcher(acquisition="ei_per_cost")`: expected improvement per predicted cost (Snoek et al., 2012).
       key: what everything random follows from; `jax.random.key(0)` by default.
@@ -79,14 +90,18 @@ def train_meta_optimizer(
         a task of the records; `costs`, and no task has records of different costs.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063, for `datasets`;
-      Wistuba & Grabocka, ICLR 2021, https://arxiv.org/abs/2101.07667, for `deep_kernels`.
+      Wistuba & Grabocka, ICLR 2021, https://arxiv.org/abs/2101.07667, for `deep_kernels`;
+      Müller et al., PFNs4BO, ICML 2023, https://arxiv.org/abs/2305.17535, and Nguyen & Grover, ICML 2022,
+      https://arxiv.org/abs/2207.04179, for `transformers`.
     """
     base.check_integer("num_members", num_members, 1)
     base.check_integer("num_steps", num_steps, 0)
     base.check_integer("max_reference", max_reference, 2)
     base.check_integer("deep_kernels", deep_kernels, 0)
-    if not 0 <= deep_share <= 1:
-        raise ValueError(f"`deep_share` must lie in [0, 1]; got {deep_share}.")
+    base.check_integer("transformers", transformers, 0)
+    for name, share in (("deep_share", deep_share), ("transformer_share", transformer_share)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"`{name}` must lie in [0, 1]; got {share}.")
     if candidates is not None and not len(candidates):
         raise ValueError("`candidates` must hold a configuration, or be None to search the whole space; it is empty.")
     key = jax.random.key(0) if key is None else key
@@ -114,6 +129,9 @@ def train_meta_optimizer(
         if candidates is None:
             deep = deep._replace(logit_smooth=jnp.maximum(deep.logit_smooth, 5.0))
         surrogate = surrogate._replace(deep=deep, deep_share=float(deep_share))
+    if transformers:
+        networks = _fit_transformers(jax.random.fold_in(key, 4), trials, surrogate, transformers, 4 * num_steps)
+        surrogate = surrogate._replace(transformers=networks, transformer_share=float(transformer_share))
     cost_surrogate = None
     if costs:
         trials = _costs_by_task(records, encode)
@@ -257,6 +275,61 @@ def _fit_deep_kernels(key, trials, features, num_members: int, num_steps: int) -
     optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
     learner = training.learner(hypergrad.over_tasks(hypergrad.direct(loss)), optimizer)
     sample_tasks = _sample_trials([trials[s] for s in usable], 32, with_features)
+    fitted = training.fit(
+        learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=fit_key, progress=False, handle_signals=False
+    )
+    return fitted.hyperparams
+
+
+def _fit_transformers(key, trials, surrogate, num_members: int, num_steps: int):
+    """On outcomes of some trials of a task, given others: none, a few or many, and good ones more often."""
+    init_key, start_key, fit_key = jax.random.split(key, 3)
+    features = np.asarray(surrogate.features)
+    usable = [s for s, task in enumerate(trials) if np.isfinite(task.y).sum() > 1]
+    init = lambda key: predictors.init_transformer(key, trials[0].x.shape[1], features.shape[1])
+    start = jax.vmap(init)(jax.random.split(init_key, num_members))
+    if not usable:
+        return start
+    outcomes = [predictors.normalize(trials[s].y)[0] for s in usable]
+    # What is shown may depend on what earlier tasks expect, not on the outcomes themselves, which are to be told.
+    expected = jax.jit(lambda x: predictors.functions_at(surrogate, x)[:, 0])
+    expected = [np.asarray(expected(jnp.asarray(trials[s].x))) for s in usable]
+    largest = max(len(y) for y in outcomes)
+    num_shown = min(predictors.MAX_SHOWN, largest - 1)
+    num_asked = min(predictors.MAX_SHOWN, largest)
+
+    def sample_tasks(key):
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        batch = []
+        for i in rng.integers(len(usable), size=16):
+            x, y = trials[usable[i]].x, outcomes[i]
+            good = -rng.uniform(0, 3) * expected[i] / max(expected[i].std(), 1e-9)
+            order = np.argsort(-good - rng.gumbel(size=len(y)))
+            few = min(int((num_shown + 1) * rng.random() ** 2), len(y) - 1)
+
+            def padded(rows, size, x=x, y=y):
+                pad = (0, size - len(rows))
+                mask = np.pad(np.ones(len(rows)), pad)
+                return np.pad(x[rows], (pad, (0, 0))), np.pad(y[rows], pad), mask
+
+            shown, asked = padded(order[:few], num_shown), padded(order[few:][:num_asked], num_asked)
+            batch.append((shown, asked, features[usable[i]] * (rng.random() < 0.8)))
+        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves), jnp.result_type(float)), *batch)
+
+    # It begins with how often each bin is met: what never is would count for much, since it lies far away.
+    drawn = [sample_tasks(key) for key in jax.random.split(start_key, 32)]
+    counts = np.ones(start.head_bias.shape[1]) / 10
+    for shown, asked, _ in drawn:
+        at = np.asarray(jax.vmap(predictors.outcome_classes)(shown, asked))
+        counts += np.bincount(at[np.asarray(asked[2]) > 0], minlength=len(counts))
+    start = start._replace(head_bias=start.head_bias + jnp.log(jnp.asarray(counts / counts.sum()))[None])
+
+    def loss(transformers, task, key):
+        return jax.vmap(lambda member: predictors.transformer_loss(member, *task))(transformers).sum()
+
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, max(num_steps // 20, 1), max(num_steps, 2))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-2))
+    learner = training.learner(hypergrad.over_tasks(hypergrad.direct(loss)), optimizer)
     fitted = training.fit(
         learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=fit_key, progress=False, handle_signals=False
     )

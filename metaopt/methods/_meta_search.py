@@ -186,11 +186,32 @@ def meta_optimizer(
         both = jnp.concatenate([top, jnp.asarray(ascended)])
         return both[jnp.argmax(score(jax.vmap(rounded)(both)))]
 
-    # What depends on the task of a surrogate are its deep kernels.
-    at = lambda deep: surrogate._replace(deep=deep)
+    # What depends on the task of a surrogate are its networks: deep kernels, and transformers.
+    at = lambda networks: surrogate._replace(deep=networks[0], transformers=networks[1])
+    share = 0.0 if surrogate.transformers is None else float(surrogate.transformer_share)
+    typical_scale = float(np.exp(np.median(surrogate.log_scales)))
 
-    def expected(weights, deep, x):
-        return -(predictors.expected_outcomes(at(deep), x) @ weights)
+    def read_mean(networks, shown, x):
+        """[P] normalized outcomes that transformers expect where no trial has one; a failure is as bad as the worst."""
+        read = predictors.read_trials(networks[1], shown)
+        return predictors.binned_moments(predictors.predict_binned(networks[1], read, x), 1.0)[0]
+
+    def outcomes_of(weights, networks, x):
+        """[P, K] normalized outcomes that are possible without a trial, and [K] their weights."""
+        found = predictors.expected_outcomes(at(networks), x)
+        if not share:
+            return found, weights
+        nothing = jnp.zeros((0, x.shape[1]), x.dtype), jnp.zeros(0, x.dtype), jnp.zeros(0, x.dtype)
+        found = jnp.concatenate([found, read_mean(networks, nothing, x)[:, None]], axis=1)
+        return found, jnp.append((1 - share) * weights, share)
+
+    def expected(weights, networks, x):
+        found, weights = outcomes_of(weights, networks, x)
+        return -(found @ weights)
+
+    def after_failures(weights, networks, failed, shown, x):
+        found = -predictors.expected_after_failures(at(networks), weights, failed, x)
+        return (1 - share) * found - share * read_mean(networks, shown, x) if share else found
 
     def log_cost_fn(trials, functions):
         """x -> [P], up to a constant, which is that of the machine and of the task's size."""
@@ -203,14 +224,15 @@ def meta_optimizer(
         conditioned = predictors.condition(learned, weights, trials)
         return lambda x: _mean(predictors.posterior_at(learned, conditioned, x, functions=functions))
 
-    def score_fn(acquisition, key, weights, deep, trials, pending, costs, functions=None, cost_functions=None):
+    def score_fn(acquisition, key, weights, networks, given, costs, functions=None, cost_functions=None):
         """x -> [P] scores, larger is better; the functions are those at x, where it is always the same."""
+        trials, pending, shown = given
         _, y, mask = trials
         best = jnp.where(mask > 0, y, jnp.inf).min()
-        conditioned = predictors.condition(at(deep), weights, trials)
+        conditioned = predictors.condition(at(networks), weights, trials)
         log_cost = log_cost_fn(costs, cost_functions) if acquisition == "ei_per_cost" else lambda x: jnp.zeros(len(x))
 
-        def score(x):
+        def by_mixture(x):
             if acquisition in ("ei", "ei_per_cost") and pending is not None:
                 gain = predictors.batch_expected_improvement(
                     surrogate, conditioned, pending, x, best, key, functions=functions
@@ -223,19 +245,39 @@ def meta_optimizer(
                 return predictors.thompson_sample(key, mixture, independent=finite is not None)
             return predictors.expected_improvement(mixture, best) * jnp.exp(-log_cost(x))
 
+        if not share:
+            return by_mixture
+        read = predictors.read_trials(networks[1], shown, typical_scale)
+        coin_key, level_key = jax.random.split(jax.random.fold_in(key, 2))
+
+        def by_transformers(x):
+            binned = predictors.predict_binned(networks[1], read, x)
+            if acquisition == "ucb":
+                mean, std = predictors.binned_moments(binned, jnp.where(mask > 0, y, -jnp.inf).max())
+                return std - mean
+            if acquisition == "thompson":  # one level for all where it must be smooth
+                level = jax.random.uniform(level_key, (len(x),) if finite is not None else (), x.dtype)
+                return -predictors.binned_quantile(binned, level)
+            return predictors.binned_improvement(binned, best) * jnp.exp(-log_cost(x))
+
+        def score(x):
+            if acquisition == "thompson":
+                return jnp.where(jax.random.uniform(coin_key) < share, by_transformers(x), by_mixture(x))
+            return share * by_transformers(x) + ((1 - share) * by_mixture(x) if share < 1 else 0.0)
+
         return score
 
     @jax.jit
-    def best_expected(key, weights, deep):
-        return search(key, lambda x: expected(weights, deep, x))
+    def best_expected(key, weights, networks):
+        return search(key, lambda x: expected(weights, networks, x))
 
     @jax.jit
-    def best_after_failures(key, weights, deep, failed):
-        return search(key, lambda x: -predictors.expected_after_failures(at(deep), weights, failed, x))
+    def best_after_failures(key, *given):
+        return search(key, lambda x: after_failures(*given, x))
 
     @jax.jit
-    def finite_after_failures(weights, deep, failed):
-        return -predictors.expected_after_failures(at(deep), weights, failed, jnp.asarray(finite))
+    def finite_after_failures(*given):
+        return after_failures(*given, jnp.asarray(finite))
 
     def suggest_z(acquisition, key, *given):
         return search(key, score_fn(acquisition, jax.random.fold_in(key, 1), *given))
@@ -244,12 +286,12 @@ def meta_optimizer(
         return score_fn(acquisition, key, *given)(jnp.asarray(finite))  # the last of them are functions
 
     @jax.jit
-    def believe(weights, deep, trials, x):
-        return _mean(predictors.posterior(at(deep), weights, trials, x))
+    def believe(weights, networks, trials, x):
+        return _mean(predictors.posterior(at(networks), weights, trials, x))
 
     @jax.jit
-    def believe_failed(weights, deep, trials, x, worst):
-        return predictors.censored_mean(predictors.posterior(at(deep), weights, trials, x), worst)
+    def believe_failed(weights, networks, trials, x, worst):
+        return predictors.censored_mean(predictors.posterior(at(networks), weights, trials, x), worst)
 
     suggest_z = jax.jit(suggest_z, static_argnums=0)
     acquire_finite = jax.jit(acquire_finite, static_argnums=0)
@@ -257,18 +299,19 @@ def meta_optimizer(
     at_finite = lambda of: None if finite is None or of is None else functions_at(of, jnp.asarray(finite))
     of_finite = at_finite(surrogate), at_finite(cost_surrogate)
     expected_finite = jax.jit(expected)
-    outcomes_fn = jax.jit(lambda deep, x: predictors.expected_outcomes(at(deep), x))
+    outcomes_fn = jax.jit(outcomes_of)
     to_configuration = lambda z: spaces.configuration(space, spaces.to_constrained(space, unravel(z)))
 
     def seen_from(new_task):
-        """What tells tasks apart: the weights of earlier ones, and the deep kernels with the task's features."""
+        """What tells tasks apart: the weights of earlier ones, and the networks with the task's features."""
         features = new_task.features if isinstance(new_task, base.Task) else new_task
         num_features = len(surrogate.sorted_features)
         if features is not None and num_features and np.shape(features) != (num_features,):
             raise ValueError(f"A new task has [{num_features}] features; got shape {np.shape(features)}.")
         rows = new_task.train if isinstance(new_task, base.Task) else None
         of = features, rows
-        return predictors.task_weights(surrogate, *of), predictors.at_task(surrogate, *of).deep
+        seen = predictors.at_task(surrogate, *of)
+        return predictors.task_weights(surrogate, *of), (seen.deep, seen.transformers)
 
     def predict(new_task: Any = None) -> dict[str, Any]:
         task = seen_from(new_task)
@@ -278,14 +321,13 @@ def meta_optimizer(
 
     def portfolio(num: int, new_task: Any = None) -> list[dict[str, Any]]:
         base.check_integer("num", num, 1)
-        (weights, deep), chosen = seen_from(new_task), [predict(new_task)]
-        weights = np.asarray(weights)
+        task, chosen = seen_from(new_task), [predict(new_task)]
         if pool:
             among = pool
         else:
             zs = sample(jax.random.split(jax.random.key(1), _NUM_RANDOM))
             among = list({tuple(sorted(c.items())): c for c in [chosen[0], *map(to_configuration, zs)]}.values())
-        curves = np.asarray(outcomes_fn(deep, jnp.asarray(np.stack([encode(c) for c in among]))))
+        curves, weights = map(np.asarray, outcomes_fn(*task, jnp.asarray(np.stack([encode(c) for c in among]))))
         taken = {among.index(chosen[0])}
         best = curves[among.index(chosen[0])]
         while len(chosen) < min(num, len(among)):
@@ -322,15 +364,23 @@ def meta_optimizer(
                 failed = np.stack([trial.x for trial in state.tried.values()] + list(state.pending.values()))
                 failed = failed[-_MAX_TRIALS:]
                 at_failed, _, mask = _padded(failed, np.zeros(len(failed)))
+                given = (at_failed, mask), shown_to_transformers(failed, np.full(len(failed), np.nan))
                 if finite is None:
-                    return to_configuration(best_after_failures(key, *task, (at_failed, mask)))
-                score = np.array(finite_after_failures(*task, (at_failed, mask)))
+                    return to_configuration(best_after_failures(key, *task, *given))
+                score = np.array(finite_after_failures(*task, *given))
                 score[[name in known for name in finite_keys]] = -np.inf
                 if np.isfinite(score).any():
                     return dict(pool[int(score.argmax())])
             if len(plan) <= len(known):
                 plan[:] = portfolio(len(known) + 8, new_task)
             return next((c for c in plan if encode(c).tobytes() not in known), plan[-1])
+
+        def shown_to_transformers(x, y):
+            """The best of the trials and the latest; NaN is a failure."""
+            if not share:
+                return None
+            keep = _best_and_latest(y, predictors.MAX_SHOWN)
+            return _padded(x[keep], y[keep])
 
         def with_failed(x, y, failed):
             """Of a failed trial it is known that its outcome is no better than the worst one: it is expected there."""
@@ -357,20 +407,20 @@ def meta_optimizer(
             # what earlier tasks have seen, units are others, and the better half says what is far.
             middle = np.quantile(y[seen], 0.5, method="lower") - low
             y = np.minimum(y - low, widest if middle <= widest else 4 * middle)
-            keep = np.arange(len(y))
-            if len(y) > _MAX_TRIALS:  # the best, and the latest
-                half = _MAX_TRIALS // 2
-                keep = np.union1d(np.argsort(y, kind="stable")[:half], keep[-half:])
+            keep = _best_and_latest(y, _MAX_TRIALS)
             x, y = np.stack([tried[i].x for i in keep]), y[keep]
+            given_y = y
             if (failed := np.isnan(y)).any():
                 y = with_failed(x, np.where(failed, np.nanmax(y), y), failed)
-            trials, pending, costs = _padded(x, y), None, None
+            trials, pending, costs, shown = _padded(x, y), None, None, shown_to_transformers(x, given_y)
             if state.pending:
                 waiting = np.stack(list(state.pending.values()))
                 padded, _, mask = _padded(waiting, np.zeros(len(waiting)))
                 pending = padded, mask
-                if acquisition in ("ucb", "thompson"):  # they are believed to give what is expected
+                if share or acquisition in ("ucb", "thompson"):  # they are believed to give what is expected
                     believed = np.asarray(believe(*task, trials, padded))[: len(waiting)]
+                    shown = shown_to_transformers(np.concatenate([x, waiting]), np.concatenate([given_y, believed]))
+                if acquisition in ("ucb", "thompson"):
                     trials = _padded(np.concatenate([x, waiting]), np.concatenate([y, believed]))
                     pending = None
             if acquisition == "ei_per_cost":
@@ -378,8 +428,8 @@ def meta_optimizer(
                 if known:
                     costs = _padded(np.stack([tried[i].x for i in known]), np.array([tried[i].log_cost for i in known]))
             if finite is None:
-                return to_configuration(suggest_z(acquisition, key, *task, trials, pending, costs))
-            score = np.array(acquire_finite(acquisition, key, *task, trials, pending, costs, *of_finite))
+                return to_configuration(suggest_z(acquisition, key, *task, (trials, pending, shown), costs))
+            score = np.array(acquire_finite(acquisition, key, *task, (trials, pending, shown), costs, *of_finite))
             before = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
             score[[name in before for name in finite_keys]] = -np.inf
             if not np.isfinite(score).any():
@@ -475,6 +525,13 @@ def _at_full_budget(outcomes: Sequence[Mapping[float, float]]) -> np.ndarray:
             shift[s] = shift[higher[0]] + mean(higher[0]) - mean(s)
     moved = np.array([of[max(of)] + shift[max(of)] if of else np.nan for of in best])
     return np.where(failed, np.nan, moved)
+
+
+def _best_and_latest(y: np.ndarray, num: int) -> np.ndarray:
+    """Indices of at most `num` trials, in order."""
+    if len(y) <= num:
+        return np.arange(len(y))
+    return np.union1d(np.argsort(y, kind="stable")[: num // 2], np.arange(len(y))[-(num // 2) :])
 
 
 def _padded(x: np.ndarray, y: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:

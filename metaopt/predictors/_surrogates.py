@@ -10,9 +10,10 @@ unknown offset a and scale b of its outcomes,
 learned mean and covariance; at ρ = 1 (and η = 0) the new task is one of the earlier ones, as a greedy portfolio has it.
 Mean and covariance of f are the same for every ρ, if all w_s are. k is a plain kernel over encoded configurations. One
 more component, GP(0, v k), knows nothing of earlier tasks, and takes over where their predictions fail; deep kernels
-(`_deep_kernel`) may stand beside. Offsets have a flat prior; scales are those of the earlier tasks, times a few
-factors, and the one that a task's own trials make likeliest, should its outcomes have other units. Everything but the
-adaptation of deep kernels is in closed form, and all is differentiable in c.
+(`_deep_kernel`) may stand beside, and so may transformers (`_transformer`), apart from the mixture. Offsets have a flat
+prior; scales are those of the earlier tasks, times a few factors, and the one that a task's own trials make likeliest,
+should its outcomes have other units. Everything but the adaptation of deep kernels is in closed form, and all is
+differentiable in c.
 
 Sources: Wang et al., Pre-trained Gaussian processes for Bayesian optimization, JMLR 2024,
 https://arxiv.org/abs/2109.08215 (learned mean and covariance, ρ = 0); Silverman, Density estimation, 1986, section 6.4
@@ -27,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt.predictors import _deep_kernel, _networks, _processes
+from metaopt.predictors import _deep_kernel, _networks, _processes, _transformer
 
 
 class TaskTrials(NamedTuple):
@@ -87,6 +88,8 @@ class Surrogate(NamedTuple):
       deep: E Gaussian processes with a meta-learned network in them (`deep_kernel_loss`), or None.
       deep_share: [] how likely they are, together, before there is a trial.
       embedding: how a task's rows become features, or None.
+      transformers: E of them, which read trials (`transformer_loss`), or None.
+      transformer_share: [] how much of what is expected is theirs, whatever the trials say.
     """
 
     reference: jax.Array
@@ -102,6 +105,8 @@ class Surrogate(NamedTuple):
     deep: _deep_kernel.DeepKernel | None = None
     deep_share: float = 0.0
     embedding: Embedding | None = None
+    transformers: _transformer.Transformer | None = None
+    transformer_share: float = 0.0
 
 
 def kernel_matrix(kernel: Kernel, x: jax.Array, z: jax.Array) -> jax.Array:
@@ -405,7 +410,7 @@ def task_weights(surrogate: Surrogate, features: Any = None, data: Any = None) -
 
 
 def at_task(surrogate: Surrogate, features: Any = None, data: Any = None) -> Surrogate:
-    """The surrogate for one task: what is known of it goes into the deep kernels, which see nothing otherwise.
+    """The surrogate for one task: what is known of it goes into deep kernels and transformers, which else see nothing.
 
     Args:
       surrogate: what is known.
@@ -416,9 +421,13 @@ def at_task(surrogate: Surrogate, features: Any = None, data: Any = None) -> Sur
       A `Surrogate`.
     """
     query = task_features(surrogate, features, data)
-    if surrogate.deep is None or query is None:
+    deep, transformers = surrogate.deep, surrogate.transformers
+    if query is None or deep is transformers is None:
         return surrogate
-    return surrogate._replace(deep=_deep_kernel.at_features(surrogate.deep, query))
+    return surrogate._replace(
+        deep=None if deep is None else _deep_kernel.at_features(deep, query),
+        transformers=None if transformers is None else _transformer.transformer_at_features(transformers, query),
+    )
 
 
 def expected_outcomes(surrogate: Surrogate, x: jax.Array) -> jax.Array:

@@ -1,0 +1,352 @@
+"""A transformer over the trials of a task: what outcome to expect of a configuration, given the trials so far.
+
+The trials are tokens of a set, and what is asked for are more tokens, which look at the trials and at themselves:
+
+    task:   h₀ = β + V x_t + N [log(1 + n), n = 0, n = 1]
+    trial:  h_i = C c_i + Y [asinh(10 v_i), v_i = 0, it failed, it did not]
+    query:  h_c = C c + q
+    h ← h + Σ_heads attention(norm h; the task, the trials, itself),    h ← h + W₂ relu(W₁ norm h)    (L times)
+    p(v, or failure | c, trials) = softmax(W norm h_c + b)
+
+c an encoded configuration, x_t the task's features, n the number of trials that did not fail. Outcomes are relative to
+the trials themselves, so that units say nothing: with n > 1,
+
+    v = (y − min_i y_i) / s,    s = Σ_i (y_i − min_j y_j) / (n − 1).
+
+One trial has no scale, nor have equal ones: s is that of earlier tasks. Without a trial there is no zero either, and v
+is the normalized outcome (0 the task's best, 1 its worst). p is constant within bins, which are narrow about the best
+trial and wide away from it; a failure is a class of its own. Nothing depends on the order of the trials. The parameters
+are trained on earlier tasks, a random number of whose trials is shown and others asked for: one forward pass then
+stands for the inference that a Gaussian process does by solving equations.
+
+Sources: Müller et al., Transformers can do Bayesian inference, ICLR 2022, https://arxiv.org/abs/2112.10510 (the pattern
+of attention, the bins); Müller et al., PFNs4BO, ICML 2023, https://arxiv.org/abs/2305.17535; Nguyen & Grover,
+Transformer neural processes, ICML 2022, https://arxiv.org/abs/2207.04179 (trained on tasks, not on a prior).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NUM_BINS = 64
+MAX_SHOWN = 32  # trials of a task: with so many a transformer is trained, and at no more it looks
+_NUM_HEADS = 4
+_LOWEST, _HIGHEST, _NARROW = -10.0, 50.0, 0.1  # of v; what lies beyond is in the outermost bin
+
+
+class Transformer(NamedTuple):
+    """Parameters of one transformer, or of E of them with one more leading axis on every leaf. W is its width.
+
+    Attributes:
+      configuration: C [D, W].
+      outcome: Y [4, W].
+      task: V [F, W].
+      count: N [3, W].
+      bias: β [W].
+      query: q [W].
+      layers: "qkv" [L, W, 3 W], "mix" [L, W, W], "up" [L, W, 2 W], "down" [L, 2 W, W].
+      head: W [W, B + 1]; the last column is that of failures.
+      head_bias: b [B + 1].
+    """
+
+    configuration: jax.Array
+    outcome: jax.Array
+    task: jax.Array
+    count: jax.Array
+    bias: jax.Array
+    query: jax.Array
+    layers: dict[str, jax.Array]
+    head: jax.Array
+    head_bias: jax.Array
+
+
+class Binned(NamedTuple):
+    """Outcomes at P configurations, of constant density within each of B bins, which all have in common.
+
+    Attributes:
+      edges: [B + 1] ascending, in the units of the task.
+      probs: [P, B] of the bins.
+      failure: [P] probability that a trial fails; with `probs` it sums to 1.
+    """
+
+    edges: jax.Array
+    probs: jax.Array
+    failure: jax.Array
+
+
+class TrialsRead(NamedTuple):
+    """What a transformer makes of the N trials of a task, whatever is asked afterwards.
+
+    Attributes:
+      keys: [L, N + 1, heads, W / heads]; with one more leading axis of E of them.
+      values: the same.
+      mask: [N + 1] bool.
+      possible: [B + 1] bool, which bins an outcome can be in, and failure.
+      low: [] the zero of v, in the units of the task.
+      scale: [] s.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    mask: jax.Array
+    possible: jax.Array
+    low: jax.Array
+    scale: jax.Array
+
+
+def init_transformer(
+    key: jax.Array, num_dims: int, num_features: int, *, width: int = 64, num_layers: int = 3
+) -> Transformer:
+    """Random layers; all bins are alike, whatever the trials.
+
+    Args:
+      key: consumed.
+      num_dims: D, of encoded configurations.
+      num_features: F, of tasks; 0 if there are none.
+      width: W, a multiple of 4 (the heads).
+      num_layers: L.
+
+    Returns:
+      A `Transformer`.
+
+    Raises:
+      ValueError: the width is no multiple of 4.
+    """
+    if width % _NUM_HEADS:
+        raise ValueError(f"`width` must be a multiple of {_NUM_HEADS}, the number of heads; got {width}.")
+    keys = jax.random.split(key, 5)
+    normal = lambda key, *shape: jax.random.normal(key, shape) / np.sqrt(max(shape[-2], 1))
+
+    def layer(key):
+        keys = jax.random.split(key, 4)
+        return {
+            "qkv": normal(keys[0], width, 3 * width),
+            "mix": normal(keys[1], width, width) / np.sqrt(num_layers),
+            "up": normal(keys[2], width, 2 * width),
+            "down": normal(keys[3], 2 * width, width) / np.sqrt(num_layers),
+        }
+
+    return Transformer(
+        2 * normal(keys[0], num_dims, width),
+        normal(keys[1], 4, width),
+        normal(keys[2], num_features, width) / 2,
+        normal(keys[3], 3, width),
+        jnp.zeros(width),
+        jnp.zeros(width),
+        jax.vmap(layer)(jax.random.split(keys[4], num_layers)),
+        jnp.zeros((width, NUM_BINS + 1)),
+        jnp.zeros(NUM_BINS + 1),
+    )
+
+
+def transformer_at_features(transformer: Transformer, features: jax.Array) -> Transformer:
+    """The transformer of a task: its features enter by β alone.
+
+    Args:
+      transformer: one, or E of them.
+      features: [F] ranked (`rank_features`); zeros where they are unknown.
+
+    Returns:
+      A `Transformer` with β + V x_t; from then on x_t is not needed.
+    """
+    return transformer._replace(bias=transformer.bias + jnp.einsum("f,...fw->...w", features, transformer.task))
+
+
+def read_trials(
+    transformers: Transformer, trials: tuple[jax.Array, jax.Array, jax.Array], scale: jax.Array | float = 1.0
+) -> TrialsRead:
+    """Reads the trials of a task.
+
+    Args:
+      transformers: E of them, of the task (`transformer_at_features`).
+      trials: (x [N, D], y [N], mask [N]); y may have any units, and is NaN where the trial failed. N may be 0.
+      scale: of outcomes where the trials have none: that of earlier tasks (`Surrogate.log_scales`).
+
+    Returns:
+      A `TrialsRead` with leaves [E, ...]; it costs O(E L W N (N + W)).
+    """
+    return jax.vmap(lambda member: _read(member, trials, scale))(transformers)
+
+
+def _read(transformer, trials, scale) -> TrialsRead:
+    x, y, mask = trials
+    seen = (mask > 0) & ~jnp.isnan(y)
+    low, scale = _zero_and_scale(y, seen, scale)
+    v = jnp.where(seen, (y - low) / scale, 0.0)
+    num = seen.sum()
+    marks = [jnp.arcsinh(v / _NARROW), seen & (v <= 0), (mask > 0) & ~seen, seen]
+    of_outcome = jnp.stack([mark.astype(x.dtype) for mark in marks], 1)
+    of_count = jnp.stack([jnp.log1p(num.astype(x.dtype)), num == 0, num == 1]).astype(x.dtype)
+    first = transformer.bias + of_count @ transformer.count
+    h = jnp.concatenate([first[None], x @ transformer.configuration + of_outcome @ transformer.outcome])
+    there = jnp.concatenate([jnp.ones(1, bool), mask > 0])
+    h = jnp.where(there[:, None], h, 0.0)  # whatever padding holds
+
+    def step(h, layer):
+        q, k, v = _qkv(h, layer)
+        logits = jnp.einsum("uhk,vhk->huv", q, k) / np.sqrt(q.shape[-1])
+        mixed = jnp.einsum("huv,vhk->uhk", jax.nn.softmax(logits, where=there[None, None]), v)
+        return _onward(h, mixed, layer), (k, v)
+
+    _, (keys, values) = jax.lax.scan(step, h, transformer.layers)
+    # Normalized outcomes lie in [0, 1]; and with one of them as the zero, in [-1, 1].
+    lowest = jnp.where(num == 0, 0.0, jnp.where(num == 1, -1.0, -jnp.inf))
+    highest = jnp.where(num < 2, 1.0, jnp.inf)
+    edges = jnp.asarray(_edges(), x.dtype)
+    possible = jnp.append((edges[1:] > lowest) & (edges[:-1] <= highest), True)
+    return TrialsRead(keys, values, there, possible, low, scale)
+
+
+def _logits(transformer: Transformer, read: TrialsRead, x: jax.Array) -> jax.Array:
+    """[P, B + 1] log probabilities of v's bins, and of failure."""
+    h = x @ transformer.configuration + transformer.query[None]
+
+    def step(h, layer_and_trials):
+        layer, keys, values = layer_and_trials
+        q, k, v = _qkv(h, layer)
+        root = np.sqrt(q.shape[-1])
+        of_trials = jnp.where(read.mask[None, None], jnp.einsum("phk,nhk->phn", q, keys) / root, -jnp.inf)
+        of_itself = (q * k).sum(-1) / root
+        shares = jax.nn.softmax(jnp.concatenate([of_trials, of_itself[..., None]], -1))
+        mixed = jnp.einsum("phn,nhk->phk", shares[..., :-1], values) + shares[..., -1:] * v
+        return _onward(h, mixed, layer), None
+
+    h, _ = jax.lax.scan(step, h, (transformer.layers, read.keys, read.values))
+    logits = _norm(h) @ transformer.head + transformer.head_bias[None]
+    return jax.nn.log_softmax(jnp.where(read.possible[None], logits, -1e9))
+
+
+def predict_binned(transformers: Transformer, read: TrialsRead, x: jax.Array) -> Binned:
+    """The outcomes to expect at x, by the mean of what E transformers expect.
+
+    Args:
+      transformers: E of them, of the task (`transformer_at_features`).
+      read: its trials, by `read_trials`.
+      x: [P, D]; differentiable.
+
+    Returns:
+      A `Binned`; it costs O(E L W P (N + W)).
+    """
+    probs = jnp.exp(jax.vmap(_logits, in_axes=(0, 0, None))(transformers, read, x)).mean(0)
+    edges = read.low[0] + read.scale[0] * jnp.asarray(_edges(), probs.dtype)
+    return Binned(edges, probs[:, :-1], probs[:, -1])
+
+
+def transformer_loss(
+    transformer: Transformer,
+    trials: tuple[jax.Array, jax.Array, jax.Array],
+    asked: tuple[jax.Array, jax.Array, jax.Array],
+    features: jax.Array,
+) -> jax.Array:
+    """The cross-entropy of what some trials of a task gave, in bins, given others.
+
+    Args:
+      transformer: one, to be trained.
+      trials: (x [N, D], y [N], mask [N]) that are shown; y is normalized, and NaN where the trial failed.
+      asked: (x [P, D], y [P], mask [P]) that are asked for; at least one is real.
+      features: [F] of the task, ranked.
+
+    Returns:
+      [].
+    """
+    x, _, mask = asked
+    transformer = transformer_at_features(transformer, features)
+    logits = _logits(transformer, _read(transformer, trials, 1.0), x)
+    found = jnp.take_along_axis(logits, outcome_classes(trials, asked)[:, None], axis=1)[:, 0]
+    return -(found * mask).sum() / mask.sum()
+
+
+def outcome_classes(
+    trials: tuple[jax.Array, jax.Array, jax.Array], asked: tuple[jax.Array, jax.Array, jax.Array]
+) -> jax.Array:
+    """The bin that an outcome is in, or B where the trial failed.
+
+    Args:
+      trials: that are shown, as for `transformer_loss`.
+      asked: [P] of them, as there.
+
+    Returns:
+      [P] integers.
+    """
+    _, y, mask = trials
+    low, scale = _zero_and_scale(y, (mask > 0) & ~jnp.isnan(y), 1.0)
+    v = (asked[1] - low) / scale
+    at = jnp.searchsorted(jnp.asarray(_edges(), v.dtype), v, side="right") - 1
+    return jnp.where(jnp.isnan(v), NUM_BINS, jnp.clip(at, 0, NUM_BINS - 1))
+
+
+def binned_improvement(binned: Binned, best: jax.Array) -> jax.Array:
+    """E[max(best − y, 0)]; a trial that fails improves nothing.
+
+    Args:
+      binned: at P configurations.
+      best: [] the smallest outcome so far.
+
+    Returns:
+      [P], larger is better.
+    """
+    left, right = binned.edges[:-1], binned.edges[1:]
+    below = lambda edge: jnp.maximum(best - edge, 0.0) ** 2
+    return binned.probs @ ((below(left) - below(right)) / (2 * (right - left)))
+
+
+def binned_moments(binned: Binned, failed: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation.
+
+    Args:
+      binned: at P configurations.
+      failed: [] the outcome that a failed trial is taken to have.
+
+    Returns:
+      [P], [P].
+    """
+    left, right = binned.edges[:-1], binned.edges[1:]
+    mean = binned.probs @ ((left + right) / 2) + binned.failure * failed
+    apart = (left + right)[None] / 2 - mean[:, None]
+    variance = (binned.probs * (apart**2 + (right - left)[None] ** 2 / 12)).sum(1)
+    return mean, jnp.sqrt(variance + binned.failure * (failed - mean) ** 2)
+
+
+def binned_quantile(binned: Binned, level: jax.Array | float) -> jax.Array:
+    """The outcome below which a trial ends with some probability; failures lie above all outcomes.
+
+    Args:
+      binned: at P configurations.
+      level: [] or [P], in (0, 1).
+
+    Returns:
+      [P]; the last edge, where the trial fails at this level.
+    """
+    cumulative = jnp.pad(jnp.cumsum(binned.probs, axis=1), ((0, 0), (1, 0)))
+    level = jnp.broadcast_to(level, len(cumulative))
+    return jax.vmap(lambda level, cumulative: jnp.interp(level, cumulative, binned.edges))(level, cumulative)
+
+
+def _edges() -> np.ndarray:
+    """[B + 1] of v, evenly spaced in asinh(v/δ) on either side of 0, which is one of them."""
+    lowest, highest = np.arcsinh(_LOWEST / _NARROW), np.arcsinh(_HIGHEST / _NARROW)
+    num_below = round(NUM_BINS * lowest / (lowest - highest))
+    below, above = np.linspace(lowest, 0, num_below + 1), np.linspace(0, highest, NUM_BINS - num_below + 1)
+    return _NARROW * np.sinh(np.concatenate([below[:-1], above]))
+
+
+def _zero_and_scale(y, seen, scale):
+    num = seen.sum()
+    low = jnp.where(num > 0, jnp.where(seen, y, jnp.inf).min(initial=jnp.inf), 0.0)
+    excess = jnp.where(seen, y - low, 0.0).sum() / jnp.maximum(num - 1, 1)
+    return low, jnp.where(excess > 0, excess, scale)
+
+
+def _norm(h):
+    return jax.nn.standardize(h, epsilon=1e-6)
+
+
+def _qkv(h, layer):
+    return jnp.split((_norm(h) @ layer["qkv"]).reshape(len(h), _NUM_HEADS, -1), 3, axis=-1)
+
+
+def _onward(h, mixed, layer):
+    h = h + mixed.reshape(h.shape) @ layer["mix"]
+    return h + jax.nn.relu(_norm(h) @ layer["up"]) @ layer["down"]
