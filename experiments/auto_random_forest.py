@@ -474,11 +474,11 @@ def choose(
             add("best on average", t, [int(ranks[train].mean(0).argmin())])
             nearest = train[((near[train] - near[t]) ** 2).sum(1).argmin()]
             add("1-nearest neighbor in meta-features", t, [int(y[nearest].argmin())])
-            found = run_searcher(records, t, g.searcher(records.features[t]), space, 0, counts)
+            found = run_searcher(records, t, g.searcher(records.features[t], first=()), space, 0, counts)
             for name, other in others.items():
                 known = records.features[t] if name.endswith("features and rows") else None
                 task = base.Task(rows[str(records.names[t])], None, known)
-                tried = run_searcher(records, t, other.searcher(task), space, 0, counts)
+                tried = run_searcher(records, t, other.searcher(task, first=()), space, 0, counts)
                 for num, number in zip(counts, tried, strict=True):
                     add(f"{name}, no trial" if num == 1 else f"{name}, {num} trials", t, [number])
             for num, number in zip(counts, found, strict=True):

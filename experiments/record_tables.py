@@ -8,13 +8,14 @@ on the other four. The normalized regret of a task is 0 at its best and 1 at its
 `metaopt` is `methods.train_meta_searcher`, with a task's features; its searcher begins with what it predicts and goes
 on by expected improvement. It was developed by the regrets in folds 0–2; those of folds 3 and 4 had not been looked at
 before the first whole run, and are reported by themselves, too. Deep kernels (FSBO: meta-learned by marginal
-likelihood, adapted to the task's trials by ten steps) stand beside its mixture of Gaussian processes, or alone; they
-were developed on folds 0–2 as well. The others: random search; TPE (Optuna, the parameters as categories; a
-configuration that the table lacks becomes the nearest one); the 1-nearest neighbour in features, and its best
-configurations in turn; the best configurations on average, in turn; a greedy portfolio; a Gaussian process with
-expected improvement and no other task, from a random start. A configuration that failed on the task at hand is no
-candidate for any method. TPE and SMAC3 are run apart (`--baselines`), and their curves kept beside the results. BOHB is
-not here: a table has one fidelity, at which it is TPE.
+likelihood, adapted to the task's trials by ten steps) stand beside its mixture of Gaussian processes, or alone, and so
+does a transformer over the trials; they were developed on folds 0–2 as well. The others: random search; TPE (Optuna,
+numbers as places in their order; a configuration that the table lacks, or that was tried, becomes the nearest one); the
+1-nearest neighbour in features, and its best configurations in turn; the best configurations on average, in turn; a
+greedy portfolio; a Gaussian process with expected improvement and no other task, from a random start, its kernel's
+length by maximum likelihood at every step. A configuration that failed on the task at hand is no candidate for any
+method. TPE and SMAC3 are run apart (`--baselines`), and their curves kept beside the results. BOHB is not here: a table
+has one fidelity, at which it is TPE.
 
     python experiments/record_tables.py             writes experiments/results/record_tables.md and .png
     python experiments/record_tables.py --baselines TPE SMAC     SMAC3, too (hours; `pip install smac`)
@@ -43,8 +44,10 @@ CURVES = Path(__file__).parent / "results" / "record_tables.npz"  # of the basel
 AT = (1, 5, 20)
 NUM_DEEP = 2  # deep kernels
 DEEP = {"metaopt with deep kernels": 0.5, "deep kernels alone (FSBO)": 1.0}  # their share of the mixture
+NUM_TRANSFORMERS = 1
+TRANSFORMERS = {"metaopt with a transformer": 0.5, "a transformer alone": 1.0}  # their share of what is expected
 NOT_ADAPTED = "deep kernels alone, not adapted"
-LEARNED = ("metaopt", *DEEP)
+LEARNED = ("metaopt", *DEEP, *TRANSFORMERS)
 PLAIN_LENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # of the process without other tasks, in units of the encoding
 ABLATED = ("metaopt, no features", NOT_ADAPTED)  # with --ablate
 
@@ -139,15 +142,21 @@ def greedy(regret: np.ndarray) -> np.ndarray:
 @partial(jax.jit, static_argnames="adaptation_steps")
 def search(surrogate, x, functions, weights, error, start, adaptation_steps=10):
     """[NUM_TRIALS] configurations: the searcher of `methods` on one task, for all steps in one program."""
-    open_ = jnp.isfinite(error)
+    open_, share = jnp.isfinite(error), surrogate.transformer_share
     error = jnp.where(open_, error, 0.0)
+    typical_scale = jnp.exp(jnp.median(surrogate.log_scales))
 
     def step(carry, i):
         seen, mask, tried = carry
         y = error[seen]
         conditioned = predictors.condition(surrogate, weights, (x[seen], y, mask), adaptation_steps=adaptation_steps)
         mixture = predictors.posterior_at(surrogate, conditioned, x, functions=functions)
-        score = predictors.expected_improvement(mixture, jnp.where(mask > 0, y, jnp.inf).min())
+        best = jnp.where(mask > 0, y, jnp.inf).min()
+        score = predictors.expected_improvement(mixture, best)
+        if surrogate.transformers is not None:
+            read = predictors.read_trials(surrogate.transformers, (x[seen], y, mask), typical_scale)
+            binned = predictors.predict_binned(surrogate.transformers, read, x)
+            score = share * predictors.binned_improvement(binned, best) + (1 - share) * score
         new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
         return (seen.at[i].set(new), mask.at[i].set(1.0), tried.at[new].set(True)), None
 
@@ -224,8 +233,14 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
     seconds = time.process_time() - begin
     deep = train_g(deep_kernels=NUM_DEEP).surrogate.deep
     deep_seconds = time.process_time() - begin - seconds  # all of it, once more
-    surrogate = g.surrogate
+    with_transformer = train_g(transformers=NUM_TRANSFORMERS, transformer_share=TRANSFORMERS[LEARNED[3]])
+    transformer_seconds = time.process_time() - begin - seconds - deep_seconds
+    surrogate, transformers = g.surrogate, with_transformer.surrogate.transformers
     variants = {name: surrogate._replace(deep=deep, deep_share=share) for name, share in DEEP.items()}
+    variants |= {
+        name: surrogate._replace(transformers=transformers, transformer_share=share)
+        for name, share in TRANSFORMERS.items()
+    }
     variants = {"metaopt": surrogate} | variants
     if options.ablate:
         variants |= {ABLATED[0]: surrogate, NOT_ADAPTED: variants["deep kernels alone (FSBO)"]}
@@ -236,7 +251,15 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
         [predictors.kernel_matrix(of_length(log), encoded, encoded) for log in np.log(PLAIN_LENGTHS)]
     )
     curves = {name: [] for name in (*variants, "GP, no other task")}
-    expected = jax.jit(lambda of, weights: predictors.expected_outcomes(of, encoded) @ weights)
+
+    @jax.jit
+    def expected(of, weights):
+        found = predictors.expected_outcomes(of, encoded) @ weights
+        if of.transformers is None:
+            return found
+        read = predictors.read_trials(of.transformers, (encoded[:0], encoded[:0, 0], encoded[:0, 0]))
+        mean, _ = predictors.binned_moments(predictors.predict_binned(of.transformers, read, encoded), 1.0)
+        return of.transformer_share * mean + (1 - of.transformer_share) * found
 
     def trials(name, t, error, open_):
         known = None if name == ABLATED[0] else data.features[t]
@@ -252,17 +275,22 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
             curves[name].append(curve(regret, np.asarray(trials(name, t, error, open_))))
         tried = plain_search(plain_grams, error, jnp.asarray(rng.choice(open_, plain_starts)))
         curves["GP, no other task"].append(np.mean([curve(regret, run) for run in np.asarray(tried)], 0))
-    tried = trials("metaopt", test[-1], error, open_)  # the last task's, again as a user has it
-    again, milliseconds = one_by_one(g, data, test[-1], plain)
-    if again != np.asarray(tried)[: len(again)].tolist():
-        print(f"{data.name}: the searcher's trials {again} differ from the program's {tried[: len(again)]}.")
+    asks = []
+    for name, learner in (("metaopt", g), (LEARNED[3], with_transformer)):  # the last task's, again as a user has it
+        tried = np.asarray(trials(name, test[-1], error, open_))
+        again, milliseconds = one_by_one(learner, data, test[-1], plain)
+        asks.append(milliseconds)
+        if again != tried[: len(again)].tolist():
+            print(
+                f"{data.name}, {name}: the searcher's trials {again} differ from the program's {tried[: len(again)]}."
+            )
     curves = {name: np.stack(found) for name, found in curves.items()}
-    return curves | {"seconds": (seconds, deep_seconds), "ask": milliseconds}
+    return curves | {"seconds": (seconds, deep_seconds, transformer_seconds, *asks)}
 
 
 def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict]) -> tuple[list[int], float]:
     """The first trials of the searcher, asked and told one by one, and the median milliseconds of an `ask`."""
-    searcher = g.searcher(data.features[t])
+    searcher = g.searcher(data.features[t], first=())
     state, tried, times = searcher.init(jax.random.key(0), g.space), [], []
     for _ in range(8):
         begin = time.process_time()
@@ -439,7 +467,7 @@ def run(
     data: Records, options: argparse.Namespace, baselines: dict[str, np.ndarray]
 ) -> tuple[dict, np.ndarray, np.ndarray]:
     """name -> [tasks, NUM_TRIALS] curves, means over seeds where a method is random; the tasks;
-    seconds of training, without and with deep kernels, and milliseconds of an `ask`."""
+    seconds of training, alone, with deep kernels, with transformers; milliseconds of an `ask`, alone and with those."""
     curves: dict[str, np.ndarray] = {}
     regret, seconds, judged = data.regret, [], []
 
@@ -468,15 +496,16 @@ def run(
         repeats = [
             kept(
                 options.store,
-                f"{data.name}, {fold}, {seed}, {options.plain_seeds}, {options.ablate}, {options.smoke}, {NUM_DEEP}",
+                f"{data.name}, {fold}, {seed}, {options.plain_seeds}, {options.ablate}, {options.smoke}, {NUM_DEEP}, "
+                f"{NUM_TRANSFORMERS}, {sorted(TRANSFORMERS.values())}",
                 partial(learned, data, train, test, jax.random.key(seed), options, options.plain_seeds),
             )
             for seed in range(options.train_seeds)
         ]
         for name in repeats[0]:
-            if name not in ("seconds", "ask"):
+            if name != "seconds":
                 add(name, test, np.mean([r[name] for r in repeats], 0))
-        seconds += [(*r["seconds"], r["ask"]) for r in repeats]
+        seconds += [r["seconds"] for r in repeats]
         print(
             data.name,
             "fold",
@@ -588,8 +617,9 @@ def main() -> None:
         text += [
             f"**{data.name}: {len(judged)} tasks of {len(np.unique(data.family[judged]))} families × "
             f"{data.error.shape[1]} configurations**; metaopt is trained in {seconds[0]:.0f} processor seconds a "
-            f"fold, with {NUM_DEEP} deep kernels in {seconds[1]:.0f}, and asked for a trial in "
-            f"{seconds[2]:.0f} processor milliseconds (median)",
+            f"fold, with {NUM_DEEP} deep kernels in {seconds[1]:.0f}, with {NUM_TRANSFORMERS} transformer(s) in "
+            f"{seconds[2]:.0f}, and asked for a trial in {seconds[3]:.0f} processor milliseconds (median), with those "
+            f"in {seconds[4]:.0f}",
             "",
             script.table(header, rows),
             "",

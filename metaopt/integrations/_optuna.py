@@ -164,7 +164,7 @@ def optuna_sampler(
         raise ImportError('This sampler needs Optuna; install it with `pip install "metaopt-jax[optuna]"`.') from error
     space = meta_optimizer.space
     distributions = spaces.to_optuna(space)
-    searcher = meta_optimizer.searcher(new_task, acquisition=acquisition)
+    searcher = meta_optimizer.searcher(new_task, acquisition=acquisition, first=())
     number = int.from_bytes(os.urandom(4)) if seed is None else seed
     key = jax.random.key(number % 2**32)
     independent = optuna.samplers.RandomSampler(number % 2**32) if independent_sampler is None else independent_sampler

@@ -54,9 +54,11 @@ class MakeSearcherFn(Protocol):
         new_task: Any = None,
         *,
         acquisition: str = "ei",
-        first: Sequence[Mapping[str, Any]] = (),
+        first: Sequence[Mapping[str, Any]] | None = None,
     ) -> base.Searcher:
-        """A searcher that spends trials on a new task, beginning with what `predict` says."""
+        """A searcher that spends trials on a new task: on the configurations `first`, what they lack being at its
+        default; on what `predict` says; and on what an acquisition function asks for. By default the space's default is
+        first, as in every searcher here, unless candidates do not hold it; `()` begins with what `predict` says."""
         ...
 
 
@@ -338,12 +340,15 @@ def meta_optimizer(
             best = np.minimum(best, curves[left.argmin()])
         return chosen
 
-    def searcher(new_task: Any = None, *, acquisition: str = "ei", first: Sequence[Mapping[str, Any]] = ()):
+    def searcher(new_task: Any = None, *, acquisition: str = "ei", first: Sequence[Mapping[str, Any]] | None = None):
         if acquisition not in ACQUISITIONS:
             raise ValueError(f"`acquisition` must be one of {', '.join(map(repr, ACQUISITIONS))}; got {acquisition!r}.")
         if acquisition == "ei_per_cost" and cost_surrogate is None:
             raise ValueError("'ei_per_cost' needs `train_meta_optimizer(..., costs=True)`, and records with costs.")
         task, own_space = seen_from(new_task), space
+        if first is None:
+            default = encode({}).tobytes()
+            first = [{}] if finite is None else [c for c, x in zip(pool, finite_keys, strict=True) if x == default][:1]
         given = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in first]
         widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome
@@ -484,7 +489,7 @@ def meta_optimizer(
         base.check_integer("num", num, 1)
         if len(configurations) != len(outcomes):
             raise ValueError(f"Each configuration has an outcome; got {len(configurations)} and {len(outcomes)}.")
-        ours = searcher(new_task, acquisition=acquisition)
+        ours = searcher(new_task, acquisition=acquisition, first=())
         tried = {}
         for trial, (configuration, y) in enumerate(zip(configurations, outcomes, strict=True)):
             x = encode(configuration)

@@ -97,7 +97,7 @@ class TrialsRead(NamedTuple):
 
 
 def init_transformer(
-    key: jax.Array, num_dims: int, num_features: int, *, width: int = 64, num_layers: int = 3
+    key: jax.Array, num_dims: int, num_features: int, *, width: int = 32, num_layers: int = 2
 ) -> Transformer:
     """Random layers; all bins are alike, whatever the trials.
 
