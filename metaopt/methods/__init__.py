@@ -55,7 +55,7 @@ from metaopt.methods._freeze_thaw import CurveSearcher, FreezeThawState, train_c
 from metaopt.methods._meta_architecture import FineTunedArchitecture, MetaArchitecture, meta_architecture_search
 from metaopt.methods._meta_files import load_meta_optimizer, save_meta_optimizer
 from metaopt.methods._meta_optimizer import train_meta_optimizer, train_meta_searcher
-from metaopt.methods._meta_search import ACQUISITIONS, MetaOptimizer, MetaSearcherState, TriedConfiguration
+from metaopt.methods._meta_search import ACQUISITIONS, MetaOptimizer, MetaSearcherState, Outcomes, TriedConfiguration
 from metaopt.methods._optuna import bohb, tpe
 from metaopt.methods._retrain import (
     ArchitectureScores,
@@ -87,6 +87,7 @@ __all__ = [
     "MetaSearcherState",
     "Network",
     "OneShot",
+    "Outcomes",
     "Retraining",
     "ScreenedState",
     "Search",

@@ -48,6 +48,34 @@ class SuggestFn(Protocol):
         ...
 
 
+class Outcomes(NamedTuple):
+    """What to expect of P configurations: in the units of the task, or without an outcome normalized, 0 the task's best
+    and 1 its worst.
+
+    Attributes:
+      mean: [P].
+      quantiles: [P, L].
+    """
+
+    mean: np.ndarray
+    quantiles: np.ndarray
+
+
+class OutcomesFn(Protocol):
+    def __call__(
+        self,
+        configurations: Sequence[Mapping[str, Any]],
+        new_task: Any = None,
+        *,
+        tried: Sequence[Mapping[str, Any]] = (),
+        outcomes: Sequence[float] = (),
+        levels: Sequence[float] = (0.1, 0.5, 0.9),
+    ) -> Outcomes:
+        """What to expect of configurations, given what was tried (NaN: it failed): mean and quantiles, should they not
+        fail."""
+        ...
+
+
 class MakeSearcherFn(Protocol):
     def __call__(
         self,
@@ -73,6 +101,7 @@ class MetaOptimizer(NamedTuple):
       suggest: `(configurations, outcomes, new_task, *, num, acquisition, pending, key) -> configurations`: fine-tuning
         with trials whose bookkeeping is elsewhere.
       searcher: `(new_task, *, acquisition, first) -> Searcher`: fine-tuning with trials.
+      outcomes: `(configurations, new_task, *, tried, outcomes, levels) -> Outcomes`: what is believed.
       surrogate: what was learned (`predictors.Surrogate`).
       cost_surrogate: the same of the logarithm of trials' costs, or None.
       space: of λ.
@@ -83,6 +112,7 @@ class MetaOptimizer(NamedTuple):
     portfolio: PortfolioFn
     suggest: SuggestFn
     searcher: MakeSearcherFn
+    outcomes: OutcomesFn
     surrogate: predictors.Surrogate
     cost_surrogate: predictors.Surrogate | None
     space: base.PyTree
@@ -347,8 +377,8 @@ def meta_optimizer(
             raise ValueError("'ei_per_cost' needs `train_meta_optimizer(..., costs=True)`, and records with costs.")
         task, own_space = seen_from(new_task), space
         if first is None:
-            default = encode({}).tobytes()
-            first = [{}] if finite is None else [c for c, x in zip(pool, finite_keys, strict=True) if x == default][:1]
+            default = encode(spaces.configuration(space, spaces.default(space)), True)
+            first = [c for c, x in zip(pool, finite, strict=True) if np.array_equal(x, default)][:1] if pool else [{}]
         given = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in first]
         widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome
@@ -499,7 +529,68 @@ def meta_optimizer(
         state = state._replace(num_asked=len(tried) + len(running), pending=running, tried=tried)
         return [record.configuration for record in ours.ask(state, num)[0]]
 
-    return MetaOptimizer(predict, portfolio, suggest, searcher, surrogate, cost_surrogate, space, pool or None)
+    @jax.jit
+    def believed(task, x, trials, shown, levels):
+        """Mean and quantiles, by bisection of the distribution function."""
+        weights, networks = task
+        if trials is None:
+            mean = predictors.expected_outcomes(at(networks), x)
+            mixture = predictors.Mixture(jnp.log(weights), mean, jnp.full(mean.shape, 1e-3))
+        else:
+            mixture = predictors.posterior(at(networks), weights, trials, x)
+        mean, low, high = _mean(mixture), mixture.mean - 8 * mixture.std, mixture.mean + 8 * mixture.std
+        low, high = low.min(1), high.max(1)
+        if share:
+            read = predictors.read_trials(networks[1], shown, 1.0 if trials is None else typical_scale)
+            binned = predictors.predict_binned(networks[1], read, x)
+            binned = binned._replace(probs=binned.probs / (1 - binned.failure)[:, None], failure=0 * binned.failure)
+            mean = share * predictors.binned_moments(binned, 0.0)[0] + (1 - share) * mean
+            low, high = jnp.minimum(low, binned.edges[0]), jnp.maximum(high, binned.edges[-1])
+
+        def below(y):
+            found = jax.scipy.special.ndtr((y[:, None] - mixture.mean) / mixture.std) @ jnp.exp(mixture.log_weights)
+            return share * predictors.binned_below(binned, y) + (1 - share) * found if share else found
+
+        def quantile(level):
+            def halve(_, between):
+                low, high = between
+                middle = (low + high) / 2
+                left = below(middle) < level
+                return jnp.where(left, middle, low), jnp.where(left, high, middle)
+
+            return sum(jax.lax.fori_loop(0, 40, halve, (low, high))) / 2
+
+        return mean, jax.vmap(quantile, out_axes=1)(levels)
+
+    def outcomes_at(
+        configurations: Sequence[Mapping[str, Any]],
+        new_task: Any = None,
+        *,
+        tried: Sequence[Mapping[str, Any]] = (),
+        outcomes: Sequence[float] = (),
+        levels: Sequence[float] = (0.1, 0.5, 0.9),
+    ) -> Outcomes:
+        if len(tried) != len(outcomes):
+            raise ValueError(f"Each configuration has an outcome; got {len(tried)} and {len(outcomes)}.")
+        if not all(0 < level < 1 for level in levels):
+            raise ValueError(f"`levels` must lie in (0, 1); got {tuple(levels)}.")
+        x, y = np.stack([encode(c) for c in configurations]), np.asarray(outcomes, float)
+        at_tried = np.stack([encode(c) for c in tried]) if len(tried) else np.zeros((0, x.shape[1]))
+        seen = np.isfinite(y)
+        low = y[seen].min() if seen.any() else 0.0  # float32 has few digits
+        keep = np.flatnonzero(seen)[_best_and_latest(y[seen], _MAX_TRIALS)]
+        trials = _padded(at_tried[keep], y[keep] - low) if seen.any() else None
+        shown = None
+        if share:
+            last = _best_and_latest(y, predictors.MAX_SHOWN)
+            shown = _padded(at_tried[last], np.where(seen, y - low, np.nan)[last])
+        given = (seen_from(new_task), jnp.asarray(x), trials, shown, jnp.asarray(levels, jnp.result_type(float)))
+        mean, quantiles = believed(*given)
+        return Outcomes(np.asarray(mean, float) + low, np.asarray(quantiles, float) + low)
+
+    return MetaOptimizer(
+        predict, portfolio, suggest, searcher, outcomes_at, surrogate, cost_surrogate, space, pool or None
+    )
 
 
 def _mean(mixture: predictors.Mixture) -> jax.Array:

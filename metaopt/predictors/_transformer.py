@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-NUM_BINS = 64
+NUM_BINS = 100
 MAX_SHOWN = 32  # trials of a task: with so many a transformer is trained, and at no more it looks
 _NUM_HEADS = 4
 _LOWEST, _HIGHEST, _NARROW = -10.0, 50.0, 0.1  # of v; what lies beyond is in the outermost bin
@@ -322,6 +322,20 @@ def binned_quantile(binned: Binned, level: jax.Array | float) -> jax.Array:
     cumulative = jnp.pad(jnp.cumsum(binned.probs, axis=1), ((0, 0), (1, 0)))
     level = jnp.broadcast_to(level, len(cumulative))
     return jax.vmap(lambda level, cumulative: jnp.interp(level, cumulative, binned.edges))(level, cumulative)
+
+
+def binned_below(binned: Binned, y: jax.Array) -> jax.Array:
+    """The probability of an outcome below y; failures lie above all.
+
+    Args:
+      binned: at P configurations.
+      y: [P].
+
+    Returns:
+      [P].
+    """
+    left, right = binned.edges[:-1][None], binned.edges[1:][None]
+    return (binned.probs * jnp.clip((y[:, None] - left) / (right - left), 0.0, 1.0)).sum(1)
 
 
 def _edges() -> np.ndarray:

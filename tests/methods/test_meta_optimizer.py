@@ -55,7 +55,7 @@ def test_it_predicts_from_features_and_adapts_to_trials(g):
         assert abs(predicted["x"] - best) < 0.15 and predicted["kind"] == ("a" if best < 0.5 else "b")
     # Nothing known of the task: the prediction is one for all, and trials make up for it.
     for best in (0.2, 0.85):
-        regrets = search(g.searcher(), best, 6)
+        regrets = search(g.searcher(first=()), best, 6)
         assert regrets[0] == outcome(best, g.predict()) - 5
         assert regrets[-1] < 0.01
 
