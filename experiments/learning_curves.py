@@ -1,10 +1,10 @@
 """Learning curves of real training runs: predicted from their beginnings, and trials that are paused by prediction.
 
 TaskSet: 12 text RNNs × 1,000 optimizer configurations, validation losses clipped at 1.0 (chance is .693; what diverged
-counts as 1), each task left out in turn. LCDB: tables × 20 learners, error rates over the training set's size, which is
-the fidelity, relative to the largest size that half of the learners have; families (by the first word of a table's
-name) in five folds, each left out; tables that lack sizes of 1/32 are not among them. Normalized regret is 0 at a
-task's best and 1 at its worst candidate.
+counts as 1), each task left out in turn; all read the text of IMDB, so that what is left out has near relatives. LCDB:
+tables × 20 learners, error rates over the training set's size, which is the fidelity, relative to the largest size that
+half of the learners have; families (by the first word of a table's name) in five folds, each left out; tables that lack
+sizes of 1/32 are not among them. Normalized regret is 0 at a task's best and 1 at its worst candidate.
 
 `metaopt` is `methods.train_curve_searcher`, which has learned from the other tasks' curves. The others: random search
 and the best on average of the other tasks, at full budgets; Hyperband and BOHB of Optuna (`methods.bohb`; a suggestion
@@ -39,6 +39,11 @@ SHOWN = (1.0, 2.0, 5.0, 10.0, 20.0)
 # What is known of a prediction: how many fidelities were seen, what came, what was expected by whom, and the PIT.
 FOUND = ("seen", "came", "metaopt", "last value", "other tasks", "pit")
 OURS = ("metaopt", "metaopt, full budgets alone")
+
+NEAR_RELATIVES = (
+    "All tasks are recurrent networks on the text of IMDB, of several cells and patch sizes: what is left out has near "
+    "relatives among what is learned from. Hyperband and BOHB learn from no other task."
+)
 
 
 class Curves(NamedTuple):
@@ -379,7 +384,7 @@ def main() -> None:
         [
             f"{len(stored)} tasks × {len(data.configurations)} candidates × {len(data.fidelities)} fidelities "
             f"({', '.join(f'{f:.3g}' for f in data.fidelities)}); learned in {seconds:.0f} processor seconds for each "
-            f"of {len(groups)} parts left out.",
+            f"of {len(groups)} parts left out." + ("" if options.table == "lcdb" else " " + NEAR_RELATIVES),
             "Mean normalized regret after so many full budgets:",
             script.table(*search_table(curves, seeds)),
             against_bohb(curves) + ("" if data.resumes else " " + by_parts(curves, group_of)),

@@ -84,9 +84,10 @@ class MakeSearcherFn(Protocol):
         acquisition: str = "ei",
         first: Sequence[Mapping[str, Any]] | None = None,
     ) -> base.Searcher:
-        """A searcher that spends trials on a new task: on the configurations `first`, what they lack being at its
-        default; on what `predict` says; and on what an acquisition function asks for. By default the space's default is
-        first, as in every searcher here, unless candidates do not hold it; `()` begins with what `predict` says."""
+        """A searcher that spends trials on a new task: on the configurations `first`, where what they lack is at its
+        default; on what `predict` says, as long as there is no outcome; and on what an acquisition function asks for.
+        By default the space's default is first, as in other searchers, unless candidates do not hold it; `()` begins
+        with what `predict` says."""
         ...
 
 
