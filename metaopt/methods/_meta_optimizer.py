@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, predictors, spaces, training
-from metaopt.methods._meta_search import MetaOptimizer, encoder, meta_optimizer
+from metaopt.methods._meta_search import ROWS, MetaOptimizer, check_rows, encoder, meta_optimizer
 
 
 def train_meta_optimizer(
@@ -88,7 +88,7 @@ def train_meta_optimizer(
     Raises:
       ValueError: no record has an outcome, or all outcomes of every task are equal; a candidate does not fit the
         space; features have different lengths, or, like families, are of none of the records' tasks; `datasets` lacks
-        a task of the records; `costs`, and no task has records of different costs.
+        a task of the records, or an entry of a task's rows; `costs`, and no task has records of different costs.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063, for `datasets`;
       Wistuba & Grabocka, ICLR 2021, https://arxiv.org/abs/2101.07667, for `deep_kernels`;
@@ -455,7 +455,9 @@ def _stacked_rows(names, datasets) -> dict[str, jax.Array]:
         raise ValueError(
             f"`datasets` must hold the rows of each task of the records that teaches; it lacks {_some(missing)}."
         )
-    kept = ("x", "y", "mask", "feature_mask", "class_mask")
+    kept = ROWS
+    for name in names:
+        check_rows(f"`datasets[{name!r}]`", datasets[name])
     cut = [
         {k: np.asarray(datasets[n][k])[: predictors.MAX_ROWS if k in kept[:3] else None] for k in kept} for n in names
     ]

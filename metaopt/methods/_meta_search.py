@@ -153,6 +153,18 @@ class MetaSearcherState(NamedTuple):
     tried: dict[tuple[int, int, bytes], TriedConfiguration]
 
 
+ROWS = ("x", "y", "mask", "feature_mask", "class_mask")  # what an embedding reads of a labelled table
+
+
+def check_rows(name: str, data: Any) -> None:
+    """Raises `ValueError` where these are no rows that can be embedded."""
+    lacks = [key for key in ROWS if not isinstance(data, Mapping) or key not in data]
+    if lacks:
+        raise ValueError(
+            f"{name} must be a dict of {', '.join(ROWS)}, like `train` of `tasks.to_task`; it lacks {', '.join(lacks)}."
+        )
+
+
 def encoder(space: base.PyTree):
     """`(configuration, strict) -> [D]`, each configuration computed once; what is not active is at its default."""
     encode, known = jax.jit(_encode_fn(space)), {}
@@ -342,6 +354,8 @@ def meta_optimizer(
         if features is not None and num_features and np.shape(features) != (num_features,):
             raise ValueError(f"A new task has [{num_features}] features; got shape {np.shape(features)}.")
         rows = new_task.train if isinstance(new_task, base.Task) else None
+        if rows is not None and surrogate.embedding is not None:
+            check_rows("The new task's `train`", rows)
         of = features, rows
         seen = predictors.at_task(surrogate, *of)
         return predictors.task_weights(surrogate, *of), (seen.deep, seen.transformers)

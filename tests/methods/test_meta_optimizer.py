@@ -147,6 +147,12 @@ def test_rows_of_a_table_tell_which_earlier_tasks_it_is_like():
     changed = {k: np.pad(v, [(0, 2)] * v.ndim) for k, v in {**table, **changed}.items()}
     one, other = (predictors.task_weights(g.surrogate, None, data) for data in (table, changed))
     np.testing.assert_allclose(one, other, rtol=1e-6)
+    without = {key: table[key] for key in ("x", "y", "class_mask")}
+    with pytest.raises(ValueError, match=r"The new task's `train` must be a dict .* it lacks mask, feature_mask\."):
+        g.predict(base.Task(without, None))
+    for wrong, lacks in ((without, "mask, feature_mask"), (table["x"], "x, y, mask, feature_mask, class_mask")):
+        with pytest.raises(ValueError, match=rf"`datasets\['t2'\]` must be a dict .* it lacks {lacks}\."):
+            methods.train_meta_optimizer(records, datasets=tables | {"t2": wrong}, **kwargs)
     with pytest.raises(ValueError, match="`datasets` must hold the rows of each task .* lacks 't3'"):
         methods.train_meta_optimizer(records, datasets={k: v for k, v in tables.items() if k != "t3"}, **kwargs)
 
