@@ -39,9 +39,8 @@ def asha(
     outcome with its fidelity and brings outcomes of several fidelities to one scale. A trial starts at fidelity
     η^(1 − K + b), where b is its bracket and K the number of rungs; one bracket is ASHA, K of them are Hyperband's,
     which also start some trials at larger budgets in case small ones mislead. Trials start in brackets as often as in
-    Hyperband, in proportion to η^s/(s + 1), s = K − 1 − b. No rung waits until it is full: as many trials as
-    workers may be asked for at any time (`tasks.collect` asks for `batch_size` at a time, 1 by default, and waits for
-    those); what is found depends on the order in which outcomes are told.
+    Hyperband, in proportion to η^s/(s + 1), s = K − 1 − b. Nothing ever waits for a rung to fill, so that any number
+    of workers is busy; what is found depends on the order in which outcomes are told.
 
     Args:
       searcher: that proposes configurations, and takes records of fidelities below 1; by default `tasks.random_search`.
