@@ -317,12 +317,12 @@ def meta_optimizer(
         return search(key, lambda x: expected(weights, networks, x))
 
     @jax.jit
-    def best_after_failures(key, *given):
-        return search(key, lambda x: after_failures(*given, x))
+    def best_after_failures(key, weights, networks, failed, shown):
+        return search(key, lambda x: after_failures(weights, networks, failed, shown, x))
 
     @jax.jit
-    def finite_after_failures(*given):
-        return after_failures(*given, jnp.asarray(finite))
+    def finite_after_failures(weights, networks, failed, shown):
+        return after_failures(weights, networks, failed, shown, jnp.asarray(finite))
 
     def suggest_z(acquisition, key, *given):
         return search(key, score_fn(acquisition, jax.random.fold_in(key, 1), *given))
@@ -393,7 +393,9 @@ def meta_optimizer(
         task, own_space = seen_from(new_task), space
         if first is None:
             default = encode(spaces.configuration(space, spaces.default(space)), True)
-            first = [c for c, x in zip(pool, finite, strict=True) if np.array_equal(x, default)][:1] if pool else [{}]
+            first = (
+                [{}] if finite is None else [c for i, c in enumerate(pool) if np.array_equal(finite[i], default)][:1]
+            )
         given = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in first]
         widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome

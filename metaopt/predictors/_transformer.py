@@ -277,7 +277,7 @@ def outcome_classes(
     return jnp.where(jnp.isnan(v), NUM_BINS, jnp.clip(at, 0, NUM_BINS - 1))
 
 
-def binned_improvement(binned: Binned, best: jax.Array) -> jax.Array:
+def binned_improvement(binned: Binned, best: jax.Array | float) -> jax.Array:
     """E[max(best − y, 0)]; a trial that fails improves nothing.
 
     Args:

@@ -1,5 +1,7 @@
 """g whose expectations are those of transformers over trials: predictions, trials, failures, files."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -141,10 +143,11 @@ def test_they_come_back_from_disk_and_go_on_after_a_kill(g, tmp_path):
 
 def test_what_is_wrong_is_said():
     records = [Record("t", c, loss(c, 0.4)) for c in LINE]
-    for kwargs, message in (
+    refused: list[tuple[Any, str]] = [
         ({"transformers": -1}, "`transformers` must be"),
         ({"transformer_share": 2}, r"`transformer_share` must lie in \[0, 1\]; got 2"),
-    ):
+    ]
+    for kwargs, message in refused:
         with pytest.raises(ValueError, match=message):
             methods.train_meta_optimizer(records, space=SPACE, **kwargs)
     with pytest.raises(ValueError, match="`width` must be a multiple of 4"):
