@@ -145,10 +145,8 @@ def train_meta_searcher(
       ValueError: as for `train_meta_optimizer`.
     """
     if candidates is None:
-        plain = lambda record: spaces.configuration(
-            space, spaces.from_configuration(space, record.configuration, strict=False)
-        )
-        candidates = list({tuple(sorted(c.items(), key=lambda i: i[0])): c for c in map(plain, records)}.values())
+        whole = [spaces.complete(space, record.configuration, strict=False) for record in records]
+        candidates = list({tuple(sorted(c.items(), key=lambda i: i[0])): c for c in whole}.values())
     return train_meta_optimizer(records, space=space, candidates=candidates, **kwargs)
 
 

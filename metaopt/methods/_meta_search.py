@@ -161,10 +161,10 @@ def meta_optimizer(
     # A configuration's vector of unconstrained coordinates is what is ascended.
     template, unravel = ravel_pytree(spaces.to_unconstrained(space, spaces.default(space)))
     relaxed = lambda z: encode_relaxed(spaces.to_constrained(space, unravel(z)))
+    # As `spaces.configuration` does: a simplex keeps its weights.
+    plain = lambda leaf, x, dtype: x if isinstance(leaf, spaces.Simplex) else jnp.asarray(leaf.discretize(x), dtype)
     rounded = lambda z: encode_relaxed(
-        jax.tree.map(
-            lambda x: jnp.asarray(x, z.dtype), spaces.discretize(space, spaces.to_constrained(space, unravel(z)))
-        )
+        jax.tree.map(lambda leaf, x: plain(leaf, x, z.dtype), space, spaces.to_constrained(space, unravel(z)))
     )
     sample = jax.jit(jax.vmap(lambda key: ravel_pytree(spaces.to_unconstrained(space, spaces.sample(key, space)))[0]))
 
@@ -302,7 +302,7 @@ def meta_optimizer(
         if acquisition == "ei_per_cost" and cost_surrogate is None:
             raise ValueError("'ei_per_cost' needs `train_meta_optimizer(..., costs=True)`, and records with costs.")
         task, own_space = seen_from(new_task), space
-        given = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in first]
+        given = [spaces.complete(space, c) for c in first]
         widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome
 

@@ -120,7 +120,7 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
         kwargs = {"study_name": "metaopt", "sampler": sampler, "pruner": pruner_fn(optuna)}
         study = _quietly(optuna, lambda: optuna.create_study(**kwargs))
         for configuration in [{}] if first is None else first:
-            whole = spaces.configuration(space, spaces.from_configuration(space, configuration))
+            whole = spaces.complete(space, configuration)
             study.enqueue_trial({name: value for name, value in whole.items() if name in distributions})
         return OptunaState(study, space, key, {}, 0, [])
 
