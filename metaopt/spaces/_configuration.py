@@ -120,7 +120,9 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
     """
     given = configuration
     whole = _configuration(space, from_configuration(space, given, strict=strict))
-    kept = lambda name, value: name in given and _is_number(given[name]) and math.isclose(given[name], value, rel_tol=1e-6)
+    kept = lambda name, value: (
+        name in given and _is_number(given[name]) and math.isclose(given[name], value, rel_tol=1e-6)
+    )
     return {
         name: float(given[name]) if isinstance(value, float) and kept(name, value) else value
         for name, value in whole.items()

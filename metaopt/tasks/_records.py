@@ -2,9 +2,9 @@
 
 A row is what was known of a trial at one time, as one `base.Record`: "RUNNING" when it starts, and how it ended
 afterwards. Of the rows of one trial (study, task, trial, fidelity, seed), the last one counts that says how it ended;
-where none does, the last one. Each `append_records` is one transaction: a process that is killed loses what it had not appended, and nothing else; several processes of one
-machine may append to one file at a time. (SQLite's write-ahead log needs a file system that is local, not one over a
-network.)
+where none does, the last one. Each `append_records` is one transaction: a process that is killed loses what it had not
+appended, and nothing else; several processes of one machine may append to one file at a time. (SQLite's write-ahead log
+needs a file system that is local, not one over a network.)
 """
 
 import contextlib
@@ -207,7 +207,7 @@ def _to_row(record: Record) -> tuple:
     if not 0 < record.fidelity <= 1:
         raise ValueError(f"A record's fidelity must lie in (0, 1]; got {record.fidelity!r}.")
     if not isinstance(record.reason, str):
-        raise ValueError(f"A record's reason must be a text, \"\" where there is none; got {record.reason!r}.")
+        raise ValueError(f'A record\'s reason must be a text, "" where there is none; got {record.reason!r}.')
     try:
         configuration = json.dumps(record.configuration, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -2,9 +2,9 @@
 
 A child is started by `exec`, never by a fork of a process in which JAX runs threads, and serves one trial after the
 other, since starting Python with JAX costs seconds: what a trial leaves behind there (caches, other generators than
-those of `random` and NumPy, the working directory) the next one finds. It is ended, with all processes that it started, where a trial
-exceeds a limit; a trial that ends it (a segmentation fault, the system's own killer) is a record as well. A child whose
-parent is gone ends itself.
+those of `random` and NumPy, the working directory) the next one finds. It is ended, with all processes that it started,
+where a trial exceeds a limit; a trial that ends it (a segmentation fault, the system's own killer) is a record as well.
+A child whose parent is gone ends itself.
 
 Objective, task and trial travel by cloudpickle: functions of a notebook and of `__main__` are sent by value.
 """
