@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, predictors, spaces, training
-from metaopt.methods._meta_search import MetaOptimizer, encoder, meta_optimizer
+from metaopt.methods._meta_search import MetaOptimizer, check_no_mapping, encoder, meta_optimizer
 
 
 def train_meta_optimizer(
@@ -42,7 +42,8 @@ def train_meta_optimizer(
     `predict` minimizes the weighted mean outcome by gradient descent over the relaxed space from several starts, or
     over the candidates. The searcher's first trial is that; afterwards it maximizes an acquisition function under
     `predictors.posterior`, in the same way; for a batch, and while trials run, what a trial adds to those that run
-    (`predictors.batch_expected_improvement`). Records of unrelated tasks lose their weight after a few trials. Outcomes
+    (`predictors.batch_expected_improvement`); without candidates, every fourth trial is a random configuration, which
+    finds what the surrogate does not expect. Records of unrelated tasks lose their weight after a few trials. Outcomes
     of earlier tasks are normalized one task at a time; a new task's are expected on the scales of theirs, and on the
     scale that fits its own trials best, should its units be others. A task whose trials all have one outcome, such as a
     task with one trial, says nothing of what is better, and is left out. A trial of the new task that failed is
@@ -50,10 +51,11 @@ def train_meta_optimizer(
 
     Args:
       records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which count as bad. Names
-        and labels that the space does not have are ignored, and what a record lacks is at its default: tasks whose
-        spaces differ still teach.
+        and labels that the space does not have are ignored, and what a record lacks, or has None or a text for where a
+        number is tuned, is at its default: tasks whose spaces differ still teach.
       space: of λ, for new tasks.
-      features: task name -> [F] numbers, NaN where unknown; tasks without an entry are unknown altogether.
+      features: task name -> [F] numbers, NaN where unknown (`tasks.apply_scaling` of meta-features); tasks without an
+        entry are unknown altogether.
       datasets: task name -> its labelled rows, a dict like `train` of `tasks.to_task`, for an embedding of the rows
         themselves (`predictors.embed_rows`, the first 64 of them), which is trained jointly with how features weigh
         tasks, and joins the features. A new task then brings its `train`. An embedding that is there already is given
@@ -117,7 +119,7 @@ def train_meta_optimizer(
     cost_surrogate = None
     if costs:
         trials = _costs_by_task(records, encode)
-        kernel = _fit_kernel(jax.random.fold_in(kernel_key, 1), trials, num_steps)
+        kernel = _fit_kernel(jax.random.fold_in(key, 5), trials, num_steps)
         kernel = kernel._replace(logit_smooth=jnp.maximum(kernel.logit_smooth, 5.0))
         cost_surrogate = predictors.surrogate(trials, kernel, _reference(reference_key, trials, max_reference))
     return meta_optimizer(surrogate, cost_surrogate, space, candidates)
@@ -135,7 +137,8 @@ def train_meta_searcher(
     Args:
       records: as for `train_meta_optimizer`.
       space: of architectures; `spaces.encode` of it is what the kernel compares.
-      candidates: the architectures to choose from; by default, all that are in the records.
+      candidates: the architectures to choose from; by default, all that are in the records, as far as the space has
+        their names and labels.
       **kwargs: of `train_meta_optimizer`.
 
     Returns:
@@ -175,7 +178,8 @@ def _costs_by_task(records, encode) -> list[predictors.TaskTrials]:
     """Logarithms of costs at the full budget, of the tasks where they differ."""
     of: dict[str, list[tuple[np.ndarray, float]]] = {}
     for record in records:
-        if record.status in ("COMPLETE", "FAIL") and record.fidelity == 1.0 and 0 < record.cost < np.inf:
+        # What failed at once was not cheap: nothing is known of what it would have cost.
+        if record.status == "COMPLETE" and record.fidelity == 1.0 and 0 < record.cost < np.inf:
             of.setdefault(record.task, []).append((encode(record.configuration), np.log(record.cost)))
     of = {name: pairs for name, pairs in of.items() if len({y for _, y in pairs}) > 1}
     if not of:
@@ -200,6 +204,8 @@ def _features(names, features) -> np.ndarray | None:
         return None
     if not any(name in features for name in names):
         raise ValueError(f"`features` has none of the records' tasks, {_some(names)}; its keys are {_some(features)}.")
+    for name in names:
+        check_no_mapping("features", features.get(name))
     rows = [np.asarray(features[name], float).ravel() if name in features else None for name in names]
     lengths = sorted({len(row) for row in rows if row is not None})
     if len(lengths) != 1:

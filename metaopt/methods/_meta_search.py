@@ -120,6 +120,15 @@ class MetaSearcherState(NamedTuple):
     tried: dict[tuple[int, int, bytes], TriedConfiguration]
 
 
+def check_no_mapping(name: str, features: Any) -> None:
+    """Refuses what `tasks.metafeatures` returns: a new task's must be in the order of earlier tasks'."""
+    if isinstance(features, Mapping):
+        raise ValueError(
+            f"`{name}` must have features as an array of numbers [F], and not by name; `tasks.fit_scaling` and "
+            "`tasks.apply_scaling` make one of `tasks.metafeatures`."
+        )
+
+
 def encoder(space: base.PyTree):
     """`(configuration, strict) -> [D]`, each configuration computed once; what is not active is at its default."""
     encode, known = jax.jit(_encode_fn(space)), {}
@@ -238,7 +247,8 @@ def meta_optimizer(
         return -predictors.expected_after_failures(at(deep), weights, failed, jnp.asarray(finite))
 
     def suggest_z(acquisition, key, *given):
-        return search(key, score_fn(acquisition, jax.random.fold_in(key, 1), *given))
+        # Below _NUM_RANDOM are the keys of random configurations: split(key, n)[i] is fold_in(key, i).
+        return search(key, score_fn(acquisition, jax.random.fold_in(key, _NUM_RANDOM), *given))
 
     def acquire_finite(acquisition, key, *given):
         return score_fn(acquisition, key, *given)(jnp.asarray(finite))  # the last of them are functions
@@ -263,6 +273,7 @@ def meta_optimizer(
     def seen_from(new_task):
         """What tells tasks apart: the weights of earlier ones, and the deep kernels with the task's features."""
         features = new_task.features if isinstance(new_task, base.Task) else new_task
+        check_no_mapping("new_task", features)
         num_features = len(surrogate.sorted_features)
         if features is not None and num_features and np.shape(features) != (num_features,):
             raise ValueError(f"A new task has [{num_features}] features; got shape {np.shape(features)}.")
@@ -410,11 +421,12 @@ def meta_optimizer(
                     del pending[record.trial]
                 name = record.trial, record.seed, x.tobytes()
                 before = tried.get(name, TriedConfiguration(x, {}, np.nan))
-                # What a trial had reached when it was given up counts; what it had cost by then is not its cost.
-                given_up = record.status == "PRUNED"
-                outcome = record.outcome if record.status == "COMPLETE" or given_up else np.nan
-                whole = record.cost > 0 and not given_up
-                cost = float(np.log(record.cost / record.fidelity) if whole else before.log_cost)
+                # What a trial had reached when it was given up counts; what it had cost by then, or when it failed, is
+                # not its cost. Of several fidelities the first one says it: from there, the trial may have gone on.
+                given_up, complete = record.status == "PRUNED", record.status == "COMPLETE"
+                outcome = record.outcome if complete or given_up else np.nan
+                says = complete and 0 < record.cost < np.inf and np.isnan(before.log_cost)
+                cost = float(np.log(record.cost / record.fidelity)) if says else before.log_cost
                 outcomes = {**before.outcomes, record.fidelity: float(outcome)}
                 tried[name] = TriedConfiguration(x, outcomes, cost, given_up)
             return state._replace(pending=pending, tried=tried)
