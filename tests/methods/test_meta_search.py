@@ -121,16 +121,12 @@ def test_what_failed_teaches_no_cost():
 
 
 @pytest.mark.once
-def test_the_weights_of_a_simplex_are_searched_and_not_their_corners():
-    space = {"mix": spaces.simplex(2), "depth": spaces.integer(1, 3)}
-    mixes = [
-        {"mix[0]": float(a), "mix[1]": float(1 - a), "depth": 1 + i % 3}
-        for i, a in enumerate(np.linspace(0.05, 0.95, 19))
-    ]
+def test_the_weights_of_a_simplex_are_searched_and_not_its_corners():
+    space = {"mix": spaces.simplex(2)}
+    mixes = [{"mix[0]": float(a), "mix[1]": float(1 - a)} for a in np.linspace(0.05, 0.95, 19)]
     records = [Record(f"t{t}", c, (c["mix[0]"] - 0.7 - t / 50) ** 2) for t in range(3) for c in mixes]
     g = methods.train_meta_optimizer(records, space=space, num_steps=0)
-    found = g.predict()
-    assert abs(found["mix[0]"] - 0.72) < 0.1 and found["depth"] in (1, 2, 3)
+    assert abs(g.predict()["mix[0]"] - 0.72) < 0.1
 
 
 @pytest.mark.slow
