@@ -53,6 +53,10 @@ def misbehave(trial, task):
         os.kill(os.getpid(), signal.SIGSEGV)
     if task == "prune":
         raise tasks.Pruned(0.5)
+    if task == "prune in words":
+        raise tasks.Pruned("too slow")
+    if task == "change":
+        return trial.configuration.pop("x") + 0.25
     if task == "memory":
         allocate(trial, task)
     if task == "memory below":

@@ -22,20 +22,23 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
       records: of one task; those of one trial at several fidelities become its intermediate values, at steps of
         thousandths of the full budget.
       space: that they come from.
-      **kwargs: of `optuna.create_study`, such as `storage="sqlite:///study.db"`, for its dashboard, and `study_name`.
+      **kwargs: of `optuna.create_study`, such as `storage="sqlite:///study.db"`, for its dashboard, and `study_name`;
+        not its `direction`, since outcomes are minimized.
 
     Returns:
       A study whose trials have the records' parameters, values and states, and task, cost, seed, reason and metaopt's
       trial number as user attributes, "metaopt:trial" and so on. A trial that never reached the full budget is pruned.
 
     Raises:
-      ValueError: the records are of several tasks, or a configuration does not fit the space.
+      ValueError: the records are of several tasks, a configuration does not fit the space, or a direction is given.
       ImportError: Optuna is not installed.
     """
     import optuna
 
     if len(names := {record.task for record in records}) > 1:
         raise ValueError(f"An Optuna study is of one task; got records of {sorted(names)}.")
+    if given := {"direction", "directions"} & set(kwargs):
+        raise ValueError(f"Outcomes are minimized, so that `{given.pop()}` cannot be given.")
     distributions = spaces.to_optuna(space)
     study = optuna.create_study(**kwargs)
     trials: dict[int, list[base.Record]] = {}
@@ -48,7 +51,13 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
             state = optuna.trial.TrialState[last.status]
         complete = [record for record in several if record.outcome == record.outcome]
         attributes = {name: getattr(last, name) for name in _KEPT}
-        values = {name: value for name, value in last.configuration.items() if name in distributions}
+        values = {}
+        for name, value in last.configuration.items():
+            if name not in distributions:
+                continue
+            if not (found := _fitting(value, distributions[name])):
+                raise ValueError(f"`{name}` of trial {last.trial} is {value!r}, and not of {distributions[name]}.")
+            values[name] = found[0]
         study.add_trial(
             optuna.trial.create_trial(
                 state=state,
@@ -122,8 +131,9 @@ def optuna_sampler(
     trials of the study, whoever made them. It obeys `study.enqueue_trial`, `directions`, pruners and `n_jobs`:
 
     - The parameters of `meta_optimizer.space` are drawn together, those whose conditions do not hold are left out. An
-      objective asks for them with the distributions of `spaces.to_optuna`, or, what it need not, in one line:
-      `spaces.suggest(trial, space)`. Names, ranges and labels that the space does not have are drawn by
+      objective asks for them as in `spaces.to_optuna`, or, what it need not, in one line: `spaces.suggest(trial,
+      space)`. Where it asks for another range, scale or other labels (some may have been added since), it is given what
+      was drawn where that is among them. What is not, and names that the space does not have, are drawn by
       `independent_sampler`.
     - Trials that still run, in any thread or process, count by what they may add (`batch_expected_improvement`).
     - A pruned trial counts with its last intermediate value, moved by the mean difference between that step and the end
@@ -162,25 +172,39 @@ def optuna_sampler(
         import optuna
     except ImportError as error:
         raise ImportError('This sampler needs Optuna; install it with `pip install "metaopt-jax[optuna]"`.') from error
-    space = meta_optimizer.space
-    distributions = spaces.to_optuna(space)
+    spaces.to_optuna(meta_optimizer.space)  # raises where it cannot
     searcher = meta_optimizer.searcher(new_task, acquisition=acquisition, first=())
     number = int.from_bytes(os.urandom(4)) if seed is None else seed
     key = jax.random.key(number % 2**32)
     independent = optuna.samplers.RandomSampler(number % 2**32) if independent_sampler is None else independent_sampler
     states, single = optuna.trial.TrialState, threading.Lock()
-    heard: Any = weakref.WeakKeyDictionary()  # by study: a searcher's state, and the trials that it has heard of
-    drawn: Any = weakref.WeakKeyDictionary()  # by study: what running trials were given, before they ask for it
+    # By storage and number of a study: Optuna may make an object of it for every trial.
+    studies: Any = weakref.WeakKeyDictionary()
 
-    def hear(study) -> Any:
-        """The searcher's state after all that has ended."""
-        state, known = heard.get(study) or (searcher.init(key, None), set())
+    def known_of(study) -> _KnownOfStudy:
+        of_storage = studies.setdefault(study._storage, {})
+        return of_storage.setdefault(study._study_id, _KnownOfStudy(searcher.init(key, None), set(), {}))
+
+    def trials_of(study, *of):
+        """All of a study: with a pruner of brackets, `study.get_trials` has those of one bracket alone."""
+        return study._storage.get_all_trials(study._study_id, deepcopy=False, states=of)
+
+    def draw(study, number: int) -> dict[str, Any]:
+        """The configuration of a trial, after all that has ended."""
+        known = known_of(study)
         sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
-        ended = study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED, states.FAIL))
-        new = [trial for trial in ended if trial.number not in known]
-        state = searcher.tell(state, [record for trial in new for record in _as_told(trial, sign)])
-        heard[study] = state, known | {trial.number for trial in new}
-        return state
+        ended = trials_of(study, states.COMPLETE, states.PRUNED, states.FAIL)
+        new = [trial for trial in ended if trial.number not in known.heard]
+        known.state = searcher.tell(known.state, [record for trial in new for record in _as_told(trial, sign)])
+        known.heard |= {trial.number for trial in new}
+        others = [trial for trial in trials_of(study, states.RUNNING) if trial.number != number]
+        known.drawn = {trial.number: known.drawn.get(trial.number, {}) for trial in others}
+        # What a trial was given holds until it says what it took: it may have been enqueued.
+        took = [(trial.number, known.drawn[trial.number] | trial.params) for trial in others]
+        running = [base.Record("", c, trial=other, status="RUNNING") for other, c in took if c]
+        (record,), _ = searcher.ask(searcher.tell(known.state, running)._replace(num_asked=number), 1)
+        known.drawn[number] = record.configuration
+        return record.configuration
 
     class MetaSampler(optuna.samplers.BaseSampler):
         """`integrations.optuna_sampler`."""
@@ -191,26 +215,18 @@ def optuna_sampler(
         def infer_relative_search_space(self, study, trial):
             if len(study.directions) > 1:
                 raise ValueError("This sampler is for studies of one objective; use another for several.")
-            return dict(distributions)
+            return {}  # a parameter is given when it is known how the objective asks for it
 
         def sample_relative(self, study, trial, search_space):
             with single:
-                state = hear(study)
-                others = [
-                    t for t in study.get_trials(deepcopy=False, states=(states.RUNNING,)) if t.number != trial.number
-                ]
-                mine = {t.number: drawn.get(study, {}).get(t.number, {}) for t in others}
-                # What a trial was given holds until it says what it took: it may have been enqueued.
-                running = [
-                    base.Record("", {**mine[t.number], **t.params}, trial=t.number, status="RUNNING") for t in others
-                ]
-                running = [record for record in running if record.configuration]
-                state = searcher.tell(state, running)._replace(num_asked=trial.number)
-                (record,), _ = searcher.ask(state, 1)
-                drawn[study] = {**mine, trial.number: record.configuration}
-            return {name: value for name, value in record.configuration.items() if name in search_space}
+                draw(study, trial.number)
+            return {}
 
         def sample_independent(self, study, trial, param_name, param_distribution):
+            with single:
+                drawn = known_of(study).drawn.get(trial.number) or draw(study, trial.number)
+            if param_name in drawn and (found := _fitting(drawn[param_name], param_distribution)):
+                return found[0]
             return independent.sample_independent(study, trial, param_name, param_distribution)
 
         def before_trial(self, study, trial):
@@ -220,6 +236,27 @@ def optuna_sampler(
             independent.after_trial(study, trial, state, values)
 
     return MetaSampler()
+
+
+class _KnownOfStudy:
+    """What a sampler remembers of a study: a searcher's state, the numbers of the trials that it has heard of, and what
+    running trials were given before they ask for it, by number."""
+
+    def __init__(self, state: Any, heard: set[int], drawn: dict[int, dict[str, Any]]):
+        self.state, self.heard, self.drawn = state, heard, drawn
+
+
+def _fitting(value: Any, distribution: Any) -> list[Any]:
+    """[the value as a distribution has it], or [] where it does not have it. Float32 may lie next to a bound."""
+    if hasattr(distribution, "choices"):
+        return [choice for choice in distribution.choices if choice == value][:1]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return []
+    near = min(max(value, distribution.low), distribution.high)
+    steps = 0.0 if distribution.step is None else (near - distribution.low) / distribution.step
+    if not math.isclose(near, value, rel_tol=1e-6) or not math.isclose(steps, round(steps), abs_tol=1e-6):
+        return []
+    return [round(near) if type(distribution).__name__ == "IntDistribution" else float(near)]
 
 
 def _as_told(trial, sign: float) -> list[base.Record]:

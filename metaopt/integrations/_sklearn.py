@@ -34,14 +34,15 @@ _INTERNAL = {
 
 
 def sklearn_objective(
-    estimator: Any, *, scoring: str | None = None, num_folds: int = 5, split_seed: int = 0
+    estimator: Any, *, scoring: str | None = None, num_folds: int = 5, split_seed: int = 0, preparation: Any = None
 ) -> ObjectiveFn:
     """An objective for `tasks.collect`: a scikit-learn estimator with a trial's parameters, cross-validated.
 
     Gaps are filled with the column's median (where the table says that a column is categorical, they are a category),
     categories are one-hot, other columns are standardized: fitted on the training rows of each fold. The folds are the
-    same in all trials, stratified by class; the estimator's `random_state` is the trial's seed. At fidelity s < 1 it is
-    fitted on a stratified part s of the training rows, nested in those of larger fidelities.
+    same in all trials, stratified by class; every `random_state` of the estimator, and of those within it, is the
+    trial's seed. At fidelity s < 1 it is fitted on a stratified part s of the training rows, nested in those of larger
+    fidelities.
 
     Args:
       estimator: unfitted; a trial sets its parameters by their names (`"svc__C"` in a pipeline).
@@ -51,6 +52,8 @@ def sklearn_objective(
         densities.
       num_folds: K of K-fold cross-validation, at least 2.
       split_seed: of the folds.
+      preparation: a transformer of the rows in the place of the above, such as `preprocessing.MinMaxScaler()` where
+        values must not be negative (`MultinomialNB`), or "passthrough" for none.
 
     Returns:
       `(trial, task) -> outcome`, for tasks that are a `Table` or a pair (x, y), where y may be None for clusterers. The
@@ -78,40 +81,37 @@ def sklearn_objective(
             raise ValueError(f"`scoring` must be given for what is no classifier, regressor or clusterer: {estimator}.")
 
     def objective(trial, task):
-        from sklearn import metrics
+        from sklearn import metrics, pipeline
 
         x, y, categorical = _data(task)
         parameters = dict(trial.configuration)
-        if "random_state" in estimator.get_params():
-            parameters["random_state"] = trial.seed
+        seeds = [name for name in estimator.get_params() if name.rpartition("__")[2] == "random_state"]
+        parameters |= dict.fromkeys(seeds, trial.seed)
         model: Any = sklearn.base.clone(estimator)
         model.set_params(**parameters)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of models that have not converged, of classes that a fold lacks
             if scoring in _INTERNAL:
                 rows = _part(np.random.default_rng(split_seed), np.zeros(len(x)), trial.fidelity)
-                filled = _preparation(categorical).fit_transform(x[rows])
+                filled = pipeline.make_pipeline(_preparation(categorical, preparation)).fit_transform(x[rows])
                 name, larger = _INTERNAL[scoring]
                 score = getattr(metrics, name)(filled, model.fit_predict(filled))
                 return 1 - score if scoring == "silhouette" else -score if larger else score
             labels = y if sklearn.base.is_classifier(estimator) else None
-            scores = [
-                _score(
-                    model, scoring, categorical, x, y, _subset(train, labels, trial.fidelity, split_seed + fold), test
-                )
-                for fold, (train, test) in enumerate(_folds(x, y, estimator, num_folds, split_seed))
-            ]
+            scores = []
+            for fold, (train, test) in enumerate(_folds(x, y, estimator, num_folds, split_seed)):
+                part = _subset(train, labels, trial.fidelity, split_seed + fold)
+                prepared = pipeline.make_pipeline(_preparation(categorical, preparation), sklearn.base.clone(model))
+                scores.append(_score(prepared, scoring, x, y, part, test))
         score = float(np.mean(scores))
         return -score if scoring == "log_likelihood" or scoring.startswith("neg_") else 1 - score
 
     return objective
 
 
-def _score(model, scoring, categorical, x, y: Any, train, test) -> float:
-    import sklearn.base
-    from sklearn import metrics, pipeline
+def _score(fitted, scoring, x, y: Any, train, test) -> float:
+    from sklearn import metrics
 
-    fitted = pipeline.make_pipeline(_preparation(categorical), sklearn.base.clone(model))
     if scoring == "log_likelihood":
         fitted.fit(x[train])
         # A density's `score` is a sum over rows, a mixture's the mean.
@@ -150,9 +150,12 @@ def _data(task) -> tuple[np.ndarray, Any, np.ndarray]:
     return x, None if y is None else np.asarray(y), np.zeros(x.shape[1], bool)
 
 
-def _preparation(categorical):
+def _preparation(categorical, given):
+    import sklearn.base
     from sklearn import compose, impute, pipeline, preprocessing
 
+    if given is not None:
+        return given if isinstance(given, str) else sklearn.base.clone(given)
     numeric = pipeline.make_pipeline(impute.SimpleImputer(strategy="median"), preprocessing.StandardScaler())
     labels = pipeline.make_pipeline(
         impute.SimpleImputer(strategy="constant", fill_value=-1),

@@ -39,11 +39,13 @@ def asha(
     outcome with its fidelity and brings outcomes of several fidelities to one scale. A trial starts at fidelity
     η^(1 − K + b), where b is its bracket and K the number of rungs; one bracket is ASHA, K of them are Hyperband's,
     which also start some trials at larger budgets in case small ones mislead. Trials start in brackets as often as in
-    Hyperband, in proportion to η^s/(s + 1), s = K − 1 − b. Nothing ever waits for a rung to fill, so that any number
-    of workers is busy; what is found depends on the order in which outcomes are told.
+    Hyperband, in proportion to η^s/(s + 1), s = K − 1 − b. Nothing ever waits for a rung to fill: any number of trials
+    can be asked for at any time. `tasks.collect` asks for `batch_size` of them a task, and tells of all before it asks
+    again; what is found depends on the order in which outcomes are told, and not on the number of workers.
 
     Args:
-      searcher: that proposes configurations, and takes records of fidelities below 1; by default `tasks.random_search`.
+      searcher: that proposes configurations, at the full budget, and takes records of fidelities below 1: by default
+        `tasks.random_search`; `tpe()`, which learns from what ended at lower ones as from pruned trials.
       reduction_factor: η, at least 2.
       num_rungs: K, how many fidelities there are, at least 2: 1/27, 1/9, 1/3 and 1 by default.
       num_brackets: at least 1, at most K.
@@ -53,7 +55,8 @@ def asha(
       (`tasks.collect(resumes=True)`) pays for the differences alone.
 
     Raises:
-      ValueError: an argument is no integer, or out of range.
+      ValueError: an argument is no integer, or out of range; when a trial is asked for, `searcher` chooses fidelities
+        itself, as `bohb` does.
 
     Source: Li et al., A system for massively parallel hyperparameter tuning, MLSys 2020,
     https://arxiv.org/abs/1810.05934 (Algorithm 2); brackets: Li et al., Hyperband, JMLR 2018,
@@ -113,6 +116,11 @@ def asha(
                 if not new:
                     break
                 bracket, trial = next_bracket(state), new[0]
+                if trial.fidelity != 1.0:
+                    raise ValueError(
+                        f"`searcher` asks for a fidelity of {trial.fidelity:g}, and so chooses budgets itself; "
+                        "use it without `asha`."
+                    )
                 due = trial.trial, bracket
                 trials = {**state.trials, trial.trial: (bracket, trial)}
                 state = state._replace(searcher=searcher_state, trials=trials, num_started=state.num_started + 1)

@@ -166,8 +166,7 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
     def known_number(configuration) -> int:
         name = tuple(sorted(configuration.items()))
         if name not in number:  # with what it lacks at its default
-            whole = spaces.configuration(space, spaces.from_configuration(space, configuration))
-            name = tuple(sorted(whole.items()))
+            name = tuple(sorted(spaces.complete(space, configuration).items()))
         if name in number:
             return number[name]
         raise ValueError(f"{configuration} is none of the candidates, the configurations that earlier tasks tried.")

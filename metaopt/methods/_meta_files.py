@@ -45,7 +45,7 @@ def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimi
     arrays: dict[str, Any] = _arrays("outcome", meta_optimizer.surrogate)
     if meta_optimizer.cost_surrogate is not None:
         arrays |= _arrays("cost", meta_optimizer.cost_surrogate)
-    temporary = f"{os.fspath(path)}.tmp"
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # others may write there, too
     with open(temporary, "wb") as file:
         np.savez(file, header=np.frombuffer(encoded, np.uint8), **arrays)
     os.replace(temporary, path)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, predictors, spaces, training
-from metaopt.methods._meta_search import ROWS, MetaOptimizer, check_rows, encoder, meta_optimizer
+from metaopt.methods._meta_search import ROWS, MetaOptimizer, check_no_mapping, check_rows, encoder, meta_optimizer
 
 
 def train_meta_optimizer(
@@ -58,10 +58,11 @@ def train_meta_optimizer(
 
     Args:
       records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which count as bad. Names
-        and labels that the space does not have are ignored, and what a record lacks is at its default: tasks whose
-        spaces differ still teach.
+        and labels that the space does not have are ignored, and what a record lacks, or has None or a text for where a
+        number is tuned, is at its default: tasks whose spaces differ still teach.
       space: of λ, for new tasks.
-      features: task name -> [F] numbers, NaN where unknown; tasks without an entry are unknown altogether.
+      features: task name -> [F] numbers, NaN where unknown (`tasks.apply_scaling` of meta-features); tasks without an
+        entry are unknown altogether.
       datasets: task name -> its labelled rows, a dict like `train` of `tasks.to_task`, for an embedding of the rows
         themselves (`predictors.embed_rows`, the first 64 of them), which is trained jointly with how features weigh
         tasks, and joins the features. A new task then brings its `train`. An embedding that is there already is given
@@ -136,7 +137,7 @@ def train_meta_optimizer(
     cost_surrogate = None
     if costs:
         trials = _costs_by_task(records, encode)
-        kernel = _fit_kernel(jax.random.fold_in(kernel_key, 1), trials, num_steps)
+        kernel = _fit_kernel(jax.random.fold_in(key, 5), trials, num_steps)
         kernel = kernel._replace(logit_smooth=jnp.maximum(kernel.logit_smooth, 5.0))
         cost_surrogate = predictors.surrogate(trials, kernel, _reference(reference_key, trials, max_reference))
     return meta_optimizer(surrogate, cost_surrogate, space, candidates)
@@ -154,7 +155,8 @@ def train_meta_searcher(
     Args:
       records: as for `train_meta_optimizer`.
       space: of architectures; `spaces.encode` of it is what the kernel compares.
-      candidates: the architectures to choose from; by default, all that are in the records.
+      candidates: the architectures to choose from; by default, all that are in the records, as far as the space has
+        their names and labels.
       **kwargs: of `train_meta_optimizer`.
 
     Returns:
@@ -164,10 +166,8 @@ def train_meta_searcher(
       ValueError: as for `train_meta_optimizer`.
     """
     if candidates is None:
-        plain = lambda record: spaces.configuration(
-            space, spaces.from_configuration(space, record.configuration, strict=False)
-        )
-        candidates = list({tuple(sorted(c.items(), key=lambda i: i[0])): c for c in map(plain, records)}.values())
+        whole = [spaces.complete(space, record.configuration, strict=False) for record in records]
+        candidates = list({tuple(sorted(c.items(), key=lambda i: i[0])): c for c in whole}.values())
     return train_meta_optimizer(records, space=space, candidates=candidates, **kwargs)
 
 
@@ -196,7 +196,8 @@ def _costs_by_task(records, encode) -> list[predictors.TaskTrials]:
     """Logarithms of costs at the full budget, of the tasks where they differ."""
     of: dict[str, list[tuple[np.ndarray, float]]] = {}
     for record in records:
-        if record.status in ("COMPLETE", "FAIL") and record.fidelity == 1.0 and 0 < record.cost < np.inf:
+        # What failed at once was not cheap: nothing is known of what it would have cost.
+        if record.status == "COMPLETE" and record.fidelity == 1.0 and 0 < record.cost < np.inf:
             of.setdefault(record.task, []).append((encode(record.configuration), np.log(record.cost)))
     of = {name: pairs for name, pairs in of.items() if len({y for _, y in pairs}) > 1}
     if not of:
@@ -221,6 +222,8 @@ def _features(names, features) -> np.ndarray | None:
         return None
     if not any(name in features for name in names):
         raise ValueError(f"`features` has none of the records' tasks, {_some(names)}; its keys are {_some(features)}.")
+    for name in names:
+        check_no_mapping("features", features.get(name))
     rows = [np.asarray(features[name], float).ravel() if name in features else None for name in names]
     lengths = sorted({len(row) for row in rows if row is not None})
     if len(lengths) != 1:

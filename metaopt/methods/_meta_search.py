@@ -165,6 +165,15 @@ def check_rows(name: str, data: Any) -> None:
         )
 
 
+def check_no_mapping(name: str, features: Any) -> None:
+    """Refuses what `tasks.metafeatures` returns: a new task's must be in the order of earlier tasks'."""
+    if isinstance(features, Mapping):
+        raise ValueError(
+            f"`{name}` must have features as an array of numbers [F], and not by name; `tasks.fit_scaling` and "
+            "`tasks.apply_scaling` make one of `tasks.metafeatures`."
+        )
+
+
 def encoder(space: base.PyTree):
     """`(configuration, strict) -> [D]`, each configuration computed once; what is not active is at its default."""
     encode, known = jax.jit(_encode_fn(space)), {}
@@ -173,7 +182,9 @@ def encoder(space: base.PyTree):
         # A record's label that equals another (1, 1.0, True) is told apart.
         name = strict, tuple(sorted((key, type(value), value) for key, value in configuration.items()))
         if name not in known:
-            known[name] = np.asarray(encode(spaces.from_configuration(space, configuration, strict=strict)))
+            # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
+            whole = spaces.complete(space, configuration, strict=strict)
+            known[name] = np.asarray(encode(spaces.from_configuration(space, whole)))
         return known[name]
 
     return encoded
@@ -206,10 +217,10 @@ def meta_optimizer(
     # A configuration's vector of unconstrained coordinates is what is ascended.
     template, unravel = ravel_pytree(spaces.to_unconstrained(space, spaces.default(space)))
     relaxed = lambda z: encode_relaxed(spaces.to_constrained(space, unravel(z)))
+    # As `spaces.configuration` does: a simplex keeps its weights.
+    plain = lambda leaf, x, dtype: x if isinstance(leaf, spaces.Simplex) else jnp.asarray(leaf.discretize(x), dtype)
     rounded = lambda z: encode_relaxed(
-        jax.tree.map(
-            lambda x: jnp.asarray(x, z.dtype), spaces.discretize(space, spaces.to_constrained(space, unravel(z)))
-        )
+        jax.tree.map(lambda leaf, x: plain(leaf, x, z.dtype), space, spaces.to_constrained(space, unravel(z)))
     )
     sample = jax.jit(jax.vmap(lambda key: ravel_pytree(spaces.to_unconstrained(space, spaces.sample(key, space)))[0]))
 
@@ -325,7 +336,8 @@ def meta_optimizer(
         return after_failures(weights, networks, failed, shown, jnp.asarray(finite))
 
     def suggest_z(acquisition, key, *given):
-        return search(key, score_fn(acquisition, jax.random.fold_in(key, 1), *given))
+        # Below _NUM_RANDOM are the keys of random configurations: split(key, n)[i] is fold_in(key, i).
+        return search(key, score_fn(acquisition, jax.random.fold_in(key, _NUM_RANDOM), *given))
 
     def acquire_finite(acquisition, key, *given):
         return score_fn(acquisition, key, *given)(jnp.asarray(finite))  # the last of them are functions
@@ -350,6 +362,7 @@ def meta_optimizer(
     def seen_from(new_task):
         """What tells tasks apart: the weights of earlier ones, and the networks with the task's features."""
         features = new_task.features if isinstance(new_task, base.Task) else new_task
+        check_no_mapping("new_task", features)
         num_features = len(surrogate.sorted_features)
         if features is not None and num_features and np.shape(features) != (num_features,):
             raise ValueError(f"A new task has [{num_features}] features; got shape {np.shape(features)}.")
@@ -392,11 +405,11 @@ def meta_optimizer(
             raise ValueError("'ei_per_cost' needs `train_meta_optimizer(..., costs=True)`, and records with costs.")
         task, own_space = seen_from(new_task), space
         if first is None:
-            default = encode(spaces.configuration(space, spaces.default(space)), True)
+            default = encode({})
             first = (
                 [{}] if finite is None else [c for i, c in enumerate(pool) if np.array_equal(finite[i], default)][:1]
             )
-        given = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in first]
+        given = [spaces.complete(space, c) for c in first]
         widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome
 
@@ -512,11 +525,12 @@ def meta_optimizer(
                     del pending[record.trial]
                 name = record.trial, record.seed, x.tobytes()
                 before = tried.get(name, TriedConfiguration(x, {}, np.nan))
-                # What a trial had reached when it was given up counts; what it had cost by then is not its cost.
-                given_up = record.status == "PRUNED"
-                outcome = record.outcome if record.status == "COMPLETE" or given_up else np.nan
-                whole = record.cost > 0 and not given_up
-                cost = float(np.log(record.cost / record.fidelity) if whole else before.log_cost)
+                # What a trial had reached when it was given up counts; what it had cost by then, or when it failed, is
+                # not its cost. Of several fidelities the first one says it: from there, the trial may have gone on.
+                given_up, complete = record.status == "PRUNED", record.status == "COMPLETE"
+                outcome = record.outcome if complete or given_up else np.nan
+                says = complete and 0 < record.cost < np.inf and np.isnan(before.log_cost)
+                cost = float(np.log(record.cost / record.fidelity)) if says else before.log_cost
                 outcomes = {**before.outcomes, record.fidelity: float(outcome)}
                 tried[name] = TriedConfiguration(x, outcomes, cost, given_up)
             return state._replace(pending=pending, tried=tried)

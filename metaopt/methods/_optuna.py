@@ -43,7 +43,7 @@ def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 1
 
     Returns:
       A searcher; its spaces are those of `spaces.to_optuna`. `tell` also takes records of trials that it never asked
-      for, which it learns from.
+      for, which it learns from, unless they are out of the space; those at fidelities below 1 count as pruned.
 
     Raises:
       ValueError: `num_random` is no integer of at least 0.
@@ -120,7 +120,7 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
         kwargs = {"study_name": "metaopt", "sampler": sampler, "pruner": pruner_fn(optuna)}
         study = _quietly(optuna, lambda: optuna.create_study(**kwargs))
         for configuration in [{}] if first is None else first:
-            whole = spaces.configuration(space, spaces.from_configuration(space, configuration))
+            whole = spaces.complete(space, configuration)
             study.enqueue_trial({name: value for name, value in whole.items() if name in distributions})
         return OptunaState(study, space, key, {}, 0, [])
 
@@ -157,7 +157,17 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
             trial = trials.get(record.trial)
             # Another search numbers its trials from 0, too: by its configuration a record is known as one's own.
             if trial is None or not _same(record.configuration, spaces.suggest(trial, state.space)):
-                _add(state.study, state.space, record)
+                _add(state.study, state.space, record, any_fidelity=len(fidelities) == 1)
+                continue
+            if record.fidelity not in fidelities and record.status != "FAIL":  # `asha` asked for less
+                if math.isfinite(record.outcome):
+                    trial.report(record.outcome, step=_step(record))
+                state.study.tell(trial, state=TrialState.PRUNED)
+                del trials[record.trial]  # at the next fidelity it is another trial of the study
+                continue
+            if record.status == "FAIL":
+                state.study.tell(trial, state=TrialState.FAIL)
+                del trials[record.trial]
                 continue
             rung = fidelities.index(record.fidelity)
             if record.status == "COMPLETE" and rung + 1 < len(fidelities):
@@ -171,8 +181,7 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
             if whole:
                 state.study.tell(trial, record.outcome)
             else:
-                failed = record.status == "FAIL"
-                state.study.tell(trial, state=TrialState.FAIL if failed else TrialState.PRUNED)
+                state.study.tell(trial, state=TrialState.PRUNED)
             del trials[record.trial]
         return state._replace(trials=trials, survivors=survivors)
 
@@ -184,18 +193,32 @@ def _same(configuration, other) -> bool:
     return configuration.keys() == other.keys() and all(close(configuration[n], other[n]) for n in other)
 
 
-def _add(study, space, record: base.Record) -> None:
-    """A trial that was not asked for: another search's, or an earlier one's."""
+def _step(record: base.Record) -> int:
+    """The order of fidelities is all that counts."""
+    return max(1, round(1000 * record.fidelity))
+
+
+def _add(study, space, record: base.Record, *, any_fidelity: bool) -> None:
+    """A trial that was not asked for: another search's, or an earlier one's; or one's own at another fidelity."""
     import optuna
 
+    if record.status != "COMPLETE" or (record.fidelity != 1.0 and not any_fidelity):
+        return
     distributions = spaces.to_optuna(space)
-    params = {name: value for name, value in record.configuration.items() if name in distributions}
-    if record.status == "COMPLETE" and record.fidelity == 1.0:
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=params, distributions={name: distributions[name] for name in params}, value=record.outcome
-            )
+    known = {name: value for name, value in record.configuration.items() if name in distributions}
+    whole = record.fidelity == 1.0
+    try:
+        within = spaces.configuration(space, spaces.from_configuration(space, known))
+        trial = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.COMPLETE if whole else optuna.trial.TrialState.PRUNED,
+            params={name: within.get(name, value) for name, value in known.items()},
+            distributions={name: distributions[name] for name in known},
+            value=record.outcome if whole else None,
+            intermediate_values=None if whole else {_step(record): record.outcome},
         )
+    except ValueError:  # of another range, or with a label that is not known
+        return
+    study.add_trial(trial)
 
 
 def _quietly(optuna, fn):

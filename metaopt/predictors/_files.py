@@ -59,7 +59,7 @@ def save(
     # The format has no bfloat16; every such number is one of float32.
     arrays = {name: x.astype(np.float32) if x.dtype.kind == "V" else x for name, x in arrays.items()}
     encoded = np.frombuffer(json.dumps(header).encode(), np.uint8)  # before there is a file: it may not be serializable
-    temporary = f"{os.fspath(path)}.tmp"
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # others may write there, too
     with open(temporary, "wb") as file:
         np.savez(file, header=encoded, **arrays)
     os.replace(temporary, path)

@@ -147,7 +147,8 @@ def kernel_loss(kernel: Kernel, trials: tuple[jax.Array, jax.Array, jax.Array]) 
 
 
 def normalize(y: np.ndarray) -> tuple[np.ndarray, float]:
-    """Outcomes of one task from 0, its best, to 1, its worst; diverged ones do not set the scale.
+    """Outcomes of one task from 0, its best, to 1, its worst; diverged ones do not set the scale, unless three in four
+    of all are the best.
 
     Args:
       y: [N], NaN where a trial failed; at least one is finite.
@@ -157,7 +158,7 @@ def normalize(y: np.ndarray) -> tuple[np.ndarray, float]:
     """
     finite = y[np.isfinite(y)]
     low, upper = finite.min(), np.quantile(finite, 0.75)
-    scale = min(finite.max(), upper + 3 * (upper - low)) - low
+    scale = (min(finite.max(), upper + 3 * (upper - low)) if upper > low else finite.max()) - low
     scale = float(scale) if scale > 0 else 1.0
     return np.minimum((y - low) / scale, 1.0), scale
 

@@ -5,6 +5,7 @@ JSON, in a data base and in Optuna or ConfigSpace.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ def configuration(space: base.PyTree, hyperparams: base.HyperParams) -> dict[str
 
     Returns:
       A value for each entry of each active leaf, fixed ones among them: a float (also for each weight of a `simplex`),
-      an int, or a label. Names are paths, with an index where a leaf has a shape: `"adam.rate"`, `"mix[0]"`.
+      an int, or a label. Names are paths, with an index where a leaf has a shape: `"adam.rate"`, `"mix[0]"`. A float is
+      the shortest decimal of λ's type, within the bounds of its leaf.
 
     Raises:
       ValueError: λ does not fit the space, or a condition names what the space does not have.
@@ -58,15 +60,14 @@ def from_configuration(
       space: a tree of leaves.
       configuration: plain values by name, as from `configuration`; those of fixed leaves are not looked at.
       strict: whether names, labels and values out of bounds, which the space does not have, are refused. Otherwise such
-        names are ignored, such values kept, and such labels give all labels the same weight: for records of a space
-        that has changed since.
+        names are ignored, such values kept, such labels give all labels the same weight, and what should be a number
+        and is none (None, "auto") is at its default: for records of a space that has changed since, or of others.
 
     Returns:
       λ, structured like the space, of NumPy arrays of JAX's default floating-point type; a choice is one-hot.
 
     Raises:
-      ValueError: a value is not of its leaf's kind; or, where `strict`, a name or a label is not known, or a value is
-        out of bounds.
+      ValueError: where `strict`, a name or a label is not known, or a value is no number or out of bounds.
 
     >>> from metaopt import spaces
     >>> space = {"depth": spaces.integer(1, 8, default=2), "loss": spaces.choice(["mse", "mae"])}
@@ -86,6 +87,8 @@ def from_configuration(
                 try:
                     value[index] = leaf.from_plain(given, strict)
                 except ValueError as error:
+                    if not strict:
+                        continue
                     raise ValueError(f"The configuration's `{name}` must be {error}; got {given!r}.") from None
         values.append(value)
     if unknown and strict:
@@ -94,6 +97,36 @@ def from_configuration(
             "`strict=False` ignores what it does not have."
         )
     return treedef.unflatten(values)
+
+
+def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
+    """A whole configuration: with what it lacks at its default, without what is not active.
+
+    Args:
+      space: a tree of leaves.
+      configuration: plain values by name.
+      strict: as for `from_configuration`.
+
+    Returns:
+      A configuration like those of `configuration`, with the given numbers to the last digit, which a λ of float32 has
+      not: a record is found again by its configuration.
+
+    Raises:
+      ValueError: as for `from_configuration`.
+
+    >>> from metaopt import spaces
+    >>> spaces.complete({"rate": spaces.interval(0.0, 1.0), "depth": spaces.integer(1, 9)}, {"rate": 0.123456789})
+    {'depth': 5, 'rate': 0.123456789}
+    """
+    given = configuration
+    whole = _configuration(space, from_configuration(space, given, strict=strict))
+    kept = lambda name, value: (
+        name in given and _is_number(given[name]) and math.isclose(given[name], value, rel_tol=1e-6)
+    )
+    return {
+        name: float(given[name]) if isinstance(value, float) and kept(name, value) else value
+        for name, value in whole.items()
+    }
 
 
 def active(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
@@ -134,7 +167,12 @@ def active(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
     return jnp.concatenate([jnp.ravel(part) for part in parts]) if parts else jnp.zeros((0,), bool)
 
 
+_configuration = configuration  # where an argument has the name
 _MISSING = object()
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @functools.lru_cache(maxsize=1024)

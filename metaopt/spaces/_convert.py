@@ -79,11 +79,10 @@ def from_optuna(distributions: Mapping[str, Any]) -> dict[str, Leaf]:
       distributions: by name. An integer with a step becomes a choice of its values.
 
     Returns:
-      A flat dict of leaves; a distribution of one value is fixed.
+      A flat dict of leaves; a distribution of one number is fixed.
 
     Raises:
-      ValueError: a distribution has no counterpart: a float with a step, one label that is no number, a step that gives
-        more than 1,000 values.
+      ValueError: a distribution has no counterpart: a float with a step, or a step that gives more than 1,000 values.
     """
     space: dict[str, Leaf] = {}
     for name, distribution in distributions.items():
@@ -142,8 +141,9 @@ def to_configspace(space: base.PyTree) -> dict[str, Any]:
 def from_configspace(document: Mapping[str, Any]) -> dict[str, Leaf]:
     """The space of ConfigSpace's JSON (its format 0.4).
 
-    A normal distribution with bounds becomes uniform between them, and an ordinal parameter a choice. A default at a
-    bound is moved inside by a millionth of the range. Conditions may be =, ≠, in, <, > and their conjunctions.
+    A normal distribution with bounds becomes uniform between them, an ordinal parameter a choice, and the weights of a
+    categorical one equal; a constant is fixed, or a choice of one label. A default at a bound is moved inside by a
+    millionth of the range. Conditions may be =, ≠, in, <, > and their conjunctions.
 
     Args:
       document: `json.load` of what `ConfigurationSpace.to_json` wrote.
@@ -249,9 +249,9 @@ def _inside(low, high, log, default):
 
 def _choice(labels, default=None) -> Leaf:
     labels = list(labels)
-    if len(labels) > 1:
-        return _leaves.choice(labels, default=default)
-    return _leaves.fixed(labels[0])
+    if len(labels) == 1 and isinstance(labels[0], (int, float)):
+        return _leaves.fixed(labels[0])
+    return _leaves.choice(labels, default=default)
 
 
 def _few(name, values):

@@ -56,8 +56,8 @@ class Leaf(abc.ABC):
         return self.value_shape
 
     def to_plain(self, value: np.ndarray) -> Any:
-        """The plain Python value of one entry of λ."""
-        return value.item()
+        """The plain Python value of one entry of λ; 0.1, and not 0.10000000149011612, for the 0.1 of float32."""
+        return float(np.format_float_scientific(value)) if isinstance(value, np.floating) else value.item()
 
     def from_plain(self, value: Any, strict: bool) -> Any:
         """One entry of λ from its plain value; raises ValueError where it is not one."""
@@ -157,6 +157,9 @@ class _Bounded(Leaf):
     def default_value(self):
         return jnp.broadcast_to(jnp.asarray(self.default, _default_float()), self.shape)
 
+    def to_plain(self, value):
+        return min(max(super().to_plain(value), self.low), self.high)  # float32's nearest to a bound may lie beyond it
+
     def from_plain(self, value, strict):
         value = super().from_plain(value, strict)
         rounding = 1e-6 * max(abs(self.low), abs(self.high))  # of float32
@@ -249,7 +252,7 @@ class _Weights(Leaf):
         return jax.nn.one_hot(jnp.argmax(value, axis=-1), self.num_weights, dtype=value.dtype)
 
     def at_bounds(self, value, tol):
-        return jnp.max(value, axis=-1) >= 1.0 - tol
+        return (jnp.max(value, axis=-1) >= 1.0 - tol) & (self.num_weights > 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -521,7 +524,8 @@ def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] =
     `configuration`, and `discretize` gives the one-hot of the largest weight.
 
     Args:
-      labels: at least two different strings, numbers, booleans or None.
+      labels: at least two different strings, numbers, booleans or None; or one string or None, which `fixed` cannot
+        hold.
       default: one of the labels; by default, the first. It has twice the weight of each other one.
       shape: how many independent choices among the same labels.
 
@@ -529,8 +533,8 @@ def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] =
       A leaf of values [*shape, number of labels], whose samples are Dirichlet(1): every label is equally probable.
 
     Raises:
-      ValueError: the labels are fewer than two, of another type or not different (1, 1.0 and True are equal), or
-        `default` is none of them.
+      ValueError: the labels are one number or none at all, of another type or not different (1, 1.0 and True are
+        equal), or `default` is none of them.
 
     >>> import jax
     >>> from metaopt import spaces
@@ -542,7 +546,8 @@ def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] =
     if not plain or not all(x is None or (isinstance(x, (str, int, float)) and x == x) for x in labels):
         raise ValueError(f"`labels` must be a list of strings, numbers, booleans or None; got {labels!r}.")
     labels = tuple(labels)
-    if len(set(labels)) < len(labels) or len(labels) < 2:
+    one_text = len(labels) == 1 and not isinstance(labels[0], (int, float))
+    if len(set(labels)) < len(labels) or (len(labels) < 2 and not one_text):
         raise ValueError(f"`labels` must be at least two that differ; got {labels}. For one value, use `fixed`.")
     if default is None and None not in labels:
         default = labels[0]

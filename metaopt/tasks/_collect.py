@@ -80,11 +80,13 @@ def collect(
         own), so that only the difference of the two is spent.
       store: a file of records (`append_records`), made where there is none; by default, none.
       study: the collection's name in the store. One is continued by calling again with the same space, searcher,
-        `batch_size`, `same_trials`, `resumes` and key; `num_trials` may be larger, tasks may come and go.
-      num_workers: how many trials run at a time, on one core each: joblib's `n_jobs`.
+        `batch_size`, `same_trials`, `resumes` and key; `num_trials` may be larger, tasks may come and go. One
+        collection of a study at a time: several studies may share a store.
+      num_workers: how many trials run at a time, on one core each: joblib's `n_jobs`. Of every task, at most
+        `batch_size` of them.
       isolated: whether trials run in children, on POSIX systems. Otherwise they run in joblib's workers: faster where
         a trial takes less than milliseconds, without limits, and no protection against what ends the process.
-      time_limit: seconds a trial.
+      time_limit: seconds a trial; by default none, and a trial that hangs holds up the collection for good.
       memory_limit: MiB of a trial's process and what that starts; read 20 times a second, on Linux. Python with metaopt
         and JAX takes 200 to 300 of them.
       budget: seconds in all, after which no trial begins; those that run then go on to their end, or their limit: a
@@ -97,7 +99,8 @@ def collect(
       what the budget did not allow.
 
     Raises:
-      ValueError: an argument is not valid, or the store has this study from another space, searcher or key.
+      ValueError: an argument is not valid, the store has this study from another space, searcher or key, or another
+        collection of it is under way.
       RuntimeError: a child cannot start, or cannot read the objective or a task.
       ImportError: joblib or, for isolated trials, cloudpickle is not installed.
 
@@ -135,7 +138,6 @@ def collect(
     owner = uuid.uuid4().hex
     run = _run_here if not isolated else _Isolated(time_limit, memory_limit, owner)
     deadline = float("inf") if budget is None else time.monotonic() + budget
-    ended = _read_ended(store, study, named)
     states = {
         name: searcher.init(key if same_trials else jax.random.fold_in(key, zlib.crc32(name.encode())), space)
         for name in named
@@ -144,7 +146,8 @@ def collect(
     asking, spent = set(named), dict.fromkeys(named, 0.0)
     paid: dict[tuple[str, int], float] = {}  # the highest fidelity of each trial, where it resumes
     try:
-        with _progress_bar(num_trials * len(named), progress) as show:
+        with _alone(store, study), _progress_bar(num_trials * len(named), progress) as show:
+            ended = _read_ended(store, study, named)
             while asking:
                 batches: dict[str, list[base.Record]] = {}
                 for name in [name for name in named if name in asking]:
@@ -205,6 +208,36 @@ def _run_here(objective, task, trial, begins_before):
 
 def _identity(record: base.Record) -> tuple:
     return record.task, record.trial, record.fidelity
+
+
+@contextlib.contextmanager
+def _alone(store, study: str) -> Iterator[None]:
+    """Refuses a second collection of a study: it would run the same trials, and hear of other outcomes.
+
+    The lock is the system's, on an empty file beside the store: it ends with the process, however that ends.
+    """
+    if store is None or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    path = f"{os.fspath(store)}-{zlib.crc32(study.encode()):08x}.lock"
+    while True:
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"Another collection of the study {study!r} in {store} is under way, and runs the same trials. "
+                    "`num_workers` runs more of them at a time; another search needs another `study`."
+                ) from None
+            if os.fstat(file.fileno()).st_nlink == 0:  # who had it has ended in between, and removed it
+                continue
+            try:
+                yield
+            finally:
+                os.unlink(path)
+            return
 
 
 def _read_ended(store, study, named) -> dict[tuple, base.Record]:

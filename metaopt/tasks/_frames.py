@@ -43,7 +43,8 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
     """The records of a data frame that `records_to_frame` made, or `pandas.read_parquet` read.
 
     Args:
-      frame: with "task" and "configuration" (JSON), and with as many other fields as there are.
+      frame: with "task" and "configuration" (JSON), and with as many other fields as there are. CSV, which cannot tell
+        a name from a number, and "" from nothing, does no harm: a task's name is a string again, a missing reason "".
 
     Returns:
       The records, in order.
@@ -55,7 +56,12 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
         raise ValueError(f"The frame has no column {sorted(missing)}; `records_to_frame` makes such frames.")
     columns = [name for name in Record._fields if name in frame.columns]
     rows = zip(*(frame[name].tolist() for name in columns), strict=True)
+    text = lambda value: value if isinstance(value, str) else ""
     return [
-        record._replace(configuration=json.loads(record.configuration))  # pyright: ignore[reportArgumentType]
+        record._replace(
+            task=str(record.task),
+            configuration=json.loads(record.configuration),  # pyright: ignore[reportArgumentType]
+            reason=text(record.reason),
+        )
         for record in (Record(**dict(zip(columns, row, strict=True))) for row in rows)
     ]

@@ -80,9 +80,7 @@ def complete(space: base.PyTree, first: Sequence[Mapping[str, Any]] | None) -> l
     Raises:
       ValueError: one of them does not fit the space.
     """
-    return [
-        spaces.configuration(space, spaces.from_configuration(space, c)) for c in ([{}] if first is None else first)
-    ]
+    return [spaces.complete(space, c) for c in ([{}] if first is None else first)]
 
 
 @functools.lru_cache(maxsize=64)

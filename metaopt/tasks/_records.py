@@ -1,10 +1,10 @@
 """Records on disk: one SQLite file that is only ever appended to.
 
 A row is what was known of a trial at one time, as one `base.Record`: "RUNNING" when it starts, and how it ended
-afterwards. Of the rows of one trial (study, task, trial, fidelity, seed), the last one counts. Each `append_records`
-is one transaction: a process that is killed loses what it had not appended, and nothing else; several processes of one
-machine may append to one file at a time. (SQLite's write-ahead log needs a file system that is local, not one over a
-network.)
+afterwards. Of the rows of one trial (study, task, trial, fidelity, seed), the last one counts that says how it ended;
+where none does, the last one. Each `append_records` is one transaction: a process that is killed loses what it had not
+appended, and nothing else; several processes of one machine may append to one file at a time. (SQLite's write-ahead log
+needs a file system that is local, not one over a network.)
 """
 
 import contextlib
@@ -47,8 +47,8 @@ def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, s
       study: the search that they belong to. Trials are numbered within a study and a task.
 
     Raises:
-      ValueError: a record cannot be written (its status is unknown, its configuration is no plain data), or the file
-        is damaged, of something else, or of a later version of metaopt.
+      ValueError: a record cannot be written (its status is unknown, its fidelity not in (0, 1], its configuration no
+        plain data), or the file is damaged, of something else, or of a later version of metaopt.
     """
     _insert(file, [(study, *_to_row(record)) for record in records])
 
@@ -61,14 +61,14 @@ def read_records(
     status: str | Sequence[str] | None = None,
     history: bool = False,
 ) -> list[Record]:
-    """The records of a file: of each trial, the last one.
+    """The records of a file: of each trial, the last one that ended; where none has, the last one.
 
     Args:
       file: its path.
       study: of one study only; by default, of all.
       task: of one task, or of several.
       status: of one status, or of several, such as `("COMPLETE", "PRUNED")`.
-      history: every row that was ever appended, in that order, instead of each trial's last.
+      history: every row that was ever appended, in that order, instead of one for each trial.
 
     Returns:
       The records, in the order in which their trials were first appended.
@@ -79,7 +79,9 @@ def read_records(
     """
     if unknown := set(_listed(status or ())) - set(STATUSES):
         raise ValueError(f"`status` must be of {', '.join(STATUSES)}; got {sorted(unknown)}.")
-    last = "SELECT MIN(id) AS first, MAX(id) AS last FROM records GROUP BY study, task, trial, fidelity, seed"
+    ended = "MAX(CASE WHEN status NOT IN ('WAITING', 'RUNNING') THEN id END)"
+    last = f"SELECT MIN(id) AS first, COALESCE({ended}, MAX(id)) AS last FROM records"
+    last += " GROUP BY study, task, trial, fidelity, seed"
     every = "SELECT id AS first, id AS last FROM records"
     query = f"SELECT {_COLUMNS} FROM ({every if history else last}) JOIN records ON id = last WHERE 1"
     values: list[str] = []
@@ -159,6 +161,8 @@ def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqli
     except sqlite3.DatabaseError as error:
         if (error.sqlite_errorname or "").startswith(_NOT_ITS_FAULT):
             raise OSError(f"{file}: {error}.") from error
+        if (error.sqlite_errorname or "").startswith("SQLITE_CONSTRAINT"):  # the row is wrong, and not the file
+            raise ValueError(f"{file} does not take this: {error}.") from error
         hint = "" if recover else " `tasks.recover_records` copies what can still be read to a new file."
         raise ValueError(f"{file} is damaged, or is no file of records: {error}.{hint}") from error
     finally:
@@ -200,6 +204,10 @@ def _to_row(record: Record) -> tuple:
         raise ValueError(f"A record's task must be a name, a string, as it is on disk; got {record.task!r}.")
     if record.status not in STATUSES:
         raise ValueError(f"A record's status must be one of {', '.join(STATUSES)}; got {record.status!r}.")
+    if not 0 < record.fidelity <= 1:
+        raise ValueError(f"A record's fidelity must lie in (0, 1]; got {record.fidelity!r}.")
+    if not isinstance(record.reason, str):
+        raise ValueError(f'A record\'s reason must be a text, "" where there is none; got {record.reason!r}.')
     try:
         configuration = json.dumps(record.configuration, allow_nan=False)
     except (TypeError, ValueError) as error:

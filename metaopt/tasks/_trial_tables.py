@@ -41,7 +41,8 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
     """Records as a table: one row a task, one column a configuration; the mean over seeds.
 
     Args:
-      records: "COMPLETE" or "PRUNED" ones count; of the others, only that they were tried is known.
+      records: "COMPLETE" ones count; of the others, only that they were tried is known. (What a pruned trial had
+        reached, it had reached somewhere below its fidelity.)
       families: the family of each task, by name; by default, each task is one of its own.
 
     Returns:
@@ -58,7 +59,7 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
     fidelities = sorted({record.fidelity for record in records})
     sums = np.zeros((3, len(names), len(columns), len(fidelities)))
     for key, record in zip(keys, records, strict=True):
-        if math.isfinite(record.outcome):
+        if record.status == "COMPLETE" and math.isfinite(record.outcome):
             at = names[record.task], columns[key], fidelities.index(record.fidelity)
             sums[:, *at] += record.outcome, record.cost, 1
     with np.errstate(invalid="ignore"):

@@ -1,9 +1,10 @@
-"""One trial, in a process of its own: what it does to that process is a record, and not the end of the search.
+"""One trial at a time, in a child process: what it does to that process is a record, and not the end of the search.
 
 A child is started by `exec`, never by a fork of a process in which JAX runs threads, and serves one trial after the
-other, since starting Python with JAX costs seconds. It is ended, with all processes that it started, where a trial
-exceeds a limit; a trial that ends it (a segmentation fault, the system's own killer) is a record as well. A child whose
-parent is gone ends itself.
+other, since starting Python with JAX costs seconds: what a trial leaves behind there (caches, other generators than
+those of `random` and NumPy, the working directory) the next one finds. It is ended, with all processes that it started,
+where a trial exceeds a limit; a trial that ends it (a segmentation fault, the system's own killer) is a record as well.
+A child whose parent is gone ends itself.
 
 Objective, task and trial travel by cloudpickle: functions of a notebook and of `__main__` are sent by value.
 """
@@ -40,7 +41,10 @@ _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_TH
 
 
 class Pruned(Exception):
-    """Raised by an objective that gives up early: `raise tasks.Pruned(outcome)`; the trial's status is "PRUNED"."""
+    """Raised by an objective that gives up early: `raise tasks.Pruned(outcome)`; the trial's status is "PRUNED".
+
+    With a text instead, `raise tasks.Pruned("too slow")`, that is the record's reason, and the outcome is NaN.
+    """
 
 
 def run_here(objective: ObjectiveFn, task: Any, trial: Record) -> Record:
@@ -55,11 +59,17 @@ def run_here(objective: ObjectiveFn, task: Any, trial: Record) -> Record:
       The trial with its outcome, cost, status and reason.
     """
     start, outcome, reason = time.perf_counter(), math.nan, ""
+    # A copy, since `kwargs.pop("kind")` is common: the record, the searcher and the store keep what was tried.
+    running = trial._replace(status="RUNNING", configuration=dict(trial.configuration))
     try:
-        outcome = float(objective(trial._replace(status="RUNNING"), task))
+        outcome = float(objective(running, task))
         status = "COMPLETE"
     except Pruned as pruned:
-        outcome, status, reason = float(pruned.args[0]) if pruned.args else math.nan, "PRUNED", "by the objective"
+        status, reason = "PRUNED", "by the objective"
+        try:
+            outcome = float(pruned.args[0]) if pruned.args else math.nan
+        except (TypeError, ValueError):
+            reason = str(pruned.args[0])[:2_000]
     except (Exception, SystemExit) as error:
         status, reason = "FAIL", f"{type(error).__name__}: {error}"[:2_000]
     if status == "COMPLETE" and not math.isfinite(outcome):
@@ -130,7 +140,7 @@ def run_isolated(
             if exceeded and reads and left() <= 0:
                 return None
             if exceeded:
-                return fails(exceeded)
+                return fails(f"{exceeded} (while it read the objective and the task)" if reads else exceeded)
             answer = child.connection.recv()
             if reads and answer is not None:
                 raise RuntimeError(
@@ -159,8 +169,16 @@ def end_children(owner: str) -> None:
     for whose, child in list(_busy.values()):
         if whose == owner:
             _kill(child)  # whoever waits for it ends the rest
-    while _idle:
-        _end(_idle.pop())
+    while (child := _take_idle()) is not None:
+        _end(child)
+
+
+def _take_idle() -> _Child | None:
+    """One that runs no trial, if there is one; other threads take them, too."""
+    try:
+        return _idle.pop()
+    except IndexError:
+        return None
 
 
 atexit.register(end_children, "")
@@ -177,8 +195,7 @@ def memory_is_known() -> bool:
 
 def _take(seconds: float) -> _Child | None:
     """A child that waits for a trial; None where none is ready within so many seconds."""
-    while _idle:
-        child = _idle.pop()
+    while (child := _take_idle()) is not None:
         if child.process.poll() is None:
             return child
         _end(child)
@@ -239,8 +256,11 @@ def _wait(child: _Child, time_limit, memory_limit) -> str:
     start = time.perf_counter()
     while True:
         left = math.inf if time_limit is None else time_limit - (time.perf_counter() - start)
-        if child.connection.poll(min(max(left, 0.0), 3600.0 if memory_limit is None else 0.05)):
+        ended = child.process.poll() is not None  # before the look into the pipe: what it sent last is still read
+        if child.connection.poll(0.0 if ended else min(max(left, 0.0), 1.0 if memory_limit is None else 0.05)):
             return ""
+        if ended:  # and a process that it has forked holds the pipe open
+            raise EOFError
         if left <= 0:
             return f"time limit of {time_limit:g} s"
         if memory_limit is not None and _memory(child.process.pid) > memory_limit:

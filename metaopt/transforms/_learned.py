@@ -291,7 +291,7 @@ def save_learned(path: str | os.PathLike[str], weights: base.PyTree) -> None:
         "/".join(key.key for key in keys): np.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
         for keys, leaf in jax.tree_util.tree_leaves_with_path(weights)
     }
-    temporary = f"{os.fspath(path)}.tmp"
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # others may write there, too
     with open(temporary, "wb") as file:
         np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
     os.replace(temporary, path)

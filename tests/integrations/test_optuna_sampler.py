@@ -105,14 +105,74 @@ def test_running_trials_count_and_threads_do_not_repeat_one_another(g):
     sampler = integrations.optuna_sampler(g, seed=0)
     study = optuna.create_study(sampler=sampler)
     study.optimize(objective, n_trials=2)
-    asked = [study.ask() for _ in range(4)]  # none of which has asked for a parameter yet
-    drawn = [tuple(sorted(trial.relative_params.items())) for trial in asked]
-    assert len(set(drawn)) == 4
+    asked = [study.ask() for _ in range(4)]
+    assert [trial.relative_params for trial in asked] == 4 * [{}]  # each is drawn, and none has asked for a parameter
+    assert len({tuple(spaces.suggest(trial, SPACE).items()) for trial in asked}) == 4
     for trial in asked:
         study.tell(trial, objective(trial))
     study.optimize(objective, n_trials=8, n_jobs=3)
     tried = [tuple(sorted((n, v) for n, v in t.params.items() if n != "other")) for t in study.trials]
     assert len(set(tried)) == len(tried) == 14
+
+
+@pytest.mark.once
+def test_brackets_of_a_pruner_share_what_is_known(g):
+    """Optuna makes a study of each bracket, anew for every trial."""
+    told, real = [], g.searcher
+
+    def listening(*args, **kwargs):
+        searcher = real(*args, **kwargs)
+        tell = lambda state, records: (
+            told.extend(r for r in records if r.status != "RUNNING") or searcher.tell(state, records)
+        )
+        return searcher._replace(tell=tell)
+
+    pruner = optuna.pruners.HyperbandPruner(1, 9, 3)
+    sampler = integrations.optuna_sampler(g._replace(searcher=listening), seed=0)
+    study = optuna.create_study(sampler=sampler, pruner=pruner)
+    study.optimize(objective, n_trials=4)
+    asked = [study.ask() for _ in range(4)]
+    assert [trial.relative_params for trial in asked] == 4 * [{}]
+    given = [tuple(spaces.suggest(trial, SPACE).items()) for trial in asked]
+    before = [tuple((n, t.params[n]) for n in ("kind", "only_a", "x") if n in t.params) for t in study.trials[:4]]
+    assert len(set(given + [tuple(sorted(c)) for c in before])) == len({*map(tuple, map(sorted, given)), *before}) == 8
+    assert sorted(record.trial for record in told) == [0, 1, 2, 3]
+
+
+@pytest.mark.once
+def test_an_objective_may_ask_for_other_labels_ranges_and_scales(g):
+    best = g.predict()  # x is 0.25, kind is "a", only_a is 1
+
+    def first(fn):
+        study = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=0))
+        study.optimize(lambda trial: fn(trial) and 0.0, n_trials=1)
+        return study.trials[0].params
+
+    assert first(lambda t: t.suggest_categorical("kind", ["c", "b", "a"])) == {"kind": best["kind"]}
+    assert first(lambda t: t.suggest_float("x", 1e-3, 0.5, log=True)) == {"x": best["x"]}
+    assert first(lambda t: t.suggest_float("x", 0.0, 2.0, step=0.125)) == {"x": best["x"]}
+    assert first(lambda t: t.suggest_float("only_a", 0.5, 9.0)) == {"only_a": float(best["only_a"])}
+    assert first(lambda t: t.suggest_categorical("only_a", [0, best["only_a"]])) == {"only_a": best["only_a"]}
+    # What was drawn is not among these.
+    assert first(lambda t: t.suggest_categorical("kind", ["c", "d"]))["kind"] in "cd"
+    assert first(lambda t: t.suggest_float("x", 0.5, 1.0))["x"] >= 0.5
+    assert first(lambda t: t.suggest_int("x", 0, 5))["x"] in range(6)
+    assert first(lambda t: t.suggest_float("kind", 0.0, 1.0))["kind"] <= 1.0
+
+
+@pytest.mark.once
+def test_a_bound_is_given_in_float32_too():
+    space = {"rate": spaces.interval(1e-4, 0.1, log=True)}
+    records = [Record(f"t{t}", {"rate": r}, abs(np.log10(r) + 1 + t / 9)) for t in (0, 1) for r in (1e-4, 1e-2, 0.1)]
+    with jax.enable_x64(False):
+        g = methods.train_meta_searcher(records, space=space, num_steps=0)
+        assert g.predict() == {"rate": 0.1} and g.candidates == [{"rate": rate} for rate in (1e-4, 1e-2, 0.1)]
+        study = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=0))
+        study.optimize(lambda trial: trial.suggest_float("rate", 1e-4, 0.1, log=True), n_trials=1)
+        (asked,), _ = (searcher := g.searcher(first=[{"rate": 0.012345678901}])).ask(
+            searcher.init(jax.random.key(0), space), 1
+        )
+    assert study.trials[0].params == {"rate": 0.1} and asked.configuration == {"rate": 0.012345678901}
 
 
 @pytest.mark.once

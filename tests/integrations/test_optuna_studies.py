@@ -61,6 +61,15 @@ def test_a_study_that_optuna_made_is_read():
         spaces.from_configuration(SPACE, record.configuration)
 
 
+def test_numbers_of_float32_next_to_a_bound_are_within_it_and_others_are_refused():
+    record = RECORDS[0]._replace(configuration={"rate": 1.0000001, "kind": "a"})
+    assert integrations.to_optuna_study([record], SPACE).best_params == {"rate": 1.0, "kind": "a"}
+    with pytest.raises(ValueError, match="`rate` of trial 0 is 2.0, and not of FloatDistribution"):
+        integrations.to_optuna_study([record._replace(configuration={"rate": 2.0})], SPACE)
+    with pytest.raises(ValueError, match="Outcomes are minimized, so that `direction` cannot be given"):
+        integrations.to_optuna_study(RECORDS, SPACE, direction="maximize")
+
+
 def test_what_is_no_study_of_one_task_and_one_objective_is_refused():
     with pytest.raises(ValueError, match=r"of one task; got records of \['t', 'u'\]"):
         integrations.to_optuna_study([*RECORDS, RECORDS[0]._replace(task="u")], SPACE)

@@ -127,6 +127,33 @@ def test_a_search_is_the_same_with_two_workers():
     assert {record.status for record in records} == {"COMPLETE"}
 
 
+def test_every_generator_of_a_pipeline_is_seeded():
+    ensemble = pytest.importorskip("sklearn.ensemble")
+    within = pipeline.make_pipeline(preprocessing.StandardScaler(), ensemble.ExtraTreesClassifier(3))
+    objective = integrations.sklearn_objective(within, num_folds=2)
+    one, same, other = (objective(TRIAL._replace(seed=seed), (X[:, :1], Y)) for seed in (5, 5, 6))
+    assert one == same != other
+
+
+def test_rows_may_be_prepared_otherwise():
+    naive_bayes = pytest.importorskip("sklearn.naive_bayes")
+    model = naive_bayes.MultinomialNB()
+    fails = integrations.sklearn_objective(model)
+    with pytest.raises(ValueError, match="Negative values"):  # standardized ones are
+        fails(TRIAL, (X, Y))
+    for preparation in (preprocessing.MinMaxScaler(clip=True), "passthrough"):
+        found = integrations.sklearn_objective(model, preparation=preparation)(TRIAL, (X, Y))
+        whole = pipeline.make_pipeline(preparation, model)
+        split = model_selection.StratifiedKFold(5, shuffle=True, random_state=0)
+        scores = model_selection.cross_val_score(whole, X, Y, cv=split, scoring="balanced_accuracy")
+        assert found == pytest.approx(1 - scores.mean())
+    # Without labels, too.
+    means = integrations.sklearn_model("k_means").estimator
+    raw = integrations.sklearn_objective(means.set_params(n_clusters=3), preparation="passthrough")
+    labels = means.set_params(random_state=5).fit_predict(X)
+    assert raw(TRIAL, (X, None)) == pytest.approx(1 - metrics.silhouette_score(X, labels))
+
+
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="`name` must be one of random_forest_classifier, .*; got 'forest'"):
         integrations.sklearn_model("forest")

@@ -258,8 +258,28 @@ def test_tasks_of_other_spaces_still_teach():
     assert set(g.predict()) == {"x", "kind"}
 
 
+def test_runs_of_other_people_teach_though_they_have_none_or_auto_where_a_number_is_tuned():
+    from metaopt import integrations
+
+    rows = [
+        {
+            "data_name": "iris",
+            "run_id": i,
+            "value": 0.9 + i / 100,
+            "parameters": {"f(1)_max_depth": depth, "f(1)_x": "1"},
+        }
+        for i, depth in enumerate(["null", "3", '"auto"'])
+    ]
+    space = {"max_depth": integrations.sklearn_model("random_forest_classifier").space["max_depth"]}
+    g = methods.train_meta_searcher(tasks.from_openml_evaluations(rows), space=space, num_steps=0)
+    assert g.candidates == [{"max_depth": 64}, {"max_depth": 3}]  # which the default stands for
+
+
 def test_what_is_wrong_is_said():
     records, features = make_records(np.random.default_rng(4), num_tasks=2)
+    named = {"t0": {"nr_inst": 100.0}, "t1": {"nr_inst": 50.0}}
+    with pytest.raises(ValueError, match="`features` must have features as an array .* `tasks.apply_scaling`"):
+        methods.train_meta_optimizer(records, space=SPACE, features=named, num_steps=0)
     with pytest.raises(ValueError, match="there is none"):
         methods.train_meta_optimizer([r._replace(status="FAIL") for r in records], space=SPACE)
     with pytest.raises(ValueError, match="as many `features`"):
@@ -267,3 +287,5 @@ def test_what_is_wrong_is_said():
     g = methods.train_meta_optimizer(records, space=SPACE, num_steps=0)
     with pytest.raises(ValueError, match="`acquisition` must be one of"):
         g.searcher(acquisition="best")
+    with pytest.raises(ValueError, match="`new_task` must have features as an array"):
+        g.predict(base.Task(None, None, named["t0"]))

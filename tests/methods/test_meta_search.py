@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metaopt import Record, Task, methods, predictors, spaces, tasks
-from metaopt.methods import _meta_search
+from metaopt.methods import _meta_optimizer, _meta_search
 
 SPACE = {
     "x": spaces.interval(0.0, 1.0),
@@ -114,6 +114,9 @@ def test_the_default_is_tried_first_unless_candidates_do_not_hold_it(g):
     assert first(everywhere) == [default, everywhere.predict()]
     assert first(everywhere, first=())[0] == everywhere.predict() == everywhere.suggest([], [])[0] != default
     assert first(g)[0] == g.predict()  # nothing but the pool
+    encode = _meta_search.encoder(SPACE)
+    np.testing.assert_array_equal(encode({}), encode(default, True))  # what is lacking is the default, not near it
+    np.testing.assert_array_equal(encode({"x": 0.2}), encode({"x": 0.2, "kind": "a"}, True))
     within = _meta_search.meta_optimizer(g.surrogate, None, SPACE, [*POOL, default])
     assert first(within)[0] == default != first(within)[1]
 
@@ -163,6 +166,22 @@ def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch)
     state = searcher.tell(state, [Record("", c, 2.0, trial=20_000 + i) for i, c in enumerate(POOL[:-1])])
     (last,), _ = searcher.ask(state._replace(pending={}), 1)
     assert last.configuration == POOL[-1]
+
+
+def test_what_failed_teaches_no_cost():
+    records = [r._replace(cost=1e-3, status="FAIL") if r.trial % 2 else r for r in make_records(2)]
+    encode = _meta_search.encoder(SPACE)
+    costs = [task.y for task in _meta_optimizer._costs_by_task(records, encode)]
+    assert [len(y) for y in costs] == [len(POOL) // 2] * 2 and min(map(np.min, costs)) >= 0
+
+
+@pytest.mark.once
+def test_the_weights_of_a_simplex_are_searched_and_not_its_corners():
+    space = {"mix": spaces.simplex(2)}
+    mixes = [{"mix[0]": float(a), "mix[1]": float(1 - a)} for a in np.linspace(0.05, 0.95, 19)]
+    records = [Record(f"t{t}", c, (c["mix[0]"] - 0.7 - t / 50) ** 2) for t in range(3) for c in mixes]
+    g = methods.train_meta_optimizer(records, space=space, num_steps=0)
+    assert abs(g.predict()["mix[0]"] - 0.72) < 0.1
 
 
 @pytest.mark.slow
@@ -227,7 +246,11 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g,
     (tried,) = searcher.tell(state, [pruned]).tried.values()
     assert tried.outcomes == {0.5: 0.3} and np.isnan(tried.log_cost)
     (tried,) = searcher.tell(state, [pruned._replace(status="FAIL")]).tried.values()
-    assert np.isnan(tried.outcomes[0.5])
+    assert np.isnan(tried.outcomes[0.5]) and np.isnan(tried.log_cost)  # what fails at once is not cheap
+    # A trial that goes on from a checkpoint costs the difference: the first fidelity says what it costs as a whole.
+    both = [pruned._replace(status="COMPLETE", fidelity=s, cost=c) for s, c in ((0.25, 2.0), (1.0, 6.0))]
+    (tried,) = searcher.tell(searcher.tell(state, both[:1]), both[1:]).tried.values()
+    assert tried.log_cost == pytest.approx(np.log(8.0))
     # It is not the worst there is, as a failed one would be, nor better than the best of those that ended.
     seen, real = [], _meta_search._padded
     monkeypatch.setattr(_meta_search, "_padded", lambda x, y: seen.append(y.tolist()) or real(x, y))

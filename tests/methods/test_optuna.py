@@ -7,7 +7,7 @@ import pytest
 
 from metaopt import Record, methods, spaces, tasks
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
 
 KEY = jax.random.key(0)
 SPACE = {
@@ -94,6 +94,36 @@ def test_a_foreign_record_with_the_number_of_a_running_trial_leaves_it_running(s
     assert list(state.trials) == [own.trial] and len(state.study.trials) == 2
     state = searcher.tell(state, [own._replace(status="FAIL")])
     assert not state.trials and [trial.state.name for trial in state.study.trials] == ["FAIL", "COMPLETE"]
+
+
+def test_asha_with_configurations_of_tpe_is_better_than_with_random_ones():
+    budgets = lambda trial, task: bowl(trial, task) + (1 - trial.fidelity) / 10
+    on = {"a": 0.6, "b": -0.6, "c": 0.3}
+    searcher = methods.tpe(num_random=5)
+    found = [collect(methods.asha(inner, num_rungs=3), budgets, 8, on=on) for inner in (searcher, None)]
+    full = [[record for record in records if record.fidelity == 1.0] for records in found]
+    assert best(full[0]) < best(full[1])
+    # It hears of the end of each trial at each fidelity, failed ones among them.
+    state = searcher.init(KEY, SPACE)
+    asked, state = searcher.ask(state, 3)
+    at = lambda record, fidelity, **ended: record._replace(fidelity=fidelity, **ended)
+    done = {"status": "COMPLETE", "outcome": 0.5}
+    state = searcher.tell(state, [at(asked[0], 1 / 9, **done), at(asked[1], 1 / 9, status="FAIL")])
+    state = searcher.tell(state, [at(asked[0], 1 / 3, **done), at(asked[0], 1.0, **done)])
+    names = [trial.state.name for trial in state.study.trials]
+    assert names == ["PRUNED", "FAIL", "RUNNING", "PRUNED", "COMPLETE"] and list(state.trials) == [2]
+    with pytest.raises(ValueError, match="`searcher` asks for a fidelity of 0.333333"):
+        collect(methods.asha(methods.bohb(num_rungs=2)), on=on)
+
+
+def test_tpe_passes_over_what_its_space_does_not_have():
+    searcher = methods.tpe()
+    state = searcher.init(KEY, {"rate": spaces.interval(1e-4, 0.1, log=True), "kind": spaces.choice(["a", "b"])})
+    foreign = [{"rate": 0.5, "kind": "a"}, {"rate": 0.01, "kind": "c"}, {"rate": 0.1 + 1e-9, "old": 3}]
+    state = searcher.tell(state, [Record("a", c, 0.1, trial=7 + i) for i, c in enumerate(foreign)])
+    assert [trial.params for trial in state.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))] == [
+        {"rate": 0.1}
+    ]
 
 
 def test_arguments_are_checked():

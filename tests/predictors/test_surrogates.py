@@ -193,6 +193,9 @@ def test_diverged_outcomes_do_not_set_the_scale():
     y, scale = predictors.normalize(np.array([0.0, 0.1, 0.2, 0.3, 1e18, np.nan]))
     assert scale == pytest.approx(1.2) and y[4] == 1 and np.isnan(y[5])
     assert predictors.normalize(np.array([2.0, 2.0]))[1] == 1
+    # Three in four are the best: what is left says what is bad, in whatever units.
+    y, scale = predictors.normalize(np.array([3.0] * 7 + [3.0 + 1e-6, 3.0 + 2e-6]))
+    assert scale == pytest.approx(2e-6) and y[-2:].tolist() == pytest.approx([0.5, 1.0])
 
 
 def test_what_cannot_be_learned_from_is_refused():

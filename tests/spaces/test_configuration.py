@@ -91,8 +91,11 @@ def test_a_space_that_has_changed_since_is_read_as_far_as_it_goes():
         spaces.from_configuration(SPACE, old)
     with pytest.raises(ValueError, match="The space has no `rate`; it has `fixed`, `flag"):
         spaces.from_configuration(SPACE, {"rate": 0.1})
+    # A record of scikit-learn's defaults: None and "auto" where there is a number here.
+    other = spaces.from_configuration(SPACE, {"svm.gamma": "auto", "forest.depth": None}, strict=False)
+    chex.assert_trees_all_equal(other, DEFAULT)
     with pytest.raises(ValueError, match="`svm.gamma` must be a finite number; got 'auto'"):
-        spaces.from_configuration(SPACE, {"svm.gamma": "auto"}, strict=False)
+        spaces.from_configuration(SPACE, {"svm.gamma": "auto"})
 
 
 def test_values_out_of_bounds_are_refused_and_kept_where_the_space_may_have_changed():
@@ -102,6 +105,34 @@ def test_values_out_of_bounds_are_refused_and_kept_where_the_space_may_have_chan
             spaces.from_configuration(space, {name: value})
         assert spaces.from_configuration(space, {name: value}, strict=False)[name] == value
     assert spaces.from_configuration(space, {"rate": np.float32(1e-3).item()})["rate"] == pytest.approx(1e-3)
+
+
+def test_in_float32_numbers_are_those_that_were_given_and_stay_within_their_bounds():
+    """The float32 next to 0.1 lies above it, that next to 1e-4 below."""
+    space = {"rate": spaces.interval(1e-4, 0.1, log=True), "scale": spaces.positive(0.1), "momentum": spaces.fixed(0.9)}
+    with jax.enable_x64(False):
+        for rate in (1e-4, 3e-3, 0.1):
+            hyperparams = spaces.from_configuration(space, {"rate": rate})
+            assert hyperparams["rate"].dtype == np.float32
+            found = spaces.configuration(space, hyperparams)
+            assert found == {"rate": rate, "scale": 0.1, "momentum": pytest.approx(0.9)}
+        ends = [spaces.to_constrained(space, {"rate": z, "scale": 0.0, "momentum": None}) for z in (-99.0, 99.0)]
+        low, high = (spaces.configuration(space, hyperparams)["rate"] for hyperparams in ends)
+    assert 1e-4 <= low < 1.001e-4 and 0.0999 < high <= 0.1
+
+
+def test_a_completed_configuration_keeps_its_own_numbers():
+    long = 0.0123456789012345678
+    given = {"model": "svm", "svm.gamma": long, "scale[1]": 2, "forest.depth": 3}
+    with jax.enable_x64(False):
+        found = spaces.complete(SPACE, given)
+    assert found == ALWAYS | {"model": "svm", "svm.kernel": "rbf", "svm.gamma": long, "scale[1]": 2.0}
+    assert type(found["scale[1]"]) is float
+    # What the space does not have is not kept.
+    changed = spaces.complete(SPACE, {"model": "boosting", "rate": 1, "svm.gamma": 99.0}, strict=False)
+    assert changed == ALWAYS | {"model": "svm", "svm.kernel": "rbf", "svm.gamma": 10.0}
+    with pytest.raises(ValueError, match="The space has no `rate`"):
+        spaces.complete(SPACE, {"rate": 1})
 
 
 @pytest.mark.parametrize(

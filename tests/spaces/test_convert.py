@@ -3,6 +3,8 @@
 import json
 import math
 
+import chex
+import jax
 import pytest
 
 from metaopt import spaces
@@ -72,6 +74,21 @@ def test_configspace_reads_what_is_written_for_it(tmp_path):
         assert ours == pytest.approx(dict(drawn))
     theirs.to_json(tmp_path / "again.json")
     assert spaces.from_configspace(json.loads((tmp_path / "again.json").read_text())) == SPACE
+
+
+def test_a_constant_label_stays_in_the_configuration():
+    constant = {"type": "constant", "name": "criterion", "value": "friedman_mse"}
+    space = spaces.from_configspace({"hyperparameters": [constant, DOCUMENT["hyperparameters"][0]]})
+    λ = spaces.sample(jax.random.key(0), space)
+    assert spaces.configuration(space, λ)["criterion"] == "friedman_mse"
+    assert not spaces.at_bounds(space, λ)["criterion"]
+    z = spaces.to_unconstrained(space, λ)
+    chex.assert_trees_all_close(spaces.to_constrained(space, z), λ)
+    assert spaces.from_json(json.loads(json.dumps(spaces.to_json(space)))) == space
+    assert spaces.from_configspace(spaces.to_configspace(space)) == space
+    optuna = pytest.importorskip("optuna").distributions
+    assert spaces.from_optuna(spaces.to_optuna(space))["criterion"] == space["criterion"]
+    assert spaces.from_optuna({"c": optuna.CategoricalDistribution([None])}) == {"c": spaces.choice([None])}
 
 
 def change(**fields):

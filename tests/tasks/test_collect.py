@@ -1,6 +1,7 @@
 """Collections: what is found depends on the key alone, and what a trial does ends that trial alone."""
 
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -113,6 +114,22 @@ def test_what_is_interrupted_and_continued_equals_what_was_not(tmp_path, searche
         collect(store=store, key=jax.random.key(4), searcher=tasks.random_search(first=[{"x": 0.5}]))
 
 
+def test_one_collection_of_a_study_at_a_time(tmp_path):
+    store, refused = tmp_path / "records.db", []
+
+    def starts_another(trial, task):
+        collect(store=store, study="other")
+        with pytest.raises(ValueError, match="Another collection of the study 'one' in .*records.db is under way"):
+            collect(store=store, study="one")
+        refused.append(trial)
+        return 0.0
+
+    kwargs = {"on": {"t": 0.0}, "num_trials": 1, "store": store, "study": "one"}
+    assert collect(starts_another, **kwargs)[0].status == "COMPLETE" and len(refused) == 1
+    collect(**kwargs | {"num_trials": 3})  # it has ended
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["records.db"]
+
+
 def fidelities():
     """A searcher that asks for a third of the budget, then for the whole, of one configuration."""
 
@@ -162,6 +179,8 @@ def test_first_configurations_come_first():
         ("inf", "FAIL", math.nan, "the outcome is inf"),
         ("text", "FAIL", math.nan, "ValueError: could not convert string to float: 'much'"),
         ("prune", "PRUNED", 0.5, "by the objective"),
+        ("prune in words", "PRUNED", math.nan, "too slow"),
+        ("change", "COMPLETE", 0.25, ""),
         ("good", "COMPLETE", 0.25, ""),
     ],
 )
@@ -169,6 +188,7 @@ def test_what_ends_a_trial_alone_is_a_record(task, status, outcome, reason):
     (record,) = collect(black_boxes.misbehave, on={"t": task}, num_trials=1)
     assert (record.status, record.reason) == (status, reason)
     assert record.outcome == outcome or math.isnan(outcome) and math.isnan(record.outcome)
+    assert record.configuration == {"x": 0.0, "size": 6, "kind": "a"}  # whatever the objective does with its own
 
 
 @pytest.mark.once
@@ -189,6 +209,36 @@ def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
     # Failures are kept, and not tried again.
     assert without_cost(collect(black_boxes.misbehave, on=on, **kwargs)) == without_cost(records)
     assert len(tasks.read_records(store, history=True)) == 10
+
+
+def test_a_child_that_ends_is_noticed_though_what_it_has_started_holds_its_pipe():
+    """As the workers of a data loader do."""
+    here, there = multiprocessing.Pipe()
+    process = subprocess.Popen(
+        ["sh", "-c", "sleep 60 & kill -SEGV $$"],
+        stdin=subprocess.PIPE,
+        pass_fds=[there.fileno()],
+        start_new_session=True,
+    )
+    there.close()
+    child = _trials._Child(process, here)
+    try:
+        with pytest.raises(EOFError):
+            _trials._wait(child, 5.0, None)
+        assert _trials._how_it_ended(process) == "signal SIGSEGV"
+    finally:
+        _trials._end(child)
+
+
+def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
+    class Taken(list):
+        """One child waits as long as nobody takes it, and then none does."""
+
+        def __bool__(self):
+            return True
+
+    monkeypatch.setattr(_trials, "_idle", Taken())
+    _trials.end_children("nobody")
 
 
 @pytest.mark.parametrize(

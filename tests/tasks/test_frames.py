@@ -26,6 +26,15 @@ def test_records_come_back_with_their_types(tmp_path, through_parquet):
     assert type(back[0].configuration["num"]) is int and type(back[0].trial) is int
 
 
+def test_records_come_back_from_csv_and_can_be_stored(tmp_path):
+    records = [record._replace(task="31", cost=1.0, reason="") for record in RECORDS]  # an OpenML data set's name
+    tasks.records_to_frame(records).to_csv(tmp_path / "records.csv", index=False)
+    back = tasks.records_from_frame(pd.read_csv(tmp_path / "records.csv"))
+    assert list(map(repr, back)) == list(map(repr, records))
+    tasks.append_records(tmp_path / "records.db", back)
+    assert list(map(repr, tasks.read_records(tmp_path / "records.db"))) == list(map(repr, records))
+
+
 def test_wide_frames_have_a_column_for_each_parameter():
     frame = tasks.records_to_frame(RECORDS, wide=True)
     assert frame["configuration.rate"].tolist()[0] == 0.1 and math.isnan(frame["configuration.rate"][1])

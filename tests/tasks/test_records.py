@@ -48,6 +48,9 @@ def test_the_last_row_of_a_trial_counts_and_none_is_overwritten(tmp_path):
     assert same(tasks.read_records(file), [running[0], *RECORDS[1:]])
     assert same(tasks.read_records(file, history=True), running + RECORDS[1:])
     assert same(tasks.read_records(file, status="RUNNING"), running[:1])
+    # What has ended does not run: not even where another process has begun it again, and was killed.
+    tasks.append_records(file, running[1:2])
+    assert same(tasks.read_records(file, status="FAIL"), RECORDS[1:2])
     # Another fidelity, seed, task or study is another trial.
     tasks.append_records(file, [RECORDS[0]._replace(fidelity=1.0), RECORDS[0]._replace(seed=8)])
     tasks.append_records(file, RECORDS[:1], study="b")
@@ -147,6 +150,8 @@ def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path, how):
         (Record("t", {}, status="DONE"), "status must be one of WAITING, .*; got 'DONE'"),
         (Record("t", {"x": object()}), "must be plain numbers, strings, booleans and None"),
         (Record("t", {"x": math.nan}), "must be plain numbers"),
+        (Record("t", {}, fidelity=math.nan), r"fidelity must lie in \(0, 1\]; got nan"),
+        (Record("t", {}, reason=None), "reason must be a text"),  # pyright: ignore
     ],
 )
 def test_records_that_cannot_be_written_are_refused_and_nothing_is_written(tmp_path, record, message):
@@ -157,3 +162,5 @@ def test_records_that_cannot_be_written_are_refused_and_nothing_is_written(tmp_p
     tasks.append_records(file, [])
     with pytest.raises(ValueError, match=r"`status` must be of WAITING, .*; got \['DONE'\]"):
         tasks.read_records(file, status="DONE")
+    with pytest.raises(ValueError, match="does not take this: NOT NULL"):  # and is not damaged
+        tasks.append_records(file, RECORDS, study=None)  # pyright: ignore

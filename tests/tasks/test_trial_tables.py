@@ -20,6 +20,7 @@ def test_records_become_a_table_and_come_back():
         Record("a", {"x": 2}, 0.1, 1.0, 1.0, seed=0),
         Record("a", {"x": 2}, 0.3, 1.0, 2.0, seed=1),
         Record("a", {"x": 3}, status="FAIL"),
+        Record("a", {"x": 1, "kind": "p"}, 0.9, 1.0, status="PRUNED"),  # reached somewhere below the whole budget
     ]
     table = tasks.tabulate(records, families={"a": "letters"})
     assert table.tasks == ("b", "a") and table.families == ("b", "letters")
