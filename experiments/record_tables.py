@@ -14,8 +14,9 @@ numbers as places in their order; a configuration that the table lacks, or that 
 1-nearest neighbour in features, and its best configurations in turn; the best configurations on average, in turn; a
 greedy portfolio; a Gaussian process with expected improvement and no other task, from a random start, its kernel's
 length by maximum likelihood at every step. A configuration that failed on the task at hand is no candidate for any
-method. TPE and SMAC3 are run apart (`--baselines`), and their curves kept beside the results. BOHB is not here: a table
-has one fidelity, at which it is TPE.
+method. TPE and SMAC3 are run apart (`--baselines`), and their curves kept beside the results; "TPE of categories" is an
+earlier form, in which numbers were categories and a seed began with one configuration on all tasks. BOHB is not here: a
+table has one fidelity, at which it is TPE.
 
     python experiments/record_tables.py             writes experiments/results/record_tables.md and .png
     python experiments/record_tables.py --baselines TPE SMAC     SMAC3, too (hours; `pip install smac`)
@@ -611,7 +612,7 @@ def main() -> None:
                 judged = np.flatnonzero(np.isin(data.fold, options.folds))[:: options.stride]
                 run_baseline(baseline, data, number, file, judged)
             known = read_baselines(file)
-        baselines = {b: known[f"{data.name}/{b}"] for b in BASELINES if f"{data.name}/{b}" in known}
+        baselines = {key.partition("/")[2]: found for key, found in known.items() if key.startswith(f"{data.name}/")}
         counts += [f"{b} on {data.name} {len(found)}" for b, found in baselines.items()]
         curves, judged, seconds = run(data, options, baselines)
         families.append(" ".join(f"{by_family(data)[:, at - 1].mean():.4f}" for at in AT))
