@@ -392,7 +392,7 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
         methods.load_meta_optimizer(tmp_path / "h.npz")
 
     for changed, message in (
-        ({"version": 3}, "reads 'metaopt.meta_optimizer' up to version 2"),
+        ({"version": 4}, "reads 'metaopt.meta_optimizer' up to version 3"),
         ({"format": "metaopt.predictor"}, "is of format 'metaopt.predictor'"),
         ({"outcome.curves": None}, "does not describe .* 'outcome.curves'"),
         ({"outcome.reference": np.zeros((4, 2))}, "does not describe .* have shapes"),
