@@ -54,12 +54,18 @@ def run(searcher, best, num, batch=1, fails=lambda x: False):
 
 @pytest.mark.slow
 def test_they_predict_from_features_and_adapt_to_trials(g):
-    for best in (0.15, 0.5, 0.85):
+    told, blind = [], []
+    for best in (0.1, 0.3, 0.7, 0.9):
         assert abs(g.predict([best])["x"] - best) < 0.15
-        # Nothing is known of the task, but for a few trials, in any units.
-        tried = run(g.searcher(first=()), best, 7)
-        assert tried[0].configuration == g.predict()
+        tried = run(g.searcher([best], first=()), best, 4)
+        assert tried[0].configuration == g.predict([best])
         assert min(record.outcome for record in tried) < 3.0 + 0.01
+        # Nothing is known of the task, but for three trials.
+        at = [{"x": 0.2}, {"x": 0.5}, {"x": 0.8}]
+        found = g.outcomes(LINE, tried=at, outcomes=[loss(c, best) for c in at])
+        told.append(abs(LINE[int(found.mean.argmin())]["x"] - best))
+        blind.append(abs(g.predict()["x"] - best))
+    assert np.mean(told) < 0.6 * np.mean(blind), (told, blind)
     other = [
         g.suggest([{"x": 0.2}, {"x": 0.6}, {"x": 0.9}], [a + b * y for y in (9, 1, 4)])[0]
         for a, b in ((0, 1), (5, 1e3))
