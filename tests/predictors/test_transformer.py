@@ -87,6 +87,10 @@ def test_scores_are_those_of_samples_and_their_gradients_are_right():
     mean, std = predictors.binned_moments(found, 60.0)
     assert (np.abs(mean - y.mean(1)) < 4 * y.std(1) / np.sqrt(num)).all()
     np.testing.assert_allclose(std, y.std(1), rtol=0.02)
+    uniform = predictors.Binned(jnp.array([0.0, 1.0, 4.0]), jnp.array([[1.0, 0.0], [0.0, 0.5]]), jnp.array([0.0, 0.5]))
+    mean, std = predictors.binned_moments(uniform, 6.5)
+    np.testing.assert_allclose(mean, [0.5, 4.5])
+    np.testing.assert_allclose(std**2, [1 / 12, (9 / 12 + 2 * 4.0) / 2])
     for level in (0.1, 0.5, 0.85):
         share = (y < np.asarray(predictors.binned_quantile(found, level))[:, None]).mean(1)
         np.testing.assert_allclose(share, level, atol=0.005)
