@@ -550,7 +550,7 @@ def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] =
     if len(set(labels)) < len(labels) or (len(labels) < 2 and not one_text):
         raise ValueError(f"`labels` must be at least two that differ; got {labels}. For one value, use `fixed`.")
     if default is None and None not in labels:
-        default = labels[0]
+        default = next(iter(labels))
     if default not in labels:
         raise ValueError(f"`default` must be one of {labels}; got {default!r}.")
     return Choice(labels=labels, default=labels[labels.index(default)], shape=_shape(shape))
