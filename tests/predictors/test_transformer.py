@@ -31,6 +31,7 @@ def padded(x, y, num=8, far=1e3):
     return jnp.asarray(x), jnp.asarray(np.concatenate([y, np.full(pad, far)])), jnp.asarray(mask)
 
 
+@pytest.mark.once
 def test_order_padding_and_units_of_trials_do_not_matter_and_all_else_does():
     found = predict(NETWORKS, padded(X, Y), AT)
     np.testing.assert_allclose(found.probs.sum(1) + found.failure, 1)
@@ -73,6 +74,7 @@ def test_without_a_scale_of_its_own_a_task_has_that_of_earlier_ones(y, low, high
     assert np.isfinite(same.probs).all()
 
 
+@pytest.mark.once
 def test_scores_are_those_of_samples_and_their_gradients_are_right():
     found = predict(NETWORKS, padded(X, Y), AT)
     num = 200_000
@@ -99,6 +101,7 @@ def test_scores_are_those_of_samples_and_their_gradients_are_right():
     assert np.abs(jax.jacrev(improvement)(jnp.asarray(AT))).max() > 1e-3
 
 
+@pytest.mark.once
 def test_the_loss_is_the_cross_entropy_of_what_is_predicted_and_its_gradient_is_right():
     member = jax.tree.map(lambda leaf: leaf[0], NETWORKS)
     features = jnp.array([0.5, -1.0])
