@@ -49,7 +49,7 @@ def train_meta_optimizer(
     not hold the default, what `predict` says; afterwards it maximizes an acquisition function under
     `predictors.posterior`, in the same way (without candidates every fourth trial is a random one); for a batch, and
     while trials run, what a trial adds to those that run (`predictors.batch_expected_improvement`). Records of
-    unrelated tasks lose their weight after a few trials. Outcomes of earlier tasks are normalized one task at a time; a
+    unrelated tasks lose their weight after a few trials (in the mixture: the share of transformers stays). Outcomes of earlier tasks are normalized one task at a time; a
     new task's are expected on the scales of theirs, and on the scale that fits its own trials best, should its units be
     others. A task whose trials all have one outcome, such as a task with one trial, says nothing of what is better, and
     is left out. A trial of the new task that failed is expected to have given what is no better than the worst one that

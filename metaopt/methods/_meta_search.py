@@ -314,7 +314,8 @@ def meta_optimizer(
             if acquisition == "thompson":  # one level for all where it must be smooth
                 level = jax.random.uniform(level_key, (len(x),) if finite is not None else (), x.dtype)
                 return -predictors.binned_quantile(binned, level)
-            return predictors.binned_improvement(binned, best) * jnp.exp(-log_cost(x))
+            # On the least outcome that is read: what runs is read at its believed outcome, and gains nothing again.
+            return predictors.binned_improvement(binned, read.low[0]) * jnp.exp(-log_cost(x))
 
         def score(x):
             if acquisition == "thompson":
@@ -426,10 +427,10 @@ def meta_optimizer(
             what is expected to be good, and is not like them, nor like those that run."""
             known = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
             if state.tried:
-                failed = np.stack([trial.x for trial in state.tried.values()] + list(state.pending.values()))
-                failed = failed[-_MAX_TRIALS:]
+                ended = np.stack([trial.x for trial in state.tried.values()])[-_MAX_TRIALS:]
+                failed = np.concatenate([ended, *([x] for x in state.pending.values())])[-_MAX_TRIALS:]
                 at_failed, _, mask = _padded(failed, np.zeros(len(failed)))
-                given = (at_failed, mask), shown_to_transformers(failed, np.full(len(failed), np.nan))
+                given = (at_failed, mask), shown_to_transformers(ended, np.full(len(ended), np.nan))
                 if finite is None:
                     return to_configuration(best_after_failures(key, *task, *given))
                 score = np.array(finite_after_failures(*task, *given))
@@ -574,7 +575,8 @@ def meta_optimizer(
         if share:
             read = predictors.read_trials(networks[1], shown, 1.0 if trials is None else typical_scale)
             binned = predictors.predict_binned(networks[1], read, x)
-            binned = binned._replace(probs=binned.probs / (1 - binned.failure)[:, None], failure=0 * binned.failure)
+            total = jnp.maximum(binned.probs.sum(1, keepdims=True), 1e-30)  # 0 where failure is certain to rounding
+            binned = binned._replace(probs=binned.probs / total, failure=0 * binned.failure)
             mean = share * predictors.binned_moments(binned, 0.0)[0] + (1 - share) * mean
             low, high = jnp.minimum(low, binned.edges[0]), jnp.maximum(high, binned.edges[-1])
 
