@@ -45,7 +45,7 @@ def test_the_counts_up_to_five_vertices():
         nas.nas_bench_101_cells(8)
 
 
-@pytest.mark.slow  # a minute
+@pytest.mark.slow
 def test_the_count_of_nas_bench_101():
     counts = [1, 6, 84, 2_441, 62_010, 359_082]
     assert [counted(size) for size in range(2, 8)] == counts and sum(counts) == 423_624
