@@ -46,7 +46,7 @@ FIRST = {
     "gumbel": lambda **o: search_of(methods.darts, order="first", relaxation=nas.gumbel_softmax(1.0, hard=False), **o),
     "pc_darts": lambda **o: search_of(methods.pc_darts, partial=2, **o),
     "darts_minus": lambda **o: search_of(methods.darts_minus, num_steps=10, **o),
-    "beta_darts": lambda **o: search_of(methods.beta_darts, num_steps=10, penalty=2.0, **o),
+    "beta_darts": lambda **o: search_of(methods.beta_darts, num_steps=10, weight=2.0, **o),
 }
 QUICK = ("darts_minus-1",)
 
@@ -267,6 +267,27 @@ def test_an_auxiliary_skip_composed_by_hand_leaves_no_trace_in_genotypes():
     alpha = {"cell": jnp.array([[0.0, 0.4, 0.6]] * 3)}  # with 1 more, skipping would win
     np.testing.assert_allclose(search.weights(alpha)["cell"].sum(-1), 1.0)
     assert {op for _, _, op in search.genotype(alpha)["cell"]} == {"smooth"}
+
+
+def test_what_is_annealed_in_training_is_read_at_temperature_one():
+    relaxation = nas.softmax(optax.linear_schedule(10.0, 0.1, 100))
+    search = search_of(methods.darts, order="first", relaxation=relaxation, keep=1)
+    alpha = {"cell": jnp.array([[0.0, 0.0, 0.0], [3.0, 2.9, -10.0], [1.0, 0.0, 0.0]])}
+    plain = search_of(methods.darts, order="first", keep=1)
+    np.testing.assert_allclose(search.weights(alpha)["cell"], plain.weights(alpha)["cell"])
+    assert search.genotype(alpha) == plain.genotype(alpha)
+    inside = nas.decoding(nas.edge_normalized(relaxation))(
+        {"ops": alpha["cell"], "edges": jnp.zeros(3)}, NET.cells["cell"], KEY, 0
+    )
+    np.testing.assert_allclose(inside, plain.weights(alpha)["cell"] * np.array([[1.0], [0.5], [0.5]]))
+
+
+def test_a_genotype_of_nas_bench_101_is_one_of_its_cells():
+    net = nas.nas_bench_101_space(2, channels=2, cells_per_stack=1, num_stacks=1, num_vertices=4)
+    search = methods.darts(net, (4, 4, 1), ops=nas.NAS_BENCH_101_OPS)
+    alpha = {"cell": jnp.asarray(np.random.default_rng(0).normal(size=search.hyperparams(KEY)["cell"].shape))}
+    cell = nas.discretize_graph(net, jax.device_get(search.weights(alpha)))
+    assert search.genotype(alpha) == nas.graph_genotype(net, cell)
 
 
 def test_bad_order():
