@@ -97,7 +97,8 @@ def test_nas_bench_101(tmp_path):
         if name != "query":
             np.testing.assert_array_equal(getattr(again, name), value)
     assert again.query(table.encodings[1], "cifar10") == table.query(table.encodings[1], "cifar10")
-    np.savez(kept, name="x")
+    with open(kept, "wb") as file:
+        np.savez(file, name="x")
     with pytest.raises(ValueError, match="it lacks cost, dims"):
         nas.load_benchmark(kept)
     kept.write_bytes(kept.read_bytes()[:-30])
