@@ -681,7 +681,8 @@ def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: j
     found = effects(codes[:, train_rows], losses[:, train_rows], sizes)
     by_records = np.repeat(np.array([e.argmin() for e in found])[None], len(held), 0)
     # Mixing weights [tasks, edges, ops] of each kind, as logits; both in units of their own spread within an edge.
-    logits = [np.log(np.array(w)[:, e]) for w in fold["weights"].values() for e in range(np.array(w).shape[1])]
+    weights = [np.array(fold["weights"][kind]) for kind in shape.network.cells]  # in the order of the codes
+    logits = [np.log(w[:, e]) for w in weights for e in range(w.shape[1])]
     spread = lambda rows: np.sqrt(np.mean([x.var(-1).mean() for x in rows])) + 1e-9
     logits_spread, effects_spread = spread(logits), spread(found)
     both = np.stack(

@@ -103,6 +103,7 @@ def nas_bench_201_table(folder: str | os.PathLike | None = None) -> Benchmark:
     """NAS-Bench-201: 15,625 cells on CIFAR-10, CIFAR-100 and ImageNet16-120, in the benchmark's order.
 
     Validation is that of the separate schedule of 12 epochs, which is the only true one; the test error is after 200.
+    So the one fidelity, 1.0, is of those 12 epochs, where `read_nas_bench_201` has both lengths, and 1.0 is 200.
     Errors in %. Seconds are of the 12 epochs, in the benchmark's own measure, which goes by the number of images
     (25,000, 50,000 and 151,700). Row 9930 is the cell that is best nearly everywhere.
 

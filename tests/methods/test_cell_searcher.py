@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 
 import jax
@@ -90,6 +91,16 @@ def test_refusals():
         methods.train_cell_searcher(records((0.5,)), graph, num_members=0)
 
 
+class Runs:
+    """Makes a folder when it is read from a pickle."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 @pytest.mark.once
 def test_what_was_learned_comes_back_from_disk(h, tmp_path):
     methods.save_cell_searcher(tmp_path / "h.npz", h)
@@ -132,13 +143,12 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             change(**changed)
-    for name, content in (("text", b"no archive"), ("pickled", None)):
-        if content is None:
-            np.savez(tmp_path / "pickled.npz", header=np.array([print], object))
-        else:
-            (tmp_path / f"{name}.npz").write_bytes(content)
+    (tmp_path / "text.npz").write_bytes(b"no archive")
+    np.savez(tmp_path / "pickled.npz", header=np.array([Runs(tmp_path / "ran")], object))
+    for name in ("text", "pickled"):
         with pytest.raises(ValueError, match="is nothing that `save_cell_searcher` wrote"):
             methods.load_cell_searcher(tmp_path / f"{name}.npz")
+    assert not (tmp_path / "ran").exists()
     with pytest.raises(FileNotFoundError):
         methods.load_cell_searcher(tmp_path / "none.npz")
     for value, message in (
