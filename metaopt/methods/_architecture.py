@@ -80,6 +80,20 @@ def _loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_init=Fals
     return inner.loop(train_loss, optimizer, init=init, sampler=sampler, with_context=True)
 
 
+def _check_single(relaxation, network, edge_weights) -> None:
+    """ValueError where a relaxation gives weight to several ops of an edge, even at one-hot α: one would run."""
+    with jax.ensure_compile_time_eval():
+        alpha = {kind: jnp.eye(len(c.edges[0].ops))[jnp.zeros(len(c.edges), int)] for kind, c in network.cells.items()}
+        given = {k: {"ops": a, "edges": jnp.zeros(len(a))} for k, a in alpha.items()} if edge_weights else alpha
+        weights = nas.mixing_weights(relaxation, network, given, jax.random.key(0))
+        several = [kind for kind, w in weights.items() if bool(((w != 0).sum(-1) > 1).any())]
+    if several:
+        raise ValueError(
+            f"`single_path` runs the op with the largest weight alone, and `relaxation` gives weight to several ops of "
+            f"an edge of {several[0]!r}: use `nas.gumbel_softmax(..., hard=True)` or `nas.uniform_path()`."
+        )
+
+
 def architecture_search(
     network: nas.Space,
     in_shape: Sequence[int],
@@ -137,7 +151,7 @@ def architecture_search(
       A `Search`.
 
     Raises:
-      ValueError: the spec and the shapes do not fit.
+      ValueError: the spec and the shapes do not fit; `single_path` with a relaxation that gives weight to several ops.
 
     >>> import jax
     >>> from metaopt import methods, nas
@@ -152,6 +166,8 @@ def architecture_search(
     supernet = nas.supernet(
         network, in_shape, ops=ops, partial=partial, single_path=single_path, remat_edges=remat_edges
     )
+    if single_path:
+        _check_single(relax, network, edge_weights)
     loop = _loop(supernet, relax, loss, decay, optimizer, sampler, learn_init)
     alpha_of = lambda hyperparams: hyperparams["alpha"] if learn_init else hyperparams
 
@@ -289,13 +305,13 @@ def gdas(
       **options: as for `architecture_search`.
 
     Returns:
-      A `Search`, of first order. Only the sampled ops run, and only they have a gradient.
+      A `Search`, of first order unless `order` says otherwise. Only the sampled ops run, and only they have a gradient.
 
     Source: Dong & Yang, CVPR 2019, https://arxiv.org/abs/1910.04465
     """
     relaxation = nas.gumbel_softmax(optax.linear_schedule(10.0, 0.1, num_steps), hard=True)
-    options = {"relaxation": relaxation, "single_path": True, **options}
-    return darts(network, in_shape, ops=ops, order="first", **options)
+    options = {"relaxation": relaxation, "single_path": True, "order": "first", **options}
+    return darts(network, in_shape, ops=ops, **options)
 
 
 def pc_darts(
@@ -481,11 +497,16 @@ class OneShot(NamedTuple):
       train: `(key, data) -> params`.
       score: `(params, genotype, batch) -> []`, the loss of a genotype with the shared weights, smaller is better.
       supernet: what is trained.
+      loop: the training itself, for runs that are stopped and go on, with checkpoints and a bar: `methods.train(loop,
+        data, num_steps=..., key=key, hyperparams=hyperparams, checkpoint_dir=...)[0].params`.
+      hyperparams: λ of the loop, which says what is drawn from.
     """
 
     train: Callable[[jax.Array, base.Data], base.Params]
     score: Callable[[base.Params, nas.Genotype, base.Batch], jax.Array]
     supernet: nas.Supernet
+    loop: base.InnerLoop
+    hyperparams: base.HyperParams
 
 
 def single_path_one_shot(
@@ -519,10 +540,12 @@ def single_path_one_shot(
     Source: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420
     """
     supernet = nas.supernet(network, in_shape, ops=ops, single_path=True)
-    run = inner.run(_loop(supernet, nas.uniform_path(), loss, decay, optimizer, sampler), num_steps)
+    loop = _loop(supernet, nas.uniform_path(), loss, decay, optimizer, sampler)
+    run = inner.run(loop, num_steps)
+    alpha = nas.init_alpha(jax.random.key(0), network, scale=0.0)
 
     def train(key, data):
-        return run(key, nas.init_alpha(key, network, scale=0.0), data).params
+        return run(key, alpha, data).params
 
     @jax.jit
     def evaluate(params, weights, batch):
@@ -531,4 +554,4 @@ def single_path_one_shot(
     def score(params, genotype, batch):
         return evaluate(params, nas.one_hot(network, genotype), batch)
 
-    return OneShot(train, score, supernet)
+    return OneShot(train, score, supernet, loop, alpha)

@@ -250,6 +250,14 @@ def test_the_same_seed_finds_the_same_alpha_killed_or_not(tmp_path):
 def test_single_path_one_shot():
     one_shot = search_of(methods.single_path_one_shot, num_steps=60, decay=0.0)
     params = jax.jit(one_shot.train)(KEY, TASK.train)
+    # The same training step by step, which can be stopped and goes on.
+    first = jax.random.split(KEY)[0]
+    again, _ = methods.train(one_shot.loop, TASK.train, num_steps=60, key=KEY, hyperparams=one_shot.hyperparams)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
+        again.params,
+        jax.jit(one_shot.train)(first, TASK.train),
+    )
     empty = {"cell": ()}
     full = {"cell": ((0, 1, "smooth"), (0, 2, "skip_connect"), (1, 2, "smooth"))}
     scores = [float(one_shot.score(params, genotype, TASK.train)) for genotype in (full, empty)]
@@ -288,6 +296,14 @@ def test_a_genotype_of_nas_bench_101_is_one_of_its_cells():
     alpha = {"cell": jnp.asarray(np.random.default_rng(0).normal(size=search.hyperparams(KEY)["cell"].shape))}
     cell = nas.discretize_graph(net, jax.device_get(search.weights(alpha)))
     assert search.genotype(alpha) == nas.graph_genotype(net, cell)
+
+
+@pytest.mark.parametrize(
+    "relaxation", [None, nas.sigmoid(), nas.auxiliary_skip(nas.gumbel_softmax(1.0, hard=True), 1.0)]
+)
+def test_one_op_an_edge_needs_weights_of_one_op(relaxation):
+    with pytest.raises(ValueError, match="gives weight to several ops of an edge of 'cell'"):
+        search_of(methods.darts, relaxation=relaxation, single_path=True)
 
 
 def test_bad_order():
