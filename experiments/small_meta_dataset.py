@@ -55,19 +55,30 @@ UNTRAINED = "prototypical networks, untrained"
 
 class Row(NamedTuple):
     make: Callable  # (features, loss) -> Adaptation
-    outputs: Callable | None = None  # number of classes trained on -> width of a head that is learned
+    head: float | None = None  # of weights that are learned: their standard deviation at the start, times √D
+    context: int = 0  # entries of a context vector that scales and shifts the features
+    plain: bool = False  # pre-trained on all classes at once
 
 
 LEARNED: dict[str, Any] = {"rates": "leaf", "order": "first"}
+FIXED: dict[str, Any] = {"rate": 0.2, "keep_support": True}
 ROWS = {
     "prototypical networks": Row(lambda f, loss: methods.prototypical_networks(f)),
     "ridge head (R2D2)": Row(lambda f, loss: methods.ridge_head(f)),
-    "Proto-MAML, learned rates": Row(lambda f, loss: methods.proto_maml(f, num_steps=2, rate=0.005, **LEARNED)),
-    "MAML, learned rates": Row(
-        lambda f, loss: methods.meta_sgd(loss, num_steps=5, rate=0.2, keep_support=True, **LEARNED),
-        lambda num_classes: MOST_WAYS,
+    "Proto-MAML": Row(lambda f, loss: methods.proto_maml(f, num_steps=2, rate=0.005, **LEARNED)),
+    "MAML": Row(lambda f, loss: methods.maml(loss, num_steps=5, **FIXED), 0.0),
+    "FOMAML": Row(lambda f, loss: methods.fomaml(loss, num_steps=5, **FIXED), 0.0),
+    "Meta-SGD, a rate a leaf": Row(lambda f, loss: methods.meta_sgd(loss, num_steps=5, **FIXED, **LEARNED), 0.0),
+    "MAML++": Row(lambda f, loss: methods.maml_plus_plus(loss, num_steps=5, multi_step_steps=200, **FIXED), 0.0),
+    "ANIL": Row(lambda f, loss: methods.anil(loss, num_steps=5, **FIXED), 0.0),
+    # With a head of zeros nothing else would have a gradient.
+    "BOIL": Row(lambda f, loss: methods.boil(loss, num_steps=5, **FIXED), 1.0),
+    "Reptile": Row(lambda f, loss: methods.reptile(loss, num_steps=5, **FIXED), 0.0),
+    "iMAML": Row(
+        lambda f, loss: methods.imaml(loss, proximal=1.0, num_steps=5, solver=hypergrad.cg(num_steps=3), **FIXED), 0.0
     ),
-    "fine-tuning": Row(lambda f, loss: methods.pretrained(loss), lambda num_classes: num_classes),
+    "CAVIA, with prototypes": Row(lambda f, loss: cavia_with_prototypes(f), context=32),
+    "fine-tuning": Row(lambda f, loss: methods.pretrained(loss), 0.0, plain=True),
 }
 
 
@@ -82,8 +93,7 @@ def small(source: tasks.Source, rows: int, *, fresh: bool = False) -> tasks.Sour
 
 
 def weights(sources: Sequence[tasks.Source], left_out: str) -> list[float]:
-    # Weights are positive; in float32 this share is zero.
-    return [1e-12 if source.name == left_out else 1.0 for source in sources]
+    return [0.0 if source.name == left_out else 1.0 for source in sources]
 
 
 def of_all_trainings(make: Callable, left_out: Sequence[str]) -> Partial:
@@ -117,12 +127,39 @@ def beside_the_image(network: methods.Network) -> methods.Network:
     return methods.Network(init, features)
 
 
-def train(adaptation: methods.Adaptation, start: Callable, sampler: Partial, num_tasks: int | None, settings: Settings):
-    """`key -> λ` of all trainings, along a leading axis. `num_tasks`: None for a sampler of one task."""
-    num_steps = settings.steps if num_tasks else settings.plain_steps
+def modulated(features: Callable) -> Callable:
+    """Features times 1 + A φ, plus B φ, of a context vector φ."""
+
+    def of_context(params, batch):
+        scale, shift = jnp.einsum("k,ikd->id", params["context"], params["modulation"])
+        return features(params, batch) * (1 + scale[None]) + shift[None]
+
+    return of_context
+
+
+def cavia_with_prototypes(features: Callable) -> methods.Adaptation:
+    """A context vector adapts, from zero, as in CAVIA; the head are the prototypes of the features before."""
+    prototypes = methods.proto_maml(features).problem.loop
+
+    def init(key, hyperparams, data):
+        made = prototypes.params(prototypes.init(key, {"init": hyperparams["init"]}, data))
+        context = jnp.zeros(hyperparams["init"]["modulation"].shape[1])
+        return {**hyperparams["init"], "head": made["head"], "context": context}
+
+    head = methods.linear_head(modulated(features))
+    loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+    return methods.adaptation(loss, init=init, adapt="^context$", num_steps=2, rate=0.5, keep_support=True)
+
+
+def train(row: Row, adaptation: methods.Adaptation, start: Callable, sampler: Partial, settings: Settings):
+    """`key -> λ` of all trainings, along a leading axis."""
+    num_tasks = None if row.plain else settings.tasks
+    num_steps = settings.plain_steps if row.plain else settings.steps
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_steps))
-    over = hypergrad.over_tasks if num_tasks else lambda estimator: estimator
-    learner = training.learner(over(adaptation.estimator), optimizer)
+    if row is ROWS["Reptile"]:  # its direction is a way gone, and no gradient
+        optimizer = optax.sgd(optax.cosine_decay_schedule(1.0, num_steps))
+    over = (lambda estimator: estimator) if row.plain else hypergrad.over_tasks
+    learner = training.learner(lambda step: over(adaptation.estimator_at(step)), optax.chain(optimizer))
 
     def one(sampler, key):
         start_key, init_key, key = jax.random.split(key, 3)
@@ -176,8 +213,12 @@ def draw(evaluation: methods.Evaluation, path: Path) -> None:
 
 
 def main() -> None:
-    options = script.parser(__doc__, num_seeds=3).parse_args()
+    parser = script.parser(__doc__, num_seeds=3)
+    parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=list(ROWS))
+    options = parser.parse_args()
     settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), options.seeds)
+    if options.smoke:
+        options.methods = ["prototypical networks"]
     folder = script.data_file(__file__, "omniglot.npz").parent
     left_out = list(LEFT_OUT[: settings.sources])
     whole = tasks.from_image_sets(["omniglot", *left_out], path=folder)
@@ -207,24 +248,24 @@ def main() -> None:
         names[UNTRAINED].append(f"{UNTRAINED}, {seed}")
     tuned = lambda rate: methods.proto_maml(network.features, adapt="^head", rate=rate)
 
-    def of_each(adaptation, hyperparams, num_steps):
+    def of_each(adaptation, hyperparams, num_steps, outputs):
         """The method whose λ is that of the training which an episode names."""
 
         def method(key, support, query):
             of_source = jax.tree.map(lambda x: x[support["training"]], hyperparams)
-            return methods.adapted(adaptation, of_source, head, num_steps=num_steps)(key, support, query)
+            return methods.adapted(adaptation, of_source, outputs, num_steps=num_steps)(key, support, query)
 
         return method
 
-    def on_trained(adaptation, hyperparams):
+    def on_trained(adaptation, hyperparams, outputs):
         """Accuracy on episodes of what was trained on, after 0..`test_steps` steps."""
-        method = of_each(adaptation, hyperparams, settings.test_steps)
+        method = of_each(adaptation, hyperparams, settings.test_steps, outputs)
 
         def one(episodes, key, number):
             support, query, _ = jax.tree.map(lambda x: x[number], episodes)(key)
             seen = {k: v for k, v in query.items() if k != "y"}
-            outputs = method(key, {**support, "training": number}, seen)
-            return jax.vmap(methods.accuracy, (0, None))(outputs, query)
+            predicted = method(key, {**support, "training": number}, seen)
+            return jax.vmap(methods.accuracy, (0, None))(predicted, query)
 
         keys = jax.random.split(jax.random.key(3), CHECKED)
         numbers = jnp.arange(CHECKED) % settings.sources
@@ -233,30 +274,36 @@ def main() -> None:
         return mean(episodes)
 
     chosen: list[str] = []
-    for name, row in list(ROWS.items())[: 1 if options.smoke else None]:
+    for name, row in [(name, ROWS[name]) for name in options.methods]:
         started = time.process_time()
         adaptation = row.make(network.features, loss)
+        outputs = methods.linear_head(modulated(network.features)) if row.context else head
 
         def start(key, row=row):
-            params = network.init(key)
-            if row.outputs is None:
-                return params
-            num, depth = row.outputs(num_classes), settings.filters * 9 + 14**2
-            return {**params, "head": {"w": jnp.zeros((depth, num)), "b": jnp.zeros(num)}}
+            network_key, head_key, context_key = jax.random.split(key, 3)
+            params = network.init(network_key)
+            num, depth = num_classes if row.plain else MOST_WAYS, settings.filters * 9 + 14**2
+            if row.head is not None:
+                drawn = row.head * jax.random.normal(head_key, (depth, num)) / depth**0.5
+                params["head"] = {"w": drawn, "b": jnp.zeros(num)}
+            if row.context:
+                drawn = jax.random.normal(context_key, (2, row.context, depth))
+                params["modulation"] = drawn / row.context**0.5
+            return params
 
-        alone = name == "fine-tuning"
-        run = train(adaptation, start, rows if alone else episodes, None if alone else settings.tasks, settings)
+        run = train(row, adaptation, start, rows if row.plain else episodes, settings)
         found = [run(jax.random.key(seed)) for seed in range(seeds)]
         # What is free at test is chosen on what was trained on: the number of steps, and fine-tuning's rate.
         num_steps = 0
         if adaptation.test_steps:
-            candidates = {f"rate {rate:g}": tuned(rate) for rate in RATES} if alone else {"": adaptation}
-            scores = {setting: on_trained(candidate, found[0]) for setting, candidate in candidates.items()}
+            candidates = {f"rate {rate:g}": tuned(rate) for rate in RATES} if row.plain else {"": adaptation}
+            scores = {setting: on_trained(candidate, found[0], outputs) for setting, candidate in candidates.items()}
             setting = max(scores, key=lambda setting: float(scores[setting].max()))
             adaptation, num_steps = candidates[setting], int(scores[setting].argmax())
-            chosen.append(f"{name} {num_steps}" + (f" ({setting})" if alone else ""))
+            chosen.append(f"{name} {num_steps}" + (f" ({setting})" if row.plain else ""))
         names[name] = [f"{name}, {seed}" for seed in range(seeds)]
-        judged |= {one: of_each(adaptation, hp, num_steps) for one, hp in zip(names[name], found, strict=True)}
+        each = zip(names[name], found, strict=True)
+        judged |= {one: of_each(adaptation, hp, num_steps, outputs) for one, hp in each}
         print(f"[{time.process_time() - started:5.0f} s] {name}", flush=True)
 
     def of_training(number, sample):
@@ -288,13 +335,14 @@ def main() -> None:
         f"image; {settings.steps} outer steps of {settings.tasks} episodes (fine-tuning: {settings.plain_steps:,} of "
         f"{BATCH} rows, a tenth as dear); one training for each source that was left out. 5 to 8 ways, at most 40 "
         'support and 5 query examples of a class. "Untrained" is the same method with a network drawn alike. Inner '
-        "gradients are of first order, and rates are learned, one a leaf, in training over 2 inner steps (Proto-MAML) "
-        f"or 5 (MAML). Inner steps at test, at most {settings.test_steps}, and fine-tuning's rate, of {RATES}, are the "
+        "steps in training are 2 (Proto-MAML, CAVIA) or 5; the inner gradients of Proto-MAML and Meta-SGD are of first "
+        "order, and their rates are learned, one a leaf. CAVIA's context scales and shifts features before a head of "
+        f"prototypes. Inner steps at test, at most {settings.test_steps}, and fine-tuning's rate, of {RATES}, are the "
         f"best on {CHECKED} episodes of what was trained on: {', '.join(chosen)}. Earlier forms lost to pixel "
         "prototypes on these sources: most methods without the image among their features, and with larger fixed "
-        "rates; MAML with 3 inner steps, 5 at test and half as many outer steps, and fine-tuning after 200 steps. All "
-        "that was changed when it was seen, the last two by episodes of what is trained on; so small differences to "
-        "pixel prototypes are partly chosen. The episodes here, and of QuickDraw, Fashion-MNIST and MNIST the rows, "
+        "rates; Meta-SGD with 3 inner steps, 5 at test and half as many outer steps, and fine-tuning after 200 steps. "
+        "All that was changed when it was seen, the last two by episodes of what is trained on; so small differences "
+        "to pixel prototypes are partly chosen. The episodes here, and of QuickDraw, Fashion-MNIST and MNIST the rows, "
         "are others than those."
     )
     if not options.smoke:

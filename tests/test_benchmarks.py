@@ -166,6 +166,6 @@ def test_the_table_says_which_floors_are_reached(monkeypatch):
 
 @pytest.mark.slow
 def test_smoke_of_conv4():
-    found = {row[0]: row for row in rows(smoke("conv4.py")) if len(row) == 7 and row[0] not in ("program", "---")}
-    assert list(found) == ["metaopt", "naive: JAX, vmap", "JAX, unrolled"]
-    assert all(float(row[1]) > 0 and float(row[6]) < 1e-2 for row in found.values())
+    found = [row for row in rows(smoke("conv4.py")) if len(row) == 7 and row[0] not in ("program", "---")]
+    assert [row[0] for row in found] == 2 * ["metaopt", "naive: JAX, vmap", "JAX, unrolled"]  # pooling, strides
+    assert all(float(row[1]) > 0 and float(row[6]) < 1e-2 for row in found)

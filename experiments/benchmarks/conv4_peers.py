@@ -35,13 +35,16 @@ def fused(x, scale, shift):
     return F.batch_norm(x, None, None, scale, shift, training=True, eps=1e-5)
 
 
+STRIDED = sys.argv[-1] == "stride"
+
+
 def loss(params: dict, x: torch.Tensor, y: torch.Tensor, blocks: int, normalize=fused) -> torch.Tensor:
     for i in range(blocks):
         name = f"params/block{i}"
-        x = F.conv2d(x, params[f"{name}/w"], padding=1)
-        x = normalize(x, params[f"{name}/scale"], params[f"{name}/shift"])
-        x = F.max_pool2d(F.relu(x), 2)
-    x = x.permute(0, 2, 3, 1).flatten(1)
+        x = F.conv2d(x, params[f"{name}/w"], padding=1, stride=2 if STRIDED else 1)
+        x = F.relu(normalize(x, params[f"{name}/scale"], params[f"{name}/shift"]))
+        x = x if STRIDED else F.max_pool2d(x, 2)
+    x = x.mean((2, 3)) if STRIDED else x.permute(0, 2, 3, 1).flatten(1)
     return F.cross_entropy(x @ params["params/head/w"] + params["params/head/b"], y)
 
 
@@ -81,7 +84,7 @@ PROGRAMS = {
 
 
 def main() -> None:
-    file, blocks, rate, threads, repetitions = sys.argv[1:]
+    file, blocks, rate, threads, repetitions, _ = sys.argv[1:]
     torch.set_num_threads(int(threads))
     setting = load(file)
     rows, calls = {}, {}

@@ -3,7 +3,8 @@
     θ_0 = init(λ, support),    θ_{t+1} = θ_t − α_t ∇_θ g(θ_t, λ; support),    F(λ) = Σ_t w_t f(θ_t, λ; query)
 
 λ = {"init": the meta-parameters, "rate": α, where it is learned, ...}. θ has those leaves of the model that adapt, and
-None in place of the others, which are read from λ["init"]: what does not adapt costs nothing in the inner loop.
+None in place of the others, which are read from λ["init"]: what does not adapt needs no gradient and no memory of its
+own in the inner loop, but the loss computes with it at every step.
 """
 
 import functools
@@ -121,7 +122,7 @@ def adaptation(
     Raises:
       ValueError: an argument is out of range; at trace time, `adapt` or `leaves_per_step` finds no leaf, a leaf adapts
         and has a value a step, a leaf with a value a step has another leading axis than T, or `init` makes leaves that
-        do not adapt and there is a `rule`.
+        do not adapt and there is a `rule`, or that adapt and there is a `proximal`.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import base, methods
@@ -198,6 +199,12 @@ def adaptation(
         if both:
             raise ValueError(f"Leaves with a value for each step cannot adapt: {both}. Leave them out of `adapt`.")
         given = _by_path(hyperparams["init"])
+        alone = [path for path in paths if re.search(adapt, path) and path not in given]
+        if proximal and alone:
+            raise ValueError(
+                f'`proximal` is the distance from λ["init"], in which the leaves {alone}, made by `init`, are not: let '
+                "them not adapt (`adapt`), or leave out `proximal`."
+            )
         # What `init` passed on is the very leaf of λ["init"].
         is_made = lambda path, x: not re.search(adapt, path) and x is not given.get(path)
         made = jax.tree_util.tree_map_with_path(lambda path, x: x if is_made(_path(path), x) else None, params)

@@ -13,6 +13,7 @@ axis of one. With `inner.run` and `trace_fn` that is
 
 import functools
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -120,12 +121,14 @@ def evaluate_episodes(
     score_fn: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array] = accuracy,
     higher_is_better: bool = True,
 ) -> Evaluation:
-    """Scores all methods on the same episodes, which follow from `key` alone, whoever is evaluated.
+    """Scores all methods on the same episodes, which follow from `key` and their source's name, whoever is evaluated.
 
     Episodes are drawn once a chunk, and every method, jitted, adapts to all of the chunk at once: memory is that of
     one chunk, whatever the number of episodes. Query labels are taken away before a method sees an episode. Whether a
     method is transductive is found out: on the first chunk it is asked again with every other query example blank, and
     its outputs for the others must not change.
+
+    Leaves of a query set whose leading axis is Q belong to its examples, and are shuffled with them.
 
     Args:
       methods: name -> method.
@@ -144,7 +147,7 @@ def evaluate_episodes(
 
     Raises:
       ValueError: there is no method or no source, a number is below 1, or a sampler draws users with replacement; at
-        trace time, outputs have no axis of steps.
+        trace time, outputs have no axis of steps, or, where there are Q classes, too, a leaf might be of either.
     """
     if not methods:
         raise ValueError("`methods` must hold at least one method; it is empty.")
@@ -162,9 +165,10 @@ def evaluate_episodes(
     scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in methods}
     ways: dict[str, np.ndarray] = {}
     shots: dict[str, np.ndarray] = {}
-    for number, (source, sample) in enumerate(samplers.items()):
-        # What draws an episode, what a method may use and what puts query examples in order know nothing of each other.
-        three = jax.random.split(jax.random.fold_in(key, number), 3)
+    for source, sample in samplers.items():
+        # By its name: another source in front changes nothing. What draws an episode, what a method may use and what
+        # puts query examples in order know nothing of each other.
+        three = jax.random.split(jax.random.fold_in(key, zlib.crc32(str(source).encode())), 3)
         draw_keys, method_keys, order_keys = (jax.random.split(k, num_episodes) for k in three)
         # An argument of the program: the data that it holds, if it says which (`tasks.episodes`), are no constants.
         sample = sample if isinstance(sample, Partial) else Partial(sample)
@@ -201,6 +205,7 @@ def _shuffled(
             "false. Judge every user once: `each=` the number of users."
         )
     size = query["y"].shape[0]
+    _check_leaves(query, size)
     places = jnp.where(query["mask"] > 0, jax.random.uniform(order_key, (size,)), 2.0)  # padding stays last
     order = jnp.argsort(places)
     return support, {name: _of_rows(lambda x: x[order], name, leaf, size) for name, leaf in query.items()}
@@ -213,6 +218,20 @@ def _of_rows(function: Callable, name: str, tree: base.PyTree, size: int, axis: 
         return function(x) if jnp.ndim(x) > axis and x.shape[axis] == size else x
 
     return tree if name in ("class_mask", "num_rows") else jax.tree.map(one, tree)
+
+
+def _check_leaves(query: Mapping[str, base.PyTree], size: int) -> None:
+    """ValueError where nothing tells whether a leaf [Q, ...] belongs to examples or to classes."""
+    if "class_mask" not in query or query["class_mask"].shape[0] != size:
+        return
+    others = {name: tree for name, tree in query.items() if name not in ("x", "y", "mask", "class_mask", "num_rows")}
+    unclear = [name for name, tree in others.items() if any(jnp.shape(x)[:1] == (size,) for x in jax.tree.leaves(tree))]
+    if unclear:
+        raise ValueError(
+            f"Query sets have {size} examples and {size} classes, so that nothing tells which of them {unclear} belong "
+            'to. Put what belongs to examples into "x", as a dict, and give what belongs to classes another axis in '
+            "front, of one."
+        )
 
 
 def _scored(name: str, method: AdaptFn, score_fn: Callable) -> Callable:
@@ -247,16 +266,21 @@ def _blank(query: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def _differ(outputs: jax.Array, again: jax.Array, query: dict[str, jax.Array]) -> bool:
     """Whether outputs [B, T + 1, Q, ...] differ for the query examples that `_blank` left, by more than rounding."""
     real = np.asarray(query["mask"])[:, ::2] > 0
-    both = (np.moveaxis(np.asarray(o), 1, 2)[:, ::2][real] for o in (outputs, again))
+    both = [np.moveaxis(np.asarray(o, np.float64), 1, 2)[:, ::2] for o in (outputs, again)]  # [B, Q/2, T + 1, ...]
+    if "class_mask" in query and both[0].shape[3:] == query["class_mask"].shape[1:]:
+        # What stands for classes that an episode lacks is often a large number, beside which all others look equal.
+        among = np.asarray(query["class_mask"])[:, None, None] > 0
+        both = [np.where(among, o, np.nan) for o in both]
     # Step by step: after one that diverges, all others look small.
-    for before, after in zip(*(np.moveaxis(o, 1, 0) for o in both), strict=True):
-        finite = np.isfinite(before) & np.isfinite(after)
+    for before, after in zip(*(np.moveaxis(o[real], 1, 0) for o in both), strict=True):
         if not np.array_equal(np.isfinite(before), np.isfinite(after)):
             return True
-        # By the spread of the outputs: an offset that all share would hide a difference; and by what rounding leaves.
-        values = before[finite]
-        spread, largest = (abs(x).max(initial=0) for x in (values - values.mean() if values.size else values, values))
-        if np.any(abs(values - after[finite]) > np.maximum(1e-3 * spread, 1e-5 * largest)):
+        before, after = (np.where(np.isfinite(o), o, 0).reshape(len(o), -1) for o in (before, after))
+        # By the spread of most examples' outputs, since an offset that all share would hide a difference, and so would
+        # one example that is far off; and by what rounding leaves, for each example by itself.
+        spread = np.quantile(abs(before - np.median(before, axis=0)), 0.9) if before.size else 0.0
+        largest = abs(before).max(axis=1, initial=0, keepdims=True)
+        if np.any(abs(before - after) > np.maximum(1e-3 * spread, 1e-5 * largest)):
             return True
     return False
 
@@ -294,7 +318,9 @@ def mean_scores(evaluation: Evaluation, *, step: int = -1) -> dict[str, dict[str
 def paired_differences(
     evaluation: Evaluation, reference: str, *, step: int = -1
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """How much better than a reference, episode by episode: what episodes have in common cancels.
+    """The score minus that of a reference, episode by episode: what episodes have in common cancels.
+
+    A positive difference is better where the score is an accuracy, and worse where it is an error.
 
     Args:
       evaluation: what `evaluate_episodes` returned.

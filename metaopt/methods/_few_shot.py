@@ -75,12 +75,15 @@ def reptile(loss: Callable, *, num_steps: int = 5, rate: float = 0.01, **options
     return adaptation(loss, num_steps=num_steps, rate=rate, rule=rule, **options)
 
 
-def anil(loss: Callable, *, head: str = "head", num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
+HEAD = "(^|/)head(/|$)"  # leaves within something that is called "head", and not "heads" or "forehead"
+
+
+def anil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
     """ANIL, almost no inner loop: MAML in which the head alone adapts.
 
     Args:
       loss: as for `maml`.
-      head: what adapts, as `adapt` of `adaptation`; "" is MAML.
+      head: what adapts, as `adapt` of `adaptation`, by default what is in a part that is called "head"; "" is MAML.
       num_steps: T.
       rate: α.
       **options: as for `adaptation`.
@@ -93,12 +96,12 @@ def anil(loss: Callable, *, head: str = "head", num_steps: int = 1, rate: float 
     return adaptation(loss, adapt=head, num_steps=num_steps, rate=rate, **options)
 
 
-def boil(loss: Callable, *, head: str = "head", num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
+def boil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
     """BOIL, body only inner loop: MAML in which everything but the head adapts.
 
     Args:
       loss: as for `maml`.
-      head: what does not adapt: a regular expression for paths.
+      head: what does not adapt: a regular expression for paths; by default as for `anil`.
       num_steps: T.
       rate: α.
       **options: as for `adaptation`.
@@ -382,10 +385,11 @@ def prototypical_networks(features: Callable, **options: Any) -> Adaptation:
 def ridge_head(features: Callable, *, loss: Callable = cross_entropy, **options: Any) -> Adaptation:
     """R2D2: the head is the ridge regression of the support set, solved exactly and differentiated through:
 
-        W = argmin_W |X W − Y|² + ρ |W|² = Xᵀ (X Xᵀ + ρ I)⁻¹ Y,    outputs = scale · X W + shift.
+        W = argmin_W |X W − Y|² + ρ |W|² = Xᵀ (X Xᵀ + ρ I)⁻¹ Y,    outputs = scale · X W + shift,
 
-    Whichever of the two systems is smaller is solved, by Cholesky. ρ, scale and shift are learned: λ has "log_ridge",
-    "scale" and "shift".
+    where X has the features and, as in the authors' code, a column of ones for an intercept, a row of W: it is shrunk
+    as well, so that of targets far from 0 their mean is to be taken off. Whichever of the two systems is smaller is
+    solved, by Cholesky. ρ, scale and shift are learned: λ has "log_ridge", "scale" and "shift".
 
     Args:
       features: `(params, batch) -> [N, D]`; λ["init"] is a dict.
@@ -395,21 +399,29 @@ def ridge_head(features: Callable, *, loss: Callable = cross_entropy, **options:
     Returns:
       An `Adaptation`; `linear_head(features)` predicts.
 
+    Raises:
+      ValueError: at trace time, "y" is neither integers [N] nor numbers [N, W].
+
     Source: Bertinetto et al., ICLR 2019, https://arxiv.org/abs/1805.08136. MetaOptNet has a support vector machine in
       its place: Lee et al., CVPR 2019, https://arxiv.org/abs/1904.03758
     """
 
     def solve(x, hyperparams, data):
         classes = jnp.issubdtype(data["y"].dtype, jnp.integer)
+        if data["y"].ndim != (1 if classes else 2):
+            raise ValueError(
+                '`ridge_head` takes a support set whose "y" is integers [N], or numbers [N, W] (of one target: '
+                f"`y[:, None]`); got {data['y'].dtype} of shape {data['y'].shape}."
+            )
         y = _one_hot(data, x.dtype) if classes else data["y"] * data["mask"][:, None]
-        x = x * data["mask"][:, None]
+        x = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1) * data["mask"][:, None]
         ridge = jnp.exp(hyperparams["log_ridge"])
         regular = lambda matrix: matrix + ridge * jnp.eye(len(matrix), dtype=matrix.dtype)
         if x.shape[0] <= x.shape[1]:
             w = x.T @ jax.scipy.linalg.solve(regular(x @ x.T), y, assume_a="pos")
         else:
             w = jax.scipy.linalg.solve(regular(x.T @ x), x.T @ y, assume_a="pos")
-        return {"w": hyperparams["scale"] * w, "b": jnp.full(y.shape[1], hyperparams["shift"])}
+        return {"w": hyperparams["scale"] * w[:-1], "b": hyperparams["scale"] * w[-1] + hyperparams["shift"]}
 
     extra = {"log_ridge": jnp.zeros([]), "scale": jnp.ones([]), "shift": jnp.zeros([])}
     return _with_head(features, solve, loss, extra=extra, **{"num_steps": 0, **options})

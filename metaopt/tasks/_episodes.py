@@ -122,7 +122,8 @@ def labelled_batches(
     Args:
       sources: one or several; their examples have one shape. Their `C` classes are numbered through.
       batch_size: N, at least 1; rows are drawn uniformly, with repetition.
-      weights: of the sources, positive; a row's source is drawn by them. None: rows of all sources are alike.
+      weights: of the sources; a row's source is drawn by them, and one of weight 0 never. None: rows of all sources are
+        alike.
       preprocess: as for `episodes`.
 
     Returns:
@@ -156,9 +157,13 @@ def labelled_batches(
 def _shares(weights: Sequence[float] | None, num_sources: int) -> jax.Array:
     """[sources], their shares of the draws, cumulated."""
     weights = [1.0] * num_sources if weights is None else list(weights)
-    if len(weights) != num_sources or not all(weight > 0 for weight in weights):
-        raise ValueError(f"`weights` must be positive, one for each of the {num_sources} sources; got {weights}.")
-    return jnp.asarray(np.cumsum(weights) / np.sum(weights), jnp.float32)
+    # `nan` and `inf` are refused by the last condition.
+    if len(weights) != num_sources or not all(w >= 0 for w in weights) or not 0 < sum(weights) < np.inf:
+        raise ValueError(
+            f"`weights` must be one for each of the {num_sources} sources, at least 0, and not all 0; got {weights}."
+        )
+    cumulated = np.cumsum(weights)
+    return jnp.asarray(cumulated / cumulated[-1], jnp.float32)
 
 
 def episodes(
@@ -186,7 +191,7 @@ def episodes(
       within_superclass: all classes of an episode are of one superclass (one alphabet), drawn uniformly from those with
         at least N classes.
       disjoint_groups: False draws from all examples of a class alike.
-      weights: of the sources, positive; None draws them uniformly.
+      weights: of the sources, by which they are drawn; one of weight 0 never is. None draws them uniformly.
       preprocess: `[rows, ...] -> [rows, ...]`, examples to inputs; None: bytes to floats in [0, 1], all else to
         float32.
 
@@ -276,7 +281,7 @@ def meta_dataset_episodes(
       log_weights: the range of α.
       hierarchy: False draws classes flat.
       disjoint_groups: False draws from all examples of a class alike.
-      weights: of the sources, positive; None draws them uniformly.
+      weights: of the sources, by which they are drawn; one of weight 0 never is. None draws them uniformly.
       preprocess: as for `episodes`.
 
     Returns:

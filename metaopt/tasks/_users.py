@@ -121,7 +121,8 @@ def user_episodes(
     Returns:
       `(key, user=None) -> Episode`, pure, for `jit` and `vmap`: of a user drawn from `users` uniformly, or of the one
       given by its place in `users`, so that `vmap` over `arange(len(users))` gives everybody once. "x" [K, D], "y" [K],
-      "mask" [K], "num_rows"; the query likewise; `meta` has "user" [] int32, in the table.
+      "mask" [K], "num_rows" and, where y is an integer, "class_mask" [C], ones for the classes 0..C-1 of the whole
+      table; the query likewise; `meta` has "user" [] int32, in the table.
 
     Raises:
       ValueError: an argument is out of range, a user has K records or fewer, x has NaN, or there is no time.
@@ -149,6 +150,9 @@ def user_episodes(
     who, count = jnp.asarray(chosen, jnp.int32), jnp.asarray(counts, jnp.int32)
     first = jnp.asarray(np.cumsum(counts) - counts, jnp.int32)
     widest = int(counts[chosen].max())
+    classes = {}
+    if np.issubdtype(table.y.dtype, np.integer):
+        classes["class_mask"] = jnp.ones(int(table.y.max()) + 1)
 
     def sample(key, user=None):
         user_key, row_key = jax.random.split(key)
@@ -170,6 +174,7 @@ def user_episodes(
                 "y": jnp.where(real, y[row], 0),
                 "mask": mask,
                 "num_rows": real.sum().astype(jnp.int32),
+                **classes,
             }
 
         query = part(at[num_support : num_support + padded])

@@ -61,6 +61,20 @@ def test_a_block_is_numpys(kind):
     assert real.std() > 0.1
 
 
+@pytest.mark.parametrize("size", [4, 5])
+def test_strides_in_place_of_pooling(size):
+    """Every other place of the convolution, from the first on; then the mean over places."""
+    network = methods.conv4(normalization="none", num_filters=3, num_blocks=1, num_channels=2, downsampling="stride")
+    params = network.init(KEY)
+    images = RNG.normal(size=(2, size, size, 2)).astype(np.float32)
+    found = network.features(params, {"x": jnp.asarray(images), "mask": jnp.ones(2)})
+    w = np.asarray(params["block0"]["w"])
+    padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    places = range(0, size, 2)
+    h = [sum(padded[:, a + i, b + j] @ w[i, j] for i in range(3) for j in range(3)) for a in places for b in places]
+    np.testing.assert_allclose(found, np.maximum(h, 0).mean(0), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.once
 def test_many_pixels_do_not_overflow_float16():
     network = methods.conv4(num_filters=2, num_blocks=1)

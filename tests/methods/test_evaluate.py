@@ -1,5 +1,7 @@
 """Scores that can be worked out by hand; what methods may see; what is made of scores."""
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,9 +73,8 @@ def evaluation():
 
 @pytest.mark.once
 def test_the_scores_are_those_of_each_episode(evaluation):
-    for number, ways in enumerate((3, 2)):
-        source = evaluation.sources[number]
-        keys = jax.random.split(jax.random.split(jax.random.fold_in(KEY, number), 3)[0], 50)
+    for source, ways in zip(evaluation.sources, (3, 2), strict=True):
+        keys = jax.random.split(jax.random.split(jax.random.fold_in(KEY, zlib.crc32(source.encode())), 3)[0], 50)
         for i, place in enumerate(np.asarray(jax.vmap(which)(keys))):
             support, query = (jax.tree.map(lambda leaf, at=place: leaf[at], part) for part in EPISODES[ways][:2])
             center = np.stack([support["x"][support["y"] == k].mean(axis=0) for k in range(ways)])
@@ -132,6 +133,50 @@ def test_who_uses_the_query_set_is_found_in_any_source_and_behind_any_offset():
         chunk_size=4,
     )
     assert found.transductive == {"centered": True, "far": True, "prototypes": False, "offset": False}
+
+
+def test_who_uses_the_query_set_is_found_behind_what_stands_for_absent_classes():
+    """And behind one example that is far off."""
+
+    def filled(method, value):
+        return lambda key, s, q: jnp.where(s["class_mask"][None, None] > 0, method(key, s, q), value)
+
+    def with_one_far_off(key, support, query):
+        return centered(key, support, query) * jnp.where(query["x"][:, :1] == query["x"][:, :1].max(), 1e6, 1.0)[None]
+
+    fills = (-1e4, -1e9, -jnp.inf, jnp.nan)
+    found = methods.evaluate_episodes(
+        {f"{f.__name__} {value}": filled(f, value) for f in (centered, prototypes) for value in fills}
+        | {"centered far": with_one_far_off},
+        sample,
+        KEY,
+        num_episodes=8,
+    )
+    assert found.transductive == {name: name.startswith("centered") for name in found.scores}
+
+
+def test_another_source_changes_no_episode():
+    one, two = {"two": lambda key: sample(key, 2)}, {"three": sample, "two": lambda key: sample(key, 2)}
+    alone, both = (
+        methods.evaluate_episodes({"p": prototypes}, s, KEY, num_episodes=20).scores["p"] for s in (one, two)
+    )
+    np.testing.assert_array_equal(alone["two"], both["two"])
+
+
+def test_what_may_belong_to_examples_or_to_classes_is_refused():
+    one = {"x": jnp.eye(4), "y": jnp.arange(4), "mask": jnp.ones(4), "class_mask": jnp.ones(4)}
+    known = jnp.arange(16.0).reshape(4, 4)
+
+    def nearest(key, support, query):
+        return -jnp.square(query["x"][:, None] - query["of_class"]).sum(-1)[None]
+
+    def of(leaf):
+        return lambda key: tasks.Episode(one, {**one, "x": known, "of_class": leaf})
+
+    with pytest.raises(ValueError, match=r"4 examples and 4 classes, .* \['of_class'\] belong to"):
+        methods.evaluate_episodes({"m": nearest}, of(known), KEY, num_episodes=2)
+    found = methods.evaluate_episodes({"m": nearest}, of(known[None]), KEY, num_episodes=2)
+    assert (found.scores["m"]["episodes"] == 1).all() and not found.transductive["m"]
 
 
 @pytest.mark.once

@@ -92,16 +92,20 @@ def test_hypergradients_of_heads_are_those_of_differences():
         np.testing.assert_allclose(optax.tree.vdot(found.hypergrad, direction[name]), expected, rtol=1e-6, err_msg=name)
 
 
+def with_ones(x):
+    return np.concatenate([x, np.ones((len(x), 1))], axis=1)
+
+
 @pytest.mark.parametrize("num", [3, 7])  # fewer and more rows than features
 def test_the_ridge_head_is_numpys(num):
     task = base.Task(side(num, 1), side(5, 1))
     hyperparams, found = estimate(methods.ridge_head(features), task)
 
     def by_hand(log_ridge, scale, shift):
-        x = (task.train["x"] @ META["map"])[:num]
+        x, query = (with_ones(side["x"] @ META["map"]) for side in (task.train, task.valid))
         y = np.eye(WAYS)[task.train["y"]][:num]
-        w = np.linalg.solve(x.T @ x + np.exp(log_ridge) * np.eye(DIM), x.T @ y)
-        return cross_entropy(scale * (task.valid["x"] @ META["map"] @ w) + shift, task.valid)
+        w = np.linalg.solve(x[:num].T @ x[:num] + np.exp(log_ridge) * np.eye(DIM + 1), x[:num].T @ y)
+        return cross_entropy(scale * (query @ w) + shift, task.valid)
 
     assert found.value == pytest.approx(by_hand(0.0, 1.0, 0.0), rel=1e-9)
     for name, at in {"log_ridge": (1, 0, 0), "scale": (0, 1, 0), "shift": (0, 0, 1)}.items():
@@ -114,9 +118,11 @@ def test_the_ridge_head_of_regression():
     train, valid = ({"x": RNG.normal(size=(n, DIM)), "y": RNG.normal(size=(n, 2)), "mask": np.ones(n)} for n in (6, 3))
     a = methods.ridge_head(features, loss=methods.mean_squared_error)
     _, found = estimate(a, base.Task(train, valid))
-    x = train["x"] @ META["map"]
-    w = np.linalg.solve(x.T @ x + np.eye(DIM), x.T @ train["y"])
-    assert found.value == pytest.approx(((valid["x"] @ META["map"] @ w - valid["y"]) ** 2).mean(), rel=1e-10)
+    x, query = (with_ones(side["x"] @ META["map"]) for side in (train, valid))
+    w = np.linalg.solve(x.T @ x + np.eye(DIM + 1), x.T @ train["y"])
+    assert found.value == pytest.approx(((query @ w - valid["y"]) ** 2).mean(), rel=1e-10)
+    with pytest.raises(ValueError, match=r"numbers \[N, W\] .* got float64 of shape \(6,\)"):
+        estimate(a, base.Task({**train, "y": train["y"][:, 0]}, valid))
 
 
 def test_imaml_is_the_implicit_derivative_in_closed_form():
@@ -145,6 +151,10 @@ def test_imaml_is_the_implicit_derivative_in_closed_form():
         (lambda: methods.imaml(np.sum, proximal=1.0, order="first"), "they do not go with a `rule`"),
         (lambda: methods.ridge_head(features, with_context=True), "has no option `with_context`"),
         (lambda: methods.proto_maml(features, rates="leaf").hyperparams(META), "`hyperparams` needs one task's"),
+        (
+            lambda: estimate(methods.proto_maml(features, proximal=0.1), base.Task(side(4, 0), side(4, 0))),
+            r'the distance from λ\["init"\], in which the leaves \[\'head/b\', \'head/w\'\], made by `init`, are not',
+        ),
         (
             lambda: estimate(methods.ridge_head(lambda p, b: b["x"]), base.Task(side(4, 0), side(4, 0)), 1.0),
             "must be a dict",

@@ -324,7 +324,7 @@ FEW = source([20, 20, 3, 20, 20, 20])
         (lambda: tasks.episodes(SPOKEN, num_ways=2, num_shots=9, num_query=9), "disjoint_groups=False"),
         (lambda: tasks.episodes(FLAT, num_query=1, within_superclass=True), "has no superclasses"),
         (lambda: tasks.episodes(DRAWN, num_ways=61, within_superclass=True), "No superclass .* has 61 classes"),
-        (lambda: tasks.episodes(DRAWN, weights=[1, 2]), "`weights` must be positive, one for each of the 1 sources"),
+        (lambda: tasks.episodes(DRAWN, weights=[1, 2]), "`weights` must be one for each of the 1 sources, at least 0"),
         (lambda: tasks.meta_dataset_episodes(source([9, 9, 9])), "3 classes, too few for 5 ways"),
         (lambda: tasks.meta_dataset_episodes(source([9, 9, 9, 9, 9, 1])), "1 classes of source 'a' have too few"),
         (lambda: tasks.meta_dataset_episodes(DRAWN, min_ways=6), "1 superclasses .* fewer than 6 classes"),
@@ -356,5 +356,11 @@ def test_programs_hold_no_copy_of_the_data():
     assert ((drawn["y"] >= 30) == (drawn["x"][:, 0, 0] > 0)).all() and (drawn["y"] < 60).all()
     assert abs((drawn["y"] >= 30).mean() - 0.75) < 0.08
     assert len(np.unique(drawn["y"][drawn["y"] >= 30])) > 25
-    with pytest.raises(ValueError, match="`weights` must be positive, one for each of the 2 sources"):
-        tasks.labelled_batches(two, 3, weights=[1.0, np.nan])
+    for weights, second in (([0, 0.1], True), ([0.1, 0], False)):
+        drawn = tasks.labelled_batches(two, 400, weights=weights)(key).train
+        assert ((drawn["y"] >= 30) == second).all()
+    for bad in ([1.0, np.nan], [0, 0], [-1, 2], [1, np.inf]):
+        with pytest.raises(
+            ValueError, match="`weights` must be one for each of the 2 sources, at least 0, and not all"
+        ):
+            tasks.labelled_batches(two, 3, weights=bad)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import tasks
+from metaopt import methods, tasks
 
 USER = np.array(["b", "a", "b", "b", "a", "b", "a", "b"])
 TIME = np.array([3.0, 1.0, 1.0, 2.0, 0.0, 5.0, 2.0, 4.0])
@@ -27,6 +27,17 @@ def test_the_first_records_are_the_support_and_what_follows_the_query():
     np.testing.assert_array_equal(both.meta["user"], [0, 1])
     one = everybody(tasks.user_episodes(TABLE, num_support=3, num_query=1, users=[1]), 1)
     np.testing.assert_array_equal(one.query["y"], [[40]])
+
+
+def test_users_with_classes_go_with_heads_that_the_support_set_makes():
+    table = TABLE._replace(y=(TIME > 1).astype(np.int32))
+    sample = tasks.user_episodes(table, num_support=2)
+    np.testing.assert_array_equal(everybody(sample, 2).support["class_mask"], np.ones((2, 2)))
+    prototypes = methods.prototypical_networks(lambda params, batch: batch["x"])
+    named = {"p": methods.adapted(prototypes, {"init": {}}, methods.linear_head(lambda params, batch: batch["x"]))}
+    found = methods.evaluate_episodes(named, {"all": sample}, jax.random.key(0), each=2)
+    # "b" adapts to 1 and 2, one of each class, and 3, 4, 5 are nearer to 2; "a", to 0 and 1, has seen one class alone.
+    np.testing.assert_array_equal(found.scores["p"]["all"], [[0.0], [1.0]])
 
 
 def test_windows_and_random_orders():
