@@ -25,7 +25,9 @@ mean of what the two expect, in units of normal scores, and with trials the same
 and what the transformer makes of a cell. Of some ways to put them together, this one was taken by what came of them
 on the micro space, whose results are not those of a form chosen before; the other two spaces did not enter. (What the
 transformer makes of cells was learned from the scores that say its variances, too: h is more certain than it should
-be.)
+be.) "As α", on the micro space, whose ops are on edges: what h expects of all cells as mixing weights, an op's being
+the mean over the cells that have it (`nas.op_scores`), and the cell that is left of them, an op an edge: what a search
+that begins at this α begins with.
 
 Beside it: the architecture of best mean rank on the other tasks (and the best by validation of the five best such),
 the best of random ones, and the best by validation of the whole table, which is what
@@ -162,6 +164,24 @@ def choose_with_trials(phi, prior: Prior, losses, num_trials) -> int:
     return int(posterior(phi, prior, tried, losses[tried])[0].argmax())
 
 
+# ---- By α ----------------------------------------------------------------------------------------------------------
+
+EDGE_OPS = {"TransNAS-Bench-101, micro": ("none", "skip_connect", "conv1x1", "conv3x3")}  # cells with ops on edges
+
+
+def kept_by_alpha(table: nas.Benchmark, scores: np.ndarray) -> int:
+    """The row whose cell is left of α, and α of the scores [A] of all rows: an op is worth what cells with it are."""
+    cell = nas.complete_cell(3, EDGE_OPS[table.name])
+    network = nas.Network({"cell": cell}, (nas.Layer("conv", 8), nas.Layer("cell", 8)), num_outputs=2)
+    genotypes = [
+        {"cell": tuple((*e[:2], e.ops[x]) for e, x in zip(cell.edges, row, strict=True) if e.ops[x] != "none")}
+        for row in table.encodings
+    ]
+    alpha = nas.op_scores(network, genotypes, scores)
+    weights = {kind: jax.nn.softmax(a, -1) for kind, a in alpha.items()}
+    return genotypes.index(nas.discretize(network, weights, keep=None))
+
+
 # ---- The encoder of cells -------------------------------------------------------------------------------------------
 
 PROBED = 100  # architectures whose training-free scores say what a task is like
@@ -266,6 +286,7 @@ def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random
         whole_kind = np.concatenate([kind, np.full(learned.shape[1], 2)])
         both = fit_prior(whole, whole_kind, whole.T @ whole, scores[:, others], test_scores[:, others])
         both = both._replace(mean=(prior.mean + expected) / 2)
+        by_alpha = {"h by digits": prior.mean, "h by cells": cells, "h": both.mean} if table.name in EDGE_OPS else {}
         chosen = {
             "best of the other tasks": order[0],
             "best of the other tasks, 5 trials": best(order[:5]),
@@ -274,6 +295,7 @@ def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random
             "h by cells, no trial": int(cells.argmax()),
             "h by cells, crossed, no trial": int(crossed.argmax()),
             "h, no trial": int(both.mean.argmax()),
+            **{f"{name}, as α, no trial": kept_by_alpha(table, s) for name, s in by_alpha.items()},
             "h by digits, 5 trials": choose_with_trials(phi, prior, valid[:, t], 5),
             "h, 5 trials": choose_with_trials(whole, both, valid[:, t], 5),
             "h by digits, 20 trials": choose_with_trials(phi, prior, valid[:, t], 20),

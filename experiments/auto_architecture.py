@@ -10,7 +10,10 @@ The four steps, on real images and tables:
 3. generate an architecture a* for tasks of families that took no part;
 4. fine-tune α and the weights there by a few alternations;
 
-and the comparison with what one would have done otherwise: the best fixed architecture, random search, regularized
+Beside it, h from records of the same families' tasks: random networks that were trained on them, others on each, say
+what every op adds to the validation loss; and both together, in the same units.
+
+The comparison is with what one would have done otherwise: the best fixed architecture, random search, regularized
 evolution, DARTS on each task. Every choice is made on validation rows of the task at hand, or of tasks of other
 families; the test rows of a task are read once, for the table of results.
 
@@ -57,6 +60,8 @@ A_STAR = "a* = h(t'), no trial"
 FIXED = "best fixed architecture"
 FINE_TUNED = "a* fine-tuned"
 DARTS = "DARTS on each task"
+RECORDS = "h from records, no trial"
+BOTH = "h by hypergradient and from records, no trial"
 RANDOM = "random search, {} networks"
 EVOLUTION = "regularized evolution, {} networks"
 
@@ -90,6 +95,7 @@ class Config:
     tuned_on: int = 8  # of their tasks, for the rates
     trained: int = 24  # random networks on every task; on held-out ones as many as `trials` asks for
     trials: tuple[int, ...] = (5, 20)
+    records: int = 24  # random networks on each task of the meta-training set, others on each, for h from records
     evolution: int = 20  # networks a task, of which `population` are random
     population: int = 8
 
@@ -107,6 +113,7 @@ PRESETS = {
         fine_tune_steps=2,
         darts_steps=2,
         trained=3,
+        records=2,
         trials=(1, 3),
         evolution=3,
         population=2,
@@ -461,6 +468,24 @@ def shape_weights(shape: Shape, code: np.ndarray) -> dict[str, np.ndarray]:
     return {kind: np.asarray(w[0]) for kind, w in shape.one_hot(code[None]).items()}
 
 
+def effects(codes: np.ndarray, losses: np.ndarray, sizes: list[int], ridge: float = 1.0) -> list[np.ndarray]:
+    """For every edge [ops], what an op adds to a network's loss: a ridge regression on all records.
+
+    In standard deviations of the losses of a task, so that hard tasks do not outweigh the others.
+
+    Args:
+      codes: [networks, tasks, edges] of integers.
+      losses: [networks, tasks], of validation.
+      sizes: how many ops an edge has.
+      ridge: the weight of the coefficients' squares, in records.
+    """
+    x = np.concatenate([codes[..., [e]] == np.arange(n) for e, n in enumerate(sizes)], -1).astype(float)
+    x, y = x.reshape(losses.size, -1), ((losses - losses.mean(0)) / (losses.std(0) + 1e-9)).ravel()
+    x = x - x.mean(0)
+    found = np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ y)
+    return np.split(found, np.cumsum(sizes)[:-1])
+
+
 # ---- The main job ---------------------------------------------------------------------------------------------------
 
 
@@ -645,6 +670,34 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
     }
 
 
+def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: jax.Array, seed: int) -> dict[str, Any]:
+    """h from records of the other families' tasks, alone and with the α of h by hypergradient, on one fold's tasks.
+
+    codes: [records, units, edges]; losses: [records, units].
+    """
+    shape, sizes = p.shape, p.shape.sizes()
+    train_rows = np.flatnonzero(p.fold != f)
+    held = np.random.default_rng((seed, f)).permutation(np.flatnonzero(p.fold == f))[: shape.config.held_out]
+    found = effects(codes[:, train_rows], losses[:, train_rows], sizes)
+    by_records = np.repeat(np.array([e.argmin() for e in found])[None], len(held), 0)
+    # Mixing weights [tasks, edges, ops] of each kind, as logits; both in units of their own spread within an edge.
+    weights = [np.array(fold["weights"][kind]) for kind in shape.network.cells]  # in the order of the codes
+    logits = [np.log(w[:, e]) for w in weights for e in range(w.shape[1])]
+    spread = lambda rows: np.sqrt(np.mean([x.var(-1).mean() for x in rows])) + 1e-9
+    logits_spread, effects_spread = spread(logits), spread(found)
+    both = np.stack(
+        [(a / logits_spread - e / effects_spread).argmax(-1) for a, e in zip(logits, found, strict=True)], 1
+    )
+    at = lambda tree: jax.tree.map(lambda x: x[held], tree)
+    task, test = at(p.batch), at(p.test)
+    trained = lambda code: shape.train(key, shape.one_hot(code), task, test)[0][:, 1:]
+    chosen = {RECORDS: by_records, BOTH: both}
+    return {
+        "scores": {label: trained(code).tolist() for label, code in chosen.items()},
+        "architectures": {label: [shape.describe(code) for code in x] for label, x in chosen.items()},
+    }
+
+
 class Kept:
     """What is finished, by name, in a file beside the result; and the seconds that all calls took for it."""
 
@@ -709,6 +762,20 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
     data = functools.reduce(lambda total, leaf: zlib.crc32(np.ascontiguousarray(leaf), total), leaves, 0)
     random = kept.get(f"{name}, random networks", data, train_random)
     say(f"{name}: {config.trained} random networks on each task, {random['seconds']:.3f} s each")
+    # Others on each task: what an op is worth is told by more networks than a few that all tasks share.
+    record_codes = np.stack([rng.integers(0, size, (config.records, len(units))) for size in shape.sizes()], -1)
+
+    def train_records() -> dict[str, Any]:
+        keys = jax.random.split(jax.random.fold_in(train_key, 1_000_000), max(config.records, 1))
+        runs = [shape.train(k, shape.one_hot(c), batch, test) for k, c in zip(keys, record_codes, strict=False)]
+        valid = np.minimum([outcomes[:, 0] for outcomes, _ in runs], np.log(NUM_CLASSES))
+        return {"losses": valid.tolist(), "seconds": float(np.sum([each for _, each in runs]) * len(units))}
+
+    losses = np.zeros((0, len(units)))
+    if config.records:
+        records = kept.get(f"{name}, records", data, train_records)
+        losses = np.array(records["losses"])
+        say(f"{name}: {config.records} random networks more on each task, as records, {records['seconds']:.0f} s")
     prepared = Prepared(
         shape,
         Meta(shape, len(units[0].features) + gradients.shape[1]),
@@ -726,7 +793,12 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
     for f in config.folds:
         if f in fold:
             run = lambda f=f: run_fold(prepared, f, jax.random.fold_in(fold_key, f), seed, say)
-            kept.get(f"{name}, fold {f}", data, run)
+            part = kept.get(f"{name}, fold {f}", data, run)
+            if config.records:
+                run = lambda f=f, part=part: run_records(
+                    prepared, f, part, record_codes, losses, jax.random.fold_in(fold_key, 1000 + f), seed
+                )
+                kept.get(f"{name}, records, fold {f}", data, run)
 
 
 def joined(parts: list[dict[str, Any]], config: Config) -> dict[str, Any]:
@@ -735,7 +807,7 @@ def joined(parts: list[dict[str, Any]], config: Config) -> dict[str, Any]:
     costs = parts[0]["costs"]
     runs = {label: 1.0 for label in parts[0]["scores"]}
     for label in runs:
-        if label.startswith("a*"):
+        if label.startswith("a*") or label == BOTH:
             runs[label] += costs["features"]
         if label.startswith(FINE_TUNED):
             runs[label] += config.fine_tune_steps * costs["fine-tuning"]
@@ -750,7 +822,13 @@ def joined(parts: list[dict[str, Any]], config: Config) -> dict[str, Any]:
         **{name: by_label(name) for name in ("scores", "weights", "architectures")},
         **{name: [part[name] for part in parts] for name in ("rates", "trust", "left_out", "tuned_on", "history")},
         "seconds": {
-            label: float(np.average([part["seconds"][label] for part in parts], weights=sizes)) for label in runs
+            # One training more than what h from records reads, and as a* where h reads the task.
+            label: float(
+                np.average(
+                    [part["seconds"][{RECORDS: FIXED, BOTH: A_STAR}.get(label, label)] for part in parts], weights=sizes
+                )
+            )
+            for label in runs
         },
         "runs": runs,
     }
@@ -817,6 +895,7 @@ def bars(results: list[dict[str, Any]], most: int) -> str:
     for first, second in (
         (A_STAR, RANDOM.format(most)),
         (FINE_TUNED, DARTS),
+        *([(RECORDS, RANDOM.format(most)), (BOTH, RANDOM.format(most))] if RECORDS in results[0]["scores"] else []),
         (A_STAR + LEARNED, RANDOM.format(most)),
         (FINE_TUNED + LEARNED, DARTS),
     ):
@@ -935,7 +1014,12 @@ def main(argv=None) -> list[dict[str, Any]]:
         run_shape(shape, config, not args.packaged, args.seed, say, kept)
     results = []
     for shape in SHAPES:
-        parts = [kept.parts[key] for key in sorted(kept.parts) if key.startswith(f"{shape}, fold")]
+        parts = []
+        for key in sorted(key for key in kept.parts if key.startswith(f"{shape}, fold")):
+            part = dict(kept.parts[key])
+            more = kept.parts.get(key.replace(", fold", ", records, fold"), {"scores": {}, "architectures": {}})
+            part |= {name: {**part[name], **more[name]} for name in more}
+            parts.append(part)
         results += [joined(parts, config)] if parts else []
     seconds, processor = kept.seconds()
     call = "python experiments/auto_architecture.py " + " ".join(sys.argv[1:] if argv is None else argv)

@@ -357,17 +357,37 @@ def test_auto_architecture_smoke(tmp_path):
     assert [result["shape"] for result in details["results"]] == ["images", "tables"]
     for result in details["results"]:
         scores = {label: np.array(x) for label, x in result["scores"].items()}
-        assert {"a* = h(t'), no trial", "a* fine-tuned", "DARTS on each task", "random search, 3 networks"} <= set(
-            scores
-        )
+        labels = {"a* = h(t'), no trial", "a* fine-tuned", "DARTS on each task", "random search, 3 networks"}
+        assert labels | {"h from records, no trial", "h by hypergradient and from records, no trial"} <= set(scores)
         assert all(x.shape == (2, 2) and np.isfinite(x).all() for x in scores.values())
         runs = result["runs"]
-        assert runs["best fixed architecture"] == 1 < runs["a* = h(t'), no trial"] < runs["a* fine-tuned"]
+        assert (
+            runs["best fixed architecture"]
+            == runs["h from records, no trial"]
+            == 1
+            < runs["a* = h(t'), no trial"]
+            < runs["a* fine-tuned"]
+        )
     # The first table is of images, and its row is the mean of the scores.
     row = next(line for line in printed.splitlines() if line.startswith("| a* = h(t'), no trial | "))
     first = details["results"][0]["scores"]["a* = h(t'), no trial"]
     assert float(row.split(" | ")[1]) == pytest.approx(np.mean(first, 0)[0], abs=5e-4)
     assert (tmp_path / "auto_architecture_smoke.png").stat().st_size > 10_000
+
+
+def test_effects_of_ops_from_records_are_those_that_made_them(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script = importlib.import_module("auto_architecture")
+    rng, sizes = np.random.default_rng(0), [3, 5, 2]
+    own = [x - x.mean() for x in map(rng.normal, [0.0] * 3, [1.0] * 3, sizes)]
+    codes = np.stack([rng.integers(0, n, (60, 40)) for n in sizes], -1)  # others on each task
+    losses = sum(e[codes[..., i]] for i, e in enumerate(own))
+    # Tasks that differ in difficulty, and in how much a choice matters.
+    found = script.effects(codes, rng.normal(size=40) * 9 + np.exp(rng.normal(size=40)) * losses, sizes)
+    scale = losses.std(0).mean()
+    assert [len(e) for e in found] == sizes
+    for e, expected in zip(found, own, strict=True):
+        np.testing.assert_allclose(e - e.mean(), expected / scale, atol=0.06)
 
 
 def test_folds_of_auto_architecture_are_kept_and_know_their_data(tmp_path, monkeypatch):

@@ -53,7 +53,12 @@ from metaopt.methods._few_shot import (
 from metaopt.methods._fine_tune import FineTuned, fine_tune
 from metaopt.methods._freeze_thaw import CurveSearcher, FreezeThawState, train_curve_searcher
 from metaopt.methods._meta_architecture import FineTunedArchitecture, MetaArchitecture, meta_architecture_search
-from metaopt.methods._meta_files import load_meta_optimizer, save_meta_optimizer
+from metaopt.methods._meta_files import (
+    load_cell_searcher,
+    load_meta_optimizer,
+    save_cell_searcher,
+    save_meta_optimizer,
+)
 from metaopt.methods._meta_optimizer import train_meta_optimizer, train_meta_searcher
 from metaopt.methods._meta_search import ACQUISITIONS, MetaOptimizer, MetaSearcherState, Outcomes, TriedConfiguration
 from metaopt.methods._optuna import bohb, tpe
@@ -118,6 +123,7 @@ __all__ = [
     "implicit_darts",
     "leaderboard",
     "linear_head",
+    "load_cell_searcher",
     "load_meta_optimizer",
     "maml",
     "maml_plus_plus",
@@ -136,6 +142,7 @@ __all__ = [
     "retraining",
     "ridge_head",
     "robust_darts",
+    "save_cell_searcher",
     "save_meta_optimizer",
     "screened_random_search",
     "search_report",

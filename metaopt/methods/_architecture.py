@@ -1,6 +1,22 @@
 """Architecture search under the papers' names: each is a setting of `architecture_search`, and adds no numerics to it.
 
-The next one is a few lines as well: a relaxation, a penalty, or a rule, in the place of DARTS's.
+The next one is a few lines as well: a relaxation, a penalty, or a rule, in the place of DARTS's. FairDARTS, for
+instance (Chu et al., ECCV 2020, https://arxiv.org/abs/1911.12126), whose ops do not compete, and are pushed to 0 or 1:
+
+>>> import jax
+>>> from metaopt import methods, nas
+>>> def fair_darts(network, in_shape, *, ops, weight=10.0, **options):
+...   def penalty(alpha, step):  # -w (sigmoid(α) - 1/2)², mean over entries
+...     entries = [(jax.nn.sigmoid(a) - 0.5) ** 2 for a in jax.tree.leaves(alpha)]
+...     return -weight * sum(x.mean() for x in entries) / len(entries)
+...   options = {"order": "first", "relaxation": nas.sigmoid(), "penalty": penalty, **options}
+...   return methods.darts(network, in_shape, ops=ops, **options)
+>>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
+>>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+>>> search = fair_darts(table, (3,), ops=nas.BLOCKS)
+>>> weights = search.weights(search.hyperparams(jax.random.key(0)))["cell"]
+>>> weights.shape, bool((abs(weights - 0.5) < 0.01).all())
+((3, 3), True)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +40,8 @@ class Search(NamedTuple):
       alpha: `(λ) -> ` α alone.
       weights: `(α) -> ` mixing weights, kind -> [edges, ops], as genotypes are read from them (`decode`).
       genotype: `(α) -> Genotype`.
-      rule: `(problem) -> Estimator`, which made `estimator`; `under_budget` makes another one by it.
+      rule: `(problem, own) -> Estimator`, which made `estimator`; `under_budget` makes another one by it, of a problem
+        whose λ is another: `own(λ)` is this search's.
     """
 
     estimator: base.Estimator
@@ -34,7 +51,7 @@ class Search(NamedTuple):
     alpha: Callable[[base.HyperParams], base.HyperParams]
     weights: Callable[[base.HyperParams], dict[str, jax.Array]]
     genotype: Callable[[base.HyperParams], nas.Genotype]
-    rule: Callable[[base.Problem], base.Estimator]
+    rule: Callable[[base.Problem, Callable], base.Estimator]
 
 
 def _cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -63,6 +80,20 @@ def _loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_init=Fals
     return inner.loop(train_loss, optimizer, init=init, sampler=sampler, with_context=True)
 
 
+def _check_single(relaxation, network, edge_weights) -> None:
+    """ValueError where a relaxation gives weight to several ops of an edge, even at one-hot α: one would run."""
+    with jax.ensure_compile_time_eval():
+        alpha = {kind: jnp.eye(len(c.edges[0].ops))[jnp.zeros(len(c.edges), int)] for kind, c in network.cells.items()}
+        given = {k: {"ops": a, "edges": jnp.zeros(len(a))} for k, a in alpha.items()} if edge_weights else alpha
+        weights = nas.mixing_weights(relaxation, network, given, jax.random.key(0))
+        several = [kind for kind, w in weights.items() if bool(((w != 0).sum(-1) > 1).any())]
+    if several:
+        raise ValueError(
+            f"`single_path` runs the op with the largest weight alone, and `relaxation` gives weight to several ops of "
+            f"an edge of {several[0]!r}: use `nas.gumbel_softmax(..., hard=True)` or `nas.uniform_path()`."
+        )
+
+
 def architecture_search(
     network: nas.Space,
     in_shape: Sequence[int],
@@ -82,7 +113,7 @@ def architecture_search(
     remat_edges: bool = False,
     edge_weights: bool = False,
     learn_init: bool = False,
-    keep: int | None = 2,
+    keep: int | None | str = "space",
 ) -> Search:
     """The search that all others are settings of.
 
@@ -114,13 +145,13 @@ def architecture_search(
       learn_init: λ is {"alpha": α, "init": θ_0}, and training starts at θ_0 in place of a random draw: both are learned
         together over many tasks (MetaNAS, T-NAS). Needs a rule that differentiates through all of training
         (`hypergrad.unrolled`); it is second-order MAML with an α.
-      keep: edges into each node, as for `nas.discretize`; None in NAS-Bench-201, where every edge has its own argmax.
+      keep: edges into each node, as for `nas.discretize`; by default what the network says, 2 unless it says other.
 
     Returns:
       A `Search`.
 
     Raises:
-      ValueError: the spec and the shapes do not fit.
+      ValueError: the spec and the shapes do not fit; `single_path` with a relaxation that gives weight to several ops.
 
     >>> import jax
     >>> from metaopt import methods, nas
@@ -135,6 +166,8 @@ def architecture_search(
     supernet = nas.supernet(
         network, in_shape, ops=ops, partial=partial, single_path=single_path, remat_edges=remat_edges
     )
+    if single_path:
+        _check_single(relax, network, edge_weights)
     loop = _loop(supernet, relax, loss, decay, optimizer, sampler, learn_init)
     alpha_of = lambda hyperparams: hyperparams["alpha"] if learn_init else hyperparams
 
@@ -156,9 +189,13 @@ def architecture_search(
         return nas.mixing_weights(decode or nas.decoding(relax), network, alpha_of(hyperparams), jax.random.key(0))
 
     def genotype(hyperparams):
-        return nas.discretize(network, jax.device_get(weights(hyperparams)), keep=keep)
+        found = jax.device_get(weights(hyperparams))
+        if keep == "space" and isinstance(network, nas.Network) and network.keep == "graph":
+            return nas.graph_genotype(network, nas.discretize_graph(network, found))
+        return nas.discretize(network, found, keep=keep)
 
-    return Search(rule(problem), problem, supernet, hyperparams, alpha_of, weights, genotype, rule)
+    of_any = lambda problem, own: rule(problem)
+    return Search(rule(problem), problem, supernet, hyperparams, alpha_of, weights, genotype, of_any)
 
 
 def darts(
@@ -268,13 +305,13 @@ def gdas(
       **options: as for `architecture_search`.
 
     Returns:
-      A `Search`, of first order. Only the sampled ops run, and only they have a gradient.
+      A `Search`, of first order unless `order` says otherwise. Only the sampled ops run, and only they have a gradient.
 
     Source: Dong & Yang, CVPR 2019, https://arxiv.org/abs/1910.04465
     """
     relaxation = nas.gumbel_softmax(optax.linear_schedule(10.0, 0.1, num_steps), hard=True)
-    options = {"relaxation": relaxation, "single_path": True, **options}
-    return darts(network, in_shape, ops=ops, order="first", **options)
+    options = {"relaxation": relaxation, "single_path": True, "order": "first", **options}
+    return darts(network, in_shape, ops=ops, **options)
 
 
 def pc_darts(
@@ -326,7 +363,8 @@ def beta_darts(
     *,
     ops: Mapping[str, nas.Op],
     num_steps: int,
-    penalty: float = 50.0,
+    weight: float = 50.0,
+    penalty: Callable | None = None,
     **options: Any,
 ) -> Search:
     """β-DARTS: f plus a penalty on logsumexp(α), whose weight grows from 0.
@@ -336,7 +374,8 @@ def beta_darts(
       in_shape: of one input.
       ops: of the space.
       num_steps: inner steps over which it grows.
-      penalty: the weight at the end.
+      weight: the weight at the end.
+      penalty: another one beside it, as for `architecture_search`.
       **options: as for `architecture_search`.
 
     Returns:
@@ -344,8 +383,12 @@ def beta_darts(
 
     Source: Ye et al., CVPR 2022, https://arxiv.org/abs/2203.01665
     """
-    weight = optax.linear_schedule(0.0, penalty, num_steps)
-    decay = lambda alpha, step: weight(step) * nas.beta_decay(alpha)
+    grows = optax.linear_schedule(0.0, weight, num_steps)
+
+    def decay(alpha, step):
+        value = grows(step) * nas.beta_decay(alpha)
+        return value if penalty is None else value + penalty(alpha, step)
+
     return darts(network, in_shape, ops=ops, penalty=decay, **{"order": "first", **options})
 
 
@@ -383,8 +426,13 @@ def robust_darts(
     """
     search = darts(network, in_shape, ops=ops, **{"order": "first", **options})
     stop = {"every": every, "window": window, "start": start, "delta": delta, "factor": factor}
-    rule = lambda problem: nas.stopped_by_curvature(search.rule(problem), problem, **stop)
-    return search._replace(estimator=rule(search.problem), rule=rule)
+
+    def rule(problem, own):
+        # Of f in α alone, whatever constraint is added to it.
+        watched = search.rule(problem, own)
+        return nas.stopped_by_curvature(watched, search.problem, own=own, alpha=search.alpha, **stop)
+
+    return search._replace(estimator=rule(search.problem, lambda hyperparams: hyperparams), rule=rule)
 
 
 def under_budget(
@@ -430,9 +478,11 @@ def under_budget(
     excess = nas.over_budget(table, search.supernet.network, budget=budget, relaxation=relaxation)
     constraint = lambda hyperparams, step: excess(search.alpha(hyperparams), step)
     problem = nas.lagrangian(search.problem, constraint, damping=damping)
+    rule = lambda problem, own: search.rule(problem, lambda hyperparams: own(hyperparams)["hyperparams"])
     return search._replace(
-        estimator=search.rule(problem),
+        estimator=rule(problem, lambda both: both),
         problem=problem,
+        rule=rule,
         hyperparams=lambda key: {"hyperparams": search.hyperparams(key), "multiplier": jnp.asarray(multiplier)},
         alpha=lambda both: search.alpha(both["hyperparams"]),
         weights=lambda both: search.weights(both["hyperparams"]),
@@ -447,11 +497,16 @@ class OneShot(NamedTuple):
       train: `(key, data) -> params`.
       score: `(params, genotype, batch) -> []`, the loss of a genotype with the shared weights, smaller is better.
       supernet: what is trained.
+      loop: the training itself, for runs that are stopped and go on, with checkpoints and a bar: `methods.train(loop,
+        data, num_steps=..., key=key, hyperparams=hyperparams, checkpoint_dir=...)[0].params`.
+      hyperparams: λ of the loop, which says what is drawn from.
     """
 
     train: Callable[[jax.Array, base.Data], base.Params]
     score: Callable[[base.Params, nas.Genotype, base.Batch], jax.Array]
     supernet: nas.Supernet
+    loop: base.InnerLoop
+    hyperparams: base.HyperParams
 
 
 def single_path_one_shot(
@@ -485,10 +540,12 @@ def single_path_one_shot(
     Source: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420
     """
     supernet = nas.supernet(network, in_shape, ops=ops, single_path=True)
-    run = inner.run(_loop(supernet, nas.uniform_path(), loss, decay, optimizer, sampler), num_steps)
+    loop = _loop(supernet, nas.uniform_path(), loss, decay, optimizer, sampler)
+    run = inner.run(loop, num_steps)
+    alpha = nas.init_alpha(jax.random.key(0), network, scale=0.0)
 
     def train(key, data):
-        return run(key, nas.init_alpha(key, network, scale=0.0), data).params
+        return run(key, alpha, data).params
 
     @jax.jit
     def evaluate(params, weights, batch):
@@ -497,4 +554,4 @@ def single_path_one_shot(
     def score(params, genotype, batch):
         return evaluate(params, nas.one_hot(network, genotype), batch)
 
-    return OneShot(train, score, supernet)
+    return OneShot(train, score, supernet, loop, alpha)

@@ -16,6 +16,8 @@ _AT_ONCE = 2048  # cells that are encoded together
 class CellSearcher(NamedTuple):
     """What `train_cell_searcher` returns. A new task is given as for `MetaOptimizer`; None: nothing is known of it.
 
+    `save_cell_searcher` and `load_cell_searcher` keep it on disk.
+
     Attributes:
       predict: `(new_task) -> configuration`, a*: the candidate with the largest mean score.
       scores: `(new_task) -> [members, candidates]`, larger is better, each member's of mean 0 and variance 1 over the
@@ -25,6 +27,9 @@ class CellSearcher(NamedTuple):
       encoder: of cells.
       meta_params: its weights, leaves [members, ...].
       candidates: the architectures that it chooses from.
+      ops: what `predictors.cells` must be told, beside `encoder.config["num_vertices"]`, of cells for the encoder.
+      center: [F] means of the features over the tasks that it learned from.
+      scale: [F] their deviations. The encoder reads (features − center) / scale, 0 where unknown.
     """
 
     predict: Callable[..., dict[str, Any]]
@@ -33,6 +38,9 @@ class CellSearcher(NamedTuple):
     encoder: predictors.CellEncoder
     meta_params: base.PyTree
     candidates: list[dict[str, Any]]
+    ops: tuple[str, ...]
+    center: np.ndarray
+    scale: np.ndarray
 
 
 def train_cell_searcher(
@@ -138,23 +146,36 @@ def train_cell_searcher(
 
     members = [jax.tree.map(lambda x, i=i: x[i], fitted.hyperparams) for i in range(num_members)]
     encoded = np.stack([np.asarray(encode(member, offered), np.float64) for member in members])
+    return cell_searcher(encoded, encoder, fitted.hyperparams, pool, tuple(ops), center, scale)
+
+
+def cell_searcher(
+    encoded: np.ndarray,
+    encoder: predictors.CellEncoder,
+    meta_params: base.PyTree,
+    candidates: list[dict[str, Any]],
+    ops: tuple[str, ...],
+    center: np.ndarray,
+    scale: np.ndarray,
+) -> CellSearcher:
+    """The searcher of what was learned."""
     coefficients = jax.jit(jax.vmap(encoder.coefficients, in_axes=(0, None)))
 
     def scores(new_task: Any = None) -> np.ndarray:
         given = new_task.features if isinstance(new_task, base.Task) else new_task
         if given is None:
-            given = np.full(known.shape[1], np.nan)
-        if np.shape(given) != (known.shape[1],):
-            raise ValueError(f"A new task has [{known.shape[1]}] features; got shape {np.shape(given)}.")
-        given = jnp.asarray(np.nan_to_num((np.asarray(given, float) - center) / scale), known.dtype)
-        c = np.asarray(coefficients(fitted.hyperparams, given), np.float64)
+            given = np.full(len(center), np.nan)
+        if np.shape(given) != np.shape(center):
+            raise ValueError(f"A new task has [{len(center)}] features; got shape {np.shape(given)}.")
+        given = jnp.asarray(np.nan_to_num((np.asarray(given, float) - center) / scale), jnp.result_type(float))
+        c = np.asarray(coefficients(meta_params, given), np.float64)
         found = np.einsum("maw,mw->ma", encoded, c)
         return (found - found.mean(1, keepdims=True)) / (found.std(1, keepdims=True) + 1e-12)
 
     def predict(new_task: Any = None) -> dict[str, Any]:
-        return dict(pool[int(scores(new_task).mean(0).argmax())])
+        return dict(candidates[int(scores(new_task).mean(0).argmax())])
 
-    return CellSearcher(predict, scores, encoded, encoder, fitted.hyperparams, pool)
+    return CellSearcher(predict, scores, encoded, encoder, meta_params, candidates, ops, center, scale)
 
 
 def _outcomes(records) -> tuple[list[str], dict[tuple, dict[str, Any]], np.ndarray]:

@@ -16,13 +16,15 @@ class EvolutionState(NamedTuple):
     Attributes:
       seed: of the search; what a trial draws follows from it, the trial's number and what has been told.
       space: what is searched.
-      population: (configuration, outcome) of the newest trials, oldest first.
+      population: (configuration, outcome) of the newest trials, oldest first, all at one fidelity.
+      fidelity: that one, the highest that was told.
       num_asked: how many trials have been asked for.
     """
 
     seed: tuple[int, ...]
     space: dict[str, spaces.Integer | spaces.Fixed]
     population: tuple
+    fidelity: float
     num_asked: int
 
 
@@ -31,7 +33,8 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
 
     The first `population_size` trials are random. Then a child is the best of `sample_size` members, drawn with
     replacement, with one entry changed to another value, each alike (what is fixed stays). Trials without a finite
-    outcome do not enter.
+    outcome do not enter, nor do those at a lower fidelity than the highest that was told, whose losses say something
+    else; with the first trial at a higher one the population begins anew.
 
     Args:
       population_size: at least 1.
@@ -70,7 +73,7 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
                 f"{space[shaped[0]].shape}: write one leaf for each of its entries."
             )
         seed = tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
-        return EvolutionState(seed, dict(space), (), 0)
+        return EvolutionState(seed, dict(space), (), 0.0, 0)
 
     def propose(rng, state):
         free = {name: leaf for name, leaf in state.space.items() if isinstance(leaf, spaces.Integer)}
@@ -99,10 +102,14 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
         return trials, state
 
     def tell(state, records: Sequence[base.Record]):
-        population = deque(state.population, maxlen=population_size)
+        population, fidelity = deque(state.population, maxlen=population_size), state.fidelity
         for record in records:
-            if record.status == "COMPLETE" and np.isfinite(record.outcome):
-                population.append((record.configuration, record.outcome))
-        return state._replace(population=tuple(population))
+            if record.status != "COMPLETE" or not np.isfinite(record.outcome) or record.fidelity < fidelity:
+                continue
+            if record.fidelity > fidelity:
+                population.clear()
+                fidelity = record.fidelity
+            population.append((record.configuration, record.outcome))
+        return state._replace(population=tuple(population), fidelity=fidelity)
 
     return base.Searcher(init, ask, tell)

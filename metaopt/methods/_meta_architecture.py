@@ -73,7 +73,7 @@ def meta_architecture_search(
       A `MetaArchitecture`; its estimator is of the same kind as the search's.
 
     Raises:
-      ValueError: `num_steps` is negative.
+      ValueError: `num_steps` is negative; the search has more λ than α and a start, such as that of `under_budget`.
 
     Sources: Elsken et al., CVPR 2020 (MetaNAS), https://arxiv.org/abs/1911.11090; Lian et al., ICLR 2020 (T-NAS).
 
@@ -90,6 +90,12 @@ def meta_architecture_search(
     """
     base.check_integer("num_steps", num_steps, 0)
     optimizer = optax.adam(0.05, b1=0.5) if optimizer is None else optimizer
+    made = jax.eval_shape(search.hyperparams, jax.eval_shape(lambda: jax.random.key(0)))
+    if isinstance(made, dict) and "multiplier" in made:
+        raise ValueError(
+            "`search` has a multiplier, which h does not write down: in the place of `under_budget`, give the search "
+            "`penalty=nas.resource_penalty(...)`."
+        )
 
     def start(key):
         """θ_0 to start from, where it is learned."""

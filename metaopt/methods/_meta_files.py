@@ -1,4 +1,4 @@
-"""A `MetaOptimizer` on disk: one file with arrays and JSON, and nothing that runs code."""
+"""Meta-optimizers and cell searchers on disk: one file with arrays and JSON, and nothing that runs code."""
 
 import json
 import os
@@ -9,10 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import predictors, spaces
+from metaopt.methods._cell_searcher import CellSearcher, cell_searcher
 from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 
 VERSION = 3
 _FORMAT = "metaopt.meta_optimizer"
+_CELL_VERSION = 1
+_CELL_FORMAT = "metaopt.cell_searcher"
+_READERS = {
+    _FORMAT: "`methods.load_meta_optimizer`",
+    _CELL_FORMAT: "`methods.load_cell_searcher`",
+    "metaopt.predictor": "`predictors.load`",
+}
 # What the arrays of a surrogate are called, and how many axes they have.
 _AXES: Any = {"reference": 2, "curves": 2, "coefficients": 2, "log_scales": 1, "kernel": (1, 0, 0)}
 _AXES |= {"attention": {"log_rates": 2, "logit_share": 1}, "sorted_features": 2, "features": 2}
@@ -38,17 +46,10 @@ def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimi
     """
     space, candidates = spaces.to_json(meta_optimizer.space), meta_optimizer.candidates
     header = {"format": _FORMAT, "version": VERSION, "space": space, "candidates": candidates}
-    try:
-        encoded = json.dumps(header, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The space or a candidate cannot be written as JSON: {error}.") from error
     arrays: dict[str, Any] = _arrays("outcome", meta_optimizer.surrogate)
     if meta_optimizer.cost_surrogate is not None:
         arrays |= _arrays("cost", meta_optimizer.cost_surrogate)
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # others may write there, too
-    with open(temporary, "wb") as file:
-        np.savez(file, header=np.frombuffer(encoded, np.uint8), **arrays)
-    os.replace(temporary, path)
+    _write(path, _encode(header, "The space or a candidate"), arrays)
 
 
 def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
@@ -64,20 +65,7 @@ def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
     Raises:
       ValueError: the file is no such file, of a newer version, or its arrays do not fit one another.
     """
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays.pop("header").tobytes())
-        format_, version = header["format"], int(header["version"])
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{os.fspath(path)} is nothing that `save_meta_optimizer` wrote: {error}.") from error
-    if format_ != _FORMAT or version > VERSION:
-        raise ValueError(
-            f"{os.fspath(path)} is of format {format_!r} version {version}; this metaopt reads {_FORMAT!r} up to "
-            f"version {VERSION}. A newer metaopt reads it."
-        )
+    header, arrays = _read(path, _FORMAT, VERSION, "save_meta_optimizer")
     try:
         space, candidates = spaces.from_json(header["space"]), header["candidates"]
         surrogate = _surrogate("outcome", arrays, spaces.num_dims(space))
@@ -88,11 +76,110 @@ def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
         raise ValueError(f"{os.fspath(path)} does not describe a `MetaOptimizer` as it should: {error}.") from error
 
 
-def _arrays(kind: str, surrogate: predictors.Surrogate) -> dict[str, Any]:
-    return {
-        kind + jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(surrogate)
+def save_cell_searcher(path: str | os.PathLike[str], searcher: CellSearcher) -> None:
+    """Writes what `train_cell_searcher` learned as one `.npz` file, atomically.
+
+    Args:
+      path: the file.
+      searcher: what was learned, with its candidates.
+
+    Raises:
+      ValueError: a candidate holds what JSON cannot say or gives back as something else, such as a tuple.
+    """
+    header = {
+        "format": _CELL_FORMAT,
+        "version": _CELL_VERSION,
+        "encoder": searcher.encoder.config,
+        "ops": list(searcher.ops),
+        "candidates": searcher.candidates,
     }
+    encoded = _encode(header, "A candidate")
+    for candidate, back in zip(searcher.candidates, json.loads(encoded)["candidates"], strict=True):
+        if candidate != back:
+            raise ValueError(f"The candidate {candidate} would come back from JSON as {back}: give it plain values.")
+    arrays = {"encoded": searcher.encoded, "center": searcher.center, "scale": searcher.scale}
+    _write(path, encoded, arrays | _arrays("weights", searcher.meta_params))
+
+
+def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
+    """Reads what `save_cell_searcher` wrote. Nothing in the file is executed.
+
+    Args:
+      path: the file.
+
+    Returns:
+      A `CellSearcher` that predicts as the one that was saved; to the bit where JAX's default floating-point type is
+      the same.
+
+    Raises:
+      ValueError: the file is no such file, of a newer version, or its arrays do not fit one another.
+    """
+    header, arrays = _read(path, _CELL_FORMAT, _CELL_VERSION, "save_cell_searcher")
+    try:
+        candidates, ops = header["candidates"], tuple(header["ops"])
+        if not candidates or not all(isinstance(candidate, dict) for candidate in candidates):
+            raise ValueError("its candidates are no configurations")
+        encoder = predictors.cell_encoder(**header["encoder"])
+        if len(ops) != encoder.config["num_ops"]:
+            raise ValueError(f"its encoder reads {encoder.config['num_ops']} ops; there are {len(ops)}")
+        num_members = len(arrays["encoded"])
+        num_features = encoder.config["num_features"]
+        template = jax.eval_shape(jax.vmap(encoder.init), jax.random.split(jax.random.key(0), num_members))
+        shapes = {"encoded": (num_members, len(candidates), encoder.config["width"])}
+        shapes |= {"center": (num_features,), "scale": (num_features,)}
+        shapes |= {name: leaf.shape for name, leaf in _arrays("weights", template).items()}
+        found = {name: array.shape for name, array in arrays.items()}
+        if found != shapes or any(array.dtype.kind != "f" for array in arrays.values()):
+            raise ValueError(f"its arrays have shapes {found}, and should be numbers with {shapes}")
+        named = lambda path, _: jnp.asarray(arrays["weights" + jax.tree_util.keystr(path)])
+        meta_params = jax.tree_util.tree_map_with_path(named, template)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} does not describe a `CellSearcher` as it should: {error}.") from error
+    return cell_searcher(arrays["encoded"], encoder, meta_params, candidates, ops, arrays["center"], arrays["scale"])
+
+
+def _encode(header: dict[str, Any], what: str) -> bytes:
+    """As JSON; `what` of it may not be."""
+    try:
+        return json.dumps(header, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} cannot be written as JSON: {error}.") from error
+
+
+def _write(path: str | os.PathLike[str], header: bytes, arrays: dict[str, Any]) -> None:
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # others may write there, too
+    with open(temporary, "wb") as file:
+        np.savez(file, header=np.frombuffer(header, np.uint8), **arrays)
+    os.replace(temporary, path)
+
+
+def _read(
+    path: str | os.PathLike[str], format_: str, version: int, writer: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The header, of this format and at most this version, and the arrays."""
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(arrays.pop("header").tobytes())
+        found = header["format"], int(header["version"])
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{os.fspath(path)} is nothing that `{writer}` wrote: {error}.") from error
+    if found[0] != format_:
+        reader = f": {_READERS[found[0]]} reads it" if found[0] in _READERS else ""
+        raise ValueError(f"{os.fspath(path)} is of format {found[0]!r}, and `{writer}` writes {format_!r}{reader}.")
+    if found[1] > version:
+        raise ValueError(
+            f"{os.fspath(path)} is of version {found[1]}; this metaopt reads {format_!r} up to version {version}. A "
+            "newer metaopt reads it."
+        )
+    return header, arrays
+
+
+def _arrays(kind: str, tree: Any) -> dict[str, Any]:
+    """Leaves by name; of shapes, as they are."""
+    return {kind + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predictors.Surrogate:

@@ -49,12 +49,13 @@ def train_meta_optimizer(
     not hold the default, what `predict` says; afterwards it maximizes an acquisition function under
     `predictors.posterior`, in the same way (without candidates every fourth trial is a random one); for a batch, and
     while trials run, what a trial adds to those that run (`predictors.batch_expected_improvement`). Records of
-    unrelated tasks lose their weight after a few trials (in the mixture: the share of transformers stays). Outcomes of earlier tasks are normalized one task at a time; a
-    new task's are expected on the scales of theirs, and on the scale that fits its own trials best, should its units be
-    others. A task whose trials all have one outcome, such as a task with one trial, says nothing of what is better, and
-    is left out. A trial of the new task that failed is expected to have given what is no better than the worst one that
-    did not (`predictors.censored_mean`); transformers read, and predict, that trials fail. They look at the best and
-    the latest of many trials (`predictors.MAX_SHOWN`), and at what runs as if it had given what the mixture expects.
+    unrelated tasks lose their weight after a few trials (in the mixture: the share of transformers stays). Outcomes of
+    earlier tasks are normalized one task at a time; a new task's are expected on the scales of theirs, and on the scale
+    that fits its own trials best, should its units be others. A task whose trials all have one outcome, such as a task
+    with one trial, says nothing of what is better, and is left out. A trial of the new task that failed is expected to
+    have given what is no better than the worst one that did not (`predictors.censored_mean`); transformers read, and
+    predict, that trials fail. They look at the best and the latest of many trials (`predictors.MAX_SHOWN`), and at what
+    runs as if it had given what the mixture expects.
 
     Args:
       records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which count as bad. Names

@@ -36,14 +36,17 @@ from metaopt.tfrecord import fields, read_tfrecords
 
 
 def save_benchmark(benchmark: Benchmark, path: str | os.PathLike) -> None:
-    """Keeps a benchmark as an .npz of arrays.
+    """Keeps a benchmark as an .npz of arrays, written atomically.
 
     Args:
       benchmark: any.
-      path: of the file.
+      path: of the file, by the name that it is to have.
     """
     fields: dict[str, Any] = {name: np.asarray(x) for name, x in benchmark._asdict().items() if name != "query"}
-    np.savez_compressed(path, **fields)
+    temporary = f"{os.fspath(path)}.tmp"
+    with open(temporary, "wb") as file:  # numpy would add .npz to a name
+        np.savez_compressed(file, **fields)
+    os.replace(temporary, path)
 
 
 def load_benchmark(path: str | os.PathLike) -> Benchmark:
@@ -95,7 +98,7 @@ def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benc
     """NAS-Bench-101 from its own file: nasbench_full.tfrecord (2 GB) or nasbench_only108.tfrecord (500 MB).
 
     Means over the three runs at every length (the published protocol draws one of them). Errors are fractions, costs
-    seconds of training. A row that lacks a run is NaN there.
+    seconds of training. Of a cell that lacks a run, the mean is of those that are there; without any it is NaN.
 
     Args:
       path: of the file.

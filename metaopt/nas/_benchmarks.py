@@ -5,13 +5,13 @@ from where. An architecture is a row of integers, its encoding. **Outcomes are l
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from metaopt.nas._genotypes import NONE, Graph, edge_graph, pruned
+from metaopt.nas._genotypes import NONE, Graph, edge_graph, from_nas_bench_201, nas_bench_101_hash, pruned
 from metaopt.nas._nas_bench_101 import nas_bench_101_graph
 from metaopt.nas._specs import NAS_BENCH_201_PRIMITIVES
 
@@ -29,8 +29,10 @@ class Benchmark(NamedTuple):
       valid: [A, T, F] what a search may see; NaN where nothing was trained.
       test: [A, T] what it is judged by; where a benchmark has none, `valid` at the full fidelity.
       cost: [A, T, F] seconds of training; NaN where they are not known.
-      query: `(encoding, task, fidelity) -> (outcome, cost)`, of a row of integers, a task's name, a fidelity (1.0 by
-        default); raises a ValueError for what is not in the table.
+      query: `(architecture, task, fidelity) -> (outcome, cost)`, of a row of integers, a task's name, a fidelity (1.0
+        by default; to 1e-3); raises a ValueError for what is not in the table. Of NAS-Bench-101 an architecture may be
+        a `Graph`, too, and is found by its hash; of NAS-Bench-201 and the micro space of TransNAS-Bench-101 a genotype,
+        and of NAS-Bench-201 its text.
     """
 
     name: str
@@ -55,15 +57,33 @@ def make_benchmark(
     test = valid[..., -1] if test is None else np.asarray(test, np.float32)
     cost = np.full(valid.shape, np.nan, np.float32) if cost is None else np.asarray(cost, np.float32)
     rows = {encoding: row for row, encoding in enumerate(map(tuple, encodings.tolist()))}
+    by_hash: dict[str, int] = {}
 
-    def query(encoding, task, fidelity=1.0):
-        row = rows.get(tuple(int(x) for x in encoding))
-        if row is None or task not in tasks or fidelity not in fidelities:
+    def row_of(architecture) -> int | None:
+        if isinstance(architecture, Graph) and name.startswith("NAS-Bench-101"):
+            if not by_hash:  # when it is first needed: seconds
+                whole = {row: pruned(nas_bench_101_graph(encoding)) for encoding, row in rows.items()}
+                by_hash.update({nas_bench_101_hash(g): row for row, g in whole.items() if g is not None})
+            return by_hash.get(nas_bench_101_hash(architecture))
+        if isinstance(architecture, str) and name == "NAS-Bench-201":
+            architecture = from_nas_bench_201(architecture)
+        if isinstance(architecture, Mapping) and name in _EDGE_OPS:
+            given = {(s, t): op for s, t, op in architecture.get("cell", ())}
+            ops = [given.pop(pair, NONE) for pair in _PAIRS]
+            known = set(architecture) == {"cell"} and not given and set(ops) <= set(_EDGE_OPS[name])
+            return rows[tuple(map(_EDGE_OPS[name].index, ops))] if known else None
+        if isinstance(architecture, str | Mapping | Graph):
+            raise ValueError(f"{name} is asked for rows of integers of {len(dims)} entries; got {architecture!r}.")
+        return rows.get(tuple(int(x) for x in architecture))
+
+    def query(architecture, task, fidelity=1.0):
+        row, near = row_of(architecture), [i for i, f in enumerate(fidelities) if abs(f - fidelity) < 1e-3]
+        if row is None or task not in tasks or not near:
             raise ValueError(
                 f"{name} has {len(rows)} architectures, the tasks {', '.join(tasks)} and the fidelities "
-                f"{', '.join(map(str, fidelities))}; got {tuple(encoding)}, {task!r}, {fidelity}."
+                f"{', '.join(map(str, fidelities))}; got {architecture}, {task!r}, {fidelity}."
             )
-        at = row, tasks.index(task), fidelities.index(fidelity)
+        at = row, tasks.index(task), near[0]
         return float(valid[at]), float(cost[at])
 
     return Benchmark(name, tasks, dims, tuple(num_choices), encodings, fidelities, valid, test, cost, query)
@@ -83,6 +103,7 @@ def nas_bench_201_table(folder: str | os.PathLike | None = None) -> Benchmark:
     """NAS-Bench-201: 15,625 cells on CIFAR-10, CIFAR-100 and ImageNet16-120, in the benchmark's order.
 
     Validation is that of the separate schedule of 12 epochs, which is the only true one; the test error is after 200.
+    So the one fidelity, 1.0, is of those 12 epochs, where `read_nas_bench_201` has both lengths, and 1.0 is 200.
     Errors in %. Seconds are of the 12 epochs, in the benchmark's own measure, which goes by the number of images
     (25,000, 50,000 and 151,700). Row 9930 is the cell that is best nearly everywhere.
 

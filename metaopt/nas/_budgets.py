@@ -39,7 +39,8 @@ def resource_penalty(
       target: in the table's unit, positive.
       form: one of these.
       relaxation: from α to the weights that are counted; softmax by default, which are the probabilities by which
-        `gumbel_softmax` samples, too.
+        `gumbel_softmax` samples, too. Where α is {"ops", "edges"} (PC-DARTS), it is of the ops: the weight of an edge
+        in its node's sum does not say that the edge is not run.
 
     Returns:
       `(α, step) -> []`.
@@ -80,6 +81,7 @@ def over_budget(
     relax = softmax() if relaxation is None else relaxation
 
     def excess(alpha, step):
+        alpha = {kind: a["ops"] if isinstance(a, Mapping) else a for kind, a in alpha.items()}
         weights = mixing_weights(relax, network, alpha, jax.random.key(0), step)
         return expected_cost(table, weights) / budget - 1
 

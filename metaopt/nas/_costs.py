@@ -6,8 +6,8 @@ on average, were each choice drawn by its weights:
     C(w) = c₀ + Σ_terms Σ_(i, j, ...) w_a[i] · w_b[j] · ... · c[i, j, ...]
 
 A term is an edge of a cell (c of its ops), or a layer of an `ElasticNetwork` (c of its sizes and those of its input).
-At one-hot weights C is the discrete network's cost. What it costs to train the supernet is another matter: that runs
-every op, and every size at its largest.
+At one-hot weights C is the discrete network's cost; "none", which no discrete network has, costs nothing. What it
+costs to train the supernet is another matter: that runs every op, and every size at its largest.
 
 Source: the expected latency of Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs/1812.00332
 """
@@ -133,8 +133,8 @@ def _cell_costs(network: Network, in_shape, ops, partial, cost) -> tuple[float, 
             by = _supernet._preprocess_stride(shape, run.in_shapes[-1])
             fixed += run.length * of("preprocess", inputs, shape, channels, by)
         for group in run.groups:
-            width = group.in_shape[-1]
-            each = [of(op, ops[op], group.in_shape, width, group.stride) for op in group.ops]
+            price = lambda op, group=group: of(op, ops[op], group.in_shape, group.in_shape[-1], group.stride)
+            each = [0.0 if op == _genotypes.NONE else price(op) for op in group.ops]
             for e in group.edges:
                 values[kind, e] += run.length * np.array(each)
     shape, num = runs[-1].out_shape, network.num_outputs

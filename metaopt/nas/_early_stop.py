@@ -94,6 +94,8 @@ def stopped_by_curvature(
     factor: float = 1.3,
     num_iterations: int = 20,
     inner_state: Callable = lambda state: state.inner,
+    own: Callable[[base.HyperParams], base.HyperParams] = lambda hyperparams: hyperparams,
+    alpha: Callable[[base.HyperParams], base.HyperParams] = lambda hyperparams: hyperparams,
 ) -> base.Estimator:
     """The same estimator, that measures κ = the dominant eigenvalue of ∂²f/∂α² at the end of every epoch.
 
@@ -105,7 +107,7 @@ def stopped_by_curvature(
 
     Args:
       estimator: of one task, such as DARTS's; it must carry the training.
-      problem: what it is a rule for.
+      problem: whose f is measured: what it is a rule for, or what that was made of (`own`).
       every: estimates an epoch.
       window: epochs that are averaged.
       start: the first epoch that may stop, counted from 0.
@@ -113,6 +115,8 @@ def stopped_by_curvature(
       factor: by how much the mean may grow.
       num_iterations: of `dominant_eigenvalue`.
       inner_state: `(estimator's state) -> inner state`.
+      own: the estimator's λ -> that of `problem`, where they differ: under a constraint λ has multipliers, too.
+      alpha: the problem's λ -> the part of it that κ is of, a selection of its leaves; by default, all.
 
     Returns:
       An `Estimator` of the same kind. Metrics: those of `estimator`, "curvature", κ (NaN but at the end of an epoch),
@@ -141,12 +145,17 @@ def stopped_by_curvature(
         estimate, after = estimator.estimate(hyperparams, task, state.estimator)
         trained, count = inner_state(after), state.count + 1
 
-        def outer_loss(hyperparams):
+        given = own(hyperparams)
+        at, put = jax.vjp(alpha, given)  # the transpose of a selection puts its leaves where they come from
+
+        def outer_loss(a):
+            (change,) = put(jax.tree.map(jnp.subtract, a, at))
+            moved = jax.tree.map(jnp.add, given, change)
             batch = problem.outer_batch(batch_key, task)
-            return problem.outer_loss(loop.params(trained), hyperparams, batch, loop.context(trained))
+            return problem.outer_loss(loop.params(trained), moved, batch, loop.context(trained))
 
         def measure():
-            found = dominant_eigenvalue(outer_loss, hyperparams, vector_key, num_steps=num_iterations)
+            found = dominant_eigenvalue(outer_loss, at, vector_key, num_steps=num_iterations)
             return found.astype(state.curvatures.dtype)
 
         ends = count % every == 0

@@ -28,7 +28,7 @@ from metaopt.nas._specs import (
 NONE, SKIP = "none", "skip_connect"  # zero, and the identity where shapes are kept
 
 
-def discretize(network: Space, weights: Mapping[str, np.ndarray], *, keep: int | None = 2) -> Genotype:
+def discretize(network: Space, weights: Mapping[str, np.ndarray], *, keep: int | None | str = "space") -> Genotype:
     """The genotype of mixing weights: the strongest op of every edge, of the strongest edges into every node.
 
         strength(e) = max_{o ≠ none} w[e, o],    op(e) = argmax_{o ≠ none} w[e, o]
@@ -40,14 +40,16 @@ def discretize(network: Space, weights: Mapping[str, np.ndarray], *, keep: int |
       network: a supernet's.
       weights: kind -> [edges, ops], what the relaxation made of α; not negative.
       keep: edges into each node, the strongest (of equal ones the first); 2 is DARTS's rule. None keeps every edge
-        whose largest weight is not that of "none".
+        whose largest weight is not that of "none". "space": what the network says.
 
     Returns:
       A `Genotype`, its edges in the network's order.
 
     Raises:
-      ValueError: the weights do not have the network's shape, or some are negative.
+      ValueError: the weights do not have the network's shape, or some are negative; the network is one of
+        NAS-Bench-101, whose weights `discretize_graph` reads.
     """
+    keep = _kept(network, keep)
     genotype: Genotype = {}
     for kind, cell in network.cells.items():
         w = np.asarray(weights[kind], np.float64)
@@ -170,18 +172,22 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
     return alpha
 
 
-def random_genotype(seed: int, network: Network, *, keep: int | None = 2) -> Genotype:
+def random_genotype(seed: int, network: Network, *, keep: int | None | str = "space") -> Genotype:
     """A genotype drawn at random: what a search must beat.
 
     Args:
       seed: at least 0; the same one gives the same genotype.
       network: a supernet's.
       keep: edges into each node, distinct, each set of them alike, each with an op that is not "none", each alike. None
-        draws an op on every edge, "none" among them.
+        draws an op on every edge, "none" among them. "space": what the network says.
 
     Returns:
       A `Genotype`, its edges in the network's order.
+
+    Raises:
+      ValueError: the network is one of NAS-Bench-101, whose cells are graphs.
     """
+    keep = _kept(network, keep)
     rng = np.random.default_rng(seed)
     genotype: Genotype = {}
     for kind, cell in network.cells.items():
@@ -198,6 +204,17 @@ def random_genotype(seed: int, network: Network, *, keep: int | None = 2) -> Gen
             drawn.append((*cell.edges[e][:2], among[int(rng.integers(len(among)))]))
         genotype[kind] = tuple(edge for edge in drawn if edge[2] != NONE)
     return genotype
+
+
+def _kept(network: Space, keep: int | None | str) -> int | None:
+    rule = keep if keep != "space" else network.keep if isinstance(network, Network) else None
+    if isinstance(rule, str):
+        raise ValueError(
+            "The network's cells are graphs with ops on vertices (NAS-Bench-101): `discretize_graph` reads them."
+            if keep == "space"
+            else f"`keep` must be a number of edges, None or 'space'; got {keep!r}."
+        )
+    return rule
 
 
 def _by_target(edge: tuple[int, int, str]) -> tuple[int, int]:
@@ -355,7 +372,8 @@ def from_darts(text: str, *, primitives: Sequence[str] = DARTS_PRIMITIVES) -> Ge
     """
     try:
         call = ast.parse(text.strip(), mode="eval").body
-        assert isinstance(call, ast.Call)
+        if not isinstance(call, ast.Call):
+            raise TypeError("no call")
         fields = {k.arg: k.value for k in call.keywords if not str(k.arg).endswith("_concat")}
         concats = {str(k.arg).removesuffix("_concat"): k.value for k in call.keywords if k.arg not in fields}
         genotype = {}
@@ -367,8 +385,9 @@ def from_darts(text: str, *, primitives: Sequence[str] = DARTS_PRIMITIVES) -> Ge
                 given = list(range(*(ast.literal_eval(a) for a in nodes.args)))
             else:
                 given = list(ast.literal_eval(nodes))
-            assert given == list(range(2, 2 + len(pairs) // 2)) and len(pairs) % 2 == 0
-    except (SyntaxError, AssertionError, KeyError, TypeError, ValueError) as error:
+            if given != list(range(2, 2 + len(pairs) // 2)) or len(pairs) % 2:
+                raise ValueError("not all nodes, or an edge too many")
+    except (SyntaxError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"This is no genotype in DARTS's form that gives out all of its nodes: {text!r}.") from error
     for kind, edges in genotype.items():
         for source, target, op in edges:

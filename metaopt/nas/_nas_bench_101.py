@@ -275,7 +275,7 @@ def nas_bench_101_space(
         if stack:
             layers.append(Layer("downsample", channels * 2**stack, 2))
         layers += [Layer("cell", channels * 2**stack)] * cells_per_stack
-    return Network({"cell": cell}, tuple(layers), num_outputs)
+    return Network({"cell": cell}, tuple(layers), num_outputs, keep="graph")
 
 
 def graph_genotype(network: Network, graph: Graph) -> Genotype:
@@ -311,8 +311,8 @@ def graph_genotype(network: Network, graph: Graph) -> Genotype:
 def discretize_graph(network: Network, weights: Mapping[str, Any], *, max_edges: int = _NUM_EDGES) -> Graph:
     """The cell that mixing weights say: the strongest op of every vertex, and the strongest edges.
 
-    First the path from the input to the output with the largest product of weights, then the strongest other edges with
-    any weight, up to `max_edges`; what is then on no path falls away.
+    First the path from the input to the output with the largest product of weights, then the strongest of the other
+    edges that outweigh each "none", up to `max_edges`; what is then on no path falls away.
 
     Args:
       network: of `nas_bench_101_space`.
@@ -330,19 +330,19 @@ def discretize_graph(network: Network, weights: Mapping[str, Any], *, max_edges:
     w = np.asarray(weights["cell"], np.float64)
     if w.shape != (len(cell.edges), 3) or (w < 0).any():
         raise ValueError(f"The weights must be [{len(cell.edges)}, 3] and not negative; got shape {w.shape}.")
-    strength, ops = {}, ["input", *[""] * (last - 1), "output"]
+    strength, there, ops = {}, set(), ["input", *[""] * (last - 1), "output"]
     for edge, row in zip(cell.edges, w, strict=True):
         if edge.source % 2:
             ops[edge.target // 2] = edge.ops[int(row.argmax())]
         else:
-            strength[edge.source // 2, (edge.target + 1) // 2] = row[2]
+            at = edge.source // 2, (edge.target + 1) // 2
+            strength[at] = row[2]
+            there |= {at} if row.argmax() == 2 else set()
     best = {0: (1.0, [])}  # vertex -> the product, and the edges
     for v in range(1, last + 1):
         best[v] = max(((best[u][0] * strength[u, v], [*best[u][1], (u, v)]) for u in range(v)), key=lambda b: b[0])
     path = best[last][1]
-    others = sorted(
-        (edge for edge in strength if strength[edge] > 0 and edge not in path), key=lambda edge: -strength[edge]
-    )
+    others = sorted(there - {*path}, key=lambda edge: (-strength[edge], edge))
     kept = {*path, *others[: max_edges - len(path)]}
     matrix = tuple(tuple(int((s, t) in kept) for t in range(last + 1)) for s in range(last + 1))
     found = pruned(Graph(matrix, tuple(ops)))

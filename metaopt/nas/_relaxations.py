@@ -44,7 +44,8 @@ def decoding(relaxation: Relaxation) -> Relaxation:
     """The relaxation by which genotypes are read: without what only training has.
 
     Args:
-      relaxation: any; of `gumbel_softmax` the softmax without noise, of `auxiliary_skip` what it wraps.
+      relaxation: any; of `gumbel_softmax` the softmax without noise, of `auxiliary_skip` what it wraps, of a `softmax`
+        with a schedule that of temperature 1.
 
     Returns:
       A `Relaxation`; the same one where nothing else is known.
@@ -83,12 +84,14 @@ def softmax(temperature: Schedule = 1.0) -> Relaxation:
     """w = softmax(α / τ) over the ops of an edge (DARTS).
 
     Args:
-      temperature: τ, positive, or a schedule of the inner step.
+      temperature: τ, positive, or a schedule of the inner step; genotypes are read at τ = 1 then (`decoding`), and
+        not at the temperature of the first step.
 
     Returns:
       A `Relaxation`.
     """
-    return lambda alpha, cell, key, step: jax.nn.softmax(alpha / _at(temperature, step), -1)
+    relax = lambda alpha, cell, key, step: jax.nn.softmax(alpha / _at(temperature, step), -1)
+    return Decoded(relax, softmax()) if callable(temperature) else relax
 
 
 def sigmoid() -> Relaxation:

@@ -57,12 +57,16 @@ class Network(NamedTuple):
       layers: the first one sees the data. The stride of a cell is that of the edges from its inputs.
       num_outputs: classes, or targets of a regression.
       pooled: False gives outputs at every position: of a graph's nodes, a sequence's steps.
+      keep: how a genotype is read from mixing weights, unless it is said: so many edges into each node, as in DARTS's
+        space; None, every edge by itself, as in NAS-Bench-201's; "graph", by `discretize_graph`, as in
+        NAS-Bench-101's.
     """
 
     cells: Mapping[str, Cell]
     layers: tuple[Layer, ...]
     num_outputs: int
     pooled: bool = True
+    keep: int | None | str = 2
 
 
 class ElasticLayer(NamedTuple):
@@ -167,7 +171,7 @@ def to_json(network: Space) -> str:
         kind: cell._replace(edges=[list(edge) for edge in cell.edges])._asdict() for kind, cell in network.cells.items()
     }
     layers = [list(layer) for layer in network.layers]
-    rest = {"num_outputs": network.num_outputs, "pooled": network.pooled}
+    rest = {"num_outputs": network.num_outputs, "pooled": network.pooled, "keep": network.keep}
     return json.dumps({"version": 1, "cells": cells, "layers": layers, **rest})
 
 
@@ -213,7 +217,7 @@ def _read_network(data: Mapping[str, Any]) -> Network:
         for kind, cell in data["cells"].items()
     }
     layers = tuple(Layer(*layer) for layer in data["layers"])
-    return Network(cells, layers, data["num_outputs"], data.get("pooled", True))
+    return Network(cells, layers, data["num_outputs"], data.get("pooled", True), data.get("keep", 2))
 
 
 KINDS = ("conv", "linear", "max_pool", "avg_pool", "flatten")
@@ -352,7 +356,7 @@ def nas_bench_201_space(num_outputs: int = 10, *, channels: int = 16, cells_per_
 
     Returns:
       A `Network` over `NAS_BENCH_201_OPS`, of the one kind "cell" with mixing weights [6, 5]: edges 0→1, 0→2, 1→2, 0→3,
-      1→3, 2→3.
+      1→3, 2→3, each of which has its own argmax.
 
     Raises:
       ValueError: a count is below 1.
@@ -366,7 +370,7 @@ def nas_bench_201_space(num_outputs: int = 10, *, channels: int = 16, cells_per_
     for width in (2 * channels, 4 * channels):
         layers += [Layer("residual", width, 2), *stage(width)]
     cell = complete_cell(3, NAS_BENCH_201_PRIMITIVES, preprocess=False)
-    return Network({"cell": cell}, (*layers, Layer("norm_relu", 4 * channels)), num_outputs)
+    return Network({"cell": cell}, (*layers, Layer("norm_relu", 4 * channels)), num_outputs, keep=None)
 
 
 def conv_net_space(

@@ -55,12 +55,14 @@ class CellEncoder(NamedTuple):
       encode: `(φ, Cells) -> [A, width]`, z.
       score: `(φ, Cells, features [F]) -> [A]`, larger is better.
       coefficients: `(φ, features [F]) -> [width]`, c.
+      config: the options that it was made with, so that `cell_encoder(**config)` is the same.
     """
 
     init: Callable[[jax.Array], base.PyTree]
     encode: Callable[[base.PyTree, Cells], jax.Array]
     score: Callable[[base.PyTree, Cells, jax.Array], jax.Array]
     coefficients: Callable[[base.PyTree, jax.Array], jax.Array]
+    config: dict[str, int]
 
 
 def cells(graphs: Sequence[nas.Graph], ops: Sequence[str], *, num_vertices: int | None = None) -> Cells:
@@ -176,7 +178,15 @@ def cell_encoder(
     def score(meta_params, cells, features):
         return encode(meta_params, cells) @ coefficients(meta_params, features)
 
-    return CellEncoder(init, encode, score, coefficients)
+    config = {
+        "num_ops": num_ops,
+        "num_vertices": num_vertices,
+        "num_features": num_features,
+        "width": width,
+        "num_layers": num_layers,
+        "num_hidden": num_hidden,
+    }
+    return CellEncoder(init, encode, score, coefficients, config)
 
 
 def _encode(meta_params, cell: Cells) -> jax.Array:

@@ -46,7 +46,7 @@ FIRST = {
     "gumbel": lambda **o: search_of(methods.darts, order="first", relaxation=nas.gumbel_softmax(1.0, hard=False), **o),
     "pc_darts": lambda **o: search_of(methods.pc_darts, partial=2, **o),
     "darts_minus": lambda **o: search_of(methods.darts_minus, num_steps=10, **o),
-    "beta_darts": lambda **o: search_of(methods.beta_darts, num_steps=10, penalty=2.0, **o),
+    "beta_darts": lambda **o: search_of(methods.beta_darts, num_steps=10, weight=2.0, **o),
 }
 QUICK = ("darts_minus-1",)
 
@@ -250,6 +250,14 @@ def test_the_same_seed_finds_the_same_alpha_killed_or_not(tmp_path):
 def test_single_path_one_shot():
     one_shot = search_of(methods.single_path_one_shot, num_steps=60, decay=0.0)
     params = jax.jit(one_shot.train)(KEY, TASK.train)
+    # The same training step by step, which can be stopped and goes on.
+    first = jax.random.split(KEY)[0]
+    again, _ = methods.train(one_shot.loop, TASK.train, num_steps=60, key=KEY, hyperparams=one_shot.hyperparams)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
+        again.params,
+        jax.jit(one_shot.train)(first, TASK.train),
+    )
     empty = {"cell": ()}
     full = {"cell": ((0, 1, "smooth"), (0, 2, "skip_connect"), (1, 2, "smooth"))}
     scores = [float(one_shot.score(params, genotype, TASK.train)) for genotype in (full, empty)]
@@ -267,6 +275,35 @@ def test_an_auxiliary_skip_composed_by_hand_leaves_no_trace_in_genotypes():
     alpha = {"cell": jnp.array([[0.0, 0.4, 0.6]] * 3)}  # with 1 more, skipping would win
     np.testing.assert_allclose(search.weights(alpha)["cell"].sum(-1), 1.0)
     assert {op for _, _, op in search.genotype(alpha)["cell"]} == {"smooth"}
+
+
+def test_what_is_annealed_in_training_is_read_at_temperature_one():
+    relaxation = nas.softmax(optax.linear_schedule(10.0, 0.1, 100))
+    search = search_of(methods.darts, order="first", relaxation=relaxation, keep=1)
+    alpha = {"cell": jnp.array([[0.0, 0.0, 0.0], [3.0, 2.9, -10.0], [1.0, 0.0, 0.0]])}
+    plain = search_of(methods.darts, order="first", keep=1)
+    np.testing.assert_allclose(search.weights(alpha)["cell"], plain.weights(alpha)["cell"])
+    assert search.genotype(alpha) == plain.genotype(alpha)
+    inside = nas.decoding(nas.edge_normalized(relaxation))(
+        {"ops": alpha["cell"], "edges": jnp.zeros(3)}, NET.cells["cell"], KEY, 0
+    )
+    np.testing.assert_allclose(inside, plain.weights(alpha)["cell"] * np.array([[1.0], [0.5], [0.5]]))
+
+
+def test_a_genotype_of_nas_bench_101_is_one_of_its_cells():
+    net = nas.nas_bench_101_space(2, channels=2, cells_per_stack=1, num_stacks=1, num_vertices=4)
+    search = methods.darts(net, (4, 4, 1), ops=nas.NAS_BENCH_101_OPS)
+    alpha = {"cell": jnp.asarray(np.random.default_rng(0).normal(size=search.hyperparams(KEY)["cell"].shape))}
+    cell = nas.discretize_graph(net, jax.device_get(search.weights(alpha)))
+    assert search.genotype(alpha) == nas.graph_genotype(net, cell)
+
+
+@pytest.mark.parametrize(
+    "relaxation", [None, nas.sigmoid(), nas.auxiliary_skip(nas.gumbel_softmax(1.0, hard=True), 1.0)]
+)
+def test_one_op_an_edge_needs_weights_of_one_op(relaxation):
+    with pytest.raises(ValueError, match="gives weight to several ops of an edge of 'cell'"):
+        search_of(methods.darts, relaxation=relaxation, single_path=True)
 
 
 def test_bad_order():

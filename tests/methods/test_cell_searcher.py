@@ -1,6 +1,8 @@
 """h by an encoder of cells, on tasks whose best cells are known."""
 
 import itertools
+import json
+import os
 import signal
 
 import jax
@@ -37,18 +39,23 @@ def trained(given, **options):
     return methods.train_cell_searcher(given, graph, width=8, num_layers=1, num_members=2, batch_size=32, **options)
 
 
-@pytest.mark.once
-def test_it_reads_the_task_ranks_cells_that_were_never_tried_and_avoids_what_fails():
+@pytest.fixture(scope="module")
+def h():
+    """Learned from half of all cells, not the same on all tasks; the op "c" fails where it comes first."""
     rng = np.random.default_rng(0)
-    half = [record for record in records(SHARES) if rng.uniform() < 0.5]  # not the same cells on all tasks
-    half = [  # the op "c" fails where it comes first
+    half = [record for record in records(SHARES) if rng.uniform() < 0.5]
+    half = [
         record._replace(outcome=float("nan"), status="FAIL") if record.configuration["e0"] == "c" else record
         for record in half
     ]
     half += [
         record._replace(outcome=0.0, status="PRUNED") for record in half if "none" in record.configuration.values()
     ]
-    h = trained(half, features={f"t{s}": [s] for s in SHARES}, candidates=CELLS, num_steps=60, rate=2e-2)
+    return trained(half, features={f"t{s}": [s] for s in SHARES}, candidates=CELLS, num_steps=60, rate=2e-2)
+
+
+@pytest.mark.once
+def test_it_reads_the_task_ranks_cells_that_were_never_tried_and_avoids_what_fails(h):
     fails, dead = (np.array([cell["e0"] == op for cell in CELLS]) for op in ("c", "none"))
     for share in (0.05, 0.95):
         losses = np.array([loss(cell, share) for cell in CELLS])
@@ -82,6 +89,75 @@ def test_refusals():
         trained(records((0.5,)), features={"other": [1.0]})
     with pytest.raises(ValueError, match="`num_members` must be at least 1"):
         methods.train_cell_searcher(records((0.5,)), graph, num_members=0)
+
+
+class Runs:
+    """Makes a folder when it is read from a pickle."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.once
+def test_what_was_learned_comes_back_from_disk(h, tmp_path):
+    methods.save_cell_searcher(tmp_path / "h.npz", h)
+    again = methods.load_cell_searcher(tmp_path / "h.npz")
+    assert [file.name for file in tmp_path.iterdir()] == ["h.npz"]
+    for task in (None, [0.3], base.Task(None, None, np.array([0.9]))):
+        np.testing.assert_array_equal(again.scores(task), h.scores(task))
+        assert again.predict(task) == h.predict(task)
+    assert again.candidates == h.candidates and h.predict([0.05]) != h.predict([0.95])
+    # The encoder, too, and what it must be told of cells.
+    cells = predictors.cells([graph(CELLS[60])], again.ops, num_vertices=again.encoder.config["num_vertices"])
+    encode = lambda h: jax.vmap(h.encoder.encode, in_axes=(0, None))(h.meta_params, cells)
+    np.testing.assert_array_equal(encode(again), encode(h))
+
+    with np.load(tmp_path / "h.npz") as file:
+        arrays = dict(file)
+    header = json.loads(arrays["header"].tobytes())
+
+    def change(**changed):
+        new = {k: v for k, v in (header | changed).items() if k in header}
+        rest = {k: changed.get(k, v) for k, v in arrays.items() if changed.get(k, v) is not None}
+        np.savez(tmp_path / "other.npz", **rest | {"header": np.frombuffer(json.dumps(new).encode(), np.uint8)})
+        methods.load_cell_searcher(tmp_path / "other.npz")
+
+    for changed, message in (
+        ({"version": 2}, "reads 'metaopt.cell_searcher' up to version 1"),
+        (
+            {"format": "metaopt.meta_optimizer"},
+            "`save_cell_searcher` writes .*: `methods.load_meta_optimizer` reads it",
+        ),
+        ({"format": "mine"}, "is of format 'mine', and `save_cell_searcher` writes 'metaopt.cell_searcher'[.]$"),
+        ({"encoder": header["encoder"] | {"width": 12}}, "does not describe .* have shapes"),
+        ({"encoder": {"num_ops": 5}}, "does not describe .* 'num_vertices'"),
+        ({"ops": ["a"]}, "does not describe .* reads 5 ops; there are 1"),
+        ({"candidates": header["candidates"][1:]}, "does not describe .* have shapes"),
+        ({"candidates": []}, "its candidates are no configurations"),
+        ({"center": None}, "does not describe .* have shapes"),
+        ({"weights['out']": None}, "does not describe .* have shapes"),
+        ({"weights['out']": arrays["weights['out']"].astype(str)}, "should be numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            change(**changed)
+    (tmp_path / "text.npz").write_bytes(b"no archive")
+    np.savez(tmp_path / "pickled.npz", header=np.array([Runs(tmp_path / "ran")], object))
+    for name in ("text", "pickled"):
+        with pytest.raises(ValueError, match="is nothing that `save_cell_searcher` wrote"):
+            methods.load_cell_searcher(tmp_path / f"{name}.npz")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(FileNotFoundError):
+        methods.load_cell_searcher(tmp_path / "none.npz")
+    for value, message in (
+        ((1, 2), "would come back from JSON as {'e0': \\[1, 2\\]}"),
+        (print, "cannot be written as JSON"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            methods.save_cell_searcher(tmp_path / "new.npz", h._replace(candidates=[{"e0": value}]))
+    assert not list(tmp_path.glob("new*"))
 
 
 def test_an_interrupt_leaves_nothing_trained_by_half(monkeypatch):

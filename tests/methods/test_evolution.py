@@ -69,6 +69,18 @@ def test_failures_do_not_enter():
     assert searcher.tell(state, []).population == state.population
 
 
+def test_members_are_of_one_fidelity():
+    searcher = methods.regularized_evolution(population_size=3, sample_size=1)
+    trials, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 4)
+    low, high = (
+        [t._replace(status="COMPLETE", outcome=y, fidelity=f) for t in trials] for y, f in ((0.0, 0.1), (1.0, 0.5))
+    )
+    state = searcher.tell(state, low[:2])
+    assert len(state.population) == 2
+    state = searcher.tell(state, [low[2], high[0], low[3], high[1]])
+    assert state.population == tuple((t.configuration, 1.0) for t in high[:2]) and state.fidelity == 0.5
+
+
 def test_what_it_does_not_search():
     searcher = methods.regularized_evolution()
     for space in ({"rate": spaces.positive(0.1)}, [spaces.integer(0, 1)]):

@@ -89,14 +89,16 @@ def test_nas_bench_101(tmp_path):
     outcome, cost = table.query(table.encodings[0], "cifar10", 12 / 108)
     assert outcome == pytest.approx(0.19) and cost == 31
 
-    kept = tmp_path / "kept.npz"
+    kept = tmp_path / "kept"
     nas.save_benchmark(table, kept)
     again = nas.load_benchmark(kept)
+    assert kept in tmp_path.iterdir() and not list(tmp_path.glob("kept*.*"))  # by the name that was given
     for name, value in table._asdict().items():
         if name != "query":
             np.testing.assert_array_equal(getattr(again, name), value)
     assert again.query(table.encodings[1], "cifar10") == table.query(table.encodings[1], "cifar10")
-    np.savez(kept, name="x")
+    with open(kept, "wb") as file:
+        np.savez(file, name="x")
     with pytest.raises(ValueError, match="it lacks cost, dims"):
         nas.load_benchmark(kept)
     kept.write_bytes(kept.read_bytes()[:-30])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from metaopt import nas
+from metaopt.nas._benchmarks import make_benchmark
 
 needs_tables = pytest.mark.skipif(
     not Path(os.environ.get("METAOPT_DATA", "absent")).is_dir(), reason="needs the folder that METAOPT_DATA names"
@@ -100,6 +101,47 @@ def test_rows_as_graphs():
         nas.benchmark_graph(macro, [5] * 6)
     with pytest.raises(ValueError, match="'mine' are not known as graphs"):
         nas.benchmark_graph(macro._replace(name="mine"), [1] * 6)
+
+
+@needs_tables
+@pytest.mark.once
+def test_architectures_in_the_forms_in_which_searches_give_them():
+    table = nas.nas_bench_201_table()
+    row = table.encodings[9_000]
+    space = nas.nas_bench_201_space()
+    names = [f"cell.{s}-{t}" for s, t, _ in space.cells["cell"].edges]
+    genotype = nas.from_configuration(space, {name: int(x) for name, x in zip(names, row, strict=True)})
+    at = table.query(row, "cifar100")
+    assert table.query(genotype, "cifar100") == at == table.query(nas.to_nas_bench_201(genotype), "cifar100", 0.9995)
+    micro = nas.trans_nas_bench_101_table()
+    cell = {"cell": ((0, 1, "conv3x3"), (2, 3, "skip_connect"))}
+    np.testing.assert_equal(micro.query(cell, "jigsaw"), micro.query([3, 0, 0, 0, 0, 1], "jigsaw"))  # costs are NaN
+    whole = nas.nas_bench_101_table()
+    part = make_benchmark(*whole[:4], whole.encodings[:400], whole.valid[:400], fidelities=whole.fidelities)
+    size = lambda e: len(nas.nas_bench_101_graph(e).ops)
+    encoding = next(e for e in part.encodings if size(e) == 7 and nas.pruned(nas.nas_bench_101_graph(e)) is not None)
+    cell_101 = nas.nas_bench_101_graph(encoding)
+    # The same cell with its vertices in another order.
+    matrix, ops = np.array(cell_101.matrix), np.array(cell_101.ops)
+    order = next(
+        o
+        for o in ([0, 2, 1, 3, 4, 5, 6], [0, 1, 3, 2, 4, 5, 6], [0, 1, 2, 4, 3, 5, 6], [0, 1, 2, 3, 5, 4, 6])
+        if not np.tril(matrix[np.ix_(o, o)]).any()
+    )
+    other = nas.Graph(tuple(map(tuple, matrix[np.ix_(order, order)].tolist())), tuple(ops[order]))
+    assert other != cell_101
+    np.testing.assert_equal(part.query(other, "cifar10", 0.111), part.query(encoding, "cifar10", 12 / 108))
+    for benchmark, bad in (
+        (table, {"cell": ((0, 1, "conv3x3"),)}),
+        (table, {"cell": ((0, 4, "none"),)}),
+        (table, {"normal": ()}),
+        (part, nas.nas_bench_101_graph(whole.encodings[-1])),
+    ):
+        with pytest.raises(ValueError, match="architectures, the tasks"):
+            benchmark.query(bad, benchmark.tasks[0])
+    for benchmark, bad in ((part, "|none~0|"), (micro, cell_101), (nas.nas_bench_macro_table(), cell)):
+        with pytest.raises(ValueError, match="is asked for rows of integers"):
+            benchmark.query(bad, benchmark.tasks[0])
 
 
 def test_absent_files_and_unknown_spaces(tmp_path):

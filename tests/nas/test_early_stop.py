@@ -81,6 +81,21 @@ def test_in_the_state_of_an_estimator():
     del alphas
 
 
+def test_the_curvature_is_of_the_part_that_is_named():
+    """Of λ = {"mine": {"cell", "other"}, "more"}, where f is much more curved in "other"."""
+    outer = lambda params, own, batch, context: 3 * (own["cell"] ** 2).sum() + 50 * (own["cell"][0] + own["other"]) ** 2
+    problem = GROWING._replace(outer_loss=outer)
+    within = base.reparametrized(problem, lambda hp, step: hp["mine"])
+    rule = hypergrad.lookahead(
+        within._replace(outer_loss=lambda *a: within.outer_loss(*a) + a[1]["more"] ** 4), num_steps=0
+    )
+    hyperparams = {"mine": {**ALPHA, "other": jnp.array(1.0)}, "more": jnp.array(9.0)}
+    parts = {"own": lambda hp: hp["mine"], "alpha": lambda own: {"cell": own["cell"]}}
+    estimator = nas.stopped_by_curvature(rule, problem, **SETTINGS | {"every": 1}, **parts)
+    found, _ = estimator.estimate(hyperparams, TASK, estimator.init(jax.random.key(0), hyperparams, TASK))
+    np.testing.assert_allclose(found.metrics["curvature"], 106.0, rtol=1e-6)  # with "other", 203
+
+
 @pytest.mark.slow
 def test_it_changes_no_estimate_and_keeps_the_state():
     watched = hypergrad.lookahead(GROWING, num_steps=0)

@@ -52,6 +52,21 @@ def test_every_edge_by_its_own_argmax():
         nas.discretize(THREE, {"cell": weights[:2]})
 
 
+def test_how_genotypes_are_read_is_the_spaces_own():
+    weights = np.full((6, 5), 0.1)
+    weights[:, 3], weights[4, 0] = 0.6, 0.9
+    found = nas.discretize(nas.nas_bench_201_space(), {"cell": weights})
+    text = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|nor_conv_3x3~0|none~1|nor_conv_3x3~2|"
+    assert nas.to_nas_bench_201(found) == text
+    assert nas.from_json(nas.to_json(nas.nas_bench_201_space())) == nas.nas_bench_201_space()
+    assert nas.from_json(nas.to_json(THREE).replace(', "keep": 2', "")) == THREE  # as it was written before
+    whole = nas.nas_bench_101_space(num_vertices=3)
+    with pytest.raises(ValueError, match="`discretize_graph` reads them"):
+        nas.discretize(whole, {"cell": np.ones((4, 3))})
+    with pytest.raises(ValueError, match="`keep` must be a number of edges, None or 'space'; got 'all'"):
+        nas.random_genotype(0, THREE, keep="all")
+
+
 def test_one_hot_and_discrete():
     genotype = {"cell": ((1, 2, "mlp"), (0, 1, "skip_connect"))}
     np.testing.assert_array_equal(nas.one_hot(THREE, genotype)["cell"], [[0, 1, 0], [0, 0, 0], [0, 0, 1]])
@@ -164,7 +179,7 @@ def test_random_genotypes_are_in_the_space_and_each_alike():
     assert counts[0] == 0 and np.abs(np.array(counts[1:]) - 1 / 7).max() < 0.03
     into = np.array([[s for s, t, _ in genotype["normal"] if t == 5] for genotype in drawn])
     assert np.abs(np.bincount(into.ravel(), minlength=5) / 600 - 0.2).max() < 0.06
-    each = [nas.random_genotype(seed, nas.nas_bench_201_space(), keep=None)["cell"] for seed in range(200)]
+    each = [nas.random_genotype(seed, nas.nas_bench_201_space())["cell"] for seed in range(200)]
     assert abs(np.mean([len(edges) for edges in each]) - 6 * 4 / 5) < 0.2  # a fifth is "none"
 
 

@@ -45,7 +45,7 @@ def test_the_counts_up_to_five_vertices():
         nas.nas_bench_101_cells(8)
 
 
-@pytest.mark.slow  # a minute
+@pytest.mark.slow
 def test_the_count_of_nas_bench_101():
     counts = [1, 6, 84, 2_441, 62_010, 359_082]
     assert [counted(size) for size in range(2, 8)] == counts and sum(counts) == 423_624
@@ -194,8 +194,19 @@ def test_weights_say_a_cell_and_a_cell_says_weights():
         w = rng.uniform(0.01, 1, size=(26, 3))
         found = nas.discretize_graph(net, {"cell": w})
         assert 1 <= np.sum(found.matrix) <= 9 and nas.pruned(found) == found
+    # What is likelier not to be there is not, but for the path: a chain of any length stays one.
+    for num_vertices in (4, 7):
+        small = nas.nas_bench_101_space(num_vertices=num_vertices)
+        w = np.zeros((len(small.cells["cell"].edges), 3))
+        for e, edge in enumerate(small.cells["cell"].edges):
+            on_chain = edge.source % 2 or edge.target == edge.source + 1
+            w[e] = [0.01, 0.01, 0.98] if on_chain else [0.49, 0.49, 0.02]
+        found = nas.discretize_graph(small, {"cell": w})
+        assert np.sum(found.matrix) == num_vertices - 1 == len(found.ops) - 1
     # The path is that of the largest product: two edges, not six weaker ones, though these sum to more.
     edges = [edge[:2] for edge in net.cells["cell"].edges]
+    w = rng.uniform(0.01, 1, size=(26, 3))
+    w[[e for e, edge in enumerate(net.cells["cell"].edges) if edge.source % 2 == 0], :2] = 0.0
     chain = [(0, 1), *((2 * v, 2 * v + 1) for v in range(1, 6))]  # input -> 1 -> ... -> 5 -> output
     for direct, weight, size, from_input in [(0.3, 0.5, 5, 2), (0.1, 0.9, 7, 1)]:
         w[:, 2] = 0.0

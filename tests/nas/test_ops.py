@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from metaopt import base, methods, nas
@@ -55,11 +56,22 @@ def test_an_op_of_ones_own_on_sequences_one_channel_and_images_that_are_not_squa
         y = jax.eval_shape(lambda key, x, s=supernet: s.apply(s.init(key), None, x), KEY, jnp.zeros((2, *shape)))
         assert y.shape == (2, 3)
         # And a search on such data.
-        search = methods.darts(net, shape, ops=ops, order="exact")
-        rows = {"x": jnp.zeros((4, *shape)), "y": jnp.zeros(4, jnp.int32)}
+        search = methods.darts(net, shape, ops=ops, order="first")
+        rows = {"x": jax.random.normal(KEY, (4, *shape)), "y": jnp.array([0, 1, 2, 0])}
         task, alpha = base.Task(rows, rows), search.hyperparams(KEY)
-        start = lambda key, s=search, a=alpha, t=task: s.estimator.estimate(a, t, s.estimator.init(key, a, t))[0]
-        assert jax.eval_shape(start, KEY).hypergrad["cell"].shape == (3, 2)
+
+        @jax.jit
+        def estimate_and_slope(alpha, search=search, task=task):
+            estimate, state = search.estimator.estimate(alpha, task, search.estimator.init(KEY, alpha, task))
+            loop, g = search.problem.loop, estimate.hypergrad
+            at = lambda step: search.problem.outer_loss(
+                loop.params(state.inner), optax.tree.add_scale(alpha, step, g), task.valid, loop.context(state.inner)
+            )
+            return g["cell"], (at(1e-4) - at(-1e-4)) / 2e-4
+
+        g, slope = estimate_and_slope(alpha)
+        assert g.shape == (3, 2) and (np.abs(g).sum(1) > 1e-6).all()
+        np.testing.assert_allclose(slope, (g**2).sum(), rtol=1e-5)
 
 
 def windows(x, size, stride, dilation):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import base, hypergrad, inner, methods, nas, training
+from metaopt import base, hypergrad, inner, methods, nas, predictors, spaces, training
 
 pytestmark = pytest.mark.once
 
@@ -314,10 +314,61 @@ def test_a_search_comes_to_its_budget():
     estimate = jax.jit(run)(given)
     sigma = jax.nn.sigmoid(given["multiplier"])
     np.testing.assert_allclose(estimate.hypergrad["multiplier"], -excess * sigma, rtol=1e-6)
-    robust = methods.robust_darts(ROWS, (3,), ops={}, every=2)
-    stopping = methods.under_budget(robust, row_table(), budget=budget)
-    state = jax.eval_shape(lambda: stopping.estimator.init(KEY, stopping.hyperparams(KEY), TASK))
-    assert "kept" in state._fields
+
+
+def test_robust_darts_under_budgets_measures_the_validation_loss_in_alpha_alone():
+    robust = methods.robust_darts(ROWS, (3,), ops={}, every=1)
+    twice = methods.under_budget(
+        methods.under_budget(robust, row_table(), budget=60.0), row_table(), budget=100.0, multiplier=1.0
+    )
+    both = twice.hyperparams(KEY)
+
+    @jax.jit
+    def run():
+        state = twice.estimator.init(KEY, both, TASK)
+        estimate, after = twice.estimator.estimate(both, TASK, state)
+        trained = after.estimator.inner
+        loop = robust.problem.loop
+        loss = lambda alpha: robust.problem.outer_loss(loop.params(trained), alpha, TASK.valid, loop.context(trained))
+        flat, unravel = jax.flatten_util.ravel_pytree(twice.alpha(both))
+        return estimate.metrics["curvature"], jax.hessian(lambda x: loss(unravel(x)))(flat)
+
+    found, hessian = run()
+    values = np.linalg.eigvalsh(hessian)
+    expected = values[np.argmax(abs(values))]
+    assert abs(expected) > 1e-4
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_penalties_of_searches_that_have_more_than_weights_of_ops():
+    cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
+    network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    table = nas.cost_table(network, (3,), nas.num_params, ops=nas.BLOCKS)
+    penalty = nas.resource_penalty(table, network, weight=1.0, target=50.0)
+    at = base.Context(KEY, jnp.array(5))
+    batch = {"x": TASK.train["x"], "y": TASK.train["y"]}
+    for method, options in ((methods.beta_darts, {"num_steps": 10}), (methods.pc_darts, {"partial": 2})):
+        plain, more = (method(network, (3,), ops=nas.BLOCKS, **options, **p) for p in ({}, {"penalty": penalty}))
+        alpha, params = plain.hyperparams(KEY), plain.supernet.init(KEY)
+        with_it, without = (s.problem.outer_loss(params, alpha, batch, at) for s in (more, plain))
+        ops = alpha["cell"]["ops"] if isinstance(alpha["cell"], dict) else alpha["cell"]
+        expected = nas.expected_cost(table, {"cell": jax.nn.softmax(ops, -1)}) / 50
+        np.testing.assert_allclose(with_it - without, expected, rtol=1e-6)
+    bound = methods.under_budget(methods.pc_darts(network, (3,), ops=nas.BLOCKS, partial=2), table, budget=30.0)
+    given = bound.hyperparams(KEY)
+    assert jnp.isfinite(bound.problem.outer_loss(params, given, batch, at))
+    h = predictors.mlp({"cell": spaces.real(shape=(3, 3))}, num_features=2)
+    with pytest.raises(ValueError, match="has a multiplier, which h does not write down"):
+        methods.meta_architecture_search(bound, h)
+
+
+def test_none_costs_nothing_whatever_is_counted():
+    table = nas.cost_table(CELLS, (8, 6, 1), hypergrad.flops, ops=nas.NAS_BENCH_201_OPS)
+    empty = {"cell": ()}
+    zeros = np.eye(5)[np.zeros(6, int)]  # all on "none"
+    np.testing.assert_allclose(nas.expected_cost(table, {"cell": zeros}), nas.cost_of(table, CELLS, empty))
+    skips = {"cell": tuple((*e[:2], "skip_connect") for e in CELLS.cells["cell"].edges)}
+    assert nas.cost_of(table, CELLS, empty) <= nas.cost_of(table, CELLS, skips)
 
 
 def test_the_projection_changes_what_loses_least():
