@@ -204,10 +204,11 @@ def draw(evaluation: methods.Evaluation, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
     plots.leaderboard(evaluation, axes=left)
     left.set(xlabel="accuracy, mean over sources", title="")
     plots.scores_by_number(evaluation, "shots", (1, 2, 3, 4, 9), axes=right, ylabel="accuracy")
+    right.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
