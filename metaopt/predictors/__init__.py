@@ -28,6 +28,7 @@ from metaopt.predictors._deep_kernel import (
 )
 from metaopt.predictors._files import SavedPredictor, load, save
 from metaopt.predictors._networks import (
+    at_features,
     dataset_embedding,
     embed_rows,
     ensemble,
@@ -78,7 +79,6 @@ from metaopt.predictors._transformer import (
     outcome_classes,
     predict_binned,
     read_trials,
-    transformer_at_features,
     transformer_loss,
 )
 
@@ -104,6 +104,7 @@ __all__ = [
     "TrialsRead",
     "adapt_deep_kernel",
     "amortize",
+    "at_features",
     "at_task",
     "attention_loss",
     "attention_weights",
@@ -154,6 +155,5 @@ __all__ = [
     "task_features",
     "task_weights",
     "thompson_sample",
-    "transformer_at_features",
     "transformer_loss",
 ]

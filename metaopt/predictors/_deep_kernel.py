@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt.predictors import _processes
+from metaopt.predictors import _networks, _processes
 
 ADAPTATION_STEPS = 10
 ADAPTATION_RATE = 1e-2  # of Adam
@@ -78,19 +78,6 @@ def init_deep_kernel(key: jax.Array, num_dims: int, num_features: int, *, num_hi
         jnp.array(2.0),
         jnp.log(jnp.array(0.1)),
     )
-
-
-def at_features(deep: DeepKernel, features: jax.Array) -> DeepKernel:
-    """The process of a task: its features enter by β alone.
-
-    Args:
-      deep: one, or E of them.
-      features: [F] ranked (`rank_features`); zeros where they are unknown.
-
-    Returns:
-      A `DeepKernel` with β + V x_t; from then on x_t is not needed.
-    """
-    return deep._replace(bias=deep.bias + jnp.einsum("f,...fh->...h", features, deep.task))
 
 
 def embed(deep: DeepKernel, x: jax.Array) -> jax.Array:
@@ -173,7 +160,7 @@ def deep_kernel_loss(
     Returns:
       [].
     """
-    found = condition_deep(at_features(deep, features), jnp.zeros(1), trials, own_scale=False)
+    found = condition_deep(_networks.at_features(deep, features), jnp.zeros(1), trials, own_scale=False)
     nll = -found.log_likelihood[0, 0] / (trials[2].sum() - 1)
     return nll + penalty * ((deep.task**2).sum() + (deep.mean**2).sum())
 

@@ -276,3 +276,16 @@ def from_config(config: dict[str, Any]) -> base.Predictor:
     if kind not in _FACTORIES:
         raise ValueError(f"Unknown kind of predictor {kind!r}; known are {', '.join(sorted(_FACTORIES))}.")
     return _FACTORIES[kind](spaces.from_json(options.pop("space")), **options)
+
+
+def at_features(network: Any, features: jax.Array) -> Any:
+    """A `DeepKernel` or `Transformer` of a task: its features enter by β alone.
+
+    Args:
+      network: one, or E of them, with "bias" β [..., W] and "task" V [..., F, W].
+      features: [F] ranked (`rank_features`); zeros where they are unknown.
+
+    Returns:
+      The same with β + V x_t; from then on x_t is not needed.
+    """
+    return network._replace(bias=network.bias + jnp.einsum("f,...fw->...w", features, network.task))

@@ -426,8 +426,8 @@ def at_task(surrogate: Surrogate, features: Any = None, data: Any = None) -> Sur
     if query is None or deep is transformers is None:
         return surrogate
     return surrogate._replace(
-        deep=None if deep is None else _deep_kernel.at_features(deep, query),
-        transformers=None if transformers is None else _transformer.transformer_at_features(transformers, query),
+        deep=None if deep is None else _networks.at_features(deep, query),
+        transformers=None if transformers is None else _networks.at_features(transformers, query),
     )
 
 

@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metaopt.predictors import _networks
+
 NUM_BINS = 100
 MAX_SHOWN = 32  # trials of a task: with so many a transformer is trained, and at no more it looks
 _NUM_HEADS = 4
@@ -141,26 +143,13 @@ def init_transformer(
     )
 
 
-def transformer_at_features(transformer: Transformer, features: jax.Array) -> Transformer:
-    """The transformer of a task: its features enter by β alone.
-
-    Args:
-      transformer: one, or E of them.
-      features: [F] ranked (`rank_features`); zeros where they are unknown.
-
-    Returns:
-      A `Transformer` with β + V x_t; from then on x_t is not needed.
-    """
-    return transformer._replace(bias=transformer.bias + jnp.einsum("f,...fw->...w", features, transformer.task))
-
-
 def read_trials(
     transformers: Transformer, trials: tuple[jax.Array, jax.Array, jax.Array], scale: jax.Array | float = 1.0
 ) -> TrialsRead:
     """Reads the trials of a task.
 
     Args:
-      transformers: E of them, of the task (`transformer_at_features`).
+      transformers: E of them, of the task (`at_features`).
       trials: (x [N, D], y [N], mask [N]); y may have any units, and is NaN where the trial failed. N may be 0.
       scale: of outcomes where the trials have none: that of earlier tasks (`Surrogate.log_scales`).
 
@@ -222,7 +211,7 @@ def predict_binned(transformers: Transformer, read: TrialsRead, x: jax.Array) ->
     """The outcomes to expect at x, by the mean of what E transformers expect.
 
     Args:
-      transformers: E of them, of the task (`transformer_at_features`).
+      transformers: E of them, of the task (`at_features`).
       read: its trials, by `read_trials`.
       x: [P, D]; differentiable.
 
@@ -252,7 +241,7 @@ def transformer_loss(
       [].
     """
     x, _, mask = asked
-    transformer = transformer_at_features(transformer, features)
+    transformer = _networks.at_features(transformer, features)
     logits = _logits(transformer, _read(transformer, trials, 1.0), x)
     found = jnp.take_along_axis(logits, outcome_classes(trials, asked)[:, None], axis=1)[:, 0]
     return -(found * mask).sum() / mask.sum()

@@ -7,7 +7,6 @@ import pytest
 from jax.test_util import check_grads
 
 from metaopt import predictors
-from metaopt.predictors import _deep_kernel
 
 RNG = np.random.default_rng(0)
 X = RNG.uniform(size=(9, 3))
@@ -64,7 +63,7 @@ def surrogate(deep, share):
 
 @pytest.mark.once
 def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
-    found = surrogate(_deep_kernel.at_features(DEEP, jnp.asarray(FEATURES)), 1.0)
+    found = surrogate(predictors.at_features(DEEP, jnp.asarray(FEATURES)), 1.0)
     weights = predictors.task_weights(found)
     np.testing.assert_allclose(weights, [0, 0, 0, 1])
     seen, at = np.array([1, 4, 7]), np.array([0, 1, 8])
@@ -110,7 +109,7 @@ def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
 
 @pytest.mark.once
 def test_a_few_steps_make_a_tasks_own_trials_likelier():
-    start = _deep_kernel.at_features(DEEP, jnp.asarray(FEATURES))
+    start = predictors.at_features(DEEP, jnp.asarray(FEATURES))
     y = 5.0 - 2.0 * Y  # unlike anything
     likelihood = lambda deep: np.logaddexp.reduce(
         [log_density(*by_numpy(deep, X, 0 * FEATURES), y / np.exp(b)) - 8 * b for b in LOG_SCALES]
