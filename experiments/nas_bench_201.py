@@ -102,7 +102,7 @@ def augmented(key: jax.Array, batch: dict) -> dict:
 
 
 def searches(config: Config) -> dict[str, tuple[methods.Search, optax.GradientTransformation, int]]:
-    """name -> search, optimizer of α, inner steps an estimate."""
+    """name -> search, optimizer of α, steps of the others for one estimate of its own."""
     steps, rows = config.num_steps, inner.minibatch(config.batch)
 
     def sampler(key, step, data):
@@ -143,6 +143,7 @@ def searches(config: Config) -> dict[str, tuple[methods.Search, optax.GradientTr
         "β-DARTS": (of(methods.beta_darts, num_steps=steps), adam(), 1),
         "DARTS, second order": (of(methods.darts, order="second"), adam(), 1),
         "DARTS, exact": (of(methods.darts, order="exact"), adam(), 1),
+        "DARTS, unrolled, T = 20": (of(methods.unrolled_darts, num_steps=20), adam(4.0), 4),
     }
 
 
@@ -341,9 +342,10 @@ def report(runs: dict, table, data, config: Config, options) -> str:
         f"Supernets: {config.size}x{config.size} images, C = {config.channels}, N = {config.cells}, batch "
         f"{config.batch}, {config.num_steps} steps of the weights (single-path one-shot: three times as many), the "
         "rate of α times "
-        f"{FULL.num_steps / config.num_steps:.4g}, so that it can go as far as in {FULL.num_steps:,}; those of iDARTS, "
-        "which takes a quarter of the steps of α, are four times the others', those of PC-DARTS twice, after a rest of "
-        "30 %. One-shot search chooses by 512 validation images more. Mean ± standard "
+        f"{FULL.num_steps / config.num_steps:.4g}, so that it can go as far as in {FULL.num_steps:,}; those of iDARTS "
+        "and of unrolled DARTS, which take a quarter of the steps of α, are four times the others', those of PC-DARTS "
+        "twice, after a rest of 30 %. Every estimate of unrolled DARTS trains new weights for T steps. One-shot "
+        "search chooses by 512 validation images more. Mean ± standard "
         "deviation over seeds. Skips and none: of six edges, by seed. Seconds: of processor time for a search, "
         "with compilation where it was not kept. Searches in the table look at the validation accuracy of the "
         "task's own cells after 12 epochs, and evolution has a population of 10 and samples of 3; all others see "
