@@ -22,7 +22,7 @@ families; the test rows of a task are read once, for the table of results.
     python experiments/auto_architecture.py --full     all folds, longer meta-training, rates tuned, 50 random networks
 
 What is finished, random networks and folds, is kept beside the result and not run again: `--full --folds 0`, then
-`--full` goes on, and its table is of all that is there.
+`--full` goes on, and its table is of all that is there; `--full --report` makes the tables alone.
 
 The images are scikit-learn's digits: its two halves of classes stand for two families. The environment variable
 METAOPT_DATA adds the image sources and tables of the folder that it names; a family of images is then a whole source.
@@ -888,7 +888,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def bars(results: list[dict[str, Any]], most: int) -> str:
-    """The two comparisons that were the aim, over all held-out tasks."""
+    """The two comparisons that were the aim, over all held-out tasks, in log loss and in errors."""
     families = [f"{r['shape']} {f}" for r in results for f in r["families"]]
     groups = [np.flatnonzero(np.array(families) == f) for f in sorted(set(families))]
     text = []
@@ -900,13 +900,19 @@ def bars(results: list[dict[str, Any]], most: int) -> str:
         (FINE_TUNED + LEARNED, DARTS),
     ):
         a, b = (np.concatenate([np.array(r["scores"][label]) for r in results]) for label in (first, second))
-        difference = a[:, 0] - b[:, 0]
-        low, high = interval(difference, groups)
+        told = []
+        for column, measure, form in ((0, "log loss", ".4f"), (1, "error", ".2%")):
+            difference = a[:, column] - b[:, column]
+            low, high = interval(difference, groups)
+            told.append(
+                f"test {measure} {a[:, column].mean():{form}} and {b[:, column].mean():{form}}, difference "
+                f"{difference.mean():+{form}} [{low:+{form}}, {high:+{form}}], smaller on {np.mean(difference < 0):.0%} "
+                f"and larger on {np.mean(difference > 0):.0%} of {len(a)} tasks"
+            )
         cost = [np.mean([r["runs"][label] for r in results]) for label in (first, second)]
         text.append(
-            f"- {first} against {second}: test log loss {a[:, 0].mean():.4f} and {b[:, 0].mean():.4f}, difference "
-            f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]; better on {np.mean(difference < 0):.0%} of {len(a)} "
-            f"tasks; cost {cost[0]:.1f} and {cost[1]:.1f} training runs, {cost[0] / cost[1]:.2f} of it."
+            f"- {first} against {second}: {'; '.join(told)}; cost {cost[0]:.1f} and {cost[1]:.1f} training runs, "
+            f"{cost[0] / cost[1]:.2f} of it."
         )
     return "\n".join(text) + "\n"
 
@@ -974,6 +980,7 @@ def parse(argv) -> tuple[argparse.Namespace, str, Config]:
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--smoke", action="store_true", help="a few tasks and steps")
     preset.add_argument("--full", action="store_true", help="all folds")
+    parser.add_argument("--report", action="store_true", help="tables of what is finished, and no more")
     parser.add_argument("--packaged", action="store_true", help="leave METAOPT_DATA out")
     parser.add_argument("--out", metavar="FOLDER", default="results_local", help="where results go")
     parser.add_argument("--seed", type=int, default=0)
@@ -1007,10 +1014,10 @@ def main(argv=None) -> list[dict[str, Any]]:
     if not args.smoke:
         # The folds of a shape have the same programs, and a run that goes on has them again.
         jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
-    else:
+    elif not args.report:
         Path(f"{path}_parts.json").unlink(missing_ok=True)
     kept = Kept(Path(f"{path}_parts.json"), {k: v for k, v in settings.items() if k not in ("folds", "shapes")})
-    for shape in config.shapes:
+    for shape in () if args.report else config.shapes:
         run_shape(shape, config, not args.packaged, args.seed, say, kept)
     results = []
     for shape in SHAPES:
@@ -1021,6 +1028,8 @@ def main(argv=None) -> list[dict[str, Any]]:
             part |= {name: {**part[name], **more[name]} for name in more}
             parts.append(part)
         results += [joined(parts, config)] if parts else []
+    if not results:
+        sys.exit(f"{kept.path} holds no fold that is finished.")
     seconds, processor = kept.seconds()
     call = "python experiments/auto_architecture.py " + " ".join(sys.argv[1:] if argv is None else argv)
     details = {

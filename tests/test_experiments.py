@@ -390,6 +390,19 @@ def test_effects_of_ops_from_records_are_those_that_made_them(monkeypatch):
         np.testing.assert_allclose(e - e.mean(), expected / scale, atol=0.06)
 
 
+def test_bars_of_auto_architecture_are_told_in_log_loss_and_in_errors(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script = importlib.import_module("auto_architecture")
+    random, ours = script.RANDOM.format(20), np.array([[0.7, 0.1], [0.5, 0.3], [0.2, 0.2], [0.4, 0.2]])
+    scores = {label: ours.tolist() for label in (script.A_STAR, script.FINE_TUNED, script.DARTS)}
+    scores |= {label + script.LEARNED: ours.tolist() for label in (script.A_STAR, script.FINE_TUNED)}
+    scores[random] = (ours + [[-0.1, 0.02], [-0.1, 0.02], [-0.1, 0.02], [-0.1, 0.02]]).tolist()
+    result = {"shape": "tables", "families": list("aabc"), "scores": scores, "runs": dict.fromkeys(scores, 1.0)}
+    first = script.bars([result], 20).splitlines()[0]
+    assert "test log loss 0.4500 and 0.3500, difference +0.1000 [+0.1000, +0.1000], smaller on 0% and larger on" in first
+    assert "test error 20.00% and 22.00%, difference -2.00% [-2.00%, -2.00%], smaller on 100% and larger on 0%" in first
+
+
 def test_folds_of_auto_architecture_are_kept_and_know_their_data(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     script = importlib.import_module("auto_architecture")
