@@ -906,8 +906,8 @@ def bars(results: list[dict[str, Any]], most: int) -> str:
             low, high = interval(difference, groups)
             told.append(
                 f"test {measure} {a[:, column].mean():{form}} and {b[:, column].mean():{form}}, difference "
-                f"{difference.mean():+{form}} [{low:+{form}}, {high:+{form}}], smaller on {np.mean(difference < 0):.0%} "
-                f"and larger on {np.mean(difference > 0):.0%} of {len(a)} tasks"
+                f"{difference.mean():+{form}} [{low:+{form}}, {high:+{form}}], smaller on "
+                f"{np.mean(difference < 0):.0%} and larger on {np.mean(difference > 0):.0%} of {len(a)} tasks"
             )
         cost = [np.mean([r["runs"][label] for r in results]) for label in (first, second)]
         text.append(

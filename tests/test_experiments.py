@@ -399,7 +399,9 @@ def test_bars_of_auto_architecture_are_told_in_log_loss_and_in_errors(monkeypatc
     scores[random] = (ours + [[-0.1, 0.02], [-0.1, 0.02], [-0.1, 0.02], [-0.1, 0.02]]).tolist()
     result = {"shape": "tables", "families": list("aabc"), "scores": scores, "runs": dict.fromkeys(scores, 1.0)}
     first = script.bars([result], 20).splitlines()[0]
-    assert "test log loss 0.4500 and 0.3500, difference +0.1000 [+0.1000, +0.1000], smaller on 0% and larger on" in first
+    assert (
+        "test log loss 0.4500 and 0.3500, difference +0.1000 [+0.1000, +0.1000], smaller on 0% and larger on" in first
+    )
     assert "test error 20.00% and 22.00%, difference -2.00% [-2.00%, -2.00%], smaller on 100% and larger on 0%" in first
 
 
