@@ -180,6 +180,7 @@ def run_search(search, optimizer, steps_each, task, config, seed, folder: Path, 
         callback=callback,
         checkpoint_dir=folder / "checkpoints",
         checkpoint_every=every * max(config.num_epochs // 4, 1),
+        settings=search.settings,
     )
     if result.stopped == "signal":
         sys.exit("Stopped; the same command goes on from here.")
