@@ -44,7 +44,7 @@ def save_benchmark(benchmark: Benchmark, path: str | os.PathLike) -> None:
       path: of the file, by the name that it is to have.
     """
     fields: dict[str, Any] = {name: np.asarray(x) for name, x in benchmark._asdict().items() if name != "query"}
-    temporary = f"{os.fspath(path)}.tmp"
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # others may write there, too
     with open(temporary, "wb") as file:  # numpy would add .npz to a name
         np.savez_compressed(file, **fields)
     os.replace(temporary, path)
