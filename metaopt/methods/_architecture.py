@@ -160,7 +160,8 @@ def architecture_search(
       A `Search`.
 
     Raises:
-      ValueError: the spec and the shapes do not fit; `single_path` with a relaxation that gives weight to several ops.
+      ValueError: the spec and the shapes do not fit; `single_path` with a relaxation that gives weight to several ops;
+        `penalty` is no function; `keep` for NAS-Bench-101's space.
 
     >>> import jax
     >>> from metaopt import methods, nas
@@ -174,6 +175,14 @@ def architecture_search(
     2
     """
     relax = nas.softmax() if relaxation is None else relaxation
+    if penalty is not None and not callable(penalty):
+        raise ValueError(f"`penalty` must be `(α, step) -> []`, such as `nas.resource_penalty(...)`; got {penalty!r}.")
+    if isinstance(network, nas.Network) and keep not in ("space", network.keep):
+        if network.keep == "graph":
+            raise ValueError(
+                f"`keep` must be left out for NAS-Bench-101's space, whose cells are graphs; got {keep!r}."
+            )
+        network = network._replace(keep=keep)  # for all that reads genotypes, or counts what they cost
     supernet = nas.supernet(
         network, in_shape, ops=ops, partial=partial, single_path=single_path, remat_edges=remat_edges
     )
@@ -201,9 +210,9 @@ def architecture_search(
 
     def genotype(hyperparams):
         found = jax.device_get(weights(hyperparams))
-        if keep == "space" and isinstance(network, nas.Network) and network.keep == "graph":
+        if isinstance(network, nas.Network) and network.keep == "graph":
             return nas.graph_genotype(network, nas.discretize_graph(network, found))
-        return nas.discretize(network, found, keep=keep)
+        return nas.discretize(network, found)
 
     of_any = lambda problem, own: rule(problem)
     found = lambda result: result.hyperparams
@@ -400,8 +409,13 @@ def beta_darts(
     Returns:
       A `Search`, of first order unless `order` says otherwise.
 
+    Raises:
+      ValueError: `penalty` is no function; as for `architecture_search`.
+
     Source: Ye et al., CVPR 2022, https://arxiv.org/abs/2203.01665
     """
+    if penalty is not None and not callable(penalty):
+        raise ValueError(f"`penalty` must be `(α, step) -> []`; got {penalty!r}. The weight of β-DARTS is `weight=`.")
     grows = optax.linear_schedule(0.0, weight, num_steps)
 
     def decay(alpha, step):
@@ -470,8 +484,9 @@ def under_budget(
 
     λ is then {"hyperparams": α, "multiplier": m} (what the search has with `learn_init` in the place of α), with
     μ = softplus(m); one descending optimizer moves both. Where the budget binds, the expected cost comes to it. Of the
-    genotype the argmax is taken, and that one may cost more or less: `nas.within_budget(network, search.weights(λ),
-    table, budget)` projects it.
+    genotype the argmax is taken, and that one may cost more or less: `nas.within_budget(search.supernet.network,
+    search.weights(λ), table, budget)` projects it. (NAS-Bench-101's graphs it cannot project; their cost is counted
+    with all vertices and edges by their weights, and is more than that of the cell that is read.)
 
     Args:
       search: any whose rule differentiates the outer loss, and which counts α by `relaxation`.

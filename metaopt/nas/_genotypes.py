@@ -208,13 +208,15 @@ def random_genotype(seed: int, network: Network, *, keep: int | None | str = "sp
 
 def edges_kept(network: Space, keep: int | None | str) -> int | None:
     """How many edges into each node a genotype has, None where each edge stands for itself; "space" as it says."""
-    rule = keep if keep != "space" else network.keep if isinstance(network, Network) else None
-    if isinstance(rule, str):
+    own = network.keep if isinstance(network, Network) else None
+    if own == "graph":
         raise ValueError(
-            "The network's cells are graphs with ops on vertices (NAS-Bench-101): `discretize_graph` reads them."
-            if keep == "space"
-            else f"`keep` must be a number of edges, None or 'space'; got {keep!r}."
+            "The network's cells are graphs with ops on vertices (NAS-Bench-101), which no `keep` says: "
+            "`discretize_graph` reads them."
         )
+    rule = own if keep == "space" else keep
+    if isinstance(rule, str):
+        raise ValueError(f"`keep` must be a number of edges, None or 'space'; got {rule!r}.")
     return rule
 
 

@@ -204,6 +204,13 @@ def test_partial_searches_have_weights_for_edges():
     assert len(search.genotype(alpha)["cell"]) == 3
 
 
+def test_a_penalty_that_is_no_function_is_refused_at_once():
+    with pytest.raises(ValueError, match="`penalty` must be .* got 50.0. The weight of β-DARTS is `weight=`"):
+        search_of(methods.beta_darts, num_steps=10, penalty=50.0)
+    with pytest.raises(ValueError, match=r"such as `nas.resource_penalty\(...\)`; got 50.0"):
+        search_of(methods.darts, penalty=50.0)
+
+
 def test_the_schedules_follow_the_inner_steps_and_noise_is_drawn_apart():
     gumbel = FIRST["gumbel"](decay=0.0)
     minus, beta = FIRST["darts_minus"](), FIRST["beta_darts"]()
