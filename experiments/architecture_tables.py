@@ -25,9 +25,9 @@ mean of what the two expect, in units of normal scores, and with trials the same
 and what the transformer makes of a cell. Of some ways to put them together, this one was taken by what came of them
 on the micro space, whose results are not those of a form chosen before; the other two spaces did not enter. (What the
 transformer makes of cells was learned from the scores that say its variances, too: h is more certain than it should
-be.) "As α", on the micro space, whose ops are on edges: what h expects of all cells as mixing weights, an op's being
-the mean over the cells that have it (`nas.op_scores`), and the cell that is left of them, an op an edge: what a search
-that begins at this α begins with.
+be.) "Mean effects of ops", on the micro space, whose ops are on edges: what h expects of all cells as α, an op's being
+the mean over the cells that have it (`nas.op_scores`), and the cell that is left of it, an op an edge, which the report
+names: what a search that begins at this α begins with. Of how ops go together, which is what h knows, nothing is left.
 
 Beside it: the architecture of best mean rank on the other tasks (and the best by validation of the five best such),
 the best of random ones, and the best by validation of the whole table, which is what
@@ -40,11 +40,13 @@ nearly the best on every task of NAS-Bench-201: a benchmark that cannot show tha
     python experiments/architecture_tables.py --smoke    seconds; prints only
 
 Tables are read from the folder that METAOPT_DATA names. What came of each task is kept in
-results/architecture_tables.json and not run again, whatever was changed since; `--afresh` begins anew.
+results/architecture_tables.json and not run again. What other code than this made, the library's included, is taken
+with --any-code only, and the result says how much it is; --afresh begins anew.
 """
 
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -228,26 +230,33 @@ def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], feature
 
 
 class Kept:
-    """What came of tasks that were left out, in a file, so that a run that is stopped goes on."""
+    """What came of tasks that were left out, in a file, so that a run that is stopped goes on; and what code it was."""
 
-    def __init__(self, path: Path | None, afresh: bool):
-        self.path = path
+    def __init__(self, path: Path | None, code: str, afresh: bool = False, any_code: bool = False):
+        self.path, self.code = path, code
         self.tasks = json.loads(path.read_text()) if path is not None and path.exists() and not afresh else {}
         self.num_before = len(self.tasks)
+        if self.num_other_code() and not any_code:
+            sys.exit(f"{path} holds tasks by other code: give --afresh, or --any-code to take them as they are.")
+
+    def num_other_code(self) -> int:
+        """How many tasks' outcomes are not by the code as it is."""
+        return sum(outcome.get("code") != self.code for outcome in self.tasks.values())
 
     def add(self, name: str, outcome: dict) -> None:
-        self.tasks[name] = outcome
+        self.tasks[name] = {**outcome, "code": self.code}
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
+            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")  # others may write there, too
             temporary.write_text(json.dumps(self.tasks))
             temporary.replace(self.path)
 
 
 def leave_one_out(table: nas.Benchmark, tasks: list[int], num_random: int, folder: Path, smoke: bool, kept: Kept):
-    """method -> [T] percentiles of what it chooses; [T, members] of single members of "h by cells"; and regrets.
+    """method -> [T] percentiles of what it chooses; [T, members] of single members of "h by cells"; regrets; cells.
 
-    Regrets, method -> [T], are test losses less that of the best by validation of the whole table.
+    Regrets, method -> [T], are test losses less that of the best by validation of the whole table. Cells are those that
+    are left of mean effects of ops, h -> [T] encodings, where there are any.
     """
     names = {t: f"{table.name}, {table.tasks[tasks[t]]}, {num_random}" for t in range(1 if smoke else len(tasks))}
     left = [t for t, name in names.items() if name not in kept.tasks]
@@ -255,7 +264,7 @@ def leave_one_out(table: nas.Benchmark, tasks: list[int], num_random: int, folde
         kept.add(names[t], outcome)
     outcomes = [kept.tasks[name] for name in names.values()]
     together = lambda part: {name: np.array([o[part][name] for o in outcomes]) for name in outcomes[0][part]}
-    return together("found"), np.array([o["alone"] for o in outcomes]), together("lost")
+    return together("found"), np.array([o["alone"] for o in outcomes]), together("lost"), together("effects")
 
 
 def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random: int, folder: Path, smoke: bool):
@@ -287,6 +296,7 @@ def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random
         both = fit_prior(whole, whole_kind, whole.T @ whole, scores[:, others], test_scores[:, others])
         both = both._replace(mean=(prior.mean + expected) / 2)
         by_alpha = {"h by digits": prior.mean, "h by cells": cells, "h": both.mean} if table.name in EDGE_OPS else {}
+        effects = {name: kept_by_alpha(table, s) for name, s in by_alpha.items()}
         chosen = {
             "best of the other tasks": order[0],
             "best of the other tasks, 5 trials": best(order[:5]),
@@ -295,7 +305,7 @@ def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random
             "h by cells, no trial": int(cells.argmax()),
             "h by cells, crossed, no trial": int(crossed.argmax()),
             "h, no trial": int(both.mean.argmax()),
-            **{f"{name}, as α, no trial": kept_by_alpha(table, s) for name, s in by_alpha.items()},
+            **{f"mean effects of ops in {name}, no trial": row for name, row in effects.items()},
             "h by digits, 5 trials": choose_with_trials(phi, prior, valid[:, t], 5),
             "h, 5 trials": choose_with_trials(whole, both, valid[:, t], 5),
             "h by digits, 20 trials": choose_with_trials(phi, prior, valid[:, t], 20),
@@ -312,6 +322,7 @@ def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random
                 "found": found,
                 "lost": {name: float(test[row, t] - oracle) for name, row in chosen.items()},
                 "alone": [float(judged[member.argmax(), t]) for member in searcher.scores()],
+                "effects": {name: table.encodings[row].tolist() for name, row in effects.items()},
             },
         )
 
@@ -368,7 +379,7 @@ BARS = {  # stated before any run
 
 def report(tables, curves, num_seeds) -> str:
     lines = []
-    for name, (tasks, (found, alone, lost)) in tables.items():
+    for name, (tasks, found, alone, lost, effects) in tables.items():
         rows = []
         for method, values in found.items():
             # At as many trials; with none, where the list was not tried at so many.
@@ -387,6 +398,10 @@ def report(tables, curves, num_seeds) -> str:
         lines += [f"## {name}: percentile of what is chosen", "", script.table(header, rows), ""]
         if name.endswith("micro"):
             lines += ["The form of h was chosen by what came of some of them here: its rows are no test of it.", ""]
+        if effects:
+            cells = np.unique(np.concatenate(list(effects.values())), axis=0).tolist()
+            told = "; ".join(", ".join(EDGE_OPS[name][x] for x in cell) for cell in cells)
+            lines += [f"What is left of mean effects of ops, on the edges 0-1, 0-2, 1-2, 0-3, 1-3, 2-3: {told}.", ""]
         lines += [f'Single members of "h by cells", mean over tasks and deviation of that over members: {told}.', ""]
         if name == "NAS-Bench-Graph":  # the tasks of the others have units of their own
             told = ", ".join(f"{method} {100 * values.mean():+.2f}" for method, values in lost.items())
@@ -442,6 +457,7 @@ def plot(curves: dict, path: Path) -> None:
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=200)
     parser.add_argument("--afresh", action="store_true", help="forget what is kept")
+    parser.add_argument("--any-code", action="store_true", help="take what is kept by whatever code made it")
     options = parser.parse_args()
     options.seeds = 2 if options.smoke else options.seeds
     num = 20 if options.smoke else max(MARKS)
@@ -449,12 +465,13 @@ def main() -> None:
     micro = nas.trans_nas_bench_101_table(folder)
     macro = nas.trans_nas_bench_101_table(folder, space="macro")
     graph = nas.nas_bench_graph_table(folder)
-    tables, kept = {}, Kept(None if options.smoke else options.out / "architecture_tables.json", options.afresh)
+    file = None if options.smoke else options.out / "architecture_tables.json"
+    tables, kept = {}, Kept(file, script.code(__file__), options.afresh, options.any_code)
     for table in [micro] if options.smoke else [micro, macro, graph]:
         tasks = list(range(6))  # of NAS-Bench-Graph without proteins, where a tenth was trained
         tables[table.name] = (
             [table.tasks[t] for t in tasks],
-            leave_one_out(table, tasks, options.seeds, folder, options.smoke, kept),
+            *leave_one_out(table, tasks, options.seeds, folder, options.smoke, kept),
         )
     curves = {}
     whole = [nas.nas_bench_201_table(folder), micro, nas.nas_bench_macro_table(folder)]
@@ -463,7 +480,10 @@ def main() -> None:
             curves[table.name, table.tasks[task]] = regrets(table, task, options.seeds, num)
     text = report(tables, curves, options.seeds)
     if kept.num_before:
-        text += f" Of the tasks that were left out, {kept.num_before} of {len(kept.tasks)} are from earlier calls."
+        text += (
+            f" Of the tasks that were left out, {kept.num_before} of {len(kept.tasks)} are from earlier calls, "
+            f"{kept.num_other_code()} by other code than the script's."
+        )
     script.publish(__file__, "Architectures from tables", text, options)
     if not options.smoke:
         plot(curves, options.out / "architecture_tables.png")

@@ -232,6 +232,20 @@ def load_architecture_tables():
         sys.path.pop(0)
 
 
+def test_tasks_of_other_code_are_no_results_of_this_one(tmp_path):
+    tables = load_architecture_tables()
+    file = tmp_path / "kept.json"
+    tables.Kept(file, "a").add("first", {"found": {}})
+    again = tables.Kept(file, "a")
+    assert again.num_before == 1 and again.num_other_code() == 0
+    with pytest.raises(SystemExit, match="holds tasks by other code: give --afresh, or --any-code"):
+        tables.Kept(file, "b")
+    taken = tables.Kept(file, "b", any_code=True)
+    taken.add("second", {"found": {}})
+    assert taken.num_other_code() == 1 and set(taken.tasks) == {"first", "second"}
+    assert not tables.Kept(file, "b", afresh=True).tasks and [p.name for p in tmp_path.iterdir()] == ["kept.json"]
+
+
 @pytest.mark.once
 def test_the_prior_of_tasks_finds_its_own_variances_and_conditions_exactly():
     tables = load_architecture_tables()
