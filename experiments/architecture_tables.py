@@ -1,33 +1,28 @@
 """Architectures from tables of earlier searches: h(t') for a new task, with no trial and with five.
 
 Records of other tasks are all that is known: architectures × tasks × losses. One task at a time is left out. Losses
-become normal scores, since tasks have different metrics. In an encoding φ(a) of one-hot digits and of all pairs of
-digits, a task is a vector of coefficients with a Gaussian prior that the other tasks T make, and what φ does not say of
-an architecture is partly its own on every task (u), partly on this one (d), partly noise of validation (ε):
+become normal scores, since tasks have different metrics. In one-hot digits and pairs of digits a task is a vector of
+coefficients, whose prior the other tasks make, and trials condition it (`predictors.score_prior`):
 
-    score_t(a) = φ(a)·c_t + u_a + d_at + ε,    c_t' ~ N(mean_T c, cov_T c + as much again)
-
-    h(t'), no trial:   argmax_a φ(a)·mean_T c + E[u_a | T], the digits' mean
+    h(t'), no trial:   the largest expected score
     h(t'), k trials:   condition on the scores of the trials, try next what has the most expected improvement, and
                        choose by the posterior mean.
 
-The variances of digits and pairs maximize the marginal likelihood of the other tasks' scores; those of u, d and ε are
-moments of their residuals (of validation and test together: u is what tasks share, d what validation and test share).
 Within a run, nothing is chosen by the task that is left out; with no trial, nothing is known of it at all, but where
 "crossed" is told its features. Of trials only the order is used, laid on what was expected of them. (The form of the
 model was written with these tables in view, u and d after a first run.)
 
-That is "h by digits". "h by cells" is `methods.train_cell_searcher`: a transformer over the graphs of cells, trained
-on the same records by a ranking loss; "crossed" is told features of the task, too (of TransNAS-Bench-101, how
-training-free scores of 100 of its architectures on the task go with their operations; of NAS-Bench-Graph, the sizes of
-the graph). Its sizes, steps and rate were chosen on NAS-Bench-201, which is not in the comparison. "h" is both: the
-mean of what the two expect, in units of normal scores, and with trials the same posterior, where φ are digits, pairs
-and what the transformer makes of a cell. Of some ways to put them together, this one was taken by what came of them
-on the micro space, whose results are not those of a form chosen before; the other two spaces did not enter. (What the
-transformer makes of cells was learned from the scores that say its variances, too: h is more certain than it should
-be.) "As α", on the micro space, whose ops are on edges: what h expects of all cells as mixing weights, an op's being
-the mean over the cells that have it (`nas.op_scores`), and the cell that is left of them, an op an edge: what a search
-that begins at this α begins with.
+That is "h by digits". "h by cells" is the `scores` of `methods.train_cell_searcher`: a transformer over the graphs of
+cells, trained on the same records by a ranking loss; "crossed" is told features of the task, too (of TransNAS-
+Bench-101, how training-free scores of 100 of its architectures on the task go with their operations; of NAS-Bench-
+Graph, the sizes of the graph). Its sizes, steps and rate were chosen on NAS-Bench-201, which is not in the comparison.
+"h" is both, as `methods.CellSearcher` has them: the mean of what the two expect, in units of normal scores, and with
+trials the same posterior, where the features are digits, pairs and what the transformer makes of a cell. Of some ways
+to put them together, this one was taken by what came of them on the micro space, whose results are not those of a form
+chosen before; the other two spaces did not enter. (What the transformer makes of cells was learned from the scores that
+say its variances, too: h is more certain than it should be.) "As α", on the micro space, whose ops are on edges: what h
+expects of all cells as mixing weights, an op's being the mean over the cells that have it (`nas.op_scores`), and the
+cell that is left of them, an op an edge: what a search that begins at this α begins with.
 
 Beside it: the architecture of best mean rank on the other tasks (and the best by validation of the five best such),
 the best of random ones, and the best by validation of the whole table, which is what
