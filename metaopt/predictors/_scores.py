@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_PAIRS = 2_000  # columns of pairs of entries; where there are more, entries alone
+MAX_PAIRS = 1_000  # columns of pairs of entries; where there would be more, entries alone
 
 
 class ScorePrior(NamedTuple):
