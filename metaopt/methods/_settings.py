@@ -12,10 +12,12 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from metaopt import nas
 
-P, S = ParamSpec("P"), TypeVar("S")
+P = ParamSpec("P")
+S = TypeVar("S")
 
 
 def plain(value: Any, depth: int = 6) -> Any:
@@ -25,7 +27,7 @@ def plain(value: Any, depth: int = 6) -> Any:
     what else JSON has not, and what lies deeper than `depth`, the name of its type. So what a factory was given is told
     (`nas.softmax(2.0)`, `optax.linear_schedule(1, 0, 50)`), and a number that is written in a function's body is not.
     """
-    if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, Tracer):
         if jnp.issubdtype(value.dtype, np.number) or value.dtype == bool:
             array = np.asarray(value)
             value = array.tolist() if array.size <= 100 else f"{array.shape}, checksum {zlib.crc32(array.tobytes())}"
