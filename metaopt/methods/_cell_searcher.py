@@ -40,7 +40,7 @@ class CellSearcher(NamedTuple):
     Attributes:
       predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score.
       suggest: `(new_task, trials) -> configuration` to try next: the one with the most expected improvement.
-      searcher: `(new_task) -> Searcher` that asks for what `suggest` says; of `init` it needs neither key nor space.
+      searcher: `(new_task) -> Searcher` that asks for what `suggest` says; the space of its `init` may be None.
       posterior: `(new_task, trials) -> (mean, variance)` of the candidates' scores (`predictors.score_posterior`).
         Without trials the mean is that of two: of what the encoder's `scores` say, in units of the earlier tasks'
         scores, and of what the entries of configurations and their pairs do.
