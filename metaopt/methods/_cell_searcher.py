@@ -112,9 +112,9 @@ def train_cell_searcher(
     the steps a member does not see the features of tasks, so that it ranks for a task of which nothing is known, too.
 
     What it expects of an unknown task is averaged with what a linear model of the entries of configurations and their
-    pairs does (`predictors.configuration_columns`), and trials on the new task change it by Gaussian conditioning, in the features
-    of both (`predictors.score_prior`). Beside `train_meta_searcher`, which compares configurations digit by digit: for
-    the encoder isomorphic cells are one, and what is learned of an op serves wherever it stands.
+    pairs does (`predictors.configuration_columns`), and trials on the new task change it by Gaussian conditioning, in
+    the features of both (`predictors.score_prior`). Beside `train_meta_searcher`, which compares configurations digit
+    by digit: for the encoder isomorphic cells are one, and what is learned of an op serves wherever it stands.
 
     Args:
       records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which are worse than all.
