@@ -44,6 +44,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -140,7 +141,7 @@ def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], feature
             base.Record(table.tasks[t], c, float(y)) for t in others for c, y in zip(cells, losses[:, t], strict=True)
         ]
 
-    sizes = {"num_steps": 2, "num_members": 2, "width": 8} if smoke else {}
+    sizes: dict[str, Any] = {"num_steps": 2, "num_members": 2, "width": 8} if smoke else {}
     return methods.train_cell_searcher(
         records(table.valid[..., -1]),
         lambda c: graphs[at[name(c)]],

@@ -416,10 +416,12 @@ def plot(runs: dict, table, path: Path) -> None:
             for seed, values in zip(seeds, curvatures, strict=True):
                 axes[2].plot(time_, values, label=f"{name}, seed {seed}")
     axes[1].axhline(54.30, color="gray", linestyle=":", label="all skip")
-    axes[0].set(xlabel="share of the search", ylabel="skips among six edges, mean over seeds", ylim=(-0.1, 6.1))
+    axes[0].set(
+        xlabel="share of the search", ylabel="skips among six edges, mean over seeds", ylim=(-0.1, 7.6), yticks=range(7)
+    )
     axes[1].set(xlabel="share of the search", ylabel="CIFAR-10 test accuracy (%), mean over seeds")
     axes[2].set(xlabel="share of the search", ylabel="dominant eigenvalue of the Hessian in α")
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, ncols=2, loc="upper right")
     axes[2].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

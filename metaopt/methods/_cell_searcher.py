@@ -40,10 +40,11 @@ class CellSearcher(NamedTuple):
     Attributes:
       predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score.
       suggest: `(new_task, trials) -> configuration` to try next: the one with the most expected improvement.
-      searcher: `(new_task) -> Searcher` that asks for what `suggest` says; of `init` it needs neither key nor space.
+      searcher: `(new_task) -> Searcher` that asks for what `suggest` says; the space of its `init` may be None.
       posterior: `(new_task, trials) -> (mean, variance)` of the candidates' scores (`predictors.score_posterior`).
-        Without trials the mean is that of two: of what the encoder's `scores` say, in units of the earlier tasks'
-        scores, and of what the entries of configurations and their pairs do.
+        Without trials, and for a task of which nothing is known, the mean is that of two: of what the encoder's
+        `scores` say, in units of the earlier tasks' scores, and of what the entries of configurations and their pairs
+        do. What the encoder makes of a task's features is added.
       scores: `(new_task) -> [members, candidates]` by the encoder alone, larger is better, each member's of mean 0 and
         variance 1 over the candidates. Their spread says how far members agree.
       prior: what the earlier tasks say, `mean` by entries alone.
@@ -110,10 +111,10 @@ def train_cell_searcher(
     by `training.fit` over `hypergrad.direct`, for an ensemble whose members start, and draw, by themselves. In half of
     the steps a member does not see the features of tasks, so that it ranks for a task of which nothing is known, too.
 
-    What it expects is averaged with what a linear model of the entries of configurations and their pairs does
-    (`predictors.configuration_columns`), and trials on the new task change it by Gaussian conditioning, in the features
-    of both (`predictors.score_prior`). Beside `train_meta_searcher`, which compares configurations digit by digit: for
-    the encoder isomorphic cells are one, and what is learned of an op serves wherever it stands.
+    What it expects of an unknown task is averaged with what a linear model of the entries of configurations and their
+    pairs does (`predictors.configuration_columns`), and trials on the new task change it by Gaussian conditioning, in
+    the features of both (`predictors.score_prior`). Beside `train_meta_searcher`, which compares configurations digit
+    by digit: for the encoder isomorphic cells are one, and what is learned of an op serves wherever it stands.
 
     Args:
       records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which are worse than all.
@@ -278,8 +279,9 @@ def cell_searcher(
         return _standardized(coefficients(meta_params, given), encoded, encoded)
 
     def for_task(new_task):
-        by_cells = units[0] + units[1] * scores(new_task).mean(0)
-        return prior._replace(mean=(prior.mean + by_cells) / 2)
+        anywhere, here = (scores(task).mean(0) for task in (None, new_task))
+        mean = (prior.mean + units[0] + units[1] * anywhere) / 2
+        return prior._replace(mean=mean + units[1] * (here - anywhere))
 
     def told(trials):
         """What was tried with which losses, and what is being tried."""

@@ -176,14 +176,14 @@ def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray)
     variance = (prior.spread**2).sum(1) + prior.features**2 @ prior.own + prior.alone
     if not len(tried):
         return prior.mean, variance
-    tried = np.asarray(tried)
-    covariance = prior.spread @ prior.spread[tried].T  # [A, k]
-    covariance += (prior.features * prior.own) @ prior.features[tried].T
-    covariance += (np.arange(len(prior.mean))[:, None] == tried) * prior.alone[tried]
-    inner = covariance[tried] + prior.noise * np.eye(len(tried))
-    expected = prior.mean[tried]
+    at = np.asarray(tried)
+    covariance = prior.spread @ prior.spread[at].T  # [A, k]
+    covariance += (prior.features * prior.own) @ prior.features[at].T
+    covariance += (np.arange(len(prior.mean))[:, None] == at) * prior.alone[at]
+    inner = covariance[at] + prior.noise * np.eye(len(at))
+    expected = prior.mean[at]
     scores = expected
-    if len(tried) > 1:
+    if len(at) > 1:
         scores = expected.mean() + np.sqrt(np.diag(inner).mean()) * normal_scores(losses)
     weights = np.linalg.solve(inner, covariance.T).T
     return prior.mean + weights @ (scores - expected), variance - (weights * covariance).sum(1)

@@ -9,7 +9,7 @@ from scipy.stats import multivariate_normal, norm
 from metaopt import predictors
 
 RNG = np.random.default_rng(0)
-GRID = (0.01, 0.3, 9.0)
+GRID = (1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 9.0)
 
 
 def test_normal_scores_are_of_ranks():
