@@ -63,6 +63,7 @@ class Row(NamedTuple):
     share: float = 1.0  # of the outer steps
     tasks: int = 25  # a step
     hold: float = 0.0  # the share of its steps at the first rate, before the cosine
+    context: int = 0  # more inputs of the network, which alone adapt
 
 
 LONG: dict[str, Any] = {"share": 3, "tasks": 50, "hold": 0.5}
@@ -78,11 +79,14 @@ ROWS = {
     "Meta-SGD, 1 step, 5 shots": Row(lambda loss: methods.meta_sgd(loss, num_steps=1), 5, 1, share=0.5),
     "FOMAML, 5 steps": Row(lambda loss: methods.fomaml(loss, num_steps=5), 10, 5, share=1 / 3),
     "ANIL, 5 steps": Row(lambda loss: methods.anil(loss, head="^out", num_steps=5), 10, 5, share=1 / 3),
+    "CAVIA, 2 steps": Row(lambda loss: methods.cavia(loss, num_context=4, num_steps=2), 10, 5, share=0.5, context=4),
     "pre-trained": Row(lambda loss: methods.pretrained(loss), 10, 10, share=1 / 3),
 }
 
 
 def network(params, x):
+    if "context" in params:
+        x = jnp.concatenate([x, jnp.broadcast_to(params["context"], (len(x), len(params["context"])))], axis=1)
     for name in ("hidden0", "hidden1"):
         x = jax.nn.relu(x @ params[name]["w"] + params[name]["b"][None])
     return x @ params["out"]["w"] + params["out"]["b"][None]
@@ -92,8 +96,8 @@ def loss(params, hyperparams, batch):
     return ((network(params, batch["x"]) - batch["y"]) ** 2).mean()
 
 
-def initial(key, width):
-    sizes = {"hidden0": (1, width), "hidden1": (width, width), "out": (width, 1)}
+def initial(key, width, context=0):
+    sizes = {"hidden0": (1 + context, width), "hidden1": (width, width), "out": (width, 1)}
     keys = jax.random.split(key, len(sizes))
     return {
         name: {"w": jax.random.normal(k, size) * (2 / size[0]) ** 0.5, "b": jnp.zeros(size[1])}
@@ -121,7 +125,7 @@ def train(row: Row, seed: int, config) -> tuple[methods.Adaptation, dict]:
     result = training.fit(
         training.learner(hypergrad.over_tasks(adaptation.estimator), optimizer),
         tasks.episode_batches(tasks.sinusoids(num_shots=row.shots, num_query=config.query), row.tasks),
-        hyperparams=adaptation.hyperparams(initial(init_key, config.width)),
+        hyperparams=adaptation.hyperparams(initial(init_key, config.width, row.context)),
         num_steps=steps_of(row, config),
         key=fit_key,
         steps_per_call=config.steps_per_call,

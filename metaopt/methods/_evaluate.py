@@ -166,8 +166,8 @@ def evaluate_episodes(
     if higher_is_better is None:
         if score_fn not in HIGHER_IS_BETTER:
             raise ValueError(
-                "Nothing says whether high values of `score_fn` are good: `higher_is_better=True` of an accuracy, False "
-                "of an error."
+                "Nothing says whether high values of `score_fn` are good: `higher_is_better=True` of an accuracy, "
+                "False of an error."
             )
         higher_is_better = HIGHER_IS_BETTER[score_fn]
     num_episodes = num_episodes if each is None else each

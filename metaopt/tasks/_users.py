@@ -72,8 +72,8 @@ def from_user_records(
     classes = np.issubdtype(y.dtype, np.integer) or y.dtype == bool
     if classes and not np.array_equal(np.unique(y), np.arange(int(y.max()) + 1)):
         raise ValueError(
-            f"Integer `y` are classes, and must be 0..C-1, each of them there; got {np.unique(y)[:10].tolist()}. Number "
-            "them, `np.unique(y, return_inverse=True)[1]`, or give what is counted or measured as floats."
+            f"Integer `y` are classes, and must be 0..C-1, each of them there; got {np.unique(y)[:10].tolist()}. "
+            "Number them, `np.unique(y, return_inverse=True)[1]`, or give what is counted or measured as floats."
         )
     y = y.astype(np.int32 if classes else np.float32)
     time = None if time is None else np.asarray(time, np.float64)  # seconds since 1970 do not fit float32
