@@ -114,10 +114,10 @@ def split(function: Callable, args: Any, moves: Any) -> Halves:
             dear.update((place, v.aval) for place, v in zip(outs, equation.outvars, strict=True))
     kept = [place for place in dict.fromkeys([*wanted, *outputs]) if place in dear]
 
-    def needed(places, given):
+    def needed(places, given, *, effects):
         places, found = set(places) - set(given), []
         for step in reversed(equations):
-            if step[0].effects and given or not places.isdisjoint(step[2]):
+            if step[0].effects and effects or not places.isdisjoint(step[2]):
                 places |= set(step[1]) - set(given)
                 found.append(step)
         return found[::-1]
@@ -132,11 +132,11 @@ def split(function: Callable, args: Any, moves: Any) -> Halves:
         return values
 
     def once(args):
-        values = run(needed(kept, ()), args)
+        values = run(needed(kept, (), effects=False), args)
         return [values[place] for place in kept]
 
     def rest(args, given):
-        values = run(needed(outputs, kept), args, given)
+        values = run(needed(outputs, kept, effects=True), args, given)
         return jax.tree.unflatten(jax.tree.structure(shape), [values[place] for place in outputs])
 
     return Halves(once, rest, [jax.ShapeDtypeStruct(dear[place].shape, dear[place].dtype) for place in kept])
@@ -167,8 +167,8 @@ def _flattened(closed: Any, inputs: list, known: dict[Any, Any], equations: list
 
 
 def _is_dear(equation: Any) -> bool:
-    named = lambda equation: equation.primitive.name in _DEAR or None
-    return bool(named(equation)) or _holds(equation, named)
+    named = lambda equation: equation.primitive.name in _DEAR
+    return named(equation) or _holds(equation, named)
 
 
 def used_leaves(function: Callable, hyperparams: Any, *args: Any) -> list[bool]:
@@ -195,11 +195,11 @@ def _context(equation: Any) -> Iterator[None]:
         yield
 
 
-def _holds(equation: Any, replace: Callable[[Any], Callable | None]) -> bool:
-    """Whether anything inside is to be replaced."""
+def _holds(equation: Any, wanted: Callable[[Any], Any]) -> bool:
+    """Whether anything inside is wanted."""
     for value in equation.params.values():
         for leaf in value if isinstance(value, (tuple, list)) else (value,):
             jaxpr = getattr(leaf, "jaxpr", leaf)  # of a closed one
-            if isinstance(jaxpr, core.Jaxpr) and any(replace(e) or _holds(e, replace) for e in jaxpr.eqns):
+            if isinstance(jaxpr, core.Jaxpr) and any(wanted(e) or _holds(e, wanted) for e in jaxpr.eqns):
                 return True
     return False
