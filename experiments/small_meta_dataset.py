@@ -92,12 +92,19 @@ ROWS = {
 }
 
 
+def drawn_rows(source: tasks.Source, rows: int, *, fresh: bool = False) -> np.ndarray | None:
+    """At most `rows` of them, at random; None are all. `fresh`: others, where a source has as many more."""
+    if source.name == "omniglot" or len(source.x) <= rows:
+        return None
+    order = np.random.default_rng(0).permutation(len(source.x))
+    others = fresh and len(order) >= 2 * rows
+    return order[-rows:] if others else order[:rows]
+
+
 def small(source: tasks.Source, rows: int, *, fresh: bool = False) -> tasks.Source:
     """Fewer rows, at random, and images of half the size; `fresh`: other rows, where a source has as many more."""
-    if source.name != "omniglot" and len(source.x) > rows:
-        order = np.random.default_rng(0).permutation(len(source.x))
-        others = fresh and len(order) >= 2 * rows
-        source = tasks.keep(source, rows=order[-rows:] if others else order[:rows])
+    kept = drawn_rows(source, rows, fresh=fresh)
+    source = source if kept is None else tasks.keep(source, rows=kept)
     x = source.x.reshape(len(source.x), 14, 2, 14, 2).mean((2, 4)).astype(np.uint8)
     return source._replace(x=x)
 
@@ -236,6 +243,24 @@ def by_number(evaluation: methods.Evaluation) -> str:
             # One episode alone has no interval.
             rows[name] += [f"{mean:.3f}" + (f" ± {half:.3f}" if np.isfinite(half) else "") for _, _, mean, half in bins]
     return script.table(header, list(rows.values()))
+
+
+def splits(whole: dict[str, tasks.Source], omniglot: dict[str, Any], rows: int) -> dict[str, dict[str, Any]]:
+    """Of each training, by what it leaves out: classes and rows of the sources, trained on ("train") and judged on."""
+
+    def of(name, fresh=False):
+        kept = drawn_rows(whole[name], rows, fresh=fresh)
+        return {} if kept is None else {"rows": kept.tolist()}
+
+    names = [name for name in whole if name != "omniglot"]
+    return {
+        left_out: tasks.merge_splits(
+            omniglot,
+            {"train": {name: of(name) for name in names if name != left_out}},
+            {"test": {left_out: of(left_out, fresh=True)}},
+        )
+        for left_out in names
+    }
 
 
 def draw(evaluation: methods.Evaluation, path: Path) -> None:
@@ -408,6 +433,8 @@ def main() -> None:
     if not options.smoke:
         options.out.mkdir(parents=True, exist_ok=True)
         draw(evaluation, options.out / "small_meta_dataset.png")
+        for name, one in splits(whole, split, settings.rows).items():
+            tasks.save_split(options.work / f"split_without_{name}.json", one)
     script.publish(__file__, "A small Meta-Dataset", text, options)
 
 

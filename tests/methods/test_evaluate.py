@@ -1,5 +1,6 @@
 """Scores that can be worked out by hand; what methods may see; what is made of scores."""
 
+import json
 import zlib
 
 import jax
@@ -244,6 +245,68 @@ HAND = by_hand(
     },
     {"u": np.array([5, 5, 10]), "v": np.array([10, 20, 20])},
 )
+
+
+def test_methods_of_two_days_are_as_of_one(evaluation, tmp_path):
+    samplers = {"two": lambda key: sample(key, 2), "three": sample}
+    evaluate = lambda names, key=KEY, num=50: methods.evaluate_episodes(
+        {name: METHODS[name] for name in names}, samplers, key, num_episodes=num, chunk_size=25
+    )
+    methods.save_evaluation(tmp_path / "one", evaluate(["prototypes", "steps"]))
+    found = methods.join_evaluations(methods.load_evaluation(tmp_path / "one"), evaluate(["centered"]))
+    assert found.transductive == evaluation.transductive and list(found.scores) == list(evaluation.scores)
+    jax.tree.map(np.testing.assert_array_equal, found.scores, evaluation.scores)
+    jax.tree.map(np.testing.assert_array_equal, found[1:3], evaluation[1:3])
+    jax.tree.map(np.testing.assert_allclose, found.marks, evaluation.marks)
+    assert len(np.unique(found.marks["two"])) > 25  # of 64 different ones, 50 are drawn
+    for key, num, what in ((jax.random.key(1), 50, "marks"), (KEY, 40, "num_ways")):
+        with pytest.raises(ValueError, match=f"source 'three' are not the same .their `{what}` differ"):
+            methods.join_evaluations(evaluation, evaluate(["steps"], key, num)._replace(scores={}))
+
+
+def test_what_cannot_be_joined():
+    other = HAND._replace(scores={"c": HAND.scores["a"]}, transductive={"c": True})
+    assert list(methods.join_evaluations(HAND, other).scores) == ["a", "b", "c"]
+    for wrong, message in (
+        (HAND, "The method 'a' is in both"),
+        (other._replace(higher_is_better=False), "of accuracies and the other of errors"),
+        (other._replace(num_ways={"u": HAND.num_ways["u"]}), r"same sources; got `num_ways` of \['u', 'v'\] and"),
+        (other._replace(marks=HAND.num_ways), "same sources; got `marks` of"),
+        (other._replace(num_shots={**HAND.num_shots, "u": np.array([5, 5, 9])}), "source 'u' .* `num_shots` differ"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            methods.join_evaluations(HAND, wrong)
+
+
+def test_an_evaluation_on_disk(tmp_path):
+    file = tmp_path / "scores.npz"
+    given = HAND._replace(transductive={"a": True, "b": False}, higher_is_better=False, marks={"u": np.ones(3)})
+    methods.save_evaluation(file, given)
+    found = methods.load_evaluation(file)
+    jax.tree.map(np.testing.assert_array_equal, found, given)
+    assert methods.leaderboard(found) == methods.leaderboard(given) and found.transductive == given.transductive
+    arrays = dict(np.load(file))
+    header = json.loads(arrays.pop("header").tobytes())
+    for change, drop, message in (
+        (
+            {"format": "metaopt.cell_searcher"},
+            None,
+            "`save_evaluation` writes .*: `methods.load_cell_searcher` reads it",
+        ),
+        ({"version": 9}, None, "is of version 9; this metaopt reads 'metaopt.evaluation' up to version 1"),
+        ({}, "scores 1 0", "does not describe an `Evaluation` as it should: 'scores 1 0'"),
+        ({"transductive": [True]}, None, "does not describe an `Evaluation` as it should"),
+    ):
+        kept = {k: v for k, v in arrays.items() if k != drop}
+        np.savez(file, header=np.frombuffer(json.dumps({**header, **change}).encode(), np.uint8), **kept)
+        with pytest.raises(ValueError, match=message):
+            methods.load_evaluation(file)
+    np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **{**arrays, "shots 0": np.ones(2)})
+    with pytest.raises(ValueError, match="the arrays of source 'u' are not all of 3 episodes"):
+        methods.load_evaluation(file)
+    file.write_bytes(b"text")
+    with pytest.raises(ValueError, match="is nothing that `save_evaluation` wrote"):
+        methods.load_evaluation(file)
 
 
 def test_means_differences_and_ranks_by_hand():
