@@ -282,7 +282,10 @@ def main() -> None:
     parser = script.parser(__doc__, num_seeds=3)
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument(
-        "--work", type=Path, default=Path("small_meta_dataset_runs"), help="what has ended is kept here"
+        "--work",
+        type=Path,
+        default=Path("small_meta_dataset_runs"),
+        help="what has ended is kept here: one folder for each form of the script",
     )
     options = parser.parse_args()
     settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), options.seeds)
@@ -392,14 +395,16 @@ def main() -> None:
     for seed in range(seeds):
         of_seed = {name: judged[name] for all_ in names.values() for name in all_[seed : seed + 1]}
         file = options.work / f"episodes_{seed}.npz"
-        if file.is_file() and not options.smoke:
-            by_seed.append(methods.load_evaluation(file))
-            continue
-        chunk_size = min(20, settings.episodes)
-        key, num_episodes = jax.random.key(2028), settings.episodes
-        by_seed.append(methods.evaluate_episodes(of_seed, tests, key, num_episodes=num_episodes, chunk_size=chunk_size))
-        if not options.smoke:
-            methods.save_evaluation(file, by_seed[-1])
+        known = methods.load_evaluation(file) if file.is_file() and not options.smoke else None
+        new = {name: method for name, method in of_seed.items() if known is None or name not in known.scores}
+        if new:
+            chunk_size = min(20, settings.episodes)
+            key, num_episodes = jax.random.key(2028), settings.episodes
+            one = methods.evaluate_episodes(new, tests, key, num_episodes=num_episodes, chunk_size=chunk_size)
+            known = one if known is None else methods.join_evaluations(known, one)
+            if not options.smoke:
+                methods.save_evaluation(file, known)
+        by_seed.append(known)
         print(f"[{time.process_time():5.0f} s in all] seed {seed} is judged", flush=True)
     each = functools.reduce(methods.join_evaluations, by_seed)
     evaluation = joined(each, names)
