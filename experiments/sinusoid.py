@@ -5,8 +5,8 @@ outer optimizer is Muon with 25 tasks a step and a cosine schedule: on validatio
 (one seed), the error of MAML with one step was .305 by Muon and .381 by Adam, from 5 shots .527 and .597. Models with
 one step have 50 tasks, three times the steps, and half of these before the rate falls: on 3,000 validation tasks (seed
 1, 60,000 steps) .312 with 25 tasks by either schedule, .285 with 50; over three seeds .309 by the cosine alone and .302
-with half of the steps before it. Every model is judged on the same 6,000 test tasks of 100 query points (600, the usual
-number, tell no two models apart whose errors differ by less than a tenth), after 0 to 10 gradient steps on 10 or 5 points.
+with half of the steps before it. Every model is judged on the same 6,000 test tasks of 100 query points, after 0 to 10
+gradient steps on 10 or 5 points; 600, the usual number, tell no two models apart whose errors differ by a tenth.
 
     python experiments/sinusoid.py                    # writes experiments/results/sinusoid.md and .png
     python experiments/sinusoid.py --smoke            # seconds; prints only
@@ -50,8 +50,8 @@ of {rate:g} by a cosine to zero; MAML with one step has 50 tasks, and the rate f
 The optimizer, its schedule, rate, tasks and query points were chosen on other tasks; the outer steps of the models with
 one step were tripled after one seed's errors on test tasks had been seen (.344, from 5 shots .549). "The first 600" of
 the test tasks, after as many steps as the errors of each seed, are those that an earlier table had alone: the five-step
-models had .0642 and .0377 there, and .060 and .034 on 600 others, which is why there are ten times as many now. Finn et al. (ICML 2017, with Adam) show curves of this experiment, in their figures
-2 and 3, and no numbers."""
+models had .0642 and .0377 there, and .060 and .034 on 600 others, which is why there are ten times as many now. Finn et
+al. (ICML 2017, with Adam) show curves of this experiment, in their figures 2 and 3, and no numbers."""
 
 
 class Row(NamedTuple):
