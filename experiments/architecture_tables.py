@@ -1,33 +1,29 @@
 """Architectures from tables of earlier searches: h(t') for a new task, with no trial and with five.
 
 Records of other tasks are all that is known: architectures × tasks × losses. One task at a time is left out. Losses
-become normal scores, since tasks have different metrics. In an encoding φ(a) of one-hot digits and of all pairs of
-digits, a task is a vector of coefficients with a Gaussian prior that the other tasks T make, and what φ does not say of
-an architecture is partly its own on every task (u), partly on this one (d), partly noise of validation (ε):
+become normal scores, since tasks have different metrics. In one-hot digits and pairs of digits a task is a vector of
+coefficients, whose prior the other tasks make, and trials condition it (`predictors.score_prior`):
 
-    score_t(a) = φ(a)·c_t + u_a + d_at + ε,    c_t' ~ N(mean_T c, cov_T c + as much again)
-
-    h(t'), no trial:   argmax_a φ(a)·mean_T c + E[u_a | T], the digits' mean
+    h(t'), no trial:   the largest expected score
     h(t'), k trials:   condition on the scores of the trials, try next what has the most expected improvement, and
                        choose by the posterior mean.
 
-The variances of digits and pairs maximize the marginal likelihood of the other tasks' scores; those of u, d and ε are
-moments of their residuals (of validation and test together: u is what tasks share, d what validation and test share).
 Within a run, nothing is chosen by the task that is left out; with no trial, nothing is known of it at all, but where
 "crossed" is told its features. Of trials only the order is used, laid on what was expected of them. (The form of the
 model was written with these tables in view, u and d after a first run.)
 
-That is "h by digits". "h by cells" is `methods.train_cell_searcher`: a transformer over the graphs of cells, trained
-on the same records by a ranking loss; "crossed" is told features of the task, too (of TransNAS-Bench-101, how
-training-free scores of 100 of its architectures on the task go with their operations; of NAS-Bench-Graph, the sizes of
-the graph). Its sizes, steps and rate were chosen on NAS-Bench-201, which is not in the comparison. "h" is both: the
-mean of what the two expect, in units of normal scores, and with trials the same posterior, where φ are digits, pairs
-and what the transformer makes of a cell. Of some ways to put them together, this one was taken by what came of them
-on the micro space, whose results are not those of a form chosen before; the other two spaces did not enter. (What the
-transformer makes of cells was learned from the scores that say its variances, too: h is more certain than it should
-be.) "As α", on the micro space, whose ops are on edges: what h expects of all cells as mixing weights, an op's being
-the mean over the cells that have it (`nas.op_scores`), and the cell that is left of them, an op an edge: what a search
-that begins at this α begins with.
+That is "h by digits". "h by cells" is the `scores` of `methods.train_cell_searcher`: a transformer over the graphs of
+cells, trained on the same records by a ranking loss; "crossed" is told features of the task, too (of TransNAS-
+Bench-101, how training-free scores of 100 of its architectures on the task go with their operations; of NAS-Bench-
+Graph, the sizes of the graph). Its sizes, steps and rate were chosen on NAS-Bench-201, which is not in the comparison.
+"h" is both, as `methods.CellSearcher` has them: the mean of what the two expect, in units of normal scores, and with
+trials the same posterior, where the features are digits, pairs and what the transformer makes of a cell. Of some ways
+to put them together, this one was taken by what came of them on the micro space, whose results are not those of a form
+chosen before; the other two spaces did not enter. (What the transformer makes of cells was learned from the scores that
+say its variances, too: h is more certain than it should be.) "Mean effects of ops", on the micro space, whose ops are
+on edges: what h expects of all cells as α, an op's being the mean over the cells that have it (`nas.op_scores`), and
+the cell that is left of it, an op an edge, which the report names: what a search that begins at this α begins with. Of
+how ops go together, which is what h knows, nothing is left.
 
 Beside it: the architecture of best mean rank on the other tasks (and the best by validation of the five best such),
 the best of random ones, and the best by validation of the whole table, which is what
@@ -40,21 +36,22 @@ nearly the best on every task of NAS-Bench-201: a benchmark that cannot show tha
     python experiments/architecture_tables.py --smoke    seconds; prints only
 
 Tables are read from the folder that METAOPT_DATA names. What came of each task is kept in
-results/architecture_tables.json and not run again, whatever was changed since; `--afresh` begins anew.
+results/architecture_tables.json and not run again. What other code than this made, the library's included, is taken
+with --any-code only, and the result says how much it is; --afresh begins anew.
 """
 
-import itertools
 import json
+import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import script
-from scipy.stats import norm, rankdata
+from scipy.stats import rankdata
 
-from metaopt import base, methods, nas, spaces
+from metaopt import base, methods, nas, predictors, spaces
 
 MARKS = (1, 5, 20, 100)  # evaluations at which regrets are told
 
@@ -67,101 +64,15 @@ def percentiles(losses: np.ndarray) -> np.ndarray:
     return 1 - (rankdata(losses) - 1) / (len(losses) - 1)
 
 
-def normal_scores(losses: np.ndarray) -> np.ndarray:
-    """[A] standard normal quantiles of ranks, larger is better."""
-    return norm.ppf((len(losses) + 0.5 - rankdata(losses)) / len(losses))
+GRIDS = ((1e-3, 1e-2, 1e-1, 1.0, 10.0), (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0))  # of digits, of pairs
 
 
-def encode(table: nas.Benchmark) -> tuple[np.ndarray, np.ndarray]:
-    """[A, D] 0 and 1 for digits and for pairs of digits, and [D] 0 or 1, whether a column is of a pair."""
-    digits = [table.encodings[:, [d]] == np.arange(n) for d, n in enumerate(table.num_choices)]
-    pairs = [(a[:, :, None] & b[:, None, :]).reshape(len(a), -1) for a, b in itertools.combinations(digits, 2)]
-    columns = np.concatenate([*digits, *pairs], 1)
-    is_pair = np.repeat([0, 1], [sum(d.shape[1] for d in digits), sum(p.shape[1] for p in pairs)])
-    seen = columns.any(0)
-    return columns[:, seen].astype(np.float64), is_pair[seen]
-
-
-def marginal_likelihood(gram, to_scores, squares, num, prior) -> float:
-    """log p(scores) up to a constant, summed over tasks; `prior` is [D] variances over that of the noise.
-
-    The noise's variance is at its maximum for the prior; sums over rows are all that is needed.
-    """
-    root = np.sqrt(prior)
-    inner = np.eye(len(gram)) + root[:, None] * gram * root
-    factor = np.linalg.cholesky(inner)
-    half = np.linalg.solve(factor, root[:, None] * to_scores)
-    noise = (squares - (half**2).sum(0)).clip(1e-9) / num
-    return float(-(num * np.log(noise)).sum() / 2 - len(squares) * np.log(np.diag(factor)).sum())
-
-
-class Prior(NamedTuple):
-    """What the other tasks say of a new one."""
-
-    mean: np.ndarray  # [A] of the score
-    spread: np.ndarray  # [A, T] along which tasks differ
-    own: np.ndarray  # [D] variances of what a new task's coefficients have of their own
-    alone: float  # the variance of what an architecture has of its own
-    noise: float  # the variance of validation
-
-
-GRIDS = (  # variances of columns over that of the noise: of digits, of pairs, of learned features
-    (1e-3, 1e-2, 1e-1, 1.0, 10.0),
-    (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
-    (1e-2, 1.0, 100.0),
-)
-
-
-def fit_prior(phi, kind, gram, valid, test) -> Prior:
-    """From normal scores [A, T] of the other tasks, validation and test; `kind` [D] says which grid is a column's."""
-    num, num_tasks = valid.shape
-    to_scores, squares = phi.T @ valid, (valid**2).sum(0)
-    grid = itertools.product(*GRIDS[: kind.max() + 1])
-    prior_of = lambda variances: np.array(variances)[kind]
-    best = max(grid, key=lambda v: marginal_likelihood(gram, to_scores, squares, num, prior_of(v)))
-    coefficients = np.linalg.solve(gram + np.diag(1 / prior_of(best)), to_scores)
-    rest, rest_test = valid - phi @ coefficients, test - phi @ coefficients
-    covariance = rest.T @ rest / num
-    total = np.diag(covariance).mean()
-    shared = max((covariance.sum() - np.trace(covariance)) / (num_tasks * (num_tasks - 1)), 0.0)  # u
-    real = min(max((rest * rest_test).mean(), shared), total)  # u and d
-    trust = shared / (shared + (total - shared) / num_tasks)
-    mean = coefficients.mean(1)
-    apart = (coefficients - mean[:, None]) / np.sqrt(num_tasks - 1)
-    expected = phi @ mean + trust * rest.mean(1)
-    alone = shared * (1 - trust) + real - shared
-    return Prior(expected, phi @ apart, (apart**2).sum(1), alone, max(total - real, 1e-6))
-
-
-def posterior(phi, prior: Prior, tried: list[int], losses) -> tuple[np.ndarray, np.ndarray]:
-    """The mean and the variance [A] of all real scores, after trials with these losses."""
-    variance = (prior.spread**2).sum(1) + phi**2 @ prior.own + prior.alone
-    if not tried:
-        return prior.mean, variance
-    covariance = prior.spread @ prior.spread[tried].T + (phi * prior.own) @ phi[tried].T  # [A, k]
-    covariance[tried, range(len(tried))] += prior.alone
-    inner = covariance[tried] + prior.noise * np.eye(len(tried))
-    expected = prior.mean[tried]
-    scores = expected
-    if len(tried) > 1:
-        scores = expected.mean() + np.sqrt(np.diag(inner).mean()) * normal_scores(losses)
-    weights = np.linalg.solve(inner, covariance.T).T
-    return prior.mean + weights @ (scores - expected), variance - (weights * covariance).sum(1)
-
-
-def choose_with_trials(phi, prior: Prior, losses, num_trials) -> int:
+def choose_with_trials(prior: predictors.ScorePrior, losses: np.ndarray, num_trials: int) -> int:
     """The row that is chosen after `num_trials` trials on the new task, each of the most expected improvement."""
     tried: list[int] = []
     for _ in range(num_trials):
-        mu, var = posterior(phi, prior, tried, losses[tried])
-        gain = mu
-        if tried:
-            sigma = np.sqrt(np.maximum(var, 1e-12))
-            z = (mu - mu[tried].max()) / sigma
-            gain = sigma * (z * norm.cdf(z) + norm.pdf(z))
-            gain[tried] = -np.inf
-        tried.append(int(gain.argmax()))
-    return int(posterior(phi, prior, tried, losses[tried])[0].argmax())
+        tried.append(int(predictors.score_improvement(prior, tried, losses[tried]).argmax()))
+    return int(predictors.score_posterior(prior, tried, losses[tried])[0].argmax())
 
 
 # ---- By α ----------------------------------------------------------------------------------------------------------
@@ -216,38 +127,71 @@ def task_features(table: nas.Benchmark, folder: Path) -> dict[str, np.ndarray]:
     }
 
 
+def configurations(table: nas.Benchmark) -> list[dict]:
+    return [dict(zip(table.dims, row, strict=True)) for row in table.encodings.tolist()]
+
+
 def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], features, smoke: bool):
     """`methods.train_cell_searcher` of what the other tasks say."""
-    records = [
-        base.Record(table.tasks[t], {"row": row}, float(loss))
-        for t in others
-        for row, loss in enumerate(table.valid[:, t, -1])
-    ]
-    sizes = {"num_steps": 2, "num_members": 2, "width": 8} if smoke else {}
-    return methods.train_cell_searcher(records, lambda c: graphs[c["row"]], features=features, **sizes)
+    cells, name = configurations(table), lambda c: tuple(c.values())
+    at = {name(c): row for row, c in enumerate(cells)}
+
+    def records(losses):
+        return [
+            base.Record(table.tasks[t], c, float(y)) for t in others for c, y in zip(cells, losses[:, t], strict=True)
+        ]
+
+    sizes: dict[str, Any] = {"num_steps": 2, "num_members": 2, "width": 8} if smoke else {}
+    return methods.train_cell_searcher(
+        records(table.valid[..., -1]),
+        lambda c: graphs[at[name(c)]],
+        features=features,
+        tests=records(table.test),
+        progress=False,
+        **sizes,
+    )
+
+
+def searched(searcher: methods.CellSearcher, table: nas.Benchmark, losses: np.ndarray, num_trials: int) -> int:
+    """The row that is chosen after trials on the new task, as `searcher` asks for them."""
+    rows = {tuple(c.values()): row for row, c in enumerate(configurations(table))}
+    search = searcher.searcher()
+    state = search.init(jax.random.key(0), None)
+    for _ in range(num_trials):
+        (trial,), state = search.ask(state, 1)
+        loss = float(losses[rows[tuple(trial.configuration.values())]])
+        state = search.tell(state, [trial._replace(outcome=loss, status="COMPLETE")])
+    return rows[tuple(searcher.predict(trials=state.trials).values())]
 
 
 class Kept:
-    """What came of tasks that were left out, in a file, so that a run that is stopped goes on."""
+    """What came of tasks that were left out, in a file, so that a run that is stopped goes on; and what code it was."""
 
-    def __init__(self, path: Path | None, afresh: bool):
-        self.path = path
+    def __init__(self, path: Path | None, code: str, afresh: bool = False, any_code: bool = False):
+        self.path, self.code = path, code
         self.tasks = json.loads(path.read_text()) if path is not None and path.exists() and not afresh else {}
         self.num_before = len(self.tasks)
+        if self.num_other_code() and not any_code:
+            sys.exit(f"{path} holds tasks by other code: give --afresh, or --any-code to take them as they are.")
+
+    def num_other_code(self) -> int:
+        """How many tasks' outcomes are not by the code as it is."""
+        return sum(outcome.get("code") != self.code for outcome in self.tasks.values())
 
     def add(self, name: str, outcome: dict) -> None:
-        self.tasks[name] = outcome
+        self.tasks[name] = {**outcome, "code": self.code}
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
+            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")  # others may write there, too
             temporary.write_text(json.dumps(self.tasks))
             temporary.replace(self.path)
 
 
 def leave_one_out(table: nas.Benchmark, tasks: list[int], num_random: int, folder: Path, smoke: bool, kept: Kept):
-    """method -> [T] percentiles of what it chooses; [T, members] of single members of "h by cells"; and regrets.
+    """method -> [T] percentiles of what it chooses; [T, members] of single members of "h by cells"; regrets; cells.
 
-    Regrets, method -> [T], are test losses less that of the best by validation of the whole table.
+    Regrets, method -> [T], are test losses less that of the best by validation of the whole table. Cells are those that
+    are left of mean effects of ops, h -> [T] encodings, where there are any.
     """
     names = {t: f"{table.name}, {table.tasks[tasks[t]]}, {num_random}" for t in range(1 if smoke else len(tasks))}
     left = [t for t, name in names.items() if name not in kept.tasks]
@@ -255,7 +199,7 @@ def leave_one_out(table: nas.Benchmark, tasks: list[int], num_random: int, folde
         kept.add(names[t], outcome)
     outcomes = [kept.tasks[name] for name in names.values()]
     together = lambda part: {name: np.array([o[part][name] for o in outcomes]) for name in outcomes[0][part]}
-    return together("found"), np.array([o["alone"] for o in outcomes]), together("lost")
+    return together("found"), np.array([o["alone"] for o in outcomes]), together("lost"), together("effects")
 
 
 def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random: int, folder: Path, smoke: bool):
@@ -264,29 +208,20 @@ def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random
         return
     valid, test = table.valid[:, tasks, -1], table.test[:, tasks]
     ranks, judged = (np.stack([percentiles(x) for x in losses.T], 1) for losses in (valid, test))
-    scores, test_scores = (np.stack([normal_scores(x) for x in losses.T], 1) for losses in (valid, test))
-    phi, kind = encode(table)
-    gram = phi.T @ phi
+    scores, test_scores = (np.stack([predictors.normal_scores(x) for x in y.T], 1) for y in (valid, test))
+    blocks = list(zip(predictors.configuration_columns(configurations(table)), GRIDS, strict=True))
     graphs, features = [nas.benchmark_graph(table, row) for row in table.encodings], task_features(table, folder)
-    draws = np.random.default_rng(0).integers(len(phi), size=(num_random, 100))
+    draws = np.random.default_rng(0).integers(len(valid), size=(num_random, 100))
     for t in left:
         others = [u for u in range(len(tasks)) if u != t]
         order = np.argsort(-ranks[:, others].mean(1), kind="stable")
         best = lambda rows, t=t: rows[np.argmin(valid[rows, t])]
-        prior = fit_prior(phi, kind, gram, scores[:, others], test_scores[:, others])
+        prior = predictors.score_prior(blocks, scores[:, others], test_scores[:, others])
         searcher = cell_searcher(table, graphs, [tasks[u] for u in others], features, smoke)
         cells, crossed = searcher.scores().mean(0), searcher.scores(features[table.tasks[tasks[t]]]).mean(0)
-        # In units of normal scores, as far as the other tasks say.
-        shared = scores[:, others].mean(1)
-        expected = shared.mean() + cells * np.cov(cells, shared)[0, 1] / cells.var(ddof=1)
-        learned = np.concatenate(list(searcher.encoded), 1)
-        learned = (learned - learned.mean(0))[:, learned.std(0) > 0]
-        learned /= learned.std(0) * np.sqrt(learned.shape[1])
-        whole = np.concatenate([phi, learned], 1)
-        whole_kind = np.concatenate([kind, np.full(learned.shape[1], 2)])
-        both = fit_prior(whole, whole_kind, whole.T @ whole, scores[:, others], test_scores[:, others])
-        both = both._replace(mean=(prior.mean + expected) / 2)
-        by_alpha = {"h by digits": prior.mean, "h by cells": cells, "h": both.mean} if table.name in EDGE_OPS else {}
+        both = searcher.posterior()[0]
+        by_alpha = {"h by digits": prior.mean, "h by cells": cells, "h": both} if table.name in EDGE_OPS else {}
+        effects = {name: kept_by_alpha(table, s) for name, s in by_alpha.items()}
         chosen = {
             "best of the other tasks": order[0],
             "best of the other tasks, 5 trials": best(order[:5]),
@@ -294,13 +229,13 @@ def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random
             "h by digits, no trial": int(prior.mean.argmax()),
             "h by cells, no trial": int(cells.argmax()),
             "h by cells, crossed, no trial": int(crossed.argmax()),
-            "h, no trial": int(both.mean.argmax()),
-            **{f"{name}, as α, no trial": kept_by_alpha(table, s) for name, s in by_alpha.items()},
-            "h by digits, 5 trials": choose_with_trials(phi, prior, valid[:, t], 5),
-            "h, 5 trials": choose_with_trials(whole, both, valid[:, t], 5),
-            "h by digits, 20 trials": choose_with_trials(phi, prior, valid[:, t], 20),
-            "h, 20 trials": choose_with_trials(whole, both, valid[:, t], 20),
-            "all by validation": best(np.arange(len(phi))),
+            "h, no trial": int(both.argmax()),
+            **{f"mean effects of ops in {name}, no trial": row for name, row in effects.items()},
+            "h by digits, 5 trials": choose_with_trials(prior, valid[:, t], 5),
+            "h, 5 trials": searched(searcher, table, valid[:, t], 5),
+            "h by digits, 20 trials": choose_with_trials(prior, valid[:, t], 20),
+            "h, 20 trials": searched(searcher, table, valid[:, t], 20),
+            "all by validation": best(np.arange(len(valid))),
         }
         found = {name: float(judged[row, t]) for name, row in chosen.items()}
         for k in (5, 20, 100):
@@ -312,6 +247,7 @@ def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random
                 "found": found,
                 "lost": {name: float(test[row, t] - oracle) for name, row in chosen.items()},
                 "alone": [float(judged[member.argmax(), t]) for member in searcher.scores()],
+                "effects": {name: table.encodings[row].tolist() for name, row in effects.items()},
             },
         )
 
@@ -368,7 +304,7 @@ BARS = {  # stated before any run
 
 def report(tables, curves, num_seeds) -> str:
     lines = []
-    for name, (tasks, (found, alone, lost)) in tables.items():
+    for name, (tasks, found, alone, lost, effects) in tables.items():
         rows = []
         for method, values in found.items():
             # At as many trials; with none, where the list was not tried at so many.
@@ -387,6 +323,10 @@ def report(tables, curves, num_seeds) -> str:
         lines += [f"## {name}: percentile of what is chosen", "", script.table(header, rows), ""]
         if name.endswith("micro"):
             lines += ["The form of h was chosen by what came of some of them here: its rows are no test of it.", ""]
+        if effects:
+            cells = np.unique(np.concatenate(list(effects.values())), axis=0).tolist()
+            told = "; ".join(", ".join(EDGE_OPS[name][x] for x in cell) for cell in cells)
+            lines += [f"What is left of mean effects of ops, on the edges 0-1, 0-2, 1-2, 0-3, 1-3, 2-3: {told}.", ""]
         lines += [f'Single members of "h by cells", mean over tasks and deviation of that over members: {told}.', ""]
         if name == "NAS-Bench-Graph":  # the tasks of the others have units of their own
             told = ", ".join(f"{method} {100 * values.mean():+.2f}" for method, values in lost.items())
@@ -442,6 +382,7 @@ def plot(curves: dict, path: Path) -> None:
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=200)
     parser.add_argument("--afresh", action="store_true", help="forget what is kept")
+    parser.add_argument("--any-code", action="store_true", help="take what is kept by whatever code made it")
     options = parser.parse_args()
     options.seeds = 2 if options.smoke else options.seeds
     num = 20 if options.smoke else max(MARKS)
@@ -449,12 +390,13 @@ def main() -> None:
     micro = nas.trans_nas_bench_101_table(folder)
     macro = nas.trans_nas_bench_101_table(folder, space="macro")
     graph = nas.nas_bench_graph_table(folder)
-    tables, kept = {}, Kept(None if options.smoke else options.out / "architecture_tables.json", options.afresh)
+    file = None if options.smoke else options.out / "architecture_tables.json"
+    tables, kept = {}, Kept(file, script.code(__file__), options.afresh, options.any_code)
     for table in [micro] if options.smoke else [micro, macro, graph]:
         tasks = list(range(6))  # of NAS-Bench-Graph without proteins, where a tenth was trained
         tables[table.name] = (
             [table.tasks[t] for t in tasks],
-            leave_one_out(table, tasks, options.seeds, folder, options.smoke, kept),
+            *leave_one_out(table, tasks, options.seeds, folder, options.smoke, kept),
         )
     curves = {}
     whole = [nas.nas_bench_201_table(folder), micro, nas.nas_bench_macro_table(folder)]
@@ -463,7 +405,10 @@ def main() -> None:
             curves[table.name, table.tasks[task]] = regrets(table, task, options.seeds, num)
     text = report(tables, curves, options.seeds)
     if kept.num_before:
-        text += f" Of the tasks that were left out, {kept.num_before} of {len(kept.tasks)} are from earlier calls."
+        text += (
+            f" Of the tasks that were left out, {kept.num_before} of {len(kept.tasks)} are from earlier calls, "
+            f"{kept.num_other_code()} by other code than the script's."
+        )
     script.publish(__file__, "Architectures from tables", text, options)
     if not options.smoke:
         plot(curves, options.out / "architecture_tables.png")

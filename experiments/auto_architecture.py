@@ -22,7 +22,8 @@ families; the test rows of a task are read once, for the table of results.
     python experiments/auto_architecture.py --full     all folds, longer meta-training, rates tuned, 50 random networks
 
 What is finished, random networks and folds, is kept beside the result and not run again: `--full --folds 0`, then
-`--full` goes on, and its table is of all that is there.
+`--full` goes on, and its table is of all that is there; `--full --report` makes the tables alone. What earlier
+code made is taken with --any-code only, and the result says how much it is.
 
 The images are scikit-learn's digits: its two halves of classes stand for two families. The environment variable
 METAOPT_DATA adds the image sources and tables of the folder that it names; a family of images is then a whole source.
@@ -46,10 +47,12 @@ if __name__ == "__main__":
     # A third less time to compile, for some percent of running time.
     os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level={0 if '--smoke' in sys.argv else 1}")
 
+import image_table_tasks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import script
 from image_table_tasks import NUM_CLASSES, OPS, SHAPES, Unit, image_units, make_network, stack_units, table_units
 
 from metaopt import base, hypergrad, inner, methods, nas, predictors, spaces, tasks, training
@@ -144,7 +147,7 @@ _COMPILED: set[Callable] = set()
 
 
 def in_chunks(function: Callable, shared: Any, args: Any, size: int) -> tuple[Any, float]:
-    """`function(shared, args)` on so many tasks at a time, one program for any number; and the seconds a task.
+    """`function(shared, args)` on so many tasks at a time, one program for any number; and processor seconds a task.
 
     The last chunk is filled up with its last task. Compilation does not count.
     """
@@ -154,9 +157,9 @@ def in_chunks(function: Callable, shared: Any, args: Any, size: int) -> tuple[An
     if function not in _COMPILED:
         jax.block_until_ready(function(shared, at(chunks[0])))
         _COMPILED.add(function)
-    start = time.perf_counter()
+    start = time.process_time()
     out = [jax.device_get(function(shared, at(rows))) for rows in chunks]
-    seconds = (time.perf_counter() - start) / n
+    seconds = (time.process_time() - start) / sum(map(len, chunks))
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:n], *out), seconds
 
 
@@ -234,7 +237,7 @@ class Shape:
         )
 
     def train(self, key, weights, tasks_, test, start=None) -> tuple[np.ndarray, float]:
-        """[n, 3]: validation loss, test loss, test error of n networks, each on its own task; and the seconds of one.
+        """[n, 3]: validation loss, test loss, test error of n networks, each on its own task; processor seconds of one.
 
         They start at random weights, or at `start`, shared.
         """
@@ -283,13 +286,13 @@ def first_gradients(shape: Shape, key, train: base.Data, num_keys: int = 4) -> j
 
 
 def gradient_features(shape: Shape, key, batch: base.Task) -> tuple[np.ndarray, float]:
-    """[n, K] `first_gradients` of every task, and the seconds a task, without compilation."""
+    """[n, K] `first_gradients` of every task, and the processor seconds a task, without compilation."""
     keys, rows = jax.random.split(key, len(batch.train["y"])), batch.train
     rewritten = inner.im2col(lambda key, train: first_gradients(shape, key, train), only_on_cpu=True)
     program = jax.jit(lambda *args: jax.lax.map(lambda a: rewritten(*a), args)).lower(keys, rows).compile()
-    start = time.perf_counter()
+    start = time.process_time()
     features = np.asarray(program(keys, rows))
-    return features, (time.perf_counter() - start) / len(keys)
+    return features, (time.process_time() - start) / len(keys)
 
 
 # ---- The meta-searcher ----------------------------------------------------------------------------------------------
@@ -359,7 +362,7 @@ class Meta:
     """h of tasks of one shape, and the programs that learn it and fine-tune with it."""
 
     def __init__(self, shape: Shape, num_features: int):
-        config = shape.config
+        config, self.num_features = shape.config, num_features
         predictor = predictors.mlp(shape.space(), num_features, num_hidden=config.num_hidden)
         h = sampled(predictor, config.temperature)
         self.search = methods.meta_architecture_search(shape.search, h)
@@ -429,7 +432,7 @@ def best_of(outcomes: np.ndarray, num: int, rng, num_draws: int = 200) -> np.nda
 
 
 def operations(shape: Shape, batch: base.Task, codes: np.ndarray) -> dict[str, float]:
-    """Costs of an alternation of DARTS, one of fine-tuning, and the features, in training runs of one network.
+    """Costs of an alternation of DARTS and one of fine-tuning, in training runs of one network.
 
     Counted operations; the run's are the mean over `codes`.
     """
@@ -460,7 +463,27 @@ def operations(shape: Shape, batch: base.Task, codes: np.ndarray) -> dict[str, f
     return {
         "alternation": alternation(shape.darts.estimator),
         "fine-tuning": alternation(tuning),
-        "features": float(hypergrad.flops(lambda key: first_gradients(shape, key, task.train), key) / run),
+    }
+
+
+def processor_seconds(shape: Shape, meta: Meta, units: list[Unit], batch, test, codes, gradients: float):
+    """What parts of the work cost on one task, in processor seconds, mean over tasks, compilation left out.
+
+    What h reads is mostly scikit-learn's, where no operations are counted: a look at the training rows, in which simple
+    learners are trained, and gradients at random weights.
+    """
+    key, some = jax.random.key(0), min(8, len(units))
+    keys = jax.random.split(key, some)
+    few = jax.tree.map(lambda x: x[:some], with_features(shape, batch, np.zeros((len(units), meta.num_features))))
+    learned, rate = meta.hyperparams(key), jnp.float32(shape.config.rates[0])
+    train = lambda code: shape.train(key, shape.one_hot(np.repeat(code[None], len(units), 0)), batch, test)[1]
+    return {
+        "training run": float(np.mean([train(code) for code in codes])),
+        "look": float(np.mean([u.seconds for u in units])),
+        "learners": float(np.mean([u.learning for u in units])),
+        "gradients": gradients,
+        "fine-tuning": in_chunks(meta.fine_tune, (rate, learned), (keys, few), 4)[1],
+        "DARTS": in_chunks(shape.search_alone, rate, (keys, few._replace(features=None)), 4)[1],
     }
 
 
@@ -532,9 +555,11 @@ class Prepared(NamedTuple):
     gradients: np.ndarray  # [units, K]
     codes: np.ndarray  # [networks, edges]
     outcomes: np.ndarray  # [trained, units, 3], of the first `trained` of them
-    costs: dict[str, float]  # of `operations`
-    describing: float  # seconds a task
-    training: float  # seconds a network
+
+
+def compared_key(key: jax.Array) -> jax.Array:
+    """Of a fold's key, that which all networks are trained with that are compared with a*."""
+    return jax.random.split(key, 16)[5]
 
 
 def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> dict[str, Any]:
@@ -604,16 +629,15 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
         label: best(config.rates, some, lambda rate, on, search=search: search(rate, tune_keys, on)[0])
         for label, search in ((FINE_TUNED, tune), (DARTS, alone))
     }
-    tuned, tune_seconds = tune(rates[FINE_TUNED], jax.random.split(next(keys), n), new)
+    tuned, _ = tune(rates[FINE_TUNED], jax.random.split(next(keys), n), new)
     fine = shape.decode(tuned)
 
     # What one would have done instead. The best fixed architecture: by mean rank over the meta-training tasks.
     ranks = p.outcomes[:, train_rows, 0].argsort(0).argsort(0)
     fixed = np.repeat(p.codes[ranks.mean(1).argmin()][None], n, 0)
     plain_new = new._replace(features=None)
-    found, darts_seconds = alone(rates[DARTS], jax.random.split(next(keys), n), new)
-    found = shape.decode(found)
-    run_key = next(keys)
+    found = shape.decode(alone(rates[DARTS], jax.random.split(next(keys), n), new)[0])
+    run_key = next(keys)  # as `compared_key` says
     trained = lambda code, start=None: shape.train(run_key, shape.one_hot(code), plain_new, new_test, start)[0][:, 1:]
     fold_scores = {
         A_STAR: trained(generated),
@@ -634,18 +658,8 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
         outcomes = np.concatenate([outcomes, [outcome for outcome, _ in more]])
     for t in config.trials:
         fold_scores[RANDOM.format(t)] = best_of(outcomes, t, np.random.default_rng(seed))
-    start = time.perf_counter()
     evolved = evolve(shape, next(keys), plain_new, new_test, config.evolution)
-    evolution_seconds = (time.perf_counter() - start) / n
     fold_scores[EVOLUTION.format(config.evolution)] = best_of(evolved, config.evolution, np.random.default_rng(seed))
-    fold_seconds = {label: p.training + (p.describing if label.startswith("a*") else 0) for label in fold_scores}
-    for label in fold_scores:
-        if label.startswith(FINE_TUNED):
-            fold_seconds[label] += tune_seconds
-    fold_seconds[DARTS] = darts_seconds + p.training
-    fold_seconds[EVOLUTION.format(config.evolution)] = evolution_seconds
-    for t in config.trials:
-        fold_seconds[RANDOM.format(t)] = t * p.training
     say(f"{name}, fold {f}: " + "; ".join(f"{k} {x[:, 0].mean():.3f}" for k, x in fold_scores.items()))
     chosen = {"a*": generated, "fine-tuned": fine, "DARTS": found, "best fixed": fixed}
     return {
@@ -653,12 +667,10 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
         "tasks": [units[u].name for u in held],
         "families": [units[u].family for u in held],
         "scores": {label: x.tolist() for label, x in fold_scores.items()},
-        "seconds": fold_seconds,
         "rates": rates,
         "trust": trust,
         "left_out": len(left_rows),
         "tuned_on": len(some),
-        "costs": p.costs,
         "history": history.tolist(),
         "features": names,
         "values": values[held, : len(names)].tolist(),
@@ -673,7 +685,7 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
 def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: jax.Array, seed: int) -> dict[str, Any]:
     """h from records of the other families' tasks, alone and with the α of h by hypergradient, on one fold's tasks.
 
-    codes: [records, units, edges]; losses: [records, units].
+    codes: [records, units, edges]; losses: [records, units]; key: as of `run_fold`.
     """
     shape, sizes = p.shape, p.shape.sizes()
     train_rows = np.flatnonzero(p.fold != f)
@@ -690,7 +702,7 @@ def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: j
     )
     at = lambda tree: jax.tree.map(lambda x: x[held], tree)
     task, test = at(p.batch), at(p.test)
-    trained = lambda code: shape.train(key, shape.one_hot(code), task, test)[0][:, 1:]
+    trained = lambda code: shape.train(compared_key(key), shape.one_hot(code), task, test)[0][:, 1:]
     chosen = {RECORDS: by_records, BOTH: both}
     return {
         "scores": {label: trained(code).tolist() for label, code in chosen.items()},
@@ -701,31 +713,42 @@ def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: j
 class Kept:
     """What is finished, by name, in a file beside the result; and the seconds that all calls took for it."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path, self.parts, self.data, self.before = path, {}, {}, (0.0, 0.0)
-        self.settings = json.loads(json.dumps(settings))
+    def __init__(self, path: Path, settings: dict[str, Any], code: str, any_code: bool = False):
+        self.path, self.any_code = path, any_code
+        self.parts, self.data, self.code, self.before = {}, {}, {}, (0.0, 0.0)
+        self.settings, self.now = json.loads(json.dumps(settings)), code
         self.begin = time.perf_counter(), time.process_time()
         if path.is_file():
             saved = json.loads(path.read_text())
             if saved["settings"] != self.settings:
                 sys.exit(f"{path} holds parts of a run with other settings: remove it, or give --out another folder.")
             self.parts, self.data, self.before = saved["parts"], saved["data"], tuple(saved["seconds"])
+            self.code = saved.get("code", {})  # of parts before it was written down, none
 
     def seconds(self) -> tuple[float, float]:
         """Of all calls, by the clock and of the processor."""
         clock, processor = time.perf_counter() - self.begin[0], time.process_time() - self.begin[1]
         return self.before[0] + clock, self.before[1] + processor
 
+    def num_other_code(self) -> int:
+        """How many parts are not by the code as it is."""
+        return sum(self.code.get(name) != self.now for name in self.parts)
+
     def get(self, name: str, data: int, make: Callable[[], Any]) -> Any:
         """The part of that name, of data with this checksum; made and written where it is not there."""
         if name not in self.parts:
-            self.parts[name], self.data[name] = make(), data
-            state = {"settings": self.settings, "parts": self.parts, "data": self.data, "seconds": self.seconds()}
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(state))
+            self.parts[name], self.data[name], self.code[name] = make(), data, self.now
+            state = {name: getattr(self, name) for name in ("settings", "parts", "data", "code")}
+            part = self.path.with_suffix(f".{os.getpid()}.part")  # others may write there, too
+            part.write_text(json.dumps({**state, "seconds": self.seconds()}))
             part.replace(self.path)  # at once: a run that is killed here has the one before
         if self.data[name] != data:
             sys.exit(f"{self.path} holds {name!r} of other data: remove it, or give --out another folder.")
+        if self.code.get(name) != self.now and not self.any_code:
+            sys.exit(
+                f"{self.path} holds {name!r} by other code: remove it, give --out another folder, or --any-code to "
+                "take it as it is."
+            )
         return self.parts[name]
 
 
@@ -738,11 +761,10 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
     batch, test = stack_units(units, config.smoothing)
     key = jax.random.fold_in(jax.random.key(seed), len(name))
     features_key, train_key, fold_key = jax.random.split(key, 3)
-    gradients, seconds = gradient_features(shape, features_key, batch)
-    describing = seconds + float(np.mean([u.seconds for u in units]))
+    gradients, gradient_seconds = gradient_features(shape, features_key, batch)
     say(
         f"{name}: {len(units)} tasks of {len({u.family for u in units})} families, {np.prod(shape.sizes())} "
-        f"architectures; features take {describing:.3f} s a task"
+        "architectures"
     )
 
     # Random networks on all tasks: what random search would have found on each, and the best fixed architecture.
@@ -755,13 +777,12 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
         for i, code in enumerate(codes[: config.trained]):
             weights = shape.one_hot(np.repeat(code[None], len(units), 0))
             runs.append(shape.train(jax.random.fold_in(train_key, i), weights, batch, test))
-        outcomes, each = zip(*runs, strict=True)
-        return {"outcomes": np.stack(outcomes).tolist(), "seconds": float(np.mean(each))}
+        return {"outcomes": np.stack([outcome for outcome, _ in runs]).tolist()}
 
     leaves = jax.tree.leaves((batch._replace(features=None), test))
     data = functools.reduce(lambda total, leaf: zlib.crc32(np.ascontiguousarray(leaf), total), leaves, 0)
     random = kept.get(f"{name}, random networks", data, train_random)
-    say(f"{name}: {config.trained} random networks on each task, {random['seconds']:.3f} s each")
+    say(f"{name}: {config.trained} random networks on each task")
     # Others on each task: what an op is worth is told by more networks than a few that all tasks share.
     record_codes = np.stack([rng.integers(0, size, (config.records, len(units))) for size in shape.sizes()], -1)
 
@@ -769,16 +790,24 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
         keys = jax.random.split(jax.random.fold_in(train_key, 1_000_000), max(config.records, 1))
         runs = [shape.train(k, shape.one_hot(c), batch, test) for k, c in zip(keys, record_codes, strict=False)]
         valid = np.minimum([outcomes[:, 0] for outcomes, _ in runs], np.log(NUM_CLASSES))
-        return {"losses": valid.tolist(), "seconds": float(np.sum([each for _, each in runs]) * len(units))}
+        return {"losses": valid.tolist()}
 
     losses = np.zeros((0, len(units)))
     if config.records:
         records = kept.get(f"{name}, records", data, train_records)
         losses = np.array(records["losses"])
-        say(f"{name}: {config.records} random networks more on each task, as records, {records['seconds']:.0f} s")
+        say(f"{name}: {config.records} random networks more on each task, as records")
+    meta = Meta(shape, len(units[0].features) + gradients.shape[1])
+
+    def measure() -> dict[str, Any]:
+        by_clock = processor_seconds(shape, meta, units, batch, test, codes[:4], gradient_seconds)
+        return {"operations": operations(shape, batch, codes[:8]), "seconds": by_clock}
+
+    costs = kept.get(f"{name}, costs", data, measure)["seconds"]
+    say(f"{name}: processor seconds a task, " + ", ".join(f"{part} {x:.4f}" for part, x in costs.items()))
     prepared = Prepared(
         shape,
-        Meta(shape, len(units[0].features) + gradients.shape[1]),
+        meta,
         units,
         fold,
         batch,
@@ -786,9 +815,6 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
         gradients,
         codes,
         np.array(random["outcomes"]),
-        operations(shape, batch, codes[:8]),
-        describing,
-        random["seconds"],
     )
     for f in config.folds:
         if f in fold:
@@ -796,42 +822,52 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
             part = kept.get(f"{name}, fold {f}", data, run)
             if config.records:
                 run = lambda f=f, part=part: run_records(
-                    prepared, f, part, record_codes, losses, jax.random.fold_in(fold_key, 1000 + f), seed
+                    prepared, f, part, record_codes, losses, jax.random.fold_in(fold_key, f), seed
                 )
                 kept.get(f"{name}, records, fold {f}", data, run)
 
 
-def joined(parts: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+def joined(parts: list[dict[str, Any]], costs: dict[str, dict[str, float]], config: Config) -> dict[str, Any]:
     """The results of several folds of one shape."""
-    evolution = EVOLUTION.format(config.evolution)
-    costs = parts[0]["costs"]
-    runs = {label: 1.0 for label in parts[0]["scores"]}
-    for label in runs:
-        if label.startswith("a*") or label == BOTH:
-            runs[label] += costs["features"]
-        if label.startswith(FINE_TUNED):
-            runs[label] += config.fine_tune_steps * costs["fine-tuning"]
-    runs[DARTS] += config.darts_steps * costs["alternation"]
-    runs |= {RANDOM.format(t): float(t) for t in config.trials} | {evolution: float(config.evolution)}
     sizes = [len(part["tasks"]) for part in parts]
     end_to_end = lambda name: [x for part in parts for x in part[name]]
     by_label = lambda name: {label: [x for part in parts for x in part[name][label]] for label in parts[0][name]}
+    runs, seconds = prices(list(parts[0]["scores"]), costs, [part["trust"] for part in parts], sizes, config)
     return {
-        **{name: parts[0][name] for name in ("shape", "costs", "features", "ops", "space", "num_folds")},
+        **{name: parts[0][name] for name in ("shape", "features", "ops", "space", "num_folds")},
         **{name: end_to_end(name) for name in ("tasks", "families", "values")},
         **{name: by_label(name) for name in ("scores", "weights", "architectures")},
         **{name: [part[name] for part in parts] for name in ("rates", "trust", "left_out", "tuned_on", "history")},
-        "seconds": {
-            # One training more than what h from records reads, and as a* where h reads the task.
-            label: float(
-                np.average(
-                    [part["seconds"][{RECORDS: FIXED, BOTH: A_STAR}.get(label, label)] for part in parts], weights=sizes
-                )
-            )
-            for label in runs
-        },
+        "sizes": sizes,
+        "costs": costs,
+        "seconds": seconds,
         "runs": runs,
     }
+
+
+def prices(labels, costs, trust: list[float], sizes: list[int], config: Config) -> tuple[dict, dict]:
+    """What each row costs on a new task: in training runs, by operations, and in processor seconds.
+
+    What h reads has no count of operations: it is the processor's seconds against those of a training run. Where it is
+    trusted nothing, nothing is read. `trust` and `sizes` are of the folds, whose tasks count alike.
+    """
+    operations, clock = costs["operations"], costs["seconds"]
+    run = clock["training run"]
+    read = (clock["look"] + clock["gradients"]) * np.average([t > 0 for t in trust], weights=sizes)
+    runs, seconds = dict.fromkeys(labels, 1.0), dict.fromkeys(labels, run)
+    for label in labels:
+        if label.startswith("a*") or label == BOTH:
+            runs[label] += read / run
+            seconds[label] += read
+        if label.startswith(FINE_TUNED):
+            runs[label] += config.fine_tune_steps * operations["fine-tuning"]
+            seconds[label] += clock["fine-tuning"]
+    runs[DARTS] += config.darts_steps * operations["alternation"]
+    seconds[DARTS] += clock["DARTS"]
+    trained = {RANDOM.format(t): t for t in config.trials} | {EVOLUTION.format(config.evolution): config.evolution}
+    runs |= {label: float(t) for label, t in trained.items()}
+    seconds |= {label: t * run for label, t in trained.items()}
+    return {k: float(x) for k, x in runs.items()}, {k: float(x) for k, x in seconds.items()}
 
 
 def report(scores: dict[str, np.ndarray], families: list[str], reference: str) -> dict[str, dict[str, float]]:
@@ -873,7 +909,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"{result['space']:,} architectures",
         "",
         "| method | test log loss | test error | mean rank | difference to a* [95 %] | tasks better than a* | cost on "
-        "the new task, in training runs | seconds |",
+        "the new task, in training runs | in processor seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for label, r in rows.items():
@@ -882,13 +918,13 @@ def to_markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"| {label} | {r['loss']:.4f} | {r['error']:.2%} | {r['rank']:.2f} | {difference} | "
             f"{'' if own else format(r['better'], '.0%')} | {result['runs'][label]:.1f} | "
-            f"{result['seconds'][label]:.2f} |"
+            f"{result['seconds'][label]:.3f} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def bars(results: list[dict[str, Any]], most: int) -> str:
-    """The two comparisons that were the aim, over all held-out tasks."""
+    """The two comparisons that were the aim, over all held-out tasks, in log loss and in errors."""
     families = [f"{r['shape']} {f}" for r in results for f in r["families"]]
     groups = [np.flatnonzero(np.array(families) == f) for f in sorted(set(families))]
     text = []
@@ -900,13 +936,22 @@ def bars(results: list[dict[str, Any]], most: int) -> str:
         (FINE_TUNED + LEARNED, DARTS),
     ):
         a, b = (np.concatenate([np.array(r["scores"][label]) for r in results]) for label in (first, second))
-        difference = a[:, 0] - b[:, 0]
-        low, high = interval(difference, groups)
-        cost = [np.mean([r["runs"][label] for r in results]) for label in (first, second)]
+        told = []
+        for column, measure, form in ((0, "log loss", ".4f"), (1, "error", ".2%")):
+            difference = a[:, column] - b[:, column]
+            low, high = interval(difference, groups)
+            told.append(
+                f"test {measure} {a[:, column].mean():{form}} and {b[:, column].mean():{form}}, difference "
+                f"{difference.mean():+{form}} [{low:+{form}}, {high:+{form}}], smaller on "
+                f"{np.mean(difference < 0):.0%} and larger on {np.mean(difference > 0):.0%} of {len(a)} tasks"
+            )
+        runs, seconds = (
+            [np.mean([r[unit][label] for r in results]) for label in (first, second)] for unit in ("runs", "seconds")
+        )
         text.append(
-            f"- {first} against {second}: test log loss {a[:, 0].mean():.4f} and {b[:, 0].mean():.4f}, difference "
-            f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]; better on {np.mean(difference < 0):.0%} of {len(a)} "
-            f"tasks; cost {cost[0]:.1f} and {cost[1]:.1f} training runs, {cost[0] / cost[1]:.2f} of it."
+            f"- {first} against {second}: {'; '.join(told)}; cost {runs[0]:.1f} and {runs[1]:.1f} training runs, "
+            f"{runs[0] / runs[1]:.2f} of it, and {seconds[0]:.3f} and {seconds[1]:.3f} processor seconds, "
+            f"{seconds[0] / seconds[1]:.2f} of it."
         )
     return "\n".join(text) + "\n"
 
@@ -974,6 +1019,8 @@ def parse(argv) -> tuple[argparse.Namespace, str, Config]:
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--smoke", action="store_true", help="a few tasks and steps")
     preset.add_argument("--full", action="store_true", help="all folds")
+    parser.add_argument("--report", action="store_true", help="tables of what is finished, and no more")
+    parser.add_argument("--any-code", action="store_true", help="take what is finished by whatever code made it")
     parser.add_argument("--packaged", action="store_true", help="leave METAOPT_DATA out")
     parser.add_argument("--out", metavar="FOLDER", default="results_local", help="where results go")
     parser.add_argument("--seed", type=int, default=0)
@@ -1007,10 +1054,12 @@ def main(argv=None) -> list[dict[str, Any]]:
     if not args.smoke:
         # The folds of a shape have the same programs, and a run that goes on has them again.
         jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
-    else:
+    elif not args.report:
         Path(f"{path}_parts.json").unlink(missing_ok=True)
-    kept = Kept(Path(f"{path}_parts.json"), {k: v for k, v in settings.items() if k not in ("folds", "shapes")})
-    for shape in config.shapes:
+    code = script.code(__file__, image_table_tasks.__file__)
+    settings = {k: v for k, v in settings.items() if k not in ("folds", "shapes")}
+    kept = Kept(Path(f"{path}_parts.json"), settings, code, args.any_code)
+    for shape in () if args.report else config.shapes:
         run_shape(shape, config, not args.packaged, args.seed, say, kept)
     results = []
     for shape in SHAPES:
@@ -1020,7 +1069,11 @@ def main(argv=None) -> list[dict[str, Any]]:
             more = kept.parts.get(key.replace(", fold", ", records, fold"), {"scores": {}, "architectures": {}})
             part |= {name: {**part[name], **more[name]} for name in more}
             parts.append(part)
-        results += [joined(parts, config)] if parts else []
+        if parts and (costs := kept.parts.get(f"{shape}, costs")) is None:
+            sys.exit(f"{kept.path} does not hold the costs of {shape}: call without --report.")
+        results += [joined(parts, costs, config)] if parts else []
+    if not results:
+        sys.exit(f"{kept.path} holds no fold that is finished.")
     seconds, processor = kept.seconds()
     call = "python experiments/auto_architecture.py " + " ".join(sys.argv[1:] if argv is None else argv)
     details = {
@@ -1033,6 +1086,8 @@ def main(argv=None) -> list[dict[str, Any]]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "seconds": seconds,
         "processor": processor,
+        "num_parts": len(kept.parts),
+        "num_other_code": kept.num_other_code(),
         "results": results,
     }
     finish(details, path)
@@ -1063,22 +1118,56 @@ def rates_text(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
     )
 
 
+def reading_text(result: dict[str, Any]) -> str:
+    clock = result["costs"]["seconds"]
+    run, look = clock["training run"], clock["look"]
+    return (
+        f"{(look + clock['gradients']) / run:.1f} training runs on {result['shape']} (a run {run:.4f} s; the look "
+        f"{look:.4f}, of which simple learners {clock['learners']:.4f}; gradients {clock['gradients']:.4f})"
+    )
+
+
+def choices_text(result: dict[str, Any], best: str) -> str:
+    """Fold by fold: how many architectures h wrote for the held-out tasks, and losses, with those of the row `best`."""
+    ends = np.cumsum(result["sizes"])
+    by_fold = lambda rows: [rows[end - size : end] for end, size in zip(ends, result["sizes"], strict=True)]
+    joint = lambda values: ", ".join(values)
+    loss = lambda row: joint(f"{np.mean(part, 0)[0]:.3f}" for part in by_fold(result["scores"][row]))
+    chosen = {"a*": A_STAR, RECORDS: RECORDS, BOTH: BOTH}
+    told = [
+        f"{label}: {joint(str(len(set(part))) for part in by_fold(result['architectures'][label]))} (test log loss "
+        f"{loss(row)})"
+        for label, row in chosen.items()
+        if label in result["architectures"]
+    ]
+    return (
+        f"How many architectures there are for the {joint(map(str, result['sizes']))} held-out {result['shape']} of "
+        f"each fold, {'; '.join(told)}; {best} had {loss(best)}."
+    )
+
+
 def finish(details: dict[str, Any], path: Path) -> None:
     """Writes and prints the tables and the picture."""
     config, results = details["config"], details["results"]
+    most = 20 if 20 in config["trials"] else max(config["trials"])
+    best, other_code = RANDOM.format(most), details["num_other_code"]
+    each = lambda tell: " and ".join(map(tell, results))
     text = f"# auto_architecture, {details['preset']}\n\n" + "\n".join(to_markdown(r) for r in results)
-    text += "\n### Over all of them\n\n" + bars(results, 20 if 20 in config["trials"] else max(config["trials"]))
+    text += "\n### Over all of them\n\n" + bars(results, most)
     text += (
         f"\nA training run is {config['num_steps']} steps of {config['batch_size']} rows, of one network; an "
         "alternation of DARTS costs "
-        + " and ".join(f"{r['costs']['alternation']:.2f} ({r['shape']})" for r in results)
+        + each(lambda r: f"{r['costs']['operations']['alternation']:.2f} ({r['shape']})")
         + " of it, in operations, and one of fine-tuning "
-        + " and ".join(f"{r['costs']['fine-tuning']:.2f}" for r in results)
-        + ", which differentiates where DARTS takes finite differences; what h reads costs "
-        + " and ".join(f"{r['costs']['features']:.2f}" for r in results)
-        + ". Intervals are from a "
+        + each(lambda r: f"{r['costs']['operations']['fine-tuning']:.2f}")
+        + ", which differentiates where DARTS takes finite differences. What h reads in a task (a look at its rows, in "
+        "which simple learners are trained, and gradients at random weights) has no count of operations, and is told "
+        "by processor seconds against those of a training run, all on one core, per task and without compilation: "
+        + each(reading_text)
+        + ". Nothing is read where it is trusted nothing, and the rows are means over folds. Intervals are from a "
         "bootstrap over families. Random search is the mean over draws of which of the trained networks it saw. "
-        "Seconds are per task, without compilation. "
+        "Processor seconds are those of the parts of the work, each measured alone: searches on 8 tasks, four of them "
+        "side by side, the rest on all tasks. "
         f"DARTS takes {config['darts_steps']} alternations of second order, fine-tuning {config['fine_tune_steps']}; "
         + rates_text(config, results)
         + " ".join(
@@ -1086,11 +1175,15 @@ def finish(details: dict[str, Any], path: Path) -> None:
             for r in results
         )
         + " "
+        + " ".join(choices_text(r, best) for r in results)
+        + " "
         + details["note"]
         + "\n\n"
         f"`{'METAOPT_DATA=... ' if details['data'] else ''}{details['command'].strip()}`, seed {details['seed']}, "
         f"{details['seconds']:.0f} s ({details['processor']:.0f} processor seconds) on {details['cores']} core(s); "
-        f"Python {platform.python_version()}, JAX {jax.__version__}.\n"
+        f"Python {platform.python_version()}, JAX {jax.__version__}."
+        + (f" {other_code} of {details['num_parts']} parts are by other code than the script's." * (other_code > 0))
+        + "\n"
     )
     Path(f"{path}.md").write_text(text)
     Path(f"{path}.json").write_text(json.dumps(details))

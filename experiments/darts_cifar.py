@@ -149,7 +149,7 @@ def search(seed: int, data: dict, scale: Scale, settings: dict, options) -> tupl
         key=key,
         checkpoint_dir=None if options.smoke else (options.work / f"search_{seed}").absolute(),
         checkpoint_every=scale.every,
-        settings=settings,
+        settings={**settings, **found.settings},
     )
     if result.stopped == "signal":
         sys.exit("stopped by a signal")

@@ -1,6 +1,7 @@
 """What every script here begins and ends with: its options, its data, its tables, and what made a result."""
 
 import argparse
+import hashlib
 import os
 import platform
 import shlex
@@ -40,6 +41,15 @@ def data_file(file: str, name: str) -> Path:
     if not path.is_file():
         sys.exit(f"{Path(file).stem} needs {name}, in the folder that the environment variable METAOPT_DATA names.")
     return path
+
+
+def code(*files: str) -> str:
+    """What tells the code of a result from other code: a digest of these files and of the library."""
+    library = Path(metaopt.__file__).parent
+    digest = hashlib.sha256()
+    for path in [*map(Path, files), *sorted(library.rglob("*.py"))]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

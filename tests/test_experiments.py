@@ -360,14 +360,12 @@ def test_auto_architecture_smoke(tmp_path):
         labels = {"a* = h(t'), no trial", "a* fine-tuned", "DARTS on each task", "random search, 3 networks"}
         assert labels | {"h from records, no trial", "h by hypergradient and from records, no trial"} <= set(scores)
         assert all(x.shape == (2, 2) and np.isfinite(x).all() for x in scores.values())
-        runs = result["runs"]
-        assert (
-            runs["best fixed architecture"]
-            == runs["h from records, no trial"]
-            == 1
-            < runs["a* = h(t'), no trial"]
-            < runs["a* fine-tuned"]
-        )
+        for cost, one in ((result["runs"], 1), (result["seconds"], result["costs"]["seconds"]["training run"])):
+            read = cost["a* = h(t'), no trial"] - cost["best fixed architecture"]
+            assert cost["best fixed architecture"] == cost["h from records, no trial"] == one > 0
+            assert (read > 0) == any(result["trust"]) and cost["a* fine-tuned"] > one + read
+    assert details["num_parts"] == 12 and details["num_other_code"] == 0
+    assert "h reads" in printed and "How many architectures there are for the 2 held-out images of each fold" in printed
     # The first table is of images, and its row is the mean of the scores.
     row = next(line for line in printed.splitlines() if line.startswith("| a* = h(t'), no trial | "))
     first = details["results"][0]["scores"]["a* = h(t'), no trial"]
@@ -390,21 +388,75 @@ def test_effects_of_ops_from_records_are_those_that_made_them(monkeypatch):
         np.testing.assert_allclose(e - e.mean(), expected / scale, atol=0.06)
 
 
-def test_folds_of_auto_architecture_are_kept_and_know_their_data(tmp_path, monkeypatch):
+def test_bars_of_auto_architecture_are_told_in_log_loss_and_in_errors(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script = importlib.import_module("auto_architecture")
+    random, ours = script.RANDOM.format(20), np.array([[0.7, 0.1], [0.5, 0.3], [0.2, 0.2], [0.4, 0.2]])
+    scores = {label: ours.tolist() for label in (script.A_STAR, script.FINE_TUNED, script.DARTS)}
+    scores |= {label + script.LEARNED: ours.tolist() for label in (script.A_STAR, script.FINE_TUNED)}
+    scores[random] = (ours + [[-0.1, 0.02], [-0.1, 0.02], [-0.1, 0.02], [-0.1, 0.02]]).tolist()
+    cost = dict.fromkeys(scores, 1.0)
+    result = {"shape": "tables", "families": list("aabc"), "scores": scores, "runs": cost, "seconds": cost}
+    first = script.bars([result], 20).splitlines()[0]
+    assert (
+        "test log loss 0.4500 and 0.3500, difference +0.1000 [+0.1000, +0.1000], smaller on 0% and larger on" in first
+    )
+    assert "test error 20.00% and 22.00%, difference -2.00% [-2.00%, -2.00%], smaller on 100% and larger on 0%" in first
+
+
+def test_what_h_reads_is_counted_whole_and_only_where_it_is_read(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script = importlib.import_module("auto_architecture")
+    seconds = {"training run": 0.01, "look": 0.06, "gradients": 0.02, "fine-tuning": 0.5, "DARTS": 2.0}
+    costs = {"operations": {"alternation": 0.5, "fine-tuning": 0.25}, "seconds": seconds}
+    labels = [script.A_STAR, script.FINE_TUNED, script.RECORDS, script.BOTH, script.DARTS]
+    config = script.Config(fine_tune_steps=4, darts_steps=10, trials=(5,))
+    read = lambda trust: script.prices(labels, costs, trust, [1, 3], config)
+    runs, clock = read([0.0, 1.0])  # three of four tasks are read: 6 of 8 training runs
+    assert runs[script.A_STAR] == runs[script.BOTH] == pytest.approx(7) and clock[script.A_STAR] == pytest.approx(0.07)
+    assert runs[script.FINE_TUNED] == pytest.approx(8) and clock[script.FINE_TUNED] == pytest.approx(0.57)
+    assert runs[script.DARTS] == 6 and clock[script.DARTS] == pytest.approx(2.01) and runs[script.RECORDS] == 1
+    runs, clock = read([0.0, 0.0])
+    assert runs[script.A_STAR] == 1 and clock[script.A_STAR] == 0.01 and runs[script.FINE_TUNED] == 2
+    assert runs[script.RANDOM.format(5)] == 5 and clock[script.RANDOM.format(5)] == pytest.approx(0.05)
+
+
+def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     script = importlib.import_module("auto_architecture")
     file, calls = tmp_path / "parts.json", []
     make = lambda value: lambda: calls.append(value) or {"scores": [value]}
-    first = script.Kept(file, {"seed": 0, "trials": (5, 20)})
+    kept = lambda seed=0, code="a", **more: script.Kept(file, {"seed": seed, "trials": (5, 20)}, code, **more)
+    first = kept()
     assert first.get("images, fold 0", 7, make(1)) == {"scores": [1]} and not any(first.before)
-    again = script.Kept(file, {"seed": 0, "trials": (5, 20)})  # after a kill
+    again = kept()  # after a kill
     assert again.get("images, fold 0", 7, make(2)) == {"scores": [1]} and again.before[0] > 0
     assert again.get("images, fold 1", 7, make(3)) == {"scores": [3]} and calls == [1, 3]
     assert [path.name for path in tmp_path.iterdir()] == ["parts.json"]
     with pytest.raises(SystemExit, match="holds 'images, fold 1' of other data"):
-        script.Kept(file, {"seed": 0, "trials": (5, 20)}).get("images, fold 1", 8, make(4))
+        kept().get("images, fold 1", 8, make(4))
     with pytest.raises(SystemExit, match="holds parts of a run with other settings"):
-        script.Kept(file, {"seed": 1, "trials": (5, 20)})
+        kept(seed=1)
+    with pytest.raises(SystemExit, match="holds 'images, fold 1' by other code"):
+        kept(code="b").get("images, fold 1", 7, make(4))
+    taken = kept(code="b", any_code=True)
+    assert taken.get("images, fold 1", 7, make(5)) == {"scores": [3]} and taken.num_other_code() == 2
+    assert taken.get("images, fold 2", 7, make(6)) == {"scores": [6]} and taken.num_other_code() == 2
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "code"}))
+    with pytest.raises(SystemExit, match="by other code"):  # it was not written down
+        kept().get("images, fold 0", 7, make(7))
+
+
+def test_the_code_of_a_result_is_that_of_its_files_and_of_the_library(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script = importlib.import_module("script")
+    file, library = tmp_path / "a.py", tmp_path / "library" / "room"
+    library.mkdir(parents=True)
+    monkeypatch.setattr(script.metaopt, "__file__", str(library.parent / "__init__.py"))
+    digests = [script.code(str(file)) for text in ("1", "1", "2") if file.write_text(text)]
+    assert digests[0] == digests[1] != digests[2]
+    (library / "new.py").write_text("1")
+    assert script.code(str(file)) not in digests
 
 
 # ---- HPO-B -----------------------------------------------------------------------------------------------------------

@@ -232,46 +232,18 @@ def load_architecture_tables():
         sys.path.pop(0)
 
 
-@pytest.mark.once
-def test_the_prior_of_tasks_finds_its_own_variances_and_conditions_exactly():
+def test_tasks_of_other_code_are_no_results_of_this_one(tmp_path):
     tables = load_architecture_tables()
-    rng = np.random.default_rng(0)
-    digits = np.array([(a, b, c) for a in range(12) for b in range(12) for c in range(12)])
-    table = SimpleNamespace(encodings=digits, num_choices=(12, 12, 12))
-    phi, kind = tables.encode(table)
-    assert phi.shape == (12**3, 36 + 3 * 144) and (phi.sum(1) == 6).all() and kind.sum() == 3 * 144
-    # Scores of the model itself: digits, what tasks share, what validation and test share, noise.
-    scale = np.where(kind == 1, 0.0, 0.5)[:, None]
-    coefficients = scale * (rng.normal(size=(len(kind), 1)) + 0.3 * rng.normal(size=(len(kind), 5)))
-    real = phi @ coefficients + 0.6 * rng.normal(size=(12**3, 1)) + 0.4 * rng.normal(size=(12**3, 5))
-    valid = real + 0.5 * rng.normal(size=real.shape)
-    prior = tables.fit_prior(phi, kind, phi.T @ phi, valid, real)
-    shared, apart, noise = 0.36, 0.16, 0.25
-    trust = shared / (shared + (apart + noise) / 5)
-    np.testing.assert_allclose([prior.noise, prior.alone], [noise, shared * (1 - trust) + apart], rtol=0.1)
-    assert np.corrcoef(prior.mean, real.mean(1))[0, 1] > 0.95
-    # Conditioning on trials, by the whole covariance.
-    few = [3, 500, 501, 1_700]
-    losses = rng.normal(size=4)
-    mean, variance = tables.posterior(phi, prior, few, losses)
-    whole = prior.spread @ prior.spread.T + (phi * prior.own) @ phi.T + prior.alone * np.eye(len(phi))
-    inner = whole[np.ix_(few, few)] + prior.noise * np.eye(4)
-    scores = prior.mean[few].mean() + np.sqrt(np.diag(inner).mean()) * tables.normal_scores(losses)
-    weights = np.linalg.solve(inner, whole[few]).T
-    np.testing.assert_allclose(mean, prior.mean + weights @ (scores - prior.mean[few]), rtol=1e-8)
-    np.testing.assert_allclose(variance, np.diag(whole - weights @ whole[few]), rtol=1e-8)
-    np.testing.assert_allclose(tables.normal_scores(np.array([3.0, 1.0, 2.0])), [-0.967, 0.967, 0], atol=1e-3)
-
-
-def test_the_marginal_likelihood_is_that_of_the_whole_covariance():
-    tables = load_architecture_tables()
-    rng = np.random.default_rng(1)
-    phi, scores, prior = rng.normal(size=(15, 4)), rng.normal(size=(15, 2)), np.array([0.5, 1.0, 2.0, 0.1])
-    found = tables.marginal_likelihood(phi.T @ phi, phi.T @ scores, (scores**2).sum(0), 15, prior)
-    covariance = np.eye(15) + (phi * prior) @ phi.T
-    noise = np.einsum("at,ab,bt->t", scores, np.linalg.inv(covariance), scores) / 15  # at its maximum
-    expected = sum(-(15 * np.log(s) + np.linalg.slogdet(covariance)[1]) / 2 for s in noise)
-    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    file = tmp_path / "kept.json"
+    tables.Kept(file, "a").add("first", {"found": {}})
+    again = tables.Kept(file, "a")
+    assert again.num_before == 1 and again.num_other_code() == 0
+    with pytest.raises(SystemExit, match="holds tasks by other code: give --afresh, or --any-code"):
+        tables.Kept(file, "b")
+    taken = tables.Kept(file, "b", any_code=True)
+    taken.add("second", {"found": {}})
+    assert taken.num_other_code() == 1 and set(taken.tasks) == {"first", "second"}
+    assert not tables.Kept(file, "b", afresh=True).tasks and [p.name for p in tmp_path.iterdir()] == ["kept.json"]
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base, hypergrad, inner, nas
+from metaopt import base, hypergrad, inner, nas, training
+from metaopt.methods._settings import plain, with_settings
 
 
 class Search(NamedTuple):
@@ -42,6 +43,11 @@ class Search(NamedTuple):
       genotype: `(α) -> Genotype`.
       rule: `(problem, own) -> Estimator`, which made `estimator`; `under_budget` makes another one by it, of a problem
         whose λ is another: `own(λ)` is this search's.
+      found: `(training.FitResult) -> α`, what a run has found: α after its last step; RobustDARTS's is an earlier one.
+      settings: the method's name, the network, and what else the search was made with, as JSON has it, for
+        `training.fit(settings=search.settings)`: other searches have α and states of the same shapes, so that a
+        checkpoint of another one would go on as this one's. Functions are told by their names and the values that they
+        enclose, and not by what they compute.
     """
 
     estimator: base.Estimator
@@ -52,6 +58,8 @@ class Search(NamedTuple):
     weights: Callable[[base.HyperParams], dict[str, jax.Array]]
     genotype: Callable[[base.HyperParams], nas.Genotype]
     rule: Callable[[base.Problem, Callable], base.Estimator]
+    found: Callable[[training.FitResult], base.HyperParams]
+    settings: dict[str, Any]
 
 
 def _cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -94,6 +102,7 @@ def _check_single(relaxation, network, edge_weights) -> None:
         )
 
 
+@with_settings
 def architecture_search(
     network: nas.Space,
     in_shape: Sequence[int],
@@ -151,7 +160,8 @@ def architecture_search(
       A `Search`.
 
     Raises:
-      ValueError: the spec and the shapes do not fit; `single_path` with a relaxation that gives weight to several ops.
+      ValueError: the spec and the shapes do not fit; `single_path` with a relaxation that gives weight to several ops;
+        `penalty` is no function; `keep` for NAS-Bench-101's space.
 
     >>> import jax
     >>> from metaopt import methods, nas
@@ -159,10 +169,20 @@ def architecture_search(
     >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
     >>> search = methods.darts(table, (3,), ops=nas.BLOCKS, keep=1)
     >>> alpha = search.hyperparams(jax.random.key(0))  # then `training.fit` a learner of `search.estimator`
+    >>> search.settings["method"], search.settings["keep"]  # `fit(settings=search.settings)` knows its checkpoints
+    ('darts', 1)
     >>> len(search.genotype(alpha)["cell"])  # an edge into each of two nodes
     2
     """
     relax = nas.softmax() if relaxation is None else relaxation
+    if penalty is not None and not callable(penalty):
+        raise ValueError(f"`penalty` must be `(α, step) -> []`, such as `nas.resource_penalty(...)`; got {penalty!r}.")
+    if isinstance(network, nas.Network) and keep not in ("space", network.keep):
+        if network.keep == "graph":
+            raise ValueError(
+                f"`keep` must be left out for NAS-Bench-101's space, whose cells are graphs; got {keep!r}."
+            )
+        network = network._replace(keep=keep)  # for all that reads genotypes, or counts what they cost
     supernet = nas.supernet(
         network, in_shape, ops=ops, partial=partial, single_path=single_path, remat_edges=remat_edges
     )
@@ -190,14 +210,16 @@ def architecture_search(
 
     def genotype(hyperparams):
         found = jax.device_get(weights(hyperparams))
-        if keep == "space" and isinstance(network, nas.Network) and network.keep == "graph":
+        if isinstance(network, nas.Network) and network.keep == "graph":
             return nas.graph_genotype(network, nas.discretize_graph(network, found))
-        return nas.discretize(network, found, keep=keep)
+        return nas.discretize(network, found)
 
     of_any = lambda problem, own: rule(problem)
-    return Search(rule(problem), problem, supernet, hyperparams, alpha_of, weights, genotype, of_any)
+    found = lambda result: result.hyperparams
+    return Search(rule(problem), problem, supernet, hyperparams, alpha_of, weights, genotype, of_any, found, {})
 
 
+@with_settings
 def darts(
     network: nas.Space,
     in_shape: Sequence[int],
@@ -236,6 +258,7 @@ def darts(
     return architecture_search(network, in_shape, rules[order], ops=ops, **options)
 
 
+@with_settings
 def unrolled_darts(
     network: nas.Space,
     in_shape: Sequence[int],
@@ -262,6 +285,7 @@ def unrolled_darts(
     return architecture_search(network, in_shape, rule, ops=ops, **options)
 
 
+@with_settings
 def implicit_darts(
     network: nas.Space,
     in_shape: Sequence[int],
@@ -292,6 +316,7 @@ def implicit_darts(
     return architecture_search(network, in_shape, rule, ops=ops, **options)
 
 
+@with_settings
 def gdas(
     network: nas.Space, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], num_steps: int, **options: Any
 ) -> Search:
@@ -314,6 +339,7 @@ def gdas(
     return darts(network, in_shape, ops=ops, **options)
 
 
+@with_settings
 def pc_darts(
     network: nas.Space, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], partial: int = 4, **options: Any
 ) -> Search:
@@ -335,6 +361,7 @@ def pc_darts(
     return darts(network, in_shape, ops=ops, partial=partial, **options)
 
 
+@with_settings
 def darts_minus(
     network: nas.Space, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], num_steps: int, **options: Any
 ) -> Search:
@@ -357,6 +384,7 @@ def darts_minus(
     return darts(network, in_shape, ops=ops, **options)
 
 
+@with_settings
 def beta_darts(
     network: nas.Space,
     in_shape: Sequence[int],
@@ -381,8 +409,13 @@ def beta_darts(
     Returns:
       A `Search`, of first order unless `order` says otherwise.
 
+    Raises:
+      ValueError: `penalty` is no function; as for `architecture_search`.
+
     Source: Ye et al., CVPR 2022, https://arxiv.org/abs/2203.01665
     """
+    if penalty is not None and not callable(penalty):
+        raise ValueError(f"`penalty` must be `(α, step) -> []`; got {penalty!r}. The weight of β-DARTS is `weight=`.")
     grows = optax.linear_schedule(0.0, weight, num_steps)
 
     def decay(alpha, step):
@@ -392,6 +425,7 @@ def beta_darts(
     return darts(network, in_shape, ops=ops, penalty=decay, **{"order": "first", **options})
 
 
+@with_settings
 def robust_darts(
     network: nas.Space,
     in_shape: Sequence[int],
@@ -406,7 +440,8 @@ def robust_darts(
 ) -> Search:
     """RobustDARTS: DARTS that stops when the validation loss becomes too sharp in α, and takes an earlier α.
 
-    Run it with `callback=lambda step, metrics: metrics["stop"] > 0`; α is then `result.state.estimator_state.kept`.
+    Run it with `callback=lambda step, metrics: metrics["stop"] > 0`. The cell is then that of
+    `search.found(result)`, the earlier α; `result.hyperparams` is the α of the step that stopped, too late.
 
     Args:
       network: a spec.
@@ -432,7 +467,8 @@ def robust_darts(
         watched = search.rule(problem, own)
         return nas.stopped_by_curvature(watched, search.problem, own=own, alpha=search.alpha, **stop)
 
-    return search._replace(estimator=rule(search.problem, lambda hyperparams: hyperparams), rule=rule)
+    found = lambda result: result.state.estimator_state.kept
+    return search._replace(estimator=rule(search.problem, lambda hyperparams: hyperparams), rule=rule, found=found)
 
 
 def under_budget(
@@ -448,8 +484,9 @@ def under_budget(
 
     λ is then {"hyperparams": α, "multiplier": m} (what the search has with `learn_init` in the place of α), with
     μ = softplus(m); one descending optimizer moves both. Where the budget binds, the expected cost comes to it. Of the
-    genotype the argmax is taken, and that one may cost more or less: `nas.within_budget(network, search.weights(λ),
-    table, budget)` projects it.
+    genotype the argmax is taken, and that one may cost more or less: `nas.within_budget(search.supernet.network,
+    search.weights(λ), table, budget)` projects it. (NAS-Bench-101's graphs it cannot project; their cost is counted
+    with all vertices and edges by their weights, and is more than that of the cell that is read.)
 
     Args:
       search: any whose rule differentiates the outer loss, and which counts α by `relaxation`.
@@ -487,6 +524,7 @@ def under_budget(
         alpha=lambda both: search.alpha(both["hyperparams"]),
         weights=lambda both: search.weights(both["hyperparams"]),
         genotype=lambda both: search.genotype(both["hyperparams"]),
+        settings={**search.settings, "under_budget": plain([table, budget, multiplier, damping, relaxation])},
     )
 
 
@@ -500,6 +538,7 @@ class OneShot(NamedTuple):
       loop: the training itself, for runs that are stopped and go on, with checkpoints and a bar: `methods.train(loop,
         data, num_steps=..., key=key, hyperparams=hyperparams, checkpoint_dir=...)[0].params`.
       hyperparams: λ of the loop, which says what is drawn from.
+      settings: as of `Search`, for `methods.train`.
     """
 
     train: Callable[[jax.Array, base.Data], base.Params]
@@ -507,8 +546,10 @@ class OneShot(NamedTuple):
     supernet: nas.Supernet
     loop: base.InnerLoop
     hyperparams: base.HyperParams
+    settings: dict[str, Any]
 
 
+@with_settings
 def single_path_one_shot(
     network: nas.Space,
     in_shape: Sequence[int],
@@ -554,4 +595,4 @@ def single_path_one_shot(
     def score(params, genotype, batch):
         return evaluate(params, nas.one_hot(network, genotype), batch)
 
-    return OneShot(train, score, supernet, loop, alpha)
+    return OneShot(train, score, supernet, loop, alpha, {})

@@ -1,7 +1,7 @@
 """h from records of earlier searches, by an encoder of cells crossed with the task: `train_cell_searcher`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,43 @@ from metaopt import base, hypergrad, nas, predictors, training
 _AT_ONCE = 2048  # cells that are encoded together
 
 
+# Variances over that of the noise that `predictors.score_prior` chooses from.
+_DIGITS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_PAIRS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_LEARNED = (1e-2, 1.0, 100.0)
+
+
+class PredictCellFn(Protocol):
+    def __call__(self, new_task: Any = None, trials: Sequence[base.Record] = ()) -> dict[str, Any]:
+        """The candidate that is best, or to be tried next, given what came of trials on the new task."""
+        ...
+
+
+class CellPosteriorFn(Protocol):
+    def __call__(self, new_task: Any = None, trials: Sequence[base.Record] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """The mean and the variance of the candidates' scores, [candidates] each."""
+        ...
+
+
 class CellSearcher(NamedTuple):
     """What `train_cell_searcher` returns. A new task is given as for `MetaOptimizer`; None: nothing is known of it.
 
-    `save_cell_searcher` and `load_cell_searcher` keep it on disk.
+    Trials of the new task are records of candidates: complete ones at full fidelity, and failed ones; those that wait
+    or run are not proposed again; others say nothing. `save_cell_searcher` and `load_cell_searcher` keep it on disk.
 
     Attributes:
-      predict: `(new_task) -> configuration`, a*: the candidate with the largest mean score.
-      scores: `(new_task) -> [members, candidates]`, larger is better, each member's of mean 0 and variance 1 over the
-        candidates. Their spread says how far members agree.
-      encoded: [members, candidates, width], z: features of architectures in which a member's scores are linear, for a
-        model of one's own that spends trials.
+      predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score.
+      suggest: `(new_task, trials) -> configuration` to try next: the one with the most expected improvement.
+      searcher: `(new_task) -> Searcher` that asks for what `suggest` says; the space of its `init` may be None.
+      posterior: `(new_task, trials) -> (mean, variance)` of the candidates' scores (`predictors.score_posterior`).
+        Without trials, and for a task of which nothing is known, the mean is that of two: of what the encoder's
+        `scores` say, in units of the earlier tasks' scores, and of what the entries of configurations and their pairs
+        do. What the encoder makes of a task's features is added.
+      scores: `(new_task) -> [members, candidates]` by the encoder alone, larger is better, each member's of mean 0 and
+        variance 1 over the candidates. Their spread says how far members agree.
+      prior: what the earlier tasks say, `mean` by entries alone.
+      units: [2] (a, b): the encoder expects a score of a + b · mean over members of `scores`.
+      encoded: [members, candidates, width], z: features of architectures in which a member's scores are linear.
       encoder: of cells.
       meta_params: its weights, leaves [members, ...].
       candidates: the architectures that it chooses from.
@@ -32,8 +58,13 @@ class CellSearcher(NamedTuple):
       scale: [F] their deviations. The encoder reads (features − center) / scale, 0 where unknown.
     """
 
-    predict: Callable[..., dict[str, Any]]
+    predict: PredictCellFn
+    suggest: PredictCellFn
+    searcher: Callable[..., base.Searcher]
+    posterior: CellPosteriorFn
     scores: Callable[..., np.ndarray]
+    prior: predictors.ScorePrior
+    units: np.ndarray
     encoded: np.ndarray
     encoder: predictors.CellEncoder
     meta_params: base.PyTree
@@ -43,42 +74,62 @@ class CellSearcher(NamedTuple):
     scale: np.ndarray
 
 
+class CellSearcherState(NamedTuple):
+    """Carried from one call to the next.
+
+    Attributes:
+      seed: of the search, which the trials' seeds follow from.
+      trials: what was told, and what has been asked for and not told.
+      num_asked: how many trials have been asked for.
+    """
+
+    seed: tuple[int, ...]
+    trials: tuple[base.Record, ...]
+    num_asked: int
+
+
 def train_cell_searcher(
     records: Sequence[base.Record],
     graph_fn: Callable[[dict[str, Any]], nas.Graph],
     *,
     features: Mapping[str, Any] | None = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
+    tests: Sequence[base.Record] | None = None,
     width: int = 32,
     num_layers: int = 2,
     num_members: int = 4,
     num_steps: int = 300,
     batch_size: int = 128,
     rate: float = 3e-3,
+    progress: bool | None = None,
     key: jax.Array | None = None,
 ) -> CellSearcher:
-    """Learns from architectures × tasks × outcomes which architecture to take for a new task, with no trial there.
+    """Learns from architectures × tasks × outcomes which architecture to take for a new task, and which to try there.
 
         min_φ mean_t L(score(·, t; φ), y_t),    L: `predictors.cell_ranking_loss` over a batch of architectures
 
     by `training.fit` over `hypergrad.direct`, for an ensemble whose members start, and draw, by themselves. In half of
     the steps a member does not see the features of tasks, so that it ranks for a task of which nothing is known, too.
 
-    Beside `train_meta_searcher`, which compares configurations digit by digit: here isomorphic cells are one, and what
-    is learned of an op serves wherever it stands. It spends no trials; what it predicts can be the first of another's,
-    `searcher(first=[h.predict(task)])`.
+    What it expects of an unknown task is averaged with what a linear model of the entries of configurations and their
+    pairs does (`predictors.configuration_columns`), and trials on the new task change it by Gaussian conditioning, in
+    the features of both (`predictors.score_prior`). Beside `train_meta_searcher`, which compares configurations digit
+    by digit: for the encoder isomorphic cells are one, and what is learned of an op serves wherever it stands.
 
     Args:
       records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which are worse than all.
       graph_fn: the cell of a configuration, such as `nas.benchmark_graph` of its digits.
       features: task name -> [F] numbers, NaN where unknown; tasks without an entry are unknown altogether.
       candidates: architectures to choose from; by default, all that are in the records.
+      tests: records of the same trials whose outcomes are losses that no search sees: what validation does not share
+        with them is its noise. By default validation has none, and what tasks do not share is each one's own.
       width: of the encoder, a multiple of 4.
       num_layers: of the encoder.
       num_members: of the ensemble.
       num_steps: of Adam, whose rate falls to zero like a cosine.
       batch_size: architectures a step.
       rate: of Adam, at the start.
+      progress: as for `training.fit`.
       key: what everything random follows from; `jax.random.key(0)` by default.
 
     Returns:
@@ -99,12 +150,12 @@ def train_cell_searcher(
         raise ValueError(
             "`candidates` must hold an architecture, or be None to take those of the records; it is empty."
         )
-    graphs = [graph_fn(c) for c in tried.values()]
-    offered_graphs = graphs if candidates is None else [graph_fn(c) for c in pool]
-    ops = sorted({op for graph in [*graphs, *offered_graphs] for op in graph.ops})
-    most = max(len(graph.ops) for graph in [*graphs, *offered_graphs])
-    seen = predictors.cells(graphs, ops, num_vertices=most)
-    offered = seen if candidates is None else predictors.cells(offered_graphs, ops, num_vertices=most)
+    every = tried | {_name(c): c for c in pool if _name(c) not in tried}
+    graphs = [graph_fn(c) for c in every.values()]
+    ops = sorted({op for graph in graphs for op in graph.ops})
+    most = max(len(graph.ops) for graph in graphs)
+    cells = predictors.cells(graphs, ops, num_vertices=most)
+    seen = jax.tree.map(lambda x: x[: len(tried)], cells)
     known, center, scale = _features(names, features)
 
     encoder = predictors.cell_encoder(len(ops), most, num_features=known.shape[1], width=width, num_layers=num_layers)
@@ -135,18 +186,72 @@ def train_cell_searcher(
         hyperparams=start,
         num_steps=num_steps,
         key=fit_key,
-        progress=False,
+        progress=progress,
         handle_signals=False,
     )
 
     @jax.jit
     def encode(meta_params, cells):
         one = lambda cell: encoder.encode(meta_params, jax.tree.map(lambda x: x[None], cell))[0]
-        return jax.lax.map(one, cells, batch_size=min(_AT_ONCE, len(pool)))
+        return jax.lax.map(one, cells, batch_size=min(_AT_ONCE, len(cells.ops)))
 
     members = [jax.tree.map(lambda x, i=i: x[i], fitted.hyperparams) for i in range(num_members)]
-    encoded = np.stack([np.asarray(encode(member, offered), np.float64) for member in members])
-    return cell_searcher(encoded, encoder, fitted.hyperparams, pool, tuple(ops), center, scale)
+    encoded = np.stack([np.asarray(encode(member, cells), np.float64) for member in members])  # of all
+    at = {name: row for row, name in enumerate(every)}
+    rows = [at[_name(c)] for c in pool]
+    offered = np.ascontiguousarray(encoded[:, rows])
+    c = _coefficients(encoder)(fitted.hyperparams, jnp.zeros(len(center)))
+    found = _standardized(c, encoded, offered).mean(0)[: len(tried)]
+    blocks = columns(list(every.values()), encoded, pool, offered)
+    prior, units = _prior(blocks, outcomes, None if tests is None else _same(tests, names, tried), found)
+    of_rows = {name: getattr(prior, name)[rows] for name in ("features", "mean", "spread", "alone")}
+    prior = prior._replace(**of_rows)
+    return cell_searcher(offered, encoder, fitted.hyperparams, pool, tuple(ops), center, scale, prior, units)
+
+
+def _prior(blocks, outcomes, tests, found) -> tuple[predictors.ScorePrior, np.ndarray]:
+    """What the tasks say of all architectures, the first of which were tried, and the units of `found` by the encoder.
+
+    The mean is that by entries, of whose units those of the encoder are.
+    """
+    num_tried, num_tasks = outcomes.shape
+    scores = np.full((2, len(blocks[0][0]), num_tasks), np.nan)
+    for to, losses in zip(scores, (outcomes, outcomes if tests is None else tests), strict=True):
+        for t, column in enumerate(losses.T):
+            told = np.flatnonzero(np.isfinite(column))
+            to[told, t] = predictors.normal_scores(column[told])
+    entries, prior = (predictors.score_prior(some, *scores) for some in (blocks[:2], blocks))
+    shared = np.nanmean(scores[0, :num_tried], 1)
+    slope = np.cov(found, shared)[0, 1] / max(found.var(ddof=1), 1e-12) if num_tried > 1 else 0.0
+    return prior._replace(mean=entries.mean), np.array([shared.mean() - slope * found.mean(), slope])
+
+
+def columns(
+    configurations: Sequence[Mapping[str, Any]],
+    encoded: np.ndarray,
+    pool: Sequence[Mapping[str, Any]],
+    pool_encoded: np.ndarray,
+) -> list[tuple[np.ndarray, tuple[float, ...]]]:
+    """Blocks for `predictors.score_prior`: entries, their pairs, and what members make of a cell, as among the pool."""
+    digits, pairs = predictors.configuration_columns(configurations, pool)
+    flat = lambda z: np.concatenate(list(z), 1)
+    learned, among = flat(encoded), flat(pool_encoded)
+    moves = among.std(0) > 0
+    learned = (learned - among.mean(0))[:, moves]
+    learned /= among.std(0)[moves] * np.sqrt(learned.shape[1])
+    return [(digits, _DIGITS), (pairs, _PAIRS), (learned, _LEARNED)]
+
+
+def _coefficients(encoder):
+    """`(meta_params, features) -> [members, width]`."""
+    return jax.jit(jax.vmap(encoder.coefficients, in_axes=(0, None)))
+
+
+def _standardized(coefficients, encoded, among) -> np.ndarray:
+    """[members, architectures] scores, each member's of mean 0 and variance 1 over those of `among`."""
+    c = np.asarray(coefficients, np.float64)
+    found, others = (np.einsum("maw,mw->ma", z, c) for z in (encoded, among))
+    return (found - others.mean(1, keepdims=True)) / (others.std(1, keepdims=True) + 1e-12)
 
 
 def cell_searcher(
@@ -157,9 +262,12 @@ def cell_searcher(
     ops: tuple[str, ...],
     center: np.ndarray,
     scale: np.ndarray,
+    prior: predictors.ScorePrior,
+    units: np.ndarray,
 ) -> CellSearcher:
     """The searcher of what was learned."""
-    coefficients = jax.jit(jax.vmap(encoder.coefficients, in_axes=(0, None)))
+    coefficients = _coefficients(encoder)
+    at = {_name(candidate): row for row, candidate in enumerate(candidates)}
 
     def scores(new_task: Any = None) -> np.ndarray:
         given = new_task.features if isinstance(new_task, base.Task) else new_task
@@ -168,14 +276,94 @@ def cell_searcher(
         if np.shape(given) != np.shape(center):
             raise ValueError(f"A new task has [{len(center)}] features; got shape {np.shape(given)}.")
         given = jnp.asarray(np.nan_to_num((np.asarray(given, float) - center) / scale), jnp.result_type(float))
-        c = np.asarray(coefficients(meta_params, given), np.float64)
-        found = np.einsum("maw,mw->ma", encoded, c)
-        return (found - found.mean(1, keepdims=True)) / (found.std(1, keepdims=True) + 1e-12)
+        return _standardized(coefficients(meta_params, given), encoded, encoded)
 
-    def predict(new_task: Any = None) -> dict[str, Any]:
-        return dict(candidates[int(scores(new_task).mean(0).argmax())])
+    def for_task(new_task):
+        anywhere, here = (scores(task).mean(0) for task in (None, new_task))
+        mean = (prior.mean + units[0] + units[1] * anywhere) / 2
+        return prior._replace(mean=mean + units[1] * (here - anywhere))
 
-    return CellSearcher(predict, scores, encoded, encoder, meta_params, candidates, ops, center, scale)
+    def told(trials):
+        """What was tried with which losses, and what is being tried."""
+        tried, losses, waiting = [], [], []
+        for record in trials:
+            row = at.get(_name(record.configuration))
+            if row is None:
+                raise ValueError(f"A trial must be one of the candidates; got {record.configuration}.")
+            if record.status in ("WAITING", "RUNNING"):
+                waiting.append(row)
+            elif (loss := _loss(record)) is not None:
+                tried.append(row)
+                losses.append(loss)
+        return tried, np.array(losses), waiting
+
+    def posterior(new_task: Any = None, trials: Sequence[base.Record] = ()) -> tuple[np.ndarray, np.ndarray]:
+        return predictors.score_posterior(for_task(new_task), *told(trials)[:2])
+
+    def predict(new_task: Any = None, trials: Sequence[base.Record] = ()) -> dict[str, Any]:
+        return dict(candidates[int(posterior(new_task, trials)[0].argmax())])
+
+    def suggest(new_task: Any = None, trials: Sequence[base.Record] = ()) -> dict[str, Any]:
+        return next_of(for_task(new_task), trials)
+
+    def next_of(prior, trials):
+        tried, losses, waiting = told(trials)
+        gain = predictors.score_improvement(prior, tried, losses).copy()
+        gain[waiting] = -np.inf
+        if not np.isfinite(gain).any():  # all were tried: the best
+            gain = predictors.score_posterior(prior, tried, losses)[0]
+        return dict(candidates[int(gain.argmax())])
+
+    def searcher(new_task: Any = None) -> base.Searcher:
+        expected = for_task(new_task)
+
+        def init(key, space):
+            del space
+            return CellSearcherState(tuple(int(word) for word in np.ravel(jax.random.key_data(key))), (), 0)
+
+        def ask(state, num):
+            asked = []
+            for _ in range(num):
+                seed = int(np.random.default_rng((*state.seed, state.num_asked)).integers(2**31))
+                best = next_of(expected, state.trials)
+                asked.append(base.Record("", best, seed=seed, status="WAITING", trial=state.num_asked))
+                state = state._replace(trials=(*state.trials, asked[-1]), num_asked=state.num_asked + 1)
+            return asked, state
+
+        def tell(state, records):
+            ended = {record.trial for record in records if record.status not in ("WAITING", "RUNNING")}
+            before = [r for r in state.trials if r.status not in ("WAITING", "RUNNING") or r.trial not in ended]
+            return state._replace(trials=(*before, *records))
+
+        return base.Searcher(init, ask, tell)
+
+    return CellSearcher(
+        predict,
+        suggest,
+        searcher,
+        posterior,
+        scores,
+        prior,
+        units,
+        encoded,
+        encoder,
+        meta_params,
+        candidates,
+        ops,
+        center,
+        scale,
+    )
+
+
+def _name(configuration: Mapping[str, Any]) -> tuple:
+    return tuple(sorted(configuration.items()))
+
+
+def _loss(record: base.Record) -> float | None:
+    """What a trial says: ∞ where it failed, None where it says nothing."""
+    if record.status == "FAIL" or (record.status == "COMPLETE" and record.fidelity == 1.0):
+        return float(record.outcome) if record.status == "COMPLETE" and np.isfinite(record.outcome) else np.inf
+    return None
 
 
 def _outcomes(records) -> tuple[list[str], dict[tuple, dict[str, Any]], np.ndarray]:
@@ -185,10 +373,8 @@ def _outcomes(records) -> tuple[list[str], dict[tuple, dict[str, Any]], np.ndarr
     of: dict[tuple[int, int], list[float]] = {}
     at: dict[tuple, int] = {}
     for record in records:
-        failed = record.status == "FAIL"
-        if failed or (record.status == "COMPLETE" and record.fidelity == 1.0):
-            y = float(record.outcome) if not failed and np.isfinite(record.outcome) else np.inf
-            name = tuple(sorted(record.configuration.items()))
+        if (y := _loss(record)) is not None:
+            name = _name(record.configuration)
             tried.setdefault(name, record.configuration)
             row = at.setdefault(name, len(at)), names.setdefault(record.task, len(names))
             of.setdefault(row, []).append(y)
@@ -200,6 +386,18 @@ def _outcomes(records) -> tuple[list[str], dict[tuple, dict[str, Any]], np.ndarr
     # The ranking loss knows losses alone: what failed is worse than all that ended.
     worst = np.max(outcomes, 0, initial=0.0, where=np.isfinite(outcomes))
     return list(names), tried, np.where(np.isinf(outcomes), worst[None] + 1, outcomes)
+
+
+def _same(records, names, tried) -> np.ndarray:
+    """[A, T] outcomes of the same configurations and tasks in other records, NaN where they have none."""
+    of_tasks, configurations, outcomes = _outcomes(records)
+    rows, columns = ({name: i for i, name in enumerate(part)} for part in (configurations, of_tasks))
+    found = np.full((len(tried), len(names)), np.nan)
+    for i, name in enumerate(tried):
+        for t, task in enumerate(names):
+            if name in rows and task in columns:
+                found[i, t] = outcomes[rows[name], columns[task]]
+    return found
 
 
 def _features(names, features) -> tuple[jax.Array, np.ndarray, np.ndarray]:

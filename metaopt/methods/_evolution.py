@@ -16,15 +16,13 @@ class EvolutionState(NamedTuple):
     Attributes:
       seed: of the search; what a trial draws follows from it, the trial's number and what has been told.
       space: what is searched.
-      population: (configuration, outcome) of the newest trials, oldest first, all at one fidelity.
-      fidelity: that one, the highest that was told.
+      populations: fidelity -> (configuration, outcome) of the newest trials at it, oldest first.
       num_asked: how many trials have been asked for.
     """
 
     seed: tuple[int, ...]
     space: dict[str, spaces.Integer | spaces.Fixed]
-    population: tuple
-    fidelity: float
+    populations: dict[float, tuple]
     num_asked: int
 
 
@@ -33,8 +31,9 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
 
     The first `population_size` trials are random. Then a child is the best of `sample_size` members, drawn with
     replacement, with one entry changed to another value, each alike (what is fixed stays). Trials without a finite
-    outcome do not enter, nor do those at a lower fidelity than the highest that was told, whose losses say something
-    else; with the first trial at a higher one the population begins anew.
+    outcome do not enter. Each fidelity has a population of its own, since losses at others say something else; parents
+    come from that of the highest fidelity with `sample_size` members (or as many as there can be), and until there is
+    one from the largest. So `asha` around it begins with children of what was good after a short training.
 
     Args:
       population_size: at least 1.
@@ -73,17 +72,23 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
                 f"{space[shaped[0]].shape}: write one leaf for each of its entries."
             )
         seed = tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
-        return EvolutionState(seed, dict(space), (), 0.0, 0)
+        return EvolutionState(seed, dict(space), {}, 0)
+
+    def parents(populations):
+        enough = min(sample_size, population_size)
+        of = max(populations, key=lambda fidelity: (min(len(populations[fidelity]), enough), fidelity))
+        return populations[of]
 
     def propose(rng, state):
         free = {name: leaf for name, leaf in state.space.items() if isinstance(leaf, spaces.Integer)}
         names, lows = list(free), [leaf.low for leaf in free.values()]
         sizes = [leaf.high - leaf.low + 1 for leaf in free.values()]
-        if state.num_asked < population_size or not state.population:
+        if state.num_asked < population_size or not state.populations:
             drawn = {name: low + int(rng.integers(size)) for name, low, size in zip(names, lows, sizes, strict=True)}
             return {name: drawn[name] if name in drawn else leaf.value.item() for name, leaf in state.space.items()}
-        drawn = rng.integers(len(state.population), size=sample_size)
-        parent, _ = min((state.population[i] for i in drawn), key=lambda member: member[1])
+        population = parents(state.populations)
+        drawn = rng.integers(len(population), size=sample_size)
+        parent, _ = min((population[i] for i in drawn), key=lambda member: member[1])
         if not free:
             return dict(parent)
         i = int(rng.integers(len(names)))
@@ -102,14 +107,11 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
         return trials, state
 
     def tell(state, records: Sequence[base.Record]):
-        population, fidelity = deque(state.population, maxlen=population_size), state.fidelity
+        populations = {fidelity: deque(members, population_size) for fidelity, members in state.populations.items()}
         for record in records:
-            if record.status != "COMPLETE" or not np.isfinite(record.outcome) or record.fidelity < fidelity:
-                continue
-            if record.fidelity > fidelity:
-                population.clear()
-                fidelity = record.fidelity
-            population.append((record.configuration, record.outcome))
-        return state._replace(population=tuple(population), fidelity=fidelity)
+            if record.status == "COMPLETE" and np.isfinite(record.outcome):
+                own = populations.setdefault(record.fidelity, deque(maxlen=population_size))
+                own.append((record.configuration, record.outcome))
+        return state._replace(populations={fidelity: tuple(members) for fidelity, members in populations.items()})
 
     return base.Searcher(init, ask, tell)

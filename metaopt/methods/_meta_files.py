@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import predictors, spaces
-from metaopt.methods._cell_searcher import CellSearcher, cell_searcher
+from metaopt.methods._cell_searcher import CellSearcher, cell_searcher, columns
 from metaopt.methods._evaluate import Evaluation
 from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 
 VERSION = 3
 _FORMAT = "metaopt.meta_optimizer"
-_CELL_VERSION = 1
+_CELL_VERSION = 2
 _CELL_FORMAT = "metaopt.cell_searcher"
 _EVALUATION_VERSION = 1
 _EVALUATION_FORMAT = "metaopt.evaluation"
@@ -101,7 +101,9 @@ def save_cell_searcher(path: str | os.PathLike[str], searcher: CellSearcher) -> 
     for candidate, back in zip(searcher.candidates, json.loads(encoded)["candidates"], strict=True):
         if candidate != back:
             raise ValueError(f"The candidate {candidate} would come back from JSON as {back}: give it plain values.")
-    arrays = {"encoded": searcher.encoded, "center": searcher.center, "scale": searcher.scale}
+    arrays = {name: getattr(searcher, name) for name in ("encoded", "center", "scale", "units")}
+    # Its features follow from the candidates and `encoded`.
+    arrays |= {f"prior.{name}": np.asarray(x) for name, x in searcher.prior._asdict().items() if name != "features"}
     _write(path, encoded, arrays | _arrays("weights", searcher.meta_params))
 
 
@@ -130,7 +132,12 @@ def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
         num_features = encoder.config["num_features"]
         template = jax.eval_shape(jax.vmap(encoder.init), jax.random.split(jax.random.key(0), num_members))
         shapes = {"encoded": (num_members, len(candidates), encoder.config["width"])}
-        shapes |= {"center": (num_features,), "scale": (num_features,)}
+        shapes |= {"center": (num_features,), "scale": (num_features,), "units": (2,), "prior.noise": ()}
+        shapes |= {f"prior.{name}": (len(candidates),) for name in ("mean", "alone")}
+        encoded, num_tasks = arrays["encoded"], arrays["prior.spread"].shape[-1]
+        blocks = columns(candidates, encoded, candidates, encoded) if encoded.shape == shapes["encoded"] else []
+        features = np.concatenate([block for block, _ in blocks] or [np.zeros((len(candidates), 0))], 1)
+        shapes |= {"prior.spread": (len(candidates), num_tasks), "prior.own": (features.shape[1],)}
         shapes |= {name: leaf.shape for name, leaf in _arrays("weights", template).items()}
         found = {name: array.shape for name, array in arrays.items()}
         if found != shapes or any(array.dtype.kind != "f" for array in arrays.values()):
@@ -139,7 +146,10 @@ def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
         meta_params = jax.tree_util.tree_map_with_path(named, template)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} does not describe a `CellSearcher` as it should: {error}.") from error
-    return cell_searcher(arrays["encoded"], encoder, meta_params, candidates, ops, arrays["center"], arrays["scale"])
+    told = {name: arrays[f"prior.{name}"] for name in ("mean", "spread", "own", "alone")}
+    prior = predictors.ScorePrior(features, **told, noise=float(arrays["prior.noise"]))
+    center, scale, units = (arrays[name] for name in ("center", "scale", "units"))
+    return cell_searcher(encoded, encoder, meta_params, candidates, ops, center, scale, prior, units)
 
 
 def save_evaluation(path: str | os.PathLike[str], evaluation: Evaluation) -> None:

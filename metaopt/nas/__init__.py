@@ -35,6 +35,7 @@ from metaopt.nas._budgets import (
     resource_penalty,
     within_budget,
 )
+from metaopt.nas._configurations import configuration_space, from_configuration, to_configuration
 from metaopt.nas._costs import (
     CostTable,
     CostTerm,
@@ -52,11 +53,9 @@ from metaopt.nas._genotypes import (
     NAS_BENCH_101_PRIMITIVES,
     Graph,
     canonical,
-    configuration_space,
     discrete,
     discretize,
     edge_graph,
-    from_configuration,
     from_darts,
     from_nas_bench_201,
     genotype_from_json,
@@ -240,6 +239,7 @@ __all__ = [
     "subsample",
     "supernet",
     "synflow",
+    "to_configuration",
     "to_darts",
     "to_json",
     "to_nas_bench_201",

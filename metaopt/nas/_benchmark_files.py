@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 
 from metaopt.nas._benchmarks import Benchmark, make_benchmark
+from metaopt.nas._configurations import configuration_space, from_configuration
 from metaopt.nas._genotypes import NAS_BENCH_101_PRIMITIVES, from_nas_bench_201
-from metaopt.nas._specs import DARTS_PRIMITIVES, NAS_BENCH_201_PRIMITIVES, Genotype
+from metaopt.nas._specs import DARTS_PRIMITIVES, NAS_BENCH_201_PRIMITIVES, Genotype, darts_space
 from metaopt.tfrecord import fields, read_tfrecords
 
 
@@ -43,7 +44,7 @@ def save_benchmark(benchmark: Benchmark, path: str | os.PathLike) -> None:
       path: of the file, by the name that it is to have.
     """
     fields: dict[str, Any] = {name: np.asarray(x) for name, x in benchmark._asdict().items() if name != "query"}
-    temporary = f"{os.fspath(path)}.tmp"
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # others may write there, too
     with open(temporary, "wb") as file:  # numpy would add .npz to a name
         np.savez_compressed(file, **fields)
     os.replace(temporary, path)
@@ -401,7 +402,8 @@ def nas_bench_301_genotype(encoding: Any) -> Genotype:
       encoding: 22 digits.
 
     Returns:
-      A `Genotype` of the kinds "normal" and "reduce", in the space of `darts_space`.
+      A `Genotype` of the kinds "normal" and "reduce", in the space of `darts_space`, whose `configuration_space` has
+      these digits.
 
     Raises:
       ValueError: there are not 22 digits, or one is out of range.
@@ -410,9 +412,5 @@ def nas_bench_301_genotype(encoding: Any) -> Genotype:
     limits = [*(len(pairs) for pairs in _PAIRS_301.values()), *[len(_OPS_301)] * 8] * 2
     if len(digits) != 22 or any(not 0 <= x < limit for x, limit in zip(digits, limits, strict=True)):
         raise ValueError(f"A network of NAS-Bench-301 is 22 digits below {limits}; got {digits}.")
-    genotype = {}
-    for kind, part in (("normal", digits[:11]), ("reduce", digits[11:])):
-        inputs = {node: pairs[i] for (node, pairs), i in zip(_PAIRS_301.items(), part[:3], strict=True)}
-        edges = [(source, node) for node, pair in {2: (0, 1), **inputs}.items() for source in pair]
-        genotype[kind] = tuple((*edge, _OPS_301[i]) for edge, i in zip(edges, part[3:], strict=True))
-    return genotype
+    network = darts_space()
+    return from_configuration(network, dict(zip(configuration_space(network), digits, strict=True)))

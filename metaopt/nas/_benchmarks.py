@@ -68,13 +68,16 @@ def make_benchmark(
         if isinstance(architecture, str) and name == "NAS-Bench-201":
             architecture = from_nas_bench_201(architecture)
         if isinstance(architecture, Mapping) and name in _EDGE_OPS:
-            given = {(s, t): op for s, t, op in architecture.get("cell", ())}
+            edges = architecture.get("cell", ())
+            given = {(s, t): op for s, t, op in edges}
+            once = len(given) == len(edges)  # one op an edge
             ops = [given.pop(pair, NONE) for pair in _PAIRS]
-            known = set(architecture) == {"cell"} and not given and set(ops) <= set(_EDGE_OPS[name])
-            return rows[tuple(map(_EDGE_OPS[name].index, ops))] if known else None
+            known = once and set(architecture) == {"cell"} and not given and set(ops) <= set(_EDGE_OPS[name])
+            return rows.get(tuple(map(_EDGE_OPS[name].index, ops))) if known else None
         if isinstance(architecture, str | Mapping | Graph):
             raise ValueError(f"{name} is asked for rows of integers of {len(dims)} entries; got {architecture!r}.")
-        return rows.get(tuple(int(x) for x in architecture))
+        digits = tuple(architecture)
+        return rows.get(tuple(map(int, digits))) if all(float(x).is_integer() for x in digits) else None
 
     def query(architecture, task, fidelity=1.0):
         row, near = row_of(architecture), [i for i, f in enumerate(fidelities) if abs(f - fidelity) < 1e-3]

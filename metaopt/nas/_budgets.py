@@ -42,6 +42,8 @@ def resource_penalty(
         `gumbel_softmax` samples, too. Where α is {"ops", "edges"} (PC-DARTS), it is of the ops: the weight of an edge
         in its node's sum does not say that the edge is not run.
 
+    Where the space keeps so many edges into each node, C is of those that are the strongest at α (`expected_cost`).
+
     Returns:
       `(α, step) -> []`.
 
@@ -64,6 +66,8 @@ def over_budget(
 ) -> Callable[[base.HyperParams, Any], jax.Array]:
     """C(w(α))/budget − 1, a constraint for `lagrangian`: at most 0 within the budget.
 
+    Where the space keeps so many edges into each node, C is of those that are the strongest at α (`expected_cost`).
+
     Args:
       table: of the space.
       network: the space.
@@ -83,7 +87,7 @@ def over_budget(
     def excess(alpha, step):
         alpha = {kind: a["ops"] if isinstance(a, Mapping) else a for kind, a in alpha.items()}
         weights = mixing_weights(relax, network, alpha, jax.random.key(0), step)
-        return expected_cost(table, weights) / budget - 1
+        return expected_cost(table, weights, network) / budget - 1
 
     return excess
 
@@ -143,53 +147,82 @@ def lagrangian(
     return inner._replace(outer_loss=outer_loss)
 
 
-def within_budget(network: Space, weights: Mapping[str, np.ndarray], table: CostTable, budget: float) -> Genotype:
-    """The projection onto a budget: the likeliest op of every edge, or size, less what is needed to stay within it.
+def within_budget(
+    network: Space,
+    weights: Mapping[str, np.ndarray],
+    table: CostTable,
+    budget: float,
+    *,
+    keep: int | None | str = "space",
+) -> Genotype:
+    """The projection onto a budget: the genotype of mixing weights, less what is needed to stay within it.
 
-    While the network costs too much, that choice is changed which loses least log weight for the cost that it saves.
-    Greedy: a likelier network within the budget may be there, since this is a knapsack problem.
+    It begins at `discretize`. While the network costs too much, that choice is changed which loses least log weight for
+    the cost that it saves: the op of an edge, or its size; where so many edges into each node are kept, the edge, too,
+    for another one into the same node. Greedy: a likelier network within the budget may be there, since this is a
+    knapsack problem.
 
     Args:
-      network: the space; every edge has an op, or "none" (no "two edges a node").
-      weights: kind -> [edges, ops], positive.
+      network: the space.
+      weights: kind -> [edges, ops], not negative.
       table: of the space.
       budget: in the table's unit.
+      keep: edges into each node, as for `discretize`; "space": what the network says.
 
     Returns:
       A `Genotype`, of a network that costs at most `budget`.
 
     Raises:
-      ValueError: no change makes the network cheaper, and it still costs too much.
+      ValueError: no change makes the network cheaper, and it still costs too much; as for `discretize`.
     """
-    weights = {kind: np.maximum(np.asarray(w, np.float64), 1e-300) for kind, w in weights.items()}
-    digits = {(kind, e): int(row.argmax()) for kind, w in weights.items() for e, row in enumerate(w)}
+    rule = _genotypes.edges_kept(network, keep)
+    start = _genotypes.discretize(network, weights, keep=keep)
+    logs = {kind: np.log(np.maximum(np.asarray(w, np.float64), 1e-300)) for kind, w in weights.items()}
+    # (kind, edge, op) of what is chosen, each a place whose choice may change.
+    places = []
+    for kind, cell in network.cells.items():
+        at = {(s, t): op for s, t, op in start[kind]}
+        for e, edge in enumerate(cell.edges):
+            if edge[:2] in at or rule is None:
+                places.append((kind, e, edge.ops.index(at.get(edge[:2], _genotypes.NONE))))
 
-    def genotype(digits):
+    def genotype(places):
         edges = {kind: [] for kind in network.cells}
-        for (kind, e), d in digits.items():
+        for kind, e, o in sorted(places, key=lambda place: place[1]):
             edge = network.cells[kind].edges[e]
-            if edge.ops[d] != _genotypes.NONE:
-                edges[kind].append((edge.source, edge.target, edge.ops[d]))
+            if edge.ops[o] != _genotypes.NONE:
+                edges[kind].append((edge.source, edge.target, edge.ops[o]))
         return {kind: tuple(each) for kind, each in edges.items()}
 
-    price = lambda digits: cost_of(table, network, genotype(digits))
-    now = price(digits)
+    def instead(place):
+        """What may stand in this place: other ops of the edge, and other edges into its node that are free."""
+        kind, e, o = place
+        edges = network.cells[kind].edges
+        taken = {other[1] for other in places if other[0] == kind} - {e}
+        free = [f for f in range(len(edges)) if edges[f].target == edges[e].target and f not in taken]
+        for f in [e] if rule is None else free:
+            for op in range(len(edges[f].ops)):
+                if (f, op) != (e, o) and (rule is None or edges[f].ops[op] != _genotypes.NONE):
+                    yield kind, f, op
+
+    price = lambda places: cost_of(table, network, genotype(places))
+    now = price(places)
     while now > budget:
         best = None
-        for (kind, e), old in digits.items():
-            for new in range(weights[kind].shape[1]):
-                changed = {**digits, (kind, e): new}
+        for i, old in enumerate(places):
+            for new in instead(old):
+                changed = [*places[:i], new, *places[i + 1 :]]
                 saved = now - price(changed)
                 if saved > 0:
-                    loss = np.log(weights[kind][e, old]) - np.log(weights[kind][e, new])
+                    loss = logs[old[0]][old[1:]] - logs[new[0]][new[1:]]
                     # Down to the budget, no saving is worth more than what is missing.
                     rate = loss / min(saved, now - budget)
-                    best = min(best or (np.inf, 0.0, digits), (rate, -saved, changed), key=lambda each: each[:2])
+                    best = min(best or (np.inf, 0.0, places), (rate, -saved, changed), key=lambda each: each[:2])
         if best is None:
             raise ValueError(f"`budget` is {budget} {table.unit}, and the cheapest network found costs {now}.")
-        digits = best[2]
-        now = price(digits)
-    return genotype(digits)
+        places = best[2]
+        now = price(places)
+    return genotype(places)
 
 
 # ---- Fronts ---------------------------------------------------------------------------------------------------------

@@ -179,15 +179,22 @@ def _elastic_costs(network: ElasticNetwork, in_shape, cost) -> tuple[float, tupl
     return fixed, tuple(terms)
 
 
-def expected_cost(table: CostTable, weights: Mapping[str, Any]) -> jax.Array:
+def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space | None = None) -> jax.Array:
     """C(w), what the networks under mixing weights cost on average.
 
     It is the mean over networks whose choices are drawn apart, each by its own weights, where these are a softmax's.
     Differentiable in any mode; linear in the weights of each choice.
 
+    Where a space keeps so many edges into each node (`Network.keep`, DARTS's 2), the mean over all edges is no cost of
+    its networks. With `network` only those edges count that `discretize` keeps at these weights, by their ops that are
+    not "none", w[e, o] / Σ_{o' ≠ none} w[e, o']: the mean over networks of these edges. Which ones they are is
+    constant for derivatives, and C jumps where others become the strongest. (NAS-Bench-101's graphs count with all
+    their vertices.)
+
     Args:
       table: of the space.
       weights: kind -> [edges, ops].
+      network: the space, whose `keep` is then taken into account.
 
     Returns:
       [], in the table's unit.
@@ -196,6 +203,8 @@ def expected_cost(table: CostTable, weights: Mapping[str, Any]) -> jax.Array:
       ValueError: the weights are not of this space.
     """
     dtype = jnp.zeros(0).dtype
+    if isinstance(network, Network) and isinstance(network.keep, int):
+        weights = {**weights, **_of_kept_edges(network, weights)}
     total = jnp.asarray(table.fixed, dtype)
     for term in table.terms:
         left = jnp.asarray(term.values, dtype)
@@ -206,6 +215,26 @@ def expected_cost(table: CostTable, weights: Mapping[str, Any]) -> jax.Array:
             left = jnp.tensordot(jnp.asarray(weights[kind], dtype)[edge], left, 1)
         total = total + left
     return total
+
+
+def _of_kept_edges(network: Network, weights: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Of the edges that `discretize` keeps, the weights of ops other than "none", with sum 1; of others 0."""
+    kept = {}
+    for kind, cell in network.cells.items():
+        w = jnp.asarray(weights[kind])
+        some = np.array([[op != _genotypes.NONE for op in edge.ops] for edge in cell.edges])
+        if w.shape != some.shape:
+            raise ValueError(f"The weights of {kind!r} must have the shape {some.shape}; got {w.shape}.")
+        strength = jax.lax.stop_gradient(jnp.where(some, w, -jnp.inf).max(1))
+        mask = jnp.zeros(len(w), w.dtype)
+        for node in sorted({edge.target for edge in cell.edges}):
+            into = np.array([e for e, edge in enumerate(cell.edges) if edge.target == node])
+            strongest = jax.lax.top_k(strength[into], min(network.keep, len(into)))[1]  # of equal ones the first
+            mask = mask.at[jnp.asarray(into)[strongest]].set(1.0)
+        total = jnp.where(some, w, 0.0).sum(1, keepdims=True)
+        # A genotype's own weights, `one_hot`, have no op on an edge that it has not.
+        kept[kind] = mask[:, None] * jnp.where(some & (total > 0), w / jnp.where(total > 0, total, 1.0), 0.0)
+    return kept
 
 
 def cost_of(table: CostTable, network: Space, genotype: Genotype) -> float:

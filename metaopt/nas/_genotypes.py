@@ -12,7 +12,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from metaopt import base, spaces
+from metaopt import base
 from metaopt.nas import _elastic
 from metaopt.nas._specs import (
     DARTS_PRIMITIVES,
@@ -49,7 +49,7 @@ def discretize(network: Space, weights: Mapping[str, np.ndarray], *, keep: int |
       ValueError: the weights do not have the network's shape, or some are negative; the network is one of
         NAS-Bench-101, whose weights `discretize_graph` reads.
     """
-    keep = _kept(network, keep)
+    keep = edges_kept(network, keep)
     genotype: Genotype = {}
     for kind, cell in network.cells.items():
         w = np.asarray(weights[kind], np.float64)
@@ -99,7 +99,7 @@ def discrete(network, genotype):
     Raises:
       ValueError: a kind is missing, or an edge or op is not in the network.
     """
-    _check(network, genotype)
+    check_genotype(network, genotype)
     if isinstance(network, ElasticNetwork):
         return _elastic.chosen(network, genotype)
     cells = {
@@ -122,7 +122,7 @@ def one_hot(network: Space, genotype: Genotype) -> dict[str, np.ndarray]:
     Raises:
       ValueError: as for `discrete`.
     """
-    _check(network, genotype)
+    check_genotype(network, genotype)
     weights = {}
     for kind, cell in network.cells.items():
         kept = {(s, t): op for s, t, op in genotype[kind]}
@@ -187,7 +187,7 @@ def random_genotype(seed: int, network: Network, *, keep: int | None | str = "sp
     Raises:
       ValueError: the network is one of NAS-Bench-101, whose cells are graphs.
     """
-    keep = _kept(network, keep)
+    keep = edges_kept(network, keep)
     rng = np.random.default_rng(seed)
     genotype: Genotype = {}
     for kind, cell in network.cells.items():
@@ -206,14 +206,17 @@ def random_genotype(seed: int, network: Network, *, keep: int | None | str = "sp
     return genotype
 
 
-def _kept(network: Space, keep: int | None | str) -> int | None:
-    rule = keep if keep != "space" else network.keep if isinstance(network, Network) else None
-    if isinstance(rule, str):
+def edges_kept(network: Space, keep: int | None | str) -> int | None:
+    """How many edges into each node a genotype has, None where each edge stands for itself; "space" as it says."""
+    own = network.keep if isinstance(network, Network) else None
+    if own == "graph":
         raise ValueError(
-            "The network's cells are graphs with ops on vertices (NAS-Bench-101): `discretize_graph` reads them."
-            if keep == "space"
-            else f"`keep` must be a number of edges, None or 'space'; got {keep!r}."
+            "The network's cells are graphs with ops on vertices (NAS-Bench-101), which no `keep` says: "
+            "`discretize_graph` reads them."
         )
+    rule = own if keep == "space" else keep
+    if isinstance(rule, str):
+        raise ValueError(f"`keep` must be a number of edges, None or 'space'; got {rule!r}.")
     return rule
 
 
@@ -221,7 +224,8 @@ def _by_target(edge: tuple[int, int, str]) -> tuple[int, int]:
     return edge[1], edge[0]
 
 
-def _check(network: Space, genotype: Genotype) -> None:
+def check_genotype(network: Space, genotype: Genotype) -> None:
+    """ValueError where a genotype is not in the space of a network."""
     if set(genotype) != set(network.cells):
         raise ValueError(f"The genotype has the kinds {sorted(genotype)}, and the network {sorted(network.cells)}.")
     for kind, cell in network.cells.items():
@@ -233,55 +237,6 @@ def _check(network: Space, genotype: Genotype) -> None:
             raise ValueError(f"The genotype has an edge of {kind!r} twice.")
         if isinstance(network, ElasticNetwork) and not genotype[kind]:
             raise ValueError(f"The genotype has no size for {kind!r}.")
-
-
-def configuration_space(network: Space) -> dict[str, spaces.Integer | spaces.Fixed]:
-    """A space's choices as integers, for searchers without a gradient: evolution, random search, Optuna.
-
-    Args:
-      network: a supernet's.
-
-    Returns:
-      "kind.source-target", of an edge, or the name of a size -> which op, or which candidate; `from_configuration` is
-      the way back.
-    """
-    sizes = {name: len(edge.ops) for name, (_, edge) in _choices(network).items()}
-    return {name: spaces.integer(0, size - 1) if size > 1 else spaces.fixed(0) for name, size in sizes.items()}
-
-
-def from_configuration(network: Space, configuration: Mapping[str, int]) -> Genotype:
-    """The genotype that integers say.
-
-    Args:
-      network: a supernet's.
-      configuration: as in `configuration_space`.
-
-    Returns:
-      A `Genotype`, without the edges whose op is "none".
-
-    Raises:
-      ValueError: an entry is missing, too much, or out of range.
-    """
-    choices = _choices(network)
-    if set(configuration) != set(choices):
-        raise ValueError(f"A configuration has the entries {sorted(choices)}; got {sorted(configuration)}.")
-    genotype: dict[str, list] = {kind: [] for kind in network.cells}
-    for name, (kind, edge) in choices.items():
-        if not 0 <= configuration[name] < len(edge.ops):
-            raise ValueError(f"{name!r} must be in [0, {len(edge.ops) - 1}]; got {configuration[name]}.")
-        op = edge.ops[int(configuration[name])]
-        if op != NONE:
-            genotype[kind].append((edge.source, edge.target, op))
-    return {kind: tuple(edges) for kind, edges in genotype.items()}
-
-
-def _choices(network: Space) -> dict[str, tuple[str, Edge]]:
-    plain = isinstance(network, ElasticNetwork)
-    return {
-        kind if plain else f"{kind}.{edge.source}-{edge.target}": (kind, edge)
-        for kind, cell in network.cells.items()
-        for edge in cell.edges
-    }
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------

@@ -47,6 +47,14 @@ from metaopt.predictors._posterior import (
     posterior,
     posterior_at,
 )
+from metaopt.predictors._scores import (
+    ScorePrior,
+    configuration_columns,
+    normal_scores,
+    score_improvement,
+    score_posterior,
+    score_prior,
+)
 from metaopt.predictors._surrogates import (
     MAX_ROWS,
     Embedding,
@@ -156,4 +164,10 @@ __all__ = [
     "task_weights",
     "thompson_sample",
     "transformer_loss",
+    "ScorePrior",
+    "configuration_columns",
+    "normal_scores",
+    "score_improvement",
+    "score_posterior",
+    "score_prior",
 ]

@@ -1,5 +1,7 @@
 """Searches: the α-hypergradient of every exact one against finite differences, and what each adds to DARTS."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,6 +204,13 @@ def test_partial_searches_have_weights_for_edges():
     assert len(search.genotype(alpha)["cell"]) == 3
 
 
+def test_a_penalty_that_is_no_function_is_refused_at_once():
+    with pytest.raises(ValueError, match="`penalty` must be .* got 50.0. The weight of β-DARTS is `weight=`"):
+        search_of(methods.beta_darts, num_steps=10, penalty=50.0)
+    with pytest.raises(ValueError, match=r"such as `nas.resource_penalty\(...\)`; got 50.0"):
+        search_of(methods.darts, penalty=50.0)
+
+
 def test_the_schedules_follow_the_inner_steps_and_noise_is_drawn_apart():
     gumbel = FIRST["gumbel"](decay=0.0)
     minus, beta = FIRST["darts_minus"](), FIRST["beta_darts"]()
@@ -242,8 +251,73 @@ def test_the_same_seed_finds_the_same_alpha_killed_or_not(tmp_path):
     np.testing.assert_array_equal(first.hyperparams["cell"], resumed.hyperparams["cell"])
     np.testing.assert_array_equal(first.history["curvature"], resumed.history["curvature"])
     assert np.isfinite(first.history["curvature"]).sum() == 6
-    assert first.state.estimator_state.kept["cell"].shape == (3, 3)
-    nas.discrete(NET, search.genotype(first.hyperparams))
+    nas.discrete(NET, search.genotype(search.found(first)))
+
+
+def fitted(search, num_steps, **options):
+    learner = training.learner(search.estimator, optax.adam(0.3))
+    start = search.hyperparams(KEY)
+    return training.fit(
+        learner, lambda key: TASK, hyperparams=start, num_steps=num_steps, key=KEY, settings=search.settings, **options
+    )
+
+
+@pytest.mark.once
+def test_what_robust_darts_has_found_is_the_alpha_before_its_stop():
+    """Every epoch is too sharp: it stops at the first two means, and goes back to the α that it started at."""
+    search = search_of(methods.robust_darts, every=1, window=1, start=1, delta=1, factor=1e-9)
+    result = fitted(search, 9, callback=lambda step, metrics: metrics["stop"] > 0)
+    assert result.stopped == "callback" and len(result.history["stop"]) == 2
+    np.testing.assert_allclose(search.found(result)["cell"], search.hyperparams(KEY)["cell"], rtol=1e-6)
+    assert np.abs(search.found(result)["cell"] - result.hyperparams["cell"]).max() > 0.1
+    assert FIRST["darts"]().found(result) is result.hyperparams
+
+
+@pytest.mark.once
+def test_a_checkpoint_of_another_search_is_refused(tmp_path):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    first = fitted(FIRST["darts"](), 1, **options)
+    for other, name in [
+        (FIRST["darts"](relaxation=nas.sigmoid()), "relaxation"),
+        (FIRST["darts"](keep=1), "keep"),
+        (FIRST["darts_minus"](), "method"),
+        (FIRST["darts"](optimizer=optax.sgd), "optimizer"),
+    ]:
+        with pytest.raises(ValueError, match=rf"`settings\['{name}'\]` is .* in the checkpoint and .* in this run"):
+            fitted(other, 2, **options)
+    again = fitted(FIRST["darts"](), 1, **options)  # built anew, it is the same
+    np.testing.assert_array_equal(again.hyperparams["cell"], first.hyperparams["cell"])
+
+
+def test_settings_tell_searches_apart_and_are_json():
+    def own(rate):
+        return lambda hyperparams: optax.sgd(rate)
+
+    table = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "s")
+    made = [
+        search_of(methods.darts, order="first"),
+        search_of(methods.darts),
+        search_of(methods.darts, epsilon=0.02),
+        search_of(methods.gdas, num_steps=9),
+        search_of(methods.darts, relaxation=nas.softmax(2.0)),
+        search_of(methods.darts, relaxation=nas.softmax(optax.linear_schedule(1.0, 0.1, 9))),
+        search_of(methods.darts, relaxation=nas.softmax(optax.linear_schedule(1.0, 0.2, 9))),
+        search_of(methods.darts, optimizer=own(0.1)),
+        search_of(methods.darts, optimizer=own(0.2)),
+        search_of(methods.single_path_one_shot, num_steps=9),
+        methods.darts(NET._replace(num_outputs=3), (3,), ops=OPS),
+        *(methods.under_budget(search_of(methods.darts), table, budget=b) for b in (2.0, jnp.array(3.0))),
+    ]
+    texts = [json.dumps(search.settings, allow_nan=False) for search in made]
+    assert len(set(texts)) == len(made) and "0x" not in "".join(texts)
+    assert made[3].settings["method"] == "gdas" and nas.from_json(json.dumps(made[0].settings["network"])) == NET
+    later = []
+
+    def not_yet(hyperparams):
+        return unassigned, later
+
+    assert "not_yet" in str(search_of(methods.darts, sampler=not_yet).settings["sampler"])
+    unassigned = 1
 
 
 @pytest.mark.slow

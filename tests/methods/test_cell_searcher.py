@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 
 from metaopt import base, methods, nas, predictors
 
+KEY = jax.random.key(0)
 OPS = ("none", "a", "b", "c")
 CELLS = [{"e0": x, "e1": y, "e2": z} for x, y, z in itertools.product(OPS, repeat=3)]
 
@@ -80,6 +81,54 @@ def test_it_reads_the_task_ranks_cells_that_were_never_tried_and_avoids_what_fai
         h.predict([0.1, 0.2])
 
 
+def unlike(cell):
+    """A task that wants what no earlier one did."""
+    return 30 - 3 * list(cell.values()).count("c") - (cell["e2"] == "none")
+
+
+@pytest.mark.once
+def test_trials_on_a_task_that_is_unlike_the_others_say_what_is_good_there(h):
+    losses = np.array([unlike(cell) for cell in CELLS])
+    searcher = h.searcher()
+    state = start = searcher.init(KEY, None)
+    tried = []
+    for _ in range(6):
+        trials, state = searcher.ask(state, 2)
+        tried += [trial.configuration for trial in trials]
+        ended = [trial._replace(outcome=unlike(trial.configuration), status="COMPLETE") for trial in trials]
+        state = searcher.tell(state, ended)
+    assert len({tuple(cell.values()) for cell in tried}) == 12 == len(state.trials) and trials[1].trial == 11
+    assert unlike(h.predict(trials=state.trials)) <= np.quantile(losses, 0.1) < unlike(h.predict()) - 1
+    assert h.suggest([0.05]) != h.suggest([0.95]) == h.searcher([0.95]).ask(start, 1)[0][0].configuration
+    # The same by hand; trials that run are not proposed again, and what says nothing changes nothing.
+    ended = list(state.trials)
+    assert h.suggest(trials=ended) == searcher.ask(state, 1)[0][0].configuration
+    running = base.Record("", h.suggest(trials=ended), status="RUNNING")
+    low = base.Record("", CELLS[50], 0.0, fidelity=0.5)
+    assert h.suggest(trials=[*ended, running, low]) != running.configuration
+    (mean, variance), (before, wide) = h.posterior(trials=[*ended, running, low]), h.posterior()
+    np.testing.assert_array_equal(mean, h.posterior(trials=ended)[0])
+    assert (variance <= wide).all() and np.abs(mean - before).max() > 0.5
+    failed = h.posterior(trials=[ended[0], base.Record("", ended[1].configuration, status="FAIL")])[0]
+    done = h.posterior(trials=[ended[0], ended[1]._replace(outcome=-1e9)])[0]
+    at = CELLS.index(ended[1].configuration)
+    assert failed[at] < before[at] < done[at]
+    every = [base.Record("", cell, loss) for cell, loss in zip(CELLS, losses, strict=True)]
+    assert h.suggest(trials=every) == h.predict(trials=every) and unlike(h.predict(trials=every)) == losses.min()
+    with pytest.raises(ValueError, match="A trial must be one of the candidates; got {'e0': 'z'}"):
+        h.predict(trials=[base.Record("", {"e0": "z"}, 1.0)])
+
+
+@pytest.mark.once
+def test_what_tests_do_not_share_with_validation_is_noise():
+    rng = np.random.default_rng(1)
+    tests = records(SHARES)
+    noisy = [record._replace(outcome=record.outcome + 3 * rng.normal()) for record in tests]
+    first, second = (trained(noisy, num_steps=0, tests=given) for given in (None, tests[::-1]))
+    assert first.prior.noise == 1e-6 and 0.2 < second.prior.noise < 0.9
+    np.testing.assert_array_equal(first.encoded, second.encoded)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="there is none"):
         trained([base.Record("t", CELLS[0], 1.0, fidelity=0.5)])
@@ -109,6 +158,8 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
     for task in (None, [0.3], base.Task(None, None, np.array([0.9]))):
         np.testing.assert_array_equal(again.scores(task), h.scores(task))
         assert again.predict(task) == h.predict(task)
+        tried = [base.Record("", CELLS[i], float(i % 7)) for i in (3, 9, 40)]
+        np.testing.assert_array_equal(again.posterior(task, tried), h.posterior(task, tried))
     assert again.candidates == h.candidates and h.predict([0.05]) != h.predict([0.95])
     # The encoder, too, and what it must be told of cells.
     cells = predictors.cells([graph(CELLS[60])], again.ops, num_vertices=again.encoder.config["num_vertices"])
@@ -126,7 +177,7 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
         methods.load_cell_searcher(tmp_path / "other.npz")
 
     for changed, message in (
-        ({"version": 2}, "reads 'metaopt.cell_searcher' up to version 1"),
+        ({"version": 3}, "reads 'metaopt.cell_searcher' up to version 2"),
         (
             {"format": "metaopt.meta_optimizer"},
             "`save_cell_searcher` writes .*: `methods.load_meta_optimizer` reads it",
@@ -138,6 +189,8 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
         ({"candidates": header["candidates"][1:]}, "does not describe .* have shapes"),
         ({"candidates": []}, "its candidates are no configurations"),
         ({"center": None}, "does not describe .* have shapes"),
+        ({"prior.mean": None}, "does not describe .* have shapes"),
+        ({"prior.spread": None}, "does not describe .* 'prior.spread'"),
         ({"weights['out']": None}, "does not describe .* have shapes"),
         ({"weights['out']": arrays["weights['out']"].astype(str)}, "should be numbers"),
     ):

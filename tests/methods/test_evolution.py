@@ -29,7 +29,7 @@ def test_children_differ_from_a_living_member_in_one_entry():
     assert rows.min() == 1 and rows.max() == 5 and [t.trial for t in trials] == list(range(60))
     for i in range(10, 60):
         assert ((rows[i - 10 : i] != rows[i]).sum(1) == 1).any()
-    assert [member[0] for member in state.population] == [t.configuration for t in trials[-10:]]
+    assert [member[0] for member in state.populations[1.0]] == [t.configuration for t in trials[-10:]]
 
 
 def test_every_other_value_alike():
@@ -65,20 +65,30 @@ def test_failures_do_not_enter():
         trials[2]._replace(status="COMPLETE", outcome=1.0),
     ]
     state = searcher.tell(state, records)
-    assert state.population == ((trials[2].configuration, 1.0),)
-    assert searcher.tell(state, []).population == state.population
+    assert state.populations == {1.0: ((trials[2].configuration, 1.0),)}
+    assert searcher.tell(state, []).populations == state.populations
 
 
-def test_members_are_of_one_fidelity():
-    searcher = methods.regularized_evolution(population_size=3, sample_size=1)
+def test_every_fidelity_has_a_population_and_parents_are_of_the_highest_with_enough():
+    searcher = methods.regularized_evolution(population_size=3, sample_size=2)
     trials, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 4)
     low, high = (
-        [t._replace(status="COMPLETE", outcome=y, fidelity=f) for t in trials] for y, f in ((0.0, 0.1), (1.0, 0.5))
+        [t._replace(status="COMPLETE", outcome=y - i, fidelity=f) for i, t in enumerate(trials)]
+        for y, f in ((0.0, 0.1), (9.0, 0.5))
     )
-    state = searcher.tell(state, low[:2])
-    assert len(state.population) == 2
-    state = searcher.tell(state, [low[2], high[0], low[3], high[1]])
-    assert state.population == tuple((t.configuration, 1.0) for t in high[:2]) and state.fidelity == 0.5
+    near = lambda child, t: sum(child.configuration[n] != value for n, value in t.configuration.items()) == 1
+    children = lambda state: searcher.ask(state, 40)[0]
+    alone = searcher.tell(state, [high[0]])
+    assert all(near(child, trials[0]) for child in children(alone))  # there is nothing else
+    state = searcher.tell(state, low[:3])
+    assert all(any(near(child, t) for t in trials[:3]) for child in children(state))
+    # The first at a higher fidelity: what is known at the lower one is still the most.
+    one = searcher.tell(state, [high[0]])
+    assert [c.configuration for c in children(one)] == [c.configuration for c in children(state)]
+    two = searcher.tell(one, [high[3], low[3]])
+    assert all(near(child, trials[0]) or near(child, trials[3]) for child in children(two))
+    members = lambda records: tuple((t.configuration, t.outcome) for t in records)
+    assert two.populations == {0.1: members(low[1:]), 0.5: members([high[0], high[3]])}
 
 
 def test_what_it_does_not_search():

@@ -91,6 +91,9 @@ def test_nas_bench_101(tmp_path):
 
     kept = tmp_path / "kept"
     nas.save_benchmark(table, kept)
+    (tmp_path / "kept.tmp").mkdir()  # what another process is at work on may stand there
+    nas.save_benchmark(table, kept)
+    (tmp_path / "kept.tmp").rmdir()
     again = nas.load_benchmark(kept)
     assert kept in tmp_path.iterdir() and not list(tmp_path.glob("kept*.*"))  # by the name that was given
     for name, value in table._asdict().items():

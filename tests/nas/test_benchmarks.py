@@ -144,6 +144,19 @@ def test_architectures_in_the_forms_in_which_searches_give_them():
             benchmark.query(bad, benchmark.tasks[0])
 
 
+def test_what_a_part_of_a_table_has_not_and_what_is_no_architecture_is_refused():
+    digits = [[0, 0, 0, 0, 0, 0], [3, 0, 0, 0, 0, 1]]
+    part = make_benchmark("NAS-Bench-201", ["cifar10"], [f"e{i}" for i in range(6)], [5] * 6, digits, [[9.0], [1.0]])
+    inside = {"cell": ((0, 1, "nor_conv_3x3"), (2, 3, "skip_connect"))}
+    for found in (inside, nas.to_nas_bench_201(inside), digits[1], np.array(digits[1], float), tuple(digits[1])):
+        assert part.query(found, "cifar10")[0] == 1.0
+    outside = {"cell": ((0, 1, "skip_connect"),)}
+    twice = {"cell": ((0, 1, "skip_connect"), (2, 3, "skip_connect"), (0, 1, "nor_conv_3x3"))}
+    for bad in (outside, nas.to_nas_bench_201(outside), twice, [3.7, 0, 0, 0, 0, 1], [3, 0, 0, 0, 0, np.inf]):
+        with pytest.raises(ValueError, match="NAS-Bench-201 has 2 architectures, the tasks"):
+            part.query(bad, "cifar10")
+
+
 def test_absent_files_and_unknown_spaces(tmp_path):
     with pytest.raises(ValueError, match="There is no file"):
         nas.nas_bench_201_table(tmp_path)

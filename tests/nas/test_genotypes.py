@@ -4,11 +4,12 @@ import itertools
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from scipy.special import softmax
 
-from metaopt import nas
+from metaopt import methods, nas, tasks
 
 CONV3, CONV1, POOL = nas.NAS_BENCH_101_PRIMITIVES
 TABLES = Path(os.environ.get("METAOPT_DATA", "absent"))
@@ -181,6 +182,67 @@ def test_random_genotypes_are_in_the_space_and_each_alike():
     assert np.abs(np.bincount(into.ravel(), minlength=5) / 600 - 0.2).max() < 0.06
     each = [nas.random_genotype(seed, nas.nas_bench_201_space())["cell"] for seed in range(200)]
     assert abs(np.mean([len(edges) for edges in each]) - 6 * 4 / 5) < 0.2  # a fifth is "none"
+
+
+# ---- Configurations -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "searcher", [tasks.random_search(first=()), methods.regularized_evolution(population_size=6, sample_size=3)]
+)
+def test_searchers_without_a_gradient_stay_in_the_space_of_darts(searcher):
+    net = nas.darts_space()
+    space = nas.configuration_space(net)
+    sizes = [leaf.high + 1 for leaf in space.values()]
+    assert sizes == [3, 6, 10, *[7] * 8] * 2  # two of the nodes before each but the first, an op on each of 8 edges
+    state, found = searcher.init(jax.random.key(1), space), []
+    for _ in range(12):
+        (trial,), state = searcher.ask(state, 1)
+        genotype = nas.from_configuration(net, trial.configuration)
+        assert nas.to_configuration(net, genotype) == trial.configuration
+        assert nas.from_darts(nas.to_darts(genotype)) == genotype
+        found.append(nas.to_darts(genotype))
+        state = searcher.tell(state, [trial._replace(outcome=float(len(found)), status="COMPLETE")])
+    assert len(set(found)) > 6
+
+
+def test_every_configuration_is_another_genotype_and_every_genotype_has_one():
+    net = nas.darts_space(num_nodes=2, primitives=("none", "skip_connect", "sep_conv_3x3"))
+    space = nas.configuration_space(net)
+    kinds = [name for name in space if name.startswith("normal.")]
+    assert kinds == ["normal.inputs3", *(f"normal.op{i}" for i in range(4))]
+    found = set()
+    for digits in itertools.product(*(range(space[name].high + 1) for name in kinds)):
+        genotype = nas.from_configuration(net, {**dict.fromkeys(space, 1), **dict(zip(kinds, digits, strict=True))})
+        nas.discrete(net, genotype)
+        assert list(nas.to_configuration(net, genotype).values()) == [*digits, 1, 1, 1, 1, 1]
+        found.add(genotype["normal"])
+    assert len(found) == 3 * 2**4
+    assert {nas.random_genotype(seed, net)["normal"] for seed in range(400)} == found
+    darts = nas.from_darts(DARTS_V2)
+    again = nas.from_configuration(nas.darts_space(), nas.to_configuration(nas.darts_space(), darts))
+    assert {kind: sorted(edges) for kind, edges in again.items()} == {k: sorted(edges) for k, edges in darts.items()}
+
+
+def test_configurations_where_each_edge_stands_for_itself():
+    net, genotype = nas.nas_bench_201_space(), nas.from_nas_bench_201(CELL_9930)
+    digits = nas.to_configuration(net, genotype)
+    assert digits == {"cell.0-1": 3, "cell.0-2": 3, "cell.1-2": 3, "cell.0-3": 1, "cell.1-3": 3, "cell.2-3": 3}
+    assert nas.from_configuration(net, digits) == genotype
+    assert nas.to_configuration(net, {"cell": genotype["cell"][1:]})["cell.0-1"] == 0  # none
+    assert nas.to_configuration(THREE, {"cell": ((1, 2, "mlp"),)}, keep=None) == {
+        "cell.0-1": 0, "cell.0-2": 0, "cell.1-2": 2}  # fmt: skip
+    mixed = nas.Cell(1, (nas.Edge(0, 1, ("none", "mlp")), nas.Edge(0, 2, ("skip_connect", "mlp"))), (2,))
+    odd = nas.Network({"cell": mixed}, THREE.layers, 2)
+    for call, message in [
+        (lambda: nas.to_configuration(THREE, {"cell": ((1, 2, "mlp"),)}), "has 1 edges into node 1 .*; got those from"),
+        (lambda: nas.to_configuration(odd, {"cell": ()}, keep=None), "must have an op on the edge 0 -> 2"),
+        (lambda: nas.configuration_space(odd), 'some have "none" and some have not'),
+        (lambda: nas.configuration_space(nas.nas_bench_101_space()), "`discretize_graph` reads them"),
+        (lambda: nas.from_configuration(net, {**digits, "cell.0-1": 5}), r"must be in \[0, 4\]; got 5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 CELL_9930 = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"

@@ -352,7 +352,7 @@ def test_penalties_of_searches_that_have_more_than_weights_of_ops():
         alpha, params = plain.hyperparams(KEY), plain.supernet.init(KEY)
         with_it, without = (s.problem.outer_loss(params, alpha, batch, at) for s in (more, plain))
         ops = alpha["cell"]["ops"] if isinstance(alpha["cell"], dict) else alpha["cell"]
-        expected = nas.expected_cost(table, {"cell": jax.nn.softmax(ops, -1)}) / 50
+        expected = nas.expected_cost(table, {"cell": jax.nn.softmax(ops, -1)}, network) / 50
         np.testing.assert_allclose(with_it - without, expected, rtol=1e-6)
     bound = methods.under_budget(methods.pc_darts(network, (3,), ops=nas.BLOCKS, partial=2), table, budget=30.0)
     given = bound.hyperparams(KEY)
@@ -380,6 +380,105 @@ def test_the_projection_changes_what_loses_least():
     assert project(19) == ["2", "1"]  # 14
     with pytest.raises(ValueError, match="`budget` is 13 , and the cheapest network found costs 14"):
         project(13)
+
+
+def test_costs_of_a_space_that_keeps_two_edges_a_node():
+    """At weights that say one network, C is its cost; it is the mean over the ops of the edges that are kept."""
+    table, rng = table_of("darts", "params"), np.random.default_rng(3)
+    for seed in range(3):
+        genotype = nas.random_genotype(seed, DARTS)
+        weights = nas.one_hot(DARTS, genotype)
+        cost = nas.cost_of(table, DARTS, genotype)
+        np.testing.assert_allclose(nas.expected_cost(table, weights, DARTS), cost, rtol=1e-12)
+        # As after a search: much weight on its ops, a little on all others, "none" among them.
+        near = {kind: 1e-6 * rng.random(w.shape) + w for kind, w in weights.items()}
+        near = {kind: w + 10.0 * (np.arange(3) == 0) for kind, w in near.items()}
+        near = {kind: w / w.sum(-1, keepdims=True) for kind, w in near.items()}
+        np.testing.assert_allclose(nas.expected_cost(table, near, DARTS), cost, rtol=1e-3)
+        assert float(nas.expected_cost(table, near)) < 0.9 * cost  # of all edges, mostly "none"
+    weights = jax.device_get(weights_of(DARTS))
+    kept = nas.discretize(DARTS, weights)
+    options = [("skip_connect", "sep_conv_3x3")] * sum(map(len, kept.values()))
+    mean = 0.0
+    for drawn in itertools.product(*options):
+        names, chance, chosen = iter(drawn), 1.0, {}
+        for kind, edges in kept.items():
+            chosen[kind] = []
+            for s, t, _ in edges:
+                (e,) = [i for i, edge in enumerate(DARTS.cells[kind].edges) if edge[:2] == (s, t)]
+                op, w = next(names), weights[kind][e]
+                chance *= float(w[1 + (op == "sep_conv_3x3")] / w[1:].sum())
+                chosen[kind].append((s, t, op))
+        mean += chance * nas.cost_of(table, DARTS, {kind: tuple(edges) for kind, edges in chosen.items()})
+    np.testing.assert_allclose(nas.expected_cost(table, weights, DARTS), mean, rtol=1e-9)
+    flat, unravel = jax.flatten_util.ravel_pytree(nas.init_alpha(KEY, DARTS, scale=1.0))
+    excess = nas.over_budget(table, DARTS, budget=mean)
+    jax.test_util.check_grads(jax.jit(lambda flat: excess(unravel(flat), 0)), (flat,), order=1)
+    np.testing.assert_allclose(excess(unravel(flat), 0), 0.0, atol=1e-9)
+
+
+def test_a_search_that_reads_otherwise_counts_otherwise():
+    cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
+    network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    table = nas.cost_table(network, (3,), nas.num_params, ops=nas.BLOCKS)
+    alpha, context = {"cell": jnp.asarray(RNG.normal(size=(3, 3)))}, base.Context(KEY, jnp.array(0))
+    costs = []
+    for keep in (1, None):
+        search = methods.darts(network, (3,), ops=nas.BLOCKS, keep=keep)
+        bound = methods.under_budget(search, table, budget=1.0)
+        expected = nas.expected_cost(table, search.weights(alpha), network._replace(keep=keep))
+        both, params = {"hyperparams": alpha, "multiplier": jnp.array(0.5)}, search.supernet.init(KEY)
+        run = lambda both, loss=bound.problem.outer_loss, params=params: loss(params, both, TASK.valid, context)
+        slope = jax.jit(jax.grad(run))(both)["multiplier"]
+        np.testing.assert_allclose(slope, -(expected - 1) * jax.nn.sigmoid(0.5), rtol=1e-6)
+        costs.append(float(expected))
+    assert abs(costs[0] - costs[1]) > 1
+    whole = nas.nas_bench_101_space(3, channels=2, cells_per_stack=1, num_stacks=1, num_vertices=3)
+    with pytest.raises(ValueError, match="`keep` must be left out for NAS-Bench-101's space"):
+        methods.darts(whole, (8, 8, 1), ops=nas.NAS_BENCH_101_OPS, keep=2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_projection_keeps_as_many_edges_as_the_space(seed):
+    table = table_of("darts", "params")
+    alpha = nas.init_alpha(jax.random.key(seed), DARTS, scale=2.0)
+    weights = jax.device_get(nas.mixing_weights(nas.softmax(), DARTS, alpha, KEY))
+    whole = nas.discretize(DARTS, weights)
+    cost = nas.cost_of(table, DARTS, whole)
+    assert nas.within_budget(DARTS, weights, table, cost) == whole == nas.within_budget(DARTS, weights, table, 1e12)
+    small = nas.within_budget(DARTS, weights, table, 0.8 * cost)
+    assert small != whole and nas.cost_of(table, DARTS, small) <= 0.8 * cost
+    nas.to_darts(small)  # two edges into every node
+    with pytest.raises(ValueError, match="the cheapest network found costs"):
+        nas.within_budget(DARTS, weights, table, 1.0)
+    by_edge = nas.within_budget(DARTS, weights, table, 1e12, keep=None)
+    assert by_edge == nas.discretize(DARTS, weights, keep=None) != whole
+
+
+def test_the_projection_takes_another_edge_where_that_loses_less():
+    """Into node 3 lead 0, 1 and 2; a pool is cheap, and stands on 1 -> 3, which is not among the two strongest."""
+    cell = nas.complete_cell(2, ("max_pool_3x3", "sep_conv_3x3"), num_inputs=2)
+    network = nas.Network({"cell": cell}, (nas.Layer("stem", 4), nas.Layer("cell", 4)), num_outputs=2)
+    table = nas.cost_table(network, (4, 4, 1), nas.num_params, ops=nas.DARTS_OPS)
+    w = np.array([[0.9, 0.1], [0.9, 0.1], [0.01, 0.99], [0.6, 0.4], [0.01, 0.98]])
+    whole = nas.discretize(network, {"cell": w})
+    assert [edge[:2] for edge in whole["cell"]] == [(0, 2), (1, 2), (0, 3), (2, 3)]
+    budget = nas.cost_of(table, network, whole) - 1
+    found = nas.within_budget(network, {"cell": w}, table, budget)
+    assert found["cell"][2:] == ((0, 3, "sep_conv_3x3"), (1, 3, "max_pool_3x3"))
+
+
+def test_a_graph_s_cell_is_not_projected():
+    network = nas.nas_bench_101_space(3, channels=2, cells_per_stack=1, num_stacks=1, num_vertices=4)
+    weights = {"cell": np.full((len(network.cells["cell"].edges), 3), 1 / 3)}
+    table = nas.cost_table(network, (8, 8, 1), nas.num_params, ops=nas.NAS_BENCH_101_OPS)
+    for keep in ("space", 2, None):
+        for read in (
+            lambda keep: nas.within_budget(network, weights, table, 1e9, keep=keep),
+            lambda keep: nas.discretize(network, weights, keep=keep),
+        ):
+            with pytest.raises(ValueError, match="`discretize_graph` reads them"):
+                read(keep)
 
 
 # ---- Fronts ---------------------------------------------------------------------------------------------------------

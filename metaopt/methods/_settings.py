@@ -1,0 +1,71 @@
+"""What a search was made with, as JSON has it: what checkpoints are known by."""
+
+import functools
+import inspect
+import json
+import math
+import types
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from metaopt import nas
+
+P = ParamSpec("P")
+S = TypeVar("S")
+
+
+def plain(value: Any, depth: int = 6) -> Any:
+    """A value as JSON has it.
+
+    A function is its name and the values that it encloses; an array of more than 100 entries its shape and a checksum;
+    what else JSON has not, and what lies deeper than `depth`, the name of its type. So what a factory was given is told
+    (`nas.softmax(2.0)`, `optax.linear_schedule(1, 0, 50)`), and a number that is written in a function's body is not.
+    """
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, Tracer):
+        if jnp.issubdtype(value.dtype, np.number) or value.dtype == bool:
+            array = np.asarray(value)
+            value = array.tolist() if array.size <= 100 else f"{array.shape}, checksum {zlib.crc32(array.tobytes())}"
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    if not depth:
+        return type(value).__name__
+    inside = lambda x: plain(x, depth - 1)
+    if isinstance(value, Mapping):
+        return {str(inside(name)): inside(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [inside(x) for x in value]
+    if isinstance(value, functools.partial):
+        return inside([value.func, value.args, value.keywords])
+    if inspect.isfunction(value):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        enclosed = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}  # not yet assigned
+        return {f"{value.__module__}.{value.__qualname__}": inside(enclosed)}
+    return type(value).__name__
+
+
+def with_settings(method: Callable[P, S]) -> Callable[P, S]:
+    """The same method, whose result has its name, the network and all that it was given as `settings`, but for `ops`.
+
+    Of methods that call one another the outermost one is told.
+    """
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def made(*args: P.args, **kwargs: P.kwargs) -> S:
+        result: Any = method(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = {**bound.arguments, **bound.arguments.get("options", {})}
+        network = json.loads(nas.to_json(given["network"]))
+        rest = {name: plain(x) for name, x in given.items() if name not in ("network", "ops", "options")}
+        return result._replace(settings={"method": method.__name__, "network": network, **rest})
+
+    return made

@@ -1,0 +1,147 @@
+"""A space's choices as integers: genotypes to configurations and back, for searchers that know no gradient."""
+
+import itertools
+from collections.abc import Mapping
+
+from metaopt import spaces
+from metaopt.nas._genotypes import NONE, check_genotype, edges_kept
+from metaopt.nas._specs import Cell, Edge, ElasticNetwork, Genotype, Space
+
+
+def configuration_space(
+    network: Space, *, keep: int | None | str = "space"
+) -> dict[str, spaces.Integer | spaces.Fixed]:
+    """A space's choices as integers, for searchers without a gradient: evolution, random search, Optuna.
+
+    Every configuration is another genotype. `from_configuration` and `to_configuration` are the ways there and back.
+
+    Args:
+      network: a supernet's.
+      keep: edges into each node, as for `random_genotype`; "space": what the network says.
+
+    Returns:
+      name -> which candidate. With `keep` None "kind.source-target", of an edge, which op; with a number of edges
+      "kind.inputs<node>", which of the sets of that many edges into it, in the order of `itertools.combinations`, where
+      there is a choice, and then "kind.op<i>", which op other than "none" the i-th of these edges has (of
+      `darts_space` 11 entries a kind, the digits of NAS-Bench-301); of an `ElasticNetwork` the names of its sizes.
+
+    Raises:
+      ValueError: the network is one of NAS-Bench-101, whose cells are graphs; some edges of a cell have "none" and
+        others have not, so that they do not have as many ops to choose from.
+
+    >>> from metaopt import nas
+    >>> network = nas.darts_space(num_nodes=2)
+    >>> space = nas.configuration_space(network)
+    >>> list(space)[:5], space["normal.inputs3"].high, space["normal.op0"].high
+    (['normal.inputs3', 'normal.op0', 'normal.op1', 'normal.op2', 'normal.op3'], 2, 6)
+    >>> nas.from_configuration(network, {**dict.fromkeys(space, 0), "normal.inputs3": 2})["normal"][3]
+    (2, 3, 'max_pool_3x3')
+    """
+    if (keep := edges_kept(network, keep)) is None:
+        sizes = {name: len(edge.ops) for name, (_, edge) in _choices(network).items()}
+    else:
+        sizes = {}
+        for kind, cell in network.cells.items():
+            sets, nums = _sets(cell, keep), {len(_some(edge)) for edge in cell.edges}
+            if len(nums) > 1:
+                raise ValueError(f'Of the edges of {kind!r} some have "none" and some have not: give `keep=None`.')
+            sizes |= {f"{kind}.inputs{node}": len(those) for node, those in sets.items() if len(those) > 1}
+            sizes |= {f"{kind}.op{i}": min(nums) for i in range(sum(len(those[0]) for those in sets.values()))}
+    return {name: spaces.integer(0, size - 1) if size > 1 else spaces.fixed(0) for name, size in sizes.items()}
+
+
+def from_configuration(
+    network: Space, configuration: Mapping[str, int], *, keep: int | None | str = "space"
+) -> Genotype:
+    """The genotype that integers say.
+
+    Args:
+      network: a supernet's.
+      configuration: as in `configuration_space`.
+      keep: as there.
+
+    Returns:
+      A `Genotype`, its edges in the network's order, without those whose op is "none".
+
+    Raises:
+      ValueError: an entry is missing, too much, or out of range; as for `configuration_space`.
+    """
+    space = configuration_space(network, keep=keep)
+    if set(configuration) != set(space):
+        raise ValueError(f"A configuration has the entries {sorted(space)}; got {sorted(configuration)}.")
+    for name, leaf in space.items():
+        high = leaf.high if isinstance(leaf, spaces.Integer) else 0
+        if not 0 <= configuration[name] <= high:
+            raise ValueError(f"{name!r} must be in [0, {high}]; got {configuration[name]}.")
+    at = lambda name: int(configuration.get(name, 0))
+    chosen: dict[str, list] = {kind: [] for kind in network.cells}
+    if (keep := edges_kept(network, keep)) is None:
+        for name, (kind, edge) in _choices(network).items():
+            chosen[kind].append((edge, edge.ops[at(name)]))
+    else:
+        for kind, cell in network.cells.items():
+            kept = [edge for node, those in _sets(cell, keep).items() for edge in those[at(f"{kind}.inputs{node}")]]
+            chosen[kind] = [(edge, _some(edge)[at(f"{kind}.op{i}")]) for i, edge in enumerate(kept)]
+            chosen[kind].sort(key=lambda pair: cell.edges.index(pair[0]))
+    return {kind: tuple((*edge[:2], op) for edge, op in pairs if op != NONE) for kind, pairs in chosen.items()}
+
+
+def to_configuration(network: Space, genotype: Genotype, *, keep: int | None | str = "space") -> dict[str, int]:
+    """The integers that say a genotype, for instance the first trial of a search.
+
+    Args:
+      network: a supernet's.
+      genotype: kind -> edges.
+      keep: as for `configuration_space`.
+
+    Returns:
+      A configuration; `from_configuration` is the way back.
+
+    Raises:
+      ValueError: the genotype has not as many edges into a node as `keep` says, or lacks one that has no "none"; as for
+        `discrete` and `configuration_space`.
+    """
+    check_genotype(network, genotype)
+    found = dict.fromkeys(configuration_space(network, keep=keep), 0)
+    ops = {kind: {(s, t): op for s, t, op in edges if op != NONE} for kind, edges in genotype.items()}
+    if (keep := edges_kept(network, keep)) is None:
+        for name, (kind, edge) in _choices(network).items():
+            op = ops[kind].get(edge[:2], NONE)
+            if op not in edge.ops:
+                raise ValueError(f"The genotype must have an op on the edge {edge[0]} -> {edge[1]} of {kind!r}.")
+            found[name] = edge.ops.index(op)
+        return found
+    for kind, cell in network.cells.items():
+        kept = []
+        for node, those in _sets(cell, keep).items():
+            sources = {s for s, t in ops[kind] if t == node}
+            fits = [i for i, edges in enumerate(those) if {edge.source for edge in edges} == sources]
+            if not fits:
+                raise ValueError(
+                    f"A genotype of this space has {len(those[0])} edges into node {node} of {kind!r}; got those from "
+                    f"{sorted(sources)}."
+                )
+            if len(those) > 1:
+                found[f"{kind}.inputs{node}"] = fits[0]
+            kept += those[fits[0]]
+        found |= {f"{kind}.op{i}": _some(edge).index(ops[kind][edge[:2]]) for i, edge in enumerate(kept)}
+    return found
+
+
+def _choices(network: Space) -> dict[str, tuple[str, Edge]]:
+    plain = isinstance(network, ElasticNetwork)
+    return {
+        kind if plain else f"{kind}.{edge.source}-{edge.target}": (kind, edge)
+        for kind, cell in network.cells.items()
+        for edge in cell.edges
+    }
+
+
+def _sets(cell: Cell, keep: int) -> dict[int, list[tuple[Edge, ...]]]:
+    """Node -> the sets of edges into it of which one is kept."""
+    into = {t: [edge for edge in cell.edges if edge.target == t] for t in sorted({edge.target for edge in cell.edges})}
+    return {t: list(itertools.combinations(edges, min(keep, len(edges)))) for t, edges in into.items()}
+
+
+def _some(edge: Edge) -> tuple[str, ...]:
+    return tuple(op for op in edge.ops if op != NONE)
