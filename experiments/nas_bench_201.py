@@ -13,7 +13,7 @@ Beside them, by the table's validation accuracies after 12 epochs (the only true
 regularized evolution; the best architecture of the other two tasks; the constant cell 9930, which is nearly the best on
 every task; and the best of 100 random cells by training-free scores at initialization, or by their FLOPs.
 
-    python experiments/nas_bench_201.py            half an hour on 2 cores: 16x16 images, C = 8, N = 1, 300 steps
+    python experiments/nas_bench_201.py            forty minutes on a core: 16x16 images, C = 8, N = 1, 300 steps
     python experiments/nas_bench_201.py --full     the benchmark's scale: 32x32, C = 16, N = 5, batch 64, 19,500 steps
     python experiments/nas_bench_201.py --smoke    seconds; prints only
     python experiments/nas_bench_201.py --report   the report of what was run so far, and no more
