@@ -1,5 +1,7 @@
 """g and h from records of earlier trials: `train_meta_optimizer`, `train_meta_searcher`."""
 
+import collections
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,9 +60,11 @@ def train_meta_optimizer(
     were trained with (at most `predictors.MAX_SHOWN`), and at what runs as if it had given what the mixture expects.
 
     Args:
-      records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which count as bad. Names
-        and labels that the space does not have are ignored, and what a record lacks, or has None or a text for where a
-        number is tuned, is at its default: tasks whose spaces differ still teach.
+      records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which count as bad. Tasks
+        whose spaces differ still teach: names that the space does not have are ignored, and what a record lacks, or has
+        None for where a number is tuned, is at its default. A warning counts records with values that the space does
+        not have (`spaces.foreign`): a label counts as no label in particular, a number out of bounds as the bound, a
+        text in the place of a number as the default. Leave such records out where that is untrue of them.
       space: of λ, for new tasks.
       features: task name -> [F] numbers, NaN where unknown (`tasks.apply_scaling` of meta-features); tasks without an
         entry are unknown altogether.
@@ -110,6 +114,7 @@ def train_meta_optimizer(
         raise ValueError("`candidates` must hold a configuration, or be None to search the whole space; it is empty.")
     key = jax.random.key(0) if key is None else key
     kernel_key, attention_key, reference_key = jax.random.split(key, 3)
+    _warn_of_foreign(space, records)
     encode = encoder(space)
     names, trials = _by_task(records, encode)
     kernel = _fit_kernel(kernel_key, trials, num_steps)
@@ -159,20 +164,41 @@ def train_meta_searcher(
     Args:
       records: as for `train_meta_optimizer`.
       space: of architectures; `spaces.encode` of it is what the kernel compares.
-      candidates: the architectures to choose from; by default, all that are in the records, as far as the space has
-        their names and labels.
+      candidates: the architectures to choose from; by default, all that are in the records, with what the space has
+        names for; without those that have values that the space does not have (`spaces.foreign`).
       **kwargs: of `train_meta_optimizer`.
 
     Returns:
       A `MetaOptimizer` whose `predict`, `portfolio` and `searcher` stay among the candidates.
 
     Raises:
-      ValueError: as for `train_meta_optimizer`.
+      ValueError: as for `train_meta_optimizer`; or no record is a candidate.
     """
     if candidates is None:
-        whole = [spaces.complete(space, record.configuration, strict=False) for record in records]
+        tried = [record.configuration for record in records if not spaces.foreign(space, record.configuration)]
+        whole = [spaces.complete(space, configuration, strict=False) for configuration in tried]
         candidates = list({tuple(sorted(c.items(), key=lambda i: i[0])): c for c in whole}.values())
+        if records and not candidates:
+            raise ValueError(
+                "Each of the `records` has a value that the space does not have, so that none is a candidate; give "
+                f"`candidates`. The first one has {spaces.foreign(space, records[0].configuration)}."
+            )
     return train_meta_optimizer(records, space=space, candidates=candidates, **kwargs)
+
+
+def _warn_of_foreign(space, records) -> None:
+    """Says how many records have values that the space does not have."""
+    found = [spaces.foreign(space, record.configuration) for record in records]
+    if num := sum(map(bool, found)):
+        of = collections.Counter(name for values in found for name in values)
+        example = {name: next(values[name] for values in found if name in values) for name, _ in of.most_common(3)}
+        some = ", ".join(f"`{name}` in {of[name]}, such as {value!r}" for name, value in example.items())
+        warnings.warn(
+            f"{num} of {len(found)} records have values that the space does not have ({some}). A label counts as none "
+            "in particular, a number out of bounds as the bound, a text in the place of a number as the default. Where "
+            "that is untrue of them, leave them out (`spaces.foreign` finds them), or widen the space.",
+            stacklevel=3,
+        )
 
 
 def _by_task(records, encode) -> tuple[list[str], list[predictors.TaskTrials]]:

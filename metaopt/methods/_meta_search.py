@@ -138,16 +138,21 @@ def check_no_mapping(name: str, features: Any) -> None:
 
 
 def encoder(space: base.PyTree):
-    """`(configuration, strict) -> [D]`, each configuration computed once; what is not active is at its default."""
+    """`(configuration, strict) -> [D]`, each configuration computed once; what is not active is at its default.
+
+    What is `spaces.foreign` is refused where strict. Otherwise a label lies between all labels, as near to one as to
+    another; a number out of bounds is at the bound, and what should be a number at the default.
+    """
     encode, known = jax.jit(_encode_fn(space)), {}
 
     def encoded(configuration, strict=False):
-        # A record's label that equals another (1, 1.0, True) is told apart.
-        name = strict, tuple(sorted((key, type(value), value) for key, value in configuration.items()))
+        # A record's label that equals another (1, 1.0, True) is told apart; what other spaces have may not be hashable.
+        name = strict, repr(sorted(configuration.items(), key=lambda item: item[0]))
         if name not in known:
             # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
             whole = spaces.complete(space, configuration, strict=strict)
-            known[name] = np.asarray(encode(spaces.from_configuration(space, whole)))
+            others = {} if strict else spaces.foreign(space, configuration)
+            known[name] = np.asarray(encode(spaces.from_configuration(space, whole | others, strict=strict)))
         return known[name]
 
     return encoded
