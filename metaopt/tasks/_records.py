@@ -48,7 +48,7 @@ def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, s
 
     Raises:
       ValueError: a record cannot be written (its status is unknown, its fidelity not in (0, 1], its configuration no
-        plain data), or the file is damaged, of something else, or of a later version of metaopt.
+        plain data, its task or reason no text, its seed no integer of 64 bits), or the file is damaged, of something else, or of a later version of metaopt.
     """
     _insert(file, [(study, *_to_row(record)) for record in records])
 
@@ -208,6 +208,14 @@ def _to_row(record: Record) -> tuple:
         raise ValueError(f"A record's fidelity must lie in (0, 1]; got {record.fidelity!r}.")
     if not isinstance(record.reason, str):
         raise ValueError(f'A record\'s reason must be a text, "" where there is none; got {record.reason!r}.')
+    for name, text in (("task", record.task), ("reason", record.reason)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # from the name of a file, which may be any bytes
+            raise ValueError(f"A record's {name} must be a text in Unicode; got {text!r}.") from None
+    for name, number in (("seed", record.seed), ("trial", record.trial)):
+        if not -(2**63) <= int(number) < 2**63:
+            raise ValueError(f"A record's {name} must be an integer of 64 bits; got {number!r}.")
     try:
         configuration = json.dumps(record.configuration, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -174,6 +174,9 @@ def test_first_configurations_come_first():
     ("task", "status", "outcome", "reason"),
     [
         ("raise", "FAIL", math.nan, "KeyError: 'no such column'"),
+        ("raise bytes", "FAIL", math.nan, r"FileNotFoundError: /tmp/\udcff.csv"),
+        ("raise in silence", "FAIL", math.nan, "Speechless: (no text: OSError)"),
+        ("prune in silence", "PRUNED", math.nan, "(no text: OSError)"),
         ("exit", "FAIL", math.nan, "SystemExit: enough"),
         ("nan", "FAIL", math.nan, "the outcome is nan"),
         ("inf", "FAIL", math.nan, "the outcome is inf"),
@@ -184,8 +187,10 @@ def test_first_configurations_come_first():
         ("good", "COMPLETE", 0.25, ""),
     ],
 )
-def test_what_ends_a_trial_alone_is_a_record(task, status, outcome, reason):
-    (record,) = collect(black_boxes.misbehave, on={"t": task}, num_trials=1)
+def test_what_ends_a_trial_alone_is_a_record(tmp_path, task, status, outcome, reason):
+    store = tmp_path / "records.db"
+    (record,) = collect(black_boxes.misbehave, on={"t": task}, num_trials=1, store=store)
+    assert repr(tasks.read_records(store)) == repr([record])
     assert (record.status, record.reason) == (status, reason)
     assert record.outcome == outcome or math.isnan(outcome) and math.isnan(record.outcome)
     assert record.configuration == {"x": 0.0, "size": 6, "kind": "a"}  # whatever the objective does with its own

@@ -152,6 +152,9 @@ def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path, how):
         (Record("t", {"x": math.nan}), "must be plain numbers"),
         (Record("t", {}, fidelity=math.nan), r"fidelity must lie in \(0, 1\]; got nan"),
         (Record("t", {}, reason=None), "reason must be a text"),  # pyright: ignore
+        (Record("t", {}, reason="\udcff"), r"reason must be a text in Unicode; got '.udcff'"),
+        (Record("\udcff", {}), "task must be a text in Unicode"),
+        (Record("t", {}, seed=2**63), "seed must be an integer of 64 bits; got 9223372036854775808"),
     ],
 )
 def test_records_that_cannot_be_written_are_refused_and_nothing_is_written(tmp_path, record, message):
