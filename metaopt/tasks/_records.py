@@ -126,7 +126,7 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
                     query = f"SELECT study, {_COLUMNS} FROM records WHERE id = ?"
                     row = connection.execute(query, (number,)).fetchone()
                     if row is not None:
-                        rows.append((row[0], *_to_row(_from_row(row[1:]))))
+                        rows.append((row[0], *_to_row(_from_row(row[1:]), any_fidelity=True)))  # of earlier versions
     _insert(to, rows)
     return len(rows)
 
@@ -199,12 +199,12 @@ def _header_of_made(connection) -> list[int]:
                 raise
 
 
-def _to_row(record: Record) -> tuple:
+def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
     if not isinstance(record.task, str):
         raise ValueError(f"A record's task must be a name, a string, as it is on disk; got {record.task!r}.")
     if record.status not in STATUSES:
         raise ValueError(f"A record's status must be one of {', '.join(STATUSES)}; got {record.status!r}.")
-    if not 0 < record.fidelity <= 1:
+    if not (any_fidelity or 0 < record.fidelity <= 1):
         raise ValueError(f"A record's fidelity must lie in (0, 1]; got {record.fidelity!r}.")
     if not isinstance(record.reason, str):
         raise ValueError(f'A record\'s reason must be a text, "" where there is none; got {record.reason!r}.')
