@@ -101,6 +101,7 @@ def collect(
     Raises:
       ValueError: an argument is not valid, the store has this study from another space, searcher or key, or another
         collection of it is under way.
+      FileNotFoundError: the folder of the store does not exist.
       RuntimeError: a child cannot start, or cannot read the objective or a task.
       ImportError: joblib or, for isolated trials, cloudpickle is not installed.
 
@@ -214,14 +215,20 @@ def _identity(record: base.Record) -> tuple:
 def _alone(store, study: str) -> Iterator[None]:
     """Refuses a second collection of a study: it would run the same trials, and hear of other outcomes.
 
-    The lock is the system's, on an empty file beside the store: it ends with the process, however that ends.
+    The lock is the system's, on an empty file beside the store: it ends with the process, however that ends, and with
+    what the process has forked (joblib's "multiprocessing"; not its threads, loky, or the children of trials).
     """
+    path = "" if store is None else os.path.realpath(store)  # through every link, it is the same file
+    if store is not None and not os.path.isdir(os.path.dirname(path)):
+        raise FileNotFoundError(
+            f"The store {os.fspath(store)} cannot be made: there is no folder of it. Make that first."
+        )
     if store is None or os.name != "posix":
         yield
         return
     import fcntl
 
-    path = f"{os.fspath(store)}-{zlib.crc32(study.encode()):08x}.lock"
+    path = f"{path}-{zlib.crc32(study.encode()):08x}.lock"
     while True:
         with open(path, "w") as file:
             try:

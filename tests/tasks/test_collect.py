@@ -115,19 +115,23 @@ def test_what_is_interrupted_and_continued_equals_what_was_not(tmp_path, searche
 
 
 def test_one_collection_of_a_study_at_a_time(tmp_path):
-    store, refused = tmp_path / "records.db", []
+    store, link, refused = tmp_path / "records.db", tmp_path / "link.db", []
+    link.symlink_to(store)
 
     def starts_another(trial, task):
         collect(store=store, study="other")
-        with pytest.raises(ValueError, match="Another collection of the study 'one' in .*records.db is under way"):
-            collect(store=store, study="one")
+        for same in (store, link):
+            with pytest.raises(ValueError, match=f"Another collection of the study 'one' in .*{same.name} is under"):
+                collect(store=same, study="one")
         refused.append(trial)
         return 0.0
 
     kwargs = {"on": {"t": 0.0}, "num_trials": 1, "store": store, "study": "one"}
     assert collect(starts_another, **kwargs)[0].status == "COMPLETE" and len(refused) == 1
     collect(**kwargs | {"num_trials": 3})  # it has ended
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["records.db"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.db", "records.db"]
+    with pytest.raises(FileNotFoundError, match="The store .*none/records.db cannot be made: .* folder"):
+        collect(store=tmp_path / "none" / "records.db")
 
 
 def fidelities():
