@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import predictors
-from metaopt.methods._new_trials import MAX_TRIALS, best_and_latest, padded, shown_to_transformers
+from metaopt.methods._new_trials import (
+    MAX_TRIALS,
+    best_and_latest,
+    from_the_best,
+    padded,
+    shown_to_transformers,
+)
 
 
 class Outcomes(NamedTuple):
@@ -35,28 +41,42 @@ class OutcomesFn(Protocol):
         levels: Sequence[float] = (0.1, 0.5, 0.9),
     ) -> Outcomes:
         """What to expect of configurations, given what was tried (NaN: it failed): mean and quantiles, should they not
-        fail."""
+        fail. What failed is expected to have given what is no better than the worst outcome, or than 1 where there is
+        none, and so is what is like it.
+
+        Names and values that the space does not have are refused (`ValueError`); what is lacking is at its default."""
         ...
 
 
-def outcomes_fn(surrogate: predictors.Surrogate, encode: Callable[..., np.ndarray], seen_from: Callable) -> OutcomesFn:
+def outcomes_fn(
+    surrogate: predictors.Surrogate,
+    encode: Callable[..., np.ndarray],
+    seen_from: Callable,
+    with_failed: Callable[..., np.ndarray],
+    widest: float,
+) -> OutcomesFn:
     """`MetaOptimizer.outcomes`.
 
     Args:
       surrogate: what was learned.
-      encode: configuration -> [D].
+      encode: (configuration, strict) -> [D].
       seen_from: new task -> the weights of earlier ones, and the networks of the task (deep kernels, transformers).
+      with_failed: (those, x [N, D], y [N], which failed [N]) -> y, with what is expected of those that failed.
+      widest: how far from the best one outcomes are looked at.
     """
     at = lambda networks: surrogate._replace(deep=networks[0], transformers=networks[1])
     share = 0.0 if surrogate.transformers is None else float(surrogate.transformer_share)
     typical_scale = float(np.exp(np.median(surrogate.log_scales)))
 
     @jax.jit
-    def believed(task, x, trials, shown, levels):
+    def believed(task, x, trials, failed, shown, levels):
         """Mean and quantiles, by bisection of the distribution function."""
         weights, networks = task
         if trials is None:
             mean = predictors.expected_outcomes(at(networks), x)
+            if failed is not None:
+                after = predictors.expected_after_failures(at(networks), weights, failed, x)
+                mean += (after - mean @ weights)[:, None]
             mixture = predictors.Mixture(jnp.log(weights), mean, jnp.full(mean.shape, 1e-3))
         else:
             mixture = predictors.posterior(at(networks), weights, trials, x)
@@ -97,15 +117,25 @@ def outcomes_fn(surrogate: predictors.Surrogate, encode: Callable[..., np.ndarra
             raise ValueError(f"Each configuration has an outcome; got {len(tried)} and {len(outcomes)}.")
         if not all(0 < level < 1 for level in levels):
             raise ValueError(f"`levels` must lie in (0, 1); got {tuple(levels)}.")
-        x, y = np.stack([encode(c) for c in configurations]), np.asarray(outcomes, float)
-        at_tried = np.stack([encode(c) for c in tried]) if len(tried) else np.zeros((0, x.shape[1]))
-        seen = np.isfinite(y)
-        low = y[seen].min() if seen.any() else 0.0  # float32 has few digits
-        keep = np.flatnonzero(seen)[best_and_latest(y[seen], MAX_TRIALS)]
-        trials = padded(at_tried[keep], y[keep] - low) if seen.any() else None
-        shown = shown_to_transformers(at_tried, np.where(seen, y - low, np.nan), surrogate.max_shown) if share else None
-        given = (seen_from(new_task), jnp.asarray(x), trials, shown, jnp.asarray(levels, jnp.result_type(float)))
-        mean, quantiles = believed(*given)
+        if not len(configurations):
+            return Outcomes(np.zeros(0), np.zeros((0, len(levels))))
+        task, x = seen_from(new_task), np.stack([encode(c, True) for c in configurations])
+        at_tried = np.stack([encode(c, True) for c in tried]) if len(tried) else np.zeros((0, x.shape[1]))
+        y, low, trials, failures = np.asarray(outcomes, float), 0.0, None, None
+        if ended := bool(np.isfinite(y).any()):
+            y, low = from_the_best(np.where(np.isfinite(y), y, np.nan), widest)  # float32 has few digits
+        keep = best_and_latest(y, MAX_TRIALS)
+        at_tried, y = at_tried[keep], y[keep]
+        shown = shown_to_transformers(at_tried, y, surrogate.max_shown) if share else None
+        failed = ~np.isfinite(y)
+        if ended:
+            known = with_failed(task, at_tried, np.where(failed, np.nanmax(y), y), failed) if failed.any() else y
+            trials = padded(at_tried, known)
+        elif len(y):
+            at_failed, _, mask = padded(at_tried, np.zeros(len(y)))
+            failures = at_failed, mask
+        levels_ = jnp.asarray(levels, jnp.result_type(float))
+        mean, quantiles = believed(task, jnp.asarray(x), trials, failures, shown, levels_)
         return Outcomes(np.asarray(mean, float) + low, np.asarray(quantiles, float) + low)
 
     return outcomes_at

@@ -16,6 +16,7 @@ from metaopt.methods._new_trials import (
     TriedConfiguration,
     at_full_budget,
     best_and_latest,
+    from_the_best,
     padded,
     shown_to_transformers,
     tried_configuration,
@@ -52,7 +53,9 @@ class SuggestFn(Protocol):
         pending: Sequence[Mapping[str, Any]] = (),
         key: jax.Array | None = None,
     ) -> list[dict[str, Any]]:
-        """What to try next, given what was tried (NaN: it failed) and what runs: in closed form, without a fit."""
+        """What to try next, given what was tried (NaN: it failed) and what runs: in closed form, without a fit.
+
+        Names and values that the space does not have are refused (`ValueError`); what is lacking is at its default."""
         ...
 
 
@@ -214,6 +217,7 @@ def meta_optimizer(
     at = lambda networks: surrogate._replace(deep=networks[0], transformers=networks[1])
     share = 0.0 if surrogate.transformers is None else float(surrogate.transformer_share)
     typical_scale = float(np.exp(np.median(surrogate.log_scales)))
+    widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
 
     def read_mean(networks, shown, x):
         """[P] normalized outcomes that transformers expect where no trial has one; a failure is as bad as the worst."""
@@ -319,6 +323,14 @@ def meta_optimizer(
     def believe_failed(weights, networks, trials, x, worst):
         return predictors.censored_mean(predictors.posterior(at(networks), weights, trials, x), worst)
 
+    def with_failed(task, x, y, failed):
+        """Of a failed trial it is known that its outcome is no better than the worst one: it is expected there."""
+        (at_failed, *_), worst = padded(x[failed], y[failed]), y[~failed].max()
+        found = believe_failed(*task, padded(x[~failed], y[~failed]), at_failed, worst)
+        y = y.copy()
+        y[failed] = np.asarray(found)[: failed.sum()]
+        return y
+
     suggest_z = jax.jit(suggest_z, static_argnums=0)
     acquire_finite = jax.jit(acquire_finite, static_argnums=0)
     functions_at = jax.jit(predictors.functions_at)
@@ -379,7 +391,6 @@ def meta_optimizer(
                 [{}] if finite is None else [c for i, c in enumerate(pool) if np.array_equal(finite[i], default)][:1]
             )
         given = [spaces.complete(space, c) for c in first]
-        widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome
 
         def init(key, space):
@@ -412,14 +423,6 @@ def meta_optimizer(
         def shown(x, y):
             return shown_to_transformers(x, y, surrogate.max_shown) if share else None
 
-        def with_failed(x, y, failed):
-            """Of a failed trial it is known that its outcome is no better than the worst one: it is expected there."""
-            (at_failed, *_), worst = padded(x[failed], y[failed]), y[~failed].max()
-            found = believe_failed(*task, padded(x[~failed], y[~failed]), at_failed, worst)
-            y = y.copy()
-            y[failed] = np.asarray(found)[: failed.sum()]
-            return y
-
         def choose(key, state):
             """The next configuration, given all that was told and is pending."""
             tried = list(state.tried.values())
@@ -432,16 +435,12 @@ def meta_optimizer(
             given_up = np.array([trial.given_up for trial in tried])
             if (ended := seen & ~given_up).any():
                 y = np.where(given_up, np.maximum(y, y[ended].min()), y)
-            low = y[seen].min()
-            # An offset means nothing, and what diverged does not set the scale. Where half of all trials are beyond
-            # what earlier tasks have seen, units are others, and the better half says what is far.
-            middle = np.quantile(y[seen], 0.5, method="lower") - low
-            y = np.minimum(y - low, widest if middle <= widest else 4 * middle)
+            y = from_the_best(y, widest)[0]
             keep = best_and_latest(y, MAX_TRIALS)
             x, y = np.stack([tried[i].x for i in keep]), y[keep]
             given_y = y
             if (failed := np.isnan(y)).any():
-                y = with_failed(x, np.where(failed, np.nanmax(y), y), failed)
+                y = with_failed(task, x, np.where(failed, np.nanmax(y), y), failed)
             trials, pending, costs, read = padded(x, y), None, None, shown(x, given_y)
             if state.pending:
                 waiting = np.stack(list(state.pending.values()))
@@ -518,14 +517,14 @@ def meta_optimizer(
         ours = searcher(new_task, acquisition=acquisition, first=())
         tried = {}
         for trial, (configuration, y) in enumerate(zip(configurations, outcomes, strict=True)):
-            x = encode(configuration)
+            x = encode(configuration, True)
             tried[trial, 0, x.tobytes()] = tried_configuration(x, {1.0: float(y)})
         state = ours.init(jax.random.key(0) if key is None else key, None)
-        running = {len(tried) + i: encode(configuration) for i, configuration in enumerate(pending)}
+        running = {len(tried) + i: encode(configuration, True) for i, configuration in enumerate(pending)}
         state = state._replace(num_asked=len(tried) + len(running), pending=running, tried=tried)
         return [record.configuration for record in ours.ask(state, num)[0]]
 
-    outcomes_at = outcomes_fn(surrogate, encode, seen_from)
+    outcomes_at = outcomes_fn(surrogate, encode, seen_from, with_failed, widest)
     return MetaOptimizer(
         predict, portfolio, suggest, searcher, outcomes_at, surrogate, cost_surrogate, space, pool or None
     )

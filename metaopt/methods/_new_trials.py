@@ -75,6 +75,18 @@ def _mean_at(fidelity: float, outcomes: Sequence[Mapping[float, float]]) -> floa
     return float(np.nanmean([of[fidelity] for of in outcomes if fidelity in of]))
 
 
+def from_the_best(y: np.ndarray, widest: float) -> tuple[np.ndarray, float]:
+    """[N] outcomes from the best one on (at least one is finite), at most `widest`, and the best one.
+
+    An offset means nothing, and what diverged does not set the scale. Where half of all trials are beyond what earlier
+    tasks have seen, units are others, and the better half says what is far.
+    """
+    seen = y[np.isfinite(y)]
+    low = float(seen.min())
+    middle = np.quantile(seen, 0.5, method="lower") - low
+    return np.minimum(y - low, widest if middle <= widest else 4 * middle), low
+
+
 def best_and_latest(y: np.ndarray, num: int) -> np.ndarray:
     """Indices of at most `num` trials, in order: the best half, failures (NaN) up to a quarter, and the latest."""
     if len(y) <= num:

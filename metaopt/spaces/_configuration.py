@@ -94,7 +94,7 @@ def from_configuration(
     if unknown and strict:
         raise ValueError(
             f"The space has no {', '.join(f'`{name}`' for name in unknown)}; it has {', '.join(_plain_names(leaves))}. "
-            "`strict=False` ignores what it does not have."
+            "`from_configuration(strict=False)` ignores what it does not have."
         )
     return treedef.unflatten(values)
 

@@ -48,7 +48,8 @@ def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, s
 
     Raises:
       ValueError: a record cannot be written (its status is unknown, its fidelity not in (0, 1], its configuration no
-        plain data, its task or reason no text, its seed no integer of 64 bits), or the file is damaged, of something else, or of a later version of metaopt.
+        plain data, its task or reason no text, its seed no integer of 64 bits), or the file is damaged, of something
+        else, or of a later version of metaopt.
     """
     _insert(file, [(study, *_to_row(record)) for record in records])
 

@@ -260,6 +260,7 @@ def test_tasks_of_other_spaces_still_teach():
     assert set(g.predict()) == {"x", "kind"}
 
 
+@pytest.mark.once
 def test_a_label_that_the_space_does_not_have_is_taken_for_none_of_its_labels():
     line = np.linspace(0, 1, 5).tolist()
     at = {"a": 0.0, "b": 0.3, "c": 2.0}  # of which c was dropped since

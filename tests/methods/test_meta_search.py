@@ -92,8 +92,7 @@ def test_what_is_expected_has_quantiles_that_new_tasks_keep_to():
     # On the safe side: here the noise is a third of what the processes take for granted.
     assert below[0] < 0.1 and abs(below[1] - 0.5) < 0.1 and below[2] > 0.9
     assert wrong[0] < 0.4 * wrong[1] and wide[0] < 0.6 * wide[1], (wrong, wide)
-    # In the units of the task; a failure beside says nothing here.
-    moved = g.outcomes(at, tried=[*tried, line[3]], outcomes=[*(7 + y[seen]), np.nan])
+    moved = g.outcomes(at, tried=tried, outcomes=7 + y[seen])  # in the units of the task
     np.testing.assert_allclose(moved.quantiles, 7 + found.quantiles, rtol=1e-6)
     prior = g.outcomes(at)
     np.testing.assert_allclose(prior.mean, np.asarray(g.surrogate.curves)[:, left].mean(0), atol=0.02)
@@ -102,6 +101,37 @@ def test_what_is_expected_has_quantiles_that_new_tasks_keep_to():
         g.outcomes(at, levels=[1.0])
     with pytest.raises(ValueError, match="Each configuration has an outcome; got 0 and 1"):
         g.outcomes(at, outcomes=[1.0])
+
+
+@pytest.mark.once
+def test_what_failed_or_diverged_says_what_to_expect_beside_it(g):
+    """As it does to the searcher."""
+    line = [{"x": float(x), "kind": "a"} for x in np.linspace(0, 1, 11)]
+    prior, tried = g.outcomes(line).mean, [line[0], line[10]]
+    for others, y in (([], []), (tried, [0.3, 0.5])):  # where no trial has ended, and where some have
+        without = g.outcomes(line, tried=others, outcomes=y) if others else g.outcomes(line)
+        after = g.outcomes(line, tried=[*others, line[5]], outcomes=[*y, np.nan])
+        worse, quantiles = after.mean - without.mean, after.quantiles - without.quantiles
+        assert worse[5] > 0.1 and worse.argmax() == 5 and (quantiles[5] > 0.05).all(), (worse, quantiles)
+        assert after.mean[5] > max([0.9 * prior.max(), *y])
+    far, further = (g.outcomes(line, tried=[*tried, line[5]], outcomes=[0.3, 0.5, y]).mean for y in (1e6, 1e9))
+    np.testing.assert_allclose(far, further, rtol=1e-6)
+    assert far.max() < 10
+    nothing = g.outcomes([])
+    assert nothing.mean.shape == (0,) and nothing.quantiles.shape == (0, 3)
+
+
+@pytest.mark.once
+def test_what_a_person_gives_by_hand_must_be_of_the_space(g):
+    for wrong, message in (({"y": 0.9}, "has no `y`"), ({"kind": "c"}, "`kind` must be one of"), ({"x": 9}, "between")):
+        for call in (
+            lambda wrong: g.outcomes([wrong]),
+            lambda wrong: g.outcomes(POOL, tried=[wrong], outcomes=[0.1]),
+            lambda wrong: g.suggest([wrong], [0.1]),
+            lambda wrong: g.suggest([], [], pending=[wrong]),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(wrong)
 
 
 @pytest.mark.once
