@@ -190,6 +190,13 @@ def test_a_trial_keeps_its_number_at_every_fidelity_behind_what_is_enqueued():
     ]
 
 
+def test_a_searcher_hears_of_what_is_enqueued_as_of_others_trials():
+    heard, inner = [], fidelities()
+    spy = inner._replace(tell=lambda state, records: heard.append([r.trial for r in records]) or state)
+    collect(searcher=tasks.enqueue(spy, [{"x": 0.5}, {"x": 0.1}]), num_trials=4, on={"t": 0.0})
+    assert heard == [[-1], [-2], [0], [0], [1], [1]]
+
+
 def test_a_trial_at_a_fraction_of_the_budget_counts_as_much():
     objective = lambda trial, task: trial.fidelity
     records = collect(objective, searcher=fidelities(), num_trials=4, on={"t": 0})
