@@ -41,7 +41,7 @@ def enqueue(searcher: base.Searcher, configurations: Sequence[Mapping[str, Any]]
       A searcher, whose trials are numbered in the order in which they are asked for.
 
     Raises:
-      ValueError: when a search starts, a configuration does not fit the space.
+      ValueError: when a search starts, a configuration does not fit the space, or no space is given.
 
     >>> import jax
     >>> from metaopt import spaces, tasks
@@ -55,6 +55,8 @@ def enqueue(searcher: base.Searcher, configurations: Sequence[Mapping[str, Any]]
         raise ValueError("`configurations` must be a list of configurations; got one: put it into a list.")
 
     def init(key, space):
+        if space is None:
+            raise ValueError("`init` needs the space here, to complete what was enqueued; got None.")
         searcher_key, key = jax.random.split(key)
         whole = tuple(spaces.complete(space, configuration) for configuration in configurations)
         return EnqueuedState(searcher.init(searcher_key, space), key, whole, {}, 0)

@@ -147,6 +147,8 @@ def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_o
     assert same == (searcher is not LISTENER)
     with pytest.raises(ValueError, match="enqueued"):
         collect(store=store, searcher=tasks.enqueue(searcher, MINE[1:]), **kwargs)
+    with pytest.raises(ValueError, match="`init` needs the space here"):
+        ours.init(KEY, None)
     with pytest.raises(ValueError, match="must be a list of configurations; got one"):
         tasks.enqueue(searcher, MINE[0])  # pyright: ignore[reportArgumentType]
 
