@@ -71,7 +71,8 @@ def collect(
       tasks: what the objective is given, by name; or a list of what has a `name`, as `Table`s do.
       num_trials: how many full budgets to spend on each task: a trial at fidelity 1/9 counts 1/9.
       key: of the search; each task's is folded from it and the task's name.
-      searcher: by default `random_search()`: the space's default first, then random configurations.
+      searcher: by default `random_search()`: the space's default first, then random configurations. `enqueue` has
+        configurations of one's own before those of any searcher.
       batch_size: how many trials a task's searcher is asked for at a time, before it hears of them. By default 1, and
         for random search, which does not listen, all.
       same_trials: give every task's searcher the same key. Random search then tries the same configurations with the
@@ -171,7 +172,8 @@ def collect(
                     elif (known.configuration, known.seed) != (trial.configuration, trial.seed):
                         raise ValueError(
                             f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed "
-                            f"than is asked for now: it comes from another space, searcher, key or `batch_size`. "
+                            f"than is asked for now: it comes from another space, searcher, key or `batch_size`, or "
+                            "other configurations were enqueued. "
                             f"Give this collection another `study` than {study!r}."
                         )
                     else:

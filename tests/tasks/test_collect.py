@@ -50,6 +50,9 @@ def listener(*, stop=math.inf):
     return base.Searcher(init, ask, tell)
 
 
+LISTENER = listener()
+
+
 def without_cost(records):
     return [repr(record._replace(cost=0.0)) for record in records]
 
@@ -114,6 +117,42 @@ def test_what_is_interrupted_and_continued_equals_what_was_not(tmp_path, searche
         collect(store=store, key=jax.random.key(4), searcher=tasks.random_search(first=[{"x": 0.5}]))
 
 
+MINE = [{"x": -0.75, "size": 3, "kind": "b", "only_b": 0.5}, {"x": 0.25}]
+
+
+@pytest.mark.parametrize("searcher", [tasks.random_search(), LISTENER], ids=["random", "listens"])
+def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_of_workers(tmp_path, searcher):
+    store, calls, kwargs = tmp_path / "records.db", [], {"batch_size": 4, "num_workers": 4}
+
+    def dies(trial, task):
+        calls.append(trial)
+        if len(calls) == 5:
+            raise Killed
+        return black_boxes.pure(trial, task)
+
+    ours = tasks.enqueue(searcher, MINE)
+    whole = collect(num_trials=9, searcher=ours, batch_size=4)
+    assert [r.trial for r in whole] == 2 * [*range(9)] and len({r.seed for r in whole}) > 4
+    assert [r.configuration for r in whole[9:11]] == [MINE[0], {"x": 0.25, "size": 6, "kind": "a"}]
+    with pytest.raises(Killed):
+        collect(dies, num_trials=9, searcher=ours, store=store, batch_size=4)
+    assert without_cost(collect(dies, num_trials=5, searcher=ours, store=store, **kwargs)) == without_cost(
+        whole[:5] + whole[9:14]
+    )
+    assert without_cost(collect(dies, num_trials=9, searcher=ours, store=store, **kwargs)) == without_cost(whole)
+    assert len(calls) == 19
+    # The searcher hears of them, where it listens, and else proposes what it would have proposed.
+    others = collect(num_trials=9, searcher=tasks.enqueue(searcher, []), batch_size=4)
+    same = [r.configuration for r in whole[2:9]] == [r.configuration for r in others[:7]]
+    assert same == (searcher is not LISTENER)
+    with pytest.raises(ValueError, match="enqueued"):
+        collect(store=store, searcher=tasks.enqueue(searcher, MINE[1:]), **kwargs)
+    with pytest.raises(ValueError, match="`init` needs the space here"):
+        ours.init(KEY, None)
+    with pytest.raises(ValueError, match="must be a list of configurations; got one"):
+        tasks.enqueue(searcher, MINE[0])  # pyright: ignore[reportArgumentType]
+
+
 def test_one_collection_of_a_study_at_a_time(tmp_path):
     store, link, refused = tmp_path / "records.db", tmp_path / "link.db", []
     link.symlink_to(store)
@@ -143,6 +182,25 @@ def fidelities():
         return [trial(number) for number in numbers], state + num
 
     return base.Searcher(lambda key, space: 0, ask, lambda state, records: state)
+
+
+def test_a_trial_keeps_its_number_at_every_fidelity_behind_what_is_enqueued():
+    records = collect(searcher=tasks.enqueue(fidelities(), [{"x": 0.5}]), num_trials=4, on={"t": 0.0})
+    assert [(r.trial, round(r.fidelity, 2)) for r in records] == [
+        (0, 1.0),
+        (1, 0.33),
+        (1, 1.0),
+        (2, 0.33),
+        (2, 1.0),
+        (3, 0.33),
+    ]
+
+
+def test_a_searcher_hears_of_what_is_enqueued_as_of_others_trials():
+    heard, inner = [], fidelities()
+    spy = inner._replace(tell=lambda state, records: heard.append([r.trial for r in records]) or state)
+    collect(searcher=tasks.enqueue(spy, [{"x": 0.5}, {"x": 0.1}]), num_trials=4, on={"t": 0.0})
+    assert heard == [[-1], [-2], [0], [0], [1], [1]]
 
 
 def test_a_trial_at_a_fraction_of_the_budget_counts_as_much():
