@@ -204,7 +204,7 @@ def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space |
     """
     dtype = jnp.zeros(0).dtype
     if isinstance(network, Network) and isinstance(network.keep, int):
-        weights = {**weights, **_of_kept_edges(network, weights)}
+        weights = {**weights, **_of_kept_edges(network, weights, network.keep)}
     total = jnp.asarray(table.fixed, dtype)
     for term in table.terms:
         left = jnp.asarray(term.values, dtype)
@@ -217,7 +217,7 @@ def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space |
     return total
 
 
-def _of_kept_edges(network: Network, weights: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _of_kept_edges(network: Network, weights: Mapping[str, Any], keep: int) -> dict[str, jax.Array]:
     """Of the edges that `discretize` keeps, the weights of ops other than "none", with sum 1; of others 0."""
     kept = {}
     for kind, cell in network.cells.items():
@@ -229,7 +229,7 @@ def _of_kept_edges(network: Network, weights: Mapping[str, Any]) -> dict[str, ja
         mask = jnp.zeros(len(w), w.dtype)
         for node in sorted({edge.target for edge in cell.edges}):
             into = np.array([e for e, edge in enumerate(cell.edges) if edge.target == node])
-            strongest = jax.lax.top_k(strength[into], min(network.keep, len(into)))[1]  # of equal ones the first
+            strongest = jax.lax.top_k(strength[into], min(keep, len(into)))[1]  # of equal ones the first
             mask = mask.at[jnp.asarray(into)[strongest]].set(1.0)
         total = jnp.where(some, w, 0.0).sum(1, keepdims=True)
         # A genotype's own weights, `one_hot`, have no op on an edge that it has not.
