@@ -153,7 +153,8 @@ def adaptation(
     for name, value in {"num_steps": num_steps, "test_steps": test_steps, "proximal": proximal}.items():
         if value is not None and not value >= 0:
             raise ValueError(f"`{name}` must be at least 0; got {value}.")
-    if order not in ("first", "second") and (isinstance(order, bool) or not isinstance(order, int) or order < 0):
+    is_number = isinstance(order, (int, np.integer)) and not isinstance(order, bool)
+    if order not in ("first", "second") and not (is_number and order >= 0):
         raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')
     if rates_per_step and rates == "fixed":
         raise ValueError('`rates_per_step` needs learned rates: `rates="one"`, "leaf" or "entry".')

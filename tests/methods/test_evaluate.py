@@ -111,6 +111,7 @@ def test_places_and_keys_tell_nothing():
         KEY,
         num_episodes=100,
         score_fn=lambda outputs, query: jnp.where(outputs[:, 0].min() == 1, 2.0, methods.accuracy(outputs, query)),
+        higher_is_better=True,
     )
     assert abs(found.scores["place"]["all"].mean() - 1 / 3) < 4 * (2 / 9 / 1200) ** 0.5
     assert (found.scores["key"]["all"] < 2).all()
@@ -137,7 +138,7 @@ def test_who_uses_the_query_set_is_found_in_any_source_and_behind_any_offset():
 
 
 def test_who_uses_the_query_set_is_found_behind_what_stands_for_absent_classes():
-    """And behind examples that are far off."""
+    """And behind examples, or whole episodes, that are far off."""
 
     def filled(method, value):
         return lambda key, s, q: jnp.where(s["class_mask"][None, None] > 0, method(key, s, q), value)
@@ -146,10 +147,14 @@ def test_who_uses_the_query_set_is_found_behind_what_stands_for_absent_classes()
         far = query["x"][:, :1] > 1.5  # whose outputs do not depend on the others
         return jnp.where(far, 1e6 * prototypes(key, support, query), centered(key, support, query))
 
+    def in_some_episodes(key, support, query):
+        far = support["x"][0, 0] > 0
+        return jnp.where(far, 1e6 * prototypes(key, support, query), centered(key, support, query))
+
     fills = (-1e4, -1e9, -jnp.inf, jnp.nan)
     found = methods.evaluate_episodes(
         {f"{f.__name__} {value}": filled(f, value) for f in (centered, prototypes) for value in fills}
-        | {"centered far": with_some_far_off},
+        | {"centered far": with_some_far_off, "centered in some": in_some_episodes},
         sample,
         KEY,
         num_episodes=8,
@@ -218,6 +223,12 @@ def test_every_user_is_judged_once():
     np.testing.assert_allclose(found.scores["last"]["episodes"], np.full((3, 1), 1.5))
     with pytest.raises(ValueError, match="draws users with replacement.*`each=` the number of users"):
         methods.evaluate_episodes({"last": last}, sample, KEY, num_episodes=3, **options)
+    with pytest.raises(ValueError, match="the sampler of 'episodes' has 3, so that with each=7"):
+        methods.evaluate_episodes({"last": last}, sample, KEY, each=7, **options)
+    known = {"score_fn": methods.mean_absolute_error}
+    assert not methods.evaluate_episodes({"last": last}, sample, KEY, each=3, **known).higher_is_better
+    with pytest.raises(ValueError, match="`higher_is_better=True` of an accuracy, False of an error"):
+        methods.evaluate_episodes({"last": last}, sample, KEY, each=3, score_fn=lambda outputs, query: 0.0)
 
 
 def by_hand(scores, num_ways=None, higher=True):
