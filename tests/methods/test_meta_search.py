@@ -241,7 +241,7 @@ def test_what_is_read_of_trials_at_several_fidelities_does_not_grow_with_their_n
         reads.append(Counted.reads)
         if together:  # all curves fall alike
             np.testing.assert_allclose(found, np.arange(num) % 7 - 1.0, atol=1e-9)
-    assert 0 < reads[1] < 1.1 * reads[0] < 300_000
+    assert 0 < reads[1] < min(1.1 * reads[0], 400_000)
 
 
 def test_outcomes_at_several_fidelities_are_brought_to_one_scale():
