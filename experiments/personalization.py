@@ -372,6 +372,23 @@ def hospital_table(found: dict[str, np.ndarray], names: tuple[str, ...]) -> str:
     return script.table(["", *names, "mean"], rows)
 
 
+def splits(table: tasks.UserTable, hearts: tasks.UserTable, seeds: int) -> dict[str, Any]:
+    """Who is trained on, kept back and tested, by name, in every fold of every seed and for every hospital."""
+    runs = parkinson_runs(table.num_users, seeds, table)
+    folds = [f"Parkinson's, seed {seed}, fold {fold}" for seed in range(seeds) for fold in range(6)]
+    names = lambda users: {"classes": [table.user_names[user] for user in users]}
+    patients = {
+        part: {fold: names(users) for fold, users in zip(folds, runs[key], strict=True)}
+        for part, key in (("train", "fit"), ("valid", "kept"), ("test", "test"))
+    }
+    all_ = hearts.user_names
+    left_out = {
+        "train": {f"heart disease, {name}": {"classes": [n for n in all_ if n != name]} for name in all_},
+        "test": {f"heart disease, {name}": {"classes": [name]} for name in all_},
+    }
+    return tasks.merge_splits(patients, left_out)
+
+
 def main() -> None:
     options = script.parser(__doc__, num_seeds=3).parse_args()
     settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), options.seeds)
@@ -396,6 +413,9 @@ def main() -> None:
         "linear models on all four hospitals: "
     )
     text += "; ".join(f"{name} {', '.join(f'{d:g}' for d in of)}" for name, of in decays.items()) + "."
+    if not options.smoke:
+        options.out.mkdir(parents=True, exist_ok=True)
+        tasks.save_split(options.out / "personalization_split.json", splits(table, hearts, seeds))
     script.publish(__file__, "Personalization", text, options)
 
 

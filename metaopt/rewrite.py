@@ -1,12 +1,16 @@
-"""Traced functions: evaluated with some of their operations replaced, wherever they are; asked what they depend on."""
+"""Traced functions: evaluated with some of their operations replaced, wherever they are; cut in two; asked what they
+depend on."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
+
+_CALLS = ("pjit", "jit", "closed_call")  # nested calls, of jnp functions among others
+_DEAR = ("dot_general", "ragged_dot_general", "conv_general_dilated", "cpu_convolution")
 
 
 def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[Any], Callable | None]) -> list:
@@ -43,7 +47,7 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
                 outputs = replacement(*operands)
             elif not _holds(equation, replace):
                 outputs = primitive.bind(*operands, **primitive.get_bind_params(params))
-            elif name in ("pjit", "jit", "closed_call"):  # nested calls of jnp functions
+            elif name in _CALLS:
                 outputs = closed(params.get("jaxpr", params.get("call_jaxpr")))(*operands)
             elif name in ("checkpoint", "remat", "remat2"):
                 inner = lambda *operands, jaxpr=params["jaxpr"]: evaluate(jaxpr, (), operands, replace)
@@ -61,6 +65,110 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
         many = primitive.multiple_results and replacement is None
         values.update(zip(equation.outvars, outputs if many else [outputs], strict=True))
     return [v.val if isinstance(v, core.Literal) else values[v] for v in jaxpr.outvars]
+
+
+class Halves(NamedTuple):
+    """A function in two: `function(*args) = rest(args, once(args))`.
+
+    Attributes:
+      once: `(args) -> kept`, a list of arrays.
+      rest: `(args, kept) -> outputs`.
+      kept: shapes and types of what `once` returns; empty where there is nothing to be gained.
+    """
+
+    once: Callable[[Any], list]
+    rest: Callable[[Any, Sequence], Any]
+    kept: list[jax.ShapeDtypeStruct]
+
+
+def split(function: Callable, args: Any, moves: Any) -> Halves:
+    """What of a function is dear and the same for all values of its moving arguments, apart from the rest.
+
+    Dear are matrix products and convolutions, whatever holds one inside, and what is computed from them; the rest does
+    what is cheap again rather than keep it. Nested calls are looked into; loops, branches, checkpoints and functions
+    with a derivative of their own go to one side as a whole, and what has an effect (`jax.debug.print`) goes to the
+    rest. Both halves can be differentiated as the function can.
+
+    Args:
+      function: any that can be traced.
+      args: its positional arguments, or what they look like; trees of arrays.
+      moves: like `args`, a bool for each leaf: whether it moves.
+
+    Returns:
+      `Halves`, for arguments of these shapes.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    inputs = [object() for _ in closed.jaxpr.invars]
+    known: dict[Any, Any] = {}
+    equations: list[tuple[Any, list, list]] = []
+    outputs = _flattened(closed, inputs, known, equations)
+
+    moving = {place for place, moved in zip(inputs, jax.tree.leaves(moves), strict=True) if moved}
+    dear: dict[Any, Any] = {}  # place -> what it looks like
+    wanted = []
+    for equation, ins, outs in equations:
+        if equation.effects or not moving.isdisjoint(ins):
+            moving.update(outs)
+            wanted += ins
+        elif any(i in dear for i in ins) or _is_dear(equation):
+            dear.update((place, v.aval) for place, v in zip(outs, equation.outvars, strict=True))
+    kept = [place for place in dict.fromkeys([*wanted, *outputs]) if place in dear]
+
+    def needed(places, given, *, effects):
+        places, found = set(places) - set(given), []
+        for step in reversed(equations):
+            if step[0].effects and effects or not places.isdisjoint(step[2]):
+                places |= set(step[1]) - set(given)
+                found.append(step)
+        return found[::-1]
+
+    def run(steps, args, given=()):
+        values = known | dict(zip(inputs, jax.tree.leaves(args), strict=True)) | dict(zip(kept, given, strict=False))
+        for equation, ins, outs in steps:
+            primitive, operands = equation.primitive, [values[i] for i in ins]
+            with _context(equation):
+                found = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
+            values.update(zip(outs, found if primitive.multiple_results else [found], strict=True))
+        return values
+
+    def once(args):
+        values = run(needed(kept, (), effects=False), args)
+        return [values[place] for place in kept]
+
+    def rest(args, given):
+        values = run(needed(outputs, kept, effects=True), args, given)
+        return jax.tree.unflatten(jax.tree.structure(shape), [values[place] for place in outputs])
+
+    return Halves(once, rest, [jax.ShapeDtypeStruct(dear[place].shape, dear[place].dtype) for place in kept])
+
+
+def _flattened(closed: Any, inputs: list, known: dict[Any, Any], equations: list) -> list:
+    """Adds all equations, those of nested calls among them, with the places of operands and results; the outputs'."""
+    constants = [object() for _ in closed.consts]
+    known.update(zip(constants, closed.consts, strict=True))
+    places = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*constants, *inputs], strict=True))
+
+    def place(v):
+        if not isinstance(v, core.Literal):
+            return places[v]
+        literal = object()
+        known[literal] = v.val
+        return literal
+
+    for equation in closed.jaxpr.eqns:
+        ins, params = [place(v) for v in equation.invars], equation.params
+        if equation.primitive.name in _CALLS:
+            outs = _flattened(params.get("jaxpr", params.get("call_jaxpr")), ins, known, equations)
+        else:
+            outs = [object() for _ in equation.outvars]
+            equations.append((equation, ins, outs))
+        places.update(zip(equation.outvars, outs, strict=True))
+    return [place(v) for v in closed.jaxpr.outvars]
+
+
+def _is_dear(equation: Any) -> bool:
+    named = lambda equation: equation.primitive.name in _DEAR
+    return named(equation) or _holds(equation, named)
 
 
 def used_leaves(function: Callable, hyperparams: Any, *args: Any) -> list[bool]:
@@ -87,11 +195,11 @@ def _context(equation: Any) -> Iterator[None]:
         yield
 
 
-def _holds(equation: Any, replace: Callable[[Any], Callable | None]) -> bool:
-    """Whether anything inside is to be replaced."""
+def _holds(equation: Any, wanted: Callable[[Any], Any]) -> bool:
+    """Whether anything inside is wanted."""
     for value in equation.params.values():
         for leaf in value if isinstance(value, (tuple, list)) else (value,):
             jaxpr = getattr(leaf, "jaxpr", leaf)  # of a closed one
-            if isinstance(jaxpr, core.Jaxpr) and any(replace(e) or _holds(e, replace) for e in jaxpr.eqns):
+            if isinstance(jaxpr, core.Jaxpr) and any(wanted(e) or _holds(e, wanted) for e in jaxpr.eqns):
                 return True
     return False

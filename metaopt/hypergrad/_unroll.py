@@ -136,9 +136,14 @@ def _weighted_scan(
         state = step(state, x)
         if weight is None:
             return state, None
-        loss = outer_loss(state)
-        return state, weight.astype(loss.dtype) * loss
+        shape = jax.eval_shape(outer_loss, state)
+        value = lambda state: weight.astype(shape.dtype) * outer_loss(state)
+        if not some_zero:
+            return state, value(state)
+        # Without weight it is not evaluated: a loss that overflows at an early step would be 0 · ∞.
+        return state, jax.lax.cond(weight != 0, value, lambda state: jnp.zeros(shape.shape, shape.dtype), state)
 
+    some_zero = isinstance(each, jax.Array) or not np.all(each)
     each = None if each is None else jnp.asarray(each)
     state, losses = checkpointed_scan(weighted, state, (each, xs), length=num_steps, remat=remat)
     return (last * outer_loss(state) if losses is None else losses.sum()), state
@@ -214,8 +219,8 @@ def unrolled(
       problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
       num_steps: T, at least 1 (0 with `outer="last"`: f at the initialization, plain training of λ).
       remat: "none", "step", "grads", "sqrt", or a number of levels; time and memory in `unroll`.
-      outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T; steps of weight zero are not evaluated where
-        only the last has weight, by what is known without JAX. They may be traced: a schedule of the outer step.
+      outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T, which may be traced: a schedule of the outer
+        step. f is not evaluated at steps of weight zero.
       grad: what takes the inner gradient; see `inner.step`. `mixed_grad` says where `jax.grad` is to be taken instead.
 
     Returns:

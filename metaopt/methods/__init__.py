@@ -26,6 +26,7 @@ from metaopt.methods._evaluate import (
     average_ranks,
     by_number,
     evaluate_episodes,
+    join_evaluations,
     leaderboard,
     mean_absolute_error,
     mean_scores,
@@ -55,8 +56,10 @@ from metaopt.methods._freeze_thaw import CurveSearcher, FreezeThawState, train_c
 from metaopt.methods._meta_architecture import FineTunedArchitecture, MetaArchitecture, meta_architecture_search
 from metaopt.methods._meta_files import (
     load_cell_searcher,
+    load_evaluation,
     load_meta_optimizer,
     save_cell_searcher,
+    save_evaluation,
     save_meta_optimizer,
 )
 from metaopt.methods._meta_optimizer import train_meta_optimizer, train_meta_searcher
@@ -123,9 +126,11 @@ __all__ = [
     "gdas",
     "imaml",
     "implicit_darts",
+    "join_evaluations",
     "leaderboard",
     "linear_head",
     "load_cell_searcher",
+    "load_evaluation",
     "load_meta_optimizer",
     "maml",
     "maml_plus_plus",
@@ -145,6 +150,7 @@ __all__ = [
     "ridge_head",
     "robust_darts",
     "save_cell_searcher",
+    "save_evaluation",
     "save_meta_optimizer",
     "screened_random_search",
     "search_report",

@@ -3,11 +3,16 @@
     θ_0 = init(λ, support),    θ_{t+1} = θ_t − α_t ∇_θ g(θ_t, λ; support),    F(λ) = Σ_t w_t f(θ_t, λ; query)
 
 λ = {"init": the meta-parameters, "rate": α, where it is learned, ...}. θ has those leaves of the model that adapt, and
-None in place of the others, which are read from λ["init"]: what does not adapt needs no gradient and no memory of its
-own in the inner loop, but the loss computes with it at every step.
+None in place of the others, which are read from λ["init"]. What no step changes is computed once for the support set,
+when training starts: the features z = body(λ, support), where the head alone adapts,
+
+    g(θ, λ; support) = h(θ, λ, z),    dF/dλ = ∂F/∂λ + (∂z/∂λ)ᵀ ∂F/∂z,
+
+so that T steps cost T forward and backward passes through the head and one through the body. It is found in the traced
+loss: every matrix product and convolution that no leaf which adapts reaches, from whichever layer on.
 """
 
-import functools
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base, hypergrad, inner, transforms
+from metaopt import base, hypergrad, inner, rewrite, transforms
 from metaopt.methods._evaluate import AdaptFn
 
 RATES = ("fixed", "one", "leaf", "entry")
@@ -31,11 +36,13 @@ class Carried(NamedTuple):
       own: the model's.
       made: the leaves of the model that `init` made and that do not adapt, with None in place of the others.
       support: the support set's "x" and "mask", where they are kept.
+      once: what g computes that no step changes; empty where every step computes it.
     """
 
     own: base.PyTree
     made: base.PyTree
     support: dict[str, jax.Array] | None
+    once: Sequence[jax.Array] = ()
 
 
 class Adaptation(NamedTuple):
@@ -43,6 +50,8 @@ class Adaptation(NamedTuple):
 
     Attributes:
       problem: in λ = {"init": ..., "rate": ...}.
+      unrolling: the same, whose `init` computes what no step changes, for rules that train anew for every estimate and
+        differentiate through `init`, as unrolling does; a state that outlives its λ is of `problem`.
       estimator: of dF/dλ for one task; where there are schedules, as it is after their end.
       estimator_at: `step -> Estimator`, the same at an outer step:
         `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)` follows the schedules.
@@ -53,6 +62,7 @@ class Adaptation(NamedTuple):
     """
 
     problem: base.Problem
+    unrolling: base.Problem
     estimator: base.Estimator
     estimator_at: Callable[[Any], base.Estimator]
     hyperparams: Callable[..., dict[str, Any]]
@@ -118,6 +128,8 @@ def adaptation(
 
     Returns:
       An `Adaptation`. Train `hypergrad.over_tasks(a.estimator)` by `training.fit`; `adapted` is what it does at test.
+      Second order keeps what is computed once at each of the T steps; with a `sampler`, what the data enter is computed
+      at every step, and with a `rule` all of g is.
 
     Raises:
       ValueError: an argument is out of range; at trace time, `adapt` or `leaves_per_step` finds no leaf, a leaf adapts
@@ -141,7 +153,8 @@ def adaptation(
     for name, value in {"num_steps": num_steps, "test_steps": test_steps, "proximal": proximal}.items():
         if value is not None and not value >= 0:
             raise ValueError(f"`{name}` must be at least 0; got {value}.")
-    if order not in ("first", "second") and (isinstance(order, bool) or not isinstance(order, int) or order < 0):
+    is_number = isinstance(order, (int, np.integer)) and not isinstance(order, bool)
+    if order not in ("first", "second") and not (is_number and order >= 0):
         raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')
     if rates_per_step and rates == "fixed":
         raise ValueError('`rates_per_step` needs learned rates: `rates="one"`, "leaf" or "entry".')
@@ -220,13 +233,41 @@ def adaptation(
     if init is not None:
         start = inner.im2col(start, only_on_cpu=True)
 
-    def g(params, hyperparams, batch, context):
-        carried, own = context.model_state, context.model_state.own
-        context = context._replace(model_state=own)
-        value = inner_loss(whole(params, carried.made, hyperparams["init"]), hyperparams, batch, context)
+    def model_loss(params, made, hyperparams, batch, context):
+        value = inner_loss(whole(params, made, hyperparams["init"]), hyperparams, batch, context)
         if isinstance(value, tuple) and len(value) != 2:
             raise ValueError(f"The inner loss must return [] or ([], model_state); got {len(value)} things.")
-        value, own = value if isinstance(value, tuple) else (value, own)
+        return value if isinstance(value, tuple) else (value, context.model_state)
+
+    def halves(params, made, hyperparams, batch, context):
+        """`model_loss` cut into what no step changes and the rest, if it can be traced."""
+
+        def moves(path, _):
+            which, (name, _, leaf) = path[0].idx, _path(path[1:]).partition("/")
+            if which == 2:  # λ
+                per_step = leaves_per_step and re.search(leaves_per_step, leaf)
+                return rates_per_step if name == "rate" else name == "init" and bool(per_step)
+            return {1: False, 3: sampler is not None}.get(which, True)
+
+        # As the loop's state has them, without weak types: so that every step is cut as the first.
+        like = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+        args = (like(params), like(made), hyperparams, batch, like(context))
+        with contextlib.suppress(Exception):  # a branch on a value, or an error of the loss, which g raises by itself
+            return rewrite.split(model_loss, args, jax.tree_util.tree_map_with_path(moves, args))
+        return None
+
+    def start_once(key, hyperparams, data):
+        params, carried = start(key, hyperparams, data)
+        args = (params, carried.made, hyperparams, data, base.Context(key, jnp.int32(0), carried.own))
+        cut = halves(*args)
+        once = () if cut is None else inner.im2col(cut.once, only_on_cpu=True)(args)
+        return params, carried._replace(once=tuple(once))
+
+    def g(params, hyperparams, batch, context):
+        carried, own = context.model_state, context.model_state.own
+        args = (params, carried.made, hyperparams, batch, context._replace(model_state=own))
+        cut = halves(*args) if carried.once else None
+        value, own = model_loss(*args) if cut is None else cut.rest(args, carried.once)
         if proximal:
             distance = optax.tree.norm(optax.tree.sub(params, select(hyperparams["init"])), squared=True)
             value = value + proximal / 2 * distance
@@ -238,13 +279,7 @@ def adaptation(
         return value[0] if isinstance(value, tuple) else value
 
     grouped = transforms.per_parameter(optimizer) if rates in ("leaf", "entry") else optimizer
-    loop = inner.loop(
-        g,
-        lambda hyperparams: grouped(rate if rates == "fixed" else hyperparams["rate"]),
-        init=start,
-        sampler=sampler,
-        with_context=True,
-    )
+    factory = lambda hyperparams: grouped(rate if rates == "fixed" else hyperparams["rate"])
 
     def leaves_at(hyperparams, step):
         found = {
@@ -265,9 +300,13 @@ def adaptation(
             hyperparams = {**hyperparams, "rate": jax.tree.map(lambda x: x[step], hyperparams["rate"])}
         return leaves_at(hyperparams, step) if leaves_per_step else hyperparams
 
-    problem = inner.problem(loop, f, with_context=True)
-    if rates_per_step or leaves_per_step:
-        problem = base.reparametrized(problem, at_step)
+    def problem_from(init):
+        loop = inner.loop(g, factory, init=init, sampler=sampler, with_context=True)
+        problem = inner.problem(loop, f, with_context=True)
+        return base.reparametrized(problem, at_step) if rates_per_step or leaves_per_step else problem
+
+    problem, unrolling = problem_from(start), problem_from(start_once)
+    loop = problem.loop
 
     def hyperparams(meta_params, data=None):
         made = {"init": meta_params, **(extra or {})}
@@ -306,7 +345,7 @@ def adaptation(
             weights = outer(step)
 
         def unrolled(grad):
-            return hypergrad.unrolled(problem, num_steps=num_steps, remat=remat, outer=weights, grad=grad)
+            return hypergrad.unrolled(unrolling, num_steps=num_steps, remat=remat, outer=weights, grad=grad)
 
         first, second = unrolled(_held_grad)._replace(kind="biased"), unrolled(hypergrad.mixed_grad)
         if isinstance(order, str):
@@ -320,6 +359,7 @@ def adaptation(
 
     return Adaptation(
         problem,
+        unrolling,
         estimator_at(int(LATE)),
         estimator_at,
         hyperparams,
@@ -349,19 +389,26 @@ def adapted(
     Returns:
       `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps; it passes no derivative on.
     """
-    loop = adaptation.problem.loop
+    loop = adaptation.unrolling.loop
     steps = adaptation.test_steps if num_steps is None else num_steps
 
     def method(key, support, query):
-        @functools.partial(inner.im2col, only_on_cpu=True)
         def outputs(state):
             context = loop.context(state)
             context = context._replace(model_state=context.model_state.own)
             return predict(adaptation.params(state, hyperparams), query, *([context] if with_context else []))
 
-        before = outputs(loop.init(key, hyperparams, support))
-        _, after = inner.run(loop, steps, trace_fn=outputs)(key, hyperparams, support)
-        return jnp.concatenate([before[None], after])
+        def moves(path, _):
+            return not _path(path).startswith(("model_state/made", "model_state/support"))
+
+        state, predictions = loop.init(key, hyperparams, support), outputs
+        with contextlib.suppress(Exception):  # as for g: of the query set, too, what no step changes is computed once
+            cut = rewrite.split(outputs, (state,), (jax.tree_util.tree_map_with_path(moves, state),))
+            kept = inner.im2col(cut.once, only_on_cpu=True)((state,))
+            predictions = lambda state: cut.rest((state,), kept)
+        predictions = inner.im2col(predictions, only_on_cpu=True)
+        _, after = inner.run(loop, steps, trace_fn=predictions)(key, hyperparams, support)
+        return jnp.concatenate([predictions(state)[None], after])
 
     return method
 

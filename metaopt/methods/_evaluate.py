@@ -40,6 +40,7 @@ class Evaluation(NamedTuple):
       num_shots: source -> [E], support examples for each way, on average.
       transductive: method -> whether its output for one query example depends on the others.
       higher_is_better: as the score is an accuracy, or an error.
+      marks: source -> [E], a number out of the data of each episode, by which `join_evaluations` tells other episodes.
     """
 
     scores: dict[str, dict[str, np.ndarray]]
@@ -47,6 +48,7 @@ class Evaluation(NamedTuple):
     num_shots: dict[str, np.ndarray]
     transductive: dict[str, bool]
     higher_is_better: bool = True
+    marks: dict[str, np.ndarray] = {}
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -110,6 +112,9 @@ def _masked_mean(errors: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask > 0, errors, 0).sum() / mask.sum()
 
 
+HIGHER_IS_BETTER: dict[Callable, bool] = {accuracy: True, mean_squared_error: False, mean_absolute_error: False}
+
+
 def evaluate_episodes(
     methods: Mapping[str, AdaptFn],
     samplers: Mapping[str, Callable[[jax.Array], tasks.Episode]] | Callable[[jax.Array], tasks.Episode],
@@ -119,7 +124,7 @@ def evaluate_episodes(
     each: int | None = None,
     chunk_size: int = 8,
     score_fn: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array] = accuracy,
-    higher_is_better: bool = True,
+    higher_is_better: bool | None = None,
 ) -> Evaluation:
     """Scores all methods on the same episodes, which follow from `key` and their source's name, whoever is evaluated.
 
@@ -140,14 +145,16 @@ def evaluate_episodes(
         users would pass for many, and intervals would be too narrow.
       chunk_size: episodes at once, at least 1.
       score_fn: `(outputs after one step [Q, ...], query) -> []`.
-      higher_is_better: False where the score is an error.
+      higher_is_better: False where the score is an error; known for `accuracy`, `mean_squared_error` and
+        `mean_absolute_error`, and asked for with any other.
 
     Returns:
       An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
 
     Raises:
-      ValueError: there is no method or no source, a number is below 1, or a sampler draws users with replacement; at
-        trace time, outputs have no axis of steps, or, where there are Q classes, too, a leaf might be of either.
+      ValueError: there is no method or no source, a number is below 1, nothing says whether a high score is better, or
+        a sampler draws users with replacement or has fewer than `each`; at trace time, outputs have no axis of steps,
+        or, where there are Q classes, too, a leaf might be of either.
     """
     if not methods:
         raise ValueError("`methods` must hold at least one method; it is empty.")
@@ -158,6 +165,13 @@ def evaluate_episodes(
     if num_episodes < 1 or chunk_size < 1:
         raise ValueError(f"`num_episodes` and `chunk_size` must be at least 1; got {num_episodes} and {chunk_size}.")
     base.check_integer("each", each, 1, optional=True)
+    if higher_is_better is None:
+        if score_fn not in HIGHER_IS_BETTER:
+            raise ValueError(
+                "Nothing says whether high values of `score_fn` are good: `higher_is_better=True` of an accuracy, "
+                "False of an error."
+            )
+        higher_is_better = HIGHER_IS_BETTER[score_fn]
     num_episodes = num_episodes if each is None else each
     chunk_size = min(chunk_size, num_episodes)
     jitted = {name: jax.jit(jax.vmap(_scored(name, method, score_fn))) for name, method in methods.items()}
@@ -165,6 +179,7 @@ def evaluate_episodes(
     scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in methods}
     ways: dict[str, np.ndarray] = {}
     shots: dict[str, np.ndarray] = {}
+    marks: dict[str, np.ndarray] = {}
     for source, sample in samplers.items():
         # By its name: another source in front changes nothing. What draws an episode, what a method may use and what
         # puts query examples in order know nothing of each other.
@@ -173,12 +188,12 @@ def evaluate_episodes(
         # An argument of the program: the data that it holds, if it says which (`tasks.episodes`), are no constants.
         sample = sample if isinstance(sample, Partial) else Partial(sample)
         draw = jax.jit(jax.vmap(functools.partial(_shuffled, each is not None), in_axes=(None, 0, 0, 0)))
-        found: dict[str, list[np.ndarray]] = {name: [] for name in [*methods, "ways", "shots"]}
+        found: dict[str, list[np.ndarray]] = {name: [] for name in [*methods, "ways", "shots", "marks", "users"]}
         for done in range(0, num_episodes, chunk_size):
             # The last chunk is filled up with episodes that were done, so that there is one program.
             start = min(done, num_episodes - chunk_size)
             chunk, new = slice(start, start + chunk_size), slice(done - start, None)
-            support, query = draw(sample, draw_keys[chunk], order_keys[chunk], jnp.arange(num_episodes)[chunk])
+            support, query, told = draw(sample, draw_keys[chunk], order_keys[chunk], jnp.arange(num_episodes)[chunk])
             for name, run in jitted.items():
                 score, outputs = run(method_keys[chunk], support, query)
                 found[name].append(np.asarray(score)[new])
@@ -186,19 +201,31 @@ def evaluate_episodes(
                     again = run(method_keys[chunk], support, _blank(query))[1]
                     transductive[name] = _differ(outputs, again, query)
             way = np.asarray(support["class_mask"]).sum(axis=1) if "class_mask" in support else np.ones(chunk_size)
+            for name, numbers in told.items():
+                found[name].append(np.asarray(numbers)[new])
             found["ways"].append(way[new])
             found["shots"].append((np.asarray(support["mask"]).sum(axis=1) / way)[new])
-        ways[source], shots[source] = np.concatenate(found["ways"]), np.concatenate(found["shots"])
+        ways[source], shots[source], marks[source], users = (
+            np.concatenate(found[name]) for name in ("ways", "shots", "marks", "users")
+        )
+        if each is not None and len(np.unique(users)) < each:
+            raise ValueError(
+                f"`each` must be the number of users: the sampler of {source!r} has {len(np.unique(users))}, so that "
+                f"with each={each} some are judged more than once, and intervals are too narrow."
+            )
         for name in methods:
             scores[name][source] = np.concatenate(found[name])
-    return Evaluation(scores, ways, shots, transductive, higher_is_better)
+    return Evaluation(scores, ways, shots, transductive, higher_is_better, marks)
 
 
 def _shuffled(
     by_number: bool, sample: Callable, draw_key: jax.Array, order_key: jax.Array, number: jax.Array
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Support and query, the latter's real examples in random order: their places tell nothing of their classes."""
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+    """Support, and query, its real examples in random order: their places tell nothing of their classes. And whose they
+    are, and a number that other data would change.
+    """
     support, query, meta = sample(draw_key, number) if by_number else sample(draw_key)
+    user = meta["user"] if isinstance(meta, dict) and "user" in meta else number
     if not by_number and isinstance(meta, dict) and "user" in meta:
         raise ValueError(
             "The sampler draws users with replacement, so that episodes are not independent, and intervals over them "
@@ -208,7 +235,11 @@ def _shuffled(
     _check_leaves(query, size)
     places = jnp.where(query["mask"] > 0, jax.random.uniform(order_key, (size,)), 2.0)  # padding stays last
     order = jnp.argsort(places)
-    return support, {name: _of_rows(lambda x: x[order], name, leaf, size) for name, leaf in query.items()}
+    query = {name: _of_rows(lambda x: x[order], name, leaf, size) for name, leaf in query.items()}
+    leaves = [x for x in jax.tree.leaves((support, query)) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    flat = jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in leaves])
+    mark = jnp.mean(jnp.nan_to_num(flat) * jnp.cos(jnp.arange(flat.size, dtype=jnp.float32)))
+    return support, query, {"users": user, "marks": mark}
 
 
 def _of_rows(function: Callable, name: str, tree: base.PyTree, size: int, axis: int = 0) -> base.PyTree:
@@ -271,18 +302,57 @@ def _differ(outputs: jax.Array, again: jax.Array, query: dict[str, jax.Array]) -
         # What stands for classes that an episode lacks is often a large number, beside which all others look equal.
         among = np.asarray(query["class_mask"])[:, None, None] > 0
         both = [np.where(among, o, np.nan) for o in both]
-    # Step by step: after one that diverges, all others look small.
-    for before, after in zip(*(np.moveaxis(o[real], 1, 0) for o in both), strict=True):
-        if not np.array_equal(np.isfinite(before), np.isfinite(after)):
+    # Step by step, and episode by episode: beside one that diverges, all others look small.
+    for before, after in zip(*(np.moveaxis(o, 2, 0) for o in both), strict=True):
+        if not np.array_equal(np.isfinite(before[real]), np.isfinite(after[real])):
             return True
-        before, after = (np.where(np.isfinite(o), o, 0).reshape(len(o), -1) for o in (before, after))
+        pairs = [
+            [np.where(np.isfinite(o), o, 0).reshape(len(o), -1) for o in (b[r], a[r])]
+            for b, a, r in zip(before, after, real, strict=True)
+        ]
         # By the spread of most examples' outputs, since an offset that all share would hide a difference, and so would
         # one example that is far off; and by what rounding leaves, for each example by itself.
-        spread = np.quantile(abs(before - np.median(before, axis=0)), 0.9) if before.size else 0.0
-        largest = abs(before).max(axis=1, initial=0, keepdims=True)
-        if np.any(abs(before - after) > np.maximum(1e-3 * spread, 1e-5 * largest)):
-            return True
+        spreads = [np.quantile(abs(b - np.median(b, axis=0)), 0.9) if b.size else 0.0 for b, _ in pairs]
+        for (b, a), spread in zip(pairs, spreads, strict=True):
+            rounding = 1e-5 * abs(b).max(axis=1, initial=0, keepdims=True)
+            if np.any(abs(b - a) > np.maximum(1e-3 * (spread or np.median(spreads)), rounding)):  # one example has none
+                return True
     return False
+
+
+def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
+    """The methods of two evaluations on the same episodes, which may be of different days (`save_evaluation`).
+
+    Args:
+      first: what `evaluate_episodes` returned.
+      second: what it returned with the same key, samplers and numbers, for other methods.
+
+    Returns:
+      An `Evaluation` of both, the first's methods in front: as if all had been evaluated at once.
+
+    Raises:
+      ValueError: sources, episodes or the kind of score differ, or a method is in both.
+    """
+    twice = [name for name in second.scores if name in first.scores]
+    if twice:
+        raise ValueError(f"The method {twice[0]!r} is in both evaluations: give one of them another name.")
+    if first.higher_is_better != second.higher_is_better:
+        raise ValueError("One evaluation is of accuracies and the other of errors: there is nothing to compare.")
+    for what in ("num_ways", "num_shots", "marks"):
+        one, other = getattr(first, what), getattr(second, what)
+        if set(one) != set(other):
+            raise ValueError(f"The evaluations must be of the same sources; got `{what}` of {[*one]} and {[*other]}.")
+        for source, numbers in one.items():
+            # Rounding, of other machines, moves the marks by far less than they differ.
+            size = 1e-4 * np.std(numbers) + 1e-6 * np.max(np.abs(numbers))
+            if len(numbers) != len(other[source]) or np.any(np.abs(numbers - other[source]) > size):
+                raise ValueError(
+                    f"The episodes of source {source!r} are not the same (their `{what}` differ): evaluate both with "
+                    "one key, one sampler and one number of episodes."
+                )
+    return first._replace(
+        scores={**first.scores, **second.scores}, transductive={**first.transductive, **second.transductive}
+    )
 
 
 def _at(evaluation: Evaluation, method: str, source: str, step: int) -> np.ndarray:

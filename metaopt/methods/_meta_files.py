@@ -1,4 +1,4 @@
-"""Meta-optimizers and cell searchers on disk: one file with arrays and JSON, and nothing that runs code."""
+"""Meta-optimizers, cell searchers and evaluations on disk: one file of arrays and JSON, nothing that runs code."""
 
 import json
 import os
@@ -10,15 +10,19 @@ import numpy as np
 
 from metaopt import predictors, spaces
 from metaopt.methods._cell_searcher import CellSearcher, cell_searcher
+from metaopt.methods._evaluate import Evaluation
 from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 
 VERSION = 3
 _FORMAT = "metaopt.meta_optimizer"
 _CELL_VERSION = 1
 _CELL_FORMAT = "metaopt.cell_searcher"
+_EVALUATION_VERSION = 1
+_EVALUATION_FORMAT = "metaopt.evaluation"
 _READERS = {
     _FORMAT: "`methods.load_meta_optimizer`",
     _CELL_FORMAT: "`methods.load_cell_searcher`",
+    _EVALUATION_FORMAT: "`methods.load_evaluation`",
     "metaopt.predictor": "`predictors.load`",
 }
 # What the arrays of a surrogate are called, and how many axes they have.
@@ -136,6 +140,60 @@ def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} does not describe a `CellSearcher` as it should: {error}.") from error
     return cell_searcher(arrays["encoded"], encoder, meta_params, candidates, ops, arrays["center"], arrays["scale"])
+
+
+def save_evaluation(path: str | os.PathLike[str], evaluation: Evaluation) -> None:
+    """Writes what `evaluate_episodes` returned as one `.npz` file, atomically.
+
+    Args:
+      path: the file.
+      evaluation: scores of any methods; `join_evaluations` adds those of others on the same episodes.
+    """
+    names, sources = list(evaluation.scores), list(evaluation.sources)
+    header = {
+        "format": _EVALUATION_FORMAT,
+        "version": _EVALUATION_VERSION,
+        "methods": names,
+        "sources": sources,
+        "transductive": [bool(evaluation.transductive[name]) for name in names],
+        "higher_is_better": bool(evaluation.higher_is_better),
+    }
+    arrays = {}
+    for j, source in enumerate(sources):
+        arrays |= {f"scores {i} {j}": evaluation.scores[name][source] for i, name in enumerate(names)}
+        arrays |= {f"ways {j}": evaluation.num_ways[source], f"shots {j}": evaluation.num_shots[source]}
+        if source in evaluation.marks:
+            arrays[f"marks {j}"] = evaluation.marks[source]
+    _write(path, _encode(header, "A name"), arrays)
+
+
+def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
+    """Reads what `save_evaluation` wrote. Nothing in the file is executed.
+
+    Args:
+      path: the file.
+
+    Returns:
+      An `Evaluation`, as the one that was saved to the bit.
+
+    Raises:
+      ValueError: the file is no such file, of a newer version, or its arrays do not fit one another.
+    """
+    header, arrays = _read(path, _EVALUATION_FORMAT, _EVALUATION_VERSION, "save_evaluation")
+    try:
+        names, sources = header["methods"], header["sources"]
+        flags = {name: bool(flag) for name, flag in zip(names, header["transductive"], strict=True)}
+        scores = {n: {s: arrays[f"scores {i} {j}"] for j, s in enumerate(sources)} for i, n in enumerate(names)}
+        ways, shots = ({s: arrays[f"{what} {j}"] for j, s in enumerate(sources)} for what in ("ways", "shots"))
+        marks = {s: arrays[f"marks {j}"] for j, s in enumerate(sources) if f"marks {j}" in arrays}
+        for source in sources:
+            num, numbers = len(ways[source]), [of[source] for of in (ways, shots, marks) if source in of]
+            shapes = [x.shape[:1] for x in numbers] + [of[source].shape[:-1] for of in scores.values()]
+            if any(shape != (num,) for shape in shapes):
+                raise ValueError(f"the arrays of source {source!r} are not all of {num} episodes")
+        return Evaluation(scores, ways, shots, flags, bool(header["higher_is_better"]), marks)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} does not describe an `Evaluation` as it should: {error}.") from error
 
 
 def _encode(header: dict[str, Any], what: str) -> bytes:

@@ -298,6 +298,8 @@ def from_tfds(
     data_dir: str | os.PathLike[str] | None = None,
     image: str = "image",
     label: str = "label",
+    group: str | None = None,
+    superclass: str | None = None,
     size: int | None = None,
     channels: int = 1,
 ) -> Source:
@@ -310,6 +312,8 @@ def from_tfds(
       data_dir: where it was prepared; None: tfds's own place.
       image: the feature that holds the example.
       label: the feature that holds the class.
+      group: the feature that says who made the example; None: that is not known.
+      superclass: the feature that says what its class belongs to, such as "alphabet" of "omniglot"; None: nothing.
       size: images are resized to a square of so many pixels a side (needs Pillow); None leaves them.
       channels: 1 or 3, where images are resized.
 
@@ -318,7 +322,8 @@ def from_tfds(
 
     Raises:
       ImportError: tensorflow-datasets or array_record is not installed.
-      ValueError: the data set has no such features, or images differ in shape and `size` is None.
+      ValueError: the data set has no such features, images differ in shape and `size` is None, or examples of one
+        class are of several superclasses.
     """
     try:
         tfds: Any = importlib.import_module("tensorflow_datasets")
@@ -326,11 +331,11 @@ def from_tfds(
         raise ImportError(f"`from_tfds` needs tensorflow-datasets and array_record; {_EXTRA}") from error
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     features = builder.info.features
-    missing = [feature for feature in (image, label) if feature not in features]
+    missing = [feature for feature in (image, label, group, superclass) if feature and feature not in features]
     if missing:
         raise ValueError(f"The data set {name!r} has no feature {missing[0]!r}; it has {', '.join(features)}.")
-    examples = [(np.asarray(row[image]), int(row[label])) for row in builder.as_data_source(split=split)]
-    x = [pixels for pixels, _ in examples]
+    examples = list(builder.as_data_source(split=split))
+    x = [np.asarray(row[image]) for row in examples]
     if size is not None:
         pillow = _pillow("from_tfds")
         x = [_pixels(pillow.fromarray(one.squeeze()), size, channels) for one in x]
@@ -339,9 +344,22 @@ def from_tfds(
         raise ValueError(f"The images of {name!r} have {len(shapes)} shapes; give `size`, to which they are resized.")
     x = np.stack(x)
     x = x[..., 0] if x.ndim == 4 and x.shape[-1] == 1 else x
-    y = np.array([number for _, number in examples])
+    y = np.array([int(row[label]) for row in examples])
     names = getattr(features[label], "names", None) or [str(k) for k in range(int(y.max()) + 1)]
-    return from_arrays(x, y, name=name.split(":")[0], class_names=[names[k] for k in np.unique(y)])
+    belongs = None
+    if superclass is not None:
+        pairs = sorted({(int(row[label]), row[superclass]) for row in examples})
+        if len(pairs) > len(np.unique(y)):
+            raise ValueError(f"In {name!r} a class has examples of several {superclass!r}: it is no superclass.")
+        belongs = [one for _, one in pairs]
+    return from_arrays(
+        x,
+        y,
+        name=name.split(":")[0],
+        group=None if group is None else np.array([row[group] for row in examples]),
+        class_names=[names[k] for k in np.unique(y)],
+        superclass=belongs,
+    )
 
 
 # --- the sets in the folder that METAOPT_DATA names -----------------------------------------------------------------

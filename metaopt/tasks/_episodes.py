@@ -131,7 +131,7 @@ def labelled_batches(
       0..C-1, "mask" [N] and "class_mask" [C], both ones. One task, for an estimator of one task.
 
     Raises:
-      ValueError: `batch_size` is below 1, a weight is not positive, or sources cannot be joined.
+      ValueError: `batch_size` is below 1, weights are negative or all 0, or sources cannot be joined.
     """
     base.check_integer("batch_size", batch_size, 1)
     sources = _as_list(sources)
@@ -190,7 +190,8 @@ def episodes(
       num_query: Q, at least 1.
       within_superclass: all classes of an episode are of one superclass (one alphabet), drawn uniformly from those with
         at least N classes.
-      disjoint_groups: False draws from all examples of a class alike.
+      disjoint_groups: False draws from all examples of a class alike, as in the figures that the literature has of
+        Omniglot, where nobody asks who drew.
       weights: of the sources, by which they are drawn; one of weight 0 never is. None draws them uniformly.
       preprocess: `[rows, ...] -> [rows, ...]`, examples to inputs; None: bytes to floats in [0, 1], all else to
         float32.

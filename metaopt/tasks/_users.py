@@ -57,7 +57,7 @@ def from_user_records(
       A `UserTable`; users are the different values of `user`, sorted.
 
     Raises:
-      ValueError: there is no record, or lengths differ.
+      ValueError: there is no record, lengths differ, or integer labels are not 0..C-1.
     """
     x, y = np.asarray(x, np.float32), np.asarray(y)
     if x.ndim != 2 or not x.size:
@@ -69,7 +69,13 @@ def from_user_records(
     if len(names) != x.shape[1]:
         raise ValueError(f"`feature_names` must be {x.shape[1]} names; got {len(names)}.")
     users, user = np.unique(np.asarray(user), return_inverse=True)
-    y = y.astype(np.int32 if np.issubdtype(y.dtype, np.integer) or y.dtype == bool else np.float32)
+    classes = np.issubdtype(y.dtype, np.integer) or y.dtype == bool
+    if classes and not np.array_equal(np.unique(y), np.arange(int(y.max()) + 1)):
+        raise ValueError(
+            f"Integer `y` are classes, and must be 0..C-1, each of them there; got {np.unique(y)[:10].tolist()}. "
+            "Number them, `np.unique(y, return_inverse=True)[1]`, or give what is counted or measured as floats."
+        )
+    y = y.astype(np.int32 if classes else np.float32)
     time = None if time is None else np.asarray(time, np.float64)  # seconds since 1970 do not fit float32
     return UserTable(x, y, user.astype(np.int32), time, tuple(map(str, users)), names)
 
@@ -152,7 +158,7 @@ def user_episodes(
     widest = int(counts[chosen].max())
     classes = {}
     if np.issubdtype(table.y.dtype, np.integer):
-        classes["class_mask"] = jnp.ones(int(table.y.max()) + 1)
+        classes["class_mask"] = jnp.ones(int(table.y.max()) + 1, jnp.float32)
 
     def sample(key, user=None):
         user_key, row_key = jax.random.split(key)

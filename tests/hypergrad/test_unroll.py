@@ -265,15 +265,21 @@ def test_a_one_hot_weight_at_the_last_step_is_the_last_step():
 
 
 @pytest.mark.once
-def test_steps_of_weight_zero_before_the_last_are_not_evaluated():
-    # At the first step the outer loss is infinite, and infinity times zero would be NaN.
+def test_steps_of_weight_zero_are_not_evaluated():
+    # At the first step the outer loss is infinite, and infinity times zero would be NaN: for a schedule, too.
     problem = inner.problem(
         problems.RIDGE_LOOP,
         lambda params, hyperparams, batch, context: problems.mean_squares(params, batch) / (context.step - 1),
         with_context=True,
     )
-    estimate, _ = hypergrad.unrolled(problem, num_steps=3, outer=[0, 0, 1]).estimate(problems.LAM, problems.TASK, KEY)
-    assert jnp.isfinite(estimate.value)
+
+    def estimate(outer, key=KEY):
+        return hypergrad.unrolled(problem, num_steps=3, outer=outer).estimate(problems.LAM, problems.TASK, key)[0]
+
+    known, early = estimate([0, 0, 1.0]), estimate([0, 0.5, 1.0])
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((known, early)))
+    scheduled = jax.jit(jax.vmap(estimate, (None, 0)))(jnp.array([0, 0, 1.0]), jnp.stack([KEY, KEY]))
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], scheduled), known, rtol=1e-12)
 
 
 # MAML.

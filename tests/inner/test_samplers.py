@@ -121,6 +121,8 @@ def test_shared_entries_are_carried_whole():
     chex.assert_trees_all_equal({**batch, "x": None}, {**data, "x": None})
     assert batch["x"].shape == (2,)
     assert inner.num_rows(data, ("names", "width")) == 6
+    episode = {"y": jnp.arange(6), "class_mask": jnp.array([1.0, 1, 0])}  # has it by itself
+    chex.assert_trees_all_equal(inner.minibatch(2)(KEY, 0, episode)["class_mask"], episode["class_mask"])
 
 
 def test_data_of_any_structure():

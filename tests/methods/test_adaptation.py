@@ -448,6 +448,188 @@ def test_what_init_makes_and_does_not_adapt_stays(order):
         ruled.problem.loop.init(KEY, hyperparams, task.train)
 
 
+# ---- What no step changes is computed once ---------------------------------------------------------------------------
+
+
+def units(params, x, layers):
+    for layer in layers:
+        x = jnp.tanh(x @ params[layer]["w"] + params[layer]["b"][None])
+    return x
+
+
+DEEP = {"first": tree(RNG)["hidden"], "second": {"w": RNG.normal(size=(3, 3)), "b": RNG.normal(size=3)}}
+DEEP |= {"head": tree(RNG)["out"], "gain": np.array([1.1, 0.9])}
+SIDES = [{**data, "mask": np.array([1.0] * (len(data["x"]) - 1) + [0.0])} for data in DATA]  # the last row is padding
+
+
+def masked(outputs, batch):
+    return (batch["mask"][:, None] * (outputs - batch["y"]) ** 2).sum() / batch["mask"].sum()
+
+
+def deep(params, batch):
+    return params["gain"].mean() * units(params, batch["x"], ("first", "second")) @ params["head"]["w"]
+
+
+def deep_loss(params, hyperparams, batch):
+    return masked(deep(params, batch), batch)
+
+
+def jitted_loss(params, hyperparams, batch):
+    """The whole model is one nested call."""
+    return masked(jax.jit(deep)(params, batch), batch)
+
+
+def noisy_loss(params, hyperparams, batch, context):
+    """Dropout after the first layer; the model's state is a running mean of the second's units."""
+    kept = jax.random.bernoulli(context.key, 0.7, (3,))
+    x = units(params, units(params, batch["x"], ("first",)) * kept[None], ("second",))
+    value = masked((x - context.model_state[None]) @ params["head"]["w"], batch)
+    return value, 0.5 * context.model_state + 0.5 * x.mean(0)
+
+
+def normal_of_support(params, batch):
+    """Units that are normalized by the support set, wherever they are."""
+    x = units(params, batch["x"], ("first", "second"))
+    whose = params.get("support", batch)
+    of = units(params, whose["x"], ("first", "second")) * whose["mask"][:, None]
+    return (x - of.sum(0, keepdims=True) / whose["mask"].sum()) @ params["head"]["w"] + params["head"]["b"][None]
+
+
+def with_state(key, hyperparams, data):
+    return hyperparams["init"], jnp.zeros(3)
+
+
+def made_bias(key, hyperparams, data):
+    """A bias of the body that the support set makes, and that does not adapt."""
+    params = hyperparams["init"]
+    second = {"w": params["second"]["w"], "b": params["first"]["w"][0] * data["y"].mean()}
+    return {**params, "second": second}
+
+
+def gain_in_front(params, hyperparams, batch):
+    return deep_loss(params, hyperparams, {**batch, "x": params["gain"] * batch["x"]})
+
+
+TWO = {"num_steps": 2, "rate": RATE}
+ONCE = {  # an adaptation; the shapes of what is computed once
+    "a nested call": (methods.anil(jitted_loss, **TWO), [(4, 3)]),
+    "a layer in the middle": (methods.adaptation(deep_loss, adapt="second", **TWO), [(4, 3)]),
+    "a value a step": (
+        methods.anil(deep_loss, rates="leaf", rates_per_step=True, leaves_per_step="gain", **TWO),
+        [(4, 3)],
+    ),
+    "dropout and a state": (
+        methods.anil(
+            noisy_loss, init=with_state, with_context=True, outer_loss=lambda *args: noisy_loss(*args)[0], **TWO
+        ),
+        [(4, 3)],
+    ),
+    "made by init": (methods.anil(deep_loss, init=made_bias, **TWO), [(4, 3)]),
+    "made by init, first order": (methods.anil(deep_loss, init=made_bias, order="first", **TWO), [(4, 3)]),
+    "normalized": (
+        methods.anil(
+            lambda params, hyperparams, batch: masked(normal_of_support(params, batch), batch), keep_support=True, **TWO
+        ),
+        [(4, 3)],
+    ),
+    "checkpoints": (methods.anil(deep_loss, num_steps=4, rate=RATE, remat="sqrt", outer="mean"), [(4, 3)]),
+}
+NOT_ONCE = {
+    "all adapt": methods.maml(deep_loss),
+    "what comes first adapts": methods.boil(deep_loss),
+    "a value a step in front": methods.anil(gain_in_front, leaves_per_step="gain", **TWO),
+    "a sampler": methods.anil(deep_loss, sampler=inner.minibatch(2)),
+}
+
+
+def hold(loss, has_aux=False):
+    """First order: inner gradients are held, and what `init` made is read as λ is."""
+
+    def held(params, hyperparams, batch, context):
+        grads, state = jax.grad(loss, has_aux=True)(*jax.lax.stop_gradient((params, hyperparams, batch, context)))
+        return grads, state._replace(made=context.model_state.made)
+
+    return held
+
+
+OPTIONS = {"checkpoints": {"remat": "sqrt", "outer": "mean"}, "made by init, first order": {"grad": hold}}
+
+
+@pytest.fixture(scope="module")
+def both_ways():
+    """Estimates with, and without: by `problem`, which computes all of g at every step."""
+    sides = [jax.tree.map(jnp.asarray, side) for side in SIDES]
+    hyperparams = {name: a.hyperparams(jax.tree.map(jnp.asarray, DEEP), sides[0]) for name, (a, _) in ONCE.items()}
+
+    def program(hyperparams):
+        found = {}
+        for name, (a, _) in ONCE.items():
+            plain = hypergrad.unrolled(a.problem, num_steps=a.test_steps, **OPTIONS.get(name, {}))
+            estimate = lambda e, name=name: e.estimate(hyperparams[name], base.Task(*sides), KEY)[0]
+            found[name] = estimate(a.estimator), estimate(plain)
+        return found
+
+    return hyperparams, sides, jax.device_get(jax.jit(program)(hyperparams))
+
+
+@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.once
+def test_what_no_step_changes_is_computed_once(name, both_ways):
+    hyperparams, sides, found = both_ways
+    close(*found[name])
+    slopes = found[name][0].hypergrad["init"]
+    assert min(abs(slopes["first"]["w"]).max(), abs(slopes["head"]["w"]).max()) > 1e-3
+    a, shapes = ONCE[name]
+    state = jax.eval_shape(a.unrolling.loop.init, KEY, hyperparams[name], sides[0])
+    assert [x.shape for x in state.model_state.once] == shapes
+    assert jax.eval_shape(a.problem.loop.init, KEY, hyperparams[name], sides[0]).model_state.once == ()
+
+
+@pytest.mark.parametrize("name", NOT_ONCE)
+def test_what_a_step_changes_is_not(name):
+    side, hyperparams = jax.tree.map(jnp.asarray, (SIDES[0], {"init": DEEP}))
+    state = jax.eval_shape(NOT_ONCE[name].unrolling.loop.init, KEY, hyperparams, side)
+    assert state.model_state.once == ()
+
+
+@pytest.mark.once
+def test_at_test_too():
+    """Predictions of a query set with statistics of the support set: the body is computed once for both."""
+    sides = [jax.tree.map(jnp.asarray, side) for side in SIDES]
+    a, _ = ONCE["normalized"]
+    hyperparams = a.hyperparams(jax.tree.map(jnp.asarray, DEEP))
+
+    def at_every_step(params, query):
+        """Hidden in a branch that the head decides on."""
+        return jax.lax.cond(params["head"]["b"][0] < 1e9, normal_of_support, lambda p, q: q["y"], params, query)
+
+    method = methods.adapted(a, hyperparams, normal_of_support, num_steps=6)
+    without = methods.adapted(a._replace(unrolling=a.problem), hyperparams, at_every_step, num_steps=6)
+    close(jax.jit(method)(KEY, *sides), jax.jit(without)(KEY, *sides))
+    count = lambda method: hypergrad.flops(method, KEY, *sides, products_only=True)
+    head = 2 * 3 * (3 * 4 + 5)  # a step's forward pass and gradient on the support set, and the query set's outputs
+    body = 2 * (3 + 9) * (4 + 5 + 4)  # the query set is normalized by the support set
+    assert count(method) <= 7 * head + 2 * body < 6 * body < count(without)
+
+
+def test_the_cost_of_more_steps_is_that_of_the_head():
+    """Operations of one hypergradient, by the number of steps."""
+    side = {"x": jnp.ones((4, 1)), "y": jnp.ones((4, 1)), "mask": jnp.ones(4)}
+    hyperparams = {"init": jax.tree.map(jnp.asarray, DEEP)}
+
+    def count(num_steps, adapt, always=False):
+        a = methods.adaptation(deep_loss, adapt=adapt, num_steps=num_steps)
+        estimator = hypergrad.unrolled(a.problem, num_steps=num_steps) if always else a.estimator
+        program = lambda hp: estimator.estimate(hp, base.Task(side, side), KEY)[0].hypergrad
+        return hypergrad.flops(program, hyperparams, products_only=True)
+
+    step = lambda *args, **options: (count(16, *args, **options) - count(6, *args, **options)) / 10
+    forward = 2 * 4 * (3 + 9 + 3)
+    assert step("head") <= 8 * 2 * 4 * 3  # the head's share of `forward`, and of its derivatives
+    assert step("head", always=True) > 2 * forward
+    assert step("") == step("", always=True)
+
+
 def test_convolutions_of_init_and_of_predictions_are_products():
     """On CPU those in a loop are slow, and those of one kernel a task too."""
     kernel = jnp.ones((2, 1, 3, 3), jnp.float32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import methods, tasks
+from metaopt import base, hypergrad, methods, tasks
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -73,6 +73,24 @@ def test_strides_in_place_of_pooling(size):
     places = range(0, size, 2)
     h = [sum(padded[:, a + i, b + j] @ w[i, j] for i in range(3) for j in range(3)) for a in places for b in places]
     np.testing.assert_allclose(found, np.maximum(h, 0).mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.once
+def test_a_body_that_does_not_adapt_is_computed_once():
+    """Normalized by a support set with padding, which the head is made from and alone adapts to."""
+    network = methods.conv4(normalization="support", num_filters=3, num_blocks=1, num_channels=2)
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), network.init(KEY))
+    side = {"x": jnp.asarray(IMAGES, jnp.float64), "y": jnp.arange(7) % 2, "mask": jnp.asarray(MASK)}
+    side |= {"class_mask": jnp.ones(2)}
+    task = base.Task(side, {**side, "x": side["x"][::-1], "mask": jnp.ones(7)})
+    a = methods.proto_maml(network.features, adapt="^head", num_steps=2, rate=0.1)
+    hyperparams = a.hyperparams(params)
+    state = jax.eval_shape(a.unrolling.loop.init, KEY, hyperparams, side)
+    assert [x.shape for x in state.model_state.once] == [(7, 12)]
+    estimators = a.estimator, hypergrad.unrolled(a.problem, num_steps=2)
+    found = jax.jit(lambda hp: [e.estimate(hp, task, KEY)[0] for e in estimators])(hyperparams)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), *found)
+    assert abs(found[0].hypergrad["init"]["block0"]["w"]).max() > 1e-3
 
 
 @pytest.mark.once

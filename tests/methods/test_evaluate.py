@@ -1,5 +1,6 @@
 """Scores that can be worked out by hand; what methods may see; what is made of scores."""
 
+import json
 import zlib
 
 import jax
@@ -110,6 +111,7 @@ def test_places_and_keys_tell_nothing():
         KEY,
         num_episodes=100,
         score_fn=lambda outputs, query: jnp.where(outputs[:, 0].min() == 1, 2.0, methods.accuracy(outputs, query)),
+        higher_is_better=True,
     )
     assert abs(found.scores["place"]["all"].mean() - 1 / 3) < 4 * (2 / 9 / 1200) ** 0.5
     assert (found.scores["key"]["all"] < 2).all()
@@ -136,7 +138,7 @@ def test_who_uses_the_query_set_is_found_in_any_source_and_behind_any_offset():
 
 
 def test_who_uses_the_query_set_is_found_behind_what_stands_for_absent_classes():
-    """And behind examples that are far off."""
+    """And behind examples, or whole episodes, that are far off."""
 
     def filled(method, value):
         return lambda key, s, q: jnp.where(s["class_mask"][None, None] > 0, method(key, s, q), value)
@@ -145,10 +147,14 @@ def test_who_uses_the_query_set_is_found_behind_what_stands_for_absent_classes()
         far = query["x"][:, :1] > 1.5  # whose outputs do not depend on the others
         return jnp.where(far, 1e6 * prototypes(key, support, query), centered(key, support, query))
 
+    def in_some_episodes(key, support, query):
+        far = support["x"][0, 0] > 0
+        return jnp.where(far, 1e6 * prototypes(key, support, query), centered(key, support, query))
+
     fills = (-1e4, -1e9, -jnp.inf, jnp.nan)
     found = methods.evaluate_episodes(
         {f"{f.__name__} {value}": filled(f, value) for f in (centered, prototypes) for value in fills}
-        | {"centered far": with_some_far_off},
+        | {"centered far": with_some_far_off, "centered in some": in_some_episodes},
         sample,
         KEY,
         num_episodes=8,
@@ -217,6 +223,12 @@ def test_every_user_is_judged_once():
     np.testing.assert_allclose(found.scores["last"]["episodes"], np.full((3, 1), 1.5))
     with pytest.raises(ValueError, match="draws users with replacement.*`each=` the number of users"):
         methods.evaluate_episodes({"last": last}, sample, KEY, num_episodes=3, **options)
+    with pytest.raises(ValueError, match="the sampler of 'episodes' has 3, so that with each=7"):
+        methods.evaluate_episodes({"last": last}, sample, KEY, each=7, **options)
+    known = {"score_fn": methods.mean_absolute_error}
+    assert not methods.evaluate_episodes({"last": last}, sample, KEY, each=3, **known).higher_is_better
+    with pytest.raises(ValueError, match="`higher_is_better=True` of an accuracy, False of an error"):
+        methods.evaluate_episodes({"last": last}, sample, KEY, each=3, score_fn=lambda outputs, query: 0.0)
 
 
 def by_hand(scores, num_ways=None, higher=True):
@@ -233,6 +245,68 @@ HAND = by_hand(
     },
     {"u": np.array([5, 5, 10]), "v": np.array([10, 20, 20])},
 )
+
+
+def test_methods_of_two_days_are_as_of_one(evaluation, tmp_path):
+    samplers = {"two": lambda key: sample(key, 2), "three": sample}
+    evaluate = lambda names, key=KEY, num=50: methods.evaluate_episodes(
+        {name: METHODS[name] for name in names}, samplers, key, num_episodes=num, chunk_size=25
+    )
+    methods.save_evaluation(tmp_path / "one", evaluate(["prototypes", "steps"]))
+    found = methods.join_evaluations(methods.load_evaluation(tmp_path / "one"), evaluate(["centered"]))
+    assert found.transductive == evaluation.transductive and list(found.scores) == list(evaluation.scores)
+    jax.tree.map(np.testing.assert_array_equal, found.scores, evaluation.scores)
+    jax.tree.map(np.testing.assert_array_equal, found[1:3], evaluation[1:3])
+    jax.tree.map(np.testing.assert_allclose, found.marks, evaluation.marks)
+    assert len(np.unique(found.marks["two"])) > 25  # of 64 different ones, 50 are drawn
+    for key, num, what in ((jax.random.key(1), 50, "marks"), (KEY, 40, "num_ways")):
+        with pytest.raises(ValueError, match=f"source 'three' are not the same .their `{what}` differ"):
+            methods.join_evaluations(evaluation, evaluate(["steps"], key, num)._replace(scores={}))
+
+
+def test_what_cannot_be_joined():
+    other = HAND._replace(scores={"c": HAND.scores["a"]}, transductive={"c": True})
+    assert list(methods.join_evaluations(HAND, other).scores) == ["a", "b", "c"]
+    for wrong, message in (
+        (HAND, "The method 'a' is in both"),
+        (other._replace(higher_is_better=False), "of accuracies and the other of errors"),
+        (other._replace(num_ways={"u": HAND.num_ways["u"]}), r"same sources; got `num_ways` of \['u', 'v'\] and"),
+        (other._replace(marks=HAND.num_ways), "same sources; got `marks` of"),
+        (other._replace(num_shots={**HAND.num_shots, "u": np.array([5, 5, 9])}), "source 'u' .* `num_shots` differ"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            methods.join_evaluations(HAND, wrong)
+
+
+def test_an_evaluation_on_disk(tmp_path):
+    file = tmp_path / "scores.npz"
+    given = HAND._replace(transductive={"a": True, "b": False}, higher_is_better=False, marks={"u": np.ones(3)})
+    methods.save_evaluation(file, given)
+    found = methods.load_evaluation(file)
+    jax.tree.map(np.testing.assert_array_equal, found, given)
+    assert methods.leaderboard(found) == methods.leaderboard(given) and found.transductive == given.transductive
+    arrays = dict(np.load(file))
+    header = json.loads(arrays.pop("header").tobytes())
+    for change, drop, message in (
+        (
+            {"format": "metaopt.cell_searcher"},
+            None,
+            "`save_evaluation` writes .*: `methods.load_cell_searcher` reads it",
+        ),
+        ({"version": 9}, None, "is of version 9; this metaopt reads 'metaopt.evaluation' up to version 1"),
+        ({}, "scores 1 0", "does not describe an `Evaluation` as it should: 'scores 1 0'"),
+        ({"transductive": [True]}, None, "does not describe an `Evaluation` as it should"),
+    ):
+        kept = {k: v for k, v in arrays.items() if k != drop}
+        np.savez(file, header=np.frombuffer(json.dumps({**header, **change}).encode(), np.uint8), **kept)
+        with pytest.raises(ValueError, match=message):
+            methods.load_evaluation(file)
+    np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **{**arrays, "shots 0": np.ones(2)})
+    with pytest.raises(ValueError, match="the arrays of source 'u' are not all of 3 episodes"):
+        methods.load_evaluation(file)
+    file.write_bytes(b"text")
+    with pytest.raises(ValueError, match="is nothing that `save_evaluation` wrote"):
+        methods.load_evaluation(file)
 
 
 def test_means_differences_and_ranks_by_hand():

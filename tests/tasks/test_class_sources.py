@@ -108,12 +108,11 @@ class Builder:
     def __init__(self, name, data_dir=None, file_format=None):
         assert file_format == "array_record"
         label = types.SimpleNamespace(names=["ant", "bee", "cat"])
-        self.info = types.SimpleNamespace(features={"image": None, "label": label})
+        self.info = types.SimpleNamespace(features={"image": None, "label": label, "order": None, "by": None})
 
     def as_data_source(self, split):
-        return [
-            {"image": np.full((2 + (split == "odd") * k, 2, 1), k, np.uint8), "label": [2, 0, 2][k]} for k in range(3)
-        ]
+        pixels = [np.full((2 + (split == "odd") * k, 2, 1), k, np.uint8) for k in range(3)]
+        return [{"image": pixels[k], "label": [2, 0, 2][k], "order": [1, 0, 1][k], "by": k % 2} for k in range(3)]
 
 
 def test_a_data_set_of_tfds(monkeypatch):
@@ -122,10 +121,23 @@ def test_a_data_set_of_tfds(monkeypatch):
     assert source.name == "insects" and source.class_names == ("ant", "cat") and source.x.shape == (3, 2, 2)
     np.testing.assert_array_equal(source.y, [1, 0, 1])
     np.testing.assert_array_equal(source.x[:, 0, 0], [0, 1, 2])
-    assert tasks.from_tfds("insects", split="odd", size=2).x.shape == (3, 2, 2)
+    assert source.group is None and source.superclass is None
+    source = tasks.from_tfds("insects", split="odd", size=2, group="by", superclass="order")
+    assert source.x.shape == (3, 2, 2)
+    np.testing.assert_array_equal(source.group, [0, 1, 0])
+    np.testing.assert_array_equal(source.superclass, [0, 1])
+    with pytest.raises(ValueError, match="several 'by': it is no superclass"):
+        builder = lambda *args, **options: types.SimpleNamespace(
+            info=Builder(*args, **options).info, as_data_source=lambda split: [
+                {"image": np.zeros((2, 2, 1), np.uint8), "label": 0, "by": by} for by in range(2)
+            ],
+        )  # fmt: skip
+        monkeypatch.setitem(sys.modules, "tensorflow_datasets", types.SimpleNamespace(builder=builder))
+        tasks.from_tfds("insects", superclass="by")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", types.SimpleNamespace(builder=Builder))
     with pytest.raises(ValueError, match="3 shapes; give `size`"):
         tasks.from_tfds("insects", split="odd")
-    with pytest.raises(ValueError, match="has no feature 'kind'; it has image, label"):
+    with pytest.raises(ValueError, match="has no feature 'kind'; it has image, label, order, by"):
         tasks.from_tfds("insects", label="kind")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ImportError, match=r"metaopt-jax\[episodes\]"):

@@ -1,0 +1,104 @@
+"""A traced function in two halves: what is dear and the same, and the rest."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import rewrite
+
+RNG = np.random.default_rng(0)
+A, B, X = (jnp.asarray(RNG.normal(size=size)) for size in ((3, 4), (4, 2), (5, 3)))
+
+
+def halves(function, *args, moving=0):
+    """With the first `moving` arguments moving."""
+    return rewrite.split(function, args, tuple(i < moving for i in range(len(args))))
+
+
+def chained(x, w):
+    """A loop around a product."""
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w @ w.T), None), x, length=3)[0]
+
+
+@jax.custom_vjp
+def doubled(x, w):
+    return x @ w
+
+
+doubled.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (2 * g @ kept[1].T, kept[0].T @ g))
+
+
+CASES = {  # (moving, x, a) -> outputs; shapes that are kept
+    "nested calls": (lambda b, x, a: jax.jit(lambda b, x: jax.nn.relu(jax.jit(jnp.dot)(x, a)) @ b)(b, x), [(5, 4)]),
+    "a loop": (lambda b, x, a: chained(x, a)[:, :2] @ b[:2], [(5, 2)]),
+    "a branch": (lambda b, x, a: jax.lax.cond(x[0, 0] > 0, lambda: x @ a, lambda: -(x @ a)) @ b, [(5, 4)]),
+    "a checkpoint": (lambda b, x, a: jax.checkpoint(lambda x: jnp.sin(x @ a))(x) @ b, [(5, 4)]),
+    "a derivative of its own": (lambda b, x, a: doubled(x, a) @ b, [(5, 4)]),
+    "what is an output, too": (
+        lambda b, x, a: ((x @ a) @ b, x @ a, {"c": (x @ a).sum(), "d": 3.0}),
+        [(5, 4), (5, 4), ()],
+    ),
+    "an argument handed back": (lambda b, x, a: (x, b, (x @ a) @ b), [(5, 4)]),
+    "nothing dear": (lambda b, x, a: jnp.exp(x).sum() * b + jnp.ones(4)[:, None] * a.mean(), []),
+    "all of it moves": (lambda b, x, a: (x @ (a @ b)) @ jnp.ones((2, 2)), []),
+    "a convolution": (
+        lambda b, x, a: jax.lax.conv(x[None, None], a[None, None], (1, 1), "SAME").sum() * b,
+        [()],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_halves_are_the_function(name):
+    function, shapes = CASES[name]
+    cut = halves(function, B, X, A, moving=1)
+    assert [k.shape for k in cut.kept] == shapes
+
+    @jax.jit
+    def by_halves(b, x, a):
+        kept = cut.once((jnp.full_like(b, jnp.nan), x, a))  # it does not look
+        assert [(k.shape, k.dtype) for k in kept] == [(k.shape, k.dtype) for k in cut.kept]
+        return cut.rest((b + 1, x, a), kept)
+
+    whole = lambda b, x, a: function(b + 1, x, a)
+    chex.assert_trees_all_close(by_halves(B, X, A), whole(B, X, A), rtol=1e-12)
+    total = lambda f: jax.jit(jax.grad(lambda *args: sum(jnp.sum(y**2) for y in jax.tree.leaves(f(*args))), (0, 1, 2)))
+    slopes = total(whole)(B, X, A)
+    at = lambda b, x, a: cut.rest((b + 1, x, a), cut.once((b, x, a)))
+    chex.assert_trees_all_close(total(at)(B, X, A), slopes, rtol=1e-12)
+    assert all(abs(leaf).max() > 0 for leaf in slopes[:2])
+
+
+def test_effects_stay_where_the_function_is_called():
+    said = []
+
+    def function(b, x):
+        jax.debug.callback(lambda z: said.append(z.shape), x[0])
+        jax.debug.callback(lambda z: said.append(z.shape), x @ A)  # dear, and needed for this alone
+        return (x @ A[:, :2]) @ b[:2]
+
+    cut = halves(function, B, X, moving=1)
+    kept = cut.once((B, X))
+    jax.effects_barrier()
+    assert said == [] and [k.shape for k in kept] == [(5, 4), (5, 2)]
+    for _ in range(2):
+        cut.rest((B, X), kept)
+    jax.effects_barrier()
+    assert sorted(said) == [(3,)] * 2 + [(5, 4)] * 2
+    cheap = halves(lambda b: jax.debug.callback(lambda z: said.append(z.shape), b[0]), B)
+    assert cheap.kept == []
+    cheap.rest((B,), [])
+    jax.effects_barrier()
+    assert said[-1] == (2,)
+
+
+def test_keys_and_integers_are_kept_as_they_are():
+    def function(b, x, key):
+        best = jnp.argmax(x @ A, axis=1)
+        return jax.random.normal(jax.random.fold_in(key, best[0]), (4,)) @ b + best.sum()
+
+    args = (B, X, jax.random.key(0))
+    cut = halves(function, *args, moving=1)
+    np.testing.assert_array_equal(cut.rest(args, cut.once(args)), function(*args))
