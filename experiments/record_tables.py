@@ -249,7 +249,9 @@ def learned(
     variants = {"metaopt": surrogate} | variants
     if options.ablate:
         variants |= {ABLATED[0]: surrogate, NOT_ADAPTED: variants["deep kernels alone (FSBO)"]}
-    encoded = jnp.stack([spaces.encode(space, spaces.from_configuration(space, c)) for c in plain])
+    # As g has them: what a configuration lacks is at its default, a label among labels.
+    whole = [spaces.from_configuration(space, spaces.complete(space, c)) for c in plain]
+    encoded = jnp.stack([spaces.encode(space, hyperparams) for hyperparams in whole])
     functions = predictors.functions_at(surrogate, encoded)
     of_length = lambda log: predictors.Kernel(jnp.full(encoded.shape[1], log), jnp.array(4.0), jnp.array(0.0))
     plain_grams = jnp.stack(

@@ -54,7 +54,7 @@ def at_full_budget(tried: Sequence[TriedConfiguration]) -> np.ndarray:
     fidelities = np.unique(reached[np.isfinite(reached)])[::-1]  # others are not needed
     few = lambda those: np.flatnonzero(those)[-MAX_TRIALS:]
     at = lambda s: np.union1d(few(reached == s), few(reached > s))
-    latest = {s: [tried[i].outcomes for i in at(s)] for s in fidelities.tolist()}
+    latest = {s: [tried[i].outcomes for i in at(s).tolist()] for s in fidelities.tolist()}
     shift = dict.fromkeys(fidelities[:1].tolist(), 0.0)
     for s in fidelities[1:].tolist():
         higher = list(shift)[: -_NEAREST - 1 : -1]  # the nearest first

@@ -145,6 +145,9 @@ def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_o
     others = collect(num_trials=9, searcher=tasks.enqueue(searcher, []), batch_size=4)
     same = [r.configuration for r in whole[2:9]] == [r.configuration for r in others[:7]]
     assert same == (searcher is not LISTENER)
+    if searcher is not LISTENER:
+        other = collect(num_trials=4, searcher=ours, batch_size=4, key=jax.random.key(4))
+        assert other[3].configuration != whole[3].configuration and other[0].seed != whole[0].seed
     with pytest.raises(ValueError, match="enqueued"):
         collect(store=store, searcher=tasks.enqueue(searcher, MINE[1:]), **kwargs)
     with pytest.raises(ValueError, match="`init` needs the space here"):
