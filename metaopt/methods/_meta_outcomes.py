@@ -122,12 +122,13 @@ def outcomes_fn(
         task, x = seen_from(new_task), np.stack([encode(c, True) for c in configurations])
         at_tried = np.stack([encode(c, True) for c in tried]) if len(tried) else np.zeros((0, x.shape[1]))
         y, low, trials, failures = np.asarray(outcomes, float), 0.0, None, None
+        y = np.where(np.isfinite(y), y, np.nan)
         if ended := bool(np.isfinite(y).any()):
-            y, low = from_the_best(np.where(np.isfinite(y), y, np.nan), widest)  # float32 has few digits
+            y, low = from_the_best(y, widest)  # float32 has few digits
         keep = best_and_latest(y, MAX_TRIALS)
         at_tried, y = at_tried[keep], y[keep]
         shown = shown_to_transformers(at_tried, y, surrogate.max_shown) if share else None
-        failed = ~np.isfinite(y)
+        failed = np.isnan(y)
         if ended:
             known = with_failed(task, at_tried, np.where(failed, np.nanmax(y), y), failed) if failed.any() else y
             trials = padded(at_tried, known)
