@@ -14,21 +14,22 @@ numbers as places in their order; a configuration that the table lacks, or that 
 1-nearest neighbour in features, and its best configurations in turn; the best configurations on average, in turn; a
 greedy portfolio; a Gaussian process with expected improvement and no other task, from a random start, its kernel's
 length by maximum likelihood at every step. A configuration that failed on the task at hand is no candidate for any
-method. TPE and SMAC3 are run apart (`--baselines`), and their curves kept beside the results; "TPE of categories" is an
-earlier form, in which numbers were categories and a seed began with one configuration on all tasks. BOHB is not here: a
-table has one fidelity, at which it is TPE.
+method. TPE and SMAC3 are run apart (`--baselines`), and their curves kept beside the results. BOHB is not here: a table
+has one fidelity, at which it is TPE.
 
     python experiments/record_tables.py             writes experiments/results/record_tables.md and .png
-    python experiments/record_tables.py --baselines TPE SMAC     SMAC3, too (hours; `pip install smac`)
+    python experiments/record_tables.py --baselines TPE SMAC     more of SMAC3 (extra `smac`; 20 minutes a seed)
     python experiments/record_tables.py --smoke     seconds; prints only
 
 The tables are read from the folder that METAOPT_DATA names.
 """
 
 import argparse
+import importlib.util
 import json
 import tempfile
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +156,10 @@ def search(surrogate, x, functions, weights, error, start, adaptation_steps=10):
         best = jnp.where(mask > 0, y, jnp.inf).min()
         score = predictors.expected_improvement(mixture, best)
         if surrogate.transformers is not None:
-            read = predictors.read_trials(surrogate.transformers, (x[seen], y, mask), typical_scale)
+            # As the searcher does it: what lies far beyond three in four of the trials is cut off.
+            upper = jnp.sort(jnp.where(mask > 0, y, jnp.inf))[(3 * (i - 1)) // 4] - best
+            shown = jnp.where((i >= 4) & (upper > 0), jnp.minimum(y, best + 4 * upper), y)
+            read = predictors.read_trials(surrogate.transformers, (x[seen], shown, mask), typical_scale)
             binned = predictors.predict_binned(surrogate.transformers, read, x)
             score = share * predictors.binned_improvement(binned, best) + (1 - share) * score
         new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
@@ -208,7 +212,9 @@ def plain_search(grams, error, starts):
     return jax.vmap(one)(starts)
 
 
-def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, plain_starts: int) -> dict:
+def learned(
+    data: Records, train: np.ndarray, test: np.ndarray, key, options, plain_starts: int, with_transformers: bool
+) -> dict:
     """name -> [test tasks, NUM_TRIALS] curves of `metaopt`; and of the process without other tasks."""
     space, plain = make_space(data.configurations)
     names = [str(t) for t in range(len(data.error))]
@@ -234,18 +240,18 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
     seconds = time.process_time() - begin
     deep = train_g(deep_kernels=NUM_DEEP).surrogate.deep
     deep_seconds = time.process_time() - begin - seconds  # all of it, once more
-    with_transformers = train_g(transformers=NUM_TRANSFORMERS, transformer_share=0.5)
-    transformer_seconds = time.process_time() - begin - seconds - deep_seconds
-    surrogate, transformers = g.surrogate, with_transformers.surrogate.transformers
+    surrogate, learners, transformer_seconds = g.surrogate, {"metaopt": g}, np.nan
     variants = {name: surrogate._replace(deep=deep, deep_share=share) for name, share in DEEP.items()}
-    variants |= {
-        name: surrogate._replace(transformers=transformers, transformer_share=share)
-        for name, share in TRANSFORMERS.items()
-    }
+    if with_transformers:
+        learners[next(iter(TRANSFORMERS))] = h = train_g(transformers=NUM_TRANSFORMERS, transformer_share=0.5)
+        transformer_seconds = time.process_time() - begin - seconds - deep_seconds
+        variants |= {name: h.surrogate._replace(transformer_share=share) for name, share in TRANSFORMERS.items()}
     variants = {"metaopt": surrogate} | variants
     if options.ablate:
         variants |= {ABLATED[0]: surrogate, NOT_ADAPTED: variants["deep kernels alone (FSBO)"]}
-    encoded = jnp.stack([spaces.encode(space, spaces.from_configuration(space, c)) for c in plain])
+    # As g has them: what a configuration lacks is at its default, a label among labels.
+    whole = [spaces.from_configuration(space, spaces.complete(space, c)) for c in plain]
+    encoded = jnp.stack([spaces.encode(space, hyperparams) for hyperparams in whole])
     functions = predictors.functions_at(surrogate, encoded)
     of_length = lambda log: predictors.Kernel(jnp.full(encoded.shape[1], log), jnp.array(4.0), jnp.array(0.0))
     plain_grams = jnp.stack(
@@ -277,10 +283,7 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
         tried = plain_search(plain_grams, error, jnp.asarray(rng.choice(open_, plain_starts)))
         curves["GP, no other task"].append(np.mean([curve(regret, run) for run in np.asarray(tried)], 0))
     asks = []
-    for name, learner in (
-        ("metaopt", g),
-        (next(iter(TRANSFORMERS)), with_transformers),
-    ):  # the last task's, again as a user has it
+    for name, learner in learners.items():  # the last task's, again as a user has it
         tried = np.asarray(trials(name, test[-1], error, open_))
         again, milliseconds = one_by_one(learner, data, test[-1], plain)
         asks.append(milliseconds)
@@ -289,7 +292,7 @@ def learned(data: Records, train: np.ndarray, test: np.ndarray, key, options, pl
                 f"{data.name}, {name}: the searcher's trials {again} differ from the program's {tried[: len(again)]}."
             )
     curves = {name: np.stack(found) for name, found in curves.items()}
-    return curves | {"seconds": (seconds, deep_seconds, transformer_seconds, *asks)}
+    return curves | {"seconds": (seconds, deep_seconds, transformer_seconds, *asks, np.nan)[:5]}
 
 
 def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict]) -> tuple[list[int], float]:
@@ -445,6 +448,12 @@ def read_baselines(file: Path) -> dict[str, np.ndarray]:
         return dict(found)
 
 
+def code() -> str:
+    """A number that other code does not have, for what is kept of a run."""
+    files = [Path(__file__), *sorted(Path(methods.__file__).parents[1].rglob("*.py"))]
+    return f"{zlib.crc32(b''.join(file.read_bytes() for file in files)):08x}"
+
+
 def kept(store: Path | None, name: str, make) -> dict:
     """What `make` gives, or gave before."""
     if store is None:
@@ -468,7 +477,7 @@ def by_family(data: Records) -> np.ndarray:
 
 
 def run(
-    data: Records, options: argparse.Namespace, baselines: dict[str, np.ndarray]
+    data: Records, options: argparse.Namespace, baselines: dict[str, np.ndarray], with_transformers: bool
 ) -> tuple[dict, np.ndarray, np.ndarray]:
     """name -> [tasks, NUM_TRIALS] curves, means over seeds where a method is random; the tasks;
     seconds of training, alone, with deep kernels, with transformers; milliseconds of an `ask`, alone and with those."""
@@ -501,8 +510,10 @@ def run(
             kept(
                 options.store,
                 f"{data.name}, {fold}, {seed}, {options.plain_seeds}, {options.ablate}, {options.smoke}, {NUM_DEEP}, "
-                f"{NUM_TRANSFORMERS}, {sorted(TRANSFORMERS.values())}",
-                partial(learned, data, train, test, jax.random.key(seed), options, options.plain_seeds),
+                f"{NUM_TRANSFORMERS}, {sorted(TRANSFORMERS.values())}, {with_transformers}, {code()}",
+                partial(
+                    learned, data, train, test, jax.random.key(seed), options, options.plain_seeds, with_transformers
+                ),
             )
             for seed in range(options.train_seeds)
         ]
@@ -566,16 +577,23 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    names = list(dict.fromkeys(method for curves, _ in results.values() for method in curves))
+    others = [method for method in names if method not in LEARNED]
+    style = {method: (f"C{i}", "-", 2.5) for i, method in enumerate(m for m in names if m in LEARNED)}
+    style |= {method: (f"C{i}", ("--", ":")[i // 10], 1.5) for i, method in enumerate(others)}
     figure, panels = plt.subplots(1, len(results), figsize=(5 * len(results), 4), squeeze=False)
     for axes, (name, (curves, judged)) in zip(panels[0], results.items(), strict=True):
         for method, found in curves.items():
-            ours = method in LEARNED
-            axes.plot(range(1, NUM_TRIALS + 1), found[judged].mean(0), lw=2.5 if ours else 1.2, label=method)
+            color, dashes, width = style[method]
+            line = {"color": color, "ls": dashes, "lw": width, "label": method}
+            axes.plot(range(1, NUM_TRIALS + 1), found[judged].mean(0), **line)
         axes.set(title=name, xlabel="trials on the new task", yscale="log", xticks=[1, 5, 10, 15, 20])
     panels[0][0].set_ylabel("mean normalized regret")
-    panels[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    legend = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncols": 2 * len(results), "fontsize": 8}
+    figure.legend([legend[method] for method in names], names, **columns)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -591,6 +609,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="a folder that keeps what was learned in each fold, to go on with")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--tables", nargs="+", default=["forest", "six", "oboe"])
+    parser.add_argument("--transformers", nargs="*", default=["forest"], help="tables on which they are trained, too")
     parser.add_argument("--reference", default="average-best")
     options = parser.parse_args()
     options.stride = 1
@@ -608,22 +627,30 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "smoke.npz" if options.smoke else CURVES
             for baseline in ["TPE"] if options.smoke else options.baselines:
+                if baseline == "SMAC" and importlib.util.find_spec("smac") is None:
+                    print('SMAC3 is not installed (`pip install "metaopt-jax[smac]"`), and is passed over.')
+                    continue
                 number = 1 if options.smoke else options.baseline_seeds or options.seeds
                 judged = np.flatnonzero(np.isin(data.fold, options.folds))[:: options.stride]
                 run_baseline(baseline, data, number, file, judged)
             known = read_baselines(file)
         baselines = {key.partition("/")[2]: found for key, found in known.items() if key.startswith(f"{data.name}/")}
         counts += [f"{b} on {data.name} {len(found)}" for b, found in baselines.items()]
-        curves, judged, seconds = run(data, options, baselines)
+        with_transformers = name in options.transformers
+        curves, judged, seconds = run(data, options, baselines, with_transformers)
         families.append(" ".join(f"{by_family(data)[:, at - 1].mean():.4f}" for at in AT))
         header, rows = compare(curves, data, judged, options.reference)
         results[data.name] = curves, judged
         text += [
             f"**{data.name}: {len(judged)} tasks of {len(np.unique(data.family[judged]))} families × "
             f"{data.error.shape[1]} configurations**; metaopt is trained in {seconds[0]:.0f} processor seconds a "
-            f"fold, with {NUM_DEEP} deep kernels in {seconds[1]:.0f}, with {NUM_TRANSFORMERS} transformers in "
-            f"{seconds[2]:.0f}, and asked for a trial in {seconds[3]:.0f} processor milliseconds (median), with those "
-            f"in {seconds[4]:.0f}",
+            f"fold, with {NUM_DEEP} deep kernels in {seconds[1]:.0f}, and asked for a trial in {seconds[3]:.0f} "
+            "processor milliseconds (median)"
+            + (
+                f"; with {NUM_TRANSFORMERS} transformers in {seconds[2]:.0f} and {seconds[4]:.0f}"
+                if with_transformers
+                else ""
+            ),
             "",
             script.table(header, rows),
             "",

@@ -40,6 +40,13 @@ def allocate_below(trial, task):
     subprocess.run([sys.executable, "-c", "import black_boxes; black_boxes.allocate(None, None)"])
 
 
+class Speechless(Exception):
+    def __str__(self):
+        raise OSError("no words")
+
+    __float__ = __str__
+
+
 def misbehave(trial, task):
     if task == "raise":
         raise KeyError("no such column")
@@ -55,6 +62,12 @@ def misbehave(trial, task):
         raise tasks.Pruned(0.5)
     if task == "prune in words":
         raise tasks.Pruned("too slow")
+    if task == "raise bytes":
+        raise FileNotFoundError(os.fsdecode(b"/tmp/\xff.csv"))
+    if task == "raise in silence":
+        raise Speechless
+    if task == "prune in silence":
+        raise tasks.Pruned(Speechless())
     if task == "change":
         return trial.configuration.pop("x") + 0.25
     if task == "memory":

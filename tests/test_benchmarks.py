@@ -51,6 +51,16 @@ def test_smoke_of_unroll():
     assert "--smoke` with Python" in printed
 
 
+@pytest.mark.slow
+def test_smoke_of_anil():
+    printed = smoke("anil.py")
+    found = {(row[0], row[2]): row for row in rows(printed) if row[0] in ("dense", "conv4")}
+    programs = ("by hand: features first", "metaopt", "at every step")
+    assert list(found) == [(model, program) for model in ("dense", "conv4") for program in programs]
+    assert all(float(row[4]) == 1 for (_, program), row in found.items() if program.startswith("by hand"))
+    assert all(float(row[7]) < 1e-3 for row in found.values()) and "all below 0.001" in printed
+
+
 def test_the_table_goes_between_the_markers_of_the_readme(tmp_path, monkeypatch):
     script = load("unroll", monkeypatch)
     monkeypatch.setattr(script, "ROOT", tmp_path)

@@ -137,7 +137,9 @@ def optuna_sampler(
       `independent_sampler`.
     - Trials that still run, in any thread or process, count by what they may add (`batch_expected_improvement`).
     - A pruned trial counts with its last intermediate value, moved by the mean difference between that step and the end
-      in the trials that have both.
+      in the trials that have both; one that has none counts as failed.
+    - A trial that fails before it has asked for all of its parameters counts with those that it would have been given;
+      one that has asked for none does not count.
     - What a trial draws depends on `seed`, its number, and the trials that have ended, or run, when it begins. Each
       process of a distributed study makes a sampler of its own: this one is not pickled.
 
@@ -195,12 +197,13 @@ def optuna_sampler(
         sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
         ended = trials_of(study, states.COMPLETE, states.PRUNED, states.FAIL)
         new = [trial for trial in ended if trial.number not in known.heard]
-        known.state = searcher.tell(known.state, [record for trial in new for record in _as_told(trial, sign)])
+        told = [record for trial in new for record in _as_told(trial, sign, known.drawn.get(trial.number, {}))]
+        known.state = searcher.tell(known.state, told)
         known.heard |= {trial.number for trial in new}
+        known.drawn = {other: drawn for other, drawn in known.drawn.items() if other not in known.heard}
         others = [trial for trial in trials_of(study, states.RUNNING) if trial.number != number]
-        known.drawn = {trial.number: known.drawn.get(trial.number, {}) for trial in others}
         # What a trial was given holds until it says what it took: it may have been enqueued.
-        took = [(trial.number, known.drawn[trial.number] | trial.params) for trial in others]
+        took = [(trial.number, known.drawn.get(trial.number, {}) | trial.params) for trial in others]
         running = [base.Record("", c, trial=other, status="RUNNING") for other, c in took if c]
         (record,), _ = searcher.ask(searcher.tell(known.state, running)._replace(num_asked=number), 1)
         known.drawn[number] = record.configuration
@@ -259,8 +262,11 @@ def _fitting(value: Any, distribution: Any) -> list[Any]:
     return [round(near) if type(distribution).__name__ == "IntDistribution" else float(near)]
 
 
-def _as_told(trial, sign: float) -> list[base.Record]:
-    """A trial of Optuna as a searcher hears of it: its value, and those of its steps, each at a fidelity below 1."""
+def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
+    """A trial of Optuna as a searcher hears of it: its value, and those of its steps, each at a fidelity below 1.
+
+    One that failed may not have asked yet for all that was drawn; one that ended has no use for the rest.
+    """
     if trial.state.name == "FAIL" and not trial.params:
         return []  # it failed before it asked for anything: nothing is known of any configuration
     record = base.Record("", dict(trial.params), trial=trial.number)
@@ -273,5 +279,5 @@ def _as_told(trial, sign: float) -> list[base.Record]:
         seconds = trial.duration.total_seconds() if trial.duration is not None else math.nan
         told.append(record._replace(outcome=sign * trial.value, cost=seconds))
     elif trial.state.name == "FAIL" or not told:
-        told = [record._replace(status="FAIL")]
+        told = [record._replace(configuration=drawn | record.configuration, status="FAIL")]
     return told

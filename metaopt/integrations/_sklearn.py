@@ -62,12 +62,19 @@ def sklearn_objective(
       for the log-likelihood.
 
     Raises:
-      ValueError: `num_folds` is no integer of at least 2, or the estimator is of no kind that has a default `scoring`.
+      ValueError: `num_folds` is no integer of at least 2, `preparation` is no transformer, or the estimator is of no
+        kind that has a default `scoring`.
       ImportError: scikit-learn is not installed.
     """
     base.check_integer("num_folds", num_folds, 2)
     import sklearn.base
 
+    known = preparation is None or isinstance(preparation, str) and preparation == "passthrough"
+    if not known and (isinstance(preparation, type) or not hasattr(preparation, "transform")):
+        raise ValueError(
+            f'`preparation` must be a transformer such as `preprocessing.MinMaxScaler()`, "passthrough" for none, or '
+            f"None; got {preparation!r}."
+        )
     if scoring is None:
         if sklearn.base.is_classifier(estimator):
             scoring = "balanced_accuracy"

@@ -63,7 +63,9 @@ from metaopt.methods._meta_files import (
     save_meta_optimizer,
 )
 from metaopt.methods._meta_optimizer import train_meta_optimizer, train_meta_searcher
-from metaopt.methods._meta_search import ACQUISITIONS, MetaOptimizer, MetaSearcherState, Outcomes, TriedConfiguration
+from metaopt.methods._meta_outcomes import Outcomes
+from metaopt.methods._meta_search import ACQUISITIONS, MetaOptimizer, MetaSearcherState
+from metaopt.methods._new_trials import TriedConfiguration
 from metaopt.methods._optuna import bohb, tpe
 from metaopt.methods._retrain import (
     ArchitectureScores,

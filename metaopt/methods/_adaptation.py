@@ -153,8 +153,8 @@ def adaptation(
     for name, value in {"num_steps": num_steps, "test_steps": test_steps, "proximal": proximal}.items():
         if value is not None and not value >= 0:
             raise ValueError(f"`{name}` must be at least 0; got {value}.")
-    is_number = isinstance(order, (int, np.integer)) and not isinstance(order, bool)
-    if order not in ("first", "second") and not (is_number and order >= 0):
+    number = order if isinstance(order, (int, np.integer)) and not isinstance(order, bool) else -1
+    if order not in ("first", "second") and number < 0:
         raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')
     if rates_per_step and rates == "fixed":
         raise ValueError('`rates_per_step` needs learned rates: `rates="one"`, "leaf" or "entry".')
@@ -249,10 +249,10 @@ def adaptation(
                 return rates_per_step if name == "rate" else name == "init" and bool(per_step)
             return {1: False, 3: sampler is not None}.get(which, True)
 
-        # As the loop's state has them, without weak types: so that every step is cut as the first.
-        like = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
-        args = (like(params), like(made), hyperparams, batch, like(context))
         with contextlib.suppress(Exception):  # a branch on a value, or an error of the loss, which g raises by itself
+            # As the loop's state has them, without weak types: so that every step is cut as the first.
+            like = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+            args = (like(params), like(made), hyperparams, batch, like(context))
             return rewrite.split(model_loss, args, jax.tree_util.tree_map_with_path(moves, args))
         return None
 
@@ -267,7 +267,8 @@ def adaptation(
         carried, own = context.model_state, context.model_state.own
         args = (params, carried.made, hyperparams, batch, context._replace(model_state=own))
         cut = halves(*args) if carried.once else None
-        value, own = model_loss(*args) if cut is None else cut.rest(args, carried.once)
+        fits = cut is not None and [(k.shape, k.dtype) for k in cut.kept] == [(k.shape, k.dtype) for k in carried.once]
+        value, own = cut.rest(args, carried.once) if cut is not None and fits else model_loss(*args)
         if proximal:
             distance = optax.tree.norm(optax.tree.sub(params, select(hyperparams["init"])), squared=True)
             value = value + proximal / 2 * distance

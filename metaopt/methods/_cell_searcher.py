@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, nas, predictors, training
+from metaopt.methods._meta_search import check_no_mapping
 
 _AT_ONCE = 2048  # cells that are encoded together
 
@@ -137,8 +138,8 @@ def train_cell_searcher(
       batch.
 
     Raises:
-      ValueError: a size is out of range; no record has an outcome; `candidates` is empty; features have different
-        lengths, or are of none of the records' tasks.
+      ValueError: a size is out of range; no record has an outcome; `candidates` is empty; features are by name, have
+        different lengths, or are of none of the records' tasks.
     """
     for name, value in (("num_members", num_members), ("batch_size", batch_size)):
         base.check_integer(name, value, 1)
@@ -271,6 +272,7 @@ def cell_searcher(
 
     def scores(new_task: Any = None) -> np.ndarray:
         given = new_task.features if isinstance(new_task, base.Task) else new_task
+        check_no_mapping("new_task", given)
         if given is None:
             given = np.full(len(center), np.nan)
         if np.shape(given) != np.shape(center):
@@ -404,6 +406,8 @@ def _features(names, features) -> tuple[jax.Array, np.ndarray, np.ndarray]:
     """[T, F] of mean 0 and variance 1 over tasks, 0 where unknown; the means and deviations [F]."""
     if features is None:
         return jnp.zeros((len(names), 0)), np.zeros(0), np.ones(0)
+    for name in names:
+        check_no_mapping("features", features.get(name))
     raw = [np.asarray(features[name], float).ravel() if name in features else None for name in names]
     lengths = sorted({len(row) for row in raw if row is not None})
     if len(lengths) != 1:

@@ -312,10 +312,11 @@ def _differ(outputs: jax.Array, again: jax.Array, query: dict[str, jax.Array]) -
         ]
         # By the spread of most examples' outputs, since an offset that all share would hide a difference, and so would
         # one example that is far off; and by what rounding leaves, for each example by itself.
-        spreads = [np.quantile(abs(b - np.median(b, axis=0)), 0.9) if b.size else 0.0 for b, _ in pairs]
+        spreads = [float(np.quantile(abs(b - np.median(b, axis=0)), 0.9)) if b.size else 0.0 for b, _ in pairs]
+        usual = float(np.median(np.array(spreads)))
         for (b, a), spread in zip(pairs, spreads, strict=True):
             rounding = 1e-5 * abs(b).max(axis=1, initial=0, keepdims=True)
-            if np.any(abs(b - a) > np.maximum(1e-3 * (spread or np.median(spreads)), rounding)):  # one example has none
+            if np.any(abs(b - a) > np.maximum(1e-3 * (spread or usual), rounding)):  # one example alone has none
                 return True
     return False
 

@@ -89,7 +89,8 @@ def anil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 
       **options: as for `adaptation`.
 
     Returns:
-      An `Adaptation`.
+      An `Adaptation`. The body is computed once for the support set, and once for the query set: more inner steps cost
+      passes through the head alone.
 
     Source: Raghu et al., ICLR 2020, https://arxiv.org/abs/1909.09157
     """

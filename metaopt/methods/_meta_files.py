@@ -28,7 +28,7 @@ _READERS = {
 # What the arrays of a surrogate are called, and how many axes they have.
 _AXES: Any = {"reference": 2, "curves": 2, "coefficients": 2, "log_scales": 1, "kernel": (1, 0, 0)}
 _AXES |= {"attention": {"log_rates": 2, "logit_share": 1}, "sorted_features": 2, "features": 2}
-_AXES |= {"closeness": 0, "residual": 0, "deep_share": 0, "transformer_share": 0}
+_AXES |= {"closeness": 0, "residual": 0, "deep_share": 0, "transformer_share": 0, "max_shown": 0}
 _TEMPLATE = predictors.Surrogate(**_AXES | {"kernel": predictors.Kernel(*_AXES["kernel"])})
 _DEEP_AXES: Any = (3, 3, 2, 3, 2, 2, 2, 1, 1)
 _DEEP = predictors.DeepKernel(*_DEEP_AXES)
@@ -254,13 +254,15 @@ def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predi
     has = lambda part: any(name.startswith(f"{kind}.{part}.") for name in arrays)
     for name in ("deep_share", "transformer_share"):
         arrays.setdefault(f"{kind}.{name}", np.array(0.0))  # version 1 has none, version 2 the first
+    arrays.setdefault(f"{kind}.max_shown", np.array(predictors.MAX_SHOWN))
     template = _TEMPLATE._replace(deep=_DEEP if has("deep") else None)
     template = template._replace(transformers=_TRANSFORMER if has("transformers") else None)
     template = template._replace(embedding=_EMBEDDING if has("embedding") else None)
 
     def read(path, num_axes):
         array = arrays[kind + jax.tree_util.keystr(path)]
-        if array.ndim != num_axes or array.dtype.kind != "f":
+        is_count = path[-1] == jax.tree_util.GetAttrKey("max_shown")
+        if array.ndim != num_axes or array.dtype.kind != ("i" if is_count else "f"):
             raise ValueError(f"{kind}{jax.tree_util.keystr(path)} has shape {array.shape} and type {array.dtype}")
         return array
 
@@ -301,4 +303,5 @@ def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predi
         residual=float(found.residual),
         deep_share=float(found.deep_share),
         transformer_share=float(found.transformer_share),
+        max_shown=int(found.max_shown),
     )

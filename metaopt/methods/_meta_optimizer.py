@@ -1,5 +1,7 @@
 """g and h from records of earlier trials: `train_meta_optimizer`, `train_meta_searcher`."""
 
+import collections
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +44,7 @@ def train_meta_optimizer(
     few steps (FSBO). With `transformers`, networks that read the trials of a task as a set, and say what another one
     will give (`predictors.transformer_loss`), are trained on the outcomes of some trials of earlier tasks given others,
     and need no adaptation (a prior-fitted network, or transformer neural process). What is expected, and what a trial
-    promises, is then the weighted mean of both.
+    promises, is then the weighted mean of both; Thompson sampling draws one of the two.
 
     `predict` minimizes the weighted mean outcome by gradient descent over the relaxed space from several starts, or
     over the candidates. The searcher's first trial is the space's default, or with `first=()`, and where candidates do
@@ -54,13 +56,15 @@ def train_meta_optimizer(
     that fits its own trials best, should its units be others. A task whose trials all have one outcome, such as a task
     with one trial, says nothing of what is better, and is left out. A trial of the new task that failed is expected to
     have given what is no better than the worst one that did not (`predictors.censored_mean`); transformers read, and
-    predict, that trials fail. They look at the best and the latest of many trials (`predictors.MAX_SHOWN`), and at what
-    runs as if it had given what the mixture expects.
+    predict, that trials fail. Of many trials they look at the best, the latest failures and the latest, as many as they
+    were trained with (at most `predictors.MAX_SHOWN`), and at what runs as if it had given what the mixture expects.
 
     Args:
-      records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which count as bad. Names
-        and labels that the space does not have are ignored, and what a record lacks, or has None or a text for where a
-        number is tuned, is at its default: tasks whose spaces differ still teach.
+      records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which count as bad. Tasks
+        whose spaces differ still teach: names that the space does not have are ignored, and what a record lacks, or has
+        None for where a number is tuned, is at its default. A warning counts records with values that the space does
+        not have (`spaces.foreign`): a label counts as no label in particular, a number out of bounds as the bound, a
+        text in the place of a number as the default. Leave such records out where that is untrue of them.
       space: of λ, for new tasks.
       features: task name -> [F] numbers, NaN where unknown (`tasks.apply_scaling` of meta-features); tasks without an
         entry are unknown altogether.
@@ -79,7 +83,8 @@ def train_meta_optimizer(
       deep_share: how likely they are, together, before a new task has trials; 1 leaves nothing else.
       transformers: how many of them, which differ by their initialization, and whose predictions are averaged; 0 trains
         none.
-      transformer_share: what share of the whole they have, whatever a new task's trials say; 1 leaves nothing else.
+      transformer_share: what share of the whole they have, whatever a new task's trials say; with 1 the mixture only
+        says what failed and running trials are taken to give.
       costs: also learn what trials cost, as the logarithm of a record's `cost` up to a factor for each task, for
         `searcher(acquisition="ei_per_cost")`: expected improvement per predicted cost (Snoek et al., 2012).
       key: what everything random follows from; `jax.random.key(0)` by default.
@@ -109,6 +114,7 @@ def train_meta_optimizer(
         raise ValueError("`candidates` must hold a configuration, or be None to search the whole space; it is empty.")
     key = jax.random.key(0) if key is None else key
     kernel_key, attention_key, reference_key = jax.random.split(key, 3)
+    _warn_of_foreign(space, records)
     encode = encoder(space)
     names, trials = _by_task(records, encode)
     kernel = _fit_kernel(kernel_key, trials, num_steps)
@@ -133,8 +139,10 @@ def train_meta_optimizer(
             deep = deep._replace(logit_smooth=jnp.maximum(deep.logit_smooth, 5.0))
         surrogate = surrogate._replace(deep=deep, deep_share=float(deep_share))
     if transformers:
-        networks = _fit_transformers(jax.random.fold_in(key, 4), trials, surrogate, transformers, 4 * num_steps)
-        surrogate = surrogate._replace(transformers=networks, transformer_share=float(transformer_share))
+        networks_key = jax.random.fold_in(key, 4)
+        networks, num_shown = _fit_transformers(networks_key, trials, surrogate, family, transformers, 4 * num_steps)
+        share = float(transformer_share)
+        surrogate = surrogate._replace(transformers=networks, transformer_share=share, max_shown=num_shown)
     cost_surrogate = None
     if costs:
         trials = _costs_by_task(records, encode)
@@ -156,20 +164,41 @@ def train_meta_searcher(
     Args:
       records: as for `train_meta_optimizer`.
       space: of architectures; `spaces.encode` of it is what the kernel compares.
-      candidates: the architectures to choose from; by default, all that are in the records, as far as the space has
-        their names and labels.
+      candidates: the architectures to choose from; by default, all that are in the records, with what the space has
+        names for; without those that have values that the space does not have (`spaces.foreign`).
       **kwargs: of `train_meta_optimizer`.
 
     Returns:
       A `MetaOptimizer` whose `predict`, `portfolio` and `searcher` stay among the candidates.
 
     Raises:
-      ValueError: as for `train_meta_optimizer`.
+      ValueError: as for `train_meta_optimizer`; or no record is a candidate.
     """
     if candidates is None:
-        whole = [spaces.complete(space, record.configuration, strict=False) for record in records]
+        tried = [record.configuration for record in records if not spaces.foreign(space, record.configuration)]
+        whole = [spaces.complete(space, configuration, strict=False) for configuration in tried]
         candidates = list({tuple(sorted(c.items(), key=lambda i: i[0])): c for c in whole}.values())
+        if records and not candidates:
+            raise ValueError(
+                "Each of the `records` has a value that the space does not have, so that none is a candidate; give "
+                f"`candidates`. The first one has {spaces.foreign(space, records[0].configuration)}."
+            )
     return train_meta_optimizer(records, space=space, candidates=candidates, **kwargs)
+
+
+def _warn_of_foreign(space, records) -> None:
+    """Says how many records have values that the space does not have."""
+    found = [spaces.foreign(space, record.configuration) for record in records]
+    if num := sum(map(bool, found)):
+        of = collections.Counter(name for values in found for name in values)
+        example = {name: next(values[name] for values in found if name in values) for name, _ in of.most_common(3)}
+        some = ", ".join(f"`{name}` in {of[name]}, such as {value!r}" for name, value in example.items())
+        warnings.warn(
+            f"{num} of {len(found)} records have values that the space does not have ({some}). A label counts as none "
+            "in particular, a number out of bounds as the bound, a text in the place of a number as the default. Where "
+            "that is untrue of them, leave them out (`spaces.foreign` finds them), or widen the space.",
+            stacklevel=3,
+        )
 
 
 def _by_task(records, encode) -> tuple[list[str], list[predictors.TaskTrials]]:
@@ -286,19 +315,21 @@ def _fit_deep_kernels(key, trials, features, num_members: int, num_steps: int) -
     return fitted.hyperparams
 
 
-def _fit_transformers(key, trials, surrogate, num_members: int, num_steps: int):
-    """On outcomes of some trials of a task, given others: none, a few or many, and good ones more often."""
+def _fit_transformers(key, trials, surrogate, family, num_members: int, num_steps: int):
+    """On outcomes of some trials of a task, given others: none, a few or many, and good ones more often. Also returns
+    how many trials they have seen of a task at most."""
     init_key, start_key, fit_key = jax.random.split(key, 3)
     features = np.asarray(surrogate.features)
     usable = [s for s, task in enumerate(trials) if np.isfinite(task.y).sum() > 1]
     init = lambda key: predictors.init_transformer(key, trials[0].x.shape[1], features.shape[1])
     start = jax.vmap(init)(jax.random.split(init_key, num_members))
     if not usable:
-        return start
+        return start, predictors.MAX_SHOWN
     outcomes = [predictors.normalize(trials[s].y)[0] for s in usable]
-    # What is shown may depend on what earlier tasks expect, not on the outcomes themselves, which are to be told.
-    expected = jax.jit(lambda x: predictors.functions_at(surrogate, x)[:, 0])
-    expected = [np.asarray(expected(jnp.asarray(trials[s].x))) for s in usable]
+    # What is shown may depend on what other families expect, not on the outcomes themselves, which are to be told.
+    functions = jax.jit(lambda x: predictors.functions_at(surrogate, x))
+    _, of = np.unique([str(name) for name in family], return_inverse=True)
+    expected = [mean_of_others(np.asarray(functions(jnp.asarray(trials[s].x))), of == of[s]) for s in usable]
     largest = max(len(y) for y in outcomes)
     num_shown = min(predictors.MAX_SHOWN, largest - 1)
     num_asked = min(predictors.MAX_SHOWN, largest)
@@ -338,7 +369,13 @@ def _fit_transformers(key, trials, surrogate, num_members: int, num_steps: int):
     fitted = training.fit(
         learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=fit_key, progress=False, handle_signals=False
     )
-    return fitted.hyperparams
+    return fitted.hyperparams, num_shown
+
+
+def mean_of_others(functions: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+    """[P] the mean of tasks' functions without some, given f̄ and f_s − f̄ [P, 1 + S] and which; 0 where none is left."""
+    num = (~left_out).sum()
+    return functions[:, 0] + functions[:, 1:][:, ~left_out].sum(1) / num if num else np.zeros(len(functions))
 
 
 def _sample_trials(trials, num_trials: int, make, *, num_tasks: int = 16):

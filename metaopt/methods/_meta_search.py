@@ -1,6 +1,5 @@
 """What is done with a surrogate of earlier tasks: predictions, portfolios, and trials on a new task."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -11,11 +10,21 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from metaopt import base, predictors, spaces
+from metaopt.methods._meta_outcomes import OutcomesFn, mean_of, outcomes_fn
+from metaopt.methods._new_trials import (
+    MAX_TRIALS,
+    TriedConfiguration,
+    at_full_budget,
+    best_and_latest,
+    from_the_best,
+    padded,
+    shown_to_transformers,
+    tried_configuration,
+)
 
 # Expected improvement, the same per predicted cost, a confidence bound, Thompson sampling.
 ACQUISITIONS = ("ei", "ei_per_cost", "ucb", "thompson")
 _RANDOM_EVERY = 4  # trials of a search without candidates
-_MAX_TRIALS = 256  # of the new task that the surrogate looks at
 _MAX_COSTS = 64  # of which the costs are looked at
 _NUM_RANDOM, _NUM_RESTARTS, _NUM_ASCENTS = 256, 8, 20
 
@@ -44,35 +53,9 @@ class SuggestFn(Protocol):
         pending: Sequence[Mapping[str, Any]] = (),
         key: jax.Array | None = None,
     ) -> list[dict[str, Any]]:
-        """What to try next, given what was tried (NaN: it failed) and what runs: in closed form, without a fit."""
-        ...
+        """What to try next, given what was tried (NaN: it failed) and what runs: in closed form, without a fit.
 
-
-class Outcomes(NamedTuple):
-    """What to expect of P configurations: in the units of the task, or without an outcome normalized, 0 the task's best
-    and 1 its worst.
-
-    Attributes:
-      mean: [P].
-      quantiles: [P, L].
-    """
-
-    mean: np.ndarray
-    quantiles: np.ndarray
-
-
-class OutcomesFn(Protocol):
-    def __call__(
-        self,
-        configurations: Sequence[Mapping[str, Any]],
-        new_task: Any = None,
-        *,
-        tried: Sequence[Mapping[str, Any]] = (),
-        outcomes: Sequence[float] = (),
-        levels: Sequence[float] = (0.1, 0.5, 0.9),
-    ) -> Outcomes:
-        """What to expect of configurations, given what was tried (NaN: it failed): mean and quantiles, should they not
-        fail."""
+        Names and values that the space does not have are refused (`ValueError`); what is lacking is at its default."""
         ...
 
 
@@ -120,23 +103,6 @@ class MetaOptimizer(NamedTuple):
     candidates: list[dict[str, Any]] | None
 
 
-class TriedConfiguration(NamedTuple):
-    """One trial of the new task.
-
-    Attributes:
-      x: [D] the encoded configuration.
-      outcomes: by fidelity; NaN where the trial failed. Of a pruned trial, what it had reached, by the fidelity asked
-        for.
-      log_cost: of the full budget, NaN where it is not known.
-      given_up: whether it was pruned. It counts as no better than the best trial that was not.
-    """
-
-    x: np.ndarray
-    outcomes: dict[float, float]
-    log_cost: float
-    given_up: bool = False
-
-
 class MetaSearcherState(NamedTuple):
     """Carried from one call to the next.
 
@@ -175,16 +141,21 @@ def check_no_mapping(name: str, features: Any) -> None:
 
 
 def encoder(space: base.PyTree):
-    """`(configuration, strict) -> [D]`, each configuration computed once; what is not active is at its default."""
+    """`(configuration, strict) -> [D]`, each configuration computed once; what is not active is at its default.
+
+    What is `spaces.foreign` is refused where strict. Otherwise a label lies between all labels, as near to one as to
+    another; a number out of bounds is at the bound, and what should be a number at the default.
+    """
     encode, known = jax.jit(_encode_fn(space)), {}
 
     def encoded(configuration, strict=False):
-        # A record's label that equals another (1, 1.0, True) is told apart.
-        name = strict, tuple(sorted((key, type(value), value) for key, value in configuration.items()))
+        # A record's label that equals another (1, 1.0, True) is told apart; what other spaces have may not be hashable.
+        name = strict, repr(sorted(configuration.items(), key=lambda item: item[0]))
         if name not in known:
             # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
             whole = spaces.complete(space, configuration, strict=strict)
-            known[name] = np.asarray(encode(spaces.from_configuration(space, whole)))
+            others = {} if strict else spaces.foreign(space, configuration)
+            known[name] = np.asarray(encode(spaces.from_configuration(space, whole | others, strict=strict)))
         return known[name]
 
     return encoded
@@ -246,6 +217,7 @@ def meta_optimizer(
     at = lambda networks: surrogate._replace(deep=networks[0], transformers=networks[1])
     share = 0.0 if surrogate.transformers is None else float(surrogate.transformer_share)
     typical_scale = float(np.exp(np.median(surrogate.log_scales)))
+    widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
 
     def read_mean(networks, shown, x):
         """[P] normalized outcomes that transformers expect where no trial has one; a failure is as bad as the worst."""
@@ -278,7 +250,7 @@ def meta_optimizer(
             weights *= jnp.exp(learned.log_scales)
             return lambda x: predictors.expected_outcomes(learned, x) @ weights
         conditioned = predictors.condition(learned, weights, trials)
-        return lambda x: _mean(predictors.posterior_at(learned, conditioned, x, functions=functions))
+        return lambda x: mean_of(predictors.posterior_at(learned, conditioned, x, functions=functions))
 
     def score_fn(acquisition, key, weights, networks, given, costs, functions=None, cost_functions=None):
         """x -> [P] scores, larger is better; the functions are those at x, where it is always the same."""
@@ -345,11 +317,19 @@ def meta_optimizer(
 
     @jax.jit
     def believe(weights, networks, trials, x):
-        return _mean(predictors.posterior(at(networks), weights, trials, x))
+        return mean_of(predictors.posterior(at(networks), weights, trials, x))
 
     @jax.jit
     def believe_failed(weights, networks, trials, x, worst):
         return predictors.censored_mean(predictors.posterior(at(networks), weights, trials, x), worst)
+
+    def with_failed(task, x, y, failed):
+        """Of a failed trial it is known that its outcome is no better than the worst one: it is expected there."""
+        (at_failed, *_), worst = padded(x[failed], y[failed]), y[~failed].max()
+        found = believe_failed(*task, padded(x[~failed], y[~failed]), at_failed, worst)
+        y = y.copy()
+        y[failed] = np.asarray(found)[: failed.sum()]
+        return y
 
     suggest_z = jax.jit(suggest_z, static_argnums=0)
     acquire_finite = jax.jit(acquire_finite, static_argnums=0)
@@ -357,7 +337,7 @@ def meta_optimizer(
     at_finite = lambda of: None if finite is None or of is None else functions_at(of, jnp.asarray(finite))
     of_finite = at_finite(surrogate), at_finite(cost_surrogate)
     expected_finite = jax.jit(expected)
-    outcomes_fn = jax.jit(outcomes_of)
+    possible = jax.jit(outcomes_of)
     to_configuration = lambda z: spaces.configuration(space, spaces.to_constrained(space, unravel(z)))
 
     def seen_from(new_task):
@@ -388,7 +368,7 @@ def meta_optimizer(
         else:
             zs = sample(jax.random.split(jax.random.key(1), _NUM_RANDOM))
             among = list({tuple(sorted(c.items())): c for c in [chosen[0], *map(to_configuration, zs)]}.values())
-        curves, weights = map(np.asarray, outcomes_fn(*task, jnp.asarray(np.stack([encode(c) for c in among]))))
+        curves, weights = map(np.asarray, possible(*task, jnp.asarray(np.stack([encode(c) for c in among]))))
         taken = {among.index(chosen[0])}
         best = curves[among.index(chosen[0])]
         while len(chosen) < min(num, len(among)):
@@ -411,7 +391,6 @@ def meta_optimizer(
                 [{}] if finite is None else [c for i, c in enumerate(pool) if np.array_equal(finite[i], default)][:1]
             )
         given = [spaces.complete(space, c) for c in first]
-        widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome
 
         def init(key, space):
@@ -427,10 +406,10 @@ def meta_optimizer(
             what is expected to be good, and is not like them, nor like those that run."""
             known = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
             if state.tried:
-                ended = np.stack([trial.x for trial in state.tried.values()])[-_MAX_TRIALS:]
-                failed = np.concatenate([ended, *([x] for x in state.pending.values())])[-_MAX_TRIALS:]
-                at_failed, _, mask = _padded(failed, np.zeros(len(failed)))
-                given = (at_failed, mask), shown_to_transformers(ended, np.full(len(ended), np.nan))
+                ended = np.stack([trial.x for trial in state.tried.values()])[-MAX_TRIALS:]
+                failed = np.concatenate([ended, *([x] for x in state.pending.values())])[-MAX_TRIALS:]
+                at_failed, _, mask = padded(failed, np.zeros(len(failed)))
+                given = (at_failed, mask), shown(ended, np.full(len(ended), np.nan))
                 if finite is None:
                     return to_configuration(best_after_failures(key, *task, *given))
                 score = np.array(finite_after_failures(*task, *given))
@@ -441,25 +420,13 @@ def meta_optimizer(
                 plan[:] = portfolio(len(known) + 8, new_task)
             return next((c for c in plan if encode(c).tobytes() not in known), plan[-1])
 
-        def shown_to_transformers(x, y):
-            """The best of the trials and the latest; NaN is a failure."""
-            if not share:
-                return None
-            keep = _best_and_latest(y, predictors.MAX_SHOWN)
-            return _padded(x[keep], y[keep])
-
-        def with_failed(x, y, failed):
-            """Of a failed trial it is known that its outcome is no better than the worst one: it is expected there."""
-            (at_failed, *_), worst = _padded(x[failed], y[failed]), y[~failed].max()
-            found = believe_failed(*task, _padded(x[~failed], y[~failed]), at_failed, worst)
-            y = y.copy()
-            y[failed] = np.asarray(found)[: failed.sum()]
-            return y
+        def shown(x, y):
+            return shown_to_transformers(x, y, surrogate.max_shown) if share else None
 
         def choose(key, state):
             """The next configuration, given all that was told and is pending."""
             tried = list(state.tried.values())
-            y = _at_full_budget([trial.outcomes for trial in tried])
+            y = at_full_budget(tried)
             seen = np.isfinite(y)
             if not seen.any():
                 return planned(key, state)
@@ -468,34 +435,30 @@ def meta_optimizer(
             given_up = np.array([trial.given_up for trial in tried])
             if (ended := seen & ~given_up).any():
                 y = np.where(given_up, np.maximum(y, y[ended].min()), y)
-            low = y[seen].min()
-            # An offset means nothing, and what diverged does not set the scale. Where half of all trials are beyond
-            # what earlier tasks have seen, units are others, and the better half says what is far.
-            middle = np.quantile(y[seen], 0.5, method="lower") - low
-            y = np.minimum(y - low, widest if middle <= widest else 4 * middle)
-            keep = _best_and_latest(y, _MAX_TRIALS)
+            y = from_the_best(y, widest)[0]
+            keep = best_and_latest(y, MAX_TRIALS)
             x, y = np.stack([tried[i].x for i in keep]), y[keep]
             given_y = y
             if (failed := np.isnan(y)).any():
-                y = with_failed(x, np.where(failed, np.nanmax(y), y), failed)
-            trials, pending, costs, shown = _padded(x, y), None, None, shown_to_transformers(x, given_y)
+                y = with_failed(task, x, np.where(failed, np.nanmax(y), y), failed)
+            trials, pending, costs, read = padded(x, y), None, None, shown(x, given_y)
             if state.pending:
                 waiting = np.stack(list(state.pending.values()))
-                padded, _, mask = _padded(waiting, np.zeros(len(waiting)))
-                pending = padded, mask
+                at_waiting, _, mask = padded(waiting, np.zeros(len(waiting)))
+                pending = at_waiting, mask
                 if share or acquisition in ("ucb", "thompson"):  # they are believed to give what is expected
-                    believed = np.asarray(believe(*task, trials, padded))[: len(waiting)]
-                    shown = shown_to_transformers(np.concatenate([x, waiting]), np.concatenate([given_y, believed]))
+                    believed = np.asarray(believe(*task, trials, at_waiting))[: len(waiting)]
+                    read = shown(np.concatenate([x, waiting]), np.concatenate([given_y, believed]))
                 if acquisition in ("ucb", "thompson"):
-                    trials = _padded(np.concatenate([x, waiting]), np.concatenate([y, believed]))
+                    trials = padded(np.concatenate([x, waiting]), np.concatenate([y, believed]))
                     pending = None
             if acquisition == "ei_per_cost":
                 known = [i for i in keep if np.isfinite(tried[i].log_cost)][-_MAX_COSTS:]
                 if known:
-                    costs = _padded(np.stack([tried[i].x for i in known]), np.array([tried[i].log_cost for i in known]))
+                    costs = padded(np.stack([tried[i].x for i in known]), np.array([tried[i].log_cost for i in known]))
             if finite is None:
-                return to_configuration(suggest_z(acquisition, key, *task, (trials, pending, shown), costs))
-            score = np.array(acquire_finite(acquisition, key, *task, (trials, pending, shown), costs, *of_finite))
+                return to_configuration(suggest_z(acquisition, key, *task, (trials, pending, read), costs))
+            score = np.array(acquire_finite(acquisition, key, *task, (trials, pending, read), costs, *of_finite))
             before = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
             score[[name in before for name in finite_keys]] = -np.inf
             if not np.isfinite(score).any():
@@ -525,7 +488,7 @@ def meta_optimizer(
                 if record.trial in pending and np.array_equal(pending[record.trial], x):  # not a foreign record
                     del pending[record.trial]
                 name = record.trial, record.seed, x.tobytes()
-                before = tried.get(name, TriedConfiguration(x, {}, np.nan))
+                before = tried.get(name, tried_configuration(x, {}))
                 # What a trial had reached when it was given up counts; what it had cost by then, or when it failed, is
                 # not its cost. Of several fidelities the first one says it: from there, the trial may have gone on.
                 given_up, complete = record.status == "PRUNED", record.status == "COMPLETE"
@@ -533,7 +496,7 @@ def meta_optimizer(
                 says = complete and 0 < record.cost < np.inf and np.isnan(before.log_cost)
                 cost = float(np.log(record.cost / record.fidelity)) if says else before.log_cost
                 outcomes = {**before.outcomes, record.fidelity: float(outcome)}
-                tried[name] = TriedConfiguration(x, outcomes, cost, given_up)
+                tried[name] = tried_configuration(x, outcomes, cost, given_up)
             return state._replace(pending=pending, tried=tried)
 
         return base.Searcher(init, ask, tell)
@@ -554,126 +517,14 @@ def meta_optimizer(
         ours = searcher(new_task, acquisition=acquisition, first=())
         tried = {}
         for trial, (configuration, y) in enumerate(zip(configurations, outcomes, strict=True)):
-            x = encode(configuration)
-            tried[trial, 0, x.tobytes()] = TriedConfiguration(x, {1.0: float(y)}, np.nan)
+            x = encode(configuration, True)
+            tried[trial, 0, x.tobytes()] = tried_configuration(x, {1.0: float(y)})
         state = ours.init(jax.random.key(0) if key is None else key, None)
-        running = {len(tried) + i: encode(configuration) for i, configuration in enumerate(pending)}
+        running = {len(tried) + i: encode(configuration, True) for i, configuration in enumerate(pending)}
         state = state._replace(num_asked=len(tried) + len(running), pending=running, tried=tried)
         return [record.configuration for record in ours.ask(state, num)[0]]
 
-    @jax.jit
-    def believed(task, x, trials, shown, levels):
-        """Mean and quantiles, by bisection of the distribution function."""
-        weights, networks = task
-        if trials is None:
-            mean = predictors.expected_outcomes(at(networks), x)
-            mixture = predictors.Mixture(jnp.log(weights), mean, jnp.full(mean.shape, 1e-3))
-        else:
-            mixture = predictors.posterior(at(networks), weights, trials, x)
-        mean, low, high = _mean(mixture), mixture.mean - 8 * mixture.std, mixture.mean + 8 * mixture.std
-        low, high = low.min(1), high.max(1)
-        if share:
-            read = predictors.read_trials(networks[1], shown, 1.0 if trials is None else typical_scale)
-            binned = predictors.predict_binned(networks[1], read, x)
-            total = jnp.maximum(binned.probs.sum(1, keepdims=True), 1e-30)  # 0 where failure is certain to rounding
-            binned = binned._replace(probs=binned.probs / total, failure=0 * binned.failure)
-            mean = share * predictors.binned_moments(binned, 0.0)[0] + (1 - share) * mean
-            low, high = jnp.minimum(low, binned.edges[0]), jnp.maximum(high, binned.edges[-1])
-
-        def below(y):
-            found = jax.scipy.special.ndtr((y[:, None] - mixture.mean) / mixture.std) @ jnp.exp(mixture.log_weights)
-            return share * predictors.binned_below(binned, y) + (1 - share) * found if share else found
-
-        def quantile(level):
-            def halve(_, between):
-                low, high = between
-                middle = (low + high) / 2
-                left = below(middle) < level
-                return jnp.where(left, middle, low), jnp.where(left, high, middle)
-
-            return sum(jax.lax.fori_loop(0, 40, halve, (low, high))) / 2
-
-        return mean, jax.vmap(quantile, out_axes=1)(levels)
-
-    def outcomes_at(
-        configurations: Sequence[Mapping[str, Any]],
-        new_task: Any = None,
-        *,
-        tried: Sequence[Mapping[str, Any]] = (),
-        outcomes: Sequence[float] = (),
-        levels: Sequence[float] = (0.1, 0.5, 0.9),
-    ) -> Outcomes:
-        if len(tried) != len(outcomes):
-            raise ValueError(f"Each configuration has an outcome; got {len(tried)} and {len(outcomes)}.")
-        if not all(0 < level < 1 for level in levels):
-            raise ValueError(f"`levels` must lie in (0, 1); got {tuple(levels)}.")
-        x, y = np.stack([encode(c) for c in configurations]), np.asarray(outcomes, float)
-        at_tried = np.stack([encode(c) for c in tried]) if len(tried) else np.zeros((0, x.shape[1]))
-        seen = np.isfinite(y)
-        low = y[seen].min() if seen.any() else 0.0  # float32 has few digits
-        keep = np.flatnonzero(seen)[_best_and_latest(y[seen], _MAX_TRIALS)]
-        trials = _padded(at_tried[keep], y[keep] - low) if seen.any() else None
-        shown = None
-        if share:
-            last = _best_and_latest(y, predictors.MAX_SHOWN)
-            shown = _padded(at_tried[last], np.where(seen, y - low, np.nan)[last])
-        given = (seen_from(new_task), jnp.asarray(x), trials, shown, jnp.asarray(levels, jnp.result_type(float)))
-        mean, quantiles = believed(*given)
-        return Outcomes(np.asarray(mean, float) + low, np.asarray(quantiles, float) + low)
-
+    outcomes_at = outcomes_fn(surrogate, encode, seen_from, with_failed, widest)
     return MetaOptimizer(
         predict, portfolio, suggest, searcher, outcomes_at, surrogate, cost_surrogate, space, pool or None
-    )
-
-
-def _mean(mixture: predictors.Mixture) -> jax.Array:
-    return mixture.mean @ jnp.exp(mixture.log_weights)
-
-
-def _at_full_budget(outcomes: Sequence[Mapping[float, float]]) -> np.ndarray:
-    """[N] outcomes that stand beside one another, of trials at several fidelities; NaN where a trial has none.
-
-    A trial counts with its outcome at its largest fidelity, moved by the mean difference between that fidelity and
-    the largest in trials that have been at both, step by step; where none has, by the difference of means.
-    """
-    if all(len(of) == 1 and 1.0 in of for of in outcomes):
-        return np.array([of[1.0] for of in outcomes])
-    best = [{s: y for s, y in of.items() if math.isfinite(y)} for of in outcomes]
-    failed = np.array([math.isnan(of[max(of)]) for of in outcomes], bool)
-    fidelities = sorted({max(of) for of in best if of}, reverse=True)  # others are not needed
-    shift = dict.fromkeys(fidelities[:1], 0.0)
-    for s in fidelities[1:]:
-        higher = list(shift)[::-1]  # the nearest first
-        for h in higher:
-            pairs = [of[h] - of[s] for of in best if s in of and h in of]
-            if pairs:
-                shift[s] = shift[h] + float(np.mean(pairs))
-                break
-        else:
-            mean = lambda s: float(np.mean([of[s] for of in best if s in of]))
-            shift[s] = shift[higher[0]] + mean(higher[0]) - mean(s)
-    moved = np.array([of[max(of)] + shift[max(of)] if of else np.nan for of in best])
-    return np.where(failed, np.nan, moved)
-
-
-def _best_and_latest(y: np.ndarray, num: int) -> np.ndarray:
-    """Indices of at most `num` trials, in order."""
-    if len(y) <= num:
-        return np.arange(len(y))
-    return np.union1d(np.argsort(y, kind="stable")[: num // 2], np.arange(len(y))[-(num // 2) :])
-
-
-def _padded(x: np.ndarray, y: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Trials at 16, 64, 256 ...: few programs are compiled."""
-    size = 16
-    while size < len(y):
-        size *= 4
-    pad = size - len(y)
-    dtype = jnp.result_type(float)
-    # Padding lies far away, so that it is nobody's neighbor.
-    x = np.concatenate([x, 1e3 + np.arange(pad)[:, None] * np.ones(x.shape[1])[None]]) if pad else x
-    return (
-        jnp.asarray(x, dtype),
-        jnp.asarray(np.pad(y, (0, pad)), dtype),
-        jnp.asarray(np.pad(np.ones(len(y)), (0, pad)), dtype),
     )

@@ -90,6 +90,7 @@ class Surrogate(NamedTuple):
       embedding: how a task's rows become features, or None.
       transformers: E of them, which read trials (`transformer_loss`), or None.
       transformer_share: [] how much of what is expected is theirs, whatever the trials say.
+      max_shown: with how many trials of a task they were trained; no more are shown to them.
     """
 
     reference: jax.Array
@@ -107,6 +108,7 @@ class Surrogate(NamedTuple):
     embedding: Embedding | None = None
     transformers: _transformer.Transformer | None = None
     transformer_share: float = 0.0
+    max_shown: int = _transformer.MAX_SHOWN
 
 
 def kernel_matrix(kernel: Kernel, x: jax.Array, z: jax.Array) -> jax.Array:

@@ -11,10 +11,11 @@ The trials are tokens of a set, and what is asked for are more tokens, which loo
 c an encoded configuration, x_t the task's features, n the number of trials that did not fail. Outcomes are relative to
 the trials themselves, so that units say nothing: with n > 1,
 
-    v = (y − min_i y_i) / s,    s = Σ_i (y_i − min_j y_j) / (n − 1).
+    v = (y − min_i y_i) / s,    s = max(Σ_i (y_i − min_j y_j), b / 10) / (n − 1).
 
-One trial has no scale, nor have equal ones: s is that of earlier tasks. Without a trial there is no zero either, and v
-is the normalized outcome (0 the task's best, 1 its worst). p is constant within bins, which are narrow about the best
+b is the scale of earlier tasks: a few trials that are equal, or nearly so, do not say that all others are, too. One
+trial has no scale: s is b. Without a trial there is no zero either, and v is the normalized outcome (0 the task's best,
+1 its worst). p is constant within bins, which are narrow about the best
 trial and wide away from it; a failure is a class of its own. Nothing depends on the order of the trials. The parameters
 are trained on earlier tasks, a random number of whose trials is shown and others asked for: one forward pass then
 stands for the inference that a Gaussian process does by solving equations.
@@ -33,7 +34,8 @@ import numpy as np
 from metaopt.predictors import _networks
 
 NUM_BINS = 100
-MAX_SHOWN = 32  # trials of a task: with so many a transformer is trained, and at no more it looks
+MAX_SHOWN = 32  # trials of a task: with at most so many a transformer is trained
+_LEAST = 0.1  # of the scale of earlier tasks: what outcomes are taken to exceed the best one by, together
 _NUM_HEADS = 4
 _LOWEST, _HIGHEST, _NARROW = -10.0, 50.0, 0.1  # of v; what lies beyond is in the outermost bin
 
@@ -151,7 +153,7 @@ def read_trials(
     Args:
       transformers: E of them, of the task (`at_features`).
       trials: (x [N, D], y [N], mask [N]); y may have any units, and is NaN where the trial failed. N may be 0.
-      scale: of outcomes where the trials have none: that of earlier tasks (`Surrogate.log_scales`).
+      scale: of outcomes where the trials have none: b, that of earlier tasks (`Surrogate.log_scales`).
 
     Returns:
       A `TrialsRead` with leaves [E, ...]; it costs O(E L W N (N + W)).
@@ -295,7 +297,8 @@ def binned_moments(binned: Binned, failed: jax.Array | float) -> tuple[jax.Array
     mean = binned.probs @ ((left + right) / 2) + binned.failure * failed
     apart = (left + right)[None] / 2 - mean[:, None]
     variance = (binned.probs * (apart**2 + (right - left)[None] ** 2 / 12)).sum(1)
-    return mean, jnp.sqrt(variance + binned.failure * (failed - mean) ** 2)
+    variance = variance + binned.failure * (failed - mean) ** 2
+    return mean, jnp.sqrt(jnp.maximum(variance, 1e-12))  # where failure is certain it is 0, and its root has no slope
 
 
 def binned_quantile(binned: Binned, level: jax.Array | float) -> jax.Array:
@@ -338,8 +341,8 @@ def _edges() -> np.ndarray:
 def _zero_and_scale(y, seen, scale):
     num = seen.sum()
     low = jnp.where(num > 0, jnp.where(seen, y, jnp.inf).min(initial=jnp.inf), 0.0)
-    excess = jnp.where(seen, y - low, 0.0).sum() / jnp.maximum(num - 1, 1)
-    return low, jnp.where(excess > 0, excess, scale)
+    excess = jnp.maximum(jnp.where(seen, y - low, 0.0).sum(), _LEAST * scale)
+    return low, jnp.where(num > 1, excess / jnp.maximum(num - 1, 1), scale)
 
 
 def _norm(h):

@@ -21,13 +21,13 @@ What does not fit the space in structure or shape raises a `ValueError` while tr
 
 What is tuned without a gradient runs with a **configuration**: `configuration` writes λ as plain values by name,
 integers rounded, choices as their labels, and leaves out what is not active (`active_if`); `from_configuration` reads
-it back; `complete` adds what one lacks.
+it back; `complete` adds what one lacks; `foreign` says which values the space does not have.
 
 Source for the bijections: Stan Reference Manual, "Constraint transforms",
 https://mc-stan.org/docs/reference-manual/transforms.html
 """
 
-from metaopt.spaces._configuration import active, complete, configuration, from_configuration
+from metaopt.spaces._configuration import active, complete, configuration, foreign, from_configuration
 from metaopt.spaces._constrain import constrain
 from metaopt.spaces._convert import from_configspace, from_optuna, suggest, to_configspace, to_optuna
 from metaopt.spaces._leaves import (
@@ -82,6 +82,7 @@ __all__ = [
     "discretize",
     "encode",
     "fixed",
+    "foreign",
     "from_configspace",
     "from_configuration",
     "from_json",

@@ -94,7 +94,7 @@ def from_configuration(
     if unknown and strict:
         raise ValueError(
             f"The space has no {', '.join(f'`{name}`' for name in unknown)}; it has {', '.join(_plain_names(leaves))}. "
-            "`strict=False` ignores what it does not have."
+            "`from_configuration(strict=False)` ignores what it does not have."
         )
     return treedef.unflatten(values)
 
@@ -105,7 +105,8 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
     Args:
       space: a tree of leaves.
       configuration: plain values by name.
-      strict: as for `from_configuration`.
+      strict: as for `from_configuration`. Where it is not, what is `foreign` is replaced: a label by the
+        first one, a number by the bound, what should be a number by the default.
 
     Returns:
       A configuration like those of `configuration`, with the given numbers to the last digit, which a λ of float32 has
@@ -127,6 +128,36 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
         name: float(given[name]) if isinstance(value, float) and kept(name, value) else value
         for name, value in whole.items()
     }
+
+
+def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a configuration that the space has by name, and not with these values.
+
+    Args:
+      space: a tree of leaves.
+      configuration: plain values by name, of another space or of an earlier form of this one.
+
+    Returns:
+      Labels that are none of a choice's, numbers out of bounds, and what is no number where one is tuned; but for None,
+      which there stands for what is not given.
+
+    >>> from metaopt import spaces
+    >>> space = {"depth": spaces.integer(1, 8), "loss": spaces.choice(["mse", "mae"])}
+    >>> spaces.foreign(space, {"depth": None, "loss": "huber", "rate": 0.1})
+    {'loss': 'huber'}
+    """
+    found = {}
+    for path, leaf in _flatten(space)[0]:
+        for index in np.ndindex(leaf.plain_shape if leaf.tuned else (0,)):
+            name = _entry(_name(path), index)
+            value = configuration.get(name, _MISSING)
+            if value is _MISSING or (value is None and not isinstance(leaf, Choice)):
+                continue
+            try:
+                leaf.from_plain(value, True)
+            except ValueError:
+                found[name] = value
+    return found
 
 
 def active(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:

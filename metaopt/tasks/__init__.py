@@ -16,6 +16,7 @@ from metaopt.tasks._class_sources import (
     with_rotations,
 )
 from metaopt.tasks._collect import collect
+from metaopt.tasks._enqueue import EnqueuedState, enqueue
 from metaopt.tasks._episodes import (
     Episode,
     EpisodeMeta,
@@ -64,6 +65,8 @@ from metaopt.tasks._trial_tables import (
     from_taskset,
     table_records,
     tabulate,
+    to_hpob,
+    to_openml_evaluations,
 )
 from metaopt.tasks._trials import ObjectiveFn, Pruned
 from metaopt.tasks._users import (
@@ -80,6 +83,7 @@ __all__ = [
     "IMAGE_SETS",
     "SYNTHETIC_FAMILIES",
     "Buckets",
+    "EnqueuedState",
     "Episode",
     "EpisodeMeta",
     "FeatureScaling",
@@ -100,6 +104,7 @@ __all__ = [
     "bucket",
     "collect",
     "deduplicate",
+    "enqueue",
     "episode_batches",
     "episodes",
     "family_name",
@@ -156,6 +161,8 @@ __all__ = [
     "standardize_users",
     "table_records",
     "tabulate",
+    "to_hpob",
+    "to_openml_evaluations",
     "to_task",
     "unstack",
     "user_episodes",

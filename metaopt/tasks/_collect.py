@@ -71,7 +71,8 @@ def collect(
       tasks: what the objective is given, by name; or a list of what has a `name`, as `Table`s do.
       num_trials: how many full budgets to spend on each task: a trial at fidelity 1/9 counts 1/9.
       key: of the search; each task's is folded from it and the task's name.
-      searcher: by default `random_search()`: the space's default first, then random configurations.
+      searcher: by default `random_search()`: the space's default first, then random configurations. `enqueue` has
+        configurations of one's own before those of any searcher.
       batch_size: how many trials a task's searcher is asked for at a time, before it hears of them. By default 1, and
         for random search, which does not listen, all.
       same_trials: give every task's searcher the same key. Random search then tries the same configurations with the
@@ -101,6 +102,7 @@ def collect(
     Raises:
       ValueError: an argument is not valid, the store has this study from another space, searcher or key, or another
         collection of it is under way.
+      FileNotFoundError: the folder of the store does not exist.
       RuntimeError: a child cannot start, or cannot read the objective or a task.
       ImportError: joblib or, for isolated trials, cloudpickle is not installed.
 
@@ -170,7 +172,8 @@ def collect(
                     elif (known.configuration, known.seed) != (trial.configuration, trial.seed):
                         raise ValueError(
                             f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed "
-                            f"than is asked for now: it comes from another space, searcher, key or `batch_size`. "
+                            f"than is asked for now: it comes from another space, searcher, key or `batch_size`, or "
+                            "other configurations were enqueued. "
                             f"Give this collection another `study` than {study!r}."
                         )
                     else:
@@ -214,14 +217,20 @@ def _identity(record: base.Record) -> tuple:
 def _alone(store, study: str) -> Iterator[None]:
     """Refuses a second collection of a study: it would run the same trials, and hear of other outcomes.
 
-    The lock is the system's, on an empty file beside the store: it ends with the process, however that ends.
+    The lock is the system's, on an empty file beside the store: it ends with the process, however that ends, and with
+    what the process has forked (joblib's "multiprocessing"; not its threads, loky, or the children of trials).
     """
+    path = "" if store is None else os.path.realpath(store)  # through every link, it is the same file
+    if store is not None and not os.path.isdir(os.path.dirname(path)):
+        raise FileNotFoundError(
+            f"The store {os.fspath(store)} cannot be made: there is no folder of it. Make that first."
+        )
     if store is None or os.name != "posix":
         yield
         return
     import fcntl
 
-    path = f"{os.fspath(store)}-{zlib.crc32(study.encode()):08x}.lock"
+    path = f"{path}-{zlib.crc32(study.encode()):08x}.lock"
     while True:
         with open(path, "w") as file:
             try:

@@ -43,25 +43,31 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
     """The records of a data frame that `records_to_frame` made, or `pandas.read_parquet` read.
 
     Args:
-      frame: with "task" and "configuration" (JSON), and with as many other fields as there are. CSV, which cannot tell
-        a name from a number, and "" from nothing, does no harm: a task's name is a string again, a missing reason "".
+      frame: with "task" and "configuration" (JSON), and with as many other fields as there are. A missing reason is "".
+        CSV cannot tell a name from a number, or from nothing ("007", "1e5", "NA"), so that pandas must be told:
+
+            texts, gaps = {"task": str, "reason": str}, {"outcome": "", "cost": ""}
+            pandas.read_csv(file, dtype=texts, na_values=gaps, keep_default_na=False)
 
     Returns:
       The records, in order.
 
     Raises:
-      ValueError: a column that is needed is missing.
+      ValueError: a column that is needed is missing, or a task's name or a reason is no text.
     """
     if missing := {"task", "configuration"} - set(frame.columns):
         raise ValueError(f"The frame has no column {sorted(missing)}; `records_to_frame` makes such frames.")
     columns = [name for name in Record._fields if name in frame.columns]
     rows = zip(*(frame[name].tolist() for name in columns), strict=True)
-    text = lambda value: value if isinstance(value, str) else ""
-    return [
-        record._replace(
-            task=str(record.task),
-            configuration=json.loads(record.configuration),  # pyright: ignore[reportArgumentType]
-            reason=text(record.reason),
-        )
-        for record in (Record(**dict(zip(columns, row, strict=True))) for row in rows)
-    ]
+    records = []
+    for record in (Record(**dict(zip(columns, row, strict=True))) for row in rows):
+        reason = "" if record.reason is None or record.reason != record.reason else record.reason  # NaN
+        for name, text in (("task", record.task), ("reason", reason)):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"The column {name!r} must hold texts; got {text!r}, which may have been another text in a file of "
+                    "CSV: `records_from_frame` says how pandas reads one."
+                )
+        configuration = json.loads(record.configuration)  # pyright: ignore[reportArgumentType]
+        records.append(record._replace(configuration=configuration, reason=reason))
+    return records

@@ -48,7 +48,8 @@ def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, s
 
     Raises:
       ValueError: a record cannot be written (its status is unknown, its fidelity not in (0, 1], its configuration no
-        plain data), or the file is damaged, of something else, or of a later version of metaopt.
+        plain data, its task or reason no text, its seed no integer of 64 bits), or the file is damaged, of something
+        else, or of a later version of metaopt.
     """
     _insert(file, [(study, *_to_row(record)) for record in records])
 
@@ -126,7 +127,7 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
                     query = f"SELECT study, {_COLUMNS} FROM records WHERE id = ?"
                     row = connection.execute(query, (number,)).fetchone()
                     if row is not None:
-                        rows.append((row[0], *_to_row(_from_row(row[1:]))))
+                        rows.append((row[0], *_to_row(_from_row(row[1:]), any_fidelity=True)))  # of earlier versions
     _insert(to, rows)
     return len(rows)
 
@@ -199,15 +200,23 @@ def _header_of_made(connection) -> list[int]:
                 raise
 
 
-def _to_row(record: Record) -> tuple:
+def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
     if not isinstance(record.task, str):
         raise ValueError(f"A record's task must be a name, a string, as it is on disk; got {record.task!r}.")
     if record.status not in STATUSES:
         raise ValueError(f"A record's status must be one of {', '.join(STATUSES)}; got {record.status!r}.")
-    if not 0 < record.fidelity <= 1:
+    if not (any_fidelity or 0 < record.fidelity <= 1):
         raise ValueError(f"A record's fidelity must lie in (0, 1]; got {record.fidelity!r}.")
     if not isinstance(record.reason, str):
         raise ValueError(f'A record\'s reason must be a text, "" where there is none; got {record.reason!r}.')
+    for name, text in (("task", record.task), ("reason", record.reason)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # from the name of a file, which may be any bytes
+            raise ValueError(f"A record's {name} must be a text in Unicode; got {text!r}.") from None
+    for name, number in (("seed", record.seed), ("trial", record.trial)):
+        if not -(2**63) <= int(number) < 2**63:
+            raise ValueError(f"A record's {name} must be an integer of 64 bits; got {number!r}.")
     try:
         configuration = json.dumps(record.configuration, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from metaopt.base import Record
+from metaopt import spaces
+from metaopt.base import PyTree, Record
 
 
 class TrialTable(NamedTuple):
@@ -282,6 +284,50 @@ def from_hpob(file: str | os.PathLike[str], search_space: str) -> list[Record]:
     ]
 
 
+def to_hpob(
+    file: str | os.PathLike[str], search_space: str, records: Sequence[Record], *, space: PyTree | None = None
+) -> None:
+    """Writes trials as HPO-B's JSON, for what reads that; other search spaces in the file stay.
+
+    Args:
+      file: the JSON, made where there is none.
+      search_space: its name there; what it held is replaced.
+      records: "COMPLETE" ones at the full budget count; HPO-B has no place for others. Outcomes are errors: y is
+        1 − outcome.
+      space: of the configurations, whose encoding (`spaces.encode`) is X. By default X are the parameters themselves,
+        numbers in [0, 1], in the order of the first configuration: `from_hpob` gives such records.
+
+    Raises:
+      ValueError: no record counts, or without a space a configuration has other parameters than the first one, or no
+        numbers in [0, 1].
+    """
+    ended = [r for r in records if r.status == "COMPLETE" and r.fidelity == 1.0 and math.isfinite(r.outcome)]
+    if not ended:
+        raise ValueError('`records` must hold a trial that is "COMPLETE" at fidelity 1; there is none.')
+    encoded = jax.jit(lambda hyperparams: spaces.encode(space, hyperparams))
+    names, rows = list(ended[0].configuration), {}
+    for record in ended:
+        given = record.configuration
+        if space is not None:
+            x = np.asarray(encoded(spaces.from_configuration(space, given))).tolist()
+        elif set(given) == set(names) and all(_is_fraction(given[name]) for name in names):
+            x = [float(given[name]) for name in names]
+        else:
+            raise ValueError(f"HPO-B has numbers in [0, 1] for {names}; got {given}. Give the configurations' `space`.")
+        of = rows.setdefault(record.task, {"X": [], "y": []})
+        of["X"].append(x)
+        of["y"].append([1.0 - record.outcome])
+    path = Path(file)
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content | {search_space: rows}, allow_nan=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _is_fraction(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 class PublishedCurves(NamedTuple):
     """What a benchmark's authors have published of M methods on T tasks with R seeds, after each of N trials.
 
@@ -348,6 +394,29 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]]) -> list[Record]:
         task = str(row["data_name"] if "data_name" in row else row["task_id"])
         records.append(Record(task, configuration, 1.0 - float(row["value"]), trial=int(row["run_id"])))
     return records
+
+
+def to_openml_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Trials as rows like those of OpenML's runs, which `from_openml_evaluations` reads; `pandas.DataFrame` of them is
+    what openml-python lists.
+
+    Args:
+      records: "COMPLETE" ones at the full budget count; OpenML lists no others. Outcomes are errors.
+
+    Returns:
+      A row a record: "run_id" is the trial's number, "data_name" the task, "value" 1 − outcome, and "parameters" has
+      values as JSON under the configuration's names, which have no flow before them.
+    """
+    return [
+        {
+            "run_id": record.trial,
+            "data_name": record.task,
+            "value": 1.0 - record.outcome,
+            "parameters": {name: json.dumps(value) for name, value in record.configuration.items()},
+        }
+        for record in records
+        if record.status == "COMPLETE" and record.fidelity == 1.0 and math.isfinite(record.outcome)
+    ]
 
 
 def _file(path, name: str) -> Path:

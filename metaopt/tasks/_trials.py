@@ -68,13 +68,21 @@ def run_here(objective: ObjectiveFn, task: Any, trial: Record) -> Record:
         status, reason = "PRUNED", "by the objective"
         try:
             outcome = float(pruned.args[0]) if pruned.args else math.nan
-        except (TypeError, ValueError):
-            reason = str(pruned.args[0])[:2_000]
+        except Exception:
+            reason = _text(pruned.args[0])
     except (Exception, SystemExit) as error:
-        status, reason = "FAIL", f"{type(error).__name__}: {error}"[:2_000]
+        status, reason = "FAIL", f"{type(error).__name__}: {_text(error)}"
     if status == "COMPLETE" and not math.isfinite(outcome):
         outcome, status, reason = math.nan, "FAIL", f"the outcome is {outcome}"
     return trial._replace(outcome=outcome, cost=time.perf_counter() - start, status=status, reason=reason)
+
+
+def _text(value: Any) -> str:
+    """What it says of itself, as a text that a file takes: names of files that are no UTF-8 stand in messages, too."""
+    try:
+        return str(value)[:2_000].encode("utf-8", "backslashreplace").decode()
+    except Exception as error:
+        return f"(no text: {type(error).__name__})"
 
 
 class _Child(NamedTuple):
@@ -241,7 +249,7 @@ def _serve(descriptor: int) -> None:
         except EOFError:
             return
         except BaseException as error:
-            connection.send(f"{type(error).__name__}: {error}")
+            connection.send(f"{type(error).__name__}: {_text(error)}")
             continue
         connection.send(None)
         random.seed(trial.seed)

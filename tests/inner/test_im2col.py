@@ -300,3 +300,19 @@ def test_every_convolution_is_compiled_in_the_layout_that_has_a_kernel():
     assert len(lines) >= 2  # equal ones may be one function
     for line in lines:
         assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line and "feature_group_count = 1" in line
+
+
+@pytest.mark.once
+def test_derivatives_of_strided_convolutions_are_products():
+    """Neither images nor windows with holes in them: every convolution that is left is a strided one, as it came."""
+    x, w = jax.random.normal(KEY, (2, 3, 7, 6, 8)), jax.random.normal(jax.random.key(1), (2, 3, 2, 8, 4))
+    options = {"window_strides": (2, 3), "padding": ((1, 1), (0, -1)), **NHWC}
+    conv = lambda x, w: jax.lax.conv_general_dilated(x, w, **options)
+    both = lambda wrap: jax.vmap(lambda x, w: derivatives(wrap(conv), x, w))
+    fast = jax.jit(both(inner.im2col)).lower(*as_float32((x, w)))
+    lines = [line for line in fast.as_text().splitlines() if "stablehlo.convolution" in line]
+    whole = "stride = [2, 3], pad = [[1, 1], [0, -1]], lhs_dilate = [1, 1], rhs_dilate = [1, 1]"
+    assert lines and all(whole in line for line in lines)
+    exact = jax.jit(both(lambda fn: fn))(x, w)
+    for a, b in zip(jax.tree.leaves(fast.compile()(*as_float32((x, w)))), jax.tree.leaves(exact), strict=True):
+        assert a.shape == b.shape and jnp.linalg.norm(a - b) < 2e-6 * jnp.linalg.norm(b)

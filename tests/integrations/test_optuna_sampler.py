@@ -77,6 +77,25 @@ def test_what_failed_before_it_asked_tells_nothing():
 
 
 @pytest.mark.once
+def test_what_fails_midway_counts_with_what_it_would_have_been_given(g):
+    heard = []
+
+    def overheard(*args, **kwargs):
+        searcher = g.searcher(*args, **kwargs)
+        return searcher._replace(tell=lambda state, records: heard.extend(records) or searcher.tell(state, records))
+
+    def ends_midway(trial):
+        trial.suggest_categorical("kind", ["a", "b"])
+        raise optuna.TrialPruned if trial.number else RuntimeError
+
+    study = optuna.create_study(sampler=integrations.optuna_sampler(g._replace(searcher=overheard), seed=3))
+    study.optimize(ends_midway, n_trials=2, catch=(RuntimeError,))
+    study.ask().suggest_float("x", 0.0, 1.0)  # then it hears of what has ended
+    first, second = (record.configuration for record in heard if record.status == "FAIL")
+    assert first == g.predict() and first["x"] != 0.5 and second in POOL and first != second
+
+
+@pytest.mark.once
 def test_maximizing_is_minimizing_the_negative(g):
     one, other = (
         optuna.create_study(direction=d, sampler=integrations.optuna_sampler(g, seed=0))

@@ -159,6 +159,9 @@ def test_arguments_are_checked():
         integrations.sklearn_model("forest")
     with pytest.raises(ValueError, match="`num_folds` must be at least 2; got 1"):
         integrations.sklearn_objective(None, num_folds=1)
+    for wrong in ("minmax", preprocessing.MinMaxScaler, X):
+        with pytest.raises(ValueError, match="`preparation` must be a transformer .*; got "):
+            integrations.sklearn_objective(integrations.sklearn_model("k_means").estimator, preparation=wrong)
     with pytest.raises(ValueError, match="`scoring` must be given"):
         integrations.sklearn_objective(preprocessing.StandardScaler())
     with warnings.catch_warnings(), pytest.raises(ValueError, match="Invalid parameter 'rate'"):

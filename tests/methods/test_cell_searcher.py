@@ -79,6 +79,8 @@ def test_it_reads_the_task_ranks_cells_that_were_never_tried_and_avoids_what_fai
     np.testing.assert_allclose(h.scores([0.3])[1], (raw - raw.mean()) / raw.std(), rtol=1e-6)
     with pytest.raises(ValueError, match=r"has \[1\] features; got shape \(2,\)"):
         h.predict([0.1, 0.2])
+    with pytest.raises(ValueError, match="`new_task` must have features as an array"):
+        h.predict({"share": 0.1})
 
 
 def unlike(cell):
@@ -136,6 +138,8 @@ def test_refusals():
         trained(records((0.5,)), candidates=[])
     with pytest.raises(ValueError, match="'t0.5', the lengths"):
         trained(records((0.5,)), features={"other": [1.0]})
+    with pytest.raises(ValueError, match="`features` must have features as an array"):
+        trained(records((0.5,)), features={"t0.5": {"share": 1.0}})
     with pytest.raises(ValueError, match="`num_members` must be at least 1"):
         methods.train_cell_searcher(records((0.5,)), graph, num_members=0)
 

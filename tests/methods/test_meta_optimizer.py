@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from metaopt import base, methods, predictors, spaces, tasks
+from metaopt.methods import _meta_search
 
 slow = pytest.mark.slow
 SPACE = {"x": spaces.interval(0.0, 1.0), "kind": spaces.choice(["a", "b"])}
@@ -253,9 +254,50 @@ def test_tasks_of_other_spaces_still_teach():
     ]
     changed.append(base.Record("t0", {"x": 0.5, "kind": "gone"}, 7.0))
     changed.append(base.Record("failed", {"x": 0.5}, status="FAIL"))  # a task without an outcome teaches nothing
-    g = methods.train_meta_optimizer(changed, space=SPACE, features=features, num_steps=2, num_members=1)
+    with pytest.warns(UserWarning, match="1 of .* records have values .*`kind` in 1, such as 'gone'"):
+        g = methods.train_meta_optimizer(changed, space=SPACE, features=features, num_steps=2, num_members=1)
     assert g.surrogate.curves.shape[0] == 6
     assert set(g.predict()) == {"x", "kind"}
+
+
+@pytest.mark.once
+def test_a_label_that_the_space_does_not_have_is_taken_for_none_of_its_labels():
+    line = np.linspace(0, 1, 5).tolist()
+    at = {"a": 0.0, "b": 0.3, "c": 2.0}  # of which c was dropped since
+    records = [
+        base.Record(f"t{t}", {"kind": kind, "x": x, "old": [1]}, y + (x - 0.5) ** 2 + t / 50)
+        for t in range(3)
+        for kind, y in at.items()
+        for x in line
+    ]
+    with pytest.warns(UserWarning, match="15 of 45 records have values .*`kind` in 15, such as 'c'"):
+        g = methods.train_meta_searcher(records, space=SPACE, num_steps=0)
+    assert g.predict() == {"kind": "a", "x": 0.5}
+
+    from metaopt import integrations
+
+    forests, machines = (
+        _meta_search.encoder(integrations.sklearn_model(name).space)
+        for name in ("random_forest_classifier", "svm_classifier")
+    )
+    for encode, name, wrong in ((forests, "max_features", 0.3), (forests, "criterion", None), (machines, "kernel", [])):
+        given, default = encode({name: wrong}), encode({})
+        (labels,) = np.nonzero(given != default)
+        np.testing.assert_allclose(given[labels], 1 / len(labels))
+        with pytest.raises(ValueError, match=f"`{name}` must be one of"):
+            encode({name: wrong}, True)
+    np.testing.assert_array_equal(machines({"gamma": "scale"}), machines({"gamma": 0.1}))
+
+
+def test_candidates_are_what_was_tried():
+    records = [({"kind": "c", "x": 0.5}, 0.1), ({"kind": "b", "x": 3.0}, 0.2), ({"kind": "a", "x": "auto"}, 0.3)]
+    records += [({"kind": "b", "x": 0.5, "old": 1}, 0.4), ({"x": None}, 0.5)]
+    records = [base.Record("t", configuration, y) for configuration, y in records]
+    with pytest.warns(UserWarning, match="3 of 5 records"):
+        g = methods.train_meta_searcher(records, space=SPACE, num_steps=0)
+    assert g.candidates == [{"kind": "b", "x": 0.5}, {"kind": "a", "x": 0.5}]  # the last is the default
+    with pytest.raises(ValueError, match="none is a candidate; .* The first one has {'kind': 'c'}"):
+        methods.train_meta_searcher(records[:3], space=SPACE, num_steps=0)
 
 
 def test_runs_of_other_people_teach_though_they_have_none_or_auto_where_a_number_is_tuned():
@@ -271,7 +313,8 @@ def test_runs_of_other_people_teach_though_they_have_none_or_auto_where_a_number
         for i, depth in enumerate(["null", "3", '"auto"'])
     ]
     space = {"max_depth": integrations.sklearn_model("random_forest_classifier").space["max_depth"]}
-    g = methods.train_meta_searcher(tasks.from_openml_evaluations(rows), space=space, num_steps=0)
+    with pytest.warns(UserWarning, match="1 of 3 records have values .*`max_depth` in 1, such as 'auto'"):
+        g = methods.train_meta_searcher(tasks.from_openml_evaluations(rows), space=space, num_steps=0)
     assert g.candidates == [{"max_depth": 64}, {"max_depth": 3}]  # which the default stands for
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metaopt import Record, Task, methods, predictors, spaces, tasks
-from metaopt.methods import _meta_optimizer, _meta_search
+from metaopt.methods import _meta_optimizer, _meta_search, _new_trials
 
 SPACE = {
     "x": spaces.interval(0.0, 1.0),
@@ -92,8 +92,7 @@ def test_what_is_expected_has_quantiles_that_new_tasks_keep_to():
     # On the safe side: here the noise is a third of what the processes take for granted.
     assert below[0] < 0.1 and abs(below[1] - 0.5) < 0.1 and below[2] > 0.9
     assert wrong[0] < 0.4 * wrong[1] and wide[0] < 0.6 * wide[1], (wrong, wide)
-    # In the units of the task; a failure beside says nothing here.
-    moved = g.outcomes(at, tried=[*tried, line[3]], outcomes=[*(7 + y[seen]), np.nan])
+    moved = g.outcomes(at, tried=tried, outcomes=7 + y[seen])  # in the units of the task
     np.testing.assert_allclose(moved.quantiles, 7 + found.quantiles, rtol=1e-6)
     prior = g.outcomes(at)
     np.testing.assert_allclose(prior.mean, np.asarray(g.surrogate.curves)[:, left].mean(0), atol=0.02)
@@ -102,6 +101,37 @@ def test_what_is_expected_has_quantiles_that_new_tasks_keep_to():
         g.outcomes(at, levels=[1.0])
     with pytest.raises(ValueError, match="Each configuration has an outcome; got 0 and 1"):
         g.outcomes(at, outcomes=[1.0])
+
+
+@pytest.mark.once
+def test_what_failed_or_diverged_says_what_to_expect_beside_it(g):
+    """As it does to the searcher."""
+    line = [{"x": float(x), "kind": "a"} for x in np.linspace(0, 1, 11)]
+    prior, tried = g.outcomes(line).mean, [line[0], line[10]]
+    for others, y in (([], []), (tried, [0.3, 0.5])):  # where no trial has ended, and where some have
+        without = g.outcomes(line, tried=others, outcomes=y) if others else g.outcomes(line)
+        after = g.outcomes(line, tried=[*others, line[5]], outcomes=[*y, np.nan])
+        worse, quantiles = after.mean - without.mean, after.quantiles - without.quantiles
+        assert worse[5] > 0.1 and worse.argmax() == 5 and (quantiles[5] > 0.05).all(), (worse, quantiles)
+        assert after.mean[5] > max([0.9 * prior.max(), *y])
+    far, further = (g.outcomes(line, tried=[*tried, line[5]], outcomes=[0.3, 0.5, y]).mean for y in (1e6, 1e9))
+    np.testing.assert_allclose(far, further, rtol=1e-6)
+    assert far.max() < 10
+    nothing = g.outcomes([])
+    assert nothing.mean.shape == (0,) and nothing.quantiles.shape == (0, 3)
+
+
+@pytest.mark.once
+def test_what_a_person_gives_by_hand_must_be_of_the_space(g):
+    for wrong, message in (({"y": 0.9}, "has no `y`"), ({"kind": "c"}, "`kind` must be one of"), ({"x": 9}, "between")):
+        for call in (
+            lambda wrong: g.outcomes([wrong]),
+            lambda wrong: g.outcomes(POOL, tried=[wrong], outcomes=[0.1]),
+            lambda wrong: g.suggest([wrong], [0.1]),
+            lambda wrong: g.suggest([], [], pending=[wrong]),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(wrong)
 
 
 @pytest.mark.once
@@ -151,8 +181,8 @@ def test_a_region_that_fails_is_left_at_once(monkeypatch):
 @pytest.mark.once
 def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch):
     """Whatever the number of trials: the arrays that are computed with have at most 256 rows."""
-    looked_at, real = [], _meta_search._padded
-    monkeypatch.setattr(_meta_search, "_padded", lambda x, y: looked_at.append((x, y)) or real(x, y))
+    looked_at, real = [], _meta_search.padded
+    monkeypatch.setattr(_meta_search, "padded", lambda x, y: looked_at.append((x, y)) or real(x, y))
     searcher, rng = g.searcher(acquisition="ei_per_cost"), np.random.default_rng(0)
     others = [{"x": x, "kind": "a"} for x in rng.uniform(size=50).tolist()]
     many = [Record("", others[i % 50], float(rng.uniform(1, 2)), cost=1.0, trial=i) for i in range(10_000)]
@@ -207,17 +237,54 @@ def test_a_cheap_trial_is_preferred_where_it_is_as_good(g):
         methods.train_meta_searcher(free, space=SPACE, num_steps=0, costs=True)
 
 
+def at_full_budget(outcomes):
+    return _new_trials.at_full_budget([_new_trials.tried_configuration(np.zeros(1), of) for of in outcomes])
+
+
+class Counted(dict):
+    """Counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, key):
+        Counted.reads += 1
+        return super().__getitem__(key)
+
+    def __contains__(self, key):
+        Counted.reads += 1
+        return super().__contains__(key)
+
+
+@pytest.mark.parametrize(
+    ("together", "num_steps", "nums"), [(True, 20, (6_000, 24_000)), (False, 60, (18_000, 36_000))]
+)
+def test_what_is_read_of_trials_at_several_fidelities_does_not_grow_with_their_number(together, num_steps, nums):
+    """With trials that report on their way, and with fidelities that no two have in common."""
+    steps, reads = [(i + 1) / num_steps for i in range(num_steps)], []
+    for num in nums:
+        ends = np.random.default_rng(0).integers(1, num_steps + 1, size=num)
+        of = lambda i, ends=ends: steps[: ends[i]] if together else steps[ends[i] - 1 : ends[i]]
+        curves = [Counted({s: float(i % 7) - s for s in of(i)}) for i in range(num)]
+        tried = [_new_trials.tried_configuration(np.zeros(1), curve) for curve in curves]
+        Counted.reads = 0
+        found = _new_trials.at_full_budget(tried)
+        reads.append(Counted.reads)
+        if together:  # all curves fall alike
+            np.testing.assert_allclose(found, np.arange(num) % 7 - 1.0, atol=1e-9)
+    assert 0 < reads[1] < min(1.1 * reads[0], 400_000)
+
+
 def test_outcomes_at_several_fidelities_are_brought_to_one_scale():
     nan = np.nan
     # 1 -> .5 adds 1, in two trials; the third has only been at .5, the fourth failed there, the fifth has nothing yet.
     outcomes = [{0.5: 2.0, 1.0: 1.0}, {0.5: 3.0, 1.0: 2.0}, {0.5: 2.5}, {0.5: nan}, {0.25: nan, 0.5: 4.0}]
-    np.testing.assert_allclose(_meta_search._at_full_budget(outcomes), [1, 2, 1.5, nan, 3])
+    np.testing.assert_allclose(at_full_budget(outcomes), [1, 2, 1.5, nan, 3])
     # Step by step: .25 and 1 have no trial in common.
     chained = [{1.0: 0.0, 0.5: 1.0}, {0.5: 1.0, 0.25: 3.0}, {0.25: 4.0}]
-    np.testing.assert_allclose(_meta_search._at_full_budget(chained), [0, 0, 1])
+    np.testing.assert_allclose(at_full_budget(chained), [0, 0, 1])
     # Nothing in common at all: their means are the same.
-    np.testing.assert_allclose(_meta_search._at_full_budget([{1.0: 0.0}, {1.0: 2.0}, {0.5: 5.0}]), [0, 2, 1])
-    np.testing.assert_allclose(_meta_search._at_full_budget([{1.0: 0.0}, {1.0: nan}]), [0, nan])
+    np.testing.assert_allclose(at_full_budget([{1.0: 0.0}, {1.0: 2.0}, {0.5: 5.0}]), [0, 2, 1])
+    np.testing.assert_allclose(at_full_budget([{1.0: 0.0}, {1.0: nan}, {0.5: 1.0, 1.0: nan}]), [0, nan, nan])
 
 
 @pytest.mark.once
@@ -252,8 +319,8 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g,
     (tried,) = searcher.tell(searcher.tell(state, both[:1]), both[1:]).tried.values()
     assert tried.log_cost == pytest.approx(np.log(8.0))
     # It is not the worst there is, as a failed one would be, nor better than the best of those that ended.
-    seen, real = [], _meta_search._padded
-    monkeypatch.setattr(_meta_search, "_padded", lambda x, y: seen.append(y.tolist()) or real(x, y))
+    seen, real = [], _meta_search.padded
+    monkeypatch.setattr(_meta_search, "padded", lambda x, y: seen.append(y.tolist()) or real(x, y))
     others = [Record("", POOL[7], 0.5, trial=1), Record("", POOL[8], 0.9, trial=2)]
     for outcome in (0.6, 0.3):
         searcher.ask(searcher.tell(state, [pruned._replace(fidelity=1.0, outcome=outcome), *others]), 1)

@@ -68,10 +68,15 @@ def test_without_a_scale_of_its_own_a_task_has_that_of_earlier_ones(y, low, high
     inside = (found.edges[1:] > low) & (found.edges[:-1] <= high)
     assert np.isfinite(found.probs).all() and (found.probs[:, inside] > 0).all()
     np.testing.assert_array_equal(found.probs[:, ~inside], 0)
-    # Equal outcomes have none either, and are finite.
-    same = predict(NETWORKS, padded(X[:2], [3.0, 3.0]), AT, scale)
-    np.testing.assert_allclose(same.edges, 3 + scale * _transformer._edges())
-    assert np.isfinite(same.probs).all()
+    # Equal outcomes have none either, nor have nearly equal ones: the more there are, the closer all are taken to be.
+    for same in ([3.0, 3.0], [3.0, 3.0 + 1e-9], [3.0, 3.0, 3.0]):
+        found = predict(NETWORKS, padded(X[: len(same)], same), AT, scale)
+        np.testing.assert_allclose(found.edges, 3 + scale / 10 / (len(same) - 1) * _transformer._edges(), rtol=1e-6)
+        assert np.isfinite(found.probs).all()
+
+
+def binned_std(probs, failure):
+    return predictors.binned_moments(predictors.Binned(jnp.array([0.0, 1.0, 4.0]), probs, failure), 6.5)[1][0]
 
 
 @pytest.mark.once
@@ -93,6 +98,9 @@ def test_scores_are_those_of_samples_and_their_gradients_are_right():
     mean, std = predictors.binned_moments(uniform, 6.5)
     np.testing.assert_allclose(mean, [0.5, 4.5])
     np.testing.assert_allclose(std**2, [1 / 12, (9 / 12 + 2 * 4.0) / 2])
+    # Where failure is certain there is no deviation, and no slope of it.
+    certain = lambda left: binned_std(jnp.array([[left, 0.0]]), jnp.array([1.0 - left]))
+    assert np.isfinite(jax.grad(certain)(0.0))
     for level in (0.1, 0.5, 0.85):
         share = (y < np.asarray(predictors.binned_quantile(found, level))[:, None]).mean(1)
         np.testing.assert_allclose(share, level, atol=0.005)

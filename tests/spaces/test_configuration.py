@@ -121,6 +121,13 @@ def test_in_float32_numbers_are_those_that_were_given_and_stay_within_their_boun
     assert 1e-4 <= low < 1.001e-4 and 0.0999 < high <= 0.1
 
 
+def test_what_is_foreign_is_named():
+    own = {"model": "svm", "svm.gamma": 2, "forest.depth": None, "scale[1]": 1.0, "fixed": "any", "rate": 0.1}
+    assert spaces.foreign(SPACE, own) == {}  # None says that nothing is given, other names are not looked at
+    others = {"model": None, "svm.gamma": 99.0, "forest.depth": "auto", "svm.kernel": [1]}
+    assert spaces.foreign(SPACE, own | others) == others
+
+
 def test_a_completed_configuration_keeps_its_own_numbers():
     long = 0.0123456789012345678
     given = {"model": "svm", "svm.gamma": long, "scale[1]": 2, "forest.depth": 3}

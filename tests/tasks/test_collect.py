@@ -50,6 +50,9 @@ def listener(*, stop=math.inf):
     return base.Searcher(init, ask, tell)
 
 
+LISTENER = listener()
+
+
 def without_cost(records):
     return [repr(record._replace(cost=0.0)) for record in records]
 
@@ -114,20 +117,63 @@ def test_what_is_interrupted_and_continued_equals_what_was_not(tmp_path, searche
         collect(store=store, key=jax.random.key(4), searcher=tasks.random_search(first=[{"x": 0.5}]))
 
 
+MINE = [{"x": -0.75, "size": 3, "kind": "b", "only_b": 0.5}, {"x": 0.25}]
+
+
+@pytest.mark.parametrize("searcher", [tasks.random_search(), LISTENER], ids=["random", "listens"])
+def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_of_workers(tmp_path, searcher):
+    store, calls, kwargs = tmp_path / "records.db", [], {"batch_size": 4, "num_workers": 4}
+
+    def dies(trial, task):
+        calls.append(trial)
+        if len(calls) == 5:
+            raise Killed
+        return black_boxes.pure(trial, task)
+
+    ours = tasks.enqueue(searcher, MINE)
+    whole = collect(num_trials=9, searcher=ours, batch_size=4)
+    assert [r.trial for r in whole] == 2 * [*range(9)] and len({r.seed for r in whole}) > 4
+    assert [r.configuration for r in whole[9:11]] == [MINE[0], {"x": 0.25, "size": 6, "kind": "a"}]
+    with pytest.raises(Killed):
+        collect(dies, num_trials=9, searcher=ours, store=store, batch_size=4)
+    assert without_cost(collect(dies, num_trials=5, searcher=ours, store=store, **kwargs)) == without_cost(
+        whole[:5] + whole[9:14]
+    )
+    assert without_cost(collect(dies, num_trials=9, searcher=ours, store=store, **kwargs)) == without_cost(whole)
+    assert len(calls) == 19
+    # The searcher hears of them, where it listens, and else proposes what it would have proposed.
+    others = collect(num_trials=9, searcher=tasks.enqueue(searcher, []), batch_size=4)
+    same = [r.configuration for r in whole[2:9]] == [r.configuration for r in others[:7]]
+    assert same == (searcher is not LISTENER)
+    if searcher is not LISTENER:
+        other = collect(num_trials=4, searcher=ours, batch_size=4, key=jax.random.key(4))
+        assert other[3].configuration != whole[3].configuration and other[0].seed != whole[0].seed
+    with pytest.raises(ValueError, match="enqueued"):
+        collect(store=store, searcher=tasks.enqueue(searcher, MINE[1:]), **kwargs)
+    with pytest.raises(ValueError, match="`init` needs the space here"):
+        ours.init(KEY, None)
+    with pytest.raises(ValueError, match="must be a list of configurations; got one"):
+        tasks.enqueue(searcher, MINE[0])  # pyright: ignore[reportArgumentType]
+
+
 def test_one_collection_of_a_study_at_a_time(tmp_path):
-    store, refused = tmp_path / "records.db", []
+    store, link, refused = tmp_path / "records.db", tmp_path / "link.db", []
+    link.symlink_to(store)
 
     def starts_another(trial, task):
         collect(store=store, study="other")
-        with pytest.raises(ValueError, match="Another collection of the study 'one' in .*records.db is under way"):
-            collect(store=store, study="one")
+        for same in (store, link):
+            with pytest.raises(ValueError, match=f"Another collection of the study 'one' in .*{same.name} is under"):
+                collect(store=same, study="one")
         refused.append(trial)
         return 0.0
 
     kwargs = {"on": {"t": 0.0}, "num_trials": 1, "store": store, "study": "one"}
     assert collect(starts_another, **kwargs)[0].status == "COMPLETE" and len(refused) == 1
     collect(**kwargs | {"num_trials": 3})  # it has ended
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["records.db"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.db", "records.db"]
+    with pytest.raises(FileNotFoundError, match="The store .*none/records.db cannot be made: .* folder"):
+        collect(store=tmp_path / "none" / "records.db")
 
 
 def fidelities():
@@ -139,6 +185,25 @@ def fidelities():
         return [trial(number) for number in numbers], state + num
 
     return base.Searcher(lambda key, space: 0, ask, lambda state, records: state)
+
+
+def test_a_trial_keeps_its_number_at_every_fidelity_behind_what_is_enqueued():
+    records = collect(searcher=tasks.enqueue(fidelities(), [{"x": 0.5}]), num_trials=4, on={"t": 0.0})
+    assert [(r.trial, round(r.fidelity, 2)) for r in records] == [
+        (0, 1.0),
+        (1, 0.33),
+        (1, 1.0),
+        (2, 0.33),
+        (2, 1.0),
+        (3, 0.33),
+    ]
+
+
+def test_a_searcher_hears_of_what_is_enqueued_as_of_others_trials():
+    heard, inner = [], fidelities()
+    spy = inner._replace(tell=lambda state, records: heard.append([r.trial for r in records]) or state)
+    collect(searcher=tasks.enqueue(spy, [{"x": 0.5}, {"x": 0.1}]), num_trials=4, on={"t": 0.0})
+    assert heard == [[-1], [-2], [0], [0], [1], [1]]
 
 
 def test_a_trial_at_a_fraction_of_the_budget_counts_as_much():
@@ -174,6 +239,9 @@ def test_first_configurations_come_first():
     ("task", "status", "outcome", "reason"),
     [
         ("raise", "FAIL", math.nan, "KeyError: 'no such column'"),
+        ("raise bytes", "FAIL", math.nan, r"FileNotFoundError: /tmp/\udcff.csv"),
+        ("raise in silence", "FAIL", math.nan, "Speechless: (no text: OSError)"),
+        ("prune in silence", "PRUNED", math.nan, "(no text: OSError)"),
         ("exit", "FAIL", math.nan, "SystemExit: enough"),
         ("nan", "FAIL", math.nan, "the outcome is nan"),
         ("inf", "FAIL", math.nan, "the outcome is inf"),
@@ -184,8 +252,10 @@ def test_first_configurations_come_first():
         ("good", "COMPLETE", 0.25, ""),
     ],
 )
-def test_what_ends_a_trial_alone_is_a_record(task, status, outcome, reason):
-    (record,) = collect(black_boxes.misbehave, on={"t": task}, num_trials=1)
+def test_what_ends_a_trial_alone_is_a_record(tmp_path, task, status, outcome, reason):
+    store = tmp_path / "records.db"
+    (record,) = collect(black_boxes.misbehave, on={"t": task}, num_trials=1, store=store)
+    assert repr(tasks.read_records(store)) == repr([record])
     assert (record.status, record.reason) == (status, reason)
     assert record.outcome == outcome or math.isnan(outcome) and math.isnan(record.outcome)
     assert record.configuration == {"x": 0.0, "size": 6, "kind": "a"}  # whatever the objective does with its own

@@ -1,5 +1,6 @@
 """Records as data frames and Parquet files."""
 
+import functools
 import math
 
 import pytest
@@ -26,11 +27,19 @@ def test_records_come_back_with_their_types(tmp_path, through_parquet):
     assert type(back[0].configuration["num"]) is int and type(back[0].trial) is int
 
 
-def test_records_come_back_from_csv_and_can_be_stored(tmp_path):
-    records = [record._replace(task="31", cost=1.0, reason="") for record in RECORDS]  # an OpenML data set's name
+@pytest.mark.parametrize(("names", "reason"), [(["007", "1e5"], "12"), (["NA", "7"], "NA"), (["31", "31"], "")])
+def test_records_come_back_from_csv_and_can_be_stored(tmp_path, names, reason):
+    kept = [record._replace(cost=1.0, reason=reason) for record in RECORDS]
+    records = [record._replace(task=name) for record, name in zip(kept, names, strict=True)]
     tasks.records_to_frame(records).to_csv(tmp_path / "records.csv", index=False)
-    back = tasks.records_from_frame(pd.read_csv(tmp_path / "records.csv"))
+    read = functools.partial(pd.read_csv, tmp_path / "records.csv")
+    texts, gaps = {"task": str, "reason": str}, {"outcome": "", "cost": ""}
+    back = tasks.records_from_frame(read(dtype=texts, na_values=gaps, keep_default_na=False))
     assert list(map(repr, back)) == list(map(repr, records))
+    with pytest.raises(ValueError, match="column 'task' must hold texts; got .* CSV"):
+        tasks.records_from_frame(read())
+    with pytest.raises(ValueError, match="column 'reason' must hold texts; got 12"):
+        tasks.records_from_frame(pd.DataFrame({"task": ["a"], "configuration": ["{}"], "reason": [12]}))
     tasks.append_records(tmp_path / "records.db", back)
     assert list(map(repr, tasks.read_records(tmp_path / "records.db"))) == list(map(repr, records))
 

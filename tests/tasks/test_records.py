@@ -143,6 +143,16 @@ def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path, how):
         tasks.recover_records(file, new)
 
 
+def test_rows_of_earlier_versions_are_recovered_with_any_fidelity(tmp_path):
+    file, new = tmp_path / "records.db", tmp_path / "new.db"
+    tasks.append_records(file, [Record("t", {}, 1.0, trial=trial) for trial in range(3)])
+    with sqlite3.connect(file) as connection:
+        connection.execute("UPDATE records SET fidelity = 27 WHERE id = 2")
+    connection.close()
+    assert tasks.recover_records(file, new) == 3
+    assert [record.fidelity for record in tasks.read_records(new)] == [1.0, 27.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -152,6 +162,9 @@ def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path, how):
         (Record("t", {"x": math.nan}), "must be plain numbers"),
         (Record("t", {}, fidelity=math.nan), r"fidelity must lie in \(0, 1\]; got nan"),
         (Record("t", {}, reason=None), "reason must be a text"),  # pyright: ignore
+        (Record("t", {}, reason="\udcff"), r"reason must be a text in Unicode; got '.udcff'"),
+        (Record("\udcff", {}), "task must be a text in Unicode"),
+        (Record("t", {}, seed=2**63), "seed must be an integer of 64 bits; got 9223372036854775808"),
     ],
 )
 def test_records_that_cannot_be_written_are_refused_and_nothing_is_written(tmp_path, record, message):

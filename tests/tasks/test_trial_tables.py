@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from metaopt import Record, tasks
+from metaopt import Record, spaces, tasks
 
 DATA = os.environ.get("METAOPT_DATA", "")
 needs_data = pytest.mark.skipif(not DATA, reason="METAOPT_DATA is not set")
@@ -48,6 +48,35 @@ def test_hpob_s_json(tmp_path):
     ]
     with pytest.raises(ValueError, match="has no search space '1'; it has 5860"):
         tasks.from_hpob(tmp_path / "meta.json", "1")
+
+
+def test_what_is_written_as_hpob_or_openml_has_it_comes_back(tmp_path):
+    file, plain = tmp_path / "meta.json", lambda records: [(r.task, r.configuration, r.outcome) for r in records]
+    trials = [("3", {"x0": 0.0, "x1": 1}, 0.25), ("9", {"x1": 0.5, "x0": 0.25}, 0.5), ("3", {"x0": 1, "x1": 0.75}, 0)]
+    records = [Record(task, c, y, trial=i) for i, (task, c, y) in enumerate(trials)]
+    others = [Record("3", {"x0": 0.5, "x1": 0.5}, status="FAIL"), Record("3", {"x0": 0.1, "x1": 0.5}, 0.1, 0.5)]
+    tasks.to_hpob(file, "a", records + others)
+    tasks.to_hpob(file, "b", records[:1])
+    assert plain(tasks.from_hpob(file, "a")) == plain([records[0], records[2], records[1]])
+    assert plain(tasks.from_hpob(file, "b")) == plain(records[:1]) and list(tmp_path.iterdir()) == [file]
+    content = json.loads(file.read_text())["a"]["3"]
+    assert content == {"X": [[0.0, 1.0], [1.0, 0.75]], "y": [[0.75], [1.0]]}
+    for wrong in ({"x0": 0.5}, {"x0": 0.5, "x1": 2}, {"x0": 0.5, "x1": "rbf"}):
+        with pytest.raises(ValueError, match=r"numbers in \[0, 1\] for \['x0', 'x1'\]; got .* Give .* `space`"):
+            tasks.to_hpob(file, "a", [records[0], records[1]._replace(configuration=wrong)])
+    with pytest.raises(ValueError, match="there is none"):
+        tasks.to_hpob(file, "a", others)
+    space = {"rate": spaces.interval(1e-4, 1.0, log=True), "kind": spaces.choice(["a", "b"])}
+    tasks.to_hpob(file, "c", [Record("3", {"rate": 1e-2, "kind": "b"}, 0.25)], space=space)
+    (found,) = tasks.from_hpob(file, "c")
+    assert sorted(found.configuration.values()) == pytest.approx([0.0, 0.5, 1.0], abs=1e-6)
+    assert "a" in json.loads(file.read_text())
+    # Names and labels of all kinds, None and booleans.
+    mixed = [Record("t", {"svc__C": 1.5, "kernel": "rbf", "depth": None, "shrinking": True, "n": 3}, 0.25, trial=7)]
+    rows = tasks.to_openml_evaluations(mixed + others)
+    back = tasks.from_openml_evaluations(rows)
+    assert rows[0]["value"] == 0.75 and rows[0]["parameters"]["kernel"] == '"rbf"'
+    assert [r._replace(cost=0.0) for r in back] == [r._replace(cost=0.0) for r in mixed]
 
 
 def test_hpob_s_published_curves(tmp_path):

@@ -1,0 +1,132 @@
+"""The trials of a new task, as the arrays that a surrogate reads: few of many, outcomes of one scale, padded."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_TRIALS = 256  # of the new task that the surrogate looks at
+_NEAREST = 8  # fidelities above one's own that are compared with it
+
+
+class TriedConfiguration(NamedTuple):
+    """One trial of the new task; `tried_configuration` makes one.
+
+    Attributes:
+      x: [D] the encoded configuration.
+      outcomes: by fidelity; NaN where the trial failed. Of a pruned trial, what it had reached, by the fidelity asked
+        for.
+      log_cost: of the full budget, NaN where it is not known.
+      given_up: whether it was pruned. It counts as no better than the best trial that was not.
+      reached: the largest fidelity that has an outcome; NaN where none has.
+      last: the outcome there; NaN where the trial failed, then or later.
+    """
+
+    x: np.ndarray
+    outcomes: dict[float, float]
+    log_cost: float
+    given_up: bool
+    reached: float
+    last: float
+
+
+def tried_configuration(
+    x: np.ndarray, outcomes: dict[float, float], log_cost: float = math.nan, given_up: bool = False
+) -> TriedConfiguration:
+    """A trial with its largest fidelity looked up once, and not whenever something is asked for."""
+    reached = max((s for s, y in outcomes.items() if math.isfinite(y)), default=math.nan)
+    failed = not outcomes or math.isnan(outcomes[max(outcomes)])
+    return TriedConfiguration(x, outcomes, log_cost, given_up, reached, math.nan if failed else outcomes[reached])
+
+
+def at_full_budget(tried: Sequence[TriedConfiguration]) -> np.ndarray:
+    """[N] outcomes that stand beside one another, of trials at several fidelities; NaN where a trial has none.
+
+    A trial counts with its outcome at its largest fidelity, moved by the mean difference between that fidelity and
+    the next in trials that have been at both, step by step; where none has, by the difference of means. Of trials that
+    ended there, and of those that went further, the latest `MAX_TRIALS` are compared: what is looked up does not grow
+    with N.
+    """
+    reached, y = np.array([trial.reached for trial in tried]), np.array([trial.last for trial in tried])
+    fidelities = np.unique(reached[np.isfinite(reached)])[::-1]  # others are not needed
+    few = lambda those: np.flatnonzero(those)[-MAX_TRIALS:]
+    at = lambda s: np.union1d(few(reached == s), few(reached > s))
+    latest = {s: [tried[i].outcomes for i in at(s).tolist()] for s in fidelities.tolist()}
+    shift = dict.fromkeys(fidelities[:1].tolist(), 0.0)
+    for s in fidelities[1:].tolist():
+        higher = list(shift)[: -_NEAREST - 1 : -1]  # the nearest first
+        for h in higher:
+            pairs = [of[h] - of[s] for of in latest[h] if s in of and h in of]
+            pairs = [difference for difference in pairs if math.isfinite(difference)]
+            if pairs:
+                shift[s] = shift[h] + float(np.mean(pairs))
+                break
+        else:
+            shift[s] = shift[higher[0]] + _mean_at(higher[0], latest[higher[0]]) - _mean_at(s, latest[s])
+    for s, by in shift.items():
+        y[reached == s] += by
+    return y
+
+
+def _mean_at(fidelity: float, outcomes: Sequence[Mapping[float, float]]) -> float:
+    return float(np.nanmean([of[fidelity] for of in outcomes if fidelity in of]))
+
+
+def from_the_best(y: np.ndarray, widest: float) -> tuple[np.ndarray, float]:
+    """[N] outcomes from the best one on (at least one is finite), at most `widest`, and the best one.
+
+    An offset means nothing, and what diverged does not set the scale. Where half of all trials are beyond what earlier
+    tasks have seen, units are others, and the better half says what is far.
+    """
+    seen = y[np.isfinite(y)]
+    low = float(seen.min())
+    middle = np.quantile(seen, 0.5, method="lower") - low
+    return np.minimum(y - low, widest if middle <= widest else 4 * middle), low
+
+
+def best_and_latest(y: np.ndarray, num: int) -> np.ndarray:
+    """Indices of at most `num` trials, in order: the best half, failures (NaN) up to a quarter, and the latest."""
+    if len(y) <= num:
+        return np.arange(len(y))
+    best = np.argsort(y, kind="stable")[: num // 2]
+    failed = np.flatnonzero(np.isnan(y))[-max(num // 4, 1) :]
+    kept = np.union1d(best[~np.isnan(y[best])], failed)
+    others = np.setdiff1d(np.arange(len(y)), kept)
+    return np.union1d(kept, others[len(others) + len(kept) - num :])
+
+
+def without_outliers(y: np.ndarray) -> np.ndarray:
+    """[N] outcomes, those far beyond three in four of all cut off, as `predictors.normalize` does for earlier tasks.
+
+    One of four may have diverged, and does not say how far: quartiles are outcomes, and not between them.
+    """
+    finite = y[np.isfinite(y)]
+    if len(finite) < 4:
+        return y
+    low, upper = finite.min(), np.quantile(finite, 0.75, method="lower")
+    return np.minimum(y, low + 4 * (upper - low)) if upper > low else y
+
+
+def shown_to_transformers(x: np.ndarray, y: np.ndarray, num: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(x, y, mask) of at most `num` trials, NaN where one failed; what diverged does not set their scale."""
+    keep = best_and_latest(y, num)
+    return padded(x[keep], without_outliers(y)[keep])
+
+
+def padded(x: np.ndarray, y: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(x, y, mask) of trials at 16, 64, 256 ...: few programs are compiled."""
+    size = 16
+    while size < len(y):
+        size *= 4
+    pad = size - len(y)
+    dtype = jnp.result_type(float)
+    # Padding lies far away, so that it is nobody's neighbor.
+    x = np.concatenate([x, 1e3 + np.arange(pad)[:, None] * np.ones(x.shape[1])[None]]) if pad else x
+    return (
+        jnp.asarray(x, dtype),
+        jnp.asarray(np.pad(y, (0, pad)), dtype),
+        jnp.asarray(np.pad(np.ones(len(y)), (0, pad)), dtype),
+    )
