@@ -38,8 +38,8 @@ turns. "In a scan" is one of {many} steps that are a scan, as `training.fit(step
 of the gradient against naive JAX; {agree} below {tol:g}. "Naive": `jax.vmap` over tasks and `jax.grad`, with XLA's \
 convolutions, which become grouped ones. "Unrolled": the same in a Python loop over tasks, whose convolutions stay as \
 they are; in the body of a scan XLA leaves their backward pass without a fast kernel. The programs of `torch.func` \
-have batch normalization written by hand, or ("fused") PyTorch's own, whose second derivative is off by some \
-thousandths under `torch.func`.
+have batch normalization written by hand, or ("fused") PyTorch's own; under `torch.func` the gradient of the latter is \
+off by some thousandths, and with max-pooling that of the former, too.
 """
 FUSED = "torch.func, vmap, fused"
 NETWORKS = {"pool": "Max-pooling", "stride": "Strides of 2"}
