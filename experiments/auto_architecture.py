@@ -23,7 +23,7 @@ families; the test rows of a task are read once, for the table of results.
 
 What is finished, random networks and folds, is kept beside the result and not run again: `--full --folds 0`, then
 `--full` goes on, and its table is of all that is there; `--full --report` makes the tables alone. What earlier
-code made is taken with --any-code only, and the result says how much it is.
+code made is taken with --any-code or --report only, and the result says how much it is.
 
 The images are scikit-learn's digits: its two halves of classes stand for two families. The environment variable
 METAOPT_DATA adds the image sources and tables of the folder that it names; a family of images is then a whole source.

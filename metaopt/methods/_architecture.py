@@ -47,7 +47,7 @@ class Search(NamedTuple):
       settings: the method's name, the network, and what else the search was made with, as JSON has it, for
         `training.fit(settings=search.settings)`: other searches have α and states of the same shapes, so that a
         checkpoint of another one would go on as this one's. Functions are told by their names and the values that they
-        enclose, and not by what they compute.
+        enclose, and not by what they compute; a default that is written out may count as another search.
     """
 
     estimator: base.Estimator

@@ -36,7 +36,12 @@ class TriedConfiguration(NamedTuple):
 def tried_configuration(
     x: np.ndarray, outcomes: dict[float, float], log_cost: float = math.nan, given_up: bool = False
 ) -> TriedConfiguration:
-    """A trial with its largest fidelity looked up once, and not whenever something is asked for."""
+    """A trial with its largest fidelity looked up once, and not whenever something is asked for.
+
+    What is not finite failed.
+    """
+    if any(math.isinf(y) for y in outcomes.values()):
+        outcomes = {fidelity: y if math.isfinite(y) else math.nan for fidelity, y in outcomes.items()}
     reached = max((s for s, y in outcomes.items() if math.isfinite(y)), default=math.nan)
     failed = not outcomes or math.isnan(outcomes[max(outcomes)])
     return TriedConfiguration(x, outcomes, log_cost, given_up, reached, math.nan if failed else outcomes[reached])

@@ -42,6 +42,8 @@ def plain(value: Any, depth: int = 6) -> Any:
         return {str(inside(name)): inside(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
         return [inside(x) for x in value]
+    if callable(value) and hasattr(value, "__wrapped__"):  # jitted
+        return inside(inspect.unwrap(value))
     if isinstance(value, functools.partial):
         return inside([value.func, value.args, value.keywords])
     if inspect.isfunction(value):

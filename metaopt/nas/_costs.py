@@ -203,8 +203,8 @@ def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space |
       ValueError: the weights are not of this space.
     """
     dtype = jnp.zeros(0).dtype
-    if isinstance(network, Network) and isinstance(network.keep, int):
-        weights = {**weights, **_of_kept_edges(network, weights, network.keep)}
+    if isinstance(network, Network) and isinstance(network.keep, (int, np.integer)):
+        weights = {**weights, **_of_kept_edges(network, weights, int(network.keep))}
     total = jnp.asarray(table.fixed, dtype)
     for term in table.terms:
         left = jnp.asarray(term.values, dtype)

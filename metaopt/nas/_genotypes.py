@@ -215,9 +215,9 @@ def edges_kept(network: Space, keep: int | None | str) -> int | None:
             "`discretize_graph` reads them."
         )
     rule = own if keep == "space" else keep
-    if isinstance(rule, str):
-        raise ValueError(f"`keep` must be a number of edges, None or 'space'; got {rule!r}.")
-    return rule
+    if rule is not None and (not isinstance(rule, (int, np.integer)) or isinstance(rule, bool) or rule < 1):
+        raise ValueError(f"`keep` must be a number of edges, at least 1, None or 'space'; got {rule!r}.")
+    return None if rule is None else int(rule)
 
 
 def _by_target(edge: tuple[int, int, str]) -> tuple[int, int]:

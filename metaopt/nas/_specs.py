@@ -166,13 +166,13 @@ def to_json(network: Space) -> str:
     """
     if isinstance(network, ElasticNetwork):
         elastic = [[name, layer._asdict()] for name, layer in network.layers.items()]
-        return json.dumps({"version": 1, "elastic": elastic, "num_outputs": network.num_outputs})
+        return json.dumps({"version": 1, "elastic": elastic, "num_outputs": network.num_outputs}, default=int)
     cells = {
         kind: cell._replace(edges=[list(edge) for edge in cell.edges])._asdict() for kind, cell in network.cells.items()
     }
     layers = [list(layer) for layer in network.layers]
     rest = {"num_outputs": network.num_outputs, "pooled": network.pooled, "keep": network.keep}
-    return json.dumps({"version": 1, "cells": cells, "layers": layers, **rest})
+    return json.dumps({"version": 1, "cells": cells, "layers": layers, **rest}, default=int)  # NumPy's integers
 
 
 def from_json(text: str) -> Space:

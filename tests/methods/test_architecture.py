@@ -293,6 +293,9 @@ def test_settings_tell_searches_apart_and_are_json():
     def own(rate):
         return lambda hyperparams: optax.sgd(rate)
 
+    def scaled(factor):
+        return lambda outputs, batch: factor * outputs.mean()
+
     table = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "s")
     made = [
         search_of(methods.darts, order="first"),
@@ -305,7 +308,9 @@ def test_settings_tell_searches_apart_and_are_json():
         search_of(methods.darts, optimizer=own(0.1)),
         search_of(methods.darts, optimizer=own(0.2)),
         search_of(methods.single_path_one_shot, num_steps=9),
-        methods.darts(NET._replace(num_outputs=3), (3,), ops=OPS),
+        methods.darts(NET._replace(num_outputs=np.int64(3)), (3,), ops=OPS),
+        search_of(methods.darts, loss=jax.jit(scaled(1.0))),
+        search_of(methods.darts, loss=jax.jit(scaled(2.0))),
         *(methods.under_budget(search_of(methods.darts), table, budget=b) for b in (2.0, jnp.array(3.0))),
     ]
     texts = [json.dumps(search.settings, allow_nan=False) for search in made]

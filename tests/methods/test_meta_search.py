@@ -279,6 +279,9 @@ def test_outcomes_at_several_fidelities_are_brought_to_one_scale():
     # 1 -> .5 adds 1, in two trials; the third has only been at .5, the fourth failed there, the fifth has nothing yet.
     outcomes = [{0.5: 2.0, 1.0: 1.0}, {0.5: 3.0, 1.0: 2.0}, {0.5: 2.5}, {0.5: nan}, {0.25: nan, 0.5: 4.0}]
     np.testing.assert_allclose(at_full_budget(outcomes), [1, 2, 1.5, nan, 3])
+    # What is infinite failed, wherever it was.
+    infinite = [*outcomes[:4], {0.25: np.inf, 0.5: 4.0}, {1.0: np.inf}, {0.5: 1.0, 1.0: -np.inf}]
+    np.testing.assert_allclose(at_full_budget(infinite), [1, 2, 1.5, nan, 3, nan, nan])
     # Step by step: .25 and 1 have no trial in common.
     chained = [{1.0: 0.0, 0.5: 1.0}, {0.5: 1.0, 0.25: 3.0}, {0.25: 4.0}]
     np.testing.assert_allclose(at_full_budget(chained), [0, 0, 1])

@@ -46,7 +46,7 @@ def test_the_two_strongest_edges_are_those_of_the_softmax_and_not_of_alpha():
 def test_every_edge_by_its_own_argmax():
     weights = np.array([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3], [0.3, 0.3, 0.4]])
     assert nas.discretize(THREE, {"cell": weights}, keep=None) == {"cell": ((0, 1, "skip_connect"), (1, 2, "mlp"))}
-    kept = nas.discretize(THREE, {"cell": weights}, keep=1)
+    kept = nas.discretize(THREE, {"cell": weights}, keep=np.int64(1))
     assert kept == {"cell": ((0, 1, "skip_connect"), (1, 2, "mlp"))}
     assert nas.discretize(THREE, {"cell": weights})["cell"][1] == (0, 2, "mlp")  # none is never kept by this rule
     with pytest.raises(ValueError, match=r"a row for each of its 3 edges .*; got shape \(2, 3\)"):
@@ -64,7 +64,7 @@ def test_how_genotypes_are_read_is_the_spaces_own():
     whole = nas.nas_bench_101_space(num_vertices=3)
     with pytest.raises(ValueError, match="`discretize_graph` reads them"):
         nas.discretize(whole, {"cell": np.ones((4, 3))})
-    with pytest.raises(ValueError, match="`keep` must be a number of edges, None or 'space'; got 'all'"):
+    with pytest.raises(ValueError, match="`keep` must be a number of edges, at least 1, None or 'space'; got 'all'"):
         nas.random_genotype(0, THREE, keep="all")
 
 
