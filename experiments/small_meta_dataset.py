@@ -285,9 +285,10 @@ def main() -> None:
         "--work",
         type=Path,
         default=Path("small_meta_dataset_runs"),
-        help="what has ended is kept here: one folder for each form of the script",
+        help="what has ended is kept here, by what code it was made with",
     )
     options = parser.parse_args()
+    options.work /= script.code(__file__)
     settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), options.seeds)
     if options.smoke:
         options.methods = ["prototypical networks"]

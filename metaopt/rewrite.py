@@ -97,7 +97,8 @@ def split(function: Callable, args: Any, moves: Any) -> Halves:
     Returns:
       `Halves`, for arguments of these shapes.
     """
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    # A new function: of one that was traced before, JAX has what it computed then.
+    closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
     inputs = [object() for _ in closed.jaxpr.invars]
     known: dict[Any, Any] = {}
     equations: list[tuple[Any, list, list]] = []

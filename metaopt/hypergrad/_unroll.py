@@ -220,7 +220,7 @@ def unrolled(
       num_steps: T, at least 1 (0 with `outer="last"`: f at the initialization, plain training of λ).
       remat: "none", "step", "grads", "sqrt", or a number of levels; time and memory in `unroll`.
       outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T, which may be traced: a schedule of the outer
-        step. f is not evaluated at steps of weight zero.
+        step. f is not evaluated at steps of weight zero, nor has F a derivative by such a weight.
       grad: what takes the inner gradient; see `inner.step`. `mixed_grad` says where `jax.grad` is to be taken instead.
 
     Returns:

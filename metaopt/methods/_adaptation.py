@@ -50,8 +50,6 @@ class Adaptation(NamedTuple):
 
     Attributes:
       problem: in λ = {"init": ..., "rate": ...}.
-      unrolling: the same, whose `init` computes what no step changes, for rules that train anew for every estimate and
-        differentiate through `init`, as unrolling does; a state that outlives its λ is of `problem`.
       estimator: of dF/dλ for one task; where there are schedules, as it is after their end.
       estimator_at: `step -> Estimator`, the same at an outer step:
         `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)` follows the schedules.
@@ -59,15 +57,17 @@ class Adaptation(NamedTuple):
         looks at it and each leaf or entry of θ has a rate.
       params: `(state, hyperparams) -> ` all leaves of the model, adapted or not, after a state's steps; as f sees them.
       test_steps: steps at test.
+      unrolling: the problem with an `init` that computes what no step changes: right where λ and the support set are
+        the same at every step and derivatives go through `init`, as in `estimator` and `adapted`, and nowhere else.
     """
 
     problem: base.Problem
-    unrolling: base.Problem
     estimator: base.Estimator
     estimator_at: Callable[[Any], base.Estimator]
     hyperparams: Callable[..., dict[str, Any]]
     params: Callable[[base.InnerState, base.HyperParams], base.Params]
     test_steps: int
+    unrolling: base.Problem
 
 
 def adaptation(
@@ -128,8 +128,7 @@ def adaptation(
 
     Returns:
       An `Adaptation`. Train `hypergrad.over_tasks(a.estimator)` by `training.fit`; `adapted` is what it does at test.
-      Second order keeps what is computed once at each of the T steps; with a `sampler`, what the data enter is computed
-      at every step, and with a `rule` all of g is.
+      With a `sampler`, a `rule` or checkpoints (`remat`) every step computes all of g.
 
     Raises:
       ValueError: an argument is out of range; at trace time, `adapt` or `leaves_per_step` finds no leaf, a leaf adapts
@@ -247,7 +246,7 @@ def adaptation(
             if which == 2:  # λ
                 per_step = leaves_per_step and re.search(leaves_per_step, leaf)
                 return rates_per_step if name == "rate" else name == "init" and bool(per_step)
-            return {1: False, 3: sampler is not None}.get(which, True)
+            return which not in (1, 3)
 
         with contextlib.suppress(Exception):  # a branch on a value, or an error of the loss, which g raises by itself
             # As the loop's state has them, without weak types: so that every step is cut as the first.
@@ -259,7 +258,7 @@ def adaptation(
     def start_once(key, hyperparams, data):
         params, carried = start(key, hyperparams, data)
         args = (params, carried.made, hyperparams, data, base.Context(key, jnp.int32(0), carried.own))
-        cut = halves(*args)
+        cut = halves(*args) if sampler is None else None  # steps see fewer rows than are here
         once = () if cut is None else inner.im2col(cut.once, only_on_cpu=True)(args)
         return params, carried._replace(once=tuple(once))
 
@@ -303,7 +302,13 @@ def adaptation(
 
     def problem_from(init):
         loop = inner.loop(g, factory, init=init, sampler=sampler, with_context=True)
-        problem = inner.problem(loop, f, with_context=True)
+
+        def update(state, grads, model_state, hyperparams):
+            """Passes on what no step changes, so that reverse mode keeps it once, and not at every step."""
+            same = loop.context(state).model_state._replace(own=model_state.own)
+            return loop.update(state, grads, same, hyperparams)
+
+        problem = inner.problem(loop._replace(update=update), f, with_context=True)
         return base.reparametrized(problem, at_step) if rates_per_step or leaves_per_step else problem
 
     problem, unrolling = problem_from(start), problem_from(start_once)
@@ -346,7 +351,9 @@ def adaptation(
             weights = outer(step)
 
         def unrolled(grad):
-            return hypergrad.unrolled(unrolling, num_steps=num_steps, remat=remat, outer=weights, grad=grad)
+            # Checkpoints, which save memory, would hold what is computed once in each of them.
+            trained = unrolling if remat == "none" else problem
+            return hypergrad.unrolled(trained, num_steps=num_steps, remat=remat, outer=weights, grad=grad)
 
         first, second = unrolled(_held_grad)._replace(kind="biased"), unrolled(hypergrad.mixed_grad)
         if isinstance(order, str):
@@ -360,12 +367,12 @@ def adaptation(
 
     return Adaptation(
         problem,
-        unrolling,
         estimator_at(int(LATE)),
         estimator_at,
         hyperparams,
         params,
         num_steps if test_steps is None else test_steps,
+        unrolling,
     )
 
 

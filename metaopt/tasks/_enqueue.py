@@ -79,7 +79,8 @@ def enqueue(searcher: base.Searcher, configurations: Sequence[Mapping[str, Any]]
 
     def tell(state, records):
         of_searcher = {here: there for there, here in state.numbers.items()}
-        heard = [record._replace(trial=of_searcher.get(record.trial, -1 - record.trial)) for record in records]
+        below = lambda n: -2 - 2 * n if n >= 0 else 2 * n - 1  # no two alike, whatever enqueues within
+        heard = [record._replace(trial=of_searcher.get(record.trial, below(record.trial))) for record in records]
         return state._replace(searcher=searcher.tell(state.searcher, heard))
 
     return base.Searcher(init, ask, tell)

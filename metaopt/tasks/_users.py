@@ -70,9 +70,10 @@ def from_user_records(
         raise ValueError(f"`feature_names` must be {x.shape[1]} names; got {len(names)}.")
     users, user = np.unique(np.asarray(user), return_inverse=True)
     classes = np.issubdtype(y.dtype, np.integer) or y.dtype == bool
-    if classes and not np.array_equal(np.unique(y), np.arange(int(y.max()) + 1)):
+    labels = np.unique(y)
+    if classes and (labels[0] != 0 or labels[-1] != len(labels) - 1):
         raise ValueError(
-            f"Integer `y` are classes, and must be 0..C-1, each of them there; got {np.unique(y)[:10].tolist()}. "
+            f"Integer `y` are classes, and must be 0..C-1, each of them there; got {labels[:10].tolist()}. "
             "Number them, `np.unique(y, return_inverse=True)[1]`, or give what is counted or measured as floats."
         )
     y = y.astype(np.int32 if classes else np.float32)

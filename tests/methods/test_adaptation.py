@@ -539,6 +539,14 @@ NOT_ONCE = {
     "what comes first adapts": methods.boil(deep_loss),
     "a value a step in front": methods.anil(gain_in_front, leaves_per_step="gain", **TWO),
     "a sampler": methods.anil(deep_loss, sampler=inner.minibatch(2)),
+    # What it computes of λ alone may depend on how many rows there are.
+    "a sampler, and a product of λ": methods.anil(
+        lambda params, hyperparams, batch: (
+            (params["first"]["w"] @ params["second"]["w"]).mean() / len(batch["x"])
+            + deep_loss(params, hyperparams, batch)
+        ),
+        sampler=inner.minibatch(2),
+    ),
 }
 
 
@@ -628,6 +636,16 @@ def test_the_cost_of_more_steps_is_that_of_the_head():
     assert step("head") <= 8 * 2 * 4 * 3  # the head's share of `forward`, and of its derivatives
     assert step("head", always=True) > 2 * forward
     assert step("") == step("", always=True)
+
+
+@pytest.mark.once
+def test_what_is_computed_once_is_kept_once():
+    x = jnp.ones((64, 4))
+    loss = lambda params, hyperparams, batch: ((jnp.tanh(batch @ params["w"]) @ params["head"]) ** 2).mean()
+    a = methods.anil(loss, num_steps=24)
+    hyperparams = {"init": {"w": jnp.ones((4, 256)), "head": jnp.ones(256)}}
+    program = jax.jit(lambda hp: a.estimator.estimate(hp, base.Task(x, x), KEY)[0].hypergrad)
+    assert program.lower(hyperparams).compile().memory_analysis().temp_size_in_bytes < 8 * (64 * 256 * 8)
 
 
 def test_convolutions_of_init_and_of_predictions_are_products():

@@ -203,7 +203,11 @@ def test_a_searcher_hears_of_what_is_enqueued_as_of_others_trials():
     heard, inner = [], fidelities()
     spy = inner._replace(tell=lambda state, records: heard.append([r.trial for r in records]) or state)
     collect(searcher=tasks.enqueue(spy, [{"x": 0.5}, {"x": 0.1}]), num_trials=4, on={"t": 0.0})
-    assert heard == [[-1], [-2], [0], [0], [1], [1]]
+    assert heard == [[-2], [-4], [0], [0], [1], [1]]
+    heard.clear()
+    within = tasks.enqueue(tasks.enqueue(spy, [{"x": 0.5}]), [{"x": 0.1}])  # whose trials are no trials of the spy's
+    collect(searcher=within, num_trials=3, on={"t": 0.0})
+    assert heard == [[-5], [-2], [0], [0]]
 
 
 def test_a_trial_at_a_fraction_of_the_budget_counts_as_much():
