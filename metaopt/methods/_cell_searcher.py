@@ -39,7 +39,8 @@ class CellSearcher(NamedTuple):
     or run are not proposed again; others say nothing. `save_cell_searcher` and `load_cell_searcher` keep it on disk.
 
     Attributes:
-      predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score.
+      predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score, of those that
+        have not failed where there is one.
       suggest: `(new_task, trials) -> configuration` to try next: the one with the most expected improvement.
       searcher: `(new_task) -> Searcher` that asks for what `suggest` says; the space of its `init` may be None.
       posterior: `(new_task, trials) -> (mean, variance)` of the candidates' scores (`predictors.score_posterior`).
@@ -303,17 +304,26 @@ def cell_searcher(
         return predictors.score_posterior(for_task(new_task), *told(trials)[:2])
 
     def predict(new_task: Any = None, trials: Sequence[base.Record] = ()) -> dict[str, Any]:
-        return dict(candidates[int(posterior(new_task, trials)[0].argmax())])
+        return best_of(for_task(new_task), trials)
 
     def suggest(new_task: Any = None, trials: Sequence[base.Record] = ()) -> dict[str, Any]:
         return next_of(for_task(new_task), trials)
 
+    def best_of(prior, trials):
+        tried, losses, _ = told(trials)
+        mean = predictors.score_posterior(prior, tried, losses)[0].copy()
+        at = np.array(tried, int)
+        failed = np.setdiff1d(at[np.isinf(losses)], at[np.isfinite(losses)])
+        if len(failed) < len(mean):
+            mean[failed] = -np.inf
+        return dict(candidates[int(mean.argmax())])
+
     def next_of(prior, trials):
         tried, losses, waiting = told(trials)
-        gain = predictors.score_improvement(prior, tried, losses).copy()
+        gain = predictors.score_improvement(prior, tried, losses)
         gain[waiting] = -np.inf
         if not np.isfinite(gain).any():  # all were tried: the best
-            gain = predictors.score_posterior(prior, tried, losses)[0]
+            return best_of(prior, trials)
         return dict(candidates[int(gain.argmax())])
 
     def searcher(new_task: Any = None) -> base.Searcher:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from scipy.stats import rankdata
 
 from metaopt import base, methods, nas, predictors
+from metaopt.methods._cell_searcher import cell_searcher
 
 KEY = jax.random.key(0)
 OPS = ("none", "a", "b", "c")
@@ -119,6 +121,28 @@ def test_trials_on_a_task_that_is_unlike_the_others_say_what_is_good_there(h):
     assert h.suggest(trials=every) == h.predict(trials=every) and unlike(h.predict(trials=every)) == losses.min()
     with pytest.raises(ValueError, match="A trial must be one of the candidates; got {'e0': 'z'}"):
         h.predict(trials=[base.Record("", {"e0": "z"}, 1.0)])
+
+
+def of_prior(mean):
+    """A searcher of six candidates whose encoder says nothing."""
+    zeros, rng = np.zeros((1, 6, 2)), np.random.default_rng(0)
+    features, spread = rng.normal(size=(6, 3)), 0.3 * rng.normal(size=(6, 2))
+    prior = predictors.ScorePrior(features, np.array(mean), spread, np.full(3, 0.1), np.full(6, 0.2), 0.05)
+    encoder = SimpleNamespace(coefficients=lambda meta_params, features: meta_params)
+    cells = [{"op": i} for i in range(6)]
+    return cell_searcher(zeros, encoder, zeros[:, 0], cells, ("a",), np.zeros(0), np.ones(0), prior, np.zeros(2))
+
+
+def test_what_failed_is_not_predicted():
+    h = of_prior([9.0, 8.0, 0.0, 0.0, 0.0, -9.0])
+    failed = [base.Record("", {"op": i}, float("nan"), status="FAIL") for i in range(6)]
+    assert h.predict() == {"op": 0} and h.predict(trials=failed[:1]) == h.suggest(trials=failed[:1]) == {"op": 1}
+    # However little is expected of others.
+    assert h.predict(trials=failed[:5]) == {"op": 5}
+    assert h.predict(trials=failed) == h.suggest(trials=failed) == {"op": 0}  # there is no other
+    ended = base.Record("", {"op": 5}, 1.0)
+    assert h.predict(trials=[*failed[:5], ended]) == h.suggest(trials=[*failed[:5], ended]) == {"op": 5}
+    assert h.predict(trials=[failed[0], base.Record("", {"op": 0}, 1.0)]) == {"op": 0}  # not with each seed
 
 
 @pytest.mark.once
