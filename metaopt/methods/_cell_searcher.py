@@ -35,8 +35,9 @@ class CellPosteriorFn(Protocol):
 class CellSearcher(NamedTuple):
     """What `train_cell_searcher` returns. A new task is given as for `MetaOptimizer`; None: nothing is known of it.
 
-    Trials of the new task are records of candidates: complete ones at full fidelity, and failed ones; those that wait
-    or run are not proposed again; others say nothing. `save_cell_searcher` and `load_cell_searcher` keep it on disk.
+    Trials of the new task are records of candidates: complete ones at full fidelity, and failed ones; others say
+    nothing of scores. Whatever its status and fidelity, what has a trial is not proposed again while another is left.
+    `save_cell_searcher` and `load_cell_searcher` keep it on disk.
 
     Attributes:
       predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score, of those that
@@ -287,18 +288,17 @@ def cell_searcher(
         return prior._replace(mean=mean + units[1] * (here - anywhere))
 
     def told(trials):
-        """What was tried with which losses, and what is being tried."""
-        tried, losses, waiting = [], [], []
+        """What was tried with which losses, and all that has a trial."""
+        tried, losses, begun = [], [], []
         for record in trials:
             row = at.get(_name(record.configuration))
             if row is None:
                 raise ValueError(f"A trial must be one of the candidates; got {record.configuration}.")
-            if record.status in ("WAITING", "RUNNING"):
-                waiting.append(row)
-            elif (loss := _loss(record)) is not None:
+            begun.append(row)
+            if (loss := _loss(record)) is not None:
                 tried.append(row)
                 losses.append(loss)
-        return tried, np.array(losses), waiting
+        return tried, np.array(losses), begun
 
     def posterior(new_task: Any = None, trials: Sequence[base.Record] = ()) -> tuple[np.ndarray, np.ndarray]:
         return predictors.score_posterior(for_task(new_task), *told(trials)[:2])
@@ -319,9 +319,9 @@ def cell_searcher(
         return dict(candidates[int(mean.argmax())])
 
     def next_of(prior, trials):
-        tried, losses, waiting = told(trials)
+        tried, losses, begun = told(trials)
         gain = predictors.score_improvement(prior, tried, losses)
-        gain[waiting] = -np.inf
+        gain[begun] = -np.inf
         if not np.isfinite(gain).any():  # all were tried: the best
             return best_of(prior, trials)
         return dict(candidates[int(gain.argmax())])

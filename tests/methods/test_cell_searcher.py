@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from metaopt import base, methods, nas, predictors
+from metaopt import base, methods, nas, predictors, spaces
 from metaopt.methods._cell_searcher import cell_searcher
 
 KEY = jax.random.key(0)
@@ -143,6 +143,27 @@ def test_what_failed_is_not_predicted():
     ended = base.Record("", {"op": 5}, 1.0)
     assert h.predict(trials=[*failed[:5], ended]) == h.suggest(trials=[*failed[:5], ended]) == {"op": 5}
     assert h.predict(trials=[failed[0], base.Record("", {"op": 0}, 1.0)]) == {"op": 0}  # not with each seed
+
+
+def test_what_has_a_trial_is_not_proposed_again():
+    h = of_prior([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    for part in ({"status": "PRUNED"}, {"status": "COMPLETE", "fidelity": 0.3}, {"status": "FAIL"}, {}):
+        searcher = h.searcher()
+        state, asked = searcher.init(KEY, None), []
+        for _ in range(6):
+            (trial,), state = searcher.ask(state, 1)
+            asked.append(trial._replace(outcome=0.5)._replace(**part))
+            state = searcher.tell(state, asked[-1:])
+        assert sorted(trial.configuration["op"] for trial in asked) == list(range(6))
+        assert h.suggest(trials=asked[:1]) != asked[0].configuration
+    # A rung compares different cells.
+    asha = methods.asha(h.searcher(), reduction_factor=3, num_rungs=2)
+    state, asked = asha.init(KEY, {"op": spaces.integer(0, 5)}), []
+    for _ in range(4):
+        (trial,), state = asha.ask(state, 1)
+        asked.append((trial.configuration["op"], trial.fidelity < 1))
+        state = asha.tell(state, [trial._replace(status="COMPLETE", outcome=float(len(asked)))])
+    assert asked == [(0, True), (1, True), (2, True), (0, False)]
 
 
 @pytest.mark.once
