@@ -125,7 +125,8 @@ def train_cell_searcher(
       features: task name -> [F] numbers, NaN where unknown; tasks without an entry are unknown altogether.
       candidates: architectures to choose from; by default, all that are in the records.
       tests: records of the same trials whose outcomes are losses that no search sees: what validation does not share
-        with them is its noise. By default validation has none, and what tasks do not share is each one's own.
+        with them is its noise. By default validation has none, and what tasks do not share is each one's own. Trials
+        of which there is no such record are left out of this.
       width: of the encoder, a multiple of 4.
       num_layers: of the encoder.
       num_members: of the ensemble.
@@ -141,13 +142,14 @@ def train_cell_searcher(
 
     Raises:
       ValueError: a size is out of range; no record has an outcome; `candidates` is empty; features are by name, have
-        different lengths, or are of none of the records' tasks.
+        different lengths, or are of none of the records' tasks; no trial of `records` is in `tests`.
     """
     for name, value in (("num_members", num_members), ("batch_size", batch_size)):
         base.check_integer(name, value, 1)
     base.check_integer("num_steps", num_steps, 0)
     base.check_positive("rate", rate)
     names, tried, outcomes = _outcomes(records)
+    test_outcomes = None if tests is None else _same(tests, names, tried, outcomes)
     pool = list(tried.values()) if candidates is None else [dict(c) for c in candidates]
     if not pool:
         raise ValueError(
@@ -206,7 +208,7 @@ def train_cell_searcher(
     c = _coefficients(encoder)(fitted.hyperparams, jnp.zeros(len(center)))
     found = _standardized(c, encoded, offered).mean(0)[: len(tried)]
     blocks = columns(list(every.values()), encoded, pool, offered)
-    prior, units = _prior(blocks, outcomes, None if tests is None else _same(tests, names, tried), found)
+    prior, units = _prior(blocks, outcomes, test_outcomes, found)
     of_rows = {name: getattr(prior, name)[rows] for name in ("features", "mean", "spread", "alone")}
     prior = prior._replace(**of_rows)
     return cell_searcher(offered, encoder, fitted.hyperparams, pool, tuple(ops), center, scale, prior, units)
@@ -400,16 +402,25 @@ def _outcomes(records) -> tuple[list[str], dict[tuple, dict[str, Any]], np.ndarr
     return list(names), tried, np.where(np.isinf(outcomes), worst[None] + 1, outcomes)
 
 
-def _same(records, names, tried) -> np.ndarray:
+def _same(tests, names, tried, outcomes) -> np.ndarray:
     """[A, T] outcomes of the same configurations and tasks in other records, NaN where they have none."""
-    of_tasks, configurations, outcomes = _outcomes(records)
+    of_tasks, configurations, others = _outcomes(tests)
     rows, columns = ({name: i for i, name in enumerate(part)} for part in (configurations, of_tasks))
     found = np.full((len(tried), len(names)), np.nan)
     for i, name in enumerate(tried):
         for t, task in enumerate(names):
             if name in rows and task in columns:
-                found[i, t] = outcomes[rows[name], columns[task]]
+                found[i, t] = others[rows[name], columns[task]]
+    if not np.isfinite(outcomes + found).any():
+        raise ValueError(
+            "`tests` must be of tasks and configurations that `records` have; no configuration has a trial on the same "
+            f"task in both. The tasks there are {_first(of_tasks)}, and of `records` {_first(names)}."
+        )
     return found
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3]))
 
 
 def _features(names, features) -> tuple[jax.Array, np.ndarray, np.ndarray]:
@@ -423,7 +434,7 @@ def _features(names, features) -> tuple[jax.Array, np.ndarray, np.ndarray]:
     if len(lengths) != 1:
         raise ValueError(
             "`features` must have an entry for some of the records' tasks, all of one length; the tasks are "
-            f"{', '.join(map(repr, names[:3]))}, the lengths {lengths}."
+            f"{_first(names)}, the lengths {lengths}."
         )
     rows = np.stack([np.full(lengths[0], np.nan) if row is None else row for row in raw])
     known = np.isfinite(rows)

@@ -185,6 +185,10 @@ def test_refusals():
         trained(records((0.5,)), features={"other": [1.0]})
     with pytest.raises(ValueError, match="`features` must have features as an array"):
         trained(records((0.5,)), features={"t0.5": {"share": 1.0}})
+    other_task = [record._replace(task="t.5") for record in records((0.5,))]
+    for tests in (other_task, records((0.5,), CELLS[:9])):
+        with pytest.raises(ValueError, match="on the same task in both. The tasks there are .*, and of .* 't0.5'[.]$"):
+            trained(records((0.5,), CELLS[9:]), tests=tests, num_steps=0)
     with pytest.raises(ValueError, match="`num_members` must be at least 1"):
         methods.train_cell_searcher(records((0.5,)), graph, num_members=0)
 
