@@ -43,7 +43,8 @@ class CellSearcher(NamedTuple):
       predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score, of those that
         have not failed where there is one.
       suggest: `(new_task, trials) -> configuration` to try next: the one with the most expected improvement.
-      searcher: `(new_task) -> Searcher` that asks for what `suggest` says; the space of its `init` may be None.
+      searcher: `(new_task) -> Searcher` that asks for what `suggest` says; the space of its `init` may be None. Told of
+        others' trials, it passes over those of no candidate, which `predict`, `suggest` and `posterior` refuse.
       posterior: `(new_task, trials) -> (mean, variance)` of the candidates' scores (`predictors.score_posterior`).
         Without trials, and for a task of which nothing is known, the mean is that of two: of what the encoder's
         `scores` say, in units of the earlier tasks' scores, and of what the entries of configurations and their pairs
@@ -289,11 +290,17 @@ def cell_searcher(
         mean = (prior.mean + units[0] + units[1] * anywhere) / 2
         return prior._replace(mean=mean + units[1] * (here - anywhere))
 
+    def row_of(record):
+        try:
+            return at.get(_name(record.configuration))
+        except TypeError:  # of what has no hash, as no candidate does
+            return None
+
     def told(trials):
         """What was tried with which losses, and all that has a trial."""
         tried, losses, begun = [], [], []
         for record in trials:
-            row = at.get(_name(record.configuration))
+            row = row_of(record)
             if row is None:
                 raise ValueError(f"A trial must be one of the candidates; got {record.configuration}.")
             begun.append(row)
@@ -345,6 +352,7 @@ def cell_searcher(
             return asked, state
 
         def tell(state, records):
+            records = [record for record in records if row_of(record) is not None]
             ended = {record.trial for record in records if record.status not in ("WAITING", "RUNNING")}
             before = [r for r in state.trials if r.status not in ("WAITING", "RUNNING") or r.trial not in ended]
             return state._replace(trials=(*before, *records))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from metaopt import base, methods, nas, predictors, spaces
+from metaopt import base, methods, nas, predictors, spaces, tasks
 from metaopt.methods._cell_searcher import cell_searcher
 
 KEY = jax.random.key(0)
@@ -164,6 +164,23 @@ def test_what_has_a_trial_is_not_proposed_again():
         asked.append((trial.configuration["op"], trial.fidelity < 1))
         state = asha.tell(state, [trial._replace(status="COMPLETE", outcome=float(len(asked)))])
     assert asked == [(0, True), (1, True), (2, True), (0, False)]
+
+
+def test_a_searcher_passes_over_trials_of_what_is_no_candidate():
+    h = of_prior([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    searcher = tasks.enqueue(h.searcher(), [{"op": 8}, {"op": 0}])
+    state, asked = searcher.init(KEY, {"op": spaces.integer(0, 9)}), []
+    for _ in range(3):
+        (trial,), state = searcher.ask(state, 1)
+        asked.append(trial._replace(status="COMPLETE", outcome=1.0))
+        state = searcher.tell(state, asked[-1:])
+    assert [trial.configuration["op"] for trial in asked] == [8, 0, 1]
+    state = h.searcher().tell(h.searcher().init(KEY, None), [base.Record("", {"op": [0]}, 1.0), *asked])
+    assert [trial.configuration["op"] for trial in state.trials] == [0, 1]
+    for ask in (h.predict, h.suggest, h.posterior):
+        for other in (8, [0]):
+            with pytest.raises(ValueError, match="A trial must be one of the candidates"):
+                ask(trials=[base.Record("", {"op": other}, 1.0)])
 
 
 @pytest.mark.once
