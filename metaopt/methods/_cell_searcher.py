@@ -35,13 +35,16 @@ class CellPosteriorFn(Protocol):
 class CellSearcher(NamedTuple):
     """What `train_cell_searcher` returns. A new task is given as for `MetaOptimizer`; None: nothing is known of it.
 
-    Trials of the new task are records of candidates: complete ones at full fidelity, and failed ones; those that wait
-    or run are not proposed again; others say nothing. `save_cell_searcher` and `load_cell_searcher` keep it on disk.
+    Trials of the new task are records of candidates: complete ones at full fidelity, and failed ones; others say
+    nothing of scores. Whatever its status and fidelity, what has a trial is not proposed again while another is left.
+    `save_cell_searcher` and `load_cell_searcher` keep it on disk.
 
     Attributes:
-      predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score.
+      predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score, of those that
+        have not failed where there is one.
       suggest: `(new_task, trials) -> configuration` to try next: the one with the most expected improvement.
-      searcher: `(new_task) -> Searcher` that asks for what `suggest` says; the space of its `init` may be None.
+      searcher: `(new_task) -> Searcher` that asks for what `suggest` says; the space of its `init` may be None. Told of
+        others' trials, it passes over those of no candidate, which `predict`, `suggest` and `posterior` refuse.
       posterior: `(new_task, trials) -> (mean, variance)` of the candidates' scores (`predictors.score_posterior`).
         Without trials, and for a task of which nothing is known, the mean is that of two: of what the encoder's
         `scores` say, in units of the earlier tasks' scores, and of what the entries of configurations and their pairs
@@ -123,7 +126,8 @@ def train_cell_searcher(
       features: task name -> [F] numbers, NaN where unknown; tasks without an entry are unknown altogether.
       candidates: architectures to choose from; by default, all that are in the records.
       tests: records of the same trials whose outcomes are losses that no search sees: what validation does not share
-        with them is its noise. By default validation has none, and what tasks do not share is each one's own.
+        with them is its noise. By default validation has none, and what tasks do not share is each one's own. Trials
+        of which there is no such record are left out of this.
       width: of the encoder, a multiple of 4.
       num_layers: of the encoder.
       num_members: of the ensemble.
@@ -139,13 +143,14 @@ def train_cell_searcher(
 
     Raises:
       ValueError: a size is out of range; no record has an outcome; `candidates` is empty; features are by name, have
-        different lengths, or are of none of the records' tasks.
+        different lengths, or are of none of the records' tasks; no trial of `records` is in `tests`.
     """
     for name, value in (("num_members", num_members), ("batch_size", batch_size)):
         base.check_integer(name, value, 1)
     base.check_integer("num_steps", num_steps, 0)
     base.check_positive("rate", rate)
     names, tried, outcomes = _outcomes(records)
+    test_outcomes = None if tests is None else _same(tests, names, tried, outcomes)
     pool = list(tried.values()) if candidates is None else [dict(c) for c in candidates]
     if not pool:
         raise ValueError(
@@ -204,7 +209,7 @@ def train_cell_searcher(
     c = _coefficients(encoder)(fitted.hyperparams, jnp.zeros(len(center)))
     found = _standardized(c, encoded, offered).mean(0)[: len(tried)]
     blocks = columns(list(every.values()), encoded, pool, offered)
-    prior, units = _prior(blocks, outcomes, None if tests is None else _same(tests, names, tried), found)
+    prior, units = _prior(blocks, outcomes, test_outcomes, found)
     of_rows = {name: getattr(prior, name)[rows] for name in ("features", "mean", "spread", "alone")}
     prior = prior._replace(**of_rows)
     return cell_searcher(offered, encoder, fitted.hyperparams, pool, tuple(ops), center, scale, prior, units)
@@ -285,35 +290,49 @@ def cell_searcher(
         mean = (prior.mean + units[0] + units[1] * anywhere) / 2
         return prior._replace(mean=mean + units[1] * (here - anywhere))
 
+    def row_of(record):
+        try:
+            return at.get(_name(record.configuration))
+        except TypeError:  # of what has no hash, as no candidate does
+            return None
+
     def told(trials):
-        """What was tried with which losses, and what is being tried."""
-        tried, losses, waiting = [], [], []
+        """What was tried with which losses, and all that has a trial."""
+        tried, losses, begun = [], [], []
         for record in trials:
-            row = at.get(_name(record.configuration))
+            row = row_of(record)
             if row is None:
                 raise ValueError(f"A trial must be one of the candidates; got {record.configuration}.")
-            if record.status in ("WAITING", "RUNNING"):
-                waiting.append(row)
-            elif (loss := _loss(record)) is not None:
+            begun.append(row)
+            if (loss := _loss(record)) is not None:
                 tried.append(row)
                 losses.append(loss)
-        return tried, np.array(losses), waiting
+        return tried, np.array(losses), begun
 
     def posterior(new_task: Any = None, trials: Sequence[base.Record] = ()) -> tuple[np.ndarray, np.ndarray]:
         return predictors.score_posterior(for_task(new_task), *told(trials)[:2])
 
     def predict(new_task: Any = None, trials: Sequence[base.Record] = ()) -> dict[str, Any]:
-        return dict(candidates[int(posterior(new_task, trials)[0].argmax())])
+        return best_of(for_task(new_task), trials)
 
     def suggest(new_task: Any = None, trials: Sequence[base.Record] = ()) -> dict[str, Any]:
         return next_of(for_task(new_task), trials)
 
+    def best_of(prior, trials):
+        tried, losses, _ = told(trials)
+        mean = predictors.score_posterior(prior, tried, losses)[0].copy()
+        at = np.array(tried, int)
+        failed = np.setdiff1d(at[np.isinf(losses)], at[np.isfinite(losses)])
+        if len(failed) < len(mean):
+            mean[failed] = -np.inf
+        return dict(candidates[int(mean.argmax())])
+
     def next_of(prior, trials):
-        tried, losses, waiting = told(trials)
-        gain = predictors.score_improvement(prior, tried, losses).copy()
-        gain[waiting] = -np.inf
+        tried, losses, begun = told(trials)
+        gain = predictors.score_improvement(prior, tried, losses)
+        gain[begun] = -np.inf
         if not np.isfinite(gain).any():  # all were tried: the best
-            gain = predictors.score_posterior(prior, tried, losses)[0]
+            return best_of(prior, trials)
         return dict(candidates[int(gain.argmax())])
 
     def searcher(new_task: Any = None) -> base.Searcher:
@@ -333,6 +352,7 @@ def cell_searcher(
             return asked, state
 
         def tell(state, records):
+            records = [record for record in records if row_of(record) is not None]
             ended = {record.trial for record in records if record.status not in ("WAITING", "RUNNING")}
             before = [r for r in state.trials if r.status not in ("WAITING", "RUNNING") or r.trial not in ended]
             return state._replace(trials=(*before, *records))
@@ -390,16 +410,25 @@ def _outcomes(records) -> tuple[list[str], dict[tuple, dict[str, Any]], np.ndarr
     return list(names), tried, np.where(np.isinf(outcomes), worst[None] + 1, outcomes)
 
 
-def _same(records, names, tried) -> np.ndarray:
+def _same(tests, names, tried, outcomes) -> np.ndarray:
     """[A, T] outcomes of the same configurations and tasks in other records, NaN where they have none."""
-    of_tasks, configurations, outcomes = _outcomes(records)
+    of_tasks, configurations, others = _outcomes(tests)
     rows, columns = ({name: i for i, name in enumerate(part)} for part in (configurations, of_tasks))
     found = np.full((len(tried), len(names)), np.nan)
     for i, name in enumerate(tried):
         for t, task in enumerate(names):
             if name in rows and task in columns:
-                found[i, t] = outcomes[rows[name], columns[task]]
+                found[i, t] = others[rows[name], columns[task]]
+    if not np.isfinite(outcomes + found).any():
+        raise ValueError(
+            "`tests` must be of tasks and configurations that `records` have; no configuration has a trial on the same "
+            f"task in both. The tasks there are {_first(of_tasks)}, and of `records` {_first(names)}."
+        )
     return found
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3]))
 
 
 def _features(names, features) -> tuple[jax.Array, np.ndarray, np.ndarray]:
@@ -413,7 +442,7 @@ def _features(names, features) -> tuple[jax.Array, np.ndarray, np.ndarray]:
     if len(lengths) != 1:
         raise ValueError(
             "`features` must have an entry for some of the records' tasks, all of one length; the tasks are "
-            f"{', '.join(map(repr, names[:3]))}, the lengths {lengths}."
+            f"{_first(names)}, the lengths {lengths}."
         )
     rows = np.stack([np.full(lengths[0], np.nan) if row is None else row for row in raw])
     known = np.isfinite(rows)

@@ -1,5 +1,6 @@
 """Searches within limits: penalties and constraints on what an architecture costs, and fronts of what was found."""
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ from jax.core import Tracer
 from metaopt import base
 from metaopt.nas import _genotypes
 from metaopt.nas._costs import CostTable, cost_of, expected_cost
-from metaopt.nas._relaxations import Relaxation, mixing_weights, softmax
-from metaopt.nas._specs import Genotype, Space
+from metaopt.nas._relaxations import Relaxation, edge_normalized, mixing_weights, softmax
+from metaopt.nas._specs import Genotype, Network, Space
 
 # ---- Penalties and constraints --------------------------------------------------------------------------------------
 
@@ -40,7 +41,7 @@ def resource_penalty(
       form: one of these.
       relaxation: from α to the weights that are counted; softmax by default, which are the probabilities by which
         `gumbel_softmax` samples, too. Where α is {"ops", "edges"} (PC-DARTS), it is of the ops: the weight of an edge
-        in its node's sum does not say that the edge is not run.
+        in its node's sum says which edges are kept, as genotypes are read, and not what an edge costs.
 
     Where the space keeps so many edges into each node, C is of those that are the strongest at α (`expected_cost`).
 
@@ -83,10 +84,19 @@ def over_budget(
     if not isinstance(budget, Tracer):
         base.check_positive("budget", budget)
     relax = softmax() if relaxation is None else relaxation
+    some_are_kept = isinstance(network, Network) and isinstance(network.keep, numbers.Integral)
+
+    def counted(alpha, cell, key, step):
+        if not isinstance(alpha, Mapping):
+            return relax(alpha, cell, key, step)
+        if not some_are_kept:
+            return relax(alpha["ops"], cell, key, step)
+        # Edges are kept by the product. In the cost of an edge it counts as the ops do: their sum is divided by.
+        alpha = {"ops": alpha["ops"], "edges": jax.lax.stop_gradient(alpha["edges"])}
+        return edge_normalized(relax)(alpha, cell, key, step)
 
     def excess(alpha, step):
-        alpha = {kind: a["ops"] if isinstance(a, Mapping) else a for kind, a in alpha.items()}
-        weights = mixing_weights(relax, network, alpha, jax.random.key(0), step)
+        weights = mixing_weights(counted, network, alpha, jax.random.key(0), step)
         return expected_cost(table, weights, network) / budget - 1
 
     return excess

@@ -163,7 +163,8 @@ def score_prior(
 def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean and the variance of all real scores after trials on the new task.
 
-    Of trials only the order is used, laid on what was expected of them.
+    Of trials only the order is used, laid on what was expected of them. One that failed is worse than all others, and
+    at least a standard deviation below what was expected of it, so that it says something alone, too.
 
     Args:
       prior: of the earlier tasks.
@@ -185,28 +186,31 @@ def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray)
     scores = expected
     if len(at) > 1:
         scores = expected.mean() + np.sqrt(np.diag(inner).mean()) * normal_scores(losses)
+    scores = np.where(np.isinf(losses), np.minimum(scores, expected - np.sqrt(np.diag(inner))), scores)
     weights = np.linalg.solve(inner, covariance.T).T
     return prior.mean + weights @ (scores - expected), variance - (weights * covariance).sum(1)
 
 
 def score_improvement(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray) -> np.ndarray:
-    """What a trial promises: the expected improvement of the score over the best of what was tried.
+    """What a trial promises: the expected improvement of the score over the best of what was tried and did not fail.
 
     Args:
       prior: of the earlier tasks.
       tried: [k] architectures.
-      losses: [k].
+      losses: [k]; infinite where a trial failed.
 
     Returns:
-      [A]; −∞ for what was tried, and without a trial the expected score.
+      [A]; −∞ for what was tried, and without a trial that ended the expected score of all others.
     """
     from scipy.stats import norm
 
     mean, variance = score_posterior(prior, tried, losses)
-    if not len(tried):
-        return mean
-    std = np.sqrt(np.maximum(variance, 1e-12))
-    z = (mean - mean[np.asarray(tried)].max()) / std
-    gain = std * (z * norm.cdf(z) + norm.pdf(z))
-    gain[np.asarray(tried)] = -np.inf
+    at = np.asarray(tried, int)
+    ended = at[np.isfinite(losses)]
+    gain = mean.copy()
+    if len(ended):
+        std = np.sqrt(np.maximum(variance, 1e-12))
+        z = (mean - mean[ended].max()) / std
+        gain = std * (z * norm.cdf(z) + norm.pdf(z))
+    gain[at] = -np.inf
     return gain

@@ -4,13 +4,15 @@ import itertools
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from metaopt import base, methods, nas, predictors
+from metaopt import base, methods, nas, predictors, spaces, tasks
+from metaopt.methods._cell_searcher import cell_searcher
 
 KEY = jax.random.key(0)
 OPS = ("none", "a", "b", "c")
@@ -121,6 +123,66 @@ def test_trials_on_a_task_that_is_unlike_the_others_say_what_is_good_there(h):
         h.predict(trials=[base.Record("", {"e0": "z"}, 1.0)])
 
 
+def of_prior(mean):
+    """A searcher of six candidates whose encoder says nothing."""
+    zeros, rng = np.zeros((1, 6, 2)), np.random.default_rng(0)
+    features, spread = rng.normal(size=(6, 3)), 0.3 * rng.normal(size=(6, 2))
+    prior = predictors.ScorePrior(features, np.array(mean), spread, np.full(3, 0.1), np.full(6, 0.2), 0.05)
+    encoder = SimpleNamespace(coefficients=lambda meta_params, features: meta_params)
+    cells = [{"op": i} for i in range(6)]
+    return cell_searcher(zeros, encoder, zeros[:, 0], cells, ("a",), np.zeros(0), np.ones(0), prior, np.zeros(2))
+
+
+def test_what_failed_is_not_predicted():
+    h = of_prior([9.0, 8.0, 0.0, 0.0, 0.0, -9.0])
+    failed = [base.Record("", {"op": i}, float("nan"), status="FAIL") for i in range(6)]
+    assert h.predict() == {"op": 0} and h.predict(trials=failed[:1]) == h.suggest(trials=failed[:1]) == {"op": 1}
+    # However little is expected of others.
+    assert h.predict(trials=failed[:5]) == {"op": 5}
+    assert h.predict(trials=failed) == h.suggest(trials=failed) == {"op": 0}  # there is no other
+    ended = base.Record("", {"op": 5}, 1.0)
+    assert h.predict(trials=[*failed[:5], ended]) == h.suggest(trials=[*failed[:5], ended]) == {"op": 5}
+    assert h.predict(trials=[failed[0], base.Record("", {"op": 0}, 1.0)]) == {"op": 0}  # not with each seed
+
+
+def test_what_has_a_trial_is_not_proposed_again():
+    h = of_prior([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    for part in ({"status": "PRUNED"}, {"status": "COMPLETE", "fidelity": 0.3}, {"status": "FAIL"}, {}):
+        searcher = h.searcher()
+        state, asked = searcher.init(KEY, None), []
+        for _ in range(6):
+            (trial,), state = searcher.ask(state, 1)
+            asked.append(trial._replace(outcome=0.5)._replace(**part))
+            state = searcher.tell(state, asked[-1:])
+        assert sorted(trial.configuration["op"] for trial in asked) == list(range(6))
+        assert h.suggest(trials=asked[:1]) != asked[0].configuration
+    # A rung compares different cells.
+    asha = methods.asha(h.searcher(), reduction_factor=3, num_rungs=2)
+    state, asked = asha.init(KEY, {"op": spaces.integer(0, 5)}), []
+    for _ in range(4):
+        (trial,), state = asha.ask(state, 1)
+        asked.append((trial.configuration["op"], trial.fidelity < 1))
+        state = asha.tell(state, [trial._replace(status="COMPLETE", outcome=float(len(asked)))])
+    assert asked == [(0, True), (1, True), (2, True), (0, False)]
+
+
+def test_a_searcher_passes_over_trials_of_what_is_no_candidate():
+    h = of_prior([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    searcher = tasks.enqueue(h.searcher(), [{"op": 8}, {"op": 0}])
+    state, asked = searcher.init(KEY, {"op": spaces.integer(0, 9)}), []
+    for _ in range(3):
+        (trial,), state = searcher.ask(state, 1)
+        asked.append(trial._replace(status="COMPLETE", outcome=1.0))
+        state = searcher.tell(state, asked[-1:])
+    assert [trial.configuration["op"] for trial in asked] == [8, 0, 1]
+    state = h.searcher().tell(h.searcher().init(KEY, None), [base.Record("", {"op": [0]}, 1.0), *asked])
+    assert [trial.configuration["op"] for trial in state.trials] == [0, 1]
+    for ask in (h.predict, h.suggest, h.posterior):
+        for other in (8, [0]):
+            with pytest.raises(ValueError, match="A trial must be one of the candidates"):
+                ask(trials=[base.Record("", {"op": other}, 1.0)])
+
+
 @pytest.mark.once
 def test_what_tests_do_not_share_with_validation_is_noise():
     rng = np.random.default_rng(1)
@@ -140,6 +202,10 @@ def test_refusals():
         trained(records((0.5,)), features={"other": [1.0]})
     with pytest.raises(ValueError, match="`features` must have features as an array"):
         trained(records((0.5,)), features={"t0.5": {"share": 1.0}})
+    other_task = [record._replace(task="t.5") for record in records((0.5,))]
+    for tests in (other_task, records((0.5,), CELLS[:9])):
+        with pytest.raises(ValueError, match="on the same task in both. The tasks there are .*, and of .* 't0.5'[.]$"):
+            trained(records((0.5,), CELLS[9:]), tests=tests, num_steps=0)
     with pytest.raises(ValueError, match="`num_members` must be at least 1"):
         methods.train_cell_searcher(records((0.5,)), graph, num_members=0)
 

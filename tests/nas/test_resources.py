@@ -362,6 +362,26 @@ def test_penalties_of_searches_that_have_more_than_weights_of_ops():
         methods.meta_architecture_search(bound, h)
 
 
+def test_edges_of_pc_darts_are_kept_by_both_of_its_weights():
+    cell = nas.complete_cell(3, ("none", "skip_connect", "mlp"))
+    network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2, keep=1)
+    table = nas.cost_table(network, (3,), nas.num_params, ops=nas.BLOCKS)
+    # Edges from the input are surer of their op, and weak in the sum of their node.
+    weak = np.array([edge.source == 0 for edge in cell.edges])
+    alpha = {"ops": np.where(weak[:, None], [-9.0, 9.0, -9.0], [-9.0, 0.0, 6.0]), "edges": np.where(weak, -2.0, 2.0)}
+    alpha = {"cell": jax.tree.map(jnp.asarray, alpha)}
+    for keep in (1, None):
+        search = methods.pc_darts(network, (3,), ops=nas.BLOCKS, partial=2, keep=keep)
+        excess = nas.over_budget(table, search.supernet.network, budget=1.0)
+        weights = search.weights(alpha) if keep else {"cell": jax.nn.softmax(alpha["cell"]["ops"], -1)}
+        expected = nas.expected_cost(table, weights, search.supernet.network)
+        np.testing.assert_allclose(1 + excess(alpha, 0), expected, rtol=1e-9)
+        grads = jax.grad(excess)(alpha, 0)["cell"]
+        assert jnp.abs(grads["ops"]).max() > 0.01 and not grads["edges"].any()
+        if keep:
+            np.testing.assert_allclose(expected, nas.cost_of(table, network, search.genotype(alpha)), rtol=0.02)
+
+
 def test_none_costs_nothing_whatever_is_counted():
     table = nas.cost_table(CELLS, (8, 6, 1), hypergrad.flops, ops=nas.NAS_BENCH_201_OPS)
     empty = {"cell": ()}

@@ -90,6 +90,7 @@ def test_the_posterior_is_the_gaussian_given_the_trials():
     tried, losses = [4, 0, 7], np.array([0.3, np.inf, -2.0])
     given = whole[np.ix_(tried, tried)] + 0.2 * np.eye(3)
     scores = prior.mean[tried].mean() + np.sqrt(np.diag(given).mean()) * norm.ppf([0.5, 1 / 6, 5 / 6])
+    scores[1] = min(scores[1], prior.mean[0] - given[1, 1] ** 0.5)  # it failed
     gain = whole[:, tried] @ np.linalg.inv(given)
     mean, variance = predictors.score_posterior(prior, tried, losses)
     np.testing.assert_allclose(mean, prior.mean + gain @ (scores - prior.mean[tried]), rtol=1e-9)
@@ -97,12 +98,33 @@ def test_the_posterior_is_the_gaussian_given_the_trials():
     improvement = predictors.score_improvement(prior, tried, losses)
     assert np.isneginf(improvement[tried]).all()
     draws = mean + np.sqrt(variance) * RNG.normal(size=(400_000, 9))
-    expected = np.maximum(draws - mean[tried].max(), 0).mean(0)
+    expected = np.maximum(draws - mean[[4, 7]].max(), 0).mean(0)
     rest = np.delete(np.arange(9), tried)
     np.testing.assert_allclose(improvement[rest], expected[rest], atol=0.01)
     at_start = predictors.score_posterior(prior, [], np.zeros(0))
     np.testing.assert_allclose(at_start, [prior.mean, np.diag(whole)], rtol=1e-9)
     np.testing.assert_array_equal(predictors.score_improvement(prior, [], np.zeros(0)), prior.mean)
+
+
+def test_failures_lower_what_is_expected_also_where_nothing_else_is_known():
+    prior = predictors.ScorePrior(
+        np.eye(4), np.array([2.0, 1.0, 0.9, 0.0]), np.zeros((4, 1)), np.full(4, 0.3), np.full(4, 0.2), 0.25
+    )
+    for tried in ([0], [0, 1], [1, 0, 3, 2]):
+        failed = np.full(len(tried), np.inf)
+        mean, _ = predictors.score_posterior(prior, tried, failed)
+        # Architectures are independent here; a third of a surprise is taken for noise.
+        np.testing.assert_array_less(mean[tried], prior.mean[tried] - 0.57)
+        rest = np.setdiff1d(np.arange(4), tried)
+        np.testing.assert_allclose(mean[rest], prior.mean[rest])
+        gain = predictors.score_improvement(prior, tried, failed)
+        assert np.isneginf(gain[tried]).all()
+        np.testing.assert_array_equal(gain[rest], mean[rest])  # there is nothing to improve over
+    # Of what ended the best counts, however good the failed one was to be.
+    mean, variance = predictors.score_posterior(prior, [0, 3], np.array([np.inf, 1.0]))
+    z = (mean[1] - mean[3]) / variance[1] ** 0.5
+    gain = variance[1] ** 0.5 * (z * norm.cdf(z) + norm.pdf(z))
+    np.testing.assert_allclose(predictors.score_improvement(prior, [0, 3], np.array([np.inf, 1.0]))[1], gain)
 
 
 def test_a_task_without_a_score_is_refused():
