@@ -272,6 +272,8 @@ def draw(evaluation: methods.Evaluation, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
     plots.leaderboard(evaluation, axes=left)
     left.set(xlabel="accuracy, mean over sources", title="")
+    # More methods than there are colors.
+    right.set_prop_cycle(color=[*matplotlib.colormaps["tab10"].colors] * 2, linestyle=["-"] * 10 + ["--"] * 10)
     plots.scores_by_number(evaluation, "shots", (1, 2, 3, 4, 9), axes=right, ylabel="accuracy")
     right.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
