@@ -42,18 +42,18 @@ RESULTS = Path(__file__).parent / "results"
 TEST_STEPS = 10
 TEXT = """
 
-Mean squared error over {test_tasks} test tasks and {seeds} seed(s), ± 1.96 standard errors over test tasks of the mean
-over seeds. Gradient steps of .01, or learned ones that start there; a model is trained for the number of steps in its
-name, and goes on with its (last) rates; "diverges" stands for more than 100. Outer steps of Muon (of Adam for what is
-no matrix, and, at half the rate, for rates that are learned) with 25 tasks and {query} query points each, from a rate
-of {rate:g} by a cosine to zero; MAML with one step has 50 tasks, and in it and in MAML with five steps the rate falls
-in the second half of the steps. The optimizer, its schedule, rate, tasks and query points were chosen on other tasks; the
-outer steps of MAML were raised after errors on test tasks had been seen (with one step, of one seed, .344, from 5 shots
-.549; with five, over these 6,000 tasks, .0632 and .0369 after 20,000 steps by the cosine alone). "The first 600" of the
-test tasks, after as many steps as the errors of each seed, are those that an earlier table had alone: the five-step
-models after 20,000 steps had .0642 and .0377 there, and .060 and .034 on 600 others, which is why there are ten times as
-many now. Finn et al. (ICML 2017, with Adam) show curves of this experiment, in their figures 2 and 3, and no
-numbers."""
+Mean squared error over {test_tasks} test tasks and {seeds} seed(s), ± 1.96 standard errors over test tasks of the
+mean over seeds. Gradient steps of .01, or learned ones that start there; a model is trained for the number of steps
+in its name, and goes on with its (last) rates; "diverges" stands for more than 100. Outer steps of Muon (of Adam for
+what is no matrix, and, at half the rate, for rates that are learned) with 25 tasks and {query} query points each,
+from a rate of {rate:g} by a cosine to zero; MAML with one step has 50 tasks, and in it and in MAML with five steps
+the rate falls in the second half of the steps. The optimizer, its schedule, rate, tasks and query points were chosen
+on other tasks; the outer steps of MAML were raised after errors on test tasks had been seen (with one step, of one
+seed, .344, from 5 shots .549; with five, over these 6,000 tasks, .0632 and .0369 after 20,000 steps by the cosine
+alone). "The first 600" of the test tasks, after as many steps as the errors of each seed, are those that an earlier
+table had alone: the five-step models after 20,000 steps had .0642 and .0377 there, and .060 and .034 on 600 others,
+which is why there are ten times as many now. Finn et al. (ICML 2017, with Adam) show curves of this experiment, in
+their figures 2 and 3, and no numbers."""
 
 
 class Row(NamedTuple):
