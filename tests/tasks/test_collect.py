@@ -243,7 +243,7 @@ def test_first_configurations_come_first():
     ("task", "status", "outcome", "reason"),
     [
         ("raise", "FAIL", math.nan, "KeyError: 'no such column'"),
-        ("raise bytes", "FAIL", math.nan, r"FileNotFoundError: /tmp/\udcff.csv"),
+        ("raise bytes", "FAIL", math.nan, r"FileNotFoundError: data/\udcff.csv"),
         ("raise in silence", "FAIL", math.nan, "Speechless: (no text: OSError)"),
         ("prune in silence", "PRUNED", math.nan, "(no text: OSError)"),
         ("exit", "FAIL", math.nan, "SystemExit: enough"),
