@@ -247,6 +247,7 @@ HAND = by_hand(
 )
 
 
+@pytest.mark.once
 def test_methods_of_two_days_are_as_of_one(evaluation, tmp_path):
     samplers = {"two": lambda key: sample(key, 2), "three": sample}
     evaluate = lambda names, key=KEY, num=50: methods.evaluate_episodes(
