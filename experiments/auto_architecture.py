@@ -275,7 +275,7 @@ class Shape:
         return {kind: spaces.real(shape=(len(c.edges), len(c.edges[0].ops))) for kind, c in self.network.cells.items()}
 
 
-def first_gradients(shape: Shape, key, train: base.Data, num_keys: int = 4) -> jax.Array:
+def first_gradients(shape: Shape, key, train: base.Data, num_keys: int = 2) -> jax.Array:
     """[K]: what ∂f/∂w says of every op at random weights and equal mixing weights, mean over edges of a kind."""
     equal = {k: jnp.full(a.shape, 1 / a.shape[1]) for k, a in nas.init_alpha(key, shape.network).items()}
     rows = {k: v[: 2 * shape.config.batch_size] if k in ("x", "y", "mask") else v for k, v in train.items()}
@@ -469,8 +469,8 @@ def operations(shape: Shape, batch: base.Task, codes: np.ndarray) -> dict[str, f
 def processor_seconds(shape: Shape, meta: Meta, units: list[Unit], batch, test, codes, gradients: float):
     """What parts of the work cost on one task, in processor seconds, mean over tasks, compilation left out.
 
-    What h reads is mostly scikit-learn's, where no operations are counted: a look at the training rows, in which simple
-    learners are trained, and gradients at random weights.
+    What h reads is mostly NumPy's, where no operations are counted: a look at the training rows, and gradients at
+    random weights.
     """
     key, some = jax.random.key(0), min(8, len(units))
     keys = jax.random.split(key, some)
@@ -480,7 +480,6 @@ def processor_seconds(shape: Shape, meta: Meta, units: list[Unit], batch, test, 
     return {
         "training run": float(np.mean([train(code) for code in codes])),
         "look": float(np.mean([u.seconds for u in units])),
-        "learners": float(np.mean([u.learning for u in units])),
         "gradients": gradients,
         "fine-tuning": in_chunks(meta.fine_tune, (rate, learned), (keys, few), 4)[1],
         "DARTS": in_chunks(shape.search_alone, rate, (keys, few._replace(features=None)), 4)[1],
@@ -1123,7 +1122,7 @@ def reading_text(result: dict[str, Any]) -> str:
     run, look = clock["training run"], clock["look"]
     return (
         f"{(look + clock['gradients']) / run:.1f} training runs on {result['shape']} (a run {run:.4f} s; the look "
-        f"{look:.4f}, of which simple learners {clock['learners']:.4f}; gradients {clock['gradients']:.4f})"
+        f"{look:.4f}; gradients {clock['gradients']:.4f})"
     )
 
 
@@ -1160,9 +1159,9 @@ def finish(details: dict[str, Any], path: Path) -> None:
         + each(lambda r: f"{r['costs']['operations']['alternation']:.2f} ({r['shape']})")
         + " of it, in operations, and one of fine-tuning "
         + each(lambda r: f"{r['costs']['operations']['fine-tuning']:.2f}")
-        + ", which differentiates where DARTS takes finite differences. What h reads in a task (a look at its rows, in "
-        "which simple learners are trained, and gradients at random weights) has no count of operations, and is told "
-        "by processor seconds against those of a training run, all on one core, per task and without compilation: "
+        + ", which differentiates where DARTS takes finite differences. What h reads in a task (statistics of its "
+        "rows, and gradients at random weights) has no count of operations, and is told by processor seconds against "
+        "those of a training run, all on one core, per task and without compilation: "
         + each(reading_text)
         + ". Nothing is read where it is trusted nothing, and the rows are means over folds. Intervals are from a "
         "bootstrap over families. Random search is the mean over draws of which of the trained networks it saw. "

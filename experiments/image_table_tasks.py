@@ -165,7 +165,6 @@ class Unit(NamedTuple):
     test: tuple[np.ndarray, np.ndarray]
     features: dict[str, float]
     seconds: float  # of the processor, that the features took
-    learning: float  # of these, what simple learners took, whose accuracies are features
 
 
 def shrink(images: np.ndarray) -> np.ndarray:
@@ -231,53 +230,29 @@ def image_units(max_tasks: int, use_folder: bool, seed: int) -> list[Unit]:
             train, valid, test = ((pixels[c][..., None], labels[c]) for c in cut)
             name = f"{family}, {num_ways} classes, {ends[0]} images, {i}"
             start = time.process_time()
-            features, learning = image_features(*train)
-            units.append(Unit(name, family, train, valid, test, features, time.process_time() - start, learning))
+            features = image_features(*train)
+            units.append(Unit(name, family, train, valid, test, features, time.process_time() - start))
     return units
 
 
-def image_features(x: np.ndarray, y: np.ndarray) -> tuple[dict[str, float], float]:
-    """What a look at the training images says, by name; and the processor seconds of simple learners."""
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-    from sklearn.neighbors import KNeighborsClassifier
-
-    half = len(x) // 2
-    flat = x.reshape(len(x), -1)
+def image_features(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """What a look at the training images says, by name. No learner is trained: that costs more than a network."""
     images = x[..., 0]
-
-    spent = []
-
-    def accuracy(model, a, b):
-        start = time.process_time()
-        found = float(model.fit(a, y[:half]).score(b, y[half:])) if len(set(y[:half])) > 1 else 0.0
-        spent.append(time.process_time() - start)
-        return found
-
-    shifted = np.roll(images[half:], 1, axis=2).reshape(len(x) - half, -1)
-    nearest = accuracy(KNeighborsClassifier(1), flat[:half], flat[half:])
-    blurred = (images[:, ::2, ::2] + images[:, 1::2, ::2] + images[:, ::2, 1::2] + images[:, 1::2, 1::2]) / 4
     centered = images - images.mean(0)
     class_means = np.stack([images[y == c].mean(0) for c in np.unique(y)])
-    features = {
+    return {
         "rows": float(np.log(len(x))),
         "classes": float(np.log(y.max() + 1)),
-        "nearest neighbor": nearest,
-        "lost by a shift of one pixel": nearest - accuracy(KNeighborsClassifier(1), flat[:half], shifted),
-        "linear": accuracy(LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"), flat[:half], flat[half:]),
-        "coarse": accuracy(
-            KNeighborsClassifier(1), blurred[:half].reshape(half, -1), blurred[half:].reshape(len(x) - half, -1)
-        ),
         "between neighboring pixels": float((centered[:, :, 1:] * centered[:, :, :-1]).mean() / (centered**2).mean()),
         "between opposite halves": float((centered[:, :, :4] * centered[:, :, 7:3:-1]).mean() / (centered**2).mean()),
         "ink": float((images > 0).mean()),
         "in the class means": float(class_means.var(0).mean() / (images.var(0).mean() + 1e-6)),
     }
-    return features, sum(spent)
 
 
 TABLE_FEATURES = (
     "nr_inst nr_attr nr_class inst_to_attr class_ent freq_class.sd cat_to_num nr_cat cor.mean kurtosis.mean "
-    "can_cor.mean mut_inf.mean one_nn.mean elite_nn.mean linear_discr.mean naive_bayes.mean best_node.mean"
+    "can_cor.mean mut_inf.mean"
 ).split()
 
 
@@ -305,15 +280,12 @@ def table_units(max_tasks: int, use_folder: bool, seed: int) -> list[Unit]:
         except ValueError as error:
             logging.warning("left out: %s", error)
             continue
-        clock = [time.process_time()]
-        every = tasks.metafeatures(p, seed=seed)
-        clock.append(time.process_time())
-        # Other learners' folds are drawn here: the time is what is looked at.
-        tasks.metafeatures(p, groups=["landmarking"], seed=seed)
-        seconds, learning = np.diff([*clock, time.process_time()])
+        start = time.process_time()
+        every = tasks.metafeatures(p, groups=["simple", "statistical", "information_theoretic"], seed=seed)
+        seconds = time.process_time() - start
         rows = ((part.x, part.y) for part in (p.train, p.valid, p.test))
         features = {name: every[name] for name in TABLE_FEATURES}
-        units.append(Unit(p.name, p.family, *rows, features, float(seconds), float(learning)))
+        units.append(Unit(p.name, p.family, *rows, features, seconds))
     return units
 
 
