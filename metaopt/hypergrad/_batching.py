@@ -11,7 +11,7 @@ from metaopt import base
 
 _BATCH = (
     "A batch of tasks is one `Task(train, valid)` whose leaves have a leading axis of tasks (`tasks.stack` makes it of "
-    "a list of them), or a tuple of such batches"
+    "a list of them, `tasks.episode_batches` of a sampler of episodes), or a tuple of such batches"
 )
 _EMPTY = "The batch of tasks is empty: it needs at least one task, stacked with `tasks.stack`."
 
