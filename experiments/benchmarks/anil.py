@@ -35,9 +35,9 @@ INTRO = """\
 Processor milliseconds for the gradient of one outer step, float32, {threads} thread(s); medians of {repetitions} \
 turns, each of two calls whose second is timed. "/ by hand": over the hand-written program with as many steps. \
 "Error": of the gradient against it; {agree} below {tol:g}. conv4 has its convolutions as matrix products in all \
-programs. metaopt writes one and five steps out and scans ten; by hand all are a scan. Five at every step, written out, \
-hold more memory than the C library keeps from call to call (32 MiB): at each the system maps it anew, and that time, \
-"of it system", is most of theirs.
+programs. metaopt writes one and five steps out and scans ten; by hand all are a scan. Five at every step, written \
+out, hold more memory than the C library keeps from call to call (32 MiB): at each the system maps it anew, and that \
+time, "of it system", is most of theirs.
 """
 HEADER = ["model", "inner steps", "program", "CPU-ms", "of it system", "/ by hand"]
 HEADER += ["temporary MiB", "compile s", "error"]
