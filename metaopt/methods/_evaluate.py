@@ -440,8 +440,10 @@ def average_ranks(evaluation: Evaluation, *, step: int = -1) -> dict[str, float]
     ranks: dict[str, float] = {}
     for transductive in (False, True):
         names = [name for name in means if evaluation.transductive[name] == transductive]
-        losses = np.array([[sign * mean for mean, _ in means[name].values()] for name in names])  # [methods, sources]
-        losses = np.nan_to_num(losses, nan=np.inf).reshape(len(names), -1)
+        if not names:
+            continue
+        losses = [[sign * mean for mean, _ in means[name].values()] for name in names]
+        losses = np.nan_to_num(np.array(losses), nan=np.inf)  # [methods, sources]
         better = (losses[None] < losses[:, None]).sum(axis=1)
         equal = (losses[None] == losses[:, None]).sum(axis=1)
         mean_ranks = (better + (equal + 1) / 2).mean(axis=1).tolist()
@@ -524,12 +526,8 @@ def _table(
             difference, half = of[source]
             if method == best or abs(difference) <= half:
                 bold.add((method, source))
-    head = [
-        kind,
-        *map(str, evaluation.sources),
-        "average rank",
-        *([] if reference is None else [f"against {reference}"]),
-    ]
+    head = [kind, *map(str, evaluation.sources), "average rank"]
+    head += [] if reference is None else [f"against {reference}"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method, rank in ranks.items():
         cells = [str(method)]
