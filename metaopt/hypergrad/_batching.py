@@ -178,7 +178,8 @@ def over_tasks(
         if len(sizes) > 1 or () in sizes:
             raise ValueError(
                 "Every leaf of a batch of tasks must have the number of tasks as its leading axis; got leading axes "
-                f"{sorted(map(str, sizes))}. Stack tasks with `tasks.stack`."
+                f"{sorted(map(str, sizes))}. Stack tasks with `tasks.stack`; of a sampler of episodes, "
+                "`tasks.episode_batches(sample, num_tasks)` draws batches."
             )
         return sizes.pop()[0]
 

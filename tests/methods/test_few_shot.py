@@ -221,10 +221,10 @@ def test_pretraining_on_all_classes_is_a_baseline_for_labels_that_change():
 
 def test_a_batch_of_tasks_needs_over_tasks():
     """Without it one adaptation to all tasks at once would be another objective, of the right shape."""
-    batch = jax.tree.map(lambda x: jnp.stack([x, x]), to_jax(base.Task(side(6, 2), side(5, 1))))
+    batch = jax.tree.map(lambda x: jnp.stack([x] * 8), to_jax(base.Task(side(6, 2), side(7, 1))))  # as many as rows
     a = methods.maml(lambda params, hyperparams, batch: methods.cross_entropy(batch["x"] @ params["w"], batch))
     hyperparams = a.hyperparams({"w": jnp.zeros((DIM, WAYS))})
-    with pytest.raises(ValueError, match=r"got shape \(2, 8, 3\). A batch of tasks needs `hypergrad.over_tasks`"):
+    with pytest.raises(ValueError, match=r"got shape \(8, 8, 3\). A batch of tasks needs `hypergrad.over_tasks`"):
         jax.eval_shape(a.estimator.estimate, hyperparams, batch, KEY)
     whole = hypergrad.over_tasks(a.estimator)
     state = whole.init(KEY, hyperparams, batch)
