@@ -97,7 +97,7 @@ def test_a_body_that_does_not_adapt_is_computed_once():
 def test_scales_and_shifts_may_adapt_alone():
     """BatchNorm only: a step takes them down the slope of the support loss, and leaves all else."""
     network = methods.conv4(num_filters=2, num_blocks=1, num_channels=2)
-    params = network.init(KEY) | {"head": {"w": jnp.ones((8, 2)) * jnp.array([0.3, -0.2]), "b": jnp.zeros(2)}}
+    params = network.init(KEY) | {"head": {"w": jnp.tile(jnp.array([0.3, -0.2]), (8, 1)), "b": jnp.zeros(2)}}
     params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
     head = methods.linear_head(network.features)
     loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
