@@ -231,6 +231,38 @@ def test_every_user_is_judged_once():
         methods.evaluate_episodes({"last": last}, sample, KEY, each=3, score_fn=lambda outputs, query: 0.0)
 
 
+class Unhashable:
+    """A score that is compared by its value."""
+
+    def __eq__(self, other):
+        return isinstance(other, Unhashable)
+
+    def __call__(self, outputs, query):
+        return methods.accuracy(outputs, query)
+
+
+def test_a_score_may_have_no_hash():
+    run = lambda **told: methods.evaluate_episodes(
+        {"p": prototypes}, sample, KEY, num_episodes=1, score_fn=Unhashable(), **told
+    )
+    with pytest.raises(ValueError, match="Nothing says whether high values"):
+        run()
+    assert run(higher_is_better=False).higher_is_better is False
+
+
+def test_the_bar_counts_episodes(capsys):
+    """And methods may be called as what is noted of episodes."""
+    named = {"marks": prototypes, "users": prototypes}
+    run = lambda **shown: methods.evaluate_episodes(
+        named, {"one": sample, "two": lambda key: sample(key, 2)}, KEY, num_episodes=5, chunk_size=2, **shown
+    )
+    scores = run(progress=True).scores
+    assert "10/10" in (shown := capsys.readouterr().err) and "two: users" in shown
+    assert {x.shape for of in scores.values() for x in of.values()} == {(5, 1)}
+    run()
+    assert capsys.readouterr().err == ""  # no terminal
+
+
 def by_hand(scores, num_ways=None, higher=True):
     scores = {m: {s: np.array(v, float) for s, v in of.items()} for m, of in scores.items()}
     sources = next(iter(scores.values()))
@@ -277,6 +309,38 @@ def test_what_cannot_be_joined():
     ):
         with pytest.raises(ValueError, match=message):
             methods.join_evaluations(HAND, wrong)
+
+
+def test_the_same_episodes_by_another_machine():
+    """Whose sums are rounded otherwise: of episodes that are much alike, too."""
+    rng = np.random.default_rng(0)
+    marks = {"u": (1e-4 + 4e-5 * rng.normal(size=50)).astype(np.float32)}
+    one = by_hand({"a": {"u": np.zeros((50, 1))}})._replace(marks=marks)
+    other = lambda found: by_hand({"b": {"u": np.zeros((50, 1))}})._replace(marks={"u": found})
+    rounded = (marks["u"] + 5e-9 * rng.choice([-1, 1], size=50)).astype(np.float32)
+    assert list(methods.join_evaluations(one, other(rounded)).scores) == ["a", "b"]
+    apart = marks["u"] + np.float32(4e-6) * (np.arange(50) == 7)  # one that differs by a tenth of what others do
+    for wrong in (apart, np.where(np.arange(50) == 3, np.nan, marks["u"]), np.roll(marks["u"], 1)):
+        with pytest.raises(ValueError, match="source 'u' are not the same .their `marks` differ"):
+            methods.join_evaluations(one, other(wrong))
+        with pytest.raises(ValueError, match="source 'u' are not the same .their `marks` differ"):
+            methods.join_evaluations(other(wrong), one)
+
+
+def test_episodes_with_infinite_data_have_marks():
+    def with_infinity(key):
+        support, query, *_ = sample(key)
+        return tasks.Episode({**support, "extra": jnp.array([jnp.inf, 3e38, -jnp.inf, jnp.nan] * 5)}, query)
+
+    marks = methods.evaluate_episodes({"p": prototypes}, with_infinity, KEY, num_episodes=4).marks["episodes"]
+    assert np.isfinite(marks).all()
+
+    def moved(key):
+        episode = with_infinity(key)
+        return episode._replace(support={**episode.support, "extra": episode.support["extra"][::-1]})
+
+    found = methods.evaluate_episodes({"q": prototypes}, moved, KEY, num_episodes=4)
+    assert (abs(found.marks["episodes"] / marks - 1) > 1e-3).all()
 
 
 def test_an_evaluation_on_disk(tmp_path):
