@@ -19,9 +19,9 @@ of what the literature reports, MAML with the batch's statistics less, above all
 minute for a training, all but CAVIA are ahead of pixel prototypes with 5 ways and one shot: class means in feature
 space most of all, then fine-tuning from them, and MAML, whose ten inner steps at test follow three in training.
 
-A training is kept in the folder that `--work` names, with the split, and goes on from there when it was stopped: call
-the script again with the same arguments. Omniglot is read from the folder that METAOPT_DATA names. Results go to
-experiments/results/omniglot.md and .png, or omniglot_small.md and .png.
+A training is kept in the folder that `--work` names, with the split and by what code it was made with, and goes on from
+there when it was stopped: call the script again with the same arguments. Omniglot is read from the folder that
+METAOPT_DATA names. Results go to experiments/results/omniglot.md and .png, or omniglot_small.md and .png.
 """
 
 import sys
@@ -247,7 +247,8 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
 
     folder = (
         options.work / f"{name.replace(', ', '_').replace(' ', '-')}_{ways}_{options.split}_{scale.filters}_{steps}"
-        f"_{scale.size}_{scale.tasks}_{options.rate:g}_{trained_shots}{'_disjoint' * options.disjoint_drawers}_{seed}"
+        f"_{scale.size}_{scale.tasks}_{options.rate:g}_{trained_shots}_{shots}"
+        f"{'_disjoint' * options.disjoint_drawers}_{seed}"
     )
     result = training.fit(
         training.learner(lambda step: hypergrad.over_tasks(adaptation.estimator_at(step)), optax.chain(optimizer)),
@@ -437,8 +438,11 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, help="a step, of five ways; a quarter as many of twenty")
     parser.add_argument("--rate", type=float, default=2e-3, help="of the outer Adam, at the start")
     parser.add_argument("--name", help="of the result; omniglot, or omniglot_small")
-    parser.add_argument("--work", type=Path, default=Path("omniglot_runs"), help="where trainings are kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("omniglot_runs"), help="trainings are kept here, by their code"
+    )
     options = parser.parse_args()
+    options.work = script.work_folder(options.work, __file__)
     own_head = options.head_ways or ([5] if options.small else options.ways)  # a core has no time for more
     own_shots = sorted(options.shots or ([1] if options.small else [1, 5]))
     options.ways = sorted({*options.ways, *own_head})

@@ -7,7 +7,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def progress_bar(
-    total: float, show: bool | None, text: str, *, start: float = 0, **fields: Any
+    total: float, show: bool | None, text: str, *, start: int = 0, **fields: Any
 ) -> Iterator[Callable[..., None]]:
     """A bar on standard error, and a text beside it.
 

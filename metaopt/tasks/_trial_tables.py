@@ -7,7 +7,6 @@ import csv
 import gzip
 import json
 import math
-import numbers
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -326,7 +325,8 @@ def to_hpob(
 
 
 def _is_fraction(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1  # NumPy's, too
+    known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return known and bool(0 <= value <= 1)
 
 
 class PublishedCurves(NamedTuple):
