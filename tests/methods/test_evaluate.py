@@ -335,7 +335,7 @@ def test_the_same_episodes_by_another_machine():
             methods.join_evaluations(other(wrong), one)
 
 
-def test_episodes_with_infinite_data_have_marks():
+def test_episodes_with_infinite_or_very_large_data_have_marks():
     def marks(extra):
         def with_extra(key):
             support, query, *_ = one_episode(key)
@@ -346,6 +346,8 @@ def test_episodes_with_infinite_data_have_marks():
 
     extra = [jnp.inf, 3e38, -jnp.inf, jnp.nan] * 5
     assert np.isfinite(marks(extra)) and marks(extra) != marks(extra[::-1])
+    large = 3e38 * np.sign(np.cos(4 + np.arange(20)))  # all weights' signs: the sum is as large as it can be
+    assert np.isfinite(marks(large)) and marks(large) != marks(-large)
 
 
 def test_an_evaluation_on_disk(tmp_path):
