@@ -7,8 +7,6 @@ from typing import Any
 import jax
 from jax.interpreters import partial_eval
 
-from metaopt.inner import _depthwise
-
 
 def flops(function: Callable, *args: Any, products_only: bool = False) -> float:
     """Floating-point operations of one call, counted in the program's jaxpr with the lengths of its scans.
@@ -65,7 +63,8 @@ def _count(jaxpr: Any, products_only: bool) -> float:
                 kernel = kernel[1:]
             total += 2 * outputs * math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
         elif name == "cpu_depthwise":
-            total += _depthwise.flops(equation)
+            y = equation.outvars[0] if params["of"] == "y" else equation.invars[1]
+            total += 2 * _size(y) * math.prod(window.size for window in params["windows"])
         elif inner_jaxprs:
             counts = [_count(part, products_only) for part in inner_jaxprs]
             total += (

@@ -9,7 +9,6 @@ compiler. Without the primitive the derivative of a slice is a pad, K times, and
 """
 
 import functools
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -55,7 +54,9 @@ def _bind(of: str, known: dict[str, jax.Array], windows: tuple[Window, ...], spa
     return _depthwise_p.bind(*(known[name] for name in _OPERANDS[of]), of=of, windows=windows, spatial=spatial)
 
 
-def _lowered(a: jax.Array, b: jax.Array, *, of: str, windows: tuple[Window, ...], spatial: tuple[int, ...]) -> jax.Array:
+def _lowered(
+    a: jax.Array, b: jax.Array, *, of: str, windows: tuple[Window, ...], spatial: tuple[int, ...]
+) -> jax.Array:
     def one(pair):
         wide = jnp.promote_types(a.dtype, jnp.float32)
         found = {"y": _outputs, "x": _images, "w": _kernel}[of](*(part.astype(wide) for part in pair), windows, spatial)
@@ -139,13 +140,6 @@ def _batch(args: Any, dims: Any, **params: Any) -> tuple[jax.Array, int]:
 
     y = _depthwise_p.bind(*map(tasks, args, dims), **params)
     return y.reshape(size, -1, *y.shape[1:]), 0
-
-
-def flops(equation: Any) -> float:
-    """Of an equation of this primitive: a multiplication and an addition for each entry of y and position of w."""
-    known = dict(zip(_OPERANDS[equation.params["of"]], equation.invars, strict=True))
-    y = known.get("y", equation.outvars[0]).aval
-    return 2.0 * y.size * math.prod(_sizes(equation.params["windows"]))
 
 
 _depthwise_p.def_impl(_lowered)
