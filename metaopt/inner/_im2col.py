@@ -23,8 +23,6 @@ from metaopt.inner._depthwise import Window, length, total
 
 # A kernel of more positions, if it is to be written by slices, is left to XLA: every position is work for the compiler.
 _MOST_POSITIONS = 128
-# Where patches would take more bytes, the product is a sum over the kernel's positions: slower, and as small as x.
-_LARGE = 2**28
 
 
 def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
@@ -180,7 +178,7 @@ def _convolution(
         x = x if features == groups else jnp.repeat(x, features // groups, -1)
         common = jnp.promote_types(jnp.result_type(x, w), dtype)
         y = _depthwise.convolution(x.astype(common), w.reshape(*sizes, features).astype(common), tuple(windows))
-    elif rows * math.prod(sizes) * depth * groups * x.dtype.itemsize > _LARGE:
+    elif rows * math.prod(sizes) * depth * groups * x.dtype.itemsize > fast.LARGE:
         kernels = w.reshape(-1, depth, groups, features // groups)
         slices = (s.reshape(rows, groups, depth) for s in _positions(x, windows))
         y = total(
