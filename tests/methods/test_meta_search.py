@@ -136,9 +136,11 @@ def test_what_a_person_gives_by_hand_must_be_of_the_space(g):
 
 @pytest.mark.once
 def test_the_default_is_tried_first_unless_candidates_do_not_hold_it(g):
-    first = lambda g, **kwargs: [
-        record.configuration for record in g.searcher(**kwargs).ask(g.searcher().init(jax.random.key(0), None), 2)[0]
-    ]
+
+    def first(g, **kwargs):
+        searcher = g.searcher(**kwargs)
+        return [record.configuration for record in searcher.ask(searcher.init(jax.random.key(0), None), 2)[0]]
+
     everywhere = _meta_search.meta_optimizer(g.surrogate, None, SPACE, None)
     default = spaces.configuration(SPACE, spaces.default(SPACE))
     assert first(everywhere) == [default, everywhere.predict()]
@@ -149,6 +151,29 @@ def test_the_default_is_tried_first_unless_candidates_do_not_hold_it(g):
     np.testing.assert_array_equal(encode({"x": 0.2}), encode({"x": 0.2, "kind": "a"}, True))
     within = _meta_search.meta_optimizer(g.surrogate, None, SPACE, [*POOL, default])
     assert first(within)[0] == default != first(within)[1]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["g", "tpe", "bohb", "asha"])
+def test_what_was_enqueued_is_not_tried_again_as_the_default(g, name):
+    if name in ("tpe", "bohb"):
+        pytest.importorskip("optuna")
+    inner = {
+        "g": lambda: g.searcher(first=[{}, POOL[3]]),
+        "tpe": lambda: methods.tpe(first=[{}, POOL[3]]),
+        "bohb": lambda: methods.bohb(first=[{}, POOL[3]], num_rungs=2),
+        "asha": lambda: methods.asha(g.searcher(first=[{}, POOL[3]]), num_rungs=2),
+    }[name]
+    default = spaces.complete(SPACE, {})
+    for mine, expected in (([{}], [default, POOL[3]]), ([POOL[3], {}], [POOL[3], default]), ([], [default, POOL[3]])):
+        searcher = tasks.enqueue(inner(), mine)
+        state, tried = searcher.init(jax.random.key(0), SPACE), []
+        while len({trial.trial for trial in tried}) < 4:
+            asked, state = searcher.ask(state, 2)
+            tried += asked
+            state = searcher.tell(state, told(asked))
+        configurations = [next(t.configuration for t in tried if t.trial == i) for i in range(4)]
+        assert configurations[:2] == expected and not any(c in expected for c in configurations[2:]), name
 
 
 @pytest.mark.once
