@@ -484,10 +484,12 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
         new = {k: v for k, v in (header | changed).items() if k in header}
         rest = {k: changed.get(k, v) for k, v in arrays.items() if changed.get(k, v) is not None}
         np.savez(tmp_path / "h.npz", **rest | {"header": np.frombuffer(json.dumps(new).encode(), np.uint8)})
-        methods.load_meta_optimizer(tmp_path / "h.npz")
+        return methods.load_meta_optimizer(tmp_path / "h.npz")
 
     for changed, message in (
-        ({"version": 4}, "reads 'metaopt.meta_optimizer' up to version 3"),
+        ({"version": 5}, "reads 'metaopt.meta_optimizer' up to version 4"),
+        ({"outcome.max_shown": None}, "does not describe .* 'outcome.max_shown'"),
+        ({"version": 2, "outcome.max_shown": None, "outcome.deep_share": None}, "does not .* 'outcome.deep_share'"),
         ({"format": "metaopt.predictor"}, "is of format 'metaopt.predictor'"),
         ({"outcome.curves": None}, "does not describe .* 'outcome.curves'"),
         ({"outcome.reference": np.zeros((4, 2))}, "does not describe .* have shapes"),
@@ -495,6 +497,12 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             change(**changed)
+    # Files of before: 3 has not how many trials transformers are shown, 2 no transformers, 1 no deep kernels.
+    added: dict = {}
+    for version, name in ((3, "max_shown"), (2, "transformer_share"), (1, "deep_share")):
+        added |= {f"{kind}.{name}": None for kind in ("outcome", "cost")}
+        old = change(version=version, **added)
+        assert old.surrogate.max_shown == 32 and old.suggest(tried, [1, 2, 3]) == g.suggest(tried, [1, 2, 3])
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(ValueError, match="is nothing that `save_meta_optimizer` wrote"):
         methods.load_meta_optimizer(tmp_path / "text.npz")
@@ -503,7 +511,7 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well_and_so_do_files_of_version_1(g, tmp_path):
+def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well(tmp_path):
     tables = {f"t{t}": rows_of(np.random.default_rng(t), t / 3) for t in range(4)}
     h = methods.train_meta_optimizer(
         make_records(), space=SPACE, candidates=POOL, datasets=tables, num_steps=1, deep_kernels=2, deep_share=0.25
@@ -521,12 +529,6 @@ def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well_and_so_do_files
         np.savez(tmp_path / "wrong.npz", **arrays | {f"outcome.{name}": arrays[f"outcome.{name}"][:, :-1]})
         with pytest.raises(ValueError, match="does not describe .* have shapes"):
             methods.load_meta_optimizer(tmp_path / "wrong.npz")
-    methods.save_meta_optimizer(tmp_path / "g.npz", g)
-    with np.load(tmp_path / "g.npz") as file:
-        arrays = {name: array for name, array in file.items() if "deep_share" not in name}
-    header = json.loads(arrays["header"].tobytes()) | {"version": 1}
-    np.savez(tmp_path / "g.npz", **arrays | {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)})
-    assert methods.load_meta_optimizer(tmp_path / "g.npz").portfolio(3, [1.2]) == g.portfolio(3, [1.2])
 
 
 # ---- What is wrong is said ------------------------------------------------------------------------------------------
