@@ -227,6 +227,9 @@ def test_pruned_failed_enqueued_and_foreign_trials(g):
     # Ranges that are not the space's: drawn by themselves, and learned from all the same.
     study.optimize(lambda trial: trial.suggest_float("x", 2.0, 3.0), n_trials=2)
     assert study.trials[-1].params["x"] >= 2.0
+    # Optuna takes an infinite value as one; here it is a failure.
+    study.optimize(lambda trial: np.inf + trial.suggest_float("x", 0.0, 1.0), n_trials=2)
+    assert len({trial.params["x"] for trial in study.trials[-2:]}) == 2
 
 
 def test_what_it_is_not_for(g):

@@ -62,6 +62,7 @@ def test_suggest_needs_no_bookkeeping_and_no_fit(g):
     assert found == [record.configuration for record in expected] and found[0] != found[1]
     # What runs is not suggested again, and what failed is no reason to stop.
     assert found[0] not in g.suggest(tried, [np.nan, *map(loss, tried[1:])], [1.5], pending=found[:1])
+    assert g.suggest(tried, [np.inf, *map(loss, tried[1:])]) == g.suggest(tried, [np.nan, *map(loss, tried[1:])])
     with pytest.raises(ValueError, match="Each configuration has an outcome; got 3 and 1"):
         g.suggest(tried, [0.1])
 
