@@ -21,8 +21,6 @@ from metaopt.inner import _convolution as fast
 
 # A kernel of more positions, if it is to be written by slices, is left to XLA: every position is work for the compiler.
 _MOST_POSITIONS = 128
-# Where patches would take more bytes, the product is a sum over the kernel's positions: slower, and as small as x.
-_LARGE = 2**28
 
 
 def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
@@ -197,7 +195,7 @@ def _convolution(
         kernels = w.reshape(-1, groups, features // groups).astype(wide)
         slices = (s.reshape(rows, groups, 1).astype(wide) for s in _positions(x, windows))
         y = _sum(s * kernel[None] for s, kernel in zip(slices, kernels, strict=True))
-    elif rows * math.prod(sizes) * depth * groups * x.dtype.itemsize > _LARGE:
+    elif rows * math.prod(sizes) * depth * groups * x.dtype.itemsize > fast.LARGE:
         kernels = w.reshape(-1, depth, groups, features // groups)
         slices = (s.reshape(rows, groups, depth) for s in _positions(x, windows))
         y = _sum(

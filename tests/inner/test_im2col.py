@@ -159,7 +159,7 @@ def test_large_patches_are_not_made(name, monkeypatch):
     conv, x, w = convolution(name)
     text = [str(jax.make_jaxpr(inner.im2col(conv))(x, w))]
     expected = jax.jit(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w)
-    monkeypatch.setattr("metaopt.inner._im2col._LARGE", 100)
+    monkeypatch.setattr("metaopt.inner._convolution.LARGE", 100)
     jax.clear_caches()
     text.append(str(jax.make_jaxpr(inner.im2col(conv))(x, w)))
     chex.assert_trees_all_close(
@@ -316,3 +316,19 @@ def test_derivatives_of_strided_convolutions_are_products():
     exact = jax.jit(both(lambda fn: fn))(x, w)
     for a, b in zip(jax.tree.leaves(fast.compile()(*as_float32((x, w)))), jax.tree.leaves(exact), strict=True):
         assert a.shape == b.shape and jnp.linalg.norm(a - b) < 2e-6 * jnp.linalg.norm(b)
+
+
+@pytest.mark.once
+def test_nor_are_large_columns_of_the_images_cotangent(monkeypatch):
+    conv = inner.im2col(lambda x, w: jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", **NHWC))
+    x, w = as_float32((jax.random.normal(KEY, (2, 6, 6, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 4))))
+    columns = 9 * 3 * (2 * 3 * 3) * 4  # bytes
+    found = {}
+    for limit in (columns, columns - 1):
+        monkeypatch.setattr("metaopt.inner._convolution.LARGE", limit)
+        jax.clear_caches()
+        lowered = jax.jit(jax.grad(lambda x, w: jnp.sum(conv(x, w) ** 2))).lower(x, w)
+        found[limit] = "lhs_dilate = [2, 2]" in lowered.as_text(), lowered.compile()(x, w)
+    (few, at_once), (many, by_holes) = found.values()
+    assert (few, many) == (False, True)
+    chex.assert_trees_all_close(at_once, by_holes, rtol=1e-4, atol=1e-4)
