@@ -10,7 +10,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 _CALLS = ("pjit", "jit", "closed_call")  # nested calls, of jnp functions among others
-_DEAR = ("dot_general", "ragged_dot_general", "conv_general_dilated", "cpu_convolution")
+_DEAR = ("dot_general", "ragged_dot_general", "conv_general_dilated", "cpu_convolution", "cpu_depthwise")
 
 
 def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[Any], Callable | None]) -> list:

@@ -26,6 +26,28 @@ CONVOLUTIONS = {
     "one position": ((2, 5, 5, 3), (1, 1, 3, 4), {"window_strides": (2, 2), **NHWC}),
     "groups": ((2, 5, 5, 6), (3, 3, 3, 4), {"feature_group_count": 2, "padding": "SAME", **NHWC}),
     "depthwise": ((2, 5, 5, 3), (3, 3, 1, 6), {"feature_group_count": 3, "padding": "SAME", **NHWC}),
+    "depthwise strides": (
+        (2, 7, 8, 3),
+        (3, 2, 1, 3),
+        {
+            "feature_group_count": 3,
+            "window_strides": (2, 3),
+            "rhs_dilation": (1, 2),
+            "padding": ((2, 1), (1, -1)),
+            **NHWC,
+        },
+    ),
+    "depthwise transposed": (
+        (2, 3, 4, 5),
+        (3, 1, 3, 2),
+        {
+            "feature_group_count": 3,
+            "lhs_dilation": (2, 3),
+            "window_strides": (1, 2),
+            "padding": ((1, 2), (2, 0)),
+            "dimension_numbers": ("NCHW", "OIHW", "NHWC"),
+        },
+    ),
     "other layout": ((2, 3, 5, 6), (4, 3, 3, 2), {"dimension_numbers": ("NCHW", "OIHW", "NHWC"), "padding": "SAME"}),
     "batch last": ((5, 6, 3, 2), (3, 3, 3, 4), {"dimension_numbers": ("HWCN", "HWIO", "CHWN"), "padding": "SAME"}),
     "one axis": ((2, 7, 3), (3, 3, 4), {"dimension_numbers": ("NWC", "WIO", "NWC"), "padding": "SAME"}),
@@ -59,7 +81,7 @@ def test_a_convolution_and_its_derivatives(name):
         atol=1e-12,
     )
     text = str(jax.make_jaxpr(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w))
-    assert "dot_general" in text or name == "depthwise"
+    assert ("cpu_depthwise" if name.startswith("depthwise") else "dot_general") in text
     assert "conv_general_dilated" not in text
 
 
@@ -300,6 +322,28 @@ def test_every_convolution_is_compiled_in_the_layout_that_has_a_kernel():
     assert len(lines) >= 2  # equal ones may be one function
     for line in lines:
         assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line and "feature_group_count = 1" in line
+
+
+@pytest.mark.once
+def test_depthwise_convolutions_of_tasks():
+    """With images, kernels or both of their own, in one program; and what they cost."""
+    conv, x, w = convolution("depthwise strides")
+    xs, ws = jnp.stack([x, 2 * x, x - 1]), jnp.stack([w, w / 2, w + 1])
+    both = lambda wrap: lambda x, w: derivatives(wrap(conv), x, w)
+
+    def of(wrap):
+        return {
+            "both": jax.vmap(both(wrap))(xs, ws),
+            "images": jax.vmap(both(wrap), (0, None))(xs, w),
+            "kernels": jax.vmap(both(wrap), (None, 0))(x, ws),
+            "tasks of tasks": jax.vmap(jax.vmap(both(wrap), (0, None)), (None, 0))(xs, ws),
+        }
+
+    chex.assert_trees_all_close(jax.jit(lambda: of(inner.im2col))(), jax.jit(lambda: of(lambda fn: fn))(), rtol=1e-10)
+    fast = inner.im2col(conv)
+    products = 2 * conv(x, w).size * 3 * 2
+    assert hypergrad.flops(fast, x, w, products_only=True) == products
+    assert hypergrad.flops(jax.grad(lambda x, w: fast(x, w).sum(), (0, 1)), x, w, products_only=True) == 2 * products
 
 
 @pytest.mark.once
