@@ -13,7 +13,7 @@ from metaopt.methods._cell_searcher import CellSearcher, cell_searcher, columns
 from metaopt.methods._evaluate import Evaluation
 from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 
-VERSION = 3
+VERSION = 4
 _FORMAT = "metaopt.meta_optimizer"
 _CELL_VERSION = 2
 _CELL_FORMAT = "metaopt.cell_searcher"
@@ -25,6 +25,8 @@ _READERS = {
     _EVALUATION_FORMAT: "`methods.load_evaluation`",
     "metaopt.predictor": "`predictors.load`",
 }
+# What arrays of a surrogate were added: since which version, and what they are in files of before.
+_ADDED = {"deep_share": (2, 0.0), "transformer_share": (3, 0.0), "max_shown": (4, predictors.MAX_SHOWN)}
 # What the arrays of a surrogate are called, and how many axes they have.
 _AXES: Any = {"reference": 2, "curves": 2, "coefficients": 2, "log_scales": 1, "kernel": (1, 0, 0)}
 _AXES |= {"attention": {"log_rates": 2, "logit_share": 1}, "sorted_features": 2, "features": 2}
@@ -72,11 +74,12 @@ def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
     header, arrays = _read(path, _FORMAT, VERSION, "save_meta_optimizer")
     try:
         space, candidates = spaces.from_json(header["space"]), header["candidates"]
-        surrogate = _surrogate("outcome", arrays, spaces.num_dims(space))
+        version, num_dims = int(header["version"]), spaces.num_dims(space)
+        surrogate = _surrogate("outcome", arrays, num_dims, version)
         has_costs = any(name.startswith("cost") for name in arrays)
-        costs = _surrogate("cost", arrays, spaces.num_dims(space)) if has_costs else None
+        costs = _surrogate("cost", arrays, num_dims, version) if has_costs else None
         return meta_optimizer(surrogate, costs, space, candidates)
-    except (KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} does not describe a `MetaOptimizer` as it should: {error}.") from error
 
 
@@ -255,11 +258,11 @@ def _arrays(kind: str, tree: Any) -> dict[str, Any]:
     return {kind + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predictors.Surrogate:
+def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int, version: int) -> predictors.Surrogate:
     has = lambda part: any(name.startswith(f"{kind}.{part}.") for name in arrays)
-    for name in ("deep_share", "transformer_share"):
-        arrays.setdefault(f"{kind}.{name}", np.array(0.0))  # version 1 has none, version 2 the first
-    arrays.setdefault(f"{kind}.max_shown", np.array(predictors.MAX_SHOWN))
+    for name, (since, before) in _ADDED.items():
+        if version < since:
+            arrays.setdefault(f"{kind}.{name}", np.array(before))
     template = _TEMPLATE._replace(deep=_DEEP if has("deep") else None)
     template = template._replace(transformers=_TRANSFORMER if has("transformers") else None)
     template = template._replace(embedding=_EMBEDDING if has("embedding") else None)

@@ -316,7 +316,7 @@ def to_hpob(
             raise ValueError(f"HPO-B has numbers in [0, 1] for {names}; got {given}. Give the configurations' `space`.")
         of = rows.setdefault(record.task, {"X": [], "y": []})
         of["X"].append(x)
-        of["y"].append([1.0 - record.outcome])
+        of["y"].append([1.0 - float(record.outcome)])
     path = Path(file)
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
