@@ -39,6 +39,7 @@ def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 1
 
     Args:
       first: configurations to try first; what they lack is at its default. By default, the space's default.
+        `first=g.portfolio(3, new_task)` of a `MetaOptimizer` begins with what earlier tasks say.
       num_random: trials that are random, before there is a model.
 
     Returns:
@@ -72,6 +73,7 @@ def bohb(
 
     Args:
       first: configurations to try first; what they lack is at its default. By default, the space's default.
+        `first=g.portfolio(3, new_task)` of a `MetaOptimizer` begins with what earlier tasks say.
       num_random: trials of each bracket that are random, before there is a model.
       reduction_factor: η, at least 2.
       num_rungs: how many fidelities there are, at least 2: 1/27, 1/9, 1/3 and 1 by default.
