@@ -139,7 +139,7 @@ def optuna_sampler(
     - A pruned trial counts with its last intermediate value, moved by the mean difference between that step and the end
       in the trials that have both; one that has none counts as failed.
     - A trial that fails before it has asked for all of its parameters counts with those that it would have been given;
-      one that has asked for none does not count.
+      one that has asked for none does not count, however it ended.
     - What a trial draws depends on `seed`, its number, and the trials that have ended, or run, when it begins. Each
       process of a distributed study makes a sampler of its own: this one is not pickled.
 
@@ -267,8 +267,8 @@ def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
 
     One that failed may not have asked yet for all that was drawn; one that ended has no use for the rest.
     """
-    if trial.state.name == "FAIL" and not trial.params:
-        return []  # it failed before it asked for anything: nothing is known of any configuration
+    if not trial.params:
+        return []  # it asked for nothing: whatever came of it says nothing of any configuration
     record = base.Record("", dict(trial.params), trial=trial.number)
     told = [
         record._replace(outcome=sign * value, fidelity=1 - 1 / (step + 2))

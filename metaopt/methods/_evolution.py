@@ -31,7 +31,7 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
 
     The first `population_size` trials are random. Then a child is the best of `sample_size` members, drawn with
     replacement, with one entry changed to another value, each alike (what is fixed stays). Trials without a finite
-    outcome do not enter. Each fidelity has a population of its own, since losses at others say something else; parents
+    outcome, and others' that are not of the space, do not enter. Each fidelity has a population of its own, since losses at others say something else; parents
     come from that of the highest fidelity with `sample_size` members (or as many as there can be), and until there is
     one from the largest. So `asha` around it begins with children of what was good after a short training.
 
@@ -109,9 +109,15 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
     def tell(state, records: Sequence[base.Record]):
         populations = {fidelity: deque(members, population_size) for fidelity, members in state.populations.items()}
         for record in records:
-            if record.status == "COMPLETE" and np.isfinite(record.outcome):
+            counts = record.status == "COMPLETE" and np.isfinite(record.outcome)
+            if counts and _fits(state.space, record.configuration):
                 own = populations.setdefault(record.fidelity, deque(maxlen=population_size))
                 own.append((record.configuration, record.outcome))
         return state._replace(populations={fidelity: tuple(members) for fidelity, members in populations.items()})
 
     return base.Searcher(init, ask, tell)
+
+
+def _fits(space, configuration) -> bool:
+    """Whether a child of it would be of the space."""
+    return configuration.keys() == space.keys() and not spaces.foreign(space, configuration)

@@ -265,7 +265,10 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
             for record in records:
                 if record.status not in ("COMPLETE", "PRUNED", "FAIL"):
                     continue
-                entry = known_number(record.configuration), rung_of(record.fidelity)
+                try:
+                    entry = known_number(record.configuration), rung_of(record.fidelity)
+                except (TypeError, ValueError):  # another search's, of what is no candidate
+                    continue
                 state = state._replace(pending=tuple(p for p in state.pending if p != entry))
                 seen = seen_of([record])
                 state = state._replace(seen=(*state.seen, *seen))

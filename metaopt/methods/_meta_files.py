@@ -13,9 +13,9 @@ from metaopt.methods._cell_searcher import CellSearcher, cell_searcher, columns
 from metaopt.methods._evaluate import Evaluation
 from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 
-VERSION = 3
+VERSION = 4
 _FORMAT = "metaopt.meta_optimizer"
-_CELL_VERSION = 2
+_CELL_VERSION, _OLDEST_CELL_VERSION = 2, 2  # version 1 has no prior for trials
 _CELL_FORMAT = "metaopt.cell_searcher"
 _EVALUATION_VERSION = 1
 _EVALUATION_FORMAT = "metaopt.evaluation"
@@ -25,6 +25,8 @@ _READERS = {
     _EVALUATION_FORMAT: "`methods.load_evaluation`",
     "metaopt.predictor": "`predictors.load`",
 }
+# What arrays of a surrogate were added: since which version, and what they are in files of before.
+_ADDED = {"deep_share": (2, 0.0), "transformer_share": (3, 0.0), "max_shown": (4, predictors.MAX_SHOWN)}
 # What the arrays of a surrogate are called, and how many axes they have.
 _AXES: Any = {"reference": 2, "curves": 2, "coefficients": 2, "log_scales": 1, "kernel": (1, 0, 0)}
 _AXES |= {"attention": {"log_rates": 2, "logit_share": 1}, "sorted_features": 2, "features": 2}
@@ -72,11 +74,12 @@ def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
     header, arrays = _read(path, _FORMAT, VERSION, "save_meta_optimizer")
     try:
         space, candidates = spaces.from_json(header["space"]), header["candidates"]
-        surrogate = _surrogate("outcome", arrays, spaces.num_dims(space))
+        version, num_dims = int(header["version"]), spaces.num_dims(space)
+        surrogate = _surrogate("outcome", arrays, num_dims, version)
         has_costs = any(name.startswith("cost") for name in arrays)
-        costs = _surrogate("cost", arrays, spaces.num_dims(space)) if has_costs else None
+        costs = _surrogate("cost", arrays, num_dims, version) if has_costs else None
         return meta_optimizer(surrogate, costs, space, candidates)
-    except (KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} does not describe a `MetaOptimizer` as it should: {error}.") from error
 
 
@@ -118,9 +121,9 @@ def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
       the same.
 
     Raises:
-      ValueError: the file is no such file, of a newer version, or its arrays do not fit one another.
+      ValueError: the file is no such file, of version 1, of a newer version, or its arrays do not fit one another.
     """
-    header, arrays = _read(path, _CELL_FORMAT, _CELL_VERSION, "save_cell_searcher")
+    header, arrays = _read(path, _CELL_FORMAT, _CELL_VERSION, "save_cell_searcher", _OLDEST_CELL_VERSION)
     try:
         candidates, ops = header["candidates"], tuple(header["ops"])
         if not candidates or not all(isinstance(candidate, dict) for candidate in candidates):
@@ -144,7 +147,7 @@ def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
             raise ValueError(f"its arrays have shapes {found}, and should be numbers with {shapes}")
         named = lambda path, _: jnp.asarray(arrays["weights" + jax.tree_util.keystr(path)])
         meta_params = jax.tree_util.tree_map_with_path(named, template)
-    except (KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} does not describe a `CellSearcher` as it should: {error}.") from error
     told = {name: arrays[f"prior.{name}"] for name in ("mean", "spread", "own", "alone")}
     prior = predictors.ScorePrior(features, **told, noise=float(arrays["prior.noise"]))
@@ -222,9 +225,9 @@ def _write(path: str | os.PathLike[str], header: bytes, arrays: dict[str, Any]) 
 
 
 def _read(
-    path: str | os.PathLike[str], format_: str, version: int, writer: str
+    path: str | os.PathLike[str], format_: str, version: int, writer: str, oldest: int = 1
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header, of this format and at most this version, and the arrays."""
+    """The header, of this format and of a version that is read, and the arrays."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -242,6 +245,11 @@ def _read(
             f"{os.fspath(path)} is of version {found[1]}; this metaopt reads {format_!r} up to version {version}. A "
             "newer metaopt reads it."
         )
+    if found[1] < oldest:
+        raise ValueError(
+            f"{os.fspath(path)} is of version {found[1]}; this metaopt reads {format_!r} from version {oldest} on. "
+            f"Train it anew, and write it by `{writer}`."
+        )
     return header, arrays
 
 
@@ -250,11 +258,11 @@ def _arrays(kind: str, tree: Any) -> dict[str, Any]:
     return {kind + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int) -> predictors.Surrogate:
+def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int, version: int) -> predictors.Surrogate:
     has = lambda part: any(name.startswith(f"{kind}.{part}.") for name in arrays)
-    for name in ("deep_share", "transformer_share"):
-        arrays.setdefault(f"{kind}.{name}", np.array(0.0))  # version 1 has none, version 2 the first
-    arrays.setdefault(f"{kind}.max_shown", np.array(predictors.MAX_SHOWN))
+    for name, (since, before) in _ADDED.items():
+        if version < since:
+            arrays.setdefault(f"{kind}.{name}", np.array(before))
     template = _TEMPLATE._replace(deep=_DEEP if has("deep") else None)
     template = template._replace(transformers=_TRANSFORMER if has("transformers") else None)
     template = template._replace(embedding=_EMBEDDING if has("embedding") else None)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from metaopt import base, predictors, spaces
+from metaopt import base, predictors, spaces, tasks
 from metaopt.methods._meta_outcomes import OutcomesFn, mean_of, outcomes_fn
 from metaopt.methods._new_trials import (
     MAX_TRIALS,
@@ -72,7 +72,8 @@ class MakeSearcherFn(Protocol):
         """A searcher that spends trials on a new task: on the configurations `first`, where what they lack is at its
         default; on what `predict` says, as long as there is no outcome; and on what an acquisition function asks for.
         By default the space's default is first, as in other searchers, unless candidates do not hold it; `()` begins
-        with what `predict` says."""
+        with what `predict` says. What others have tried, as far as it is told before it is asked for, is not tried
+        again."""
         ...
 
 
@@ -113,12 +114,14 @@ class MetaSearcherState(NamedTuple):
       num_asked: how many trials have been asked for.
       pending: encoded configurations [D] of what has been asked for and not told, by number.
       tried: what was told, by the trial's number, seed and encoded configuration.
+      first: configurations to try before others.
     """
 
     key: jax.Array
     num_asked: int
     pending: dict[int, np.ndarray]
     tried: dict[tuple[int, int, bytes], TriedConfiguration]
+    first: tuple[dict[str, Any], ...]
 
 
 ROWS = ("x", "y", "mask", "feature_mask", "class_mask")  # what an embedding reads of a labelled table
@@ -489,7 +492,7 @@ def meta_optimizer(
             first = (
                 [{}] if finite is None else [c for i, c in enumerate(pool) if np.array_equal(finite[i], default)][:1]
             )
-        given = [spaces.complete(space, c) for c in first]
+        given = tuple(spaces.complete(space, c) for c in first)
 
         def init(key, space):
             if space is not None and space != own_space:
@@ -497,7 +500,7 @@ def meta_optimizer(
                     "The searcher was trained for another space (other leaves, bounds or labels); give `init` that "
                     "one, which is the `space` of the `MetaOptimizer`, or None."
                 )
-            return MetaSearcherState(key, 0, {}, {})
+            return MetaSearcherState(key, 0, {}, {}, given)
 
         def chosen(key, state):
             tried = list(state.tried.values())
@@ -515,10 +518,11 @@ def meta_optimizer(
             for _ in range(num):
                 trial = state.num_asked
                 seed_key, trial_key = jax.random.split(jax.random.fold_in(state.key, trial))
-                configuration = given[trial] if trial < len(given) else chosen(trial_key, state)
+                configuration = state.first[0] if state.first else chosen(trial_key, state)
                 seed = int(jax.random.randint(seed_key, (), 0, 2**31 - 1))
                 asked.append(base.Record("", configuration, seed=seed, status="WAITING", trial=trial))
-                state = state._replace(num_asked=trial + 1, pending={**state.pending, trial: encode(configuration)})
+                pending = {**state.pending, trial: encode(configuration)}
+                state = state._replace(num_asked=trial + 1, pending=pending, first=state.first[1:])
             return asked, state
 
         def tell(state, records):
@@ -542,7 +546,9 @@ def meta_optimizer(
                 cost = float(np.log(record.cost / record.fidelity)) if says else before.log_cost
                 outcomes = {**before.outcomes, record.fidelity: float(outcome)}
                 tried[name] = tried_configuration(x, outcomes, cost, given_up)
-            return state._replace(pending=pending, tried=tried)
+            return state._replace(
+                pending=pending, tried=tried, first=tasks.untried(state.first, records, state.num_asked)
+            )
 
         return base.Searcher(init, ask, tell)
 

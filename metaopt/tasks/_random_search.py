@@ -32,7 +32,8 @@ def random_search(*, first: Sequence[Mapping[str, Any]] | None = None) -> base.S
     time.
 
     Args:
-      first: configurations to try first; what they lack is at its default. By default, the space's default.
+      first: configurations to try first; what they lack is at its default. By default, the space's default. What
+        others have tried, as far as it is told before it is asked for, is not tried again.
 
     Returns:
       A searcher.
@@ -61,8 +62,8 @@ def random_search(*, first: Sequence[Mapping[str, Any]] | None = None) -> base.S
         return trials, state._replace(num_asked=state.num_asked + num)
 
     def tell(state, records):
-        del records
-        return state
+        begun, left = state.first[: state.num_asked], state.first[state.num_asked :]
+        return state._replace(first=[*begun, *untried(left, records, state.num_asked)])
 
     return base.Searcher(init, ask, tell)
 
@@ -81,6 +82,27 @@ def complete(space: base.PyTree, first: Sequence[Mapping[str, Any]] | None) -> l
       ValueError: one of them does not fit the space.
     """
     return [spaces.complete(space, c) for c in ([{}] if first is None else first)]
+
+
+def untried(
+    configurations: Sequence[dict[str, Any]], records: Sequence[base.Record], num_asked: int = 0
+) -> tuple[dict[str, Any], ...]:
+    """The configurations that nobody has tried at the full budget: what is left of a searcher's `first`.
+
+    Args:
+      configurations: whole ones, as records have them.
+      records: what a searcher is told, whatever its status.
+      num_asked: how many trials the searcher has asked for, numbered from 0: those are its own, and do not count.
+
+    Returns:
+      Some of `configurations`, in their order.
+
+    >>> from metaopt import base, tasks
+    >>> tasks.untried([{"depth": 5}, {"depth": 7}], [base.Record("", {"depth": 5}, trial=-2)])
+    ({'depth': 7},)
+    """
+    others = [r.configuration for r in records if r.fidelity == 1.0 and not 0 <= r.trial < num_asked]
+    return tuple(c for c in configurations if c not in others)
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -316,7 +317,7 @@ def to_hpob(
             raise ValueError(f"HPO-B has numbers in [0, 1] for {names}; got {given}. Give the configurations' `space`.")
         of = rows.setdefault(record.task, {"X": [], "y": []})
         of["X"].append(x)
-        of["y"].append([1.0 - record.outcome])
+        of["y"].append([1.0 - float(record.outcome)])
     path = Path(file)
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -325,7 +326,7 @@ def to_hpob(
 
 
 def _is_fraction(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
 class PublishedCurves(NamedTuple):
@@ -411,8 +412,8 @@ def to_openml_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
         {
             "run_id": record.trial,
             "data_name": record.task,
-            "value": 1.0 - record.outcome,
-            "parameters": {name: json.dumps(value) for name, value in record.configuration.items()},
+            "value": 1.0 - float(record.outcome),
+            "parameters": {n: json.dumps(getattr(v, "item", lambda v=v: v)()) for n, v in record.configuration.items()},
         }
         for record in records
         if record.status == "COMPLETE" and record.fidelity == 1.0 and math.isfinite(record.outcome)

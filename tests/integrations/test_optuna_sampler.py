@@ -58,21 +58,31 @@ def test_it_samples_what_the_searcher_would_ask_for(g):
     assert ("only_a" in study.trials[0].params) == (study.trials[0].params["kind"] == "a")
 
 
+def raises(error):
+    raise error
+
+
 @pytest.mark.once
-def test_what_failed_before_it_asked_tells_nothing():
+@pytest.mark.parametrize(
+    "ends",
+    [
+        lambda trial: raises(RuntimeError("no data yet")),
+        lambda trial: raises(optuna.TrialPruned),
+        lambda trial: trial.report(9.0, 0) or raises(optuna.TrialPruned),
+        lambda trial: 9.0,
+    ],
+    ids=["failed", "pruned", "pruned with a value", "complete"],
+)
+def test_what_ended_before_it_asked_tells_nothing(ends):
     # The best of what is known is the default, which an empty configuration would be taken for.
     space = {"x": spaces.interval(0.0, 1.0)}
     pool = [{"x": float(x)} for x in np.linspace(0, 1, 9)]
     records = [Record(f"t{slope}", c, slope * abs(c["x"] - 0.5)) for slope in (1, 2) for c in pool]
     g = methods.train_meta_searcher(records, space=space, num_steps=0)
 
-    def fails_once(trial):
-        if trial.number == 0:
-            raise RuntimeError("no data yet")
-        return abs(trial.suggest_float("x", 0.0, 1.0) - 0.5)
-
+    objective = lambda trial: abs(trial.suggest_float("x", 0.0, 1.0) - 0.5) if trial.number else ends(trial)
     study = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=3))
-    study.optimize(fails_once, n_trials=2, catch=(RuntimeError,))
+    study.optimize(objective, n_trials=2, catch=(RuntimeError,))
     assert study.trials[0].params == {} and study.trials[1].params["x"] == pytest.approx(g.predict()["x"], abs=0.05)
 
 
@@ -217,6 +227,9 @@ def test_pruned_failed_enqueued_and_foreign_trials(g):
     # Ranges that are not the space's: drawn by themselves, and learned from all the same.
     study.optimize(lambda trial: trial.suggest_float("x", 2.0, 3.0), n_trials=2)
     assert study.trials[-1].params["x"] >= 2.0
+    # Optuna takes an infinite value as one; here it is a failure.
+    study.optimize(lambda trial: np.inf + trial.suggest_float("x", 0.0, 1.0), n_trials=2)
+    assert len({trial.params["x"] for trial in study.trials[-2:]}) == 2
 
 
 def test_what_it_is_not_for(g):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt import methods, spaces
+from metaopt import Record, methods, spaces
 
 SPACE = {f"edge{i}": spaces.integer(1, 5) for i in range(6)}
 TARGET = (1, 3, 5, 2, 2, 4)
@@ -67,6 +67,17 @@ def test_failures_do_not_enter():
     state = searcher.tell(state, records)
     assert state.populations == {1.0: ((trials[2].configuration, 1.0),)}
     assert searcher.tell(state, []).populations == state.populations
+
+
+def test_trials_of_another_space_have_no_children():
+    searcher = methods.regularized_evolution(population_size=1, sample_size=1)
+    _, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 1)
+    whole = dict.fromkeys(SPACE, 2)
+    others = [{"edge0": 1}, whole | {"edge0": 6}, whole | {"edge0": "a"}, whole | {"edge6": 1}, whole | {"edge0": [1]}]
+    told = lambda configurations: [Record("", c, 0.0, trial=-2) for c in configurations]
+    assert searcher.tell(state, told(others)) == state
+    (child,), _ = searcher.ask(searcher.tell(state, told([whole])), 1)
+    assert sum(child.configuration[name] != 2 for name in SPACE) == 1
 
 
 def test_every_fidelity_has_a_population_and_parents_are_of_the_highest_with_enough():

@@ -103,6 +103,21 @@ def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
     assert (again.trial, again.fidelity) == (4, 0.5) and rest == []
 
 
+def test_what_is_enqueued_or_told_of_others_is_passed_over_where_it_has_no_place(g):
+    searcher = tasks.enqueue(g.searcher(), [{"x": 0.3}, {"x": 0.75}])  # the first is no candidate
+    state, asked = searcher.init(jax.random.key(0), SPACE), []
+    for _ in range(len(CANDIDATES) * len(FIDELITIES)):
+        trials, state = searcher.ask(state, 1)
+        asked += trials
+        state = searcher.tell(state, [done(trial, 0.7) for trial in trials])
+    tried = [(trial.configuration["x"], trial.fidelity) for trial in asked]
+    # The second is at its full budget by then.
+    assert tried[:2] == [(0.3, 1.0), (0.75, 1.0)]
+    assert set(tried[2:]) == {(c["x"], f) for c in CANDIDATES if c["x"] != 0.75 for f in FIDELITIES}
+    others = [base.Record("", {"x": x}, 1.0, f) for x, f in (("far", 1.0), ([0], 1.0), (0.5, 0.3))]
+    assert searcher.tell(state, [*others, base.Record("", {"y": 0.5}, 1.0)]).searcher == state.searcher
+
+
 def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not_go_on(g):
     """It is the outcome of some fidelity below the one that was asked for."""
     searcher, state = begin(g)
@@ -176,11 +191,10 @@ def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_fir
 
 
 def test_bad_input_is_named(g):
-    searcher, state = begin(g)
     with pytest.raises(ValueError, match="none of the candidates"):
-        searcher.tell(state, [base.Record("", {"x": 0.1}, 1.0, 0.25)])
+        g.predict([base.Record("", {"x": 0.1}, 1.0, 0.25)])
     with pytest.raises(ValueError, match="fidelity must be one of"):
-        searcher.tell(state, [base.Record("", CANDIDATES[0], 1.0, 0.3)])
+        g.predict([base.Record("", CANDIDATES[0], 1.0, 0.3)])
     with pytest.raises(ValueError, match="`levels` must lie between 0 and 1"):
         g.predict((), (0.0, 0.5))
     failed = base.Record("c", CANDIDATES[0], status="FAIL")

@@ -62,6 +62,7 @@ def test_suggest_needs_no_bookkeeping_and_no_fit(g):
     assert found == [record.configuration for record in expected] and found[0] != found[1]
     # What runs is not suggested again, and what failed is no reason to stop.
     assert found[0] not in g.suggest(tried, [np.nan, *map(loss, tried[1:])], [1.5], pending=found[:1])
+    assert g.suggest(tried, [np.inf, *map(loss, tried[1:])]) == g.suggest(tried, [np.nan, *map(loss, tried[1:])])
     with pytest.raises(ValueError, match="Each configuration has an outcome; got 3 and 1"):
         g.suggest(tried, [0.1])
 
@@ -136,9 +137,11 @@ def test_what_a_person_gives_by_hand_must_be_of_the_space(g):
 
 @pytest.mark.once
 def test_the_default_is_tried_first_unless_candidates_do_not_hold_it(g):
-    first = lambda g, **kwargs: [
-        record.configuration for record in g.searcher(**kwargs).ask(g.searcher().init(jax.random.key(0), None), 2)[0]
-    ]
+
+    def first(g, **kwargs):
+        searcher = g.searcher(**kwargs)
+        return [record.configuration for record in searcher.ask(searcher.init(jax.random.key(0), None), 2)[0]]
+
     everywhere = _meta_search.meta_optimizer(g.surrogate, None, SPACE, None)
     default = spaces.configuration(SPACE, spaces.default(SPACE))
     assert first(everywhere) == [default, everywhere.predict()]
@@ -149,6 +152,29 @@ def test_the_default_is_tried_first_unless_candidates_do_not_hold_it(g):
     np.testing.assert_array_equal(encode({"x": 0.2}), encode({"x": 0.2, "kind": "a"}, True))
     within = _meta_search.meta_optimizer(g.surrogate, None, SPACE, [*POOL, default])
     assert first(within)[0] == default != first(within)[1]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["g", "tpe", "bohb", "asha"])
+def test_what_was_enqueued_is_not_tried_again_as_the_default(g, name):
+    if name in ("tpe", "bohb"):
+        pytest.importorskip("optuna")
+    inner = {
+        "g": lambda: g.searcher(first=[{}, POOL[3]]),
+        "tpe": lambda: methods.tpe(first=[{}, POOL[3]]),
+        "bohb": lambda: methods.bohb(first=[{}, POOL[3]], num_rungs=2),
+        "asha": lambda: methods.asha(g.searcher(first=[{}, POOL[3]]), num_rungs=2),
+    }[name]
+    default = spaces.complete(SPACE, {})
+    for mine, expected in (([{}], [default, POOL[3]]), ([POOL[3], {}], [POOL[3], default]), ([], [default, POOL[3]])):
+        searcher = tasks.enqueue(inner(), mine)
+        state, tried = searcher.init(jax.random.key(0), SPACE), []
+        while len({trial.trial for trial in tried}) < 4:
+            asked, state = searcher.ask(state, 2)
+            tried += asked
+            state = searcher.tell(state, told(asked))
+        configurations = [next(t.configuration for t in tried if t.trial == i) for i in range(4)]
+        assert configurations[:2] == expected and not any(c in expected for c in configurations[2:]), name
 
 
 @pytest.mark.once
@@ -204,7 +230,7 @@ def test_suggest_says_what_the_searcher_does_and_reads_a_few_hundred_of_any_numb
     free, rng = _meta_search.meta_optimizer(g.surrogate, None, SPACE, None), np.random.default_rng(0)
     tried = [{"x": x, "kind": "a"} for x in rng.uniform(size=600).tolist()]
     y = [unit * loss(c) if i % 5 else np.inf if i % 2 else np.nan for i, c in enumerate(tried)]
-    searcher, read, real = free.searcher(), [], spaces.from_configuration
+    searcher, read, real = free.searcher(first=()), [], spaces.from_configuration
     start = searcher.init(jax.random.key(3), None)._replace(num_asked=len(tried))
     monkeypatch.setattr(
         spaces, "from_configuration", lambda *args, **kwargs: read.append(args[1]) or real(*args, **kwargs)
@@ -486,10 +512,12 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
         new = {k: v for k, v in (header | changed).items() if k in header}
         rest = {k: changed.get(k, v) for k, v in arrays.items() if changed.get(k, v) is not None}
         np.savez(tmp_path / "h.npz", **rest | {"header": np.frombuffer(json.dumps(new).encode(), np.uint8)})
-        methods.load_meta_optimizer(tmp_path / "h.npz")
+        return methods.load_meta_optimizer(tmp_path / "h.npz")
 
     for changed, message in (
-        ({"version": 4}, "reads 'metaopt.meta_optimizer' up to version 3"),
+        ({"version": 5}, "reads 'metaopt.meta_optimizer' up to version 4"),
+        ({"outcome.max_shown": None}, "does not describe .* 'outcome.max_shown'"),
+        ({"version": 2, "outcome.max_shown": None, "outcome.deep_share": None}, "does not .* 'outcome.deep_share'"),
         ({"format": "metaopt.predictor"}, "is of format 'metaopt.predictor'"),
         ({"outcome.curves": None}, "does not describe .* 'outcome.curves'"),
         ({"outcome.reference": np.zeros((4, 2))}, "does not describe .* have shapes"),
@@ -497,6 +525,12 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             change(**changed)
+    # Files of before: 3 has not how many trials transformers are shown, 2 no transformers, 1 no deep kernels.
+    added: dict = {}
+    for version, name in ((3, "max_shown"), (2, "transformer_share"), (1, "deep_share")):
+        added |= {f"{kind}.{name}": None for kind in ("outcome", "cost")}
+        old = change(version=version, **added)
+        assert old.surrogate.max_shown == 32 and old.suggest(tried, [1, 2, 3]) == g.suggest(tried, [1, 2, 3])
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(ValueError, match="is nothing that `save_meta_optimizer` wrote"):
         methods.load_meta_optimizer(tmp_path / "text.npz")
@@ -505,7 +539,7 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well_and_so_do_files_of_version_1(g, tmp_path):
+def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well(tmp_path):
     tables = {f"t{t}": rows_of(np.random.default_rng(t), t / 3) for t in range(4)}
     h = methods.train_meta_optimizer(
         make_records(), space=SPACE, candidates=POOL, datasets=tables, num_steps=1, deep_kernels=2, deep_share=0.25
@@ -523,12 +557,6 @@ def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well_and_so_do_files
         np.savez(tmp_path / "wrong.npz", **arrays | {f"outcome.{name}": arrays[f"outcome.{name}"][:, :-1]})
         with pytest.raises(ValueError, match="does not describe .* have shapes"):
             methods.load_meta_optimizer(tmp_path / "wrong.npz")
-    methods.save_meta_optimizer(tmp_path / "g.npz", g)
-    with np.load(tmp_path / "g.npz") as file:
-        arrays = {name: array for name, array in file.items() if "deep_share" not in name}
-    header = json.loads(arrays["header"].tobytes()) | {"version": 1}
-    np.savez(tmp_path / "g.npz", **arrays | {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)})
-    assert methods.load_meta_optimizer(tmp_path / "g.npz").portfolio(3, [1.2]) == g.portfolio(3, [1.2])
 
 
 # ---- What is wrong is said ------------------------------------------------------------------------------------------

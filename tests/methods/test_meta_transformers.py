@@ -114,6 +114,7 @@ def test_without_a_share_they_change_nothing_and_with_some_they_do(g):
     trials = [[r.configuration for r in run(h.searcher([0.3]), 0.6, 6, batch=2)] for h in (without, none, half)]
     assert trials[0] == trials[1] != trials[2]
     assert without.portfolio(4, [0.3]) == none.portfolio(4, [0.3])
+    assert len({c["x"] for c in half.portfolio(4, [0.3])}) == 4
 
 
 @pytest.mark.slow
@@ -121,7 +122,7 @@ def test_without_a_share_they_change_nothing_and_with_some_they_do(g):
 def test_every_acquisition_goes_on_in_batches_with_failures_and_repeats_nothing(g, acquisition):
     searcher = rebuilt(g, LINE, transformer_share=0.5).searcher(acquisition=acquisition)
     tried = [r.configuration["x"] for r in run(searcher, 0.4, 9, batch=3, fails=lambda x: x > 0.7)]
-    assert min(loss({"x": x}, 0.4) for x in tried if x <= 0.7) < 3.01
+    assert min(loss({"x": x}, 0.4) for x in tried if x <= 0.7) < 3.01 and len(set(tried)) == 9
     first, state = searcher.ask(searcher.init(jax.random.key(0), None), 2)
     state = searcher.tell(state, [first[0]._replace(status="COMPLETE", outcome=3.0)])
     one, other = (searcher.ask(state, 2)[0] for _ in range(2))

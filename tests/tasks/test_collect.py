@@ -156,6 +156,67 @@ def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_o
         tasks.enqueue(searcher, MINE[0])  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize(("searcher", "batch"), [(tasks.random_search(), 4), (LISTENER, 3)], ids=["random", "listens"])
+def test_what_is_enqueued_in_the_middle_of_a_collection_changes_nothing_of_what_was_run(tmp_path, searcher, batch):
+    store, calls, kwargs = tmp_path / "records.db", [], {"batch_size": batch}
+
+    def dies(trial, task):
+        calls.append(trial)
+        if len(calls) == 18:
+            raise Killed
+        return black_boxes.pure(trial, task)
+
+    before = collect(dies, num_trials=6, store=store, searcher=searcher, **kwargs)
+    ours = tasks.enqueue(searcher, MINE, after=6)
+    whole = collect(num_trials=12, searcher=ours, **kwargs)
+    with pytest.raises(Killed):
+        collect(dies, num_trials=12, store=store, searcher=ours, **kwargs)
+    found = collect(dies, num_trials=12, store=store, searcher=ours, num_workers=3, **kwargs)
+    assert len(calls) == 25 and without_cost(found) == without_cost(whole)  # one of them died
+    assert without_cost(whole[:6] + whole[12:18]) == without_cost(before)
+    assert [r.configuration for r in whole[6:8]] == [MINE[0], {"x": 0.25, "size": 6, "kind": "a"}]
+    assert [r.trial for r in whole[:12]] == [*range(12)] and len({r.seed for r in whole[:12]}) == 12
+    # And again.
+    more = tasks.enqueue(ours, [{"x": -0.1}], after=12)
+    found = collect(num_trials=15, store=store, searcher=more, **kwargs)
+    assert without_cost(found[:12]) == without_cost(whole[:12]) and found[12].configuration["x"] == -0.1
+    # Not among what has been run.
+    with pytest.raises(ValueError, match="`enqueue` takes `after`, the number of trials that it has"):
+        collect(num_trials=15, store=store, searcher=tasks.enqueue(searcher, MINE, after=5), **kwargs)
+    with pytest.raises(ValueError, match="`after` must be at least 0"):
+        tasks.enqueue(searcher, MINE, after=-1)
+    # What ends earlier is followed by them.
+    ends = tasks.enqueue(listener(stop=2), [{"x": 0.25}], after=9)
+    assert [r.trial for r in collect(num_trials=9, searcher=ends, on={"t": 0.0})] == [0, 1, 2]
+
+
+def test_what_was_tried_is_not_tried_again_where_one_says_so():
+    x = lambda searcher, **kwargs: [
+        r.configuration["x"] for r in collect(num_trials=5, searcher=searcher, on={"t": 0.0}, **kwargs)
+    ]
+    drawn = x(tasks.random_search())
+    assert drawn[0] == 0.0
+    # The default is what a searcher begins with, and is not paid for twice, whatever the size of a batch.
+    for batch_size in (1, 4):
+        found = x(tasks.enqueue(tasks.random_search(), [{"x": 0.5}, {}]), batch_size=batch_size)
+        assert found[:2] == [0.5, 0.0] and len(set(found)) == 5 and found[3:] == drawn[1:3]
+    mine = [{"x": 0.5}, {}, {"x": 0.5}]
+    after = lambda **kwargs: x(tasks.enqueue(tasks.random_search(), mine, after=2, **kwargs))
+    assert after() == [*drawn[:2], 0.5, 0.0, 0.5]
+    assert after(skip_if_exists=True) == [*drawn[:2], 0.5, *drawn[2:4]]
+    # What one has in mind oneself, others' trials at a fraction of the budget, and one's own do not count.
+    twice = tasks.random_search(first=[{"x": 0.5}, {"x": 0.5}])
+    assert x(twice)[:2] == [0.5, 0.5] == x(twice, batch_size=2)[:2]
+    state = twice.init(KEY, black_boxes.SPACE)
+    record = base.Record("", {"x": 0.5, "size": 6, "kind": "a"}, trial=-2, status="RUNNING")
+    for told, num in ((record._replace(fidelity=0.5), 2), (record, 0), (record._replace(status="FAIL"), 0)):
+        (first, second), _ = twice.ask(twice.tell(state, [told]), 2)
+        assert [first.configuration["x"], second.configuration["x"]].count(0.5) == num
+    queue = tasks.enqueue(tasks.random_search(), mine, skip_if_exists=True)
+    state = queue.tell(queue.init(KEY, black_boxes.SPACE), [record])
+    assert [trial.configuration["x"] for trial in queue.ask(state, 2)[0]] == [0.0]
+
+
 def test_one_collection_of_a_study_at_a_time(tmp_path):
     store, link, refused = tmp_path / "records.db", tmp_path / "link.db", []
     link.symlink_to(store)

@@ -77,6 +77,11 @@ def test_what_is_written_as_hpob_or_openml_has_it_comes_back(tmp_path):
     back = tasks.from_openml_evaluations(rows)
     assert rows[0]["value"] == 0.75 and rows[0]["parameters"]["kernel"] == '"rbf"'
     assert [r._replace(cost=0.0) for r in back] == [r._replace(cost=0.0) for r in mixed]
+    # NumPy's numbers are plain ones there.
+    typed = Record("t", {"x": np.float32(0.5), "n": np.int64(1)}, np.float32(0.25), trial=7)  # pyright: ignore
+    tasks.to_hpob(file, "d", [typed])
+    assert json.loads(file.read_text())["d"]["t"] == {"X": [[0.5, 1.0]], "y": [[0.75]]}
+    assert tasks.to_openml_evaluations([typed])[0]["parameters"] == {"x": "0.5", "n": "1"}
 
 
 def test_hpob_s_published_curves(tmp_path):
