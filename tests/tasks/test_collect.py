@@ -201,9 +201,12 @@ def test_what_was_tried_is_not_tried_again_where_one_says_so():
         found = x(tasks.enqueue(tasks.random_search(), [{"x": 0.5}, {}]), batch_size=batch_size)
         assert found[:2] == [0.5, 0.0] and len(set(found)) == 5 and found[3:] == drawn[1:3]
     mine = [{"x": 0.5}, {}, {"x": 0.5}]
-    after = lambda **kwargs: x(tasks.enqueue(tasks.random_search(), mine, after=2, **kwargs))
-    assert after() == [*drawn[:2], 0.5, 0.0, 0.5]
-    assert after(skip_if_exists=True) == [*drawn[:2], 0.5, *drawn[2:4]]
+    for batch_size in (1, 4):
+        after = lambda size=batch_size, **kwargs: x(
+            tasks.enqueue(tasks.random_search(), mine, after=2, **kwargs), batch_size=size
+        )
+        assert after() == [*drawn[:2], 0.5, 0.0, 0.5]
+        assert after(skip_if_exists=True) == [*drawn[:2], 0.5, *drawn[2:4]]
     # What one has in mind oneself, others' trials at a fraction of the budget, and one's own do not count.
     twice = tasks.random_search(first=[{"x": 0.5}, {"x": 0.5}])
     assert x(twice)[:2] == [0.5, 0.5] == x(twice, batch_size=2)[:2]
@@ -215,6 +218,9 @@ def test_what_was_tried_is_not_tried_again_where_one_says_so():
     queue = tasks.enqueue(tasks.random_search(), mine, skip_if_exists=True)
     state = queue.tell(queue.init(KEY, black_boxes.SPACE), [record])
     assert [trial.configuration["x"] for trial in queue.ask(state, 2)[0]] == [0.0]
+    queue = tasks.enqueue(tasks.random_search(), mine, after=1, skip_if_exists=True)
+    state = queue.ask(queue.init(KEY, black_boxes.SPACE), 1)[1]  # the default runs
+    assert [trial.configuration["x"] for trial in queue.ask(state, 2)[0]] == [0.5]
 
 
 def test_one_collection_of_a_study_at_a_time(tmp_path):
@@ -267,8 +273,8 @@ def test_a_searcher_hears_of_what_is_enqueued_as_of_others_trials():
     assert heard == [[-2], [-4], [0], [0], [1], [1]]
     heard.clear()
     within = tasks.enqueue(tasks.enqueue(spy, [{"x": 0.5}]), [{"x": 0.1}])  # whose trials are no trials of the spy's
-    collect(searcher=within, num_trials=3, on={"t": 0.0})
-    assert heard == [[-5], [-2], [0], [0]]
+    records = collect(searcher=within, num_trials=3, on={"t": 0.0})
+    assert heard == [[-5], [-2], [0], [0]] and records[0].seed != records[1].seed
 
 
 def test_a_trial_at_a_fraction_of_the_budget_counts_as_much():
