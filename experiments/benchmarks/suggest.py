@@ -76,7 +76,7 @@ def stateless(g, drawn, num: int, repetitions: int) -> tuple[list[str], float]:
     """`suggest(X, y)`; and CPU-ms of the first one, of configurations that g has not seen, beside compilation."""
     tried, y = [drawn[i % len(drawn)] for i in range(num)], np.random.default_rng(0).normal(size=num)
     y = [loss(c) + e / 100 for c, e in zip(tried, y, strict=True)]
-    others = [c | {"max_depth": c["max_depth"] + 1} for c in tried]
+    others = [c | {"max_depth": 1 + c["max_depth"] % 64} for c in tried]
     g.suggest(others, y)  # compiles
     times = []
     for i in range(repetitions + 1):
@@ -133,8 +133,8 @@ def main() -> None:
             found = ours(g, acquisition, drawn, num, running, repetitions)
             rows.append([f"metaopt, {name}", acquisition, str(running), str(num), *found])
             print(f"| {name} | {acquisition} | {running} | {num} | {found}", flush=True)
-    asked, _ = searcher.ask(searcher.init(jax.random.key(1), space), nums[-1])
-    others, firsts = [record.configuration for record in asked], []
+    others = [c | {"n_estimators": 20 + k} for k in range(-(-nums[-1] // len(drawn))) for c in drawn]  # all different
+    firsts = []
     for name, g, given in (("candidates", finite, drawn), ("gradient", free, others)):
         for num in nums:
             found, first = stateless(g, given, num, repetitions)
