@@ -31,9 +31,10 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
 
     The first `population_size` trials are random. Then a child is the best of `sample_size` members, drawn with
     replacement, with one entry changed to another value, each alike (what is fixed stays). Trials without a finite
-    outcome, and others' that are not of the space, do not enter. Each fidelity has a population of its own, since losses at others say something else; parents
-    come from that of the highest fidelity with `sample_size` members (or as many as there can be), and until there is
-    one from the largest. So `asha` around it begins with children of what was good after a short training.
+    outcome, and others' that are not of the space, do not enter. Each fidelity has a population of its own, since
+    losses at others say something else; parents come from that of the highest fidelity with `sample_size` members (or
+    as many as there can be), and until there is one from the largest. So `asha` around it begins with children of what
+    was good after a short training.
 
     Args:
       population_size: at least 1.

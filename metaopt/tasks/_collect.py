@@ -83,8 +83,8 @@ def collect(
       store: a file of records (`append_records`), made where there is none; by default, none.
       study: the collection's name in the store. One is continued by calling again with the same space, searcher,
         `batch_size`, `same_trials`, `resumes` and key; `num_trials` may be larger, tasks may come and go, and
-        configurations be enqueued `after` what has been run. One
-        collection of a study at a time: several studies may share a store.
+        configurations be enqueued `after` what has been run. One collection of a study at a time: several studies may
+        share a store.
       num_workers: how many trials run at a time, on one core each: joblib's `n_jobs`. Of every task, at most
         `batch_size` of them.
       isolated: whether trials run in children, on POSIX systems. Otherwise they run in joblib's workers: faster where
