@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import base, hypergrad, inner, nas, training
-from metaopt.methods._settings import plain, with_settings
+from metaopt.methods._settings import of_network, plain, with_settings
 
 
 class Search(NamedTuple):
@@ -47,7 +47,7 @@ class Search(NamedTuple):
       settings: the method's name, the network, and what else the search was made with, as JSON has it, for
         `training.fit(settings=search.settings)`: other searches have α and states of the same shapes, so that a
         checkpoint of another one would go on as this one's. Functions are told by their names and the values that they
-        enclose, and not by what they compute; a default that is written out may count as another search.
+        enclose, and not by what they compute; `relaxation`, `decode`, `keep` and `network` as they are after defaults.
     """
 
     estimator: base.Estimator
@@ -155,6 +155,8 @@ def architecture_search(
         together over many tasks (MetaNAS, T-NAS). Needs a rule that differentiates through all of training
         (`hypergrad.unrolled`); it is second-order MAML with an α.
       keep: edges into each node, as for `nas.discretize`; by default what the network says, 2 unless it says other.
+        With another, `search.supernet.network` is the network from then on: `nas.to_configuration`, tables and
+        penalties that are given the old one go by its `keep`.
 
     Returns:
       A `Search`.
@@ -175,6 +177,7 @@ def architecture_search(
     2
     """
     relax = nas.softmax() if relaxation is None else relaxation
+    decode = nas.decoding(relax) if decode is None else decode
     if penalty is not None and not callable(penalty):
         raise ValueError(f"`penalty` must be `(α, step) -> []`, such as `nas.resource_penalty(...)`; got {penalty!r}.")
     if isinstance(network, nas.Network) and keep not in ("space", network.keep):
@@ -206,7 +209,7 @@ def architecture_search(
         return {"alpha": alpha, "init": supernet.init(jax.random.fold_in(key, 1))} if learn_init else alpha
 
     def weights(hyperparams):
-        return nas.mixing_weights(decode or nas.decoding(relax), network, alpha_of(hyperparams), jax.random.key(0))
+        return nas.mixing_weights(decode, network, alpha_of(hyperparams), jax.random.key(0))
 
     def genotype(hyperparams):
         found = jax.device_get(weights(hyperparams))
@@ -216,7 +219,13 @@ def architecture_search(
 
     of_any = lambda problem, own: rule(problem)
     found = lambda result: result.hyperparams
-    return Search(rule(problem), problem, supernet, hyperparams, alpha_of, weights, genotype, of_any, found, {})
+    settings = {
+        "keep": plain(network.keep if isinstance(network, nas.Network) else keep),
+        "relaxation": plain(relax),
+        "decode": plain(decode),
+        "network": of_network(network),
+    }
+    return Search(rule(problem), problem, supernet, hyperparams, alpha_of, weights, genotype, of_any, found, settings)
 
 
 @with_settings

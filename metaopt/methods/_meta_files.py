@@ -15,7 +15,7 @@ from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 
 VERSION = 4
 _FORMAT = "metaopt.meta_optimizer"
-_CELL_VERSION, _OLDEST_CELL_VERSION = 2, 2  # version 1 has no prior for trials
+_CELL_VERSION = 2
 _CELL_FORMAT = "metaopt.cell_searcher"
 _EVALUATION_VERSION = 1
 _EVALUATION_FORMAT = "metaopt.evaluation"
@@ -121,9 +121,9 @@ def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
       the same.
 
     Raises:
-      ValueError: the file is no such file, of version 1, of a newer version, or its arrays do not fit one another.
+      ValueError: the file is no such file, of a newer version or of version 1, or its arrays do not fit one another.
     """
-    header, arrays = _read(path, _CELL_FORMAT, _CELL_VERSION, "save_cell_searcher", _OLDEST_CELL_VERSION)
+    header, arrays = _read(path, _CELL_FORMAT, _CELL_VERSION, "save_cell_searcher", oldest=_CELL_VERSION)
     try:
         candidates, ops = header["candidates"], tuple(header["ops"])
         if not candidates or not all(isinstance(candidate, dict) for candidate in candidates):
@@ -225,9 +225,9 @@ def _write(path: str | os.PathLike[str], header: bytes, arrays: dict[str, Any]) 
 
 
 def _read(
-    path: str | os.PathLike[str], format_: str, version: int, writer: str, oldest: int = 1
+    path: str | os.PathLike[str], format_: str, version: int, writer: str, *, oldest: int = 1
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header, of this format and of a version that is read, and the arrays."""
+    """The header, of this format and of a version between these two, and the arrays."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -247,8 +247,8 @@ def _read(
         )
     if found[1] < oldest:
         raise ValueError(
-            f"{os.fspath(path)} is of version {found[1]}; this metaopt reads {format_!r} from version {oldest} on. "
-            f"Train it anew, and write it by `{writer}`."
+            f"{os.fspath(path)} is of version {found[1]}, and lacks what {format_!r} has since version {oldest}: "
+            "train and save it anew."
         )
     return header, arrays
 
