@@ -117,7 +117,7 @@ def train_curve_searcher(
     key = jax.random.key(0) if key is None else key
     fit_key, calibrate_key = jax.random.split(key)
     complete = [record for record in records if record.status == "COMPLETE"]
-    if (num_tasks := len({record.task for record in complete})) < 0:
+    if (num_tasks := len({record.task for record in complete})) < 3:
         raise ValueError(
             '`records` must have trials that are "COMPLETE" of at least three tasks, since two are left where one is '
             f"left out; got {num_tasks}."

@@ -138,7 +138,8 @@ def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not
 
 
 def test_of_many_outcomes_a_bounded_number_is_looked_at_and_none_is_run_twice(g, monkeypatch):
-    every = [(c, j, c / 10 + (2 - j)) for j in range(3) for c in range(5)][:13]  # two have not been at the last one
+    # One has only begun, long ago and badly, and one has not been at the last fidelity.
+    every = [(4, 0, 9.0), *((c, j, c / 10 + (2 - j)) for j in range(3) for c in range(4))][:-1]
     seen = lambda observed: [
         (int(c), int(j))
         for c, j, mask in zip(observed.candidate, observed.fidelity, observed.mask, strict=True)
@@ -146,9 +147,9 @@ def test_of_many_outcomes_a_bounded_number_is_looked_at_and_none_is_run_twice(g,
     ]
     assert seen(_freeze_thaw._padded(every)) == [(c, j) for c, j, _ in every]
     monkeypatch.setattr(_freeze_thaw, "_MAX_SEEN", 7)  # where each candidate is, and two before that
-    assert seen(_freeze_thaw._padded(every)) == [(1, 1), (2, 1), (3, 1), (4, 1), (0, 2), (1, 2), (2, 2)]
+    assert seen(_freeze_thaw._padded(every)) == [(4, 0), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
     monkeypatch.setattr(_freeze_thaw, "_MAX_SEEN", 4)  # the best two of them, and the latest two others
-    assert seen(_freeze_thaw._padded(every)) == [(4, 1), (0, 2), (1, 2), (2, 2)]
+    assert seen(_freeze_thaw._padded(every)) == [(3, 1), (0, 2), (1, 2), (2, 2)]
     searcher, state = begin(g)
     asked = []
     for _ in range(15):
