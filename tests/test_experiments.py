@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -457,6 +458,32 @@ def test_the_code_of_a_result_is_that_of_its_files_and_of_the_library(tmp_path, 
     assert digests[0] == digests[1] != digests[2]
     (library / "new.py").write_text("1")
     assert script.code(str(file)) not in digests
+
+
+def test_bohb_is_compared_by_families_and_over_three_budgets_by_holm(monkeypatch):
+    stats = pytest.importorskip("scipy.stats")
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    curves = importlib.import_module("learning_curves")
+    rng, at = np.random.default_rng(0), curves.BUDGETS.index
+    ours, bohb = rng.uniform(0.3, 0.6, (2, 30, len(curves.BUDGETS)))
+    ours[:, at(1.0)] += 0.1
+    ours[:, at(2.0)] -= 0.05
+    text = curves.against_bohb({"metaopt": ours, "BOHB": bohb}, np.arange(30))
+    p = [stats.wilcoxon(ours[:, at(b)] - bohb[:, at(20.0)], method="approx").pvalue for b in (1.0, 2.0, 5.0)]
+    assert p[0] < p[1] < p[2]
+    for b, value in ((1, 3 * p[0]), (2, max(3 * p[0], 2 * p[1])), (5, max(2 * p[1], p[2]))):
+        assert re.search(rf"after {b} [^;.]*\.[^;]*\], p {re.escape(f'{min(value, 1):.2g}')}[;.]", text), (text, p)
+    # Twins say nothing new.
+    width = lambda text: float(np.ptp([float(v) for v in re.search(r"after 5 .*?\[(.*?), (.*?)\]", text).groups()]))
+    twins = {"metaopt": np.tile(ours, (9, 1)), "BOHB": np.tile(bohb, (9, 1))}
+    assert abs(width(curves.against_bohb(twins, np.tile(np.arange(30), 9))) / width(text) - 1) < 0.1
+    assert width(curves.against_bohb(twins, np.arange(270))) < 0.5 * width(text)
+    for shift, word in ((0.2, "missed"), (-0.2, "reached")):
+        moved = ours.copy()
+        moved[:, at(5.0)] = bohb[:, at(20.0)] + shift
+        assert f"it is {word}, {moved[:, at(5.0)].mean():.4f} after 5 against {bohb[:, at(20.0)].mean():.4f}." in (
+            curves.against_bohb({"metaopt": moved, "BOHB": bohb}, np.arange(30))
+        )
 
 
 def test_what_other_code_made_is_told_of_and_not_taken(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,8 @@
 g is learned from 100 earlier tasks with 50 trials each of a random forest's seven parameters (made up: it is the cost
 that is measured), at up to 512 reference configurations. Without candidates, a suggestion is a gradient ascent over
 the relaxed space from 8 starts; with candidates, a look at 1,000 configurations. "running" counts trials that have
-been asked for and have not ended (`predictors.batch_expected_improvement`).
+been asked for and have not ended (`predictors.batch_expected_improvement`). All are of g's searcher, which is told each
+trial once, but for those of `suggest(X, y)`, which is given all of them anew every time.
 
     python experiments/benchmarks/suggest.py           # writes experiments/results/suggest.md
     python experiments/benchmarks/suggest.py --smoke   # seconds; prints only
@@ -35,15 +36,19 @@ def loss(configuration) -> float:
 
 
 def learn(space, drawn, num_tasks: int, num_trials: int):
-    """A g of made-up tasks, with and without candidates."""
+    """A g of made-up tasks: without candidates, with them, and with deep kernels without and with them."""
     rng, records = np.random.default_rng(0), []
     for t in range(num_tasks):
         for i in range(num_trials):
             c = drawn[(t * num_trials + i) % len(drawn)]
             y = loss(c) * (1 + t % 3) + rng.normal() / 10
             records.append(base.Record(f"t{t}", c, y, cost=float(c["n_estimators"]) * (1 + t % 5)))
-    learned = methods.train_meta_optimizer(records, space=space, num_steps=5, costs=True)
-    return learned, methods.train_meta_optimizer(records, space=space, candidates=drawn, num_steps=5, costs=True)
+    kwargs = {"space": space, "num_steps": 5, "costs": True}
+    return [
+        methods.train_meta_optimizer(records, candidates=candidates, deep_kernels=deep, **kwargs)
+        for deep in (0, 2)
+        for candidates in (None, drawn)
+    ]
 
 
 def ours(g, acquisition: str, drawn, num: int, running: int, repetitions: int) -> list[str]:
@@ -65,6 +70,20 @@ def ours(g, acquisition: str, drawn, num: int, running: int, repetitions: int) -
         searcher.ask(state._replace(num_asked=4 * num, key=jax.random.key(i)), 1)
         times.append((1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - cpu)))
     return row(times[3:]) + [f"{held:.1f}"]
+
+
+def stateless(g, drawn, num: int, repetitions: int) -> tuple[list[str], float]:
+    """`suggest(X, y)`; and CPU-ms of the first one, of configurations that g has not seen, beside compilation."""
+    tried, y = [drawn[i % len(drawn)] for i in range(num)], np.random.default_rng(0).normal(size=num)
+    y = [loss(c) + e / 100 for c, e in zip(tried, y, strict=True)]
+    others = [c | {"max_depth": 1 + c["max_depth"] % 64} for c in tried]
+    g.suggest(others, y)  # compiles
+    times = []
+    for i in range(repetitions + 1):
+        begin, cpu = time.perf_counter(), time.process_time()
+        g.suggest(tried, y, key=jax.random.key(i))
+        times.append((1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - cpu)))
+    return [*row(times[1:]), ""], times[0][1]
 
 
 def tpe(space, drawn, num: int, repetitions: int) -> list[str]:
@@ -97,7 +116,7 @@ def main() -> None:
     searcher = tasks.random_search()
     asked, _ = searcher.ask(searcher.init(jax.random.key(0), space), 20 if options.smoke else 1_000)
     drawn = [record.configuration for record in asked]
-    free, finite = learn(space, drawn, *((3, 5) if options.smoke else (100, 50)))
+    free, finite, free_deep, finite_deep = learn(space, drawn, *((3, 5) if options.smoke else (100, 50)))
     repetitions, nums = (1, [10]) if options.smoke else (15, [10, 1_000, 10_000])
     rows = []
     cases = [("candidates", finite, "ei", 0), ("gradient", free, "ei", 0)]
@@ -108,11 +127,20 @@ def main() -> None:
             ("candidates", finite, "ei", 4),
             ("gradient", free, "ei", 4),
         ]
+    cases += [("candidates, deep kernels", finite_deep, "ei", 0), ("gradient, deep kernels", free_deep, "ei", 0)]
     for name, g, acquisition, running in cases:
         for num in nums:
             found = ours(g, acquisition, drawn, num, running, repetitions)
             rows.append([f"metaopt, {name}", acquisition, str(running), str(num), *found])
             print(f"| {name} | {acquisition} | {running} | {num} | {found}", flush=True)
+    others = [c | {"n_estimators": 20 + k} for k in range(-(-nums[-1] // len(drawn))) for c in drawn]  # all different
+    firsts = []
+    for name, g, given in (("candidates", finite, drawn), ("gradient", free, others)):
+        for num in nums:
+            found, first = stateless(g, given, num, repetitions)
+            rows.append([f"metaopt, {name}, suggest(X, y)", "ei", "0", str(num), *found])
+            print(f"| {name}, suggest | {num} | {found} | {first}", flush=True)
+        firsts.append(f"{first:.0f}")
     for num in nums:
         rows.append(["Optuna TPE", "", "0", str(num), *tpe(space, drawn, num, min(repetitions, 5))])
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -123,7 +151,10 @@ def main() -> None:
         "what is compiled: seconds for each of at most three sizes of what is looked at (16, 64, 256 trials). What is "
         "computed with does not grow with the number of trials, and the state by what is told; the whole process, all "
         f"rows together, took at most {most:.0f} MiB. The bar is 50 ms after 10,000 trials: the largest medians of "
-        f"metaopt there are {wall} ms, and {cpu} CPU-ms (which other processes do not lengthen).\n\n"
+        f"metaopt there are {wall} ms, and {cpu} CPU-ms (which other processes do not lengthen). The first "
+        f"`suggest(X, y)` of {nums[-1]} trials takes {firsts[1]} CPU-ms, where g has seen none of the configurations "
+        f"and all are different (with candidates, which it knows, {firsts[0]}; others would be encoded there, all of "
+        "them, once).\n\n"
     )
     threads = os.environ.get("OPENBLAS_NUM_THREADS")
     command = f"OPENBLAS_NUM_THREADS={threads} " if threads else ""

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, nas, predictors, training
-from metaopt.methods._meta_search import check_no_mapping
+from metaopt.methods._meta_search import check_no_mapping, features_of
 
 _AT_ONCE = 2048  # cells that are encoded together
 
@@ -276,8 +276,7 @@ def cell_searcher(
     at = {_name(candidate): row for row, candidate in enumerate(candidates)}
 
     def scores(new_task: Any = None) -> np.ndarray:
-        given = new_task.features if isinstance(new_task, base.Task) else new_task
-        check_no_mapping("new_task", given)
+        given = features_of(new_task)
         if given is None:
             given = np.full(len(center), np.nan)
         if np.shape(given) != np.shape(center):

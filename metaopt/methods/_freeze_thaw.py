@@ -9,6 +9,9 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, predictors, spaces, tasks, training
+from metaopt.methods._new_trials import best_and_latest
+
+_MAX_SEEN = 1024  # outcomes on a new task that are looked at
 
 
 class PredictFinalFn(Protocol):
@@ -19,8 +22,9 @@ class PredictFinalFn(Protocol):
 
 class MakeCurveSearcherFn(Protocol):
     def __call__(self, *, first: Sequence[Mapping[str, Any]] = (), resumes: bool = True) -> base.Searcher:
-        """A searcher that decides after every step which trial to continue, or to begin; `resumes`: whether trials go
-        on from where they paused, so that the difference alone is paid for."""
+        """A searcher that decides after every step which trial to continue, or to begin: at first one of `first`, and
+        not, as other searchers do, the space's default, which may be no candidate. `resumes`: whether trials go on from
+        where they paused, so that the difference alone is paid for."""
         ...
 
 
@@ -87,10 +91,14 @@ def train_curve_searcher(
     where. On a curve that outcome has no place, so that it is left out, of tasks now and before; what the trial ended
     with at lower fidelities counts, and it is not continued.
 
+    Of more than 1,024 outcomes on a new task the latest of each candidate are looked at (of more candidates, those of
+    the best and of the latest), and as many of the others as there is room for: a decision costs time
+    O(1024² (1024 + M)) at most, for M candidates, and memory O(1024 (1024 + M)).
+
     Args:
-      records: trials of earlier tasks, at several fidelities; at the full budget, too. Outcomes of all tasks are on one
-        scale, such as error rates or losses that were clipped; failed and pruned trials are left out, and gaps filled
-        in.
+      records: trials of at least three earlier tasks, at several fidelities; at the full budget, too. Outcomes of all
+        tasks are on one scale, such as error rates or losses that were clipped; failed and pruned trials are left out,
+        and gaps filled in.
       space: of λ. The candidates are the configurations of the records: each should have been run at each fidelity on
         some task.
       num_steps: outer steps that learn the process's scales.
@@ -100,15 +108,21 @@ def train_curve_searcher(
       A `CurveSearcher`.
 
     Raises:
-      ValueError: records are of one task only, a configuration does not fit the space, or a candidate lacks a fidelity
-        everywhere.
+      ValueError: records that are "COMPLETE" are of fewer than three tasks, a configuration does not fit the space, or
+        a candidate lacks a fidelity everywhere.
 
     Source: Swersky, Snoek & Adams, 2014, https://arxiv.org/abs/1406.3896
     """
     base.check_integer("num_steps", num_steps, 0)
     key = jax.random.key(0) if key is None else key
     fit_key, calibrate_key = jax.random.split(key)
-    table = tasks.tabulate([record for record in records if record.status == "COMPLETE"])
+    complete = [record for record in records if record.status == "COMPLETE"]
+    if (num_tasks := len({record.task for record in complete})) < 3:
+        raise ValueError(
+            '`records` must have trials that are "COMPLETE" of at least three tasks, since two are left where one is '
+            f"left out; got {num_tasks}."
+        )
+    table = tasks.tabulate(complete)
     hyperparams = [spaces.from_configuration(space, c) for c in table.configurations]
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *hyperparams)
     x = np.asarray(jax.jit(jax.vmap(lambda hp: spaces.encode(space, hp)))(stacked))
@@ -287,8 +301,19 @@ def _reached(seen, num: int) -> np.ndarray:
     return reached
 
 
+def _few(seen):
+    """At most 1,024, in order: what each candidate came to last, before how it got there; the best and the latest."""
+    if len(seen) <= _MAX_SEEN:
+        return seen
+    last = np.array(sorted({candidate: i for i, (candidate, _, _) in enumerate(seen)}.values()))
+    kept = last[best_and_latest(np.array([seen[i][2] for i in last]), _MAX_SEEN)]
+    others = np.setdiff1d(np.arange(len(seen)), last)
+    return [seen[i] for i in np.union1d(kept, others[max(len(others) + len(kept) - _MAX_SEEN, 0) :])]
+
+
 def _padded(seen) -> predictors.Observed:
     """At a power of two: few programs are compiled."""
+    seen = _few(seen)
     size = max(32, 1 << max(len(seen) - 1, 0).bit_length())
     candidate, fidelity, y = (np.array(column) for column in zip(*seen, strict=True)) if seen else (np.zeros(0),) * 3
     pad = (0, size - len(seen))

@@ -13,6 +13,7 @@ from metaopt import base, predictors, spaces, tasks
 from metaopt.methods._meta_outcomes import OutcomesFn, mean_of, outcomes_fn
 from metaopt.methods._new_trials import (
     MAX_TRIALS,
+    Told,
     TriedConfiguration,
     at_full_budget,
     best_and_latest,
@@ -55,7 +56,8 @@ class SuggestFn(Protocol):
     ) -> list[dict[str, Any]]:
         """What to try next, given what was tried (NaN: it failed) and what runs: in closed form, without a fit.
 
-        Names and values that the space does not have are refused (`ValueError`); what is lacking is at its default."""
+        Names and values that the space does not have are refused (`ValueError`); what is lacking is at its default. Of
+        more than 256 trials the best and the latest are looked at, and without candidates no others are checked."""
         ...
 
 
@@ -143,6 +145,32 @@ def check_no_mapping(name: str, features: Any) -> None:
         )
 
 
+def features_of(new_task: Any) -> np.ndarray | None:
+    """[F] features of a new task, None where nothing is known of it.
+
+    Args:
+      new_task: a `base.Task`, features, or None.
+
+    Raises:
+      ValueError: it is something else, such as a `tasks.Table`.
+    """
+    features = new_task.features if isinstance(new_task, base.Task) else new_task
+    check_no_mapping("new_task", features)
+    if features is None:
+        return None
+    try:
+        array = np.asarray(features, float)
+    except (TypeError, ValueError):
+        array = np.zeros(())
+    if array.ndim != 1:
+        raise ValueError(
+            "`new_task` must be a `base.Task` with `features`, those features as an array of numbers [F], or None; got "
+            f"{f'shape {np.shape(features)}' if array.ndim else type(features).__name__}. `tasks.to_task` makes a Task "
+            "of a `tasks.Table`."
+        )
+    return array
+
+
 def encoder(space: base.PyTree):
     """`(configuration, strict) -> [D]`, each configuration computed once; what is not active is at its default.
 
@@ -152,14 +180,18 @@ def encoder(space: base.PyTree):
     encode, known = jax.jit(_encode_fn(space)), {}
 
     def encoded(configuration, strict=False):
-        # A record's label that equals another (1, 1.0, True) is told apart; what other spaces have may not be hashable.
-        name = strict, repr(sorted(configuration.items(), key=lambda item: item[0]))
-        if name not in known:
+        # A record's label that equals another (1, 1.0, True) is told apart.
+        name = strict, *configuration, *configuration.values(), *map(type, configuration.values())
+        try:
+            found = known.get(name)
+        except TypeError:  # what other spaces have may not be hashable
+            found = known.get(name := (strict, repr(sorted(configuration.items(), key=lambda item: item[0]))))
+        if found is None:
             # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
             whole = spaces.complete(space, configuration, strict=strict)
             others = {} if strict else spaces.foreign(space, configuration)
-            known[name] = np.asarray(encode(spaces.from_configuration(space, whole | others, strict=strict)))
-        return known[name]
+            found = known[name] = np.asarray(encode(spaces.from_configuration(space, whole | others, strict=strict)))
+        return found
 
     return encoded
 
@@ -345,8 +377,7 @@ def meta_optimizer(
 
     def seen_from(new_task):
         """What tells tasks apart: the weights of earlier ones, and the networks with the task's features."""
-        features = new_task.features if isinstance(new_task, base.Task) else new_task
-        check_no_mapping("new_task", features)
+        features = features_of(new_task)
         num_features = len(surrogate.sorted_features)
         if features is not None and num_features and np.shape(features) != (num_features,):
             raise ValueError(f"A new task has [{num_features}] features; got shape {np.shape(features)}.")
@@ -382,35 +413,23 @@ def meta_optimizer(
             best = np.minimum(best, curves[left.argmin()])
         return chosen
 
-    def searcher(new_task: Any = None, *, acquisition: str = "ei", first: Sequence[Mapping[str, Any]] | None = None):
+    def chooser(new_task: Any, acquisition: str):
+        """`(key, told, pending, num_asked)` -> the next configuration, given all that was told and what runs [D] by
+        number."""
         if acquisition not in ACQUISITIONS:
             raise ValueError(f"`acquisition` must be one of {', '.join(map(repr, ACQUISITIONS))}; got {acquisition!r}.")
         if acquisition == "ei_per_cost" and cost_surrogate is None:
             raise ValueError("'ei_per_cost' needs `train_meta_optimizer(..., costs=True)`, and records with costs.")
-        task, own_space = seen_from(new_task), space
-        if first is None:
-            default = encode({})
-            first = (
-                [{}] if finite is None else [c for i, c in enumerate(pool) if np.array_equal(finite[i], default)][:1]
-            )
-        given = tuple(spaces.complete(space, c) for c in first)
+        task = seen_from(new_task)
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome
 
-        def init(key, space):
-            if space is not None and space != own_space:
-                raise ValueError(
-                    "The searcher was trained for another space (other leaves, bounds or labels); give `init` that "
-                    "one, which is the `space` of the `MetaOptimizer`, or None."
-                )
-            return MetaSearcherState(key, 0, {}, {}, given)
-
-        def planned(key, state):
+        def planned(key, told, pending):
             """As long as there is no outcome: the next configuration of the portfolio, and where trials have failed
             what is expected to be good, and is not like them, nor like those that run."""
-            known = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
-            if state.tried:
-                ended = np.stack([trial.x for trial in state.tried.values()])[-MAX_TRIALS:]
-                failed = np.concatenate([ended, *([x] for x in state.pending.values())])[-MAX_TRIALS:]
+            known = told.names() | {x.tobytes() for x in pending.values()}
+            if num := len(told.y):
+                ended = np.stack([told.x(i) for i in range(max(num - MAX_TRIALS, 0), num)])
+                failed = np.concatenate([ended, *([x] for x in pending.values())])[-MAX_TRIALS:]
                 at_failed, _, mask = padded(failed, np.zeros(len(failed)))
                 given = (at_failed, mask), shown(ended, np.full(len(ended), np.nan))
                 if finite is None:
@@ -426,54 +445,80 @@ def meta_optimizer(
         def shown(x, y):
             return shown_to_transformers(x, y, surrogate.max_shown) if share else None
 
-        def choose(key, state):
-            """The next configuration, given all that was told and is pending."""
-            tried = list(state.tried.values())
-            y = at_full_budget(tried)
-            seen = np.isfinite(y)
+        def choose(key, told, pending, num_asked):
+            y, seen = told.y, np.isfinite(told.y)
             if not seen.any():
-                return planned(key, state)
-            if finite is None and state.num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
+                return planned(key, told, pending)
+            if finite is None and num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
                 return to_configuration(sample(key[None])[0])  # what the surrogate will not look at
-            given_up = np.array([trial.given_up for trial in tried])
-            if (ended := seen & ~given_up).any():
-                y = np.where(given_up, np.maximum(y, y[ended].min()), y)
+            if (ended := seen & ~told.given_up).any():
+                y = np.where(told.given_up, np.maximum(y, y[ended].min()), y)
             y = from_the_best(y, widest)[0]
             keep = best_and_latest(y, MAX_TRIALS)
-            x, y = np.stack([tried[i].x for i in keep]), y[keep]
+            x, y = np.stack([told.x(i) for i in keep]), y[keep]
             given_y = y
             if (failed := np.isnan(y)).any():
                 y = with_failed(task, x, np.where(failed, np.nanmax(y), y), failed)
-            trials, pending, costs, read = padded(x, y), None, None, shown(x, given_y)
-            if state.pending:
-                waiting = np.stack(list(state.pending.values()))
+            trials, running, costs, read = padded(x, y), None, None, shown(x, given_y)
+            if pending:
+                waiting = np.stack(list(pending.values()))
                 at_waiting, _, mask = padded(waiting, np.zeros(len(waiting)))
-                pending = at_waiting, mask
+                running = at_waiting, mask
                 if share or acquisition in ("ucb", "thompson"):  # they are believed to give what is expected
                     believed = np.asarray(believe(*task, trials, at_waiting))[: len(waiting)]
                     read = shown(np.concatenate([x, waiting]), np.concatenate([given_y, believed]))
                 if acquisition in ("ucb", "thompson"):
                     trials = padded(np.concatenate([x, waiting]), np.concatenate([y, believed]))
-                    pending = None
+                    running = None
             if acquisition == "ei_per_cost":
-                known = [i for i in keep if np.isfinite(tried[i].log_cost)][-_MAX_COSTS:]
-                if known:
-                    costs = padded(np.stack([tried[i].x for i in known]), np.array([tried[i].log_cost for i in known]))
+                known = keep[np.isfinite(told.log_cost[keep])][-_MAX_COSTS:]
+                if len(known):
+                    costs = padded(np.stack([told.x(i) for i in known]), told.log_cost[known])
             if finite is None:
-                return to_configuration(suggest_z(acquisition, key, *task, (trials, pending, read), costs))
-            score = np.array(acquire_finite(acquisition, key, *task, (trials, pending, read), costs, *of_finite))
-            before = {key[2] for key in state.tried} | {x.tobytes() for x in state.pending.values()}
+                return to_configuration(suggest_z(acquisition, key, *task, (trials, running, read), costs))
+            score = np.array(acquire_finite(acquisition, key, *task, (trials, running, read), costs, *of_finite))
+            before = told.names() | {x.tobytes() for x in pending.values()}
             score[[name in before for name in finite_keys]] = -np.inf
             if not np.isfinite(score).any():
                 score = np.asarray(expected_finite(*task, jnp.asarray(finite)))  # all were tried
             return dict(pool[int(score.argmax())])
+
+        return choose
+
+    def searcher(new_task: Any = None, *, acquisition: str = "ei", first: Sequence[Mapping[str, Any]] | None = None):
+        choose, own_space = chooser(new_task, acquisition), space
+        if first is None:
+            default = encode({})
+            first = (
+                [{}] if finite is None else [c for i, c in enumerate(pool) if np.array_equal(finite[i], default)][:1]
+            )
+        given = tuple(spaces.complete(space, c) for c in first)
+
+        def init(key, space):
+            if space is not None and space != own_space:
+                raise ValueError(
+                    "The searcher was trained for another space (other leaves, bounds or labels); give `init` that "
+                    "one, which is the `space` of the `MetaOptimizer`, or None."
+                )
+            return MetaSearcherState(key, 0, {}, {}, given)
+
+        def chosen(key, state):
+            tried = list(state.tried.values())
+            told = Told(
+                at_full_budget(tried),
+                np.array([trial.given_up for trial in tried], bool),
+                np.array([trial.log_cost for trial in tried]),
+                lambda i: tried[i].x,
+                lambda: {name[2] for name in state.tried},
+            )
+            return choose(key, told, state.pending, state.num_asked)
 
         def ask(state, num):
             asked = []
             for _ in range(num):
                 trial = state.num_asked
                 seed_key, trial_key = jax.random.split(jax.random.fold_in(state.key, trial))
-                configuration = state.first[0] if state.first else choose(trial_key, state)
+                configuration = state.first[0] if state.first else chosen(trial_key, state)
                 seed = int(jax.random.randint(seed_key, (), 0, 2**31 - 1))
                 asked.append(base.Record("", configuration, seed=seed, status="WAITING", trial=trial))
                 pending = {**state.pending, trial: encode(configuration)}
@@ -520,15 +565,22 @@ def meta_optimizer(
         base.check_integer("num", num, 1)
         if len(configurations) != len(outcomes):
             raise ValueError(f"Each configuration has an outcome; got {len(configurations)} and {len(outcomes)}.")
-        ours = searcher(new_task, acquisition=acquisition, first=())
-        tried = {}
-        for trial, (configuration, y) in enumerate(zip(configurations, outcomes, strict=True)):
-            x = encode(configuration, True)
-            tried[trial, 0, x.tobytes()] = tried_configuration(x, {1.0: float(y)})
-        state = ours.init(jax.random.key(0) if key is None else key, None)
-        running = {len(tried) + i: encode(configuration, True) for i, configuration in enumerate(pending)}
-        state = state._replace(num_asked=len(tried) + len(running), pending=running, tried=tried)
-        return [record.configuration for record in ours.ask(state, num)[0]]
+        y = np.asarray(outcomes, float)
+        told = Told(
+            np.where(np.isfinite(y), y, np.nan),
+            np.zeros(len(y), bool),
+            np.full(len(y), np.nan),
+            # Few are looked at; all of them only where some candidates must be left out.
+            lambda i: encode(configurations[i], True),
+            lambda: {encode(configuration, True).tobytes() for configuration in configurations},
+        )
+        choose, found = chooser(new_task, acquisition), []
+        running = {len(y) + i: encode(configuration, True) for i, configuration in enumerate(pending)}
+        for trial in range(len(y) + len(running), len(y) + len(running) + num):
+            of_trial = jax.random.fold_in(jax.random.key(0) if key is None else key, trial)
+            found.append(choose(jax.random.split(of_trial)[1], told, running, trial))
+            running[trial] = encode(found[-1])
+        return found
 
     outcomes_at = outcomes_fn(surrogate, encode, seen_from, with_failed, widest)
     return MetaOptimizer(

@@ -1,7 +1,7 @@
 """The trials of a new task, as the arrays that a surrogate reads: few of many, outcomes of one scale, padded."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,6 +31,24 @@ class TriedConfiguration(NamedTuple):
     given_up: bool
     reached: float
     last: float
+
+
+class Told(NamedTuple):
+    """All trials of a new task, few of whose configurations are looked at.
+
+    Attributes:
+      y: [N] outcomes that stand beside one another, NaN where a trial has none.
+      given_up: [N] whether it was pruned.
+      log_cost: [N] of the full budget, NaN where it is not known.
+      x: i -> [D] the encoded configuration.
+      names: () -> the bytes of all encoded configurations.
+    """
+
+    y: np.ndarray
+    given_up: np.ndarray
+    log_cost: np.ndarray
+    x: Callable[[int], np.ndarray]
+    names: Callable[[], set[bytes]]
 
 
 def tried_configuration(

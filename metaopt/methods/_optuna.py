@@ -42,6 +42,7 @@ def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 1
     Args:
       first: configurations to try first; what they lack is at its default. By default, the space's default. What
         others have tried, as far as it is told before it is asked for, is not tried again.
+        `first=g.portfolio(3, new_task)` of a `MetaOptimizer` begins with what earlier tasks say.
       num_random: trials that are random, before there is a model.
 
     Returns:
@@ -75,6 +76,7 @@ def bohb(
 
     Args:
       first: as for `tpe`.
+        `first=g.portfolio(3, new_task)` of a `MetaOptimizer` begins with what earlier tasks say.
       num_random: trials of each bracket that are random, before there is a model.
       reduction_factor: η, at least 2.
       num_rungs: how many fidelities there are, at least 2: 1/27, 1/9, 1/3 and 1 by default.

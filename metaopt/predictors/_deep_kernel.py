@@ -25,6 +25,7 @@ from metaopt.predictors import _networks, _processes
 
 ADAPTATION_STEPS = 10
 ADAPTATION_RATE = 1e-2  # of Adam
+MAX_ADAPTED = 128  # trials that a step reads
 
 
 class DeepKernel(NamedTuple):
@@ -178,14 +179,15 @@ def adapt_deep_kernel(
     Args:
       deep: one process, at the task's features.
       log_scales: [B] logarithms of b, all as likely.
-      trials: (x [N, D], y [N], mask [N]), in the task's units. One trial says nothing, and changes nothing.
+      trials: (x [N, D], y [N], mask [N]), in the task's units, in order. One trial says nothing, and changes nothing;
+        of more than 128, the best half and the latest others are read.
       num_steps: how many; few, since nothing else keeps to what earlier tasks said.
       rate: of Adam.
 
     Returns:
-      A `DeepKernel`. It costs `num_steps` O(N³) and is not to be differentiated.
+      A `DeepKernel`. It costs `num_steps` O(N³), N up to 128, and is not to be differentiated.
     """
-    optimizer = optax.adam(rate)
+    optimizer, trials = optax.adam(rate), best_and_latest(trials, MAX_ADAPTED)
 
     def loss(deep):
         found = condition_deep(deep, log_scales, trials)
@@ -199,3 +201,22 @@ def adapt_deep_kernel(
     adapted, _ = jax.lax.fori_loop(0, num_steps, step, (deep, optimizer.init(deep)))
     some = trials[2].sum() > 1
     return jax.tree.map(lambda new, old: jnp.where(some, new, old), adapted, deep)
+
+
+def best_and_latest(trials: tuple[jax.Array, jax.Array, jax.Array], num: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Few of many trials: the best half, and the latest others.
+
+    Args:
+      trials: (x [N, D], y [N], mask [N]), in order.
+      num: how many, real ones and padding.
+
+    Returns:
+      The same of `num` trials, or of N where that is less; all real ones where these are no more.
+    """
+    x, y, mask = trials
+    if len(y) <= num:
+        return trials
+    best = jnp.argsort(jnp.where(mask > 0, y, jnp.inf))[: num // 2]
+    when = jnp.where(mask > 0, jnp.arange(len(y)), -1).at[best].set(-2)  # padding before what is there already
+    keep = jnp.concatenate([best, jax.lax.top_k(when, num - num // 2)[1]])
+    return x[keep], y[keep], mask[keep]

@@ -54,7 +54,8 @@ def collect(
     no finite number, crashes or exceeds a limit has status "FAIL" and a reason. The children belong to the workers, not
     to joblib: a pool that kills one of its own processes takes the pool's other trials along, and cannot say which
     limit it was. So joblib's workers only wait, in threads by default; under `joblib.parallel_config(backend=...)`
-    they are threads or processes of loky, Dask or Ray, each with children on its own machine:
+    they are threads or processes of loky, Dask (`pip install "dask[distributed]"`) or Ray (`pip install ray`), each
+    with children on its own machine:
 
         client = distributed.Client("scheduler:8786")         # "dask"; it registers itself
         ray.util.joblib.register_ray()                        # "ray"

@@ -137,6 +137,28 @@ def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not
         assert searcher.tell(begin(g)[1], [record]).seen == ()
 
 
+def test_of_many_outcomes_a_bounded_number_is_looked_at_and_none_is_run_twice(g, monkeypatch):
+    # One has only begun, long ago and badly, and one has not been at the last fidelity.
+    every = [(4, 0, 9.0), *((c, j, c / 10 + (2 - j)) for j in range(3) for c in range(4))][:-1]
+    seen = lambda observed: [
+        (int(c), int(j))
+        for c, j, mask in zip(observed.candidate, observed.fidelity, observed.mask, strict=True)
+        if mask
+    ]
+    assert seen(_freeze_thaw._padded(every)) == [(c, j) for c, j, _ in every]
+    monkeypatch.setattr(_freeze_thaw, "_MAX_SEEN", 7)  # where each candidate is, and two before that
+    assert seen(_freeze_thaw._padded(every)) == [(4, 0), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
+    monkeypatch.setattr(_freeze_thaw, "_MAX_SEEN", 4)  # the best two of them, and the latest two others
+    assert seen(_freeze_thaw._padded(every)) == [(3, 1), (0, 2), (1, 2), (2, 2)]
+    searcher, state = begin(g)
+    asked = []
+    for _ in range(15):
+        (trial,), state = searcher.ask(state, 1)
+        asked.append((trial.trial, trial.fidelity))
+        state = searcher.tell(state, [done(trial, 0.7)])
+    assert len(set(asked)) == 15 and searcher.ask(state, 1)[0] == []
+
+
 def test_pruned_trials_of_earlier_tasks_do_not_bend_their_curves():
     records = [
         base.Record(str(task), c, outcome(task, c["x"], f), f)
@@ -176,5 +198,8 @@ def test_bad_input_is_named(g):
         g.predict([base.Record("", CANDIDATES[0], 1.0, 0.3)])
     with pytest.raises(ValueError, match="`levels` must lie between 0 and 1"):
         g.predict((), (0.0, 0.5))
-    with pytest.raises(ValueError, match="at least three tasks"):
-        methods.train_curve_searcher([base.Record("a", CANDIDATES[0], 1.0)], space=SPACE)
+    failed = base.Record("c", CANDIDATES[0], status="FAIL")
+    for names in ("a", "ab"):
+        records = [*(base.Record(name, CANDIDATES[0], 1.0) for name in names), failed]
+        with pytest.raises(ValueError, match=f"`records` must .* of at least three tasks, .*; got {len(names)}"):
+            methods.train_curve_searcher(records, space=SPACE)

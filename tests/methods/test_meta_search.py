@@ -224,6 +224,33 @@ def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch)
     assert last.configuration == POOL[-1]
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("unit", [1.0, 1e4])
+def test_suggest_says_what_the_searcher_does_and_reads_a_few_hundred_of_any_number_of_trials(g, monkeypatch, unit):
+    free, rng = _meta_search.meta_optimizer(g.surrogate, None, SPACE, None), np.random.default_rng(0)
+    tried = [{"x": x, "kind": "a"} for x in rng.uniform(size=600).tolist()]
+    y = [unit * loss(c) if i % 5 else np.inf if i % 2 else np.nan for i, c in enumerate(tried)]
+    searcher, read, real = free.searcher(first=()), [], spaces.from_configuration
+    start = searcher.init(jax.random.key(3), None)._replace(num_asked=len(tried))
+    monkeypatch.setattr(
+        spaces, "from_configuration", lambda *args, **kwargs: read.append(args[1]) or real(*args, **kwargs)
+    )
+    found = free.suggest(tried, y, key=jax.random.key(3))
+    assert 200 < len(read) <= 2 * 256 + 4  # each is completed before
+    state = searcher.tell(start, [Record("", c, v, trial=i) for i, (c, v) in enumerate(zip(tried, y, strict=True))])
+    assert found == [record.configuration for record in searcher.ask(state, 1)[0]]
+
+
+@pytest.mark.once
+def test_suggest_repeats_no_candidate_however_it_was_written_and_however_long_ago(g):
+    late = [{"x": x, "kind": "a"} for x in np.random.default_rng(0).uniform(size=400).tolist()]
+    # Bad, early, and written otherwise: in another order, as NumPy's numbers, with what is not active.
+    early = [dict(reversed(c.items())) | {"x": np.float64(c["x"])} for c in POOL[:-1]]
+    early = [c | {"only_b": 0.25} if c["kind"] == "a" else c for c in early]
+    y = [9.0 + i for i in range(len(early))] + [loss(c) for c in late]
+    assert g.suggest([*early, *late], y) == [POOL[-1]]
+
+
 def test_what_failed_teaches_no_cost():
     records = [r._replace(cost=1e-3, status="FAIL") if r.trial % 2 else r for r in make_records(2)]
     encode = _meta_search.encoder(SPACE)
@@ -551,6 +578,17 @@ def test_tasks_that_say_nothing_of_what_is_better_teach_nothing():
     # A failure beside a success is a difference.
     failed = methods.train_meta_optimizer([one, one._replace(configuration=POOL[0], status="FAIL")], **kwargs)
     assert failed.predict()["kind"] == "b"
+
+
+def test_what_is_no_task_and_no_features_is_refused_whether_g_reads_features_or_not(g):
+    rows = rows_of(np.random.default_rng(0), 1.0)
+    table = tasks.Table("iris", "iris", rows["x"], rows["y"], np.zeros(2, bool))
+    blind = _meta_search.meta_optimizer(g.surrogate._replace(sorted_features=np.zeros((0, 4))), None, SPACE, POOL)
+    for wrong, called in ((table, "Table"), ("iris", "str"), (np.ones((2, 2)), r"shape \(2, 2\)"), (1.0, "float")):
+        for call in (g.predict, blind.predict, lambda wrong: g.suggest([], [], wrong), lambda wrong: g.searcher(wrong)):
+            with pytest.raises(ValueError, match=f"`new_task` must be a `base.Task` .*, or None; got {called}"):
+                call(wrong)
+    assert g.predict(Task(None, None, features=[1.5])) == g.predict([1.5]) == g.predict(jnp.array([1.5]))
 
 
 def test_names_that_match_no_task_other_bounds_and_empty_sets_are_refused(g):

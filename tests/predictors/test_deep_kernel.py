@@ -7,6 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from metaopt import predictors
+from metaopt.predictors import _deep_kernel
 
 RNG = np.random.default_rng(0)
 X = RNG.uniform(size=(9, 3))
@@ -105,6 +106,30 @@ def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     np.testing.assert_allclose(joint.mean[:3], again.mean, rtol=1e-6)
     variances = np.asarray(joint.variance)[np.asarray(joint.kind), :3]
     np.testing.assert_allclose(np.sqrt(variances.T) * np.asarray(joint.scales), again.std, rtol=1e-5)
+
+
+@pytest.mark.once
+def test_of_many_trials_the_best_and_the_latest_are_adapted_to(monkeypatch):
+    """Each real trial once, in whatever order, and padding only where there is nothing else."""
+    rng = np.random.default_rng(1)
+    for num_real in (30, 20, 10, 5):
+        y, mask = rng.normal(size=40), np.arange(40) < num_real
+        kept, kept_y, kept_mask = _deep_kernel.best_and_latest(
+            (jnp.arange(40.0)[:, None], jnp.asarray(y), jnp.asarray(mask, float)), 16
+        )
+        best = set(np.argsort(y[:num_real])[:8].tolist())
+        expected = best | set([i for i in range(num_real) if i not in best][-8:])
+        at = np.asarray(kept)[:, 0].astype(int)
+        assert sorted(at[np.asarray(kept_mask) > 0].tolist()) == sorted(expected) and len(at) == 16
+        np.testing.assert_array_equal(kept_y, y[at])
+    some = np.union1d(np.argsort(Y)[:3], [i for i in range(9) if i not in np.argsort(Y)[:3]][-3:])
+    few = predictors.adapt_deep_kernel(DEEP, LOG_SCALES, (jnp.asarray(X[some]), jnp.asarray(Y[some]), jnp.ones(6)))
+    every = predictors.adapt_deep_kernel(DEEP, LOG_SCALES, (jnp.asarray(X), jnp.asarray(Y), jnp.ones(9)))
+    monkeypatch.setattr(_deep_kernel, "MAX_ADAPTED", 6)
+    found = predictors.adapt_deep_kernel(DEEP, LOG_SCALES, (jnp.asarray(X), jnp.asarray(Y), jnp.ones(9)))
+    for one, same in zip(found, few, strict=True):
+        np.testing.assert_allclose(one, same, rtol=1e-6)
+    assert not np.allclose(found.mean, every.mean, rtol=1e-6)
 
 
 @pytest.mark.once
