@@ -6,13 +6,14 @@ On a new task, h writes down α at once; a few alternations of weights and α (`
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from metaopt import base, hypergrad, nas, predictors, training
 from metaopt.methods._architecture import Search
+from metaopt.methods._settings import plain
 
 
 class FineTunedArchitecture(NamedTuple):
@@ -38,6 +39,9 @@ class MetaArchitecture(NamedTuple):
       alpha: `(λ, task) -> α`, what h says of a task.
       genotype: `(λ, task) -> Genotype`, a*.
       fine_tune: `(key, λ, task) -> FineTunedArchitecture`; jit it, and vmap it over tasks.
+      settings: of the search and of h, as JSON has it, for `training.fit(settings=meta.settings)`.
+
+    λ goes to disk by `save_meta_architecture`.
     """
 
     estimator: base.Estimator
@@ -45,6 +49,7 @@ class MetaArchitecture(NamedTuple):
     alpha: Callable[[base.HyperParams, base.Task], base.HyperParams]
     genotype: Callable[[base.HyperParams, base.Task], nas.Genotype]
     fine_tune: Callable[[jax.Array, base.HyperParams, base.Task], FineTunedArchitecture]
+    settings: dict[str, Any]
 
 
 def meta_architecture_search(
@@ -130,4 +135,5 @@ def meta_architecture_search(
 
     estimator = predictors.amortize(search.estimator, base.Predictor(hyperparams, apply, predictor.config))
     genotype = lambda meta_params, task: search.genotype(apply(meta_params, task))
-    return MetaArchitecture(estimator, hyperparams, alpha, genotype, fine_tune)
+    settings = {"search": search.settings, "h": plain(predictor.config)}
+    return MetaArchitecture(estimator, hyperparams, alpha, genotype, fine_tune, settings)

@@ -27,6 +27,7 @@ from jax.core import Tracer
 
 from metaopt import base
 from metaopt.nas import _benchmarks, _elastic, _genotypes, _ops, _supernet
+from metaopt.nas._relaxations import discretized
 from metaopt.nas._specs import ElasticNetwork, Genotype, Network, Space, check_network, read_json
 
 Measure = Callable[..., float]  # (apply, params, x) -> cost
@@ -210,7 +211,7 @@ def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space |
     """
     dtype = jnp.zeros(0).dtype
     if isinstance(network, Network) and isinstance(network.keep, (int, np.integer)):
-        weights = {**weights, **_of_kept_edges(network, weights, int(network.keep))}
+        weights = {**weights, **_of_kept_edges(network, weights)}
     total = jnp.asarray(table.fixed, dtype)
     for term in table.terms:
         left = jnp.asarray(term.values, dtype)
@@ -254,23 +255,16 @@ def _none_row(network: Space, kind: str, edge: int) -> np.ndarray:
     return np.array([float(op == _genotypes.NONE) for op in ops])
 
 
-def _of_kept_edges(network: Network, weights: Mapping[str, Any], keep: int) -> dict[str, jax.Array]:
+def _of_kept_edges(network: Network, weights: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Of the edges that `discretize` keeps, the weights of ops other than "none", with sum 1; of others 0."""
     kept = {}
-    for kind, cell in network.cells.items():
+    for kind, chosen in discretized(network, weights).items():
         w = jnp.asarray(weights[kind])
-        some = np.array([[op != _genotypes.NONE for op in edge.ops] for edge in cell.edges])
-        if w.shape != some.shape:
-            raise ValueError(f"The weights of {kind!r} must have the shape {some.shape}; got {w.shape}.")
-        strength = jax.lax.stop_gradient(jnp.where(some, w, -jnp.inf).max(1))
-        mask = jnp.zeros(len(w), w.dtype)
-        for node in sorted({edge.target for edge in cell.edges}):
-            into = np.array([e for e, edge in enumerate(cell.edges) if edge.target == node])
-            strongest = jax.lax.top_k(strength[into], min(keep, len(into)))[1]  # of equal ones the first
-            mask = mask.at[jnp.asarray(into)[strongest]].set(1.0)
+        some = np.array([[op != _genotypes.NONE for op in edge.ops] for edge in network.cells[kind].edges])
         total = jnp.where(some, w, 0.0).sum(1, keepdims=True)
         # A genotype's own weights, `one_hot`, have no op on an edge that it has not.
-        kept[kind] = mask[:, None] * jnp.where(some & (total > 0), w / jnp.where(total > 0, total, 1.0), 0.0)
+        shares = jnp.where(some & (total > 0), w / jnp.where(total > 0, total, 1.0), 0.0)
+        kept[kind] = chosen.sum(1, keepdims=True) * shares
     return kept
 
 
