@@ -1,4 +1,4 @@
-"""Architecture search under the papers' names: each is a setting of `architecture_search`, and adds no numerics to it."""
+"""Architecture search under the papers' names: each is a setting of `architecture_search`, without numerics of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -179,8 +179,8 @@ def architecture_search(
     if isinstance(network, nas.Network) and keep != "space":
         if keep != network.keep and "graph" in (keep, network.keep):
             raise ValueError(
-                "`keep` must be left out for NAS-Bench-101's space, whose cells are graphs (its own is \"graph\"), and be "
-                f"a number of edges or None for others; got {keep!r}."
+                '`keep` must be left out for NAS-Bench-101\'s space, whose cells are graphs (its own is "graph"), and '
+                f"be a number of edges or None for others; got {keep!r}."
             )
         network = network._replace(keep=keep)  # for all that reads genotypes, or counts what they cost
     supernet = nas.supernet(
@@ -484,16 +484,16 @@ def darts_plus(
 ) -> Search:
     """DARTS+: DARTS that stops when a cell has too many skips, and takes the α of the epoch before.
 
-    Run it as `robust_darts`: with `callback=lambda step, metrics: metrics["stop"] > 0`, and `search.found(result)` is the
-    α to take.
+    Run it as `robust_darts`: with `callback=lambda step, metrics: metrics["stop"] > 0`, and `search.found(result)` is
+    the α to take.
 
     Args:
       network: a spec with "skip_connect".
       in_shape: of one input.
       ops: of the space.
       every: estimates an epoch.
-      most: skips that a cell may have. (As published it may have one, and normal cells alone are counted; here that kind
-        is which has the most.)
+      most: skips that a cell may have. (As published it may have one, and normal cells alone are counted; here cells
+        of the kind that has the most.)
       start: the first epoch that may stop, counted from 0; at least 1.
       **options: as for `darts`.
 

@@ -1,4 +1,4 @@
-"""Meta-optimizers, meta-searchers of architectures and evaluations on disk: one file of arrays and JSON, nothing that runs code."""
+"""What was learned over tasks, and evaluations, on disk: one file of arrays and JSON, nothing that runs code."""
 
 import json
 import os
@@ -157,7 +157,7 @@ def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
 
 
 def save_meta_architecture(path: str | os.PathLike[str], meta: MetaArchitecture, hyperparams: base.HyperParams) -> None:
-    """Writes λ of a `meta_architecture_search` as one `.npz` file, atomically: h's weights, and what training starts from.
+    """Writes λ of a `meta_architecture_search` as one `.npz` file, atomically: h's weights, and where training starts.
 
     Args:
       path: the file.
@@ -201,7 +201,9 @@ def load_meta_architecture(path: str | os.PathLike[str], meta: MetaArchitecture)
     own = {"network": meta.settings["search"].get("network"), "h": meta.settings["h"]}
     for name, value in json.loads(json.dumps(own)).items():
         if header.get(name) != value:
-            raise ValueError(f"{os.fspath(path)} is of another `{name}` than this search: {header.get(name)}, not {value}.")
+            raise ValueError(
+                f"{os.fspath(path)} is of another `{name}` than this search: {header.get(name)}, not {value}."
+            )
     template = _arrays("", jax.eval_shape(meta.hyperparams, jax.random.key(0)))
     shapes, expected = ({name: np.shape(x) for name, x in each.items()} for each in (arrays, template))
     if shapes != expected or any(array.dtype.kind != "f" for array in arrays.values()):

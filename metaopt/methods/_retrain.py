@@ -161,8 +161,8 @@ def train(
 ) -> tuple[base.InnerState, np.ndarray]:
     """Training alone, step by step on the host: what `inner.run` is for runs of hours, which are stopped and continued.
 
-    It is `training.fit` of a rule whose λ nothing depends on: progress and checkpoints are those of `fit`. A signal (Ctrl-C,
-    SIGTERM) ends the training after the step, leaves a checkpoint, and raises `KeyboardInterrupt`: what is trained by
+    It is `training.fit` of a rule whose λ nothing depends on: progress and checkpoints are those of `fit`. A signal
+    (Ctrl-C, SIGTERM) ends the training after the step, leaves a checkpoint, and raises `KeyboardInterrupt`: what is trained by
     half is not taken for the whole, and a loop over architectures ends, too. The numbers are those of `inner.run`, to
     rounding, with `jax.random.split(key)`'s first key.
 
@@ -220,7 +220,9 @@ def train(
     if result.stopped == "signal":
         kept = "are not kept, since there is no `checkpoint_dir`"
         kept = kept if checkpoint_dir is None else f"are in {os.fspath(checkpoint_dir)}: the same call goes on"
-        raise KeyboardInterrupt(f"A signal stopped the training after {len(losses)} of {num_steps} steps, which {kept}.")
+        raise KeyboardInterrupt(
+            f"A signal stopped the training after {len(losses)} of {num_steps} steps, which {kept}."
+        )
     return result.state.estimator_state, losses
 
 

@@ -203,7 +203,9 @@ def num_skips(network: Space, weights: Mapping[str, Any]) -> jax.Array:
     Raises:
       ValueError: no edge of the network may be a skip; as for `discretized`.
     """
-    is_skip = {k: np.array([[op == SKIP for op in edge.ops] for edge in cell.edges]) for k, cell in network.cells.items()}
+    is_skip = {
+        k: np.array([[op == SKIP for op in edge.ops] for edge in cell.edges]) for k, cell in network.cells.items()
+    }
     if not any(each.any() for each in is_skip.values()):
         raise ValueError(f"No edge of the network has {SKIP!r} among its ops: there is nothing to count.")
     chosen = discretized(network, weights)

@@ -134,7 +134,7 @@ def check_network(network: Network) -> None:
       network: a spec.
 
     Raises:
-      ValueError: an edge goes backwards or nowhere, a cell has no output, a kind no layer; `keep` is none of its values.
+      ValueError: an edge goes backwards or nowhere, a cell has no output, a kind no layer; `keep` is no such value.
     """
     is_number = isinstance(network.keep, (int, np.integer)) and not isinstance(network.keep, bool)
     if network.keep not in (None, "graph") and not (is_number and int(network.keep) >= 1):

@@ -200,7 +200,7 @@ def test_a_table_of_whole_networks_counts_edges_that_are_not_there(keep):
         lambda: nas.expected_cost(small, nas.one_hot(bare, genotype), bare),
         lambda: nas.cost_of(small, bare, genotype),
     ):
-        with pytest.raises(ValueError, match="which a network may lack, has no \"none\""):
+        with pytest.raises(ValueError, match='which a network may lack, has no "none"'):
             cost()
 
 
