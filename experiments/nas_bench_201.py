@@ -389,9 +389,9 @@ def gaps(runs: dict, table) -> list[str]:
     searched = [run for seeds in runs.values() for run in seeds.values() if "weights" in run]
     if any("mixed" not in run for run in searched):
         lines += [
-            f"Of {sum('mixed' not in run for run in searched)} of {len(searched)} searches by gradient the accuracies of "
-            "the supernet, mixed and discrete, were not kept (unrolled DARTS has no supernet that outlives an estimate): "
-            "their gap is not told.",
+            f"Of {sum('mixed' not in run for run in searched)} of {len(searched)} searches by gradient the accuracies "
+            "of the supernet, mixed and discrete, were not kept (unrolled DARTS has no supernet that outlives an "
+            "estimate): their gap is not told.",
             "",
         ]
     one_shot = [run for run in runs.get("single-path one-shot", {}).values() if len(run["drawn"]) > 4]

@@ -1,4 +1,4 @@
-"""Architecture search under the papers' names: each is a setting of `architecture_search`, without numerics of its own."""
+"""Architecture search under the papers' names: settings of `architecture_search`, without numerics of their own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -101,8 +101,7 @@ def supernet(
 
     Raises:
       ValueError: the spec does not hold together; `in_shape` is a number; an op is unknown, or does not take or give
-        the shape that it should;
-        K does not divide the channels, or is more than 1 where sizes are searched.
+        the shape that it should; K does not divide the channels, or is more than 1 where sizes are searched.
 
     Sources: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055; for K, Xu et al., ICLR 2020,
     https://arxiv.org/abs/1907.05737

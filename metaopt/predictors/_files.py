@@ -58,8 +58,8 @@ def save(
     given, own = shapes(jax.eval_shape(lambda: meta_params)), shapes(jax.eval_shape(predictor.init, jax.random.key(0)))
     if given != own:
         raise ValueError(
-            f"`meta_params` must be what `predictor.init` makes, with the shapes {own}; got {given}, which `load` could "
-            "not read."
+            f"`meta_params` must be what `predictor.init` makes, with the shapes {own}; got {given}, which `load` "
+            "could not read."
         )
     header = {"format": "metaopt.predictor", "version": VERSION, "config": predictor.config, "scaling": scaling}
     leaves = jax.tree_util.tree_leaves_with_path(meta_params)
