@@ -106,7 +106,7 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
     task = case.task()
     of = lambda method, **options: estimate(case.search(method, **options), task)
     first = case.search(methods.darts, order="first")
-    lengths = (2,) if smoke else (4,)
+    lengths = (2,) if smoke else (4, 16)
     programs = {
         "plain": plain(first, task),
         "first": estimate(first, task),
@@ -115,8 +115,9 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
         "gdas": of(methods.gdas, num_steps=100),
         "partial": of(methods.pc_darts, partial=4),
     }
-    for num in lengths:
-        programs[f"unrolled {num}"] = of(methods.unrolled_darts, num_steps=num, remat="none")
+    unrolled = [(num, remat) for num in lengths for remat in ("none", "sqrt")]
+    for num, remat in unrolled:
+        programs[f"unrolled {num} {remat}"] = of(methods.unrolled_darts, num_steps=num, remat=remat)
     seconds = medians({name: p.call for name, p in programs.items()}, repetitions, clock=time.process_time)
     one = seconds["plain"]
     told = lambda name, what, share=1, bar=None: row(what, seconds[name] / one / share, bar, programs[name])
@@ -125,7 +126,10 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
         told("first", "DARTS, first order"),
         told("second", "DARTS, second order by finite differences", bar=4.4),
         told("exact", "DARTS, second order by differentiation", bar=4.4),
-        *(told(f"unrolled {num}", f"unrolled over {num}, an inner step", num, 3.2) for num in lengths),
+        *(
+            told(f"unrolled {num} {remat}", f'unrolled over {num}, `remat="{remat}"`, an inner step', num, 3.2)
+            for num, remat in unrolled
+        ),
         told("gdas", "GDAS, one op an edge (a step of weights and one of α)"),
         told("partial", "PC-DARTS, K = 4 (a step of weights and one of α)"),
     ]
