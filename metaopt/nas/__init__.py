@@ -113,7 +113,7 @@ from metaopt.nas._relaxations import (
     softmax,
     uniform_path,
 )
-from metaopt.nas._scores import SCORES, Score, grad_norm, jacob_cov, nwot, snip, synflow
+from metaopt.nas._scores import SCORES, Score, grad_norm, gradient_features, jacob_cov, nwot, snip, synflow
 from metaopt.nas._specs import (
     DARTS_PRIMITIVES,
     NAS_BENCH_201_PRIMITIVES,
@@ -198,6 +198,7 @@ __all__ = [
     "genotype_from_json",
     "genotype_to_json",
     "grad_norm",
+    "gradient_features",
     "graph_genotype",
     "graph_op",
     "graph_ops",

@@ -90,7 +90,7 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop("header").tobytes())
         format_, version = header["format"], int(header["version"])
-        config, scaling = header["config"], header["scaling"]
+        config, scaling = header.get("config"), header.get("scaling")
     except FileNotFoundError:
         raise
     except Exception as error:
