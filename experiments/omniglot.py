@@ -19,11 +19,12 @@ of what the literature reports, MAML with the batch's statistics less, above all
 minute for a training, all but CAVIA are ahead of pixel prototypes with 5 ways and one shot: class means in feature
 space most of all, then fine-tuning from them, and MAML, whose ten inner steps at test follow three in training.
 
-A training is kept in the folder that `--work` names, with the split, and goes on from there when it was stopped: call
-the script again with the same arguments. Omniglot is read from the folder that METAOPT_DATA names. Results go to
-experiments/results/omniglot.md and .png, or omniglot_small.md and .png.
+A training is kept in the folder that `--work` names, with the split and its scores, by what code it was made with, and
+goes on from there when it was stopped: call the script again with the same arguments. Omniglot is read from the folder
+that METAOPT_DATA names. Results go to experiments/results/omniglot.md and .png, or omniglot_small.md and .png.
 """
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -65,6 +66,7 @@ class Trained(NamedTuple):
     methods: dict[int, Callable]  # shots at test -> (key, support, query) -> outputs
     curve: dict[int, float]  # outer step -> validation accuracy
     test_steps: dict[int, int]  # shots at test -> inner steps
+    name: str  # of its folder: no other training has it
 
 
 class Row(NamedTuple):
@@ -247,7 +249,8 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
 
     folder = (
         options.work / f"{name.replace(', ', '_').replace(' ', '-')}_{ways}_{options.split}_{scale.filters}_{steps}"
-        f"_{scale.size}_{scale.tasks}_{options.rate:g}_{trained_shots}{'_disjoint' * options.disjoint_drawers}_{seed}"
+        f"_{scale.size}_{scale.tasks}_{options.rate:g}_{trained_shots}_{shots}"
+        f"{'_disjoint' * options.disjoint_drawers}_{seed}"
     )
     result = training.fit(
         training.learner(lambda step: hypergrad.over_tasks(adaptation.estimator_at(step)), optax.chain(optimizer)),
@@ -268,7 +271,7 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
         sys.exit(f"Stopped by a signal; the same command goes on with {name}, {ways} ways, {shots} shots.")
     best, curve = result.best_hyperparams, {i * every: float(1 - x) for i, x in enumerate(result.evaluations)}
     test_steps = {k: int(right(best, batch).argmax()) for k, batch in drawn.items()}
-    return Trained({k: method(best, num) for k, num in test_steps.items()}, curve, test_steps)
+    return Trained({k: method(best, num) for k, num in test_steps.items()}, curve, test_steps, folder.name)
 
 
 def one_shot_runs(path: Path, size: int) -> Callable:
@@ -290,7 +293,7 @@ def one_shot_runs(path: Path, size: int) -> Callable:
 
 
 def judge(trained: dict[tuple, dict], parts: dict, scale: Scale, options, one_shot: Path | None) -> dict[str, Any]:
-    """Setting -> evaluation: all methods on the same episodes."""
+    """Setting -> evaluation: all methods on the same episodes. `trained` has them with the names of their trainings."""
     found = {}
     for (ways, shots), of in trained.items():
         if of:
@@ -303,16 +306,27 @@ def judge(trained: dict[tuple, dict], parts: dict, scale: Scale, options, one_sh
                 disjoint_groups=options.disjoint_drawers,
             )
             print(f"[{time.process_time():6.0f} s] judging {len(of)} methods, {ways}w{shots}s", flush=True)
-            found[f"{ways}w{shots}s"] = methods.evaluate_episodes(
-                of,
-                sample,
-                jax.random.key(2025),
-                num_episodes=scale.episodes,
-                chunk_size=min(20, scale.episodes),
-            )
+            setting = f"{ways}w{shots}s"
+            each = [judge_one(name, *one, sample, setting, scale, options) for name, one in of.items()]
+            found[setting] = functools.reduce(methods.join_evaluations, each)
     if (20, 1) in trained and one_shot is not None:
         runs = one_shot_runs(one_shot, scale.size)
-        found[ONE_SHOT] = methods.evaluate_episodes(trained[20, 1], runs, jax.random.key(0), each=20, chunk_size=10)
+        named = {name: method for name, (method, _) in trained[20, 1].items()}
+        found[ONE_SHOT] = methods.evaluate_episodes(named, runs, jax.random.key(0), each=20, chunk_size=10)
+    return found
+
+
+def judge_one(
+    name: str, method: Callable, training: str, sample: Callable, setting: str, scale: Scale, options
+) -> methods.Evaluation:
+    """One method, now or before."""
+    file = options.work / f"{training}_at_{setting}.npz"
+    if file.is_file() and not options.smoke:
+        return methods.load_evaluation(file)
+    key, chunk_size = jax.random.key(2025), min(20, scale.episodes)
+    found = methods.evaluate_episodes({name: method}, sample, key, num_episodes=scale.episodes, chunk_size=chunk_size)
+    if not options.smoke:
+        methods.save_evaluation(file, found)
     return found
 
 
@@ -437,8 +451,11 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, help="a step, of five ways; a quarter as many of twenty")
     parser.add_argument("--rate", type=float, default=2e-3, help="of the outer Adam, at the start")
     parser.add_argument("--name", help="of the result; omniglot, or omniglot_small")
-    parser.add_argument("--work", type=Path, default=Path("omniglot_runs"), help="where trainings are kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("omniglot_runs"), help="trainings are kept here, by their code"
+    )
     options = parser.parse_args()
+    options.work = script.work_folder(options.work, __file__)
     own_head = options.head_ways or ([5] if options.small else options.ways)  # a core has no time for more
     own_shots = sorted(options.shots or ([1] if options.small else [1, 5]))
     options.ways = sorted({*options.ways, *own_head})
@@ -455,7 +472,8 @@ def main() -> None:
             sys.exit(f"The trainings in {options.work} are of another split ({file}): give --work another folder.")
         tasks.save_split(file, split)
     settings = [setting for setting in SETTINGS if setting[0] in options.ways]
-    trained: dict[tuple, dict[str, Any]] = {setting: {f"pixel prototypes{SEED}0": pixels} for setting in settings}
+    plain = f"pixels_{options.split}_{scale.size}{'_disjoint' * options.disjoint_drawers}"
+    trained: dict[tuple, dict[str, Any]] = {s: {f"pixel prototypes{SEED}0": (pixels, plain)} for s in settings}
     trainings: dict[str, list[Trained]] = {}
     for seed in range(options.seeds):
         for name in options.methods:
@@ -472,7 +490,7 @@ def main() -> None:
                     for tested in settings:
                         same_shots = tested[1] == shots or len(of_shots) == 1
                         if same_shots and (tested[0] == ways or not row.ways):
-                            trained[tested][f"{name}{SEED}{seed}"] = one.methods[tested[1]]
+                            trained[tested][f"{name}{SEED}{seed}"] = one.methods[tested[1]], one.name
     one_shot = script.data_file(__file__, "omniglot.npz").parent / "omniglot_oneshot_runs.npz"
     if options.split != "official" or not one_shot.is_file():  # Lake's runs are of the official evaluation characters
         one_shot = None

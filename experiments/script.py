@@ -52,6 +52,15 @@ def code(*files: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def work_folder(folder: Path, *files: str) -> Path:
+    """Where a run of these files keeps what has ended: what other code made lies in other folders, and is not taken."""
+    own = folder / code(*files)
+    others = [path.name for path in folder.glob("*/") if path != own]
+    if others and not own.is_dir():
+        print(f"{folder} holds what other code made, which is not taken: {', '.join(sorted(others)[:5])}", flush=True)
+    return own
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 

@@ -290,7 +290,7 @@ def main() -> None:
         help="what has ended is kept here, by what code it was made with",
     )
     options = parser.parse_args()
-    options.work /= script.code(__file__)
+    options.work = script.work_folder(options.work, __file__)
     settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), options.seeds)
     if options.smoke:
         options.methods = ["prototypical networks"]

@@ -10,7 +10,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 _CALLS = ("pjit", "jit", "closed_call")  # nested calls, of jnp functions among others
-_DEAR = ("dot_general", "ragged_dot_general", "conv_general_dilated", "cpu_convolution")
+_DEAR = ("dot_general", "ragged_dot_general", "conv_general_dilated", "cpu_convolution", "cpu_depthwise")
 
 
 def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[Any], Callable | None]) -> list:
@@ -84,10 +84,10 @@ class Halves(NamedTuple):
 def split(function: Callable, args: Any, moves: Any) -> Halves:
     """What of a function is dear and the same for all values of its moving arguments, apart from the rest.
 
-    Dear are matrix products and convolutions, whatever holds one inside, and what is computed from them; the rest does
-    what is cheap again rather than keep it. Nested calls are looked into; loops, branches, checkpoints and functions
-    with a derivative of their own go to one side as a whole, and what has an effect (`jax.debug.print`) goes to the
-    rest. Both halves can be differentiated as the function can.
+    Dear are matrix products and convolutions, whatever holds one inside, and what is computed from them, however wide
+    it is; what comes before the first of them is cheap, and is done again by the rest. Nested calls are looked into;
+    loops, branches, checkpoints and functions with a derivative of their own go to one side as a whole, and what has an
+    effect (`jax.debug.print`) goes to the rest. Both halves can be differentiated as the function can.
 
     Args:
       function: any that can be traced.

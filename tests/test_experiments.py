@@ -459,6 +459,22 @@ def test_the_code_of_a_result_is_that_of_its_files_and_of_the_library(tmp_path, 
     assert script.code(str(file)) not in digests
 
 
+def test_what_other_code_made_is_told_of_and_not_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script, file = importlib.import_module("script"), tmp_path / "a.py"
+    monkeypatch.setattr(script.metaopt, "__file__", str(tmp_path / "library" / "__init__.py"))
+    folders = []
+    for text in ("1", "2", "1"):
+        file.write_text(text)
+        folders.append(script.work_folder(tmp_path / "work", str(file)))
+        folders[-1].mkdir(parents=True, exist_ok=True)
+    assert folders[0] == folders[2] != folders[1] and folders[0].parent == tmp_path / "work"
+    assert (
+        capsys.readouterr().out
+        == f"{tmp_path / 'work'} holds what other code made, which is not taken: {folders[0].name}\n"
+    )
+
+
 # ---- HPO-B -----------------------------------------------------------------------------------------------------------
 
 

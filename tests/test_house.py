@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"base", "rewrite", "tfrecord"},
+    {"base", "progress", "rewrite", "tfrecord"},
     {"spaces", "transforms"},
     {"tasks", "inner", "nas"},
     {"hypergrad", "predictors"},
@@ -83,7 +83,7 @@ def test_imports_that_do_not_point_down_are_seen(source, fault):
 
 
 def public_names():
-    for room in [*ROOMS, "plots", "base", "rewrite", "tfrecord"]:
+    for room in [*ROOMS, "plots", "base", "progress", "rewrite", "tfrecord"]:
         module = importlib.import_module(f"metaopt.{room}")
         names = getattr(
             module, "__all__", [n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"]

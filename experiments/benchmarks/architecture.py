@@ -146,16 +146,20 @@ def many(smoke: bool, repetitions: int) -> list[list[str]]:
     case = small_case(smoke)
     task, first = case.task(), case.search(methods.darts, order="first")
     tasks = jax.tree.map(lambda leaf: jnp.stack([leaf] * TASKS), task)
-    programs = {0: estimate(first, task)}
+    programs: dict[int | str, Program] = {0: estimate(first, task)}
     for chunk in (1, 4, TASKS):
         over = hypergrad.over_tasks(first.estimator, task_chunk=chunk)
         programs[chunk] = estimate(first._replace(estimator=over), tasks)
+    shared = base.Predictor(first.hyperparams, lambda alpha, task: alpha, {})  # h that reads nothing of the task
+    meta = methods.meta_architecture_search(first, shared)
+    programs["chosen"] = estimate(first._replace(estimator=meta.over_tasks(), hyperparams=meta.hyperparams), tasks)
     # One task as it is called again and again: after a larger program its first call is slower.
-    calls = {chunk: p.call for chunk, p in programs.items() if chunk}
+    calls: dict[int | str, Callable] = {chunk: p.call for chunk, p in programs.items() if chunk}
     calls[0] = lambda: [programs[0].call() for _ in range(TASKS)]
     seconds = medians(calls, repetitions, clock=time.process_time)
     seconds[0] /= TASKS
-    what = lambda chunk: "all at once" if chunk == TASKS else f"{chunk} at once, `task_chunk={chunk}`"
+    names: dict[int | str, str] = {TASKS: "all at once", "chosen": "as `MetaArchitecture.over_tasks` chooses"}
+    what = lambda chunk: names.get(chunk, f"{chunk} at once, `task_chunk={chunk}`")
     return [
         ["one task, ms", f"{1e3 * seconds[0]:.3g}", "", f"{programs[0].seconds:.0f}"],
         *(

@@ -142,7 +142,7 @@ def over_tasks(
       task_chunk: tasks that run at once under vmap; the chunks follow one another in a scan that accumulates the sums,
         so that memory is that of one chunk; a rest that does not fill one is a shorter chunk. None runs all at once.
         On a CPU core, 1 is the fastest for a convolutional supernet, whose batches of tasks leave the caches
-        (`experiments/benchmarks/architecture.py`).
+        (`experiments/benchmarks/architecture.py`); `methods.MetaArchitecture.over_tasks` chooses it by itself.
       max_norm: clips the norm of each task's hypergradient, before the mean.
       normalize: scales each task's hypergradient to norm 1, before the mean.
 

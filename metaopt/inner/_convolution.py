@@ -23,6 +23,7 @@ from jax.interpreters import ad, batching, mlir
 from metaopt import rewrite
 
 _convolution_p = core.Primitive("cpu_convolution")
+LARGE = 2**28  # bytes: more is not made at once, of patches or of their cotangents
 
 
 def convolution(x: jax.Array, w: jax.Array, **params: Any) -> jax.Array:
@@ -77,6 +78,7 @@ def _spreads(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) ->
         max(dilation) > 1
         and max(*params["window_strides"], *params["rhs_dilation"]) == 1
         and math.prod(window) <= 4 * math.prod(dilation)
+        and math.prod(window) * w.shape[-1] * math.prod(x.shape[:-1]) * x.dtype.itemsize <= LARGE  # the columns
     )
 
 

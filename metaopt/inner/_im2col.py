@@ -9,8 +9,8 @@ pads and matrix products are fast everywhere, batched or not, and so are all the
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,11 @@ from jax.core import Tracer
 
 from metaopt import rewrite
 from metaopt.inner import _convolution as fast
+from metaopt.inner import _depthwise
+from metaopt.inner._depthwise import Window, length, total
 
 # A kernel of more positions, if it is to be written by slices, is left to XLA: every position is work for the compiler.
 _MOST_POSITIONS = 128
-# Where patches would take more bytes, the product is a sum over the kernel's positions: slower, and as small as x.
-_LARGE = 2**28
 
 
 def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
@@ -38,7 +38,7 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
     - Others: patches are made by slices, and kernels per task become batched matrix products. They take K times the
       input's memory, and are not made at all where they would take over 256 MiB; the backward pass is told to make them
       anew rather than keep them, which JAX 0.12 heeds on CPU and 0.10 does not.
-    - Depthwise convolutions are sums of products with slices.
+    - Depthwise convolutions are sums of products with slices, and so are their derivatives.
 
     `inner.loop` and `inner.problem` apply it by themselves where the default backend is a CPU: on one core, training
     with three small convolutions in a scan then takes a hundredth of the time (`experiments/benchmarks/rules.py`).
@@ -97,33 +97,18 @@ def _by_slices(equation: Any) -> Callable | None:
     if name == "conv_general_dilated" and _has_kernel(equation):
         return functools.partial(fast.convolution, **params)
     if name == "conv_general_dilated" and _is_plain_convolution(equation):
-        return jax.checkpoint(functools.partial(_convolution, **params))
+        form = functools.partial(_convolution, **params)
+        return form if _is_depthwise(equation.invars[1].aval, **params) else jax.checkpoint(form)
     if name in ("reduce_window_max", "reduce_window_sum") and _is_plain_pooling(equation):
         return functools.partial(_pooling, maximum=name == "reduce_window_max", **params)
     return None
 
 
-class _Window(NamedTuple):
-    """A window along one axis."""
-
-    size: int
-    stride: int
-    padding: tuple[int, int]
-    base_dilation: int
-    dilation: int
-
-
-def _length(size: int, window: _Window) -> int:
-    """How many places the window takes along an axis."""
-    padded = (size - 1) * window.base_dilation + 1 + sum(window.padding)
-    return (padded - window.dilation * (window.size - 1) - 1) // window.stride + 1
-
-
-def _slices(x: jax.Array, axis: int, window: _Window, fill: float) -> list[jax.Array]:
+def _slices(x: jax.Array, axis: int, window: Window, fill: float) -> list[jax.Array]:
     """What each position of the window sees along one axis."""
     if window == (1, 1, (0, 0), 1, 1):
         return [x]
-    span = (_length(x.shape[axis], window) - 1) * window.stride + 1
+    span = (length(x.shape[axis], window) - 1) * window.stride + 1
     around = [(0, 0, 0)] * x.ndim
     around[axis] = (*window.padding, window.base_dilation - 1)
     x = jax.lax.pad(x, jnp.asarray(fill, x.dtype), around)
@@ -131,16 +116,12 @@ def _slices(x: jax.Array, axis: int, window: _Window, fill: float) -> list[jax.A
     return [jax.lax.slice_in_dim(x, start, start + span, window.stride, axis) for start in starts]
 
 
-def _positions(x: jax.Array, windows: list[_Window]) -> list[jax.Array]:
+def _positions(x: jax.Array, windows: list[Window]) -> list[jax.Array]:
     """What each position of the whole window sees, in row-major order; spatial axes begin at 1."""
     slices = [x]
     for axis, window in enumerate(windows, 1):
         slices = [s for x in slices for s in _slices(x, axis, window, 0.0)]
     return slices
-
-
-def _sum(terms: Iterable[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, terms)
 
 
 def _has_kernel(equation: Any) -> bool:
@@ -189,18 +170,18 @@ def _convolution(
     x = x.transpose(lhs[0], *lhs[2:], lhs[1])  # [N, spatial..., C]
     w = w.transpose(*rhs[2:], rhs[1], rhs[0])  # [window..., C / G, D]
     sizes = w.shape[:-2]
-    windows = [_Window(*w_) for w_ in zip(sizes, window_strides, padding, lhs_dilation, rhs_dilation, strict=True)]
-    spatial = [_length(n, window) for n, window in zip(x.shape[1:-1], windows, strict=True)]
+    windows = [Window(*w_) for w_ in zip(sizes, window_strides, padding, lhs_dilation, rhs_dilation, strict=True)]
+    spatial = [length(n, window) for n, window in zip(x.shape[1:-1], windows, strict=True)]
     rows = x.shape[0] * math.prod(spatial)
     product = functools.partial(jnp.einsum, precision=precision)
-    if depth == 1 and groups > 1:  # depthwise: each channel has its own D / G outputs
-        kernels = w.reshape(-1, groups, features // groups).astype(wide)
-        slices = (s.reshape(rows, groups, 1).astype(wide) for s in _positions(x, windows))
-        y = _sum(s * kernel[None] for s, kernel in zip(slices, kernels, strict=True))
-    elif rows * math.prod(sizes) * depth * groups * x.dtype.itemsize > _LARGE:
+    if groups > 1 == depth:  # each channel has its own D / G outputs
+        x = x if features == groups else jnp.repeat(x, features // groups, -1)
+        common = jnp.promote_types(jnp.result_type(x, w), dtype)
+        y = _depthwise.convolution(x.astype(common), w.reshape(*sizes, features).astype(common), tuple(windows))
+    elif rows * math.prod(sizes) * depth * groups * x.dtype.itemsize > fast.LARGE:
         kernels = w.reshape(-1, depth, groups, features // groups)
         slices = (s.reshape(rows, groups, depth) for s in _positions(x, windows))
-        y = _sum(
+        y = total(
             product("ngc,cgd->ngd", *pair, preferred_element_type=wide) for pair in zip(slices, kernels, strict=True)
         )
     else:
@@ -214,6 +195,11 @@ def _convolution(
             y = product("ngk,kgd->ngd", patches, matrix, preferred_element_type=preferred_element_type)
     y = y.astype(dtype).reshape(x.shape[0], *spatial, features)
     return y.transpose(fast.from_rows(out))
+
+
+def _is_depthwise(w: Any, dimension_numbers: Any, feature_group_count: int, **_: Any) -> bool:
+    """Whether each channel has its own outputs."""
+    return feature_group_count > 1 and w.shape[dimension_numbers.rhs_spec[1]] == 1
 
 
 def _is_plain_pooling(equation: Any) -> bool:
@@ -239,7 +225,7 @@ def _pooling(
         return jnp.where((a >= b) | jnp.isnan(a), a, b) if maximum else a + b
 
     windows = [
-        _Window(*window)
+        Window(*window)
         for window in zip(window_dimensions, window_strides, padding, base_dilation, window_dilation, strict=True)
     ]
     dtype = x.dtype

@@ -60,7 +60,9 @@ def _split(data: base.Data, shared: Sequence[str]) -> tuple[base.Data, dict[str,
     missing = sorted(set(shared) - set(data))
     if missing:
         raise ValueError(f"`shared` names {', '.join(missing)}, and the data have {', '.join(map(str, data))}.")
-    whole = {*shared, "num_rows", "class_mask"} & set(data)  # the last two as episodes have them
+    whole = {*shared, "num_rows"} & set(data)
+    if "class_mask" in data and jnp.ndim(data["class_mask"]) == 1:  # as episodes have it: [C], and not one for each row
+        whole.add("class_mask")
     return {k: v for k, v in data.items() if k not in whole}, {k: data[k] for k in whole}
 
 
@@ -92,7 +94,7 @@ def minibatch(
       batch_size: B, at least 1. May exceed the number of rows: a batch then spans epochs.
       replace: draw rows independently.
       shared: entries of a dict of data that have no axis of rows and that every batch carries whole, besides
-        "num_rows" and "class_mask", which all do.
+        "num_rows" and a "class_mask" [C], which all do.
       num_rows: `data -> N`, the number of real rows, where padding follows them; by default `data["num_rows"]`, else
         the sum of `data["mask"]`, else the leading axis. May differ between tasks: all share one compiled program.
 

@@ -13,8 +13,9 @@ loss: every matrix product and convolution that no leaf which adapts reaches, fr
 """
 
 import contextlib
+import contextvars
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,24 @@ from metaopt.methods._evaluate import AdaptFn
 
 RATES = ("fixed", "one", "leaf", "entry")
 LATE = np.iinfo(np.int32).max  # an outer step after every schedule
+_AFTER_STEPS = contextvars.ContextVar("_AFTER_STEPS", default=False)
+
+
+def after_steps() -> bool:
+    """Whether what is traced now is f, after inner steps, or a prediction: of a query set.
+
+    A network cannot tell by its arguments; one that needs the support set there can refuse to go without.
+    """
+    return _AFTER_STEPS.get()
+
+
+@contextlib.contextmanager
+def _traced_after_steps(value: bool) -> Iterator[None]:
+    token = _AFTER_STEPS.set(value)
+    try:
+        yield
+    finally:
+        _AFTER_STEPS.reset(token)
 
 
 class Carried(NamedTuple):
@@ -123,7 +142,8 @@ def adaptation(
       remat: as for `hypergrad.unrolled`.
       sampler: which rows of the support set a step sees; all by default.
       keep_support: f and predictions find the support set's "x" and "mask" in `params["support"]` (`params` are then a
-        dict): for statistics that are of the support set alone, as in `conv4(normalization="support")`.
+        dict): for statistics that are of the support set alone, as in `conv4(normalization="support")`. A network of
+        one's own that normalizes by the batch it is given does so by the query set's, with or without this option.
       with_context: losses and `init` are in their full form: dropout keys, batch statistics, the number of the step.
 
     Returns:
@@ -275,7 +295,8 @@ def adaptation(
 
     def f(params, hyperparams, batch, context):
         params = judged(params, context.model_state, hyperparams["init"])
-        value = judge(params, hyperparams, batch, context._replace(model_state=context.model_state.own))
+        with _traced_after_steps(num_steps > 0):  # pre-training has its own batch, and no support set
+            value = judge(params, hyperparams, batch, context._replace(model_state=context.model_state.own))
         return value[0] if isinstance(value, tuple) else value
 
     grouped = transforms.per_parameter(optimizer) if rates in ("leaf", "entry") else optimizer
@@ -404,19 +425,22 @@ def adapted(
         def outputs(state):
             context = loop.context(state)
             context = context._replace(model_state=context.model_state.own)
-            return predict(adaptation.params(state, hyperparams), query, *([context] if with_context else []))
+            with _traced_after_steps(True):
+                return predict(adaptation.params(state, hyperparams), query, *([context] if with_context else []))
 
         def moves(path, _):
             return not _path(path).startswith(("model_state/made", "model_state/support"))
 
-        state, predictions = loop.init(key, hyperparams, support), outputs
+        state, cut = loop.init(key, hyperparams, support), None
         with contextlib.suppress(Exception):  # as for g: of the query set, too, what no step changes is computed once
             cut = rewrite.split(outputs, (state,), (jax.tree_util.tree_map_with_path(moves, state),))
-            kept = inner.im2col(cut.once, only_on_cpu=True)((state,))
-            predictions = lambda state: cut.rest((state,), kept)
+        kept = () if cut is None else inner.im2col(cut.once, only_on_cpu=True)((state,))
+        predictions = outputs if cut is None else lambda state: cut.rest((state,), kept)
         predictions = inner.im2col(predictions, only_on_cpu=True)
-        _, after = inner.run(loop, steps, trace_fn=predictions)(key, hyperparams, support)
-        return jnp.concatenate([predictions(state)[None], after])
+        _, after = inner.run(loop._replace(init=lambda *_: state), steps, trace_fn=predictions)(
+            key, hyperparams, support
+        )
+        return jax.lax.stop_gradient(jnp.concatenate([predictions(state)[None], after]))
 
     return method
 

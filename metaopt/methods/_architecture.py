@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import base, hypergrad, inner, nas, training
-from metaopt.methods._settings import plain, with_settings
+from metaopt.methods._settings import of_network, plain, with_settings
 
 
 class Search(NamedTuple):
@@ -28,7 +28,7 @@ class Search(NamedTuple):
       settings: the method's name, the network, and what else the search was made with, as JSON has it, for
         `training.fit(settings=search.settings)`: other searches have α and states of the same shapes, so that a
         checkpoint of another one would go on as this one's. Functions are told by their names and the values that they
-        enclose, and not by what they compute; a default that is written out may count as another search.
+        enclose, and not by what they compute; `relaxation`, `decode`, `keep` and `network` as they are after defaults.
     """
 
     estimator: base.Estimator
@@ -174,6 +174,7 @@ def architecture_search(
     ((3, 3), True)
     """
     relax = nas.softmax() if relaxation is None else relaxation
+    decode = nas.decoding(relax) if decode is None else decode
     if penalty is not None and not callable(penalty):
         raise ValueError(f"`penalty` must be `(α, step) -> []`, such as `nas.resource_penalty(...)`; got {penalty!r}.")
     if isinstance(network, nas.Network) and keep != "space":
@@ -206,7 +207,7 @@ def architecture_search(
         return {"alpha": alpha, "init": supernet.init(jax.random.fold_in(key, 1))} if learn_init else alpha
 
     def weights(hyperparams):
-        return nas.mixing_weights(decode or nas.decoding(relax), network, alpha_of(hyperparams), jax.random.key(0))
+        return nas.mixing_weights(decode, network, alpha_of(hyperparams), jax.random.key(0))
 
     def genotype(hyperparams):
         found = jax.device_get(weights(hyperparams))
@@ -216,7 +217,13 @@ def architecture_search(
 
     of_any = lambda problem, own: rule(problem)
     found = lambda result: result.hyperparams
-    return Search(rule(problem), problem, supernet, hyperparams, alpha_of, weights, genotype, of_any, found, {})
+    settings = {
+        "keep": plain(network.keep if isinstance(network, nas.Network) else keep),
+        "relaxation": plain(relax),
+        "decode": plain(decode),
+        "network": of_network(network),
+    }
+    return Search(rule(problem), problem, supernet, hyperparams, alpha_of, weights, genotype, of_any, found, settings)
 
 
 @with_settings

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import base
+from metaopt.methods._adaptation import after_steps
 
 NORMALIZATIONS = ("batch", "support", "tasknorm", "group", "layer", "none")
 _GROUPS = 8
@@ -56,7 +57,9 @@ def conv4(
     learned in each block. Padded rows enter no statistics. With a batch of 28 × 28, D = `num_filters`.
 
     "support" and "tasknorm" need the support set where the query set is seen: `adaptation(keep_support=True)` puts it
-    into `params["support"]`, and the methods with `features` do. Without it the statistics are of the batch itself.
+    into `params["support"]`, and the methods with `features` do. Without it the statistics are of the batch itself, as
+    they should be in the inner loss and in pre-training; where f or `adapted` see a query set so, it is refused: the
+    method would be transductive. (`features` that are jitted or called by hand are not told what they see.)
 
     Args:
       normalization: one of the table.
@@ -74,7 +77,8 @@ def conv4(
       mode.
 
     Raises:
-      ValueError: an argument is out of range; at trace time, the images are too small for so many blocks.
+      ValueError: an argument is out of range; at trace time, the images are too small for so many blocks, or the
+        support set is needed and was not kept.
 
     Source: Vinyals et al., NIPS 2016, https://arxiv.org/abs/1606.04080; TaskNorm: https://arxiv.org/abs/2003.03284
 
@@ -116,6 +120,12 @@ def conv4(
         dtype = params["block0"]["w"].dtype
         x, mask = (batch[name].astype(dtype) for name in ("x", "mask"))
         support = params.get("support") if needs_support else None
+        if needs_support and support is None and after_steps():
+            raise ValueError(
+                f'`conv4(normalization="{normalization}")` sees a query set without the support set, whose statistics '
+                "it is to be normalized by: with the query set's own the method would be transductive. Give the method "
+                '`keep_support=True`; or ask for statistics of the set at hand, `normalization="batch"`.'
+            )
         if support is not None:  # both sets, by the statistics of the first
             x, mask = (
                 jnp.concatenate([support["x"].astype(dtype), x]),

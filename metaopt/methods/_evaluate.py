@@ -23,6 +23,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from metaopt import base, tasks
+from metaopt.progress import progress_bar
 
 
 class AdaptFn(Protocol):
@@ -125,6 +126,7 @@ def evaluate_episodes(
     chunk_size: int = 8,
     score_fn: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array] = accuracy,
     higher_is_better: bool | None = None,
+    progress: bool | None = None,
 ) -> Evaluation:
     """Scores all methods on the same episodes, which follow from `key` and their source's name, whoever is evaluated.
 
@@ -147,6 +149,7 @@ def evaluate_episodes(
       score_fn: `(outputs after one step [Q, ...], query) -> []`.
       higher_is_better: False where the score is an error; known for `accuracy`, `mean_squared_error` and
         `mean_absolute_error`, and asked for with any other.
+      progress: draw a progress bar; None draws one in a terminal or notebook only.
 
     Returns:
       An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
@@ -166,56 +169,84 @@ def evaluate_episodes(
         raise ValueError(f"`num_episodes` and `chunk_size` must be at least 1; got {num_episodes} and {chunk_size}.")
     base.check_integer("each", each, 1, optional=True)
     if higher_is_better is None:
-        if score_fn not in HIGHER_IS_BETTER:
+        higher_is_better = next((better for fn, better in HIGHER_IS_BETTER.items() if fn is score_fn), None)
+        if higher_is_better is None:
             raise ValueError(
                 "Nothing says whether high values of `score_fn` are good: `higher_is_better=True` of an accuracy, "
                 "False of an error."
             )
-        higher_is_better = HIGHER_IS_BETTER[score_fn]
     num_episodes = num_episodes if each is None else each
     chunk_size = min(chunk_size, num_episodes)
     jitted = {name: jax.jit(jax.vmap(_scored(name, method, score_fn))) for name, method in methods.items()}
-    transductive: dict[str, bool] = {}
+    transductive = dict.fromkeys(methods, False)
     scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in methods}
-    ways: dict[str, np.ndarray] = {}
-    shots: dict[str, np.ndarray] = {}
-    marks: dict[str, np.ndarray] = {}
-    for source, sample in samplers.items():
-        # By its name: another source in front changes nothing. What draws an episode, what a method may use and what
-        # puts query examples in order know nothing of each other.
-        three = jax.random.split(jax.random.fold_in(key, zlib.crc32(str(source).encode())), 3)
-        draw_keys, method_keys, order_keys = (jax.random.split(k, num_episodes) for k in three)
-        # An argument of the program: the data that it holds, if it says which (`tasks.episodes`), are no constants.
-        sample = sample if isinstance(sample, Partial) else Partial(sample)
-        draw = jax.jit(jax.vmap(functools.partial(_shuffled, each is not None), in_axes=(None, 0, 0, 0)))
-        found: dict[str, list[np.ndarray]] = {name: [] for name in [*methods, "ways", "shots", "marks", "users"]}
-        for done in range(0, num_episodes, chunk_size):
-            # The last chunk is filled up with episodes that were done, so that there is one program.
-            start = min(done, num_episodes - chunk_size)
-            chunk, new = slice(start, start + chunk_size), slice(done - start, None)
-            support, query, told = draw(sample, draw_keys[chunk], order_keys[chunk], jnp.arange(num_episodes)[chunk])
-            for name, run in jitted.items():
-                score, outputs = run(method_keys[chunk], support, query)
-                found[name].append(np.asarray(score)[new])
-                if start == 0 and not transductive.get(name):  # in one source it may not show
-                    again = run(method_keys[chunk], support, _blank(query))[1]
-                    transductive[name] = _differ(outputs, again, query)
-            way = np.asarray(support["class_mask"]).sum(axis=1) if "class_mask" in support else np.ones(chunk_size)
-            for name, numbers in told.items():
-                found[name].append(np.asarray(numbers)[new])
-            found["ways"].append(way[new])
-            found["shots"].append((np.asarray(support["mask"]).sum(axis=1) / way)[new])
-        ways[source], shots[source], marks[source], users = (
-            np.concatenate(found[name]) for name in ("ways", "shots", "marks", "users")
-        )
-        if each is not None and len(np.unique(users)) < each:
-            raise ValueError(
-                f"`each` must be the number of users: the sampler of {source!r} has {len(np.unique(users))}, so that "
-                f"with each={each} some are judged more than once, and intervals are too narrow."
+    ways, shots, marks = ({} for _ in range(3))
+    total, text = num_episodes * len(samplers), "{task.fields[source]}: {task.fields[method]}"
+    with progress_bar(total, progress, text, source="", method="") as show:
+        for number, (source, sample) in enumerate(samplers.items()):
+
+            def judged(name, num, number=number, source=source):
+                show(num_episodes * number + num, source=source, method=name)
+
+            # By its name: another source in front changes nothing.
+            source_key = jax.random.fold_in(key, zlib.crc32(str(source).encode()))
+            asked = [name for name in methods if not transductive[name]]  # in one source it may not show
+            of_source, numbers, found = _of_source(
+                jitted, sample, source_key, num_episodes, chunk_size, each is not None, asked, judged
             )
-        for name in methods:
-            scores[name][source] = np.concatenate(found[name])
+            ways[source], shots[source], marks[source] = (numbers[name] for name in ("ways", "shots", "marks"))
+            num_users = len(np.unique(numbers["users"]))
+            if each is not None and num_users < each:
+                raise ValueError(
+                    f"`each` must be the number of users: the sampler of {source!r} has {num_users}, so that "
+                    f"with each={each} some are judged more than once, and intervals are too narrow."
+                )
+            transductive |= found
+            for name in methods:
+                scores[name][source] = of_source[name]
     return Evaluation(scores, ways, shots, transductive, higher_is_better, marks)
+
+
+def _of_source(
+    jitted: Mapping[str, Callable],
+    sample: Callable,
+    key: jax.Array,
+    num_episodes: int,
+    chunk_size: int,
+    by_number: bool,
+    asked: Sequence[str],
+    judged: Callable[[str, float], None],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, bool]]:
+    """Scores of all methods [E, T + 1]; numbers [E] of the episodes; whether the methods of `asked` are transductive.
+
+    `judged` hears after each method how many episodes are done, those of other methods' turn in part.
+    """
+    # What draws an episode, what a method may use and what puts query examples in order know nothing of each other.
+    draw_keys, method_keys, order_keys = (jax.random.split(k, num_episodes) for k in jax.random.split(key, 3))
+    # An argument of the program: the data that it holds, if it says which (`tasks.episodes`), are no constants.
+    sample = sample if isinstance(sample, Partial) else Partial(sample)
+    draw = jax.jit(jax.vmap(functools.partial(_shuffled, by_number), in_axes=(None, 0, 0, 0)))
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in jitted}
+    numbers: dict[str, list[np.ndarray]] = {name: [] for name in ("ways", "shots", "marks", "users")}
+    transductive = {}
+    for done in range(0, num_episodes, chunk_size):
+        # The last chunk is filled up with episodes that were done, so that there is one program.
+        start = min(done, num_episodes - chunk_size)
+        chunk, new = slice(start, start + chunk_size), slice(done - start, None)
+        support, query, told = draw(sample, draw_keys[chunk], order_keys[chunk], jnp.arange(num_episodes)[chunk])
+        for place, (name, run) in enumerate(jitted.items()):
+            score, outputs = run(method_keys[chunk], support, query)
+            scores[name].append(np.asarray(score)[new])
+            if start == 0 and name in asked:
+                again = run(method_keys[chunk], support, _blank(query))[1]
+                transductive[name] = _differ(outputs, again, query)
+            judged(name, done + (place + 1) / len(jitted) * len(scores[name][-1]))
+        way = np.asarray(support["class_mask"]).sum(axis=1) if "class_mask" in support else np.ones(chunk_size)
+        told |= {"ways": way, "shots": np.asarray(support["mask"]).sum(axis=1) / way}
+        for name, of_chunk in told.items():
+            numbers[name].append(np.asarray(of_chunk)[new])
+    joined = lambda found: {name: np.concatenate(chunks) for name, chunks in found.items()}
+    return joined(scores), joined(numbers), transductive
 
 
 def _shuffled(
@@ -238,7 +269,8 @@ def _shuffled(
     query = {name: _of_rows(lambda x: x[order], name, leaf, size) for name, leaf in query.items()}
     leaves = [x for x in jax.tree.leaves((support, query)) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     flat = jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in leaves])
-    mark = jnp.mean(jnp.nan_to_num(flat) * jnp.cos(jnp.arange(flat.size, dtype=jnp.float32)))
+    finite = jnp.clip(jnp.nan_to_num(flat, posinf=1, neginf=-1), -1e30, 1e30)  # whose sum is finite, too
+    mark = jnp.mean(finite * jnp.cos(jnp.arange(flat.size, dtype=jnp.float32)))
     return support, query, {"users": user, "marks": mark}
 
 
@@ -326,7 +358,8 @@ def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
 
     Args:
       first: what `evaluate_episodes` returned.
-      second: what it returned with the same key, samplers and numbers, for other methods.
+      second: what it returned with the same key, samplers and numbers, for other methods. That the episodes are the
+        same is seen by their `marks`; of evaluations that have none, the numbers of ways and shots alone are compared.
 
     Returns:
       An `Evaluation` of both, the first's methods in front: as if all had been evaluated at once.
@@ -344,9 +377,9 @@ def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
         if set(one) != set(other):
             raise ValueError(f"The evaluations must be of the same sources; got `{what}` of {[*one]} and {[*other]}.")
         for source, numbers in one.items():
-            # Rounding, of other machines, moves the marks by far less than they differ.
-            size = 1e-4 * np.std(numbers) + 1e-6 * np.max(np.abs(numbers))
-            if len(numbers) != len(other[source]) or np.any(np.abs(numbers - other[source]) > size):
+            # Rounding, of other machines, moves the marks by far less than they differ. (What is NaN equals nothing.)
+            size = 1e-2 * np.std(numbers) + 1e-6 * np.max(np.abs(numbers))
+            if len(numbers) != len(other[source]) or not np.all(np.abs(numbers - other[source]) <= size):
                 raise ValueError(
                     f"The episodes of source {source!r} are not the same (their `{what}` differ): evaluate both with "
                     "one key, one sampler and one number of episodes."

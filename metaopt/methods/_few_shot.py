@@ -18,7 +18,8 @@ def maml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: A
       loss: g, and f too: `(params, hyperparams, batch) -> []`.
       num_steps: T.
       rate: α, in θ² per unit of the loss.
-      **options: as for `adaptation`.
+      **options: as for `adaptation`: `keep_support=True` where the model is normalized by the support set, such as
+        `conv4(normalization="support")`, which refuses query sets without it.
 
     Returns:
       An `Adaptation`. Time is that of T second-order gradients a task; memory grows with T (`remat`).

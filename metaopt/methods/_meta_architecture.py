@@ -31,7 +31,7 @@ class FineTunedArchitecture(NamedTuple):
 
 
 class MetaArchitecture(NamedTuple):
-    """A search over tasks; `hypergrad.over_tasks(estimator)` and `training.fit` learn its λ.
+    """A search over tasks; `training.fit` learns its λ by `over_tasks()`.
 
     Attributes:
       estimator: of dF/dλ for one task, where λ is {"h": φ, "init": θ_0}, or {"h": φ} where θ_0 is drawn.
@@ -39,6 +39,10 @@ class MetaArchitecture(NamedTuple):
       alpha: `(λ, task) -> α`, what h says of a task.
       genotype: `(λ, task) -> Genotype`, a*.
       fine_tune: `(key, λ, task) -> FineTunedArchitecture`; jit it, and vmap it over tasks.
+      over_tasks: `(**options) -> ` the estimator for a batch of tasks: `hypergrad.over_tasks(estimator, **options)`.
+        Where `task_chunk` is not among the options, the default backend is a CPU, and inputs have positions, as images
+        do, tasks run one after the other: their activations stay in the caches
+        (`experiments/benchmarks/architecture.py`).
       settings: of the search and of h, as JSON has it, for `training.fit(settings=meta.settings)`.
 
     λ goes to disk by `save_meta_architecture`.
@@ -49,6 +53,7 @@ class MetaArchitecture(NamedTuple):
     alpha: Callable[[base.HyperParams, base.Task], base.HyperParams]
     genotype: Callable[[base.HyperParams, base.Task], nas.Genotype]
     fine_tune: Callable[[jax.Array, base.HyperParams, base.Task], FineTunedArchitecture]
+    over_tasks: Callable[..., base.Estimator]
     settings: dict[str, Any]
 
 
@@ -134,6 +139,12 @@ def meta_architecture_search(
         return FineTunedArchitecture(state.hyperparams, search.problem.loop.params(state.estimator_state.inner), values)
 
     estimator = predictors.amortize(search.estimator, base.Predictor(hyperparams, apply, predictor.config))
+
+    def over_tasks(**options):
+        if jax.default_backend() == "cpu" and len(search.supernet.in_shape) > 1:
+            options = {"task_chunk": 1, **options}
+        return hypergrad.over_tasks(estimator, **options)
+
     genotype = lambda meta_params, task: search.genotype(apply(meta_params, task))
-    settings = {"search": search.settings, "h": plain(predictor.config)}
-    return MetaArchitecture(estimator, hyperparams, alpha, genotype, fine_tune, settings)
+    settings = {"search": search.settings, "h": plain(predictor.config, depth=20)}
+    return MetaArchitecture(estimator, hyperparams, alpha, genotype, fine_tune, over_tasks, settings)

@@ -122,9 +122,9 @@ def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
       the same.
 
     Raises:
-      ValueError: the file is no such file, of a newer version, or its arrays do not fit one another.
+      ValueError: the file is no such file, of a newer version or of version 1, or its arrays do not fit one another.
     """
-    header, arrays = _read(path, _CELL_FORMAT, _CELL_VERSION, "save_cell_searcher")
+    header, arrays = _read(path, _CELL_FORMAT, _CELL_VERSION, "save_cell_searcher", oldest=_CELL_VERSION)
     try:
         candidates, ops = header["candidates"], tuple(header["ops"])
         if not candidates or not all(isinstance(candidate, dict) for candidate in candidates):
@@ -148,7 +148,7 @@ def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
             raise ValueError(f"its arrays have shapes {found}, and should be numbers with {shapes}")
         named = lambda path, _: jnp.asarray(arrays["weights" + jax.tree_util.keystr(path)])
         meta_params = jax.tree_util.tree_map_with_path(named, template)
-    except (KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} does not describe a `CellSearcher` as it should: {error}.") from error
     told = {name: arrays[f"prior.{name}"] for name in ("mean", "spread", "own", "alone")}
     prior = predictors.ScorePrior(features, **told, noise=float(arrays["prior.noise"]))
@@ -287,9 +287,9 @@ def _write(path: str | os.PathLike[str], header: bytes, arrays: dict[str, Any]) 
 
 
 def _read(
-    path: str | os.PathLike[str], format_: str, version: int, writer: str
+    path: str | os.PathLike[str], format_: str, version: int, writer: str, *, oldest: int = 1
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header, of this format and at most this version, and the arrays."""
+    """The header, of this format and of a version between these two, and the arrays."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -306,6 +306,11 @@ def _read(
         raise ValueError(
             f"{os.fspath(path)} is of version {found[1]}; this metaopt reads {format_!r} up to version {version}. A "
             "newer metaopt reads it."
+        )
+    if found[1] < oldest:
+        raise ValueError(
+            f"{os.fspath(path)} is of version {found[1]}, and lacks what {format_!r} has since version {oldest}: "
+            "train and save it anew."
         )
     return header, arrays
 

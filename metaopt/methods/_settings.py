@@ -53,10 +53,17 @@ def plain(value: Any, depth: int = 6) -> Any:
     return type(value).__name__
 
 
+def of_network(network: nas.Space) -> dict[str, Any]:
+    """A spec as JSON has it."""
+    return json.loads(nas.to_json(network))
+
+
 def with_settings(method: Callable[P, S]) -> Callable[P, S]:
     """The same method, whose result has its name, the network and all that it was given as `settings`, but for `ops`.
 
-    Of methods that call one another the outermost one is told.
+    Of methods that call one another the outermost one is named, and what the inner ones were given, defaults included,
+    counts before what it was given itself: so a default that is written out changes nothing. What a method has put
+    into the settings of its result counts before its arguments.
     """
     signature = inspect.signature(method)
 
@@ -65,9 +72,10 @@ def with_settings(method: Callable[P, S]) -> Callable[P, S]:
         result: Any = method(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        given = {**bound.arguments, **bound.arguments.get("options", {})}
-        network = json.loads(nas.to_json(given["network"]))
-        rest = {name: plain(x) for name, x in given.items() if name not in ("network", "ops", "options")}
-        return result._replace(settings={"method": method.__name__, "network": network, **rest})
+        given = {name: x for name, x in bound.arguments.items() if name not in ("network", "ops", "options")}
+        told = {"method": "", **{name: plain(x) for name, x in given.items()}, **result.settings}
+        network = told.pop("network", None) or of_network(bound.arguments["network"])
+        # A checkpoint is refused by the first that differs: the whole network is the last.
+        return result._replace(settings={**told, "method": method.__name__, "network": network})
 
     return made

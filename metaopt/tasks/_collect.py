@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from metaopt import base
+from metaopt.progress import progress_bar
 from metaopt.tasks._random_search import random_search
 from metaopt.tasks._records import append_records, read_records
 from metaopt.tasks._trials import ObjectiveFn, end_children, memory_is_known, run_here, run_isolated
@@ -301,22 +302,15 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
 @contextlib.contextmanager
 def _progress_bar(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
     """Yields what is called with every record that there is."""
-    if show is not False:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    text, counts = "{task.fields[failed]} failed  {task.fields[pruned]} pruned", {"failed": 0, "pruned": 0}
+    with progress_bar(total, show, text, **counts) as draw:
+        done = 0.0
 
-        console = Console(stderr=True)
-        if show or console.is_terminal or console.is_jupyter:
-            text = "{task.fields[failed]} failed  {task.fields[pruned]} pruned"
-            columns = BarColumn(), MofNCompleteColumn(), TextColumn(text), TimeRemainingColumn()
-            with Progress(*columns, console=console) as bar:
-                line = bar.add_task("", total=total, failed=0, pruned=0)
+        def update(record):
+            nonlocal done
+            done += record.fidelity
+            counts["failed"] += record.status == "FAIL"
+            counts["pruned"] += record.status == "PRUNED"
+            draw(done, **counts)
 
-                def update(record):
-                    counts = bar.tasks[0].fields
-                    failed, pruned = counts["failed"] + (record.status == "FAIL"), record.status == "PRUNED"
-                    bar.update(line, advance=record.fidelity, failed=failed, pruned=counts["pruned"] + pruned)
-
-                yield update
-            return
-    yield lambda record: None
+        yield update

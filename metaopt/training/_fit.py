@@ -18,10 +18,10 @@ import numpy as np
 from jax.tree_util import Partial
 
 from metaopt import base
+from metaopt.progress import progress_bar
 from metaopt.training import _learner
 from metaopt.training._checkpoints import Checkpoints, Saved, checksum
 from metaopt.training._learner import Learner, LearnerState
-from metaopt.training._progress import progress_bar
 
 _log = logging.getLogger(__name__)
 
@@ -197,7 +197,9 @@ def fit(
             run = _resumed(saved, jax.eval_shape(init, init_key, hyperparams, tasks), hyperparams, tasks)
         saved_step = None if saved is None else saved.step
         held = run.drawn  # the step that `tasks` are of
-        show = stack.enter_context(progress_bar(num_steps, run.step, progress))
+        text, unknown = "value {task.fields[value]:.4g}  hypergrad norm {task.fields[norm]:.3g}", math.nan
+        bar = progress_bar(num_steps, progress, text, start=run.step, value=unknown, norm=unknown)
+        show = stack.enter_context(bar)
         any_done = bool(_learner.num_true(run.state.done))
         ended = False  # by the callback
 
@@ -236,7 +238,7 @@ def fit(
                     _record(run.history, run.step + i, metrics)
                 any_done = several_metrics[-1]["num_done"] > 0
                 run = run._replace(state=state, step=run.step + num, drawn=drawn)
-                show(run.step, several_metrics[-1])
+                show(run.step, value=several_metrics[-1]["value"], norm=several_metrics[-1]["hypergrad_norm"])
                 if callback is not None:
                     ended |= _report(callback, run.step - num + 1, several_metrics)
         finally:

@@ -26,6 +26,28 @@ CONVOLUTIONS = {
     "one position": ((2, 5, 5, 3), (1, 1, 3, 4), {"window_strides": (2, 2), **NHWC}),
     "groups": ((2, 5, 5, 6), (3, 3, 3, 4), {"feature_group_count": 2, "padding": "SAME", **NHWC}),
     "depthwise": ((2, 5, 5, 3), (3, 3, 1, 6), {"feature_group_count": 3, "padding": "SAME", **NHWC}),
+    "depthwise strides": (
+        (2, 7, 8, 3),
+        (3, 2, 1, 3),
+        {
+            "feature_group_count": 3,
+            "window_strides": (2, 3),
+            "rhs_dilation": (1, 2),
+            "padding": ((2, 1), (1, -1)),
+            **NHWC,
+        },
+    ),
+    "depthwise transposed": (
+        (2, 3, 4, 5),
+        (3, 1, 3, 2),
+        {
+            "feature_group_count": 3,
+            "lhs_dilation": (2, 3),
+            "window_strides": (1, 2),
+            "padding": ((1, 2), (2, 0)),
+            "dimension_numbers": ("NCHW", "OIHW", "NHWC"),
+        },
+    ),
     "other layout": ((2, 3, 5, 6), (4, 3, 3, 2), {"dimension_numbers": ("NCHW", "OIHW", "NHWC"), "padding": "SAME"}),
     "batch last": ((5, 6, 3, 2), (3, 3, 3, 4), {"dimension_numbers": ("HWCN", "HWIO", "CHWN"), "padding": "SAME"}),
     "one axis": ((2, 7, 3), (3, 3, 4), {"dimension_numbers": ("NWC", "WIO", "NWC"), "padding": "SAME"}),
@@ -59,7 +81,7 @@ def test_a_convolution_and_its_derivatives(name):
         atol=1e-12,
     )
     text = str(jax.make_jaxpr(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w))
-    assert "dot_general" in text or name == "depthwise"
+    assert ("cpu_depthwise" if name.startswith("depthwise") else "dot_general") in text
     assert "conv_general_dilated" not in text
 
 
@@ -159,7 +181,7 @@ def test_large_patches_are_not_made(name, monkeypatch):
     conv, x, w = convolution(name)
     text = [str(jax.make_jaxpr(inner.im2col(conv))(x, w))]
     expected = jax.jit(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w)
-    monkeypatch.setattr("metaopt.inner._im2col._LARGE", 100)
+    monkeypatch.setattr("metaopt.inner._convolution.LARGE", 100)
     jax.clear_caches()
     text.append(str(jax.make_jaxpr(inner.im2col(conv))(x, w)))
     chex.assert_trees_all_close(
@@ -303,6 +325,28 @@ def test_every_convolution_is_compiled_in_the_layout_that_has_a_kernel():
 
 
 @pytest.mark.once
+def test_depthwise_convolutions_of_tasks():
+    """With images, kernels or both of their own, in one program; and what they cost."""
+    conv, x, w = convolution("depthwise strides")
+    xs, ws = jnp.stack([x, 2 * x, x - 1]), jnp.stack([w, w / 2, w + 1])
+    both = lambda wrap: lambda x, w: derivatives(wrap(conv), x, w)
+
+    def of(wrap):
+        return {
+            "both": jax.vmap(both(wrap))(xs, ws),
+            "images": jax.vmap(both(wrap), (0, None))(xs, w),
+            "kernels": jax.vmap(both(wrap), (None, 0))(x, ws),
+            "tasks of tasks": jax.vmap(jax.vmap(both(wrap), (0, None)), (None, 0))(xs, ws),
+        }
+
+    chex.assert_trees_all_close(jax.jit(lambda: of(inner.im2col))(), jax.jit(lambda: of(lambda fn: fn))(), rtol=1e-10)
+    fast = inner.im2col(conv)
+    products = 2 * conv(x, w).size * 3 * 2
+    assert hypergrad.flops(fast, x, w, products_only=True) == products
+    assert hypergrad.flops(jax.grad(lambda x, w: fast(x, w).sum(), (0, 1)), x, w, products_only=True) == 2 * products
+
+
+@pytest.mark.once
 def test_derivatives_of_strided_convolutions_are_products():
     """Neither images nor windows with holes in them: every convolution that is left is a strided one, as it came."""
     x, w = jax.random.normal(KEY, (2, 3, 7, 6, 8)), jax.random.normal(jax.random.key(1), (2, 3, 2, 8, 4))
@@ -316,3 +360,19 @@ def test_derivatives_of_strided_convolutions_are_products():
     exact = jax.jit(both(lambda fn: fn))(x, w)
     for a, b in zip(jax.tree.leaves(fast.compile()(*as_float32((x, w)))), jax.tree.leaves(exact), strict=True):
         assert a.shape == b.shape and jnp.linalg.norm(a - b) < 2e-6 * jnp.linalg.norm(b)
+
+
+@pytest.mark.once
+def test_nor_are_large_columns_of_the_images_cotangent(monkeypatch):
+    conv = inner.im2col(lambda x, w: jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", **NHWC))
+    x, w = as_float32((jax.random.normal(KEY, (2, 6, 6, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 4))))
+    columns = 9 * 3 * (2 * 3 * 3) * 4  # bytes
+    found = {}
+    for limit in (columns, columns - 1):
+        monkeypatch.setattr("metaopt.inner._convolution.LARGE", limit)
+        jax.clear_caches()
+        lowered = jax.jit(jax.grad(lambda x, w: jnp.sum(conv(x, w) ** 2))).lower(x, w)
+        found[limit] = "lhs_dilate = [2, 2]" in lowered.as_text(), lowered.compile()(x, w)
+    (few, at_once), (many, by_holes) = found.values()
+    assert (few, many) == (False, True)
+    chex.assert_trees_all_close(at_once, by_holes, rtol=1e-4, atol=1e-4)

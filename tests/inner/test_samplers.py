@@ -123,6 +123,9 @@ def test_shared_entries_are_carried_whole():
     assert inner.num_rows(data, ("names", "width")) == 6
     episode = {"y": jnp.arange(6), "class_mask": jnp.array([1.0, 1, 0])}  # has it by itself
     chex.assert_trees_all_equal(inner.minibatch(2)(KEY, 0, episode)["class_mask"], episode["class_mask"])
+    own = {"y": jnp.arange(6), "class_mask": jnp.eye(6)}  # one for each row
+    batch = inner.minibatch(2)(KEY, 0, own)
+    chex.assert_trees_all_equal(batch["class_mask"], own["class_mask"][batch["y"]])
 
 
 def test_data_of_any_structure():

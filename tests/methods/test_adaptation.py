@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import base, hypergrad, inner, methods, tasks, training
+from metaopt import base, hypergrad, inner, methods, rewrite, tasks, training
 
 KEY = jax.random.key(0)
 RATE = 0.1
@@ -588,6 +588,15 @@ def test_what_no_step_changes_is_computed_once(name, both_ways):
     slopes = found[name][0].hypergrad["init"]
     assert min(abs(slopes["first"]["w"]).max(), abs(slopes["head"]["w"]).max()) > 1e-3
     a, shapes = ONCE[name]
+    # And the steps use it: without a word they would compute all of it again.
+    estimators = a.estimator, hypergrad.unrolled(a.problem, num_steps=a.test_steps, **OPTIONS.get(name, {}))
+    once, always = (
+        hypergrad.flops(
+            lambda hp, e=e: e.estimate(hp, base.Task(*sides), KEY)[0].hypergrad, hyperparams[name], products_only=True
+        )
+        for e in estimators
+    )
+    assert once == always if name == "checkpoints" else once < always
     state = jax.eval_shape(a.unrolling.loop.init, KEY, hyperparams[name], sides[0])
     assert [x.shape for x in state.model_state.once] == shapes
     assert jax.eval_shape(a.problem.loop.init, KEY, hyperparams[name], sides[0]).model_state.once == ()
@@ -636,6 +645,38 @@ def test_the_cost_of_more_steps_is_that_of_the_head():
     assert step("head") <= 8 * 2 * 4 * 3  # the head's share of `forward`, and of its derivatives
     assert step("head", always=True) > 2 * forward
     assert step("") == step("", always=True)
+
+
+def test_predictions_that_cannot_be_computed_once_raise_what_is_wrong(monkeypatch):
+    """Only what cannot be traced is passed over in silence."""
+
+    def once(args):
+        raise MemoryError("of the query set")
+
+    side = jax.tree.map(jnp.asarray, SIDES[0])
+    a = methods.anil(deep_loss, sampler=inner.minibatch(2))  # whose steps compute all of g
+    method = methods.adapted(a, {"init": jax.tree.map(jnp.asarray, DEEP)}, deep)
+    monkeypatch.setattr("metaopt.rewrite.split", lambda *args: rewrite.Halves(once, lambda args, kept: 0.0, []))
+    with pytest.raises(MemoryError, match="of the query set"):
+        method(KEY, side, side)
+
+
+def test_at_test_init_is_called_once_and_no_derivative_is_passed_on():
+    calls = []
+
+    def init(key, hyperparams, data):
+        calls.append(0)
+        return hyperparams["init"]
+
+    a = methods.maml(loss, init=init)
+    hyperparams = a.hyperparams(jax.tree.map(jnp.asarray, META))
+    support, query = jax.tree.map(jnp.asarray, DATA)
+    a.unrolling.loop.init(KEY, hyperparams, support)
+    alone, method = len(calls), lambda hp: methods.adapted(a, hp, lambda p, q: network(p, q["x"]))(KEY, support, query)
+    calls.clear()
+    assert method(hyperparams).shape == (2, 5, 1) and len(calls) == alone
+    slopes = jax.grad(lambda hp: method(hp).sum())(hyperparams)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(slopes))
 
 
 @pytest.mark.once

@@ -334,6 +334,16 @@ def test_settings_tell_searches_apart_and_are_json():
     texts = [json.dumps(search.settings, allow_nan=False) for search in made]
     assert len(set(texts)) == len(made) and "0x" not in "".join(texts)
     assert made[3].settings["method"] == "gdas" and nas.from_json(json.dumps(made[0].settings["network"])) == NET
+    for same in (
+        search_of(methods.darts, order="first", keep="space"),
+        search_of(methods.darts, order="first", keep=NET.keep, epsilon=0.01, partial=1),
+        search_of(methods.darts, order="first", relaxation=nas.softmax(), decode=nas.softmax(1.0)),
+        search_of(methods.darts, order="first", relaxation=None, penalty=None),
+        methods.darts(NET._replace(keep=1), (3,), ops=OPS, optimizer=sgd, decay=0.03, order="first", keep=NET.keep),
+    ):
+        assert same.settings == made[0].settings  # defaults that are written out
+    written = search_of(methods.gdas, num_steps=9, single_path=True, order="first", edge_weights=False)
+    assert written.settings == made[3].settings
     later = []
 
     def not_yet(hyperparams):

@@ -249,6 +249,10 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
     for changed, message in (
         ({"version": 3}, "reads 'metaopt.cell_searcher' up to version 2"),
         (
+            {"version": 1},
+            "version 1, and lacks what 'metaopt.cell_searcher' has since version 2: train and save it anew",
+        ),
+        (
             {"format": "metaopt.meta_optimizer"},
             "`save_cell_searcher` writes .*: `methods.load_meta_optimizer` reads it",
         ),
@@ -261,6 +265,7 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
         ({"center": None}, "does not describe .* have shapes"),
         ({"prior.mean": None}, "does not describe .* have shapes"),
         ({"prior.spread": None}, "does not describe .* 'prior.spread'"),
+        ({"prior.spread": np.array(1.0)}, "does not describe a `CellSearcher`"),
         ({"weights['out']": None}, "does not describe .* have shapes"),
         ({"weights['out']": arrays["weights['out']"].astype(str)}, "should be numbers"),
     ):

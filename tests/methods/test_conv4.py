@@ -122,11 +122,37 @@ def test_only_batch_statistics_are_transductive():
     head = methods.linear_head(network.features)
     params = {**network.init(KEY), "head": {"w": jnp.zeros((8, 2), jnp.float32), "b": jnp.zeros(2, jnp.float32)}}
     loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
-    for name, keep in (("maml", True), ("maml, forgotten", False)):
-        a = methods.maml(loss, rate=1.0, keep_support=keep)
-        found[name] = methods.adapted(a, a.hyperparams(params), head)
+    a = methods.maml(loss, rate=1.0, keep_support=True)
+    found["maml"] = methods.adapted(a, a.hyperparams(params), head)
     kinds = methods.evaluate_episodes(found, sample, KEY, num_episodes=4, chunk_size=4).transductive
-    assert kinds == {"batch": True, "support": False, "tasknorm": False, "maml": False, "maml, forgotten": True}
+    assert kinds == {"batch": True, "support": False, "tasknorm": False, "maml": False}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("kind", "makers"), [("support", ("maml", "reptile")), ("tasknorm", ("anil",))])
+def test_a_query_set_without_the_support_set_is_refused(kind, makers):
+    """By f and by predictions; the inner loss sees the support set, and pre-training has its own batch."""
+    network = methods.conv4(normalization=kind, num_filters=2, num_blocks=1)
+    head = methods.linear_head(network.features)
+    params = {**network.init(KEY), "head": {"w": jnp.zeros((8, 2), jnp.float32), "b": jnp.zeros(2, jnp.float32)}}
+    loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+    side = {"x": jnp.asarray(IMAGES[..., 0]), "y": jnp.arange(7) % 2, "mask": jnp.asarray(MASK)}
+    side |= {"class_mask": jnp.ones(2, jnp.float32)}
+    estimate = lambda a: jax.eval_shape(
+        lambda hp: a.estimator.estimate(hp, base.Task(side, side), KEY)[0].value, a.hyperparams(params)
+    )
+    judge = lambda a: jax.eval_shape(methods.adapted(a, a.hyperparams(params), head), KEY, side, side)
+    message = f'{kind}"\\)` sees a query set without the support set.*`keep_support=True`; or.*`normalization="batch"`'
+    for make in (getattr(methods, name) for name in makers):
+        for use in (estimate, judge):
+            with pytest.raises(ValueError, match=message):
+                use(make(loss))
+        assert estimate(make(loss, keep_support=True)).dtype == jnp.float32
+    assert estimate(methods.pretrained(loss)).dtype == jnp.float32
+    with pytest.raises(ValueError, match=message):
+        judge(methods.pretrained(loss))
+    # Afterwards the network is as before.
+    assert network.features(params, side).shape == (7, 8)
 
 
 @pytest.mark.once

@@ -231,6 +231,46 @@ def test_every_user_is_judged_once():
         methods.evaluate_episodes({"last": last}, sample, KEY, each=3, score_fn=lambda outputs, query: 0.0)
 
 
+class Unhashable:
+    """A score that is compared by its value."""
+
+    def __eq__(self, other):
+        return isinstance(other, Unhashable)
+
+    def __call__(self, outputs, query):
+        return methods.accuracy(outputs, query)
+
+
+def one_episode(key):
+    side = {"x": jnp.eye(4), "y": jnp.arange(4), "mask": jnp.ones(4), "class_mask": jnp.ones(4)}
+    return tasks.Episode(side, side)
+
+
+def pixels(key, support, query):
+    return query["x"][None]
+
+
+def test_a_score_may_have_no_hash():
+    run = lambda **told: methods.evaluate_episodes(
+        {"p": pixels}, one_episode, KEY, num_episodes=1, score_fn=Unhashable(), **told
+    )
+    with pytest.raises(ValueError, match="Nothing says whether high values"):
+        run()
+    found = run(higher_is_better=False)
+    assert found.higher_is_better is False and found.scores["p"]["episodes"] == [[1.0]]
+
+
+def test_the_bar_counts_episodes(capsys):
+    """And methods may be called as what is noted of episodes."""
+    named, samplers = {"marks": pixels, "users": pixels}, {"one": one_episode, "two": one_episode}
+    run = lambda **shown: methods.evaluate_episodes(named, samplers, KEY, num_episodes=5, chunk_size=2, **shown)
+    scores = run(progress=True).scores
+    assert "10/10" in (shown := capsys.readouterr().err) and "two: users" in shown
+    assert {x.shape for of in scores.values() for x in of.values()} == {(5, 1)}
+    run()
+    assert capsys.readouterr().err == ""  # no terminal
+
+
 def by_hand(scores, num_ways=None, higher=True):
     scores = {m: {s: np.array(v, float) for s, v in of.items()} for m, of in scores.items()}
     sources = next(iter(scores.values()))
@@ -277,6 +317,37 @@ def test_what_cannot_be_joined():
     ):
         with pytest.raises(ValueError, match=message):
             methods.join_evaluations(HAND, wrong)
+
+
+def test_the_same_episodes_by_another_machine():
+    """Whose sums are rounded otherwise: of episodes that are much alike, too."""
+    rng = np.random.default_rng(0)
+    marks = {"u": (1e-4 + 4e-5 * rng.normal(size=50)).astype(np.float32)}
+    one = by_hand({"a": {"u": np.zeros((50, 1))}})._replace(marks=marks)
+    other = lambda found: by_hand({"b": {"u": np.zeros((50, 1))}})._replace(marks={"u": found})
+    rounded = (marks["u"] + 5e-9 * rng.choice([-1, 1], size=50)).astype(np.float32)
+    assert list(methods.join_evaluations(one, other(rounded)).scores) == ["a", "b"]
+    apart = marks["u"] + np.float32(4e-6) * (np.arange(50) == 7)  # one that differs by a tenth of what others do
+    for wrong in (apart, np.where(np.arange(50) == 3, np.nan, marks["u"]), np.roll(marks["u"], 1)):
+        with pytest.raises(ValueError, match="source 'u' are not the same .their `marks` differ"):
+            methods.join_evaluations(one, other(wrong))
+        with pytest.raises(ValueError, match="source 'u' are not the same .their `marks` differ"):
+            methods.join_evaluations(other(wrong), one)
+
+
+def test_episodes_with_infinite_or_very_large_data_have_marks():
+    def marks(extra):
+        def with_extra(key):
+            support, query, *_ = one_episode(key)
+            return tasks.Episode({**support, "extra": jnp.array(extra)}, query)
+
+        found = methods.evaluate_episodes({"p": pixels}, with_extra, KEY, num_episodes=1)
+        return found.marks["episodes"][0]
+
+    extra = [jnp.inf, 3e38, -jnp.inf, jnp.nan] * 5
+    assert np.isfinite(marks(extra)) and marks(extra) != marks(extra[::-1])
+    large = 3e38 * np.sign(np.cos(4 + np.arange(20)))  # all weights' signs: the sum is as large as it can be
+    assert np.isfinite(marks(large)) and marks(large) != marks(-large)
 
 
 def test_an_evaluation_on_disk(tmp_path):

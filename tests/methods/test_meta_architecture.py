@@ -100,6 +100,17 @@ def test_a_batch_of_tasks_is_the_mean_of_each_by_itself(estimated):
     assert float(alone.value[0]) != float(alone.value[1])
 
 
+def test_on_cpu_tasks_with_positions_run_one_after_the_other(monkeypatch):
+    monkeypatch.setattr(hypergrad, "over_tasks", lambda estimator, **options: options)
+    assert META.over_tasks(max_norm=1.0) == {"max_norm": 1.0}  # rows of tables
+    search = SEARCH._replace(supernet=nas.supernet(NET, (5, 3), ops=OPS))
+    images = methods.meta_architecture_search(search, predictors.mlp(SPACE, 2))
+    assert images.over_tasks(max_norm=1.0) == {"task_chunk": 1, "max_norm": 1.0}
+    assert images.over_tasks(task_chunk=None) == {"task_chunk": None}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert images.over_tasks() == {}
+
+
 def test_a_constant_h_is_a_shared_alpha(learned):
     """h that reads nothing has the search's own hypergradient in α, and what training starts from has the search's."""
     constant = methods.meta_architecture_search(SEARCH, predictors.mlp(SPACE, 0, num_hidden=0))

@@ -79,6 +79,20 @@ def test_what_is_written_as_hpob_or_openml_has_it_comes_back(tmp_path):
     assert [r._replace(cost=0.0) for r in back] == [r._replace(cost=0.0) for r in mixed]
 
 
+def test_numpys_scalars_are_numbers(tmp_path):
+    given = {"x0": np.float32(0.5), "x1": np.int64(1), "x2": 0}
+    record = Record("3", given, 0.25)
+    tasks.to_hpob(tmp_path / "a.json", "a", [record])
+    assert tasks.from_hpob(tmp_path / "a.json", "a")[0].configuration == {"x0": 0.5, "x1": 1.0, "x2": 0.0}
+    with pytest.raises(ValueError, match=r"numbers in \[0, 1\]"):
+        tasks.to_hpob(tmp_path / "a.json", "a", [record._replace(configuration={"x0": np.float32(1.5)})])
+    (row,) = tasks.to_openml_evaluations([record._replace(configuration=given | {"b": np.bool_(True)})])
+    assert row["parameters"] == {"x0": "0.5", "x1": "1", "x2": "0", "b": "true"}
+    assert tasks.tabulate([record]).configurations == ({"x0": 0.5, "x1": 1, "x2": 0},)
+    with pytest.raises(TypeError, match="a complex cannot be written as JSON: 1j"):
+        tasks.tabulate([record._replace(configuration={"x": 1j})])
+
+
 def test_hpob_s_published_curves(tmp_path):
     best = np.full((2, 2, 1, 3), np.nan, np.float32)  # methods, tasks, seeds, trials
     best[:, :, 0] = [[[0.25, 0.5, 0.4375], [0.0, 0.5, 1.0]], [[0.25, 0.75, np.nan], [0.5, 0.5, 0.75]]]

@@ -104,6 +104,7 @@ def test_hospitals():
         (lambda: tasks.from_user_records(np.ones((3, 1)), [1, 2], [0, 0, 0]), "`y` must have one entry"),
         (lambda: tasks.from_user_records(np.ones((2, 1)), [-1, 1], [0, 0]), r"must be 0..C-1.*got \[-1, 1\]"),
         (lambda: tasks.from_user_records(np.ones((2, 1)), [0, 2], [0, 0]), r"must be 0..C-1.*got \[0, 2\]"),
+        (lambda: tasks.from_user_records(np.ones((2, 1)), [0, 2**62], [0, 0]), r"must be 0..C-1.*got \[0, 46116860"),
         (lambda: tasks.from_user_records(np.ones((3, 1)), [1, 2, 3], [0, 0, 0], feature_names="ab"), "1 names; got 2"),
         (lambda: tasks.user_episodes(TABLE, num_support=0), "must be at least 1; got 0"),
         (lambda: tasks.user_episodes(TABLE, num_support=3), "User a has 3 records: too few for 3"),

@@ -1,0 +1,149 @@
+"""Depthwise convolutions as sums of slices, for CPU: one primitive for the convolution and all of its derivatives.
+
+    Σ_{n, q, k, c} x[n, s q + r k − pad, c] w[k, c] y[n, q, c]
+
+is linear in x, w and y (stride s, dilation r). Its derivative by y is the convolution, by x the cotangent of the
+images, by w that of the kernel, and the derivatives of these three, in any mode and order, are they again. The first
+two are one sum over the kernel's positions k; the third is a loop over them, one body in the place of K for the
+compiler. Without the primitive the derivative of a slice is a pad, K times, and the compiler has K reductions to write.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+
+
+class Window(NamedTuple):
+    """A window along one axis."""
+
+    size: int
+    stride: int
+    padding: tuple[int, int]
+    base_dilation: int
+    dilation: int
+
+
+def length(size: int, window: Window) -> int:
+    """How many places the window takes along an axis."""
+    padded = (size - 1) * window.base_dilation + 1 + sum(window.padding)
+    return (padded - window.dilation * (window.size - 1) - 1) // window.stride + 1
+
+
+def total(terms: Iterable[jax.Array]) -> jax.Array:
+    """Their sum."""
+    return functools.reduce(jnp.add, terms)
+
+
+_depthwise_p = core.Primitive("cpu_depthwise")
+_OPERANDS = {"y": "xw", "x": "wy", "w": "xy"}  # what gives it -> of what
+
+
+def convolution(x: jax.Array, w: jax.Array, windows: tuple[Window, ...]) -> jax.Array:
+    """y[n, q, c] = Σ_k x[n, s q + r k − pad, c] w[k, c], of one type: x [N, spatial..., C], w [window..., C]."""
+    return _bind("y", {"x": x[None], "w": w[None]}, windows, x.shape[1:-1])[0]
+
+
+def _bind(of: str, known: dict[str, jax.Array], windows: tuple[Window, ...], spatial: tuple[int, ...]) -> jax.Array:
+    """Every array has a leading axis of tasks; `spatial` is x's."""
+    return _depthwise_p.bind(*(known[name] for name in _OPERANDS[of]), of=of, windows=windows, spatial=spatial)
+
+
+def _lowered(
+    a: jax.Array, b: jax.Array, *, of: str, windows: tuple[Window, ...], spatial: tuple[int, ...]
+) -> jax.Array:
+    def one(pair):
+        wide = jnp.promote_types(a.dtype, jnp.float32)
+        found = {"y": _outputs, "x": _images, "w": _kernel}[of](*(part.astype(wide) for part in pair), windows, spatial)
+        return found.astype(a.dtype)
+
+    return one((a[0], b[0]))[None] if len(a) == 1 else jax.lax.map(one, (a, b))
+
+
+def _outputs(x: jax.Array, w: jax.Array, windows: tuple[Window, ...], _: Any) -> jax.Array:
+    places, steps = _places(windows), [window.stride for window in windows]
+    ends = [(length(n, window) - 1) * window.stride + 1 for n, window in zip(x.shape[1:-1], windows, strict=True)]
+    x, kernels = _padded(x, windows), w.reshape(-1, *[1] * len(windows), 1, w.shape[-1])
+
+    def seen(place):
+        stop = [start + end for start, end in zip(place, ends, strict=True)]
+        return jax.lax.slice(x, (0, *place, 0), (len(x), *stop, x.shape[-1]), (1, *steps, 1))
+
+    return total(seen(place) * kernel for place, kernel in zip(places, kernels, strict=True))
+
+
+def _images(w: jax.Array, y: jax.Array, windows: tuple[Window, ...], spatial: tuple[int, ...]) -> jax.Array:
+    """The convolution of y with the kernel turned around, whose holes and strides change places."""
+
+    def turned(window, n, places):
+        around = window.dilation * (window.size - 1)
+        low, long = around - window.padding[0], (n - 1) * window.base_dilation + 1
+        high = long + around - low - ((places - 1) * window.stride + 1)
+        return Window(window.size, window.base_dilation, (low, high), window.stride, window.dilation)
+
+    back = tuple(map(turned, windows, spatial, y.shape[1:-1]))
+    return _outputs(y, jnp.flip(w, range(len(windows))), back, None)
+
+
+def _kernel(x: jax.Array, y: jax.Array, windows: tuple[Window, ...], _: Any) -> jax.Array:
+    ends = [(n - 1) * window.stride + 1 for n, window in zip(y.shape[1:-1], windows, strict=True)]
+    strided = (slice(None), *(slice(None, None, window.stride) for window in windows))
+    x = _padded(x, windows)
+
+    def at(place):
+        start = (0, *place, 0)
+        seen = jax.lax.dynamic_slice(x, start, (len(x), *ends, x.shape[-1]))[strided]
+        return (seen * y).sum(range(y.ndim - 1))
+
+    return jax.lax.map(at, jnp.asarray(_places(windows))).reshape(*(window.size for window in windows), -1)
+
+
+def _places(windows: tuple[Window, ...]) -> np.ndarray:
+    """[K, axes]: where each position of the kernel begins to look, in row-major order."""
+    return np.array([[w.dilation * i for i, w in zip(k, windows, strict=True)] for k in np.ndindex(*_sizes(windows))])
+
+
+def _sizes(windows: tuple[Window, ...]) -> tuple[int, ...]:
+    return tuple(window.size for window in windows)
+
+
+def _padded(x: jax.Array, windows: tuple[Window, ...]) -> jax.Array:
+    around = [(0, 0, 0), *((*window.padding, window.base_dilation - 1) for window in windows), (0, 0, 0)]
+    return jax.lax.pad(x, jnp.zeros([], x.dtype), around)
+
+
+def _abstract(a: Any, b: Any, *, of: str, windows: tuple[Window, ...], spatial: tuple[int, ...]) -> Any:
+    if of == "w":
+        return a.update(shape=(a.shape[0], *_sizes(windows), a.shape[-1]))
+    images = a if of == "y" else b
+    places = map(length, spatial, windows) if of == "y" else spatial
+    return images.update(shape=(*images.shape[:2], *places, images.shape[-1]))
+
+
+def _transpose(which: int, g: jax.Array, a: Any, b: Any, *, of: str, **params: Any) -> jax.Array:
+    """From the cotangent of the result to that of the first (0) or the second operand (1)."""
+    names = _OPERANDS[of]
+    return _bind(names[which], {of: g, names[1 - which]: (b, a)[which]}, **params)
+
+
+def _batch(args: Any, dims: Any, **params: Any) -> tuple[jax.Array, int]:
+    size = next(arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if isinstance(dim, int))
+
+    def tasks(arg, dim):
+        arg = jnp.moveaxis(arg, dim, 0) if isinstance(dim, int) else jnp.broadcast_to(arg, (size, *arg.shape))
+        return arg.reshape(-1, *arg.shape[2:])
+
+    y = _depthwise_p.bind(*map(tasks, args, dims), **params)
+    return y.reshape(size, -1, *y.shape[1:]), 0
+
+
+_depthwise_p.def_impl(_lowered)
+_depthwise_p.def_abstract_eval(_abstract)
+ad.defbilinear(_depthwise_p, functools.partial(_transpose, 0), functools.partial(_transpose, 1))
+batching.primitive_batchers[_depthwise_p] = _batch
+mlir.register_lowering(_depthwise_p, mlir.lower_fun(_lowered, multiple_results=False))
