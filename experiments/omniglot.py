@@ -15,7 +15,7 @@ How many inner steps a test takes is chosen by validation, for each number of sh
 training for each number of shots (with --small one shot alone).
 
 To see in the committed results: at full size, minutes of a core for a training, prototypical networks have learned most
-of what the literature reports, MAML with the batch's statistics less, above all with 20 ways. With --small, half a
+of what the literature reports, MAML with the batch's statistics less, above all with 20 ways. With --small, a
 minute for a training, all but CAVIA are ahead of pixel prototypes with 5 ways and one shot: class means in feature
 space most of all, then fine-tuning from them, and MAML, whose ten inner steps at test follow three in training.
 
@@ -414,9 +414,7 @@ def draw(found: dict[str, methods.Evaluation], trainings: dict[str, list[Trained
     left.set(xlabel="outer steps", ylabel="validation accuracy, %")
     left.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     setting = next(iter(whole))
-    of = whole[setting]
-    marked = lambda by_name: {f"{n}, transductive" if of.transductive[n] else n: x for n, x in by_name.items()}
-    plots.leaderboard(of._replace(scores=marked(of.scores), transductive=marked(of.transductive)), axes=right)
+    plots.leaderboard(whole[setting], axes=right)
     right.set(xlabel=f"accuracy on unseen characters, {setting}", title="")
     figure.savefig(path, dpi=110)
     plt.close(figure)

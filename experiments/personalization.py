@@ -100,6 +100,11 @@ def train(adaptation: methods.Adaptation, start: Callable, sample: Callable, jud
     return run_one
 
 
+def unlabelled(query: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a method sees of a query set."""
+    return {name: leaf for name, leaf in query.items() if name != "y"}
+
+
 # ---- One network for both: hidden units, and a linear head that starts at zero ---------------------------------------
 
 
@@ -195,7 +200,7 @@ def parkinsons(table: tasks.UserTable, shots: int, seeds: int, settings: Setting
 
         def one(user):
             support, query, _ = seen(run, first(jax.random.key(0), user))  # in the order of time: the key does nothing
-            outputs = method(jax.random.key(0), support, query)
+            outputs = method(jax.random.key(0), support, unlabelled(query))
             return jax.vmap(lambda one: SCALE * methods.mean_absolute_error(one, query))(outputs)
 
         return jax.vmap(one, out_axes=1)(users)
@@ -344,7 +349,8 @@ def hospitals(
             method = methods.adapted(a, run_one(jax.random.fold_in(jax.random.key(1), number), run), model)
             test_key = jax.random.fold_in(jax.random.key(2), number)  # the same supports for all methods
             episodes = test_episodes(run, test_key)
-            outputs = jax.vmap(method)(jax.random.split(test_key, settings.draws), episodes.support, episodes.query)
+            seen_of_query = unlabelled(episodes.query)
+            outputs = jax.vmap(method)(jax.random.split(test_key, settings.draws), episodes.support, seen_of_query)
             return outputs[..., 0], episodes.query["y"], episodes.query["mask"]
 
         program = jax.jit(jax.vmap(outcome))

@@ -1,4 +1,4 @@
-"""A small Meta-Dataset, in minutes: what was learned on some sources, judged on unseen classes and on unseen sources.
+"""A small Meta-Dataset: what was learned on some sources, judged on unseen classes and on unseen sources.
 
 Six sources of 14 × 14 images: Omniglot, drawings (QuickDraw), sign digits, spoken digits (spectrograms), Fashion-MNIST,
 MNIST. For each of the last five there is one training, on Omniglot's background characters and the four others; it is
@@ -9,8 +9,9 @@ by cosine, learn nothing. The features that are learned stand beside the image i
 with what pixel prototypes see. The five trainings of a method run as one program, a `vmap` over the learner's two
 functions.
 
-    python experiments/small_meta_dataset.py             minutes; experiments/results/small_meta_dataset.md and .png
-    python experiments/small_meta_dataset.py --smoke     seconds; prints only
+    python experiments/small_meta_dataset.py --seeds 1     half an hour of a core; three seeds without the option;
+                                                           experiments/results/small_meta_dataset.md and .png
+    python experiments/small_meta_dataset.py --smoke       seconds; prints only
 
 The sources are read from the folder that METAOPT_DATA names.
 """
@@ -376,7 +377,8 @@ def main() -> None:
             scores = {s: on_trained(candidate, found[0], outputs, steps) for s, candidate in candidates.items()}
             setting = max(scores, key=lambda setting: float(scores[setting].max()))
             adaptation, num_steps = candidates[setting], int(scores[setting].argmax())
-            chosen.append(f"{name} {num_steps}" + (f" ({setting})" if row.plain else ""))
+            most = " (the most)" if num_steps == steps else ""
+            chosen.append(f"{name} {num_steps}{most}" + (f" ({setting})" if row.plain else ""))
         names[name] = [f"{name}, {seed}" for seed in range(seeds)]
         each = zip(names[name], found, strict=True)
         judged |= {one: of_each(adaptation, hp, num_steps, outputs) for one, hp in each}
@@ -428,15 +430,16 @@ def main() -> None:
         "order, and their rates are learned, one a leaf. CAVIA's context scales and shifts features before a head of "
         "prototypes. Of the image the support set's mean is taken away. Inner steps at test, at most 15 (iMAML 20, "
         f"Reptile and BOIL 30), and fine-tuning's rate, of {RATES}, are the best on {CHECKED} episodes of what was "
-        f"trained on: {', '.join(chosen)}. Earlier forms lost to pixel prototypes on these sources: most methods "
-        "without the image among their features, and with larger fixed rates; Meta-SGD with 3 inner steps, 5 at test "
-        "and half as many outer steps; fine-tuning after 200 steps; iMAML, Reptile and BOIL with the settings of MAML, "
-        "whose rate is too large for the first (-.288, -.037, -.050). All that was changed when it was seen, from "
-        "Meta-SGD on by episodes of what is trained on (for each of the last three about ten settings, by two of the "
-        "five trainings with another key; there, too, the support set's mean was found to help all heads that start "
-        "from zeros). So small differences to pixel prototypes are partly chosen. The episodes here are others than "
-        "those that were seen before, and so are the rows of QuickDraw, Fashion-MNIST and MNIST than those of the "
-        "first forms."
+        f"trained on: {', '.join(chosen)}. Where that is the most, or the largest rate, more might be better. MAML++ "
+        "is without its normalization for each step: rates and losses of every step alone. Earlier forms lost to pixel "
+        "prototypes on these sources: most methods without the image among their features, and with larger fixed "
+        "rates; Meta-SGD with 3 inner steps, 5 at test and half as many outer steps; fine-tuning after 200 steps; "
+        "iMAML, Reptile and BOIL with the settings of MAML, whose rate is too large for the first (-.288, -.037, "
+        "-.050). All that was changed when it was seen, from Meta-SGD on by episodes of what is trained on (for each "
+        "of the last three about ten settings, by two of the five trainings with another key; there, too, the support "
+        "set's mean was found to help all heads that start from zeros). So small differences to pixel prototypes are "
+        "partly chosen. The episodes here are others than those that were seen before, and so are the rows of "
+        "QuickDraw, Fashion-MNIST and MNIST than those of the first forms."
     )
     if not options.smoke:
         options.out.mkdir(parents=True, exist_ok=True)

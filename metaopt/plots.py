@@ -219,7 +219,8 @@ def scores_by_number(
 def leaderboard(
     evaluation: methods.Evaluation, *, source: str | None = None, step: int = -1, axes: "Axes | None" = None
 ) -> "Axes":
-    """A dot plot of the methods, best average rank first: mean scores with 95 % intervals.
+    """A dot plot of mean scores with 95 % intervals: of inductive methods, best average rank first, and below them of
+    transductive ones, which are labelled so.
 
     Args:
       evaluation: what `methods.evaluate_episodes` returned.
@@ -240,7 +241,8 @@ def leaderboard(
     means, halves = {}, {}
     for method in methods.average_ranks(evaluation, step=step):
         pairs = np.array([pair for name, pair in table[method].items() if source in (None, name)])
-        means[method], halves[method] = pairs[:, 0].mean(), np.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs)
+        label = f"{method}, transductive" if evaluation.transductive[method] else method
+        means[label], halves[label] = pairs[:, 0].mean(), np.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs)
     return comparison(means, errors=halves, axes=axes, xlabel=source or "mean over sources")
 
 

@@ -75,6 +75,10 @@ def test_scores_by_number_and_the_leaderboard():
     axes = plots.leaderboard(EVALUATION)
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["steps", "level"]
     np.testing.assert_allclose([bar.lines[0].get_xdata()[0] for bar in axes.containers], [0.45, 0.35])
+    seen = EVALUATION._replace(transductive={"steps": True, "level": False})  # ahead, by the query set's help
+    axes = plots.leaderboard(seen)
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["level", "steps, transductive"]
+    np.testing.assert_allclose([bar.lines[0].get_xdata()[0] for bar in axes.containers], [0.35, 0.45])
 
 
 @pytest.mark.parametrize(

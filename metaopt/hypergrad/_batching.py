@@ -11,7 +11,7 @@ from metaopt import base
 
 _BATCH = (
     "A batch of tasks is one `Task(train, valid)` whose leaves have a leading axis of tasks (`tasks.stack` makes it of "
-    "a list of them), or a tuple of such batches"
+    "a list of them, `tasks.episode_batches` of a sampler of episodes), or a tuple of such batches"
 )
 _EMPTY = "The batch of tasks is empty: it needs at least one task, stacked with `tasks.stack`."
 
@@ -178,7 +178,8 @@ def over_tasks(
         if len(sizes) > 1 or () in sizes:
             raise ValueError(
                 "Every leaf of a batch of tasks must have the number of tasks as its leading axis; got leading axes "
-                f"{sorted(map(str, sizes))}. Stack tasks with `tasks.stack`."
+                f"{sorted(map(str, sizes))}. Stack tasks with `tasks.stack`; of a sampler of episodes, "
+                "`tasks.episode_batches(sample, num_tasks)` draws batches."
             )
         return sizes.pop()[0]
 

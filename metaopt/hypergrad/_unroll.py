@@ -18,7 +18,10 @@ from metaopt import base, inner
 from metaopt.hypergrad import _mixed
 
 REMAT = ("none", "step", "grads", "sqrt")
-UNROLLED = 5  # steps up to which a loop is written out: a tenth faster for small models (MAML), longer to compile
+# Steps up to which a loop is written out: a tenth faster for small models (MAML), longer to compile. Its memory grows
+# with the steps; above 32 MiB the C library maps it anew at every call, and a scan that stays below can take a third of
+# the time (`experiments/results/anil.md`).
+UNROLLED = 5
 
 
 def _check(num_steps: int, remat: str | int) -> None:

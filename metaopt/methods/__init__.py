@@ -1,4 +1,4 @@
-"""Named compositions of the contract, with no numerics of their own."""
+"""Methods by their papers' names, composed of the rooms below; what they adapt and search with; how they are judged."""
 
 from metaopt.methods._adaptation import Adaptation, adaptation, adapted
 from metaopt.methods._architecture import (

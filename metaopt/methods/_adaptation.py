@@ -69,7 +69,8 @@ class Adaptation(NamedTuple):
 
     Attributes:
       problem: in λ = {"init": ..., "rate": ...}.
-      estimator: of dF/dλ for one task; where there are schedules, as it is after their end.
+      estimator: of dF/dλ for one task; where there are schedules, as it is after their end. A batch of tasks needs
+        `hypergrad.over_tasks(a.estimator)`: without it, all of them would be one task.
       estimator_at: `step -> Estimator`, the same at an outer step:
         `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)` follows the schedules.
       hyperparams: `(meta_params, data=None) -> λ` to start from; `data` is one task's support set, needed where `init`
@@ -153,7 +154,7 @@ def adaptation(
     Raises:
       ValueError: an argument is out of range; at trace time, `adapt` or `leaves_per_step` finds no leaf, a leaf adapts
         and has a value a step, a leaf with a value a step has another leading axis than T, or `init` makes leaves that
-        do not adapt and there is a `rule`, or that adapt and there is a `proximal`.
+        do not adapt and there is a `rule`, or that adapt and there is a `proximal`; or λ is no dict with "init".
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import base, methods
@@ -212,6 +213,12 @@ def adaptation(
         return {**params, "support": carried.support} if keep_support else params
 
     def start(key, hyperparams, data):
+        if not isinstance(hyperparams, Mapping) or "init" not in hyperparams:
+            found = f"a dict of {[*hyperparams]}" if isinstance(hyperparams, Mapping) else type(hyperparams).__name__
+            raise ValueError(
+                'λ must be a dict with the meta-parameters as "init", as `a.hyperparams(meta_params)` makes it of an '
+                f"adaptation `a`; got {found}. Were those the meta-parameters?"
+            )
         params = hyperparams["init"] if init is None else init(key, hyperparams, data)
         if with_context and init is not None:
             if type(params) not in (tuple, list) or len(params) != 2:

@@ -73,8 +73,8 @@ def conv4(
         the end, as Finn et al. (ICML 2017) have for Omniglot: D = `num_filters`, for a fraction of the operations.
 
     Returns:
-      A `Network`; `features` are flat, block by block smaller images. All floating-point leaves; differentiable in any
-      mode.
+      A `Network`; `features` are [N, D]: what the last block leaves of the images, flat, or with "stride" its mean over
+      places. All floating-point leaves; differentiable in any mode.
 
     Raises:
       ValueError: an argument is out of range; at trace time, the images are too small for so many blocks, or the

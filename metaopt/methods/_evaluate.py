@@ -68,7 +68,15 @@ def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
 
     Returns:
       [], in [0, 1].
+
+    Raises:
+      ValueError: the query set has no classes.
     """
+    if "class_mask" not in query:
+        raise ValueError(
+            '`accuracy` is of episodes with classes, whose query sets have "class_mask"; this one has '
+            f"{sorted(query)}. Regression needs another score: `score_fn=methods.mean_squared_error`, say."
+        )
     among = jnp.where(query["class_mask"][None] > 0, outputs, -jnp.inf)
     right = (jnp.argmax(among, axis=-1) == query["y"]) & ~jnp.isnan(among).any(axis=-1)
     return (right * query["mask"]).sum() / query["mask"].sum()
@@ -451,20 +459,29 @@ def paired_differences(
 def average_ranks(evaluation: Evaluation, *, step: int = -1) -> dict[str, float]:
     """The mean rank of every method over the sources, by its mean score; 1 is best, and equal ones share their ranks.
 
+    Inductive methods are ranked among themselves, and so are transductive ones, which use more than the others.
+
     Args:
       evaluation: what `evaluate_episodes` returned.
       step: as for `mean_scores`.
 
     Returns:
-      Method -> rank, best first.
+      Method -> rank: the inductive methods, best first, then the transductive ones, best first.
     """
     sign = -1 if evaluation.higher_is_better else 1
-    means = [[sign * mean for mean, _ in of.values()] for of in mean_scores(evaluation, step=step).values()]
-    losses = np.nan_to_num(np.array(means), nan=np.inf)  # [methods, sources]
-    better = (losses[None] < losses[:, None]).sum(axis=1)
-    equal = (losses[None] == losses[:, None]).sum(axis=1)
-    ranks = (better + (equal + 1) / 2).mean(axis=1)
-    return dict(sorted(zip(evaluation.scores, ranks.tolist(), strict=True), key=lambda pair: pair[1]))
+    means = mean_scores(evaluation, step=step)
+    ranks: dict[str, float] = {}
+    for transductive in (False, True):
+        names = [name for name in means if evaluation.transductive[name] == transductive]
+        if not names:
+            continue
+        losses = [[sign * mean for mean, _ in means[name].values()] for name in names]
+        losses = np.nan_to_num(np.array(losses), nan=np.inf)  # [methods, sources]
+        better = (losses[None] < losses[:, None]).sum(axis=1)
+        equal = (losses[None] == losses[:, None]).sum(axis=1)
+        mean_ranks = (better + (equal + 1) / 2).mean(axis=1).tolist()
+        ranks |= sorted(zip(names, mean_ranks, strict=True), key=lambda pair: pair[1])
+    return ranks
 
 
 def by_number(
@@ -542,18 +559,20 @@ def _table(
             difference, half = of[source]
             if method == best or abs(difference) <= half:
                 bold.add((method, source))
-    head = [kind, *evaluation.sources, "average rank", *([] if reference is None else [f"against {reference}"])]
+    head = [kind, *map(str, evaluation.sources), "average rank"]
+    head += [] if reference is None else [f"against {reference}"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method, rank in ranks.items():
-        cells = [method]
+        cells = [str(method)]
         for source in evaluation.sources:
             mean, half = means[method][source]
-            text = f"{mean:.{digits}f} ± {half:.{digits}f}"
+            text = f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")  # of one episode: none
             cells.append(f"**{text}**" if (method, source) in bold else text)
         cells.append(f"{rank:.2f}")
         if differences is not None:
             pairs = np.array(list(differences[method].values()))
             half = math.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs)
-            cells.append("" if method == reference else f"{pairs[:, 0].mean():+.{digits}f} ± {half:.{digits}f}")
+            text = f"{pairs[:, 0].mean():+.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+            cells.append("" if method == reference else text)
         lines.append("| " + " | ".join(cells) + " |")
     return lines

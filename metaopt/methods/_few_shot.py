@@ -1,4 +1,5 @@
-"""Few-shot learning under the papers' names: each is a setting of `adaptation`, and adds no numerics to it."""
+"""Few-shot learning under the papers' names: each is a setting of `adaptation`; its own are losses, and heads that a
+support set makes (prototypes, ridge regression)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -320,7 +321,15 @@ def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arra
 
     Returns:
       [], in nats.
+
+    Raises:
+      ValueError: logits have another number of axes.
     """
+    if logits.ndim != 2:
+        raise ValueError(
+            "`cross_entropy` is of one episode, whose logits are [N, W], a row an example; got shape "
+            f"{logits.shape}. A batch of tasks needs `hypergrad.over_tasks` around the estimator."
+        )
     among = jnp.where(batch["class_mask"][None] > 0, logits, -1e9)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(among, batch["y"])
     return (losses * batch["mask"]).sum() / batch["mask"].sum()

@@ -103,8 +103,8 @@ def learner(
 
     Raises:
       ValueError: `stagger` is below 1, or `estimator` is none; at trace time, a leaf of λ is not floating-point,
-        the tasks are empty, or `done` is no prefix of the axes of a leaf. (AssertionError: the estimator broke its
-        contract.)
+        the tasks are empty, or none for this estimator, or `done` is no prefix of the axes of a leaf.
+        (AssertionError: the estimator broke its contract.)
 
     Example:
       >>> def estimate(hyperparams, task, state):
@@ -145,8 +145,17 @@ def learner(
         hyperparams, tasks = check_hyperparams(hyperparams), check_tasks(tasks)
         init_key, key = jax.random.split(key)
         estimator = estimator_at(jnp.int32(0))
-        estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
-        estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
+        try:
+            estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
+            estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
+        except AttributeError as error:  # only the rule knows what it takes for a task
+            if type(error.obj) is not type(tasks) or error.name not in base.Task._fields:
+                raise
+            raise ValueError(
+                f"This estimator takes tasks `base.Task(train, valid)`; got a {type(tasks).__name__}. Of a sampler of "
+                "episodes, `tasks.episode_batches(sample, num_tasks)` makes batches for "
+                "`hypergrad.over_tasks(estimator)`."
+            ) from error
         done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)
         if stagger > 1:
             estimator_state, done = spread(hyperparams, tasks, estimator_state, done)

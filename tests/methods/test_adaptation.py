@@ -719,6 +719,21 @@ def test_an_adaptation_is_no_estimator():
             wrap(methods.maml(loss))
 
 
+def test_ordinary_mistakes_are_explained():
+    """Meta-parameters in the place of λ; a sampler of episodes where batches of tasks are asked for."""
+    a, meta, data = methods.maml(loss), *jax.tree.map(jnp.asarray, (META, DATA))
+    method = methods.adapted(a, meta, lambda params, query: network(params, query["x"]))
+    with pytest.raises(ValueError, match=r"`a.hyperparams\(meta_params\)`.*got a dict of \['hidden', 'out'\]"):
+        method(KEY, *data)
+    for estimator, what in (
+        (a.estimator, r"takes tasks `base.Task\(train, valid\)`; got a Episode"),
+        (hypergrad.over_tasks(a.estimator), "must have the number of tasks as its leading axis"),
+    ):
+        learner = training.learner(estimator, optax.sgd(0.1))
+        with pytest.raises(ValueError, match=what + r".*`tasks.episode_batches\(sample, num_tasks\)`"):
+            training.fit(learner, tasks.sinusoids(), hyperparams=a.hyperparams(meta), num_steps=1, key=KEY)
+
+
 @pytest.mark.slow
 def test_learns_sinusoids():
     """A few outer steps through `fit`, several a call, and the evaluation: better than where it started."""

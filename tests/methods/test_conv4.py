@@ -94,6 +94,25 @@ def test_a_body_that_does_not_adapt_is_computed_once():
 
 
 @pytest.mark.once
+def test_scales_and_shifts_may_adapt_alone():
+    """BatchNorm only: a step takes them down the slope of the support loss, and leaves all else."""
+    network = methods.conv4(num_filters=2, num_blocks=1, num_channels=2)
+    params = network.init(KEY) | {"head": {"w": jnp.tile(jnp.array([0.3, -0.2]), (8, 1)), "b": jnp.zeros(2)}}
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    head = methods.linear_head(network.features)
+    loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+    side = {"x": jnp.asarray(IMAGES, jnp.float64), "y": jnp.arange(7) % 2, "mask": jnp.asarray(MASK)}
+    side |= {"class_mask": jnp.ones(2)}
+    a = methods.adaptation(loss, adapt="(^|/)(scale|shift)$", rate=0.5)
+    outputs = jax.jit(methods.adapted(a, a.hyperparams(params), head))(KEY, side, side)
+    down = jax.tree.map(lambda x, slope: x - 0.5 * slope, params, jax.grad(loss)(params, None, side))
+    alone = {name: down["block0"][name] for name in ("scale", "shift")}
+    moved = {**params, "block0": params["block0"] | alone}
+    np.testing.assert_allclose(outputs, [head(params, side), head(moved, side)], rtol=1e-9)
+    assert abs(outputs[1] - outputs[0]).max() > 0.01 and abs(head(down, side) - outputs[1]).max() > 0.01
+
+
+@pytest.mark.once
 def test_many_pixels_do_not_overflow_float16():
     network = methods.conv4(num_filters=2, num_blocks=1)
     images = RNG.random((90, 28, 28, 1))  # 70,560 pixels; float16 ends at 65,504

@@ -397,6 +397,8 @@ def test_means_differences_and_ranks_by_hand():
     tied = by_hand({"a": {"u": [[1]], "v": [[3]]}, "b": {"u": [[1]], "v": [[2]]}, "c": {"u": [[0]], "v": [[9]]}})
     assert methods.average_ranks(tied) == {"a": 1.75, "c": 2.0, "b": 2.25}
     assert methods.average_ranks(tied._replace(higher_is_better=False)) == {"b": 1.75, "c": 2.0, "a": 2.25}
+    apart = methods.average_ranks(tied._replace(transductive={"a": True, "b": False, "c": False}))
+    assert list(apart.items()) == [("b", 1.5), ("c", 1.5), ("a", 1.0)]  # each kind among themselves
     with pytest.raises(ValueError, match="`step` must be a number of steps, or -1"):
         methods.mean_scores(HAND, step=-2)
 
@@ -420,6 +422,8 @@ def test_the_leaderboard():
     assert lines[0].startswith("| method |") and lines[2].startswith("| b | **0.500") and "**0.200" in lines[2]
     assert lines[4].startswith("| transductive method |") and lines[6].startswith("| a | **0.600 ± 0.113** | **0.200")
     assert lines[2].endswith("1.00 |") and lines[6].endswith("1.00 |") and "lower is better" in lines[-1]
+    of_one = methods.leaderboard(by_hand({"a": {1: [[0.5]]}, "b": {1: [[0.25]]}}), reference="b")
+    assert of_one.splitlines()[2] == "| a | **0.500** | 1.00 | +0.250 |"  # one episode has no interval
 
 
 def test_scores_of_masked_rows():
@@ -445,6 +449,10 @@ def test_scores_of_masked_rows():
         (lambda: methods.evaluate_episodes({}, sample, KEY), "at least one method"),
         (lambda: methods.evaluate_episodes(METHODS, {}, KEY), "at least one source"),
         (lambda: methods.evaluate_episodes(METHODS, sample, KEY, num_episodes=0), "at least 1; got 0 and 8"),
+        (
+            lambda: methods.evaluate_episodes({"x": lambda k, s, q: q["x"][None]}, tasks.sinusoids(), KEY),
+            "`accuracy` is of episodes with classes.*`score_fn=methods.mean_squared_error`",
+        ),
         (
             lambda: methods.evaluate_episodes({"flat": lambda key, s, q: q["x"]}, sample, KEY, num_episodes=1),
             r"'flat' must return outputs \[steps \+ 1, 11, ...\].*`outputs\[None\]`",

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import base, methods, tasks, training
+from metaopt import base, hypergrad, methods, tasks, training
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(1)
@@ -217,3 +217,15 @@ def test_pretraining_on_all_classes_is_a_baseline_for_labels_that_change():
     )
     scores = {name: methods.mean_scores(found)[name]["episodes"][0] for name in ("start", "tuned")}
     assert scores["tuned"] > 0.8 and scores["tuned"] > scores["start"] + 0.2
+
+
+def test_a_batch_of_tasks_needs_over_tasks():
+    """Without it one adaptation to all tasks at once would be another objective, of the right shape."""
+    batch = jax.tree.map(lambda x: jnp.stack([x] * 8), to_jax(base.Task(side(6, 2), side(7, 1))))  # as many as rows
+    a = methods.maml(lambda params, hyperparams, batch: methods.cross_entropy(batch["x"] @ params["w"], batch))
+    hyperparams = a.hyperparams({"w": jnp.zeros((DIM, WAYS))})
+    with pytest.raises(ValueError, match=r"got shape \(8, 8, 3\). A batch of tasks needs `hypergrad.over_tasks`"):
+        jax.eval_shape(a.estimator.estimate, hyperparams, batch, KEY)
+    whole = hypergrad.over_tasks(a.estimator)
+    state = whole.init(KEY, hyperparams, batch)
+    assert jax.eval_shape(whole.estimate, hyperparams, batch, state)[0].value.shape == ()
