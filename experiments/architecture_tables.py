@@ -32,8 +32,9 @@ validation alone can choose. What is chosen is judged by its percentile of the t
 The second part has regret curves of random search and regularized evolution, with the constant cell 9930, which is
 nearly the best on every task of NAS-Bench-201: a benchmark that cannot show that a search reads its task.
 
-    python experiments/architecture_tables.py            ten minutes; writes results/architecture_tables.md and .png
-    python experiments/architecture_tables.py --smoke    seconds; prints only
+    python experiments/architecture_tables.py --afresh      ten minutes; writes results/architecture_tables.md and .png
+    python experiments/architecture_tables.py --any-code    minutes: the committed .json's tasks, by earlier code
+    python experiments/architecture_tables.py --smoke       seconds; prints only
 
 Tables are read from the folder that METAOPT_DATA names. What came of each task is kept in
 results/architecture_tables.json and not run again. What other code than this made, the library's included, is taken
@@ -325,8 +326,8 @@ def report(tables, curves, num_seeds) -> str:
             lines += ["The form of h was chosen by what came of some of them here: its rows are no test of it.", ""]
         if effects:
             cells = np.unique(np.concatenate(list(effects.values())), axis=0).tolist()
-            told = "; ".join(", ".join(EDGE_OPS[name][x] for x in cell) for cell in cells)
-            lines += [f"What is left of mean effects of ops, on the edges 0-1, 0-2, 1-2, 0-3, 1-3, 2-3: {told}.", ""]
+            named = "; ".join(", ".join(EDGE_OPS[name][x] for x in cell) for cell in cells)
+            lines += [f"What is left of mean effects of ops, on the edges 0-1, 0-2, 1-2, 0-3, 1-3, 2-3: {named}.", ""]
         lines += [f'Single members of "h by cells", mean over tasks and deviation of that over members: {told}.', ""]
         if name == "NAS-Bench-Graph":  # the tasks of the others have units of their own
             told = ", ".join(f"{method} {100 * values.mean():+.2f}" for method, values in lost.items())

@@ -275,20 +275,12 @@ class Shape:
         return {kind: spaces.real(shape=(len(c.edges), len(c.edges[0].ops))) for kind, c in self.network.cells.items()}
 
 
-def first_gradients(shape: Shape, key, train: base.Data, num_keys: int = 2) -> jax.Array:
-    """[K]: what ∂f/∂w says of every op at random weights and equal mixing weights, mean over edges of a kind."""
-    equal = {k: jnp.full(a.shape, 1 / a.shape[1]) for k, a in nas.init_alpha(key, shape.network).items()}
-    rows = {k: v[: 2 * shape.config.batch_size] if k in ("x", "y", "mask") else v for k, v in train.items()}
-    loss = lambda w, key: masked_loss(shape.darts.supernet.apply(shape.init(key), w, rows["x"]), rows)
-    w = jax.lax.map(lambda key: jax.grad(loss)(equal, key), jax.random.split(key, num_keys))
-    ops = [(w[kind] - w[kind].mean(-1, keepdims=True)).mean((0, 1)) for kind in shape.network.cells]
-    return jnp.concatenate([x / (jnp.linalg.norm(x) + 1e-6) for x in ops])
-
-
 def gradient_features(shape: Shape, key, batch: base.Task) -> tuple[np.ndarray, float]:
-    """[n, K] `first_gradients` of every task, and the processor seconds a task, without compilation."""
-    keys, rows = jax.random.split(key, len(batch.train["y"])), batch.train
-    rewritten = inner.im2col(lambda key, train: first_gradients(shape, key, train), only_on_cpu=True)
+    """[n, K] `nas.gradient_features` of every task, and the processor seconds a task, without compilation."""
+    num = 2 * shape.config.batch_size
+    rows = {k: v[:, :num] if k in ("x", "y", "mask") else v for k, v in batch.train.items()}
+    one = lambda key, rows: nas.gradient_features(shape.darts.supernet, key, rows, loss=masked_loss)
+    keys, rewritten = jax.random.split(key, len(batch.train["y"])), inner.im2col(one, only_on_cpu=True)
     program = jax.jit(lambda *args: jax.lax.map(lambda a: rewritten(*a), args)).lower(keys, rows).compile()
     start = time.process_time()
     features = np.asarray(program(keys, rows))

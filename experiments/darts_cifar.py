@@ -181,7 +181,7 @@ def train_alone(
         auxiliary=scale.auxiliary,
         augment=(nas.crop_and_flip(scale.crop), nas.cutout(scale.cutout)),
     )
-    state, losses = methods.train(
+    state, _ = methods.train(
         recipe.loop,
         jax.tree.map(jnp.asarray, parts["train"]),
         num_steps=scale.steps_alone,
@@ -190,8 +190,6 @@ def train_alone(
         checkpoint_every=scale.every,
         settings=settings,
     )
-    if len(losses) < scale.steps_alone:
-        sys.exit("stopped by a signal")
     accuracy = methods.batched_accuracy(recipe.apply, batch_size=scale.batch_alone)
     found = accuracy(state.params, parts["test"], jax.random.key(0))
     if not options.smoke:

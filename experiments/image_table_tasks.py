@@ -230,24 +230,9 @@ def image_units(max_tasks: int, use_folder: bool, seed: int) -> list[Unit]:
             train, valid, test = ((pixels[c][..., None], labels[c]) for c in cut)
             name = f"{family}, {num_ways} classes, {ends[0]} images, {i}"
             start = time.process_time()
-            features = image_features(*train)
+            features = tasks.image_features(*train)
             units.append(Unit(name, family, train, valid, test, features, time.process_time() - start))
     return units
-
-
-def image_features(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    """What a look at the training images says, by name. No learner is trained: that costs more than a network."""
-    images = x[..., 0]
-    centered = images - images.mean(0)
-    class_means = np.stack([images[y == c].mean(0) for c in np.unique(y)])
-    return {
-        "rows": float(np.log(len(x))),
-        "classes": float(np.log(y.max() + 1)),
-        "between neighboring pixels": float((centered[:, :, 1:] * centered[:, :, :-1]).mean() / (centered**2).mean()),
-        "between opposite halves": float((centered[:, :, :4] * centered[:, :, 7:3:-1]).mean() / (centered**2).mean()),
-        "ink": float((images > 0).mean()),
-        "in the class means": float(class_means.var(0).mean() / (images.var(0).mean() + 1e-6)),
-    }
 
 
 TABLE_FEATURES = (

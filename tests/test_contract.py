@@ -36,6 +36,7 @@ ESTIMATORS = {
     "mix_with_es": hypergrad.mix_with_es(UNROLLED, sigma=0.1, num_pairs=3),
     "amortize": predictors.amortize(UNROLLED, MLP),
     "stopped_by_curvature": nas.stopped_by_curvature(hypergrad.lookahead(problems.RIDGE), problems.RIDGE, every=1),
+    "stopped_by_skips": nas.stopped_by_skips(hypergrad.lookahead(problems.RIDGE), lambda λ: jnp.zeros([]), every=1),
     "over_seeds": hypergrad.over_seeds(UNROLLED, 2),
     "over_tasks": hypergrad.over_tasks(UNROLLED),
 }

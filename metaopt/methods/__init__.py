@@ -8,6 +8,7 @@ from metaopt.methods._architecture import (
     beta_darts,
     darts,
     darts_minus,
+    darts_plus,
     gdas,
     implicit_darts,
     pc_darts,
@@ -57,9 +58,11 @@ from metaopt.methods._meta_architecture import FineTunedArchitecture, MetaArchit
 from metaopt.methods._meta_files import (
     load_cell_searcher,
     load_evaluation,
+    load_meta_architecture,
     load_meta_optimizer,
     save_cell_searcher,
     save_evaluation,
+    save_meta_architecture,
     save_meta_optimizer,
 )
 from metaopt.methods._meta_optimizer import train_meta_optimizer, train_meta_searcher
@@ -120,6 +123,7 @@ __all__ = [
     "cross_entropy",
     "darts",
     "darts_minus",
+    "darts_plus",
     "evaluate_episodes",
     "fine_tune",
     "fomaml",
@@ -131,6 +135,7 @@ __all__ = [
     "linear_head",
     "load_cell_searcher",
     "load_evaluation",
+    "load_meta_architecture",
     "load_meta_optimizer",
     "maml",
     "maml_plus_plus",
@@ -151,6 +156,7 @@ __all__ = [
     "robust_darts",
     "save_cell_searcher",
     "save_evaluation",
+    "save_meta_architecture",
     "save_meta_optimizer",
     "screened_random_search",
     "search_report",

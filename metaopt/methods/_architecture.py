@@ -1,23 +1,4 @@
-"""Architecture search under the papers' names: each is a setting of `architecture_search`, and adds no numerics to it.
-
-The next one is a few lines as well: a relaxation, a penalty, or a rule, in the place of DARTS's. FairDARTS, for
-instance (Chu et al., ECCV 2020, https://arxiv.org/abs/1911.12126), whose ops do not compete, and are pushed to 0 or 1:
-
->>> import jax
->>> from metaopt import methods, nas
->>> def fair_darts(network, in_shape, *, ops, weight=10.0, **options):
-...   def penalty(alpha, step):  # -w (sigmoid(α) - 1/2)², mean over entries
-...     entries = [(jax.nn.sigmoid(a) - 0.5) ** 2 for a in jax.tree.leaves(alpha)]
-...     return -weight * sum(x.mean() for x in entries) / len(entries)
-...   options = {"order": "first", "relaxation": nas.sigmoid(), "penalty": penalty, **options}
-...   return methods.darts(network, in_shape, ops=ops, **options)
->>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
->>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
->>> search = fair_darts(table, (3,), ops=nas.BLOCKS)
->>> weights = search.weights(search.hyperparams(jax.random.key(0)))["cell"]
->>> weights.shape, bool((abs(weights - 0.5) < 0.01).all())
-((3, 3), True)
-"""
+"""Architecture search under the papers' names: settings of `architecture_search`, without numerics of their own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -146,7 +127,8 @@ def architecture_search(
       relaxation: softmax by default.
       decode: the relaxation that genotypes are read by, at step 0 and one fixed key; by default `relaxation` without
         noise and auxiliary paths (`nas.decoding`). One's own with noise or a schedule needs another here.
-      penalty: `(α, step) -> []`.
+      penalty: `(α, step) -> []`. One of costs is made of the network that is searched: with `keep=1`,
+        `nas.resource_penalty(table, network._replace(keep=1), ...)`; of another it counts other edges.
       partial: as for `nas.supernet`.
       single_path: as for `nas.supernet`.
       remat_edges: as for `nas.supernet`.
@@ -155,15 +137,15 @@ def architecture_search(
         together over many tasks (MetaNAS, T-NAS). Needs a rule that differentiates through all of training
         (`hypergrad.unrolled`); it is second-order MAML with an α.
       keep: edges into each node, as for `nas.discretize`; by default what the network says, 2 unless it says other.
-        With another, `search.supernet.network` is the network from then on: `nas.to_configuration`, tables and
-        penalties that are given the old one go by its `keep`.
+        The network of the search is from then on `search.supernet.network`, which says so: take that one where its
+        genotypes are read, counted or encoded (`nas.over_budget`, `nas.to_configuration`).
 
     Returns:
       A `Search`.
 
     Raises:
       ValueError: the spec and the shapes do not fit; `single_path` with a relaxation that gives weight to several ops;
-        `penalty` is no function; `keep` for NAS-Bench-101's space.
+        `penalty` is no function; `keep` is no number of edges, at least 1, or None; `keep` for NAS-Bench-101's space.
 
     >>> import jax
     >>> from metaopt import methods, nas
@@ -175,15 +157,31 @@ def architecture_search(
     ('darts', 1)
     >>> len(search.genotype(alpha)["cell"])  # an edge into each of two nodes
     2
+
+    The next method is a few lines as well: a relaxation, a penalty, or a rule, in the place of DARTS's. FairDARTS, for
+    instance (Chu et al., ECCV 2020, https://arxiv.org/abs/1911.12126), whose ops do not compete, and are pushed to 0 or
+    1:
+
+    >>> def fair_darts(network, in_shape, *, ops, weight=10.0, **options):
+    ...   def penalty(alpha, step):  # -w (sigmoid(α) - 1/2)², mean over entries
+    ...     entries = [(jax.nn.sigmoid(a) - 0.5) ** 2 for a in jax.tree.leaves(alpha)]
+    ...     return -weight * sum(x.mean() for x in entries) / len(entries)
+    ...   options = {"order": "first", "relaxation": nas.sigmoid(), "penalty": penalty, **options}
+    ...   return methods.darts(network, in_shape, ops=ops, **options)
+    >>> search = fair_darts(table, (3,), ops=nas.BLOCKS)
+    >>> weights = search.weights(search.hyperparams(jax.random.key(0)))["cell"]
+    >>> weights.shape, bool((abs(weights - 0.5) < 0.01).all())
+    ((3, 3), True)
     """
     relax = nas.softmax() if relaxation is None else relaxation
     decode = nas.decoding(relax) if decode is None else decode
     if penalty is not None and not callable(penalty):
         raise ValueError(f"`penalty` must be `(α, step) -> []`, such as `nas.resource_penalty(...)`; got {penalty!r}.")
-    if isinstance(network, nas.Network) and keep not in ("space", network.keep):
-        if network.keep == "graph":
+    if isinstance(network, nas.Network) and keep != "space":
+        if keep != network.keep and "graph" in (keep, network.keep):
             raise ValueError(
-                f"`keep` must be left out for NAS-Bench-101's space, whose cells are graphs; got {keep!r}."
+                '`keep` must be left out for NAS-Bench-101\'s space, whose cells are graphs (its own is "graph"), and '
+                f"be a number of edges or None for others; got {keep!r}."
             )
         network = network._replace(keep=keep)  # for all that reads genotypes, or counts what they cost
     supernet = nas.supernet(
@@ -476,6 +474,60 @@ def robust_darts(
         watched = search.rule(problem, own)
         return nas.stopped_by_curvature(watched, search.problem, own=own, alpha=search.alpha, **stop)
 
+    found = lambda result: result.state.estimator_state.kept
+    return search._replace(estimator=rule(search.problem, lambda hyperparams: hyperparams), rule=rule, found=found)
+
+
+@with_settings
+def darts_plus(
+    network: nas.Space,
+    in_shape: Sequence[int],
+    *,
+    ops: Mapping[str, nas.Op],
+    every: int,
+    most: int = 1,
+    start: int = 1,
+    **options: Any,
+) -> Search:
+    """DARTS+: DARTS that stops when a cell has too many skips, and takes the α of the epoch before.
+
+    Run it as `robust_darts`: with `callback=lambda step, metrics: metrics["stop"] > 0`, and `search.found(result)` is
+    the α to take.
+
+    Args:
+      network: a spec with "skip_connect".
+      in_shape: of one input.
+      ops: of the space.
+      every: estimates an epoch.
+      most: skips that a cell may have. (As published it may have one, and normal cells alone are counted; here cells
+        of the kind that has the most.)
+      start: the first epoch that may stop, counted from 0; at least 1.
+      **options: as for `darts`.
+
+    Returns:
+      A `Search`, of first order unless `order` says otherwise.
+
+    Raises:
+      ValueError: a number is out of range; the network has no skips; as for `darts`.
+
+    Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
+
+    >>> from metaopt import methods, nas
+    >>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
+    >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    >>> search = methods.darts_plus(table, (3,), ops=nas.BLOCKS, every=20)
+    >>> search.settings["method"], search.settings["most"]
+    ('darts_plus', 1)
+    """
+    search = darts(network, in_shape, ops=ops, **{"order": "first", **options})
+
+    def rule(problem, own):
+        num_skips = lambda hyperparams: nas.num_skips(search.supernet.network, search.weights(own(hyperparams)))
+        return nas.stopped_by_skips(search.rule(problem, own), num_skips, every=every, most=most, start=start)
+
+    # A network without skips is refused here.
+    weights = lambda key: search.weights(search.hyperparams(key))
+    jax.eval_shape(lambda key: nas.num_skips(search.supernet.network, weights(key)), jax.random.key(0))
     found = lambda result: result.state.estimator_state.kept
     return search._replace(estimator=rule(search.problem, lambda hyperparams: hyperparams), rule=rule, found=found)
 

@@ -6,13 +6,14 @@ On a new task, h writes down α at once; a few alternations of weights and α (`
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from metaopt import base, hypergrad, nas, predictors, training
 from metaopt.methods._architecture import Search
+from metaopt.methods._settings import plain
 
 
 class FineTunedArchitecture(NamedTuple):
@@ -42,6 +43,9 @@ class MetaArchitecture(NamedTuple):
         Where `task_chunk` is not among the options, the default backend is a CPU, and inputs have positions, as images
         do, tasks run one after the other: their activations stay in the caches
         (`experiments/benchmarks/architecture.py`).
+      settings: of the search and of h, as JSON has it, for `training.fit(settings=meta.settings)`.
+
+    λ goes to disk by `save_meta_architecture`.
     """
 
     estimator: base.Estimator
@@ -50,6 +54,7 @@ class MetaArchitecture(NamedTuple):
     genotype: Callable[[base.HyperParams, base.Task], nas.Genotype]
     fine_tune: Callable[[jax.Array, base.HyperParams, base.Task], FineTunedArchitecture]
     over_tasks: Callable[..., base.Estimator]
+    settings: dict[str, Any]
 
 
 def meta_architecture_search(
@@ -141,4 +146,5 @@ def meta_architecture_search(
         return hypergrad.over_tasks(estimator, **options)
 
     genotype = lambda meta_params, task: search.genotype(apply(meta_params, task))
-    return MetaArchitecture(estimator, hyperparams, alpha, genotype, fine_tune, over_tasks)
+    settings = {"search": search.settings, "h": plain(predictor.config, depth=20)}
+    return MetaArchitecture(estimator, hyperparams, alpha, genotype, fine_tune, over_tasks, settings)

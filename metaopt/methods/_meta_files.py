@@ -1,4 +1,4 @@
-"""Meta-optimizers, cell searchers and evaluations on disk: one file of arrays and JSON, nothing that runs code."""
+"""What was learned over tasks, and evaluations, on disk: one file of arrays and JSON, nothing that runs code."""
 
 import json
 import os
@@ -8,20 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import predictors, spaces
+from metaopt import base, predictors, spaces
 from metaopt.methods._cell_searcher import CellSearcher, cell_searcher, columns
 from metaopt.methods._evaluate import Evaluation
+from metaopt.methods._meta_architecture import MetaArchitecture
 from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 
 VERSION = 4
 _FORMAT = "metaopt.meta_optimizer"
 _CELL_VERSION = 2
 _CELL_FORMAT = "metaopt.cell_searcher"
+_ARCHITECTURE_VERSION = 1
+_ARCHITECTURE_FORMAT = "metaopt.meta_architecture"
 _EVALUATION_VERSION = 1
 _EVALUATION_FORMAT = "metaopt.evaluation"
 _READERS = {
     _FORMAT: "`methods.load_meta_optimizer`",
     _CELL_FORMAT: "`methods.load_cell_searcher`",
+    _ARCHITECTURE_FORMAT: "`methods.load_meta_architecture`",
     _EVALUATION_FORMAT: "`methods.load_evaluation`",
     "metaopt.predictor": "`predictors.load`",
 }
@@ -98,7 +102,7 @@ def save_cell_searcher(path: str | os.PathLike[str], searcher: CellSearcher) -> 
         "version": _CELL_VERSION,
         "encoder": searcher.encoder.config,
         "ops": list(searcher.ops),
-        "candidates": searcher.candidates,
+        "candidates": [{name: _plain(x) for name, x in candidate.items()} for candidate in searcher.candidates],
     }
     encoded = _encode(header, "A candidate")
     for candidate, back in zip(searcher.candidates, json.loads(encoded)["candidates"], strict=True):
@@ -155,6 +159,62 @@ def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
     return cell_searcher(encoded, encoder, meta_params, candidates, ops, center, scale, prior, units)
 
 
+def save_meta_architecture(path: str | os.PathLike[str], meta: MetaArchitecture, hyperparams: base.HyperParams) -> None:
+    """Writes λ of a `meta_architecture_search` as one `.npz` file, atomically: h's weights, and where training starts.
+
+    Args:
+      path: the file.
+      meta: what λ is of.
+      hyperparams: λ, {"h": φ, "init": θ_0} or {"h": φ}, such as `training.fit(...).hyperparams`.
+
+    Raises:
+      ValueError: λ is not of `meta`.
+    """
+    template = jax.eval_shape(meta.hyperparams, jax.random.key(0))
+    shapes = lambda tree: {name: np.shape(leaf) for name, leaf in _arrays("", tree).items()}
+    if shapes(hyperparams) != shapes(template):
+        raise ValueError(f"λ of this search has the shapes {shapes(template)}; got {shapes(hyperparams)}.")
+    header = {
+        "format": _ARCHITECTURE_FORMAT,
+        "version": _ARCHITECTURE_VERSION,
+        "network": meta.settings["search"].get("network"),
+        "h": meta.settings["h"],
+    }
+    arrays = {name: np.asarray(leaf) for name, leaf in _arrays("", hyperparams).items()}
+    # The format has no bfloat16; every such number is one of float32.
+    arrays = {name: x.astype(np.float32) if x.dtype.kind == "V" else x for name, x in arrays.items()}
+    _write(path, _encode(header, "The search"), arrays)
+
+
+def load_meta_architecture(path: str | os.PathLike[str], meta: MetaArchitecture) -> base.HyperParams:
+    """Reads what `save_meta_architecture` wrote. Nothing in the file is executed.
+
+    Args:
+      path: the file.
+      meta: the search, built by the same code as the one that was saved: ops and losses are functions, which no file
+        has.
+
+    Returns:
+      λ, for `meta.alpha`, `meta.genotype` and `meta.fine_tune`.
+
+    Raises:
+      ValueError: the file is no such file, of a newer version, or of another network or predictor than `meta`.
+    """
+    header, arrays = _read(path, _ARCHITECTURE_FORMAT, _ARCHITECTURE_VERSION, "save_meta_architecture")
+    own = {"network": meta.settings["search"].get("network"), "h": meta.settings["h"]}
+    for name, value in json.loads(json.dumps(own)).items():
+        if header.get(name) != value:
+            raise ValueError(
+                f"{os.fspath(path)} is of another `{name}` than this search: {header.get(name)}, not {value}."
+            )
+    template = _arrays("", jax.eval_shape(meta.hyperparams, jax.random.key(0)))
+    shapes, expected = ({name: np.shape(x) for name, x in each.items()} for each in (arrays, template))
+    if shapes != expected or any(array.dtype.kind != "f" for array in arrays.values()):
+        raise ValueError(f"{os.fspath(path)} has arrays of shapes {shapes}, and should have numbers of {expected}.")
+    named = lambda path, leaf: jnp.asarray(arrays[jax.tree_util.keystr(path)], leaf.dtype)
+    return jax.tree_util.tree_map_with_path(named, jax.eval_shape(meta.hyperparams, jax.random.key(0)))
+
+
 def save_evaluation(path: str | os.PathLike[str], evaluation: Evaluation) -> None:
     """Writes what `evaluate_episodes` returned as one `.npz` file, atomically.
 
@@ -207,6 +267,11 @@ def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
         return Evaluation(scores, ways, shots, flags, bool(header["higher_is_better"]), marks)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} does not describe an `Evaluation` as it should: {error}.") from error
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, as rows of a table have them, as JSON has them."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _encode(header: dict[str, Any], what: str) -> bytes:

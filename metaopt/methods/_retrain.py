@@ -161,8 +161,10 @@ def train(
 ) -> tuple[base.InnerState, np.ndarray]:
     """Training alone, step by step on the host: what `inner.run` is for runs of hours, which are stopped and continued.
 
-    It is `training.fit` of a rule whose λ nothing depends on: progress, signals and checkpoints are those of `fit`. The
-    numbers are those of `inner.run`, to rounding, with `jax.random.split(key)`'s first key.
+    It is `training.fit` of a rule whose λ nothing depends on: progress and checkpoints are those of `fit`. A signal
+    (Ctrl-C, SIGTERM) ends the training after the step, leaves a checkpoint, and raises `KeyboardInterrupt`: what is
+    trained by half is not taken for the whole, and a loop over architectures ends, too. The numbers are those of
+    `inner.run`, to rounding, with `jax.random.split(key)`'s first key.
 
     Args:
       loop: the inner loop.
@@ -179,9 +181,10 @@ def train(
         have equal shapes are told apart by this alone.
 
     Returns:
-      The inner state, and [steps] training losses.
+      The inner state, and [steps] training losses: fewer than `num_steps` where `callback` stopped it.
 
     Raises:
+      KeyboardInterrupt: a signal stopped it; with `checkpoint_dir` the same call goes on from there.
       ValueError: a count is out of range; `checkpoint_dir` holds another run: of another key, other data, another λ,
         or other `settings`.
     """
@@ -213,7 +216,14 @@ def train(
         checkpoint_every=checkpoint_every,
         settings=settings,
     )
-    return result.state.estimator_state, result.history.get("loss", np.zeros(0))
+    losses = result.history.get("loss", np.zeros(0))
+    if result.stopped == "signal":
+        kept = "are not kept, since there is no `checkpoint_dir`"
+        kept = kept if checkpoint_dir is None else f"are in {os.fspath(checkpoint_dir)}: the same call goes on"
+        raise KeyboardInterrupt(
+            f"A signal stopped the training after {len(losses)} of {num_steps} steps, which {kept}."
+        )
+    return result.state.estimator_state, losses
 
 
 def batched_accuracy(

@@ -48,7 +48,14 @@ from metaopt.nas._costs import (
     nas_bench_201_costs,
     num_params,
 )
-from metaopt.nas._early_stop import CurvatureState, sharpness_stop, skip_count_stop, stopped_by_curvature
+from metaopt.nas._early_stop import (
+    StoppingState,
+    num_skips,
+    sharpness_stop,
+    skip_count_stop,
+    stopped_by_curvature,
+    stopped_by_skips,
+)
 from metaopt.nas._genotypes import (
     NAS_BENCH_101_PRIMITIVES,
     Graph,
@@ -97,6 +104,7 @@ from metaopt.nas._relaxations import (
     auxiliary_skip,
     beta_decay,
     decoding,
+    discretized,
     dominant_eigenvalue,
     edge_normalized,
     gumbel_softmax,
@@ -105,7 +113,7 @@ from metaopt.nas._relaxations import (
     softmax,
     uniform_path,
 )
-from metaopt.nas._scores import SCORES, Score, grad_norm, jacob_cov, nwot, snip, synflow
+from metaopt.nas._scores import SCORES, Score, grad_norm, gradient_features, jacob_cov, nwot, snip, synflow
 from metaopt.nas._specs import (
     DARTS_PRIMITIVES,
     NAS_BENCH_201_PRIMITIVES,
@@ -144,7 +152,6 @@ __all__ = [
     "Cell",
     "CostTable",
     "CostTerm",
-    "CurvatureState",
     "Edge",
     "ElasticLayer",
     "ElasticNetwork",
@@ -155,6 +162,7 @@ __all__ = [
     "Relaxation",
     "Score",
     "Space",
+    "StoppingState",
     "Supernet",
     "auxiliary_head",
     "auxiliary_skip",
@@ -178,6 +186,7 @@ __all__ = [
     "discrete",
     "discretize",
     "discretize_graph",
+    "discretized",
     "dominant_eigenvalue",
     "edge_graph",
     "edge_normalized",
@@ -189,6 +198,7 @@ __all__ = [
     "genotype_from_json",
     "genotype_to_json",
     "grad_norm",
+    "gradient_features",
     "graph_genotype",
     "graph_op",
     "graph_ops",
@@ -217,6 +227,7 @@ __all__ = [
     "nas_bench_macro_table",
     "normalized",
     "num_params",
+    "num_skips",
     "nwot",
     "one_hot",
     "op_scores",
@@ -236,6 +247,7 @@ __all__ = [
     "snip",
     "softmax",
     "stopped_by_curvature",
+    "stopped_by_skips",
     "subsample",
     "supernet",
     "synflow",

@@ -6,6 +6,9 @@
 | 201 | NAS-Bench-201-v1_1-096897.pth, NATS-tss-v1_0-3ffb9-simple/, …pickle.pbz2 | pickles |
 | 301 | the training logs, nb_301_v13/ or nasbench301_full_data/ | a JSON file a network |
 
+The readers are tested on files in these forms that the tests write, and have not been run on the official files
+themselves, which are of gigabytes.
+
 Each takes minutes: `save_benchmark` keeps the result in a small file that `load_benchmark` opens in a second.
 
 Pickles are programs. They are run here by an unpickler that knows containers, numbers of numpy and the empty shells of

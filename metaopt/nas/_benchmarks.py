@@ -74,7 +74,7 @@ def make_benchmark(
             ops = [given.pop(pair, NONE) for pair in _PAIRS]
             known = once and set(architecture) == {"cell"} and not given and set(ops) <= set(_EDGE_OPS[name])
             return rows.get(tuple(map(_EDGE_OPS[name].index, ops))) if known else None
-        if isinstance(architecture, str | Mapping | Graph):
+        if isinstance(architecture, str | Mapping | Graph) or not np.iterable(architecture):
             raise ValueError(f"{name} is asked for rows of integers of {len(dims)} entries; got {architecture!r}.")
         digits = tuple(architecture)
         return rows.get(tuple(map(int, digits))) if all(float(x).is_integer() for x in digits) else None

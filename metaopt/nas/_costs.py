@@ -5,9 +5,10 @@ on average, were each choice drawn by its weights:
 
     C(w) = c₀ + Σ_terms Σ_(i, j, ...) w_a[i] · w_b[j] · ... · c[i, j, ...]
 
-A term is an edge of a cell (c of its ops), or a layer of an `ElasticNetwork` (c of its sizes and those of its input).
-At one-hot weights C is the discrete network's cost; "none", which no discrete network has, costs nothing. What it
-costs to train the supernet is another matter: that runs every op, and every size at its largest.
+A term is an edge of a cell (c of its ops), a layer of an `ElasticNetwork` (c of its sizes and those of its input), or
+a whole cell, of which only networks were measured. At one-hot weights C is the discrete network's cost; "none", which
+no discrete network has, costs nothing by itself. What it costs to train the supernet is another matter: that runs every
+op, and every size at its largest.
 
 Source: the expected latency of Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs/1812.00332
 """
@@ -22,9 +23,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from metaopt import base
 from metaopt.nas import _benchmarks, _elastic, _genotypes, _ops, _supernet
+from metaopt.nas._relaxations import discretized
 from metaopt.nas._specs import ElasticNetwork, Genotype, Network, Space, check_network, read_json
 
 Measure = Callable[..., float]  # (apply, params, x) -> cost
@@ -191,6 +194,9 @@ def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space |
     constant for derivatives, and C jumps where others become the strongest. (NAS-Bench-101's graphs count with all
     their vertices.)
 
+    An edge that is not kept, or whose weights are 0 (`one_hot` of a genotype without it), adds nothing where it has a
+    term of its own. In a term of several edges (`nas_bench_201_costs`) it is its "none", which only `network` tells.
+
     Args:
       table: of the space.
       weights: kind -> [edges, ops].
@@ -200,11 +206,12 @@ def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space |
       [], in the table's unit.
 
     Raises:
-      ValueError: the weights are not of this space.
+      ValueError: the weights are not of this space; in a term of several edges one has no weight (where that can be
+        seen: the weights are not traced), and `network` is not given; or such an edge has no "none".
     """
     dtype = jnp.zeros(0).dtype
     if isinstance(network, Network) and isinstance(network.keep, (int, np.integer)):
-        weights = {**weights, **_of_kept_edges(network, weights, int(network.keep))}
+        weights = {**weights, **_of_kept_edges(network, weights)}
     total = jnp.asarray(table.fixed, dtype)
     for term in table.terms:
         left = jnp.asarray(term.values, dtype)
@@ -212,28 +219,52 @@ def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space |
             if kind not in weights or np.ndim(weights[kind]) != 2 or np.shape(weights[kind])[1] != left.shape[0]:
                 got = {kind: np.shape(w) for kind, w in weights.items()}
                 raise ValueError(f"The weights of {kind!r} must have {left.shape[0]} columns; got the shapes {got}.")
-            left = jnp.tensordot(jnp.asarray(weights[kind], dtype)[edge], left, 1)
+            row = jnp.asarray(weights[kind], dtype)[edge]
+            if len(term.rows) > 1:
+                row = _in_whole(row, weights[kind], network, kind, edge)
+            left = jnp.tensordot(row, left, 1)
         total = total + left
     return total
 
 
-def _of_kept_edges(network: Network, weights: Mapping[str, Any], keep: int) -> dict[str, jax.Array]:
+def _in_whole(row: jax.Array, given: Any, network: Space | None, kind: str, edge: int) -> jax.Array:
+    """Weights in a table of whole networks: an edge that is not there is its "none", since a product with 0 is 0."""
+    absent = not isinstance(given, Tracer) and not np.asarray(given)[edge].any()
+    if network is None and absent:
+        raise ValueError(
+            f"The edge {edge} of {kind!r} has no weight, and the table is of whole networks, which have an op or "
+            '"none" there: pass `network`, which says where "none" stands.'
+        )
+    if not isinstance(network, Network):
+        return row
+    edges, keep = network.cells[kind].edges, network.keep
+    num_into = sum(other.target == edges[edge].target for other in edges)
+    may_go = absent or (isinstance(keep, (int, np.integer)) and keep < num_into)
+    if not may_go and _genotypes.NONE not in edges[edge].ops:
+        return row
+    return jnp.where(row.any(), row, _none_row(network, kind, edge))
+
+
+def _none_row(network: Space, kind: str, edge: int) -> np.ndarray:
+    """The weights of an edge that is not there, in a table of whole networks."""
+    ops = network.cells[kind].edges[edge].ops
+    if _genotypes.NONE not in ops:
+        raise ValueError(
+            f'The table is of whole networks, and the edge {edge} of {kind!r}, which a network may lack, has no "none".'
+        )
+    return np.array([float(op == _genotypes.NONE) for op in ops])
+
+
+def _of_kept_edges(network: Network, weights: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Of the edges that `discretize` keeps, the weights of ops other than "none", with sum 1; of others 0."""
     kept = {}
-    for kind, cell in network.cells.items():
+    for kind, chosen in discretized(network, weights).items():
         w = jnp.asarray(weights[kind])
-        some = np.array([[op != _genotypes.NONE for op in edge.ops] for edge in cell.edges])
-        if w.shape != some.shape:
-            raise ValueError(f"The weights of {kind!r} must have the shape {some.shape}; got {w.shape}.")
-        strength = jax.lax.stop_gradient(jnp.where(some, w, -jnp.inf).max(1))
-        mask = jnp.zeros(len(w), w.dtype)
-        for node in sorted({edge.target for edge in cell.edges}):
-            into = np.array([e for e, edge in enumerate(cell.edges) if edge.target == node])
-            strongest = jax.lax.top_k(strength[into], min(keep, len(into)))[1]  # of equal ones the first
-            mask = mask.at[jnp.asarray(into)[strongest]].set(1.0)
+        some = np.array([[op != _genotypes.NONE for op in edge.ops] for edge in network.cells[kind].edges])
         total = jnp.where(some, w, 0.0).sum(1, keepdims=True)
         # A genotype's own weights, `one_hot`, have no op on an edge that it has not.
-        kept[kind] = mask[:, None] * jnp.where(some & (total > 0), w / jnp.where(total > 0, total, 1.0), 0.0)
+        shares = jnp.where(some & (total > 0), w / jnp.where(total > 0, total, 1.0), 0.0)
+        kept[kind] = chosen.sum(1, keepdims=True) * shares
     return kept
 
 
@@ -249,15 +280,15 @@ def cost_of(table: CostTable, network: Space, genotype: Genotype) -> float:
       The cost, in the table's unit, in double precision.
 
     Raises:
-      ValueError: the genotype is not of this space.
+      ValueError: the genotype is not of this space; an edge that it lacks has no "none" in a table of whole networks.
     """
     weights, total = _genotypes.one_hot(network, genotype), table.fixed
     for term in table.terms:
         left = term.values
         for kind, edge in term.rows:
             row = weights[kind][edge]
-            if len(term.rows) > 1 and not row.any():  # in a table of whole networks an edge that is not there is "none"
-                row = np.array([float(op == _genotypes.NONE) for op in network.cells[kind].edges[edge].ops])
+            if len(term.rows) > 1 and not row.any():
+                row = _none_row(network, kind, edge)
             left = np.tensordot(row, left, 1)
         total += float(left)
     return total

@@ -1,30 +1,34 @@
-"""Stopping a search before it collapses: when the curvature of the validation loss in α grows too fast.
+"""Stopping a search before it collapses: when the validation loss becomes too sharp in α, or a cell has many skips.
 
-    stop at epoch e ≥ `start` if  mean of κ over the last `window` epochs > factor · that mean `delta` epochs earlier,
-    and keep the α of epoch e − `delta`.
+    curvature: stop at epoch e ≥ `start` if  mean of κ over the last `window` epochs > factor · that mean `delta` epochs
+               earlier, and keep the α of epoch e − `delta`
+    skips:     stop at epoch e ≥ `start` if  a cell of the genotype has more than `most`, and keep the α of epoch e − 1
 
-Source: Zela et al., ICLR 2020, Sec. 4.3, https://arxiv.org/abs/1909.09656
+Sources: Zela et al., ICLR 2020, Sec. 4.3, https://arxiv.org/abs/1909.09656; Liang et al., 2019 (DARTS+),
+https://arxiv.org/abs/1909.06035
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from metaopt import base
-from metaopt.nas._relaxations import dominant_eigenvalue
+from metaopt.nas._genotypes import SKIP
+from metaopt.nas._relaxations import discretized, dominant_eigenvalue
+from metaopt.nas._specs import Space
 
 
-class CurvatureState(NamedTuple):
-    """What `stopped_by_curvature` carries.
+class StoppingState(NamedTuple):
+    """What `stopped_by_curvature` and `stopped_by_skips` carry.
 
     Attributes:
       estimator: the state of the rule that is watched.
       count: [] int32, the estimates so far.
-      curvatures: [window + delta] κ of the last epochs, newest last; NaN before the first.
-      alphas: like α, with a leading axis of delta + 1: at the end of the last epochs, newest last.
+      measured: κ, or the number of skips, of the last epochs, newest last; NaN before the first.
+      alphas: like α, with a leading axis: at the end of as many epochs as the rule looks back, newest last.
       stopped: [] bool.
       kept: like α, what the search chose once it is stopped.
       key: for the outer batch and the first vector of the iterations.
@@ -32,7 +36,7 @@ class CurvatureState(NamedTuple):
 
     estimator: base.EstimatorState
     count: jax.Array
-    curvatures: jax.Array
+    measured: jax.Array
     alphas: base.HyperParams
     stopped: jax.Array
     kept: base.HyperParams
@@ -125,27 +129,15 @@ def stopped_by_curvature(
     Raises:
       ValueError: a count is out of range.
     """
-    for name, value in (("every", every), ("window", window), ("delta", delta), ("num_iterations", num_iterations)):
+    for name, value in (("window", window), ("delta", delta), ("num_iterations", num_iterations)):
         base.check_integer(name, value, 1)
     base.check_integer("start", start, 0)
     base.check_positive("factor", factor)
-    loop, size = problem.loop, window + delta
+    loop = problem.loop
 
-    def init(key, hyperparams, task):
-        init_key, key = jax.random.split(key)
-        state = estimator.init(init_key, hyperparams, task)
-        dtype = jax.eval_shape(estimator.estimate, hyperparams, task, state)[0].value.dtype
-        alphas = jax.tree.map(lambda a: jnp.broadcast_to(a, (delta + 1, *jnp.shape(a))), hyperparams)
-        kept = jax.tree.map(jnp.asarray, hyperparams)
-        nans = jnp.full(size, jnp.nan, dtype)
-        return CurvatureState(state, jnp.zeros([], jnp.int32), nans, alphas, jnp.array(False), kept, key)
-
-    def estimate(hyperparams, task, state):
-        batch_key, vector_key, key = jax.random.split(state.key, 3)
-        estimate, after = estimator.estimate(hyperparams, task, state.estimator)
-        trained, count = inner_state(after), state.count + 1
-
-        given = own(hyperparams)
+    def measure(keys, hyperparams, task, after):
+        batch_key, vector_key = keys
+        trained, given = inner_state(after), own(hyperparams)
         at, put = jax.vjp(alpha, given)  # the transpose of a selection puts its leaves where they come from
 
         def outer_loss(a):
@@ -154,25 +146,102 @@ def stopped_by_curvature(
             batch = problem.outer_batch(batch_key, task)
             return problem.outer_loss(loop.params(trained), moved, batch, loop.context(trained))
 
-        def measure():
-            found = dominant_eigenvalue(outer_loss, at, vector_key, num_steps=num_iterations)
-            return found.astype(state.curvatures.dtype)
+        return dominant_eigenvalue(outer_loss, at, vector_key, num_steps=num_iterations)
 
-        ends = count % every == 0
-        curvature = jax.lax.cond(ends, measure, lambda: jnp.full([], jnp.nan, state.curvatures.dtype))
-        push = lambda old, new: jnp.where(ends, jnp.concatenate([old[1:], new[None]]), old)
-        curvatures = push(state.curvatures, curvature)
-        alphas = jax.tree.map(push, state.alphas, hyperparams)
+    def grows(curvatures):
         # Comparisons with the NaN of epochs that were not are false.
         sharpness = jnp.abs(curvatures)
-        grows = sharpness[-window:].mean() > factor * sharpness[:window].mean()
-        stops = ends & (count // every > start) & grows & ~state.stopped
-        kept = jax.tree.map(lambda old, a: jnp.where(stops, a[0], old), state.kept, alphas)
-        stopped = state.stopped | stops
+        return sharpness[-window:].mean() > factor * sharpness[:window].mean()
+
+    return _stopped(estimator, "curvature", measure, grows, every, window + delta, delta, start)
+
+
+def stopped_by_skips(
+    estimator: base.Estimator,
+    num_skips: Callable[[base.HyperParams], jax.Array],
+    *,
+    every: int,
+    most: int = 1,
+    start: int = 1,
+) -> base.Estimator:
+    """The same estimator, that counts the skips of its cell at the end of every epoch: `skip_count_stop` in its state.
+
+    Stopped, it is what `stopped_by_curvature` is. Costs nothing to speak of.
+
+    Args:
+      estimator: of one task, such as DARTS's.
+      num_skips: `(λ) -> []` of the estimator's λ, such as `lambda λ: nas.num_skips(network, search.weights(λ))`.
+      every: estimates an epoch.
+      most: skips that a cell may have.
+      start: the first epoch that may stop, counted from 0; at least 1.
+
+    Returns:
+      An `Estimator` of the same kind. Metrics: those of `estimator`, "skips" (NaN but at the end of an epoch), and
+      "stop".
+
+    Raises:
+      ValueError: a count is out of range.
+
+    Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
+    """
+    base.check_integer("most", most, 0)
+    base.check_integer("start", start, 1)
+    measure = lambda keys, hyperparams, task, after: num_skips(hyperparams)
+    return _stopped(estimator, "skips", measure, lambda counts: counts[-1] > most, every, 1, 1, start)
+
+
+def num_skips(network: Space, weights: Mapping[str, Any]) -> jax.Array:
+    """How many skips the genotype of mixing weights has, in its cell of the kind that has the most.
+
+    Args:
+      network: a supernet's.
+      weights: kind -> [edges, ops]; they may be traced.
+
+    Returns:
+      [], a number.
+
+    Raises:
+      ValueError: no edge of the network may be a skip; as for `discretized`.
+    """
+    is_skip = {
+        k: np.array([[op == SKIP for op in edge.ops] for edge in cell.edges]) for k, cell in network.cells.items()
+    }
+    if not any(each.any() for each in is_skip.values()):
+        raise ValueError(f"No edge of the network has {SKIP!r} among its ops: there is nothing to count.")
+    chosen = discretized(network, weights)
+    return jnp.stack([(chosen[kind] * each).sum() for kind, each in is_skip.items()]).max()
+
+
+def _stopped(estimator, name, measure, stops, every, num_measured, delta, start) -> base.Estimator:
+    """The same estimator, that measures at the end of every epoch and keeps the α of `delta` epochs before its stop."""
+    base.check_integer("every", every, 1)
+
+    def init(key, hyperparams, task):
+        init_key, key = jax.random.split(key)
+        state = estimator.init(init_key, hyperparams, task)
+        dtype = jax.eval_shape(estimator.estimate, hyperparams, task, state)[0].value.dtype
+        alphas = jax.tree.map(lambda a: jnp.broadcast_to(a, (delta + 1, *jnp.shape(a))), hyperparams)
+        kept = jax.tree.map(jnp.asarray, hyperparams)
+        nans = jnp.full(num_measured, jnp.nan, dtype)
+        return StoppingState(state, jnp.zeros([], jnp.int32), nans, alphas, jnp.array(False), kept, key)
+
+    def estimate(hyperparams, task, state):
+        *keys, key = jax.random.split(state.key, 3)
+        estimate, after = estimator.estimate(hyperparams, task, state.estimator)
+        count, dtype = state.count + 1, state.measured.dtype
+        ends = count % every == 0
+        now = lambda: measure(keys, hyperparams, task, after).astype(dtype)
+        value = jax.lax.cond(ends, now, lambda: jnp.full([], jnp.nan, dtype))
+        push = lambda old, new: jnp.where(ends, jnp.concatenate([old[1:], new[None]]), old)
+        measured = push(state.measured, value)
+        alphas = jax.tree.map(push, state.alphas, hyperparams)
+        stops_now = ends & (count // every > start) & stops(measured) & ~state.stopped
+        kept = jax.tree.map(lambda old, a: jnp.where(stops_now, a[0], old), state.kept, alphas)
+        stopped = state.stopped | stops_now
         # The newest α is kept where nothing has stopped.
         kept = jax.tree.map(lambda old, new: jnp.where(stopped, old, new), kept, hyperparams)
-        metrics = {**estimate.metrics, "curvature": curvature, "stop": stopped.astype(estimate.value.dtype)}
-        after = CurvatureState(after, count, curvatures, alphas, stopped, kept, key)
+        metrics = {**estimate.metrics, name: value, "stop": stopped.astype(estimate.value.dtype)}
+        after = StoppingState(after, count, measured, alphas, stopped, kept, key)
         return estimate._replace(metrics=metrics), after
 
     return base.Estimator(init, estimate, kind=estimator.kind)

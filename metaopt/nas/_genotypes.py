@@ -72,7 +72,7 @@ def discretize(network: Space, weights: Mapping[str, np.ndarray], *, keep: int |
             best, strength = among.argmax(1), among.max(1)
             kept = []
             for node in sorted({edge.target for edge in cell.edges}):
-                into = [e for e, edge in enumerate(cell.edges) if edge.target == node]
+                into = [e for e, edge in enumerate(cell.edges) if edge.target == node and some[e].any()]
                 kept += sorted(into, key=lambda e: -strength[e])[:keep]
         genotype[kind] = tuple((*cell.edges[e][:2], cell.edges[e].ops[best[e]]) for e in sorted(kept))
     return genotype
@@ -196,7 +196,8 @@ def random_genotype(seed: int, network: Network, *, keep: int | None | str = "sp
         else:
             kept = []
             for node in sorted({edge.target for edge in cell.edges}):
-                into = [e for e, edge in enumerate(cell.edges) if edge.target == node]
+                among = lambda edge, node=node: edge.target == node and set(edge.ops) != {NONE}
+                into = [e for e, edge in enumerate(cell.edges) if among(edge)]
                 kept += rng.permutation(into)[:keep].tolist()
         drawn = []
         for e in sorted(kept):

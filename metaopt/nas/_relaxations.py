@@ -4,7 +4,7 @@ A **relaxation** is a function `(alpha, cell, key, step) -> weights [edges, ops]
 those of `base.Context`, for noise and schedules. Those below are made by functions, and wrap one another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from metaopt import base
-from metaopt.nas._genotypes import SKIP
+from metaopt.nas._genotypes import NONE, SKIP, edges_kept
 from metaopt.nas._specs import Cell, Space
 
 Schedule = float | Callable[[Any], Any]  # a number, or step -> number, as optax has them
@@ -78,6 +78,38 @@ def mixing_weights(
     """
     kinds = network.cells.items()
     return {k: relaxation(alpha[k], cell, jax.random.fold_in(key, i), step) for i, (k, cell) in enumerate(kinds)}
+
+
+def discretized(network: Space, weights: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """`one_hot(network, discretize(network, weights))`, for weights that are traced.
+
+    Args:
+      network: a supernet's, whose `keep` says how many edges are kept.
+      weights: kind -> [edges, ops], not negative.
+
+    Returns:
+      kind -> [edges, ops]: 1 for the ops that are kept, 0 elsewhere. Constant for derivatives.
+
+    Raises:
+      ValueError: the weights do not have the network's shape; the network is one of NAS-Bench-101.
+    """
+    keep, found = edges_kept(network, "space"), {}
+    for kind, cell in network.cells.items():
+        w = jax.lax.stop_gradient(jnp.asarray(weights[kind]))
+        some = np.array([[op != NONE for op in edge.ops] for edge in cell.edges])
+        if w.shape != some.shape:
+            raise ValueError(f"The weights of {kind!r} must have the shape {some.shape}; got {w.shape}.")
+        among = w if keep is None else jnp.where(some, w, -jnp.inf)
+        kept = jax.nn.one_hot(among.argmax(1), some.shape[1], dtype=w.dtype) * some
+        if keep is not None:
+            strongest = jnp.zeros(len(w), w.dtype)
+            for node in sorted({edge.target for edge in cell.edges}):
+                into = np.array([e for e, edge in enumerate(cell.edges) if edge.target == node])
+                first = jax.lax.top_k(among.max(1)[into], min(keep, len(into)))[1]  # of equal ones the first
+                strongest = strongest.at[jnp.asarray(into)[first]].set(1.0)
+            kept = kept * strongest[:, None]
+        found[kind] = kept
+    return found
 
 
 def softmax(temperature: Schedule = 1.0) -> Relaxation:

@@ -205,6 +205,42 @@ SCORES: dict[str, Score] = {
 # ---- Looking into a network -----------------------------------------------------------------------------------------
 
 
+def gradient_features(
+    supernet: Supernet,
+    key: jax.Array,
+    batch: Mapping[str, jax.Array],
+    *,
+    loss: Callable = _cross_entropy,
+    num_keys: int = 2,
+) -> jax.Array:
+    """What a task's first gradients say of every op, for an h that reads it: nothing is trained for it.
+
+        d[o] = ∂L/∂w[e, o] at equal mixing weights, less its mean over o; the mean over initializations and edges e
+
+    Negative where more of an op lowers the loss at once.
+
+    Args:
+      supernet: of a space; not one with `single_path`, which has no gradient for ops that do not run.
+      key: of the initializations.
+      batch: {"x": [N, *in_shape], "y": what `loss` takes}; two batches of training are enough rows.
+      loss: L, `(outputs [N, num_outputs], batch) -> []`; by default the mean cross-entropy of labels "y" [N].
+      num_keys: initializations, at least 1.
+
+    Returns:
+      [K], the ops of every kind of cell, each kind with the length 1.
+
+    Raises:
+      ValueError: `num_keys` is below 1.
+    """
+    base.check_integer("num_keys", num_keys, 1)
+    sizes = {kind: (len(cell.edges), len(cell.edges[0].ops)) for kind, cell in supernet.network.cells.items()}
+    equal = {kind: jnp.full(size, 1 / size[1]) for kind, size in sizes.items()}
+    value = lambda w, key: loss(supernet.apply(supernet.init(key), w, batch["x"]), batch)
+    w = jax.lax.map(lambda key: jax.grad(value)(equal, key), jax.random.split(key, num_keys))
+    ops = [(w[kind] - w[kind].mean(-1, keepdims=True)).mean((0, 1)) for kind in sizes]
+    return jnp.concatenate([x / (jnp.linalg.norm(x) + 1e-6) for x in ops])
+
+
 def _without_normalization(fn: Callable[[base.Params], jax.Array]) -> Callable[[base.Params], jax.Array]:
     """`fn` with the identity in the place of every `nas.normalized`."""
 

@@ -12,6 +12,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from metaopt import base
 
 
@@ -132,8 +134,14 @@ def check_network(network: Network) -> None:
       network: a spec.
 
     Raises:
-      ValueError: an edge goes backwards or nowhere, a cell has no output, a kind no layer.
+      ValueError: an edge goes backwards or nowhere, a cell has no output, a kind no layer; `keep` is no such value.
     """
+    is_number = isinstance(network.keep, (int, np.integer)) and not isinstance(network.keep, bool)
+    if network.keep not in (None, "graph") and not (is_number and int(network.keep) >= 1):
+        raise ValueError(
+            f'`keep` must be a number of edges, at least 1, None, or "graph", which NAS-Bench-101\'s space says; got '
+            f"{network.keep!r}."
+        )
     for kind, cell in network.cells.items():
         if cell.num_inputs not in (1, 2):
             raise ValueError(f"A cell has 1 or 2 inputs; the cell {kind!r} has {cell.num_inputs}.")

@@ -100,8 +100,8 @@ def supernet(
       A `Supernet`. Its parameters are a tree of arrays, with stacks of edges and of layers as leading axes.
 
     Raises:
-      ValueError: the spec does not hold together; an op is unknown, or does not take or give the shape that it should;
-        K does not divide the channels, or is more than 1 where sizes are searched.
+      ValueError: the spec does not hold together; `in_shape` is a number; an op is unknown, or does not take or give
+        the shape that it should; K does not divide the channels, or is more than 1 where sizes are searched.
 
     Sources: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055; for K, Xu et al., ICLR 2020,
     https://arxiv.org/abs/1907.05737
@@ -118,6 +118,8 @@ def supernet(
     (4, 3)
     """
     base.check_integer("partial", partial, 1)
+    if not np.iterable(in_shape):
+        raise ValueError(f"`in_shape` must be a shape, such as ({in_shape},) for rows of a table; got {in_shape!r}.")
     in_shape = tuple(in_shape)
     if isinstance(network, ElasticNetwork):
         if partial > 1:

@@ -42,16 +42,24 @@ def save(
     Args:
       path: the file.
       predictor: made by a factory of this room.
-      meta_params: φ; bfloat16 comes back as float32.
+      meta_params: φ, as `predictor.init` makes it; bfloat16 comes back as float32. (Of what `meta_architecture_search`
+        learns, {"h", "init"}, this is "h"; `methods.save_meta_architecture` writes both.)
       scaling: a JSON-serializable dict, such as `_asdict()` of a `tasks.FeatureScaling`.
 
     Raises:
-      ValueError: the predictor carries no `config`, so that it could not be built again.
+      ValueError: the predictor carries no `config`, so that it could not be built again; `meta_params` are not its.
     """
     if not predictor.config:
         raise ValueError(
             "This predictor carries no `config` and could not be built again from a file: give `Predictor` the "
             "options that it was made with, or save its weights yourself."
+        )
+    shapes = lambda tree: {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
+    given, own = shapes(jax.eval_shape(lambda: meta_params)), shapes(jax.eval_shape(predictor.init, jax.random.key(0)))
+    if given != own:
+        raise ValueError(
+            f"`meta_params` must be what `predictor.init` makes, with the shapes {own}; got {given}, which `load` "
+            "could not read."
         )
     header = {"format": "metaopt.predictor", "version": VERSION, "config": predictor.config, "scaling": scaling}
     leaves = jax.tree_util.tree_leaves_with_path(meta_params)
@@ -82,7 +90,7 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop("header").tobytes())
         format_, version = header["format"], int(header["version"])
-        config, scaling = header["config"], header["scaling"]
+        config, scaling = header.get("config"), header.get("scaling")
     except FileNotFoundError:
         raise
     except Exception as error:

@@ -30,7 +30,7 @@ from metaopt.tasks._frames import records_from_frame, records_to_frame
 from metaopt.tasks._function_families import function_episodes, mixed_functions, sinusoids
 from metaopt.tasks._hierarchy import ontology_nodes
 from metaopt.tasks._meta_dataset import from_meta_dataset, read_example, read_tfrecords
-from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, metafeatures
+from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, image_features, metafeatures
 from metaopt.tasks._prepare import PreparedTable, Rows, prepare
 from metaopt.tasks._random_search import random_search, untried
 from metaopt.tasks._records import append_records, read_records, recover_records
@@ -130,6 +130,7 @@ __all__ = [
     "from_tfds",
     "from_user_records",
     "function_episodes",
+    "image_features",
     "keep",
     "labelled_batches",
     "labelled_rows",

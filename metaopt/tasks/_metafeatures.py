@@ -99,6 +99,52 @@ def metafeatures(
     return {name: float(value) if np.isfinite(value) else math.nan for name, value in found.items()}
 
 
+def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """What a look at a task's images says, for an h or g that reads image tasks. No learner is trained for it.
+
+        between(a, b) = mean of a · b over mean of x², with x the images less their mean image
+
+    Args:
+      images: [N, height, width, channels] of training rows, standardized; channels are averaged.
+      labels: [N] integers from 0 on.
+
+    Returns:
+      "rows" and "classes", logarithms of their numbers; "between neighboring pixels" of a row and "between opposite
+      halves", left and mirrored right, as above, NaN of images that are all one; "ink", the share of values above 0;
+      "in the class means", the variance between class means over that of images, in the mean over pixels.
+      `fit_scaling` makes numbers of one size of them.
+
+    Raises:
+      ValueError: the shapes do not fit.
+
+    >>> import numpy as np
+    >>> from metaopt import tasks
+    >>> bars = np.array([[[1.0, -1.0]] * 2, [[-1.0, 1.0]] * 2])[..., None]  # bright to the left, and to the right
+    >>> found = tasks.image_features(bars, np.array([0, 1]))
+    >>> found["between opposite halves"], found["ink"]
+    (-1.0, 0.5)
+    """
+    if np.ndim(images) != 4 or np.shape(labels) != np.shape(images)[:1] or not len(images):
+        raise ValueError(
+            "`images` must be [N, height, width, channels] and `labels` [N], at least one; got the shapes "
+            f"{np.shape(images)} and {np.shape(labels)}."
+        )
+    x, half = np.asarray(images).mean(-1), np.shape(images)[2] // 2
+    centered = x - x.mean(0)
+    power = float((centered**2).mean())
+    class_means = np.stack([x[labels == c].mean(0) for c in np.unique(labels)])
+    return {
+        "rows": math.log(len(x)),
+        "classes": math.log(int(np.max(labels)) + 1),
+        "between neighboring pixels": _ratio(float((centered[:, :, 1:] * centered[:, :, :-1]).mean()), power),
+        "between opposite halves": _ratio(
+            float((centered[:, :, :half] * centered[:, :, ::-1][:, :, :half]).mean()), power
+        ),
+        "ink": float((x > 0).mean()),
+        "in the class means": float(class_means.var(0).mean() / (x.var(0).mean() + 1e-6)),
+    }
+
+
 def _summary(name: str, values) -> dict[str, float]:
     values = np.asarray(values, np.float64).ravel()
     values = values[np.isfinite(values)]

@@ -274,6 +274,24 @@ def test_what_robust_darts_has_found_is_the_alpha_before_its_stop():
 
 
 @pytest.mark.once
+def test_darts_plus_counts_the_search_s_own_cell():
+    """With `keep=1` an edge is left into each of two nodes; under a budget λ is another tree."""
+    alpha = {"cell": jnp.array([[0.0, 5.0, 0.0], [0.0, 4.0, 0.0], [0.0, 1.0, 5.0]])}
+    search = methods.darts_plus(NET, (3,), ops=OPS, every=1, keep=1)
+    table = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "s")
+    for made, given in (
+        (search_of(methods.darts_plus, every=1), alpha),  # keeps two: both skips
+        (methods.under_budget(search, table, budget=1.0), {"hyperparams": alpha, "multiplier": jnp.array(0.0)}),
+    ):
+        estimate, state = estimate_of(made, given)
+        assert estimate.metrics["skips"] == (2 if given is alpha else 1) and estimate.metrics["stop"] == 0
+        jax.tree.map(np.testing.assert_array_equal, state.kept, given)
+    bare = NET._replace(cells={"cell": nas.complete_cell(2, ("none", "smooth"), preprocess=False)})
+    with pytest.raises(ValueError, match="No edge of the network has 'skip_connect'"):
+        methods.darts_plus(bare, (3,), ops=OPS, every=1)
+
+
+@pytest.mark.once
 def test_a_checkpoint_of_another_search_is_refused(tmp_path):
     options = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
     first = fitted(FIRST["darts"](), 1, **options)

@@ -286,6 +286,10 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
         with pytest.raises(ValueError, match=message):
             methods.save_cell_searcher(tmp_path / "new.npz", h._replace(candidates=[{"e0": value}]))
     assert not list(tmp_path.glob("new*"))
+    # As rows of a table are.
+    methods.save_cell_searcher(tmp_path / "new.npz", h._replace(candidates=[{"e0": np.int64(2)}]))
+    with np.load(tmp_path / "new.npz") as file:
+        assert json.loads(file["header"].tobytes())["candidates"] == [{"e0": 2}]
 
 
 def test_an_interrupt_leaves_nothing_trained_by_half(monkeypatch):

@@ -1,5 +1,8 @@
 """h(t') by hypergradient: against finite differences, against one shared α, and task by task."""
 
+import json
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,6 +158,31 @@ def test_fine_tuning_starts_from_what_was_learned(learned):
     np.testing.assert_allclose(tuned.alpha["cell"], alpha["cell"], rtol=1e-9)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), tuned.params, params)
     assert tuned.values.shape == (2,) and np.isfinite(tuned.values).all()
+
+
+def test_what_was_learned_goes_to_disk_with_its_start(learned, tmp_path):
+    path = tmp_path / "h.npz"
+    methods.save_meta_architecture(path, META, learned)
+    again = methods.meta_architecture_search(search_of(learn_init=True), predictors.mlp(SPACE, 2, num_hidden=2))
+    found = methods.load_meta_architecture(path, again)
+    chex.assert_trees_all_equal(found, learned)
+    assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(learned)]
+    assert again.genotype(found, TASKS[0]) == META.genotype(learned, TASKS[0])
+    json.dumps(META.settings, allow_nan=False)
+    alone = methods.meta_architecture_search(search_of(), predictors.mlp(SPACE, 2, num_hidden=2))
+    other = methods.meta_architecture_search(search_of(learn_init=True), predictors.mlp(SPACE, 2, num_hidden=3))
+    for read, message in (
+        (lambda: methods.load_meta_architecture(path, alone), "h.npz has arrays of shapes"),
+        (lambda: methods.load_meta_architecture(path, other), "is of another `h` than this search"),
+        (lambda: methods.save_meta_architecture(path, META, learned["h"]), "λ of this search has the shapes"),
+        # h's predictor alone is saved alone.
+        (lambda: predictors.save(path, predictors.mlp(SPACE, 2, num_hidden=2), learned), "`meta_params` must be what"),
+        (lambda: predictors.load(path), "is of format 'metaopt.meta_architecture' version 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read()
+    predictors.save(path, predictors.mlp(SPACE, 2, num_hidden=2), learned["h"])
+    chex.assert_trees_all_equal(predictors.load(path).meta_params, learned["h"])
 
 
 def test_what_is_read_from_a_learned_start(learned):

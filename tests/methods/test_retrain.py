@@ -1,5 +1,8 @@
 """Retraining: the recipe by hand, dropped edges, going on after a stop; the report's figures from their definitions."""
 
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,6 +164,23 @@ def test_training_that_diverges_goes_on_as_in_one_program():
     assert 0 < ended[0] < 10 and list(ended) == list(range(ended[0], 12))
     assert int(state.step) == 12 and not np.isfinite(state.params)
     assert not np.isfinite(inner.run(loop, 12)(jax.random.split(KEY)[0], None, rows).params)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_signal_leaves_nothing_that_looks_trained(kept, tmp_path):
+    loss = lambda params, scale, batch, context: ((params - batch["x"]) ** 2).mean()
+    loop = inner.loop(loss, lambda _: optax.sgd(0.1), init=lambda *_: (jnp.zeros(()), None), with_context=True)
+    options = {"num_steps": 6, "key": KEY, "progress": False, "checkpoint_dir": tmp_path if kept else None}
+    run = lambda **more: methods.train(loop, {"x": jnp.ones(3)}, **options, **more)
+    interrupt = lambda step, metrics: step == 2 and os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"after 2 of 6 steps, .* goes on" if kept else "are not kept"):
+        run(callback=interrupt)
+    if kept:
+        steps = []
+        state, losses = run(callback=lambda step, metrics: steps.append(step))
+        assert steps == [3, 4, 5, 6]
+        np.testing.assert_allclose(losses, 0.8 ** (2 * np.arange(6)), rtol=1e-12)
+        np.testing.assert_allclose(state.params, 1 - 0.8**6, rtol=1e-12)
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def test_architectures_in_the_forms_in_which_searches_give_them():
     ):
         with pytest.raises(ValueError, match="architectures, the tasks"):
             benchmark.query(bad, benchmark.tasks[0])
-    for benchmark, bad in ((part, "|none~0|"), (micro, cell_101), (nas.nas_bench_macro_table(), cell)):
+    for benchmark, bad in ((part, "|none~0|"), (table, 9930), (micro, cell_101), (nas.nas_bench_macro_table(), cell)):
         with pytest.raises(ValueError, match="is asked for rows of integers"):
             benchmark.query(bad, benchmark.tasks[0])
 

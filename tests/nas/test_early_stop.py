@@ -96,6 +96,58 @@ def test_the_curvature_is_of_the_part_that_is_named():
     np.testing.assert_allclose(found.metrics["curvature"], 106.0, rtol=1e-6)  # with "other", 203
 
 
+def test_skips_in_the_state_of_an_estimator_are_the_rule_on_their_counts():
+    """α moves by a constant step: a skip wins on the second edge at epoch 3, and on the first at 5."""
+    cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
+    network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), 2, keep=None)
+    push = jnp.array([[0, 1, 0], [0, 1, 0], [0, 0, 1]])
+    problem = GROWING._replace(outer_loss=lambda params, alpha, batch, context: -(push * alpha["cell"]).sum())
+    start = {"cell": jnp.array([[0, -11.0, 0], [0, -7.0, 0], [0, 0, 0]])}
+    at = lambda step: start["cell"] + (step - 1) * push  # that the estimate of a step, from 1, is given
+    counts = [int((at(2 * (e + 1)).argmax(1) == 1).sum()) for e in range(10)]
+    assert counts == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2]
+    rule = hypergrad.lookahead(problem, num_steps=0)
+    for most, expected in ((0, 3), (1, 5), (2, None)):
+        assert nas.skip_count_stop(counts, most=most) == expected
+        watched = nas.stopped_by_skips(rule, lambda alpha: nas.num_skips(network, alpha), every=2, most=most)
+        result = training.fit(
+            training.learner(watched, optax.sgd(1.0)),
+            lambda key: TASK,
+            hyperparams=start,
+            num_steps=20,
+            key=jax.random.key(0),
+            callback=lambda step, metrics: metrics["stop"] > 0,
+        )
+        kept = result.state.estimator_state.kept["cell"]
+        if expected is None:
+            assert result.stopped == "num_steps" and list(result.history["skips"][1::2]) == counts
+            # The α of the last estimate, since nothing has stopped.
+            np.testing.assert_allclose(kept, at(20))
+        else:
+            assert len(result.history["skips"]) == 2 * (expected + 2)
+            np.testing.assert_allclose(kept, at(2 * (expected + 1)))
+    with pytest.raises(ValueError, match="No edge of the network has 'skip_connect'"):
+        nas.num_skips(network._replace(cells={"cell": nas.complete_cell(2, ("none", "mlp"))}), start)
+    for name, value in (("every", 0), ("most", -1), ("start", 0)):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            nas.stopped_by_skips(rule, lambda alpha: 0.0, **{"every": 1, name: value})
+
+
+@pytest.mark.parametrize("keep", [1, 2, None])
+def test_traced_weights_are_read_as_others_are(keep):
+    """And the kind with the most skips counts."""
+    rng = np.random.default_rng(0)
+    network = nas.darts_space(num_cells=3, num_nodes=3, primitives=("none", "skip_connect", "sep_conv_3x3"))
+    network = network._replace(keep=keep)
+    read = jax.jit(lambda weights: (nas.discretized(network, weights), nas.num_skips(network, weights)))
+    for _ in range(5):
+        weights = {kind: rng.integers(0, 4, size=(9, 3)) / 4 for kind in network.cells}  # with ties
+        genotype = nas.discretize(network, weights)
+        found, num = read(weights)
+        jax.tree.map(np.testing.assert_array_equal, found, nas.one_hot(network, genotype))
+        assert num == max(sum(op == "skip_connect" for _, _, op in edges) for edges in genotype.values())
+
+
 @pytest.mark.slow
 def test_it_changes_no_estimate_and_keeps_the_state():
     watched = hypergrad.lookahead(GROWING, num_steps=0)

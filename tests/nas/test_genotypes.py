@@ -184,6 +184,31 @@ def test_random_genotypes_are_in_the_space_and_each_alike():
     assert abs(np.mean([len(edges) for edges in each]) - 6 * 4 / 5) < 0.2  # a fifth is "none"
 
 
+def test_an_edge_that_can_only_be_none_is_never_kept():
+    cell = nas.Cell(
+        1, tuple(nas.Edge(s, t, (op,)) for s, t, op in [(0, 1, "none"), (0, 2, "mlp"), (1, 2, "none")]), (2,)
+    )
+    network = THREE._replace(cells={"cell": cell})
+    for keep in (1, 2, None):
+        assert nas.discretize(network, {"cell": np.ones((3, 1))}, keep=keep) == {"cell": ((0, 2, "mlp"),)}
+        assert nas.random_genotype(0, network, keep=keep) == {"cell": ((0, 2, "mlp"),)}
+
+
+@pytest.mark.parametrize("keep", ["foo", 2.0, 0, True])
+def test_a_number_of_edges_that_is_none_is_refused_before_the_search(keep):
+    for search in (
+        lambda: methods.darts(THREE, (3,), ops=nas.BLOCKS, keep=keep),
+        lambda: methods.darts(THREE._replace(keep=keep), (3,), ops=nas.BLOCKS),
+        lambda: nas.from_json(nas.to_json(THREE._replace(keep=keep))),
+    ):
+        with pytest.raises(ValueError, match="`keep` must be a number of edges, at least 1"):
+            search()
+    with pytest.raises(ValueError, match=r"`in_shape` must be a shape, such as \(3,\)"):
+        methods.darts(THREE, 3, ops=nas.BLOCKS)
+    with pytest.raises(ValueError, match="be a number of edges or None for others; got 'graph'"):
+        methods.darts(THREE, (3,), ops=nas.BLOCKS, keep="graph")
+
+
 # ---- Configurations -------------------------------------------------------------------------------------------------
 
 

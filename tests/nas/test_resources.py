@@ -163,6 +163,47 @@ def test_a_device_measured_by_others_is_a_table():
         nas.nas_bench_201_costs("fpga_energy", "mnist")
 
 
+WHOLE = nas.CostTable(  # of networks alone, as `nas_bench_201_costs` is: 3¹ of "none", "skip_connect", "mlp" on 3 edges
+    1.0, (nas.CostTerm((("cell", 0), ("cell", 1), ("cell", 2)), 5 + np.arange(27.0).reshape(3, 3, 3)),)
+)
+
+
+@pytest.mark.parametrize("keep", [None, 1])
+def test_a_table_of_whole_networks_counts_edges_that_are_not_there(keep):
+    """As "none", which they are: a product with their weights, all 0, would make every cost nothing."""
+    ops = ("none", "skip_connect", "mlp")
+    cell = nas.complete_cell(2, ops)  # 0→1, 0→2, 1→2
+    network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2, keep=keep)
+    genotype = {"cell": ((0, 1, "mlp"), (1, 2, "skip_connect"))}
+    cost = 1 + 5 + 9 * 2 + 1
+    one_hot = nas.one_hot(network, genotype)
+    assert nas.cost_of(WHOLE, network, genotype) == nas.expected_cost(WHOLE, one_hot, network) == cost
+    assert jax.jit(lambda w: nas.expected_cost(WHOLE, w, network))(one_hot) == cost
+    with pytest.raises(ValueError, match="The edge 1 of 'cell' has no weight, .*: pass `network`"):
+        nas.expected_cost(WHOLE, one_hot)
+    search = methods.darts(network, (3,), ops=nas.BLOCKS)
+    alpha = {"cell": jnp.asarray([[-9.0, 0.0, 1.0], [0.0, -9.0, -9.0], [-9.0, 0.5, 0.0]])}
+    excess, grads = jax.value_and_grad(nas.over_budget(WHOLE, network, budget=10.0))(alpha, 0)
+    w, mean = jax.device_get(search.weights(alpha))["cell"], 1.0
+    if keep:  # 0→2 is not kept, and the others' "none" is no network's
+        w = np.where(np.arange(3) == 0, np.array([0.0, 1.0, 0.0])[:, None], w * np.array([[1], [0], [1]]))
+        w = w / w.sum(1, keepdims=True)
+    for i, j, k in itertools.product(range(3), repeat=3):
+        mean += w[0, i] * w[1, j] * w[2, k] * (5 + 9 * i + 3 * j + k)
+    np.testing.assert_allclose(10 * (1 + excess), mean, rtol=1e-9)
+    assert abs(grads["cell"][0]).max() > 0.1
+    # No edge may go that has no "none".
+    bare = nas.complete_cell(2, ops[1:])
+    small = WHOLE._replace(terms=(WHOLE.terms[0]._replace(values=WHOLE.terms[0].values[1:, 1:, 1:]),))
+    bare = network._replace(cells={"cell": bare})
+    for cost in (
+        lambda: nas.expected_cost(small, nas.one_hot(bare, genotype), bare),
+        lambda: nas.cost_of(small, bare, genotype),
+    ):
+        with pytest.raises(ValueError, match='which a network may lack, has no "none"'):
+            cost()
+
+
 def test_latency_is_seconds_of_a_call(monkeypatch):
     """By a clock of our own, that every call of the op moves on by its milliseconds."""
     from metaopt.nas import _costs

@@ -161,3 +161,26 @@ def test_scores_of_networks_as_matrix_products():
         for name, value in first.items():
             assert np.isfinite(value)
             np.testing.assert_allclose(second[name], value, rtol=1e-9, err_msg=name)
+
+
+def test_first_gradients_of_ops_are_slopes_of_the_loss():
+    """By central differences in the mixing weights, at each initialization; over edges, each kind with the length 1."""
+    cell = nas.complete_cell(2, ("none", "skip_connect", "plain"), preprocess=False)
+    net = nas.Network({"cell": cell}, (nas.Layer("plain", 3), nas.Layer("cell", 3)), 2)
+    supernet = nas.supernet(net, (9,), ops=OPS)
+    loss = lambda outputs, batch: ((outputs - batch["y"][:, None]) ** 2).mean()
+    found = jax.jit(lambda: nas.gradient_features(supernet, KEY, BATCH, loss=loss, num_keys=3))()
+
+    @jax.jit
+    def value(w, key):
+        return loss(supernet.apply(supernet.init(key), {"cell": w}, BATCH["x"]), BATCH)
+
+    slopes = np.zeros((3, 3, 3))
+    for i, key in enumerate(jax.random.split(KEY, 3)):
+        for e, o in np.ndindex(3, 3):
+            step = 1e-5 * (np.arange(9).reshape(3, 3) == 3 * e + o)
+            slopes[i, e, o] = (value(1 / 3 + step, key) - value(1 / 3 - step, key)) / 2e-5
+    expected = (slopes - slopes.mean(-1, keepdims=True)).mean((0, 1))
+    np.testing.assert_allclose(found, expected / (np.linalg.norm(expected) + 1e-6), rtol=1e-6)
+    with pytest.raises(ValueError, match="`num_keys` must be at least 1"):
+        nas.gradient_features(supernet, KEY, BATCH, num_keys=0)

@@ -180,3 +180,30 @@ def test_scaling_by_hand():
         tasks.fit_scaling([])
     named = tasks.fit_scaling(features, names=["same", "gap"])
     np.testing.assert_array_equal(tasks.apply_scaling(named, {"same": 1.0, "gap": np.nan}), [0, 0])
+
+
+def test_images_pixel_by_pixel():
+    """Five columns, whose middle one is in neither half; and two channels, which are averaged."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(6, 3, 5, 2)) + np.linspace(-1, 1, 5)[:, None], np.array([0, 0, 2, 2, 2, 0])
+    found = tasks.image_features(images, labels)
+    x = (images[..., 0] + images[..., 1]) / 2
+    d = x - sum(x) / 6
+    near = [d[i, r, c] * d[i, r, c + 1] for i in range(6) for r in range(3) for c in range(4)]
+    opposite = [d[i, r, c] * d[i, r, 4 - c] for i in range(6) for r in range(3) for c in range(2)]
+    means = np.array([x[[0, 1, 5]].mean(0), x[[2, 3, 4]].mean(0)])
+    expected = {
+        "rows": np.log(6),
+        "classes": np.log(3),
+        "between neighboring pixels": np.mean(near) / np.mean(d**2),
+        "between opposite halves": np.mean(opposite) / np.mean(d**2),
+        "ink": np.mean(x > 0),
+        "in the class means": np.mean((means[0] - means[1]) ** 2 / 4) / np.mean(d**2),
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+    assert np.isnan(tasks.image_features(np.ones((4, 2, 2, 1)), np.zeros(4, int))["between neighboring pixels"])
+    for bad in ((images[..., 0], labels), (images, labels[1:])):
+        with pytest.raises(ValueError, match="`images` must be .* got the shapes"):
+            tasks.image_features(*bad)
