@@ -76,8 +76,8 @@ class Config:
     shapes: tuple[str, ...] = SHAPES
     folds: tuple[int, ...] = (0,)  # of `num_folds`, by family; each is predicted by an h that the others trained
     num_folds: int = 3
-    max_tasks: int = 63  # of each shape
-    held_out: int = 18  # tasks of a fold that are evaluated, at most
+    max_tasks: int = 49  # of each shape
+    held_out: int = 12  # tasks of a fold that are evaluated, at most
     num_steps: int = 40  # of one training run
     batch_size: int = 32
     rate: float = 1e-2
@@ -98,7 +98,7 @@ class Config:
     tuned_on: int = 8  # of their tasks, for the rates
     trained: int = 24  # random networks on every task; on held-out ones as many as `trials` asks for
     trials: tuple[int, ...] = (5, 20)
-    records: int = 24  # random networks on each task of the meta-training set, others on each, for h from records
+    records: int = 16  # random networks on each task of the meta-training set, others on each, for h from records
     evolution: int = 20  # networks a task, of which `population` are random
     population: int = 8
 
@@ -121,7 +121,15 @@ PRESETS = {
         evolution=3,
         population=2,
     ),
-    "full": Config(folds=(0, 1, 2), meta_steps=150, trials=(5, 20, 50), rates=(0.01, 0.05, 0.2)),
+    "full": Config(
+        folds=(0, 1, 2),
+        max_tasks=63,
+        held_out=18,
+        meta_steps=150,
+        records=24,
+        trials=(5, 20, 50),
+        rates=(0.01, 0.05, 0.2),
+    ),
 }
 
 
