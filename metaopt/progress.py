@@ -33,7 +33,7 @@ def progress_bar(
         yield lambda completed, **fields: None
         return
 
-    columns = BarColumn(), MofNCompleteColumn(), TextColumn(text), TimeRemainingColumn()
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn(text, markup=False), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=total, completed=start, **fields)
         yield lambda completed, **fields: progress.update(bar, completed=completed, **fields)

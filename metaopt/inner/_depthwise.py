@@ -134,12 +134,13 @@ def _transpose(which: int, g: jax.Array, a: Any, b: Any, *, of: str, **params: A
 def _batch(args: Any, dims: Any, **params: Any) -> tuple[jax.Array, int]:
     size = next(arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if isinstance(dim, int))
 
-    def tasks(arg, dim):
-        arg = jnp.moveaxis(arg, dim, 0) if isinstance(dim, int) else jnp.broadcast_to(arg, (size, *arg.shape))
-        return arg.reshape(-1, *arg.shape[2:])
+    def batched(arg, dim):
+        return jnp.moveaxis(arg, dim, 0) if isinstance(dim, int) else jnp.broadcast_to(arg, (size, *arg.shape))
 
-    y = _depthwise_p.bind(*map(tasks, args, dims), **params)
-    return y.reshape(size, -1, *y.shape[1:]), 0
+    a, b = map(batched, args, dims)
+    number = size * a.shape[1]  # of tasks, and not -1: there may be none
+    y = _depthwise_p.bind(*(part.reshape(number, *part.shape[2:]) for part in (a, b)), **params)
+    return y.reshape(a.shape[:2] + y.shape[1:]), 0
 
 
 _depthwise_p.def_impl(_lowered)

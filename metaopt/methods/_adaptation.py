@@ -219,7 +219,8 @@ def adaptation(
                 'λ must be a dict with the meta-parameters as "init", as `a.hyperparams(meta_params)` makes it of an '
                 f"adaptation `a`; got {found}. Were those the meta-parameters?"
             )
-        params = hyperparams["init"] if init is None else init(key, hyperparams, data)
+        with _traced_after_steps(False):
+            params = hyperparams["init"] if init is None else init(key, hyperparams, data)
         if with_context and init is not None:
             if type(params) not in (tuple, list) or len(params) != 2:
                 raise ValueError(
@@ -260,7 +261,8 @@ def adaptation(
         start = inner.im2col(start, only_on_cpu=True)
 
     def model_loss(params, made, hyperparams, batch, context):
-        value = inner_loss(whole(params, made, hyperparams["init"]), hyperparams, batch, context)
+        with _traced_after_steps(False):  # of a support set, also where it is traced within another adaptation's f
+            value = inner_loss(whole(params, made, hyperparams["init"]), hyperparams, batch, context)
         if isinstance(value, tuple) and len(value) != 2:
             raise ValueError(f"The inner loss must return [] or ([], model_state); got {len(value)} things.")
         return value if isinstance(value, tuple) else (value, context.model_state)

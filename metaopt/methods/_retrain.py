@@ -162,9 +162,10 @@ def train(
     """Training alone, step by step on the host: what `inner.run` is for runs of hours, which are stopped and continued.
 
     It is `training.fit` of a rule whose λ nothing depends on: progress and checkpoints are those of `fit`. A signal
-    (Ctrl-C, SIGTERM) ends the training after the step, leaves a checkpoint, and raises `KeyboardInterrupt`: what is
-    trained by half is not taken for the whole, and a loop over architectures ends, too. The numbers are those of
-    `inner.run`, to rounding, with `jax.random.split(key)`'s first key.
+    (Ctrl-C, SIGTERM) ends the training after the step, leaves a checkpoint where there is a `checkpoint_dir`, and
+    raises `KeyboardInterrupt`: what is trained by half is not taken for the whole, and a loop over architectures ends,
+    too. After one in the last step the training is whole, and returned. The numbers are those of `inner.run`, to
+    rounding, with `jax.random.split(key)`'s first key.
 
     Args:
       loop: the inner loop.

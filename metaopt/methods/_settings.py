@@ -20,7 +20,7 @@ P = ParamSpec("P")
 S = TypeVar("S")
 
 
-def plain(value: Any, depth: int = 6) -> Any:
+def plain(value: Any, depth: int = 12) -> Any:
     """A value as JSON has it.
 
     A function is its name and the values that it encloses; an array of more than 100 entries its shape and a checksum;

@@ -43,7 +43,8 @@ def enqueue(
     `first=` of a searcher replaces what it begins with; this stands before it, is there for every searcher, and is not
     part of one: a searcher hears of these trials as of others' (under numbers of their own, below 0) before it is asked
     for more, and does not try what it begins with again if it was among them. So they are asked for by themselves: a
-    batch is not filled up with the searcher's.
+    batch is not filled up with the searcher's. It stands around `methods.asha`, not within it: there, what is queued
+    begins at a low fidelity, and does not count as tried.
 
     In a collection, they are part of what must stay the same for it to go on. What is to be tried in the middle of one
     comes `after` the trials that it has: the searcher is given the same key, so that these are found in the store.

@@ -133,13 +133,12 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     centered = x - x.mean(0)
     power = float((centered**2).mean())
     class_means = np.stack([x[labels == c].mean(0) for c in np.unique(labels)])
+    mean = lambda products: float(products.mean()) if products.size else math.nan  # images of one column have none
     return {
         "rows": math.log(len(x)),
         "classes": math.log(int(np.max(labels)) + 1),
-        "between neighboring pixels": _ratio(float((centered[:, :, 1:] * centered[:, :, :-1]).mean()), power),
-        "between opposite halves": _ratio(
-            float((centered[:, :, :half] * centered[:, :, ::-1][:, :, :half]).mean()), power
-        ),
+        "between neighboring pixels": _ratio(mean(centered[:, :, 1:] * centered[:, :, :-1]), power),
+        "between opposite halves": _ratio(mean(centered[:, :, :half] * centered[:, :, ::-1][:, :, :half]), power),
         "ink": float((x > 0).mean()),
         "in the class means": float(class_means.var(0).mean() / (x.var(0).mean() + 1e-6)),
     }

@@ -376,3 +376,15 @@ def test_nor_are_large_columns_of_the_images_cotangent(monkeypatch):
     (few, at_once), (many, by_holes) = found.values()
     assert (few, many) == (False, True)
     chex.assert_trees_all_close(at_once, by_holes, rtol=1e-4, atol=1e-4)
+
+
+def test_depthwise_convolutions_of_no_task():
+    x, w = jnp.zeros((0, 2, 5, 5, 3)), jnp.ones((3, 3, 1, 3))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    each = lambda x, w: jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=3
+    )
+    loss = lambda x, w: jax.vmap(inner.im2col(each), (0, None))(x, w).sum()
+    assert jax.vmap(inner.im2col(each), (0, None))(x, w).shape == x.shape
+    found = jax.grad(loss, (0, 1))(x, w)
+    assert found[0].shape == x.shape and not np.any(found[1])

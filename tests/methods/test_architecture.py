@@ -315,6 +315,7 @@ def test_settings_tell_searches_apart_and_are_json():
         return lambda outputs, batch: factor * outputs.mean()
 
     table = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "s")
+    one = np.arange(3.0) + 1
     made = [
         search_of(methods.darts, order="first"),
         search_of(methods.darts),
@@ -330,6 +331,11 @@ def test_settings_tell_searches_apart_and_are_json():
         search_of(methods.darts, loss=jax.jit(scaled(1.0))),
         search_of(methods.darts, loss=jax.jit(scaled(2.0))),
         *(methods.under_budget(search_of(methods.darts), table, budget=b) for b in (2.0, jnp.array(3.0))),
+        # A penalty within β-DARTS' own; tables that differ in one number.
+        *(
+            search_of(methods.beta_darts, num_steps=9, penalty=nas.resource_penalty(t, NET, weight=1.0, target=2.0))
+            for t in (table, table._replace(fixed=2.0), table._replace(terms=(table.terms[0]._replace(values=one),)))
+        ),
     ]
     texts = [json.dumps(search.settings, allow_nan=False) for search in made]
     assert len(set(texts)) == len(made) and "0x" not in "".join(texts)

@@ -167,6 +167,14 @@ def test_a_query_set_without_the_support_set_is_refused(kind, makers):
             with pytest.raises(ValueError, match=message):
                 use(make(loss))
         assert estimate(make(loss, keep_support=True)).dtype == jnp.float32
+    within = methods.maml(loss, keep_support=True)  # whose inner loss is traced within f, and sees a support set there
+
+    def judged_after_more_steps(params, hyperparams, batch):
+        own = {"init": {name: leaf for name, leaf in params.items() if name != "support"}}
+        return methods.cross_entropy(methods.adapted(within, own, head)(KEY, side, batch)[-1], batch)
+
+    nested = methods.adaptation(loss, num_steps=1, outer_loss=judged_after_more_steps, keep_support=True)
+    assert estimate(nested).dtype == jnp.float32
     assert estimate(methods.pretrained(loss)).dtype == jnp.float32
     with pytest.raises(ValueError, match=message):
         judge(methods.pretrained(loss))
