@@ -719,6 +719,7 @@ def test_an_adaptation_is_no_estimator():
             wrap(methods.maml(loss))
 
 
+@pytest.mark.once
 def test_ordinary_mistakes_are_explained():
     """Meta-parameters in the place of λ; a sampler of episodes where batches of tasks are asked for."""
     a, meta, data = methods.maml(loss), *jax.tree.map(jnp.asarray, (META, DATA))

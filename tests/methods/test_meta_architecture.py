@@ -160,6 +160,7 @@ def test_fine_tuning_starts_from_what_was_learned(learned):
     assert tuned.values.shape == (2,) and np.isfinite(tuned.values).all()
 
 
+@pytest.mark.once
 def test_what_was_learned_goes_to_disk_with_its_start(learned, tmp_path):
     path = tmp_path / "h.npz"
     methods.save_meta_architecture(path, META, learned)
