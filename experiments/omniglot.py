@@ -339,11 +339,11 @@ def of_seeds(evaluation: methods.Evaluation) -> dict[str, list[str]]:
 
 
 def joined(found: dict[str, methods.Evaluation]) -> dict[str, methods.Evaluation]:
-    """Each method once: the scores of an episode are means over the seeds of its trainings."""
+    """Each method once: an episode's scores are means over seeds, each after the steps that were chosen for it."""
 
     def one(of):
         seeds = of_seeds(of)
-        mean = lambda source, names: np.mean([of.scores[name][source] for name in names], axis=0)
+        mean = lambda source, names: np.mean([of.scores[name][source][..., -1:] for name in names], axis=0)
         return of._replace(
             scores={method: {source: mean(source, names) for source in of.sources} for method, names in seeds.items()},
             transductive={method: of.transductive[names[0]] for method, names in seeds.items()},
