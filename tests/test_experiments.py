@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt import base, predictors, spaces, tasks, transforms
+from metaopt import base, methods, predictors, spaces, tasks, transforms
 
 ROOT = Path(__file__).parents[1]
 
@@ -549,3 +549,15 @@ def test_metaopt_joins_hpob_from_its_tables(hpob, tmp_path):
     normalized = (y[2, :, 0] - y[2].min()) / np.ptp(y[2])
     np.testing.assert_allclose(curves[:, 0], 1 - normalized[far].max(), atol=1e-6)
     assert (curves[:, -1] < 0.1).all()  # random: .3
+
+
+def test_trainings_of_omniglot_are_joined_after_the_steps_of_each(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script = importlib.import_module("omniglot")
+    rng = np.random.default_rng(0)
+    scores = {f"MAML{script.SEED}{i}": {"omniglot": rng.random((6, steps))} for i, steps in enumerate((3, 5))}
+    ways = {"omniglot": np.full(6, 5)}
+    of = methods.Evaluation(scores, ways, ways, dict.fromkeys(scores, False), True)
+    whole = script.joined({"5w1s": of})["5w1s"]
+    last = [each["omniglot"][:, -1] for each in scores.values()]
+    np.testing.assert_allclose(whole.scores["MAML"]["omniglot"][:, 0], np.mean(last, 0), rtol=1e-12)
