@@ -2,24 +2,21 @@
 
 from metaopt.methods._adaptation import Adaptation, adaptation, adapted
 from metaopt.methods._architecture import (
-    OneShot,
     Search,
     architecture_search,
     beta_darts,
     darts,
     darts_minus,
-    darts_plus,
     gdas,
     implicit_darts,
     pc_darts,
-    robust_darts,
-    single_path_one_shot,
     under_budget,
     unrolled_darts,
 )
 from metaopt.methods._asha import AshaState, asha
 from metaopt.methods._cell_searcher import CellSearcher, train_cell_searcher
 from metaopt.methods._conv4 import NORMALIZATIONS, Network, conv4
+from metaopt.methods._early_stopping import darts_plus, robust_darts
 from metaopt.methods._evaluate import (
     AdaptFn,
     Evaluation,
@@ -69,6 +66,7 @@ from metaopt.methods._meta_optimizer import train_meta_optimizer, train_meta_sea
 from metaopt.methods._meta_outcomes import Outcomes
 from metaopt.methods._meta_search import ACQUISITIONS, MetaOptimizer, MetaSearcherState
 from metaopt.methods._new_trials import TriedConfiguration
+from metaopt.methods._one_shot import OneShot, single_path_one_shot
 from metaopt.methods._optuna import bohb, tpe
 from metaopt.methods._retrain import (
     ArchitectureScores,

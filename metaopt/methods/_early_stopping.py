@@ -1,0 +1,110 @@
+"""Architecture searches that stop early and take an earlier α: DARTS, watched by a sign of its collapse."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from metaopt import nas
+from metaopt.methods._architecture import Search, darts
+from metaopt.methods._settings import with_settings
+
+
+@with_settings
+def robust_darts(
+    network: nas.Space,
+    in_shape: Sequence[int],
+    *,
+    ops: Mapping[str, nas.Op],
+    every: int,
+    window: int = 5,
+    start: int = 10,
+    delta: int = 4,
+    factor: float = 1.3,
+    **options: Any,
+) -> Search:
+    """RobustDARTS: DARTS that stops when the validation loss becomes too sharp in α, and takes an earlier α.
+
+    Run it with `callback=lambda step, metrics: metrics["stop"] > 0`. The cell is then that of
+    `search.found(result)`, the earlier α; `result.hyperparams` is the α of the step that stopped, too late.
+
+    Args:
+      network: a spec.
+      in_shape: of one input.
+      ops: of the space.
+      every: estimates an epoch.
+      window: as for `nas.stopped_by_curvature`.
+      start: likewise.
+      delta: likewise.
+      factor: likewise.
+      **options: as for `darts`.
+
+    Returns:
+      A `Search`, of first order unless `order` says otherwise.
+
+    Source: Zela et al., ICLR 2020, https://arxiv.org/abs/1909.09656
+    """
+    search = darts(network, in_shape, ops=ops, **{"order": "first", **options})
+    stop = {"every": every, "window": window, "start": start, "delta": delta, "factor": factor}
+
+    def rule(problem, own):
+        # Of f in α alone, whatever constraint is added to it.
+        watched = search.rule(problem, own)
+        return nas.stopped_by_curvature(watched, search.problem, own=own, alpha=search.alpha, **stop)
+
+    found = lambda result: result.state.estimator_state.kept
+    return search._replace(estimator=rule(search.problem, lambda hyperparams: hyperparams), rule=rule, found=found)
+
+
+@with_settings
+def darts_plus(
+    network: nas.Space,
+    in_shape: Sequence[int],
+    *,
+    ops: Mapping[str, nas.Op],
+    every: int,
+    most: int = 1,
+    start: int = 1,
+    **options: Any,
+) -> Search:
+    """DARTS+: DARTS that stops when a cell has too many skips, and takes the α of the epoch before.
+
+    Run it as `robust_darts`: with `callback=lambda step, metrics: metrics["stop"] > 0`, and `search.found(result)` is
+    the α to take.
+
+    Args:
+      network: a spec with "skip_connect".
+      in_shape: of one input.
+      ops: of the space.
+      every: estimates an epoch.
+      most: skips that a cell may have. (As published it may have one, and normal cells alone are counted; here cells
+        of the kind that has the most.)
+      start: the first epoch that may stop, counted from 0; at least 1.
+      **options: as for `darts`.
+
+    Returns:
+      A `Search`, of first order unless `order` says otherwise.
+
+    Raises:
+      ValueError: a number is out of range; the network has no skips; as for `darts`.
+
+    Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
+
+    >>> from metaopt import methods, nas
+    >>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
+    >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    >>> search = methods.darts_plus(table, (3,), ops=nas.BLOCKS, every=20)
+    >>> search.settings["method"], search.settings["most"]
+    ('darts_plus', 1)
+    """
+    search = darts(network, in_shape, ops=ops, **{"order": "first", **options})
+
+    def rule(problem, own):
+        num_skips = lambda hyperparams: nas.num_skips(search.supernet.network, search.weights(own(hyperparams)))
+        return nas.stopped_by_skips(search.rule(problem, own), num_skips, every=every, most=most, start=start)
+
+    # A network without skips is refused here.
+    weights = lambda key: search.weights(search.hyperparams(key))
+    jax.eval_shape(lambda key: nas.num_skips(search.supernet.network, weights(key)), jax.random.key(0))
+    found = lambda result: result.state.estimator_state.kept
+    return search._replace(estimator=rule(search.problem, lambda hyperparams: hyperparams), rule=rule, found=found)

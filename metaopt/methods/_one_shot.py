@@ -1,0 +1,81 @@
+"""One-shot search: weights shared by all architectures, trained once, that any search may ask."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from metaopt import base, inner, nas
+from metaopt.methods._architecture import _cross_entropy, _loop, _sgd
+from metaopt.methods._settings import with_settings
+
+
+class OneShot(NamedTuple):
+    """A supernet that any search may ask.
+
+    Attributes:
+      train: `(key, data) -> params`.
+      score: `(params, genotype, batch) -> []`, the loss of a genotype with the shared weights, smaller is better.
+      supernet: what is trained.
+      loop: the training itself, for runs that are stopped and go on, with checkpoints and a bar: `methods.train(loop,
+        data, num_steps=..., key=key, hyperparams=hyperparams, checkpoint_dir=...)[0].params`.
+      hyperparams: λ of the loop, which says what is drawn from.
+      settings: as of `Search`, for `methods.train`.
+    """
+
+    train: Callable[[jax.Array, base.Data], base.Params]
+    score: Callable[[base.Params, nas.Genotype, base.Batch], jax.Array]
+    supernet: nas.Supernet
+    loop: base.InnerLoop
+    hyperparams: base.HyperParams
+    settings: dict[str, Any]
+
+
+@with_settings
+def single_path_one_shot(
+    network: nas.Space,
+    in_shape: Sequence[int],
+    *,
+    ops: Mapping[str, nas.Op],
+    num_steps: int,
+    loss: Callable = _cross_entropy,
+    decay: float = 3e-4,
+    optimizer: Callable[[base.HyperParams], optax.GradientTransformation] = _sgd,
+    sampler: inner.Sampler | None = None,
+) -> OneShot:
+    """Single-path one-shot: weights shared by all architectures, one of which, drawn uniformly, trains in every step.
+
+    There is no α: whatever searches a finite space then asks `score`.
+
+    Args:
+      network: a spec.
+      in_shape: of one input.
+      ops: of the space.
+      num_steps: of training.
+      loss: as for `architecture_search`.
+      decay: likewise.
+      optimizer: likewise.
+      sampler: likewise.
+
+    Returns:
+      A `OneShot`.
+
+    Source: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420
+    """
+    supernet = nas.supernet(network, in_shape, ops=ops, single_path=True)
+    loop = _loop(supernet, nas.uniform_path(), loss, decay, optimizer, sampler)
+    run = inner.run(loop, num_steps)
+    alpha = nas.init_alpha(jax.random.key(0), network, scale=0.0)
+
+    def train(key, data):
+        return run(key, alpha, data).params
+
+    @jax.jit
+    def evaluate(params, weights, batch):
+        return loss(supernet.apply(params, weights, batch["x"]), batch)
+
+    def score(params, genotype, batch):
+        return evaluate(params, nas.one_hot(network, genotype), batch)
+
+    return OneShot(train, score, supernet, loop, alpha, {})
