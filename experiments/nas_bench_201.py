@@ -165,7 +165,10 @@ def supernet_accuracies(search, result, valid) -> dict[str, float]:
     inner_state = getattr(getattr(state, "estimator", state), "inner", None)
     if inner_state is None:  # unrolled: every estimate trains anew
         return {}
-    net, params = search.supernet, search.problem.loop.params(inner_state)
+    # A mixture runs all ops, where GDAS's own supernet runs the strongest alone.
+    dense = {"ops": nas.NAS_BENCH_201_OPS, "partial": search.settings["partial"]}
+    net = nas.supernet(search.supernet.network, search.supernet.in_shape, **dense)
+    params = search.problem.loop.params(inner_state)
     accuracy = methods.batched_accuracy(lambda weights, x: net.apply(params, weights, x))
     one_hot = nas.one_hot(net.network, search.genotype(result.hyperparams))
     judge = lambda weights: round(accuracy(weights, valid, jax.random.key(0)), 4)

@@ -320,7 +320,7 @@ def test_nas_bench_201_smoke(tmp_path):
 def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_path):
     script = load_nas_bench_201()
     config = script.SMOKE._replace(num_steps=8, num_epochs=4)
-    task, _ = script.images(Path(os.environ["METAOPT_DATA"]) / "cifar10_sub32.npz", config)
+    task, valid = script.images(Path(os.environ["METAOPT_DATA"]) / "cifar10_sub32.npz", config)
     search, optimizer, each = script.searches(config)["GDAS"]
     rows = []
 
@@ -333,7 +333,7 @@ def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_
             os.kill(os.getpid(), signal.SIGINT)
         return row_of(weights)
 
-    of = lambda folder, row: script.run_search(search, optimizer, each, task, config, 0, tmp_path / folder, row)
+    of = lambda folder, row: script.run_search(search, optimizer, each, task, valid, config, 0, tmp_path / folder, row)
     whole = of("whole", row_of)
     assert len(whole["rows"]) == 4 and abs(rows[0] - rows[3]).max() > 0.1
     rows.clear()
