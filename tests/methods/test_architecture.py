@@ -315,10 +315,10 @@ def test_settings_tell_searches_apart_and_are_json():
         return lambda outputs, batch: factor * outputs.mean()
 
     table = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "s")
-    one = np.arange(3.0) + 1
+    one, plain = np.arange(3.0) + 1, search_of(methods.darts)
     made = [
         search_of(methods.darts, order="first"),
-        search_of(methods.darts),
+        plain,
         search_of(methods.darts, epsilon=0.02),
         search_of(methods.gdas, num_steps=9),
         search_of(methods.darts, relaxation=nas.softmax(2.0)),
@@ -330,7 +330,11 @@ def test_settings_tell_searches_apart_and_are_json():
         methods.darts(NET._replace(num_outputs=np.int64(3)), (3,), ops=OPS),
         search_of(methods.darts, loss=jax.jit(scaled(1.0))),
         search_of(methods.darts, loss=jax.jit(scaled(2.0))),
-        *(methods.under_budget(search_of(methods.darts), table, budget=b) for b in (2.0, jnp.array(3.0))),
+        *(methods.under_budget(plain, table, budget=b) for b in (2.0, jnp.array(3.0))),
+        *(
+            methods.under_budget(methods.under_budget(plain, table, budget=a), table, budget=b)
+            for a, b in ((2.0, 3.0), (4.0, 3.0), (2.0, 4.0))
+        ),
         # A penalty within β-DARTS' own; tables that differ in one number.
         *(
             search_of(methods.beta_darts, num_steps=9, penalty=nas.resource_penalty(t, NET, weight=1.0, target=2.0))
