@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import base, methods, predictors, spaces, tasks, transforms
+from metaopt import base, methods, nas, predictors, spaces, tasks, transforms
 
 ROOT = Path(__file__).parents[1]
 
@@ -320,7 +322,7 @@ def test_nas_bench_201_smoke(tmp_path):
 def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_path):
     script = load_nas_bench_201()
     config = script.SMOKE._replace(num_steps=8, num_epochs=4)
-    task, _ = script.images(Path(os.environ["METAOPT_DATA"]) / "cifar10_sub32.npz", config)
+    task, valid = script.images(Path(os.environ["METAOPT_DATA"]) / "cifar10_sub32.npz", config)
     search, optimizer, each = script.searches(config)["GDAS"]
     rows = []
 
@@ -333,7 +335,7 @@ def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_
             os.kill(os.getpid(), signal.SIGINT)
         return row_of(weights)
 
-    of = lambda folder, row: script.run_search(search, optimizer, each, task, config, 0, tmp_path / folder, row)
+    of = lambda folder, row: script.run_search(search, optimizer, each, task, valid, config, 0, tmp_path / folder, row)
     whole = of("whole", row_of)
     assert len(whole["rows"]) == 4 and abs(rows[0] - rows[3]).max() > 0.1
     rows.clear()
@@ -344,6 +346,32 @@ def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_
     found = of("killed", row_of)
     assert len(rows) == 3  # the first epochs were not run again
     assert found == whole
+
+
+@pytest.mark.once
+def test_a_mixture_of_nas_bench_201_is_judged_with_all_ops():
+    """GDAS's supernet runs the strongest op alone: here "none" everywhere, by which all images are one class."""
+    script = load_nas_bench_201()
+    network = nas.nas_bench_201_space(4, channels=2, cells_per_stage=1)
+    network = network._replace(layers=network.layers[:2])
+    search = methods.gdas(network, (4, 4, 3), ops=nas.NAS_BENCH_201_OPS, num_steps=6)
+    alpha = {"cell": jnp.zeros((6, 5)).at[:, 0].set(0.1)}
+    params = jax.jit(search.supernet.init)(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (64, 4, 4, 3))
+    mixture = nas.supernet(network, (4, 4, 3), ops=nas.NAS_BENCH_201_OPS).apply
+    y = jax.jit(mixture)(params, search.weights(alpha), x).argmax(-1)
+    state = SimpleNamespace(estimator_state=SimpleNamespace(inner=SimpleNamespace(params=params)))
+    found = script.supernet_accuracies(search, SimpleNamespace(state=state, hyperparams=alpha), {"x": x, "y": y})
+    assert found["mixed"] > 0.95 and found["inherited"] < 0.5
+
+
+def test_the_page_of_nas_bench_201_tells_the_gaps_of_the_runs_that_are_kept():
+    script = load_nas_bench_201()
+    results = ROOT / "experiments" / "results"
+    runs = json.loads((results / "nas_bench_201.json").read_text())["runs"]
+    page = (results / "nas_bench_201.md").read_text()
+    told = "\n".join(script.gaps(runs, nas.nas_bench_201_table(os.environ["METAOPT_DATA"])))
+    assert "1x1 convolution" in told and told in page
 
 
 # ---- Architectures by hypergradient ---------------------------------------------------------------------------------

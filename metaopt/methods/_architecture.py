@@ -477,6 +477,8 @@ def under_budget(
     constraint = lambda hyperparams, step: excess(search.alpha(hyperparams), step)
     problem = nas.lagrangian(search.problem, constraint, damping=damping)
     rule = lambda problem, own: search.rule(problem, lambda hyperparams: own(hyperparams)["hyperparams"])
+    inside = [search.settings["under_budget"]] if "under_budget" in search.settings else []  # of another budget
+    settings = plain([table, budget, multiplier, damping, relaxation]) + inside
     return search._replace(
         estimator=rule(problem, lambda both: both),
         problem=problem,
@@ -485,5 +487,5 @@ def under_budget(
         alpha=lambda both: search.alpha(both["hyperparams"]),
         weights=lambda both: search.weights(both["hyperparams"]),
         genotype=lambda both: search.genotype(both["hyperparams"]),
-        settings={**search.settings, "under_budget": plain([table, budget, multiplier, damping, relaxation])},
+        settings={**search.settings, "under_budget": settings},
     )

@@ -269,7 +269,8 @@ class ArchitectureScores(NamedTuple):
       name: what it is called.
       inherited: with the supernet's weights (one-hot mixing weights).
       retrained: trained alone, one for each seed.
-      mixed: of the supernet with the mixing weights that it was read from; NaN where it was not searched for.
+      mixed: of the supernet with the mixing weights that it was read from; NaN where it was not searched for. Where one
+        op an edge was trained (GDAS) this takes a `nas.supernet` of the same spec without `single_path`.
     """
 
     name: str

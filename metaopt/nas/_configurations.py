@@ -64,15 +64,15 @@ def from_configuration(
       A `Genotype`, its edges in the network's order, without those whose op is "none".
 
     Raises:
-      ValueError: an entry is missing, too much, or out of range; as for `configuration_space`.
+      ValueError: an entry is missing, too much, out of range, or no integer (1.0 is one); as for `configuration_space`.
     """
     space = configuration_space(network, keep=keep)
     if set(configuration) != set(space):
         raise ValueError(f"A configuration has the entries {sorted(space)}; got {sorted(configuration)}.")
     for name, leaf in space.items():
         high = leaf.high if isinstance(leaf, spaces.Integer) else 0
-        if not 0 <= configuration[name] <= high:
-            raise ValueError(f"{name!r} must be in [0, {high}]; got {configuration[name]}.")
+        if not (0 <= configuration[name] <= high and float(configuration[name]).is_integer()):
+            raise ValueError(f"{name!r} must be an integer in [0, {high}]; got {configuration[name]}.")
     at = lambda name: int(configuration.get(name, 0))
     chosen: dict[str, list] = {kind: [] for kind in network.cells}
     if (keep := edges_kept(network, keep)) is None:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt.nas import _ops
-from metaopt.nas._specs import ElasticLayer, ElasticNetwork, Genotype, check_elastic
+from metaopt.nas._specs import ElasticLayer, ElasticNetwork, Genotype, check_elastic, check_single_path
 
 
 class Placed(NamedTuple):
@@ -251,6 +251,8 @@ def _rows(cells, weights: Mapping[str, Any], dtype, single_path: bool) -> dict[s
         w, shape = weights[name], (1, len(cell.edges[0].ops))
         if w.shape != shape:
             raise ValueError(f"The weights of {name!r} must have the shape {shape}; got {w.shape}.")
+        if single_path:
+            check_single_path(name, w)
         w = jnp.asarray(w, dtype)[0]
         if single_path:  # others have no gradient, as where they are not run
             w = w * jax.nn.one_hot(jnp.argmax(jnp.abs(w)), w.size, dtype=dtype)

@@ -46,8 +46,8 @@ def discretize(network: Space, weights: Mapping[str, np.ndarray], *, keep: int |
       A `Genotype`, its edges in the network's order.
 
     Raises:
-      ValueError: the weights do not have the network's shape, or some are negative; the network is one of
-        NAS-Bench-101, whose weights `discretize_graph` reads.
+      ValueError: the weights do not have the network's shape, or some are negative, NaN or infinite; the network is
+        one of NAS-Bench-101, whose weights `discretize_graph` reads.
     """
     keep = edges_kept(network, keep)
     genotype: Genotype = {}
@@ -58,6 +58,7 @@ def discretize(network: Space, weights: Mapping[str, np.ndarray], *, keep: int |
                 f"The weights of {kind!r} must have a row for each of its {len(cell.edges)} edges and a column for "
                 f"each of {len(cell.edges[0].ops)} ops; got shape {w.shape}."
             )
+        check_finite(kind, w)
         if (w < 0).any():
             raise ValueError(
                 f"The weights of {kind!r} are negative in places: they look like α. Pass what the relaxation makes of "
@@ -141,13 +142,14 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
     Args:
       network: a supernet's.
       genotypes: A of them; an edge that one does not have counts as its "none".
-      scores: [A], larger is better.
+      scores: [A], larger is better. NaN and −inf (a training that failed, `synflow` where nothing arrives at the
+        output) count as the smallest of the others.
 
     Returns:
       kind -> [edges, ops]; 0 where no architecture has the op.
 
     Raises:
-      ValueError: there are not as many scores as genotypes, or none; as for `one_hot`.
+      ValueError: there are not as many scores as genotypes, or none that is finite; one is +inf; as for `one_hot`.
 
     >>> from metaopt import nas
     >>> cell = nas.complete_cell(1, ("none", "mlp"))
@@ -159,6 +161,11 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
     scores = np.asarray(scores, np.float64)
     if not len(genotypes) or scores.shape != (len(genotypes),):
         raise ValueError(f"There must be a score for each of the {len(genotypes)} genotypes; got shape {scores.shape}.")
+    finite = np.isfinite(scores)
+    if not finite.any() or (scores == np.inf).any():
+        raise ValueError(f"`scores` must have a finite one, and no +inf, since larger is better; got {scores}.")
+    # Left out, those that failed would speak for the ops that made them fail.
+    scores = np.where(finite, scores, scores[finite].min())
     rows = [one_hot(network, genotype) for genotype in genotypes]
     alpha = {}
     for kind, cell in network.cells.items():
@@ -219,6 +226,15 @@ def edges_kept(network: Space, keep: int | None | str) -> int | None:
     if rule is not None and (not isinstance(rule, (int, np.integer)) or isinstance(rule, bool) or rule < 1):
         raise ValueError(f"`keep` must be a number of edges, at least 1, None or 'space'; got {rule!r}.")
     return None if rule is None else int(rule)
+
+
+def check_finite(kind: str, weights: np.ndarray) -> None:
+    """ValueError where mixing weights are NaN or infinite: an argmax of them says nothing."""
+    if not np.isfinite(weights).all():
+        raise ValueError(
+            f"The weights of {kind!r} are not finite in places, so that no op is the strongest: the search has "
+            "diverged. Take α of an earlier step, such as its last checkpoint's, or search at a smaller rate."
+        )
 
 
 def _by_target(edge: tuple[int, int, str]) -> tuple[int, int]:

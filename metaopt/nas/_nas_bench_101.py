@@ -16,7 +16,7 @@ import numpy as np
 
 from metaopt import base
 from metaopt.nas import _ops
-from metaopt.nas._genotypes import NAS_BENCH_101_PRIMITIVES, Graph, pruned
+from metaopt.nas._genotypes import NAS_BENCH_101_PRIMITIVES, Graph, check_finite, pruned
 from metaopt.nas._specs import Cell, Edge, Genotype, Layer, Network
 
 _NUM_EDGES = 9  # at most, and 7 vertices
@@ -323,13 +323,14 @@ def discretize_graph(network: Network, weights: Mapping[str, Any], *, max_edges:
       A pruned `Graph`, in the benchmark.
 
     Raises:
-      ValueError: the weights have another shape, or some are negative; `max_edges` is too small.
+      ValueError: the weights have another shape, or some are negative, NaN or infinite; `max_edges` is too small.
     """
     last, cell = _last_vertex(network), network.cells["cell"]
     base.check_integer("max_edges", max_edges, last)
     w = np.asarray(weights["cell"], np.float64)
     if w.shape != (len(cell.edges), 3) or (w < 0).any():
         raise ValueError(f"The weights must be [{len(cell.edges)}, 3] and not negative; got shape {w.shape}.")
+    check_finite("cell", w)
     strength, there, ops = {}, set(), ["input", *[""] * (last - 1), "output"]
     for edge, row in zip(cell.edges, w, strict=True):
         if edge.source % 2:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from metaopt import base
-from metaopt.nas._genotypes import NONE, SKIP, edges_kept
+from metaopt.nas._genotypes import NONE, SKIP, check_finite, edges_kept
 from metaopt.nas._specs import Cell, Space
 
 Schedule = float | Callable[[Any], Any]  # a number, or step -> number, as optax has them
@@ -91,7 +92,8 @@ def discretized(network: Space, weights: Mapping[str, Any]) -> dict[str, jax.Arr
       kind -> [edges, ops]: 1 for the ops that are kept, 0 elsewhere. Constant for derivatives.
 
     Raises:
-      ValueError: the weights do not have the network's shape; the network is one of NAS-Bench-101.
+      ValueError: the weights do not have the network's shape; some are NaN or infinite, where they are not traced; the
+        network is one of NAS-Bench-101.
     """
     keep, found = edges_kept(network, "space"), {}
     for kind, cell in network.cells.items():
@@ -99,6 +101,8 @@ def discretized(network: Space, weights: Mapping[str, Any]) -> dict[str, jax.Arr
         some = np.array([[op != NONE for op in edge.ops] for edge in cell.edges])
         if w.shape != some.shape:
             raise ValueError(f"The weights of {kind!r} must have the shape {some.shape}; got {w.shape}.")
+        if not isinstance(w, Tracer):
+            check_finite(kind, np.asarray(w))
         among = w if keep is None else jnp.where(some, w, -jnp.inf)
         kept = jax.nn.one_hot(among.argmax(1), some.shape[1], dtype=w.dtype) * some
         if keep is not None:

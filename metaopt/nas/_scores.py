@@ -230,9 +230,14 @@ def gradient_features(
       [K], the ops of every kind of cell, each kind with the length 1.
 
     Raises:
-      ValueError: `num_keys` is below 1.
+      ValueError: `num_keys` is below 1; the supernet is one with `single_path`.
     """
     base.check_integer("num_keys", num_keys, 1)
+    if supernet.single_path:
+        raise ValueError(
+            "`supernet` runs one op an edge (`single_path`), so that the others have no gradient: pass a "
+            "`nas.supernet` of the same spec without it."
+        )
     sizes = {kind: (len(cell.edges), len(cell.edges[0].ops)) for kind, cell in supernet.network.cells.items()}
     equal = {kind: jnp.full(size, 1 / size[1]) for kind, size in sizes.items()}
     value = lambda w, key: loss(supernet.apply(supernet.init(key), w, batch["x"]), batch)

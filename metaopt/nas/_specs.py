@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.core import Tracer
 
 from metaopt import base
 
@@ -267,6 +268,20 @@ def check_elastic(network: ElasticNetwork) -> None:
             raise ValueError(f"{name} is {layer.kind!r}, which has no depth and no normalization.")
         if layer.kind in ("linear", "flatten") and layer.stride > 1:
             raise ValueError(f"{name} is {layer.kind!r}, which has no stride; got {layer.stride}.")
+
+
+def check_single_path(kind: str, weights: Any) -> None:
+    """ValueError where mixing weights that are not traced give an edge several ops, of which one would run."""
+    if isinstance(weights, Tracer):
+        return
+    sizes = np.sort(np.abs(np.asarray(weights, np.float64)), -1)
+    # One-hot weights may be off by rounding, as those of a straight-through estimator.
+    if (sizes[..., :-1] > 1e-5 * sizes[..., -1:]).any():
+        raise ValueError(
+            f"`single_path` runs the op with the largest weight alone, and the weights of {kind!r} give weight to "
+            "several: pass one-hot weights (`nas.one_hot`), or the same parameters to a `nas.supernet` of this spec "
+            "without `single_path`, which runs the mixture."
+        )
 
 
 def read_json(text: str, *names: str) -> dict[str, Any]:

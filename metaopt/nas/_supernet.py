@@ -15,7 +15,17 @@ import numpy as np
 
 from metaopt import base
 from metaopt.nas import _elastic, _genotypes, _ops
-from metaopt.nas._specs import Cell, Edge, ElasticNetwork, Genotype, Layer, Network, Space, check_network
+from metaopt.nas._specs import (
+    Cell,
+    Edge,
+    ElasticNetwork,
+    Genotype,
+    Layer,
+    Network,
+    Space,
+    check_network,
+    check_single_path,
+)
 
 Weights = Mapping[str, Any]  # kind -> [edges, ops]
 
@@ -36,6 +46,7 @@ class Supernet(NamedTuple):
         `discrete` does.
       network: the spec.
       in_shape: the shape of one input.
+      single_path: whether one op an edge runs, that with the largest weight.
     """
 
     init: Callable[[jax.Array], base.Params]
@@ -45,6 +56,7 @@ class Supernet(NamedTuple):
     inherit: Callable[[base.Params, Genotype], base.Params]
     network: Space
     in_shape: tuple[int, ...]
+    single_path: bool = False
 
 
 class _Group(NamedTuple):
@@ -92,7 +104,8 @@ def supernet(
         by (by a maximum over the stride's positions), times Σ_o w[edge, o], and the channels are shuffled (PC-DARTS).
         1 is the whole.
       single_path: w has one entry that is not zero in a row, or none; only the op with the largest entry runs, and
-        others have no gradient. (Under `vmap` over different w, all run.)
+        others have no gradient. (Under `vmap` over different w, all run.) `apply` refuses other w where it can see
+        them, which is not while it is traced; a mixture is for the supernet without it, which has the same parameters.
       remat_edges: the backward pass runs the ops again rather than keep what is inside them: its memory is that of the
         nodes and of one edge, for one more forward pass.
 
@@ -126,7 +139,7 @@ def supernet(
             raise ValueError(f"`partial` splits the channels that ops see, and sizes have no ops: 1, not {partial}.")
         made = _elastic.elastic_functions(network, in_shape, single_path=single_path, remat=remat_edges)
         inherit = lambda params, genotype: made[-1](params, _genotypes.discrete(network, genotype))
-        return Supernet(*made[:-1], inherit, network, in_shape)
+        return Supernet(*made[:-1], inherit, network, in_shape, single_path)
     check_network(network)
     runs = _build(network, in_shape, ops, partial)
     features = runs[-1].out_shape[-1]
@@ -154,6 +167,8 @@ def supernet(
                     f"The weights of {run.layer.name!r} must have the shape "
                     f"{(len(cell.edges), len(cell.edges[0].ops))}; got {w.shape}."
                 )
+            if single_path and w is not None:
+                check_single_path(run.layer.name, w)
 
             def step(carry, xs, run=run, cell=cell, w=w):
                 (before, last), (layer, keep) = carry, xs
@@ -191,7 +206,7 @@ def supernet(
         layers = _stacked(whole, _build(small, in_shape, ops, partial), small)
         return {"layers": layers, "head": params["head"]}
 
-    return Supernet(init, apply, all_features, outputs_of, inherit, network, in_shape)
+    return Supernet(init, apply, all_features, outputs_of, inherit, network, in_shape, single_path)
 
 
 def head(network: Network, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:

@@ -24,6 +24,8 @@ OPS = {
 }
 CELL = nas.complete_cell(2, ("none", "skip_connect", "smooth"), preprocess=False)
 NET = nas.Network({"cell": CELL}, (nas.Layer("smooth", 4), nas.Layer("cell", 4)), 2)
+# One edge with as many ops, and no more: programs of seconds.
+ONE = nas.Network({"cell": nas.complete_cell(1, CELL.edges[0].ops, preprocess=False)}, (nas.Layer("cell", 3),), 2)
 RNG = np.random.default_rng(0)
 
 
@@ -39,8 +41,8 @@ def sgd(hyperparams):
     return optax.sgd(0.3, momentum=0.5)
 
 
-def search_of(method, **options):
-    return method(NET, (3,), ops=OPS, **{"optimizer": sgd, "decay": 0.03, **options})
+def search_of(method, network=NET, **options):
+    return method(network, (3,), ops=OPS, **{"optimizer": sgd, "decay": 0.03, **options})
 
 
 FIRST = {
@@ -50,7 +52,7 @@ FIRST = {
     "darts_minus": lambda **o: search_of(methods.darts_minus, num_steps=10, **o),
     "beta_darts": lambda **o: search_of(methods.beta_darts, num_steps=10, weight=2.0, **o),
 }
-QUICK = ("darts_minus-1",)
+QUICK = ("darts-0", "darts-1", "darts_minus-1")
 
 
 def alpha_of(search):
@@ -80,17 +82,18 @@ def close(hypergrad, expected, rtol):
 
 
 @pytest.mark.parametrize(
-    ("name", "ahead"),
+    ("name", "ahead", "network"),
     [
-        pytest.param(name, ahead, marks=[] if f"{name}-{ahead}" in QUICK else [pytest.mark.slow])
+        pytest.param(name, ahead, network, id=f"{name}-{ahead}-{edges}", marks=marks)
+        for network, edges, marks in ((ONE, "one edge", []), (NET, "three edges", [pytest.mark.slow]))
         for name in FIRST
         for ahead in (0, 1)
-        if (name, ahead) != ("gumbel", 1)
+        if (name, ahead) != ("gumbel", 1) and (network is NET or f"{name}-{ahead}" in QUICK)
     ],
 )
 @pytest.mark.once
-def test_one_step_searches_against_finite_differences(name, ahead):
-    search = FIRST[name](**({"order": "exact"} if ahead else {}))
+def test_one_step_searches_against_finite_differences(name, ahead, network):
+    search = FIRST[name](network=network, **({"order": "exact"} if ahead else {}))
     loop, alpha = search.problem.loop, alpha_of(search)
     estimate, after = estimate_of(search, alpha)
 
@@ -105,12 +108,14 @@ def test_one_step_searches_against_finite_differences(name, ahead):
     assert int(loop.context(after.inner).step) == 1
 
 
-@pytest.mark.slow
-def test_second_order_is_the_exact_one_up_to_its_differences():
-    exact, second = (search_of(methods.darts, order=order, epsilon=1e-3) for order in ("exact", "second"))
+@pytest.mark.parametrize("network", [ONE, pytest.param(NET, marks=pytest.mark.slow)], ids=["one edge", "three edges"])
+@pytest.mark.once
+def test_second_order_is_the_exact_one_up_to_its_differences(network):
+    options = {"network": network, "epsilon": 1e-3}
+    exact, second = (search_of(methods.darts, order=order, **options) for order in ("exact", "second"))
     alpha = alpha_of(exact)
     found = [estimate_of(search, alpha)[0].hypergrad["cell"] for search in (second, exact)]
-    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-8)  # the first order is a third off
 
 
 @pytest.mark.slow
@@ -315,10 +320,10 @@ def test_settings_tell_searches_apart_and_are_json():
         return lambda outputs, batch: factor * outputs.mean()
 
     table = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "s")
-    one = np.arange(3.0) + 1
+    one, plain = np.arange(3.0) + 1, search_of(methods.darts)
     made = [
         search_of(methods.darts, order="first"),
-        search_of(methods.darts),
+        plain,
         search_of(methods.darts, epsilon=0.02),
         search_of(methods.gdas, num_steps=9),
         search_of(methods.darts, relaxation=nas.softmax(2.0)),
@@ -330,7 +335,11 @@ def test_settings_tell_searches_apart_and_are_json():
         methods.darts(NET._replace(num_outputs=np.int64(3)), (3,), ops=OPS),
         search_of(methods.darts, loss=jax.jit(scaled(1.0))),
         search_of(methods.darts, loss=jax.jit(scaled(2.0))),
-        *(methods.under_budget(search_of(methods.darts), table, budget=b) for b in (2.0, jnp.array(3.0))),
+        *(methods.under_budget(plain, table, budget=b) for b in (2.0, jnp.array(3.0))),
+        *(
+            methods.under_budget(methods.under_budget(plain, table, budget=a), table, budget=b)
+            for a, b in ((2.0, 3.0), (4.0, 3.0), (2.0, 4.0))
+        ),
         # A penalty within β-DARTS' own; tables that differ in one number.
         *(
             search_of(methods.beta_darts, num_steps=9, penalty=nas.resource_penalty(t, NET, weight=1.0, target=2.0))

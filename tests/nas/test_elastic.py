@@ -275,7 +275,7 @@ def test_configurations_are_genotypes():
     assert list(digits)[1] == "cell.0-2"
     text = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|nor_conv_1x1~2|"
     assert nas.from_configuration(cells, digits) == nas.from_nas_bench_201(text)
-    with pytest.raises(ValueError, match=r"'conv1.width' must be in \[0, 2\]; got 3"):
+    with pytest.raises(ValueError, match=r"'conv1.width' must be an integer in \[0, 2\]; got 3"):
         nas.from_configuration(network, {**dict.fromkeys(space, 0), "conv1.width": 3})
     with pytest.raises(ValueError, match="A configuration has the entries .*; got"):
         nas.from_configuration(network, {"conv1.width": 1})

@@ -53,6 +53,26 @@ def test_every_edge_by_its_own_argmax():
         nas.discretize(THREE, {"cell": weights[:2]})
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_of_a_search_that_diverged_say_no_genotype(bad):
+    weights = np.full((3, 3), 0.3)
+    weights[2, 1] = bad
+    table = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "s")
+    match = "The weights of 'cell' are not finite in places"
+    for read in (
+        lambda w: nas.discretize(THREE, w),
+        lambda w: nas.discretize(THREE, w, keep=None),
+        lambda w: nas.discretized(THREE, w),
+        lambda w: nas.within_budget(THREE, w, table, 9.0),
+    ):
+        with pytest.raises(ValueError, match=match):
+            read({"cell": weights})
+    graphs = nas.nas_bench_101_space(num_vertices=3)
+    with pytest.raises(ValueError, match=match):
+        nas.discretize_graph(graphs, {"cell": np.full((4, 3), bad)})
+    assert jax.jit(lambda w: nas.discretized(THREE, {"cell": w})["cell"])(weights).shape == (3, 3)  # traced
+
+
 def test_how_genotypes_are_read_is_the_spaces_own():
     weights = np.full((6, 5), 0.1)
     weights[:, 3], weights[4, 0] = 0.6, 0.9
@@ -254,6 +274,7 @@ def test_configurations_where_each_edge_stands_for_itself():
     digits = nas.to_configuration(net, genotype)
     assert digits == {"cell.0-1": 3, "cell.0-2": 3, "cell.1-2": 3, "cell.0-3": 1, "cell.1-3": 3, "cell.2-3": 3}
     assert nas.from_configuration(net, digits) == genotype
+    assert nas.from_configuration(net, {name: float(x) for name, x in digits.items()}) == genotype
     assert nas.to_configuration(net, {"cell": genotype["cell"][1:]})["cell.0-1"] == 0  # none
     assert nas.to_configuration(THREE, {"cell": ((1, 2, "mlp"),)}, keep=None) == {
         "cell.0-1": 0, "cell.0-2": 0, "cell.1-2": 2}  # fmt: skip
@@ -264,7 +285,9 @@ def test_configurations_where_each_edge_stands_for_itself():
         (lambda: nas.to_configuration(odd, {"cell": ()}, keep=None), "must have an op on the edge 0 -> 2"),
         (lambda: nas.configuration_space(odd), 'some have "none" and some have not'),
         (lambda: nas.configuration_space(nas.nas_bench_101_space()), "`discretize_graph` reads them"),
-        (lambda: nas.from_configuration(net, {**digits, "cell.0-1": 5}), r"must be in \[0, 4\]; got 5"),
+        (lambda: nas.from_configuration(net, {**digits, "cell.0-1": 5}), r"must be an integer in \[0, 4\]; got 5"),
+        (lambda: nas.from_configuration(net, {**digits, "cell.0-1": 1.7}), r"an integer in \[0, 4\]; got 1.7"),
+        (lambda: nas.from_configuration(net, {**digits, "cell.0-1": np.nan}), r"an integer in \[0, 4\]; got nan"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
@@ -400,3 +423,11 @@ def test_alpha_of_scores_that_are_sums_over_edges():
     assert nas.op_scores(network, alive, np.arange(18.0))["cell"][0, 0] == 0  # no one has it
     with pytest.raises(ValueError, match="a score for each of the 18 genotypes"):
         nas.op_scores(network, alive, np.zeros(3))
+    # What failed is as bad as the worst.
+    failed = np.arange(18.0)
+    failed[[3, 7]] = np.nan, -np.inf
+    found = nas.op_scores(network, alive, failed)["cell"]
+    np.testing.assert_array_equal(found, nas.op_scores(network, alive, np.nan_to_num(failed, neginf=0))["cell"])
+    for bad in (np.full(18, np.nan), np.where(np.arange(18) == 3, np.inf, 0.0)):
+        with pytest.raises(ValueError, match="`scores` must have a finite one, and no \\+inf"):
+            nas.op_scores(network, alive, bad)

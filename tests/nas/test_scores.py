@@ -184,3 +184,5 @@ def test_first_gradients_of_ops_are_slopes_of_the_loss():
     np.testing.assert_allclose(found, expected / (np.linalg.norm(expected) + 1e-6), rtol=1e-6)
     with pytest.raises(ValueError, match="`num_keys` must be at least 1"):
         nas.gradient_features(supernet, KEY, BATCH, num_keys=0)
+    with pytest.raises(ValueError, match="`supernet` runs one op an edge"):
+        nas.gradient_features(nas.supernet(net, (9,), ops=OPS, single_path=True), KEY, BATCH)

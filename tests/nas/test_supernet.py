@@ -186,6 +186,29 @@ def test_a_single_path_runs_the_op_that_is_chosen():
     assert abs(of_alpha * (1 - chosen)).max() > 1e-3
 
 
+def test_a_single_path_refuses_a_mixture_that_it_can_see():
+    """Of cells and of sizes; not one-hot weights that are off by rounding, and nothing that is traced."""
+    cells = TABLE._replace(layers=TABLE.layers[:2])
+    for net, ops, kind in ((cells, nas.BLOCKS, "cell"), (nas.mlp_space(2, widths=(2, 4), depths=(1,)), {}, None)):
+        kind = kind or next(iter(net.cells))
+        single = nas.supernet(net, (3,), ops=ops, single_path=True)
+        assert single.single_path and not nas.supernet(net, (3,), ops=ops).single_path
+        params = jax.eval_shape(single.init, KEY)
+        edges, num = len(net.cells[kind].edges), len(net.cells[kind].edges[0].ops)
+        hot = np.eye(num, dtype=np.float32)[np.arange(edges) % num]
+        soft = jnp.asarray(0.9 * hot + 0.1 * np.roll(hot, 1, -1))
+        noise = np.random.default_rng(0).uniform(size=hot.shape).astype(np.float32)
+        off = (hot - noise) + noise  # a straight-through estimator's
+        off += 1e-7 * np.roll(hot, 1, -1)
+        assert (off != hot).any()
+        for fine in (hot, off, jnp.asarray(off), 0 * hot):
+            jax.eval_shape(lambda params, net=single, w={kind: fine}: net.apply(params, w, X), params)
+        for call in (single.apply, single.features):
+            with pytest.raises(ValueError, match=f"the weights of '{kind}' give weight to several"):
+                jax.eval_shape(lambda params, call=call, w={kind: soft}: call(params, w, X), params)
+        jax.eval_shape(single.apply, params, {kind: soft}, X)
+
+
 def test_partial_channels():
     """Channels that pass by: the ops see C/K, and the shuffle brings each part of the channels to the front."""
     cell = nas.Cell(1, (nas.Edge(0, 1, ("linear",)),), (1,), preprocess=False)
