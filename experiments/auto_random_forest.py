@@ -46,6 +46,7 @@ from metaopt import base, integrations, methods, predictors, spaces, tasks
 
 RECORDS = Path(__file__).parent / "results" / "auto_random_forest.npz"
 FIDELITIES = (1 / 9, 1 / 3, 1.0)  # of the trees
+OURS = "g(t')"
 MIN_ROWS = 6  # of a class, among the training rows: each of the folds sees some
 
 
@@ -462,30 +463,31 @@ def choose(
             num_steps=config.num_steps,
         )
         features = {str(records.names[s]): records.features[s] for s in train}
-        g = train_g(features=features)
-        trained += (time.process_time() - begin) / config.num_splits
-        others = {}
+        keys = [jax.random.key(seed) for seed in range(options.train_seeds)]
+        learned = {OURS: [train_g(features=features, key=key) for key in keys]}
+        trained += (time.process_time() - begin) / config.num_splits / len(keys)
         if rows is not None:
-            others = {"g(t') of features and rows": train_g(features=features, datasets=rows)}
-            others |= {"g(t') of rows alone": train_g(datasets=rows), "g of no features": train_g()}
+            both, alone = {"features": features, "datasets": rows}, {"datasets": rows}
+            for name, given in (("of features and rows", both), ("of rows alone", alone)):
+                learned[f"{OURS} {name}"] = [train_g(**given, key=key) for key in keys]
+            learned["g of no features"] = [train_g(key=key) for key in keys]
         portfolio = greedy(ranks[train], counts[-1])
         for t in test:
             add(f"scikit-learn's defaults, {records.configurations[0]['n_estimators']} trees", t, [0])
             add("best on average", t, [int(ranks[train].mean(0).argmin())])
             nearest = train[((near[train] - near[t]) ** 2).sum(1).argmin()]
             add("1-nearest neighbor in meta-features", t, [int(y[nearest].argmin())])
-            found = run_searcher(records, t, g.searcher(records.features[t], first=()), space, 0, counts)
-            for name, other in others.items():
-                known = records.features[t] if name.endswith("features and rows") else None
-                task = base.Task(rows[str(records.names[t])], None, known)
-                tried = run_searcher(records, t, other.searcher(task, first=()), space, 0, counts)
-                for num, number in zip(counts, tried, strict=True):
-                    add(f"{name}, no trial" if num == 1 else f"{name}, {num} trials", t, [number])
-            for num, number in zip(counts, found, strict=True):
-                name = "g(t'), no trial" if num == 1 else f"g(t') and its searcher, {num} trials"
-                add(name, t, [number])
-                if num > 1:
-                    add(f"portfolio, {num} trials", t, [best_of(records, t, portfolio[:num])])
+            for name, of_key in learned.items():
+                known = None if name.endswith(("rows alone", "no features")) else records.features[t]
+                task = base.Task(None if rows is None else rows[str(records.names[t])], None, known)
+                searchers = [g.searcher(known if name == OURS else task, first=()) for g in of_key]
+                # [keys, counts]
+                tried = [run_searcher(records, t, s, space, seed, counts) for seed, s in enumerate(searchers)]
+                for num, numbers in zip(counts, zip(*tried, strict=True), strict=True):
+                    searched = f"{name} and its searcher" if name == OURS else name
+                    add(f"{name}, no trial" if num == 1 else f"{searched}, {num} trials", t, list(numbers))
+                    if num > 1 and name == OURS:
+                        add(f"portfolio, {num} trials", t, [best_of(records, t, portfolio[:num])])
     # Prefixes of random orders, the defaults first, as `tasks.random_search` has them.
     for num in sorted({*(n for n in counts if n > 1), *(min(n, y.shape[1]) for n in config.more_trials)}):
         for t in range(num_tables):
@@ -533,6 +535,22 @@ def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[s
     return [*header, "better / worse than it", "p"], rows, differences
 
 
+def over_keys(records: Records, chosen) -> str:
+    """How far the means of g over tables are apart from key to key of its training."""
+    learned = {name: np.array(numbers) for name, numbers in chosen.items() if name.startswith("g")}  # [T, keys]
+    num_keys = next(iter(learned.values())).shape[1]
+    if num_keys == 1:
+        return "There is one key of g's training, and of its searcher (`--train-seeds`). "
+    tables, parts = np.arange(len(records.names))[:, None], []
+    for name, numbers in learned.items():
+        means = records.test_loss[tables, numbers].mean(0)
+        parts.append(f"{name} {means.min():.4f} to {means.max():.4f} (standard deviation {means.std(ddof=1):.4f})")
+    return (
+        f"Of g there are {num_keys} keys of its training, which draw for its searcher, too; its figures are means over "
+        f"them. From key to key, the mean test log loss over tables is: {'; '.join(parts)}. "
+    )
+
+
 def plot(differences: dict, path: Path) -> None:
     import matplotlib
 
@@ -561,6 +579,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="more rows, trees and configurations")
     parser.add_argument("--optimizers", nargs="*", default=[], choices=["TPE", "BOHB", "SMAC"], help="run these anew")
     parser.add_argument("--optimizer-seeds", type=int, help="of these; --seeds by default")
+    parser.add_argument("--train-seeds", type=int, default=1, help="keys that g is trained with")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trials at a time")
     options = parser.parse_args()
     config = SMOKE if options.smoke else FULL if options.full else Config()
@@ -600,6 +619,7 @@ def main() -> None:
         f"{ours!r}), bootstrap over families; p: Wilcoxon's "
         f"signed-rank test over tables against {ours!r} by Holm's method. "
         "g, portfolio and random search choose among the records' configurations. "
+        + over_keys(records, chosen)
         + (
             "The other optimizers draw from the whole space, and are given what the nearest untried one of them came "
             "to, as the outcome of what they asked for; BOHB's trials are full budgets. "

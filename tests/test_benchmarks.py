@@ -131,8 +131,11 @@ def test_smoke_of_architecture():
 def test_smoke_of_suggest():
     pytest.importorskip("optuna")
     cost = {tuple(row[:4]): row[4:] for row in rows(smoke("suggest.py")) if row[3:4] == ["10"] and len(row) == 8}
-    names = [("metaopt, candidates", "ei"), ("metaopt, gradient", "ei"), ("Optuna TPE", "")]
-    assert [key[:2] for key in cost] == names and all(0 < float(ms[0]) <= float(ms[1]) for ms in cost.values())
+    parts = ("", ", deep kernels", ", suggest(X, y)", ", under Optuna")
+    names = [(f"metaopt, {how}{part}", "ei") for part in parts for how in ("candidates", "gradient")]
+    assert [key[:2] for key in cost] == [*names, ("Optuna TPE", "")] and all(
+        0 < float(ms[0]) <= float(ms[1]) for ms in cost.values()
+    )
 
 
 @pytest.mark.once

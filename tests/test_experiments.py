@@ -177,8 +177,14 @@ def load_auto_random_forest():
 @pytest.mark.once
 def test_auto_random_forest_smoke(tmp_path):
     pytest.importorskip("sklearn"), pytest.importorskip("optuna")
-    printed = run("experiments/auto_random_forest.py", "--smoke", "--workers", "1", "--out", tmp_path)
+    printed = run(
+        "experiments/auto_random_forest.py", "--smoke", "--workers", "1", "--train-seeds", "2", "--out", tmp_path
+    )
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][2:]
+    assert {row[0]: row[1] for row in rows if row[0][:2] == "g("} == dict.fromkeys(
+        ["g(t'), no trial", "g(t') and its searcher, 2 trials"], "2"
+    )
+    assert "Of g there are 2 keys of its training" in printed
     ranks = {row[0]: float(row[5]) for row in rows}
     names = {
         "scikit-learn's defaults, 10 trees",
@@ -237,6 +243,38 @@ def test_what_ends_after_the_budget_does_not_count():
     assert forest.run_searcher(records, 0, searcher, None, 0, (1, 2, 3)) == [0, 1, 2]
     plan = iter([(1, 1 / 9), (0, 1.0), (2, 1.0)])  # the ninth is paid for: 0 ends after the first budget
     assert forest.run_searcher(records, 0, searcher, None, 0, (1, 2)) == [0, 0]
+
+
+def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monkeypatch):
+    forest = load_auto_random_forest()
+    rng, keys = np.random.default_rng(0), []
+    configurations = [{"n_estimators": n} for n in range(4)]
+    losses = np.array([[0.1, 0.2, 0.4, 0.5]] * 6)
+    outcomes = np.repeat(losses[:, :, None], len(forest.FIDELITIES), 2)
+    names = np.array(list("abcdef"))
+    arrays = rng.normal(size=(6, 2)), configurations, outcomes, losses, losses, losses
+    records = forest.Records(names, names, *arrays)
+
+    def train(trials, *, key, **kwargs):
+        """Its searcher tries the configuration of its key's number first, and the next ones then."""
+        keys.append(number := int(jax.random.key_data(key)[-1]))
+
+        def ask(state, num):
+            return [base.Record("", configurations[state], trial=state)], state + 1
+
+        searcher = base.Searcher(lambda key, space: number + 1, ask, lambda state, records: state)
+        return SimpleNamespace(searcher=lambda task, first: searcher)
+
+    monkeypatch.setattr(forest.methods, "train_meta_searcher", train)
+    options = SimpleNamespace(seeds=2, train_seeds=2)
+    chosen, _ = forest.choose(records, forest.SMOKE, options, {})
+    assert keys == [0, 1] * forest.SMOKE.num_splits
+    assert chosen["g(t'), no trial"] == chosen["g(t') and its searcher, 2 trials"] == [[1, 2]] * 6
+    assert "g(t'), no trial 0.2000 to 0.4000 (standard deviation 0.1414)" in forest.over_keys(records, chosen)
+    _, rows, _ = forest.compare(records, chosen, "g(t'), no trial", "random search, 2 trials")
+    assert ["g(t'), no trial", "2", "0.3000"] in [row[:3] for row in rows]
+    options.train_seeds = 1
+    assert "one key of g's training" in forest.over_keys(records, forest.choose(records, forest.SMOKE, options, {})[0])
 
 
 def test_records_of_forests_are_packed_in_the_order_of_trials_whoever_ended_first(tmp_path):
@@ -500,7 +538,12 @@ def test_bohb_is_compared_by_families_and_over_three_budgets_by_holm(monkeypatch
     p = [stats.wilcoxon(ours[:, at(b)] - bohb[:, at(20.0)], method="approx").pvalue for b in (1.0, 2.0, 5.0)]
     assert p[0] < p[1] < p[2]
     for b, value in ((1, 3 * p[0]), (2, max(3 * p[0], 2 * p[1])), (5, max(2 * p[1], p[2]))):
-        assert re.search(rf"after {b} [^;.]*\.[^;]*\], p {re.escape(f'{min(value, 1):.2g}')}[;.]", text), (text, p)
+        d = ours[:, at(float(b))] - bohb[:, at(20.0)]
+        counts = f"better / worse on {(d < 0).sum()} / {(d > 0).sum()} tasks"
+        assert re.search(rf"after {b} [^;.]*\.[^;]*\], {counts}, p {re.escape(f'{min(value, 1):.2g}')}[;.]", text), (
+            text,
+            p,
+        )
     # Twins say nothing new.
     width = lambda text: float(np.ptp([float(v) for v in re.search(r"after 5 .*?\[(.*?), (.*?)\]", text).groups()]))
     twins = {"metaopt": np.tile(ours, (9, 1)), "BOHB": np.tile(bohb, (9, 1))}

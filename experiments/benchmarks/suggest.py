@@ -4,7 +4,8 @@ g is learned from 100 earlier tasks with 50 trials each of a random forest's sev
 that is measured), at up to 512 reference configurations. Without candidates, a suggestion is a gradient ascent over
 the relaxed space from 8 starts; with candidates, a look at 1,000 configurations. "running" counts trials that have
 been asked for and have not ended (`predictors.batch_expected_improvement`). All are of g's searcher, which is told each
-trial once, but for those of `suggest(X, y)`, which is given all of them anew every time.
+trial once, but for those of `suggest(X, y)`, which is given all of them anew every time, and "under Optuna", where g is
+the sampler of a study (`integrations.optuna_sampler`).
 
     python experiments/benchmarks/suggest.py           # writes experiments/results/suggest.md
     python experiments/benchmarks/suggest.py --smoke   # seconds; prints only
@@ -86,21 +87,22 @@ def stateless(g, drawn, num: int, repetitions: int) -> tuple[list[str], float]:
     return [*row(times[1:]), ""], times[0][1]
 
 
-def tpe(space, drawn, num: int, repetitions: int) -> list[str]:
+def under_optuna(make_sampler, space, drawn, num: int, repetitions: int, *, num_first: int = 0) -> list[str]:
+    """Of a study with so many trials; the first suggestions, which compile and read them all, are not counted."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     distributions = spaces.to_optuna(space)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    study = optuna.create_study(sampler=make_sampler(optuna))
     add = lambda c: optuna.trial.create_trial(params=c, distributions=distributions, value=loss(c))
     study.add_trials([add(drawn[i % len(drawn)]) for i in range(num)])
     times = []
-    for _ in range(repetitions):
+    for _ in range(repetitions + num_first):
         begin, cpu = time.perf_counter(), time.process_time()
         trial = study.ask(distributions)
         times.append((1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - cpu)))
         study.tell(trial, loss(trial.params))
-    return [*row(times), ""]
+    return [*row(times[num_first:]), ""]
 
 
 def row(times) -> list[str]:
@@ -141,8 +143,15 @@ def main() -> None:
             rows.append([f"metaopt, {name}, suggest(X, y)", "ei", "0", str(num), *found])
             print(f"| {name}, suggest | {num} | {found} | {first}", flush=True)
         firsts.append(f"{first:.0f}")
+    for name, g in (("candidates", finite), ("gradient", free)):
+        for num in nums:
+            sampler = lambda optuna, g=g: integrations.optuna_sampler(g, seed=0)
+            found = under_optuna(sampler, space, drawn, num, repetitions, num_first=3)
+            rows.append([f"metaopt, {name}, under Optuna", "ei", "0", str(num), *found])
+            print(f"| {name}, under Optuna | {num} | {found}", flush=True)
     for num in nums:
-        rows.append(["Optuna TPE", "", "0", str(num), *tpe(space, drawn, num, min(repetitions, 5))])
+        sampler = lambda optuna: optuna.samplers.TPESampler(seed=0)
+        rows.append(["Optuna TPE", "", "0", str(num), *under_optuna(sampler, space, drawn, num, min(repetitions, 5))])
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     ours_at_most = [[float(r[i]) for r in rows if r[0] != "Optuna TPE" and r[3] == str(nums[-1])] for i in (4, 6)]
     wall, cpu = (f"{max(values):.0f}" for values in ours_at_most)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from metaopt import base, methods, spaces
 
@@ -27,7 +28,8 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
 
     Returns:
       A study whose trials have the records' parameters, values and states, and task, cost, seed, reason and metaopt's
-      trial number as user attributes, "metaopt:trial" and so on. A trial that never reached the full budget is pruned.
+      trial number as user attributes, "metaopt:trial" and so on. A trial that never reached the full budget is pruned;
+      one whose outcome is NaN has failed.
 
     Raises:
       ValueError: the records are of several tasks, a configuration does not fit the space, or a direction is given.
@@ -49,22 +51,26 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
         state = optuna.trial.TrialState.PRUNED
         if last.status != "COMPLETE" or last.fidelity == 1.0:
             state = optuna.trial.TrialState[last.status]
+        if last.status == "COMPLETE" and math.isnan(last.outcome):
+            state = optuna.trial.TrialState.FAIL  # Optuna has no trial that is complete without a value
         complete = [record for record in several if record.outcome == record.outcome]
         attributes = {name: getattr(last, name) for name in _KEPT}
+        attributes = {n: v.item() if isinstance(v, np.generic) else v for n, v in attributes.items()}  # Optuna's JSON
         values = {}
         for name, value in last.configuration.items():
             if name not in distributions:
                 continue
+            value = value.item() if isinstance(value, np.generic) else value
             if not (found := _fitting(value, distributions[name])):
                 raise ValueError(f"`{name}` of trial {last.trial} is {value!r}, and not of {distributions[name]}.")
             values[name] = found[0]
         study.add_trial(
             optuna.trial.create_trial(
                 state=state,
-                value=last.outcome if state == optuna.trial.TrialState.COMPLETE else None,
+                value=float(last.outcome) if state == optuna.trial.TrialState.COMPLETE else None,
                 params=values,
                 distributions={name: distributions[name] for name in values},
-                intermediate_values={round(1000 * record.fidelity): record.outcome for record in complete},
+                intermediate_values={round(1000 * record.fidelity): float(record.outcome) for record in complete},
                 user_attrs={_OURS + name: value for name, value in attributes.items()},
             )
         )

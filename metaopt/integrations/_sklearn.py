@@ -44,6 +44,16 @@ def sklearn_objective(
     trial's seed. At fidelity s < 1 it is fitted on a stratified part s of the training rows, nested in those of larger
     fidelities.
 
+    All of scikit-learn's classifiers, regressors and clusterers are objectives so, as a test says of each, with these
+    exceptions: what predicts several labels a row (`ClassifierChain`, `MultiOutputClassifier`) has no classes by which
+    folds are stratified, and `FeatureAgglomeration` clusters columns. Some need more than their default: what is made
+    of other estimators (`VotingClassifier`, `OneVsRestClassifier`) those; what takes no negative values
+    (`MultinomialNB`, `ComplementNB`, and `CategoricalNB`, which also needs `min_categories` where a fold may lack one)
+    another `preparation`; regressors of several targets (`MultiTaskLasso`, `RegressorChain`) a y of as many columns;
+    `CCA` and `PLSCanonical` no more components than targets; `IsotonicRegression` one column, and
+    `out_of_bounds="clip"`; `GammaRegressor` and its like targets that their distributions have; and clusterers that
+    find their number of clusters, rows where that is at least 2.
+
     Args:
       estimator: unfitted; a trial sets its parameters by their names (`"svc__C"` in a pipeline).
       scoring: a scorer's name (`sklearn.metrics.get_scorer_names()`), or for clusterers "silhouette", "davies_bouldin"

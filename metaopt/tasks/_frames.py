@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from metaopt.base import Record
+from metaopt.tasks._records import as_python
 
 if TYPE_CHECKING:
     import pandas
@@ -32,7 +33,7 @@ def records_to_frame(records: Sequence[Record], *, wide: bool = False) -> "panda
     except ImportError as error:
         raise ImportError(f"`records_to_frame` needs pandas; {_EXTRA}") from error
     frame = pd.DataFrame([record._asdict() for record in records], columns=list(Record._fields))
-    texts = frame.assign(configuration=[json.dumps(record.configuration) for record in records])
+    texts = frame.assign(configuration=[json.dumps(record.configuration, default=as_python) for record in records])
     if wide:
         parameters = pd.DataFrame([record.configuration for record in records], index=frame.index)
         texts = texts.join(parameters.add_prefix("configuration."))

@@ -17,6 +17,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from metaopt.base import Record
 
@@ -43,13 +46,13 @@ def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, s
 
     Args:
       file: its path; beside it, SQLite keeps `-wal` and `-shm` while it is in use.
-      records: any number.
+      records: any number. NumPy's numbers are written as Python's.
       study: the search that they belong to. Trials are numbered within a study and a task.
 
     Raises:
-      ValueError: a record cannot be written (its status is unknown, its fidelity not in (0, 1], its configuration no
-        plain data, its task or reason no text, its seed no integer of 64 bits), or the file is damaged, of something
-        else, or of a later version of metaopt.
+      ValueError: a record cannot be written (its status is unknown, its fidelity not in (0, 1], its outcome or cost no
+        number, its configuration no plain data, its task or reason no text, its seed or trial no integer of 64 bits),
+        or the file is damaged, of something else, or of a later version of metaopt.
     """
     _insert(file, [(study, *_to_row(record)) for record in records])
 
@@ -87,9 +90,9 @@ def read_records(
     query = f"SELECT {_COLUMNS} FROM ({every if history else last}) JOIN records ON id = last WHERE 1"
     values: list[str] = []
     for column, wanted in (("study", study), ("task", task), ("status", status)):
-        if wanted is not None:
-            query += f" AND {column} IN ({', '.join('?' * len(_listed(wanted)))})"
-            values += _listed(wanted)
+        if wanted is not None:  # one variable, whose number SQLite limits
+            query += f" AND {column} IN (SELECT value FROM json_each(?))"
+            values.append(json.dumps(_listed(wanted), default=as_python))
     with _open(file) as connection:
         return [_from_row(row) for row in connection.execute(f"{query} ORDER BY first", values)]
 
@@ -162,7 +165,8 @@ def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqli
     except sqlite3.DatabaseError as error:
         if (error.sqlite_errorname or "").startswith(_NOT_ITS_FAULT):
             raise OSError(f"{file}: {error}.") from error
-        if (error.sqlite_errorname or "").startswith("SQLITE_CONSTRAINT"):  # the row is wrong, and not the file
+        # The row or the query is wrong, and not the file.
+        if (error.sqlite_errorname or "").startswith(("SQLITE_CONSTRAINT", "SQLITE_ERROR")):
             raise ValueError(f"{file} does not take this: {error}.") from error
         hint = "" if recover else " `tasks.recover_records` copies what can still be read to a new file."
         raise ValueError(f"{file} is damaged, or is no file of records: {error}.{hint}") from error
@@ -205,7 +209,8 @@ def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
         raise ValueError(f"A record's task must be a name, a string, as it is on disk; got {record.task!r}.")
     if record.status not in STATUSES:
         raise ValueError(f"A record's status must be one of {', '.join(STATUSES)}; got {record.status!r}.")
-    if not (any_fidelity or 0 < record.fidelity <= 1):
+    fidelity = _number_or_null("fidelity", record.fidelity)
+    if fidelity is None or not (any_fidelity or 0 < fidelity <= 1):
         raise ValueError(f"A record's fidelity must lie in (0, 1]; got {record.fidelity!r}.")
     if not isinstance(record.reason, str):
         raise ValueError(f'A record\'s reason must be a text, "" where there is none; got {record.reason!r}.')
@@ -214,11 +219,8 @@ def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
             text.encode()
         except UnicodeEncodeError:  # from the name of a file, which may be any bytes
             raise ValueError(f"A record's {name} must be a text in Unicode; got {text!r}.") from None
-    for name, number in (("seed", record.seed), ("trial", record.trial)):
-        if not -(2**63) <= int(number) < 2**63:
-            raise ValueError(f"A record's {name} must be an integer of 64 bits; got {number!r}.")
     try:
-        configuration = json.dumps(record.configuration, allow_nan=False)
+        configuration = json.dumps(record.configuration, allow_nan=False, default=as_python)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"A record's configuration must be plain numbers, strings, booleans and None, as from "
@@ -227,12 +229,12 @@ def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
     return (
         record.task,
         configuration,
-        _or_null(record.outcome),
-        float(record.fidelity),
-        _or_null(record.cost),
-        int(record.seed),
+        _number_or_null("outcome", record.outcome),
+        fidelity,
+        _number_or_null("cost", record.cost),
+        _integer("seed", record.seed),
         record.status,
-        int(record.trial),
+        _integer("trial", record.trial),
         record.reason,
     )
 
@@ -243,9 +245,29 @@ def _from_row(row) -> Record:
     return record._replace(configuration=json.loads(row[1]), outcome=outcome, cost=cost)
 
 
-def _or_null(value) -> float | None:
+def _number_or_null(name: str, value: Any) -> float | None:
     """SQLite has no NaN."""
-    return None if math.isnan(value) else float(value)
+    try:
+        return None if math.isnan(value) else float(value)
+    except (TypeError, OverflowError):
+        raise ValueError(f"A record's {name} must be a number, NaN where there is none; got {value!r}.") from None
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        whole = int(value)
+    except (TypeError, ValueError, OverflowError):
+        whole = None
+    if whole is None or whole != value or not -(2**63) <= whole < 2**63:
+        raise ValueError(f"A record's {name} must be an integer of 64 bits; got {value!r}.")
+    return whole
+
+
+def as_python(value: Any) -> Any:
+    """What JSON has of NumPy's scalars: for `json.dumps(default=)`."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
 
 
 def _listed(value) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from metaopt import spaces
 from metaopt.base import PyTree, Record
+from metaopt.tasks._records import as_python
 
 
 class TrialTable(NamedTuple):
@@ -56,7 +57,7 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
     >>> table.configurations, table.outcomes[:, :, 0].tolist()
     (({'x': 1}, {'x': 2}), [[0.5, 0.25], [nan, 0.75]])
     """
-    keys = [json.dumps(record.configuration, sort_keys=True, default=_as_python) for record in records]
+    keys = [json.dumps(record.configuration, sort_keys=True, default=as_python) for record in records]
     names, columns = _positions(record.task for record in records), _positions(keys)
     fidelities = sorted({record.fidelity for record in records})
     sums = np.zeros((3, len(names), len(columns), len(fidelities)))
@@ -413,7 +414,7 @@ def to_openml_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
             "run_id": record.trial,
             "data_name": record.task,
             "value": 1.0 - record.outcome,
-            "parameters": {n: json.dumps(value, default=_as_python) for n, value in record.configuration.items()},
+            "parameters": {n: json.dumps(value, default=as_python) for n, value in record.configuration.items()},
         }
         for record in records
         if record.status == "COMPLETE" and record.fidelity == 1.0 and math.isfinite(record.outcome)
@@ -427,13 +428,6 @@ def _file(path, name: str) -> Path:
     if not (Path(folder) / name).is_file():
         raise FileNotFoundError(f"the data folder {folder} has no {name}.")
     return Path(folder) / name
-
-
-def _as_python(value):
-    """What JSON has of NumPy's scalars."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
 
 
 def _positions(values) -> dict[str, int]:

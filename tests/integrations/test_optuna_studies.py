@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from metaopt import Record, integrations, spaces
@@ -43,6 +44,23 @@ def test_numbers_and_tasks_come_back_and_a_person_s_attributes_are_not_metaopt_s
     assert [(r.task, r.trial, r.seed) for r in back[:2]] == [("mine", 7, 11), ("mine", 9, 12)]
     assert (back[2].trial, back[2].seed) == (2, 0) and isinstance(back[2].cost, float)
     assert {r.task for r in integrations.from_optuna_study(study, task="other")} == {"other"}
+
+
+def test_what_ended_without_a_number_has_failed(tmp_path):
+    nan, partial = RECORDS[0]._replace(outcome=math.nan), RECORDS[2]._replace(outcome=math.nan)
+    study = integrations.to_optuna_study([nan, partial, RECORDS[0]._replace(trial=3, outcome=math.inf)], SPACE)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "COMPLETE"]
+    (back, *_) = integrations.from_optuna_study(study)
+    assert back.status == "FAIL" and math.isnan(back.outcome) and back.configuration["depth"] == 2
+
+
+def test_numbers_of_numpy_are_python_s(tmp_path):
+    pytest.importorskip("sqlalchemy")
+    numbers = {"rate": np.float32(0.5), "kind": np.str_("b"), "depth": np.int64(2), "three": np.int64(3)}
+    record = RECORDS[0]._replace(configuration=numbers, outcome=np.float32(0.25), seed=np.int64(11))
+    study = integrations.to_optuna_study([record], SPACE, storage=f"sqlite:///{tmp_path}/study.db")
+    assert study.best_params == {"rate": 0.5, "kind": "b", "depth": 2} and study.best_value == 0.25
+    assert study.trials[0].user_attrs["metaopt:seed"] == 11
 
 
 def test_a_study_that_optuna_made_is_read():

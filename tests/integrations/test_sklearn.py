@@ -154,6 +154,89 @@ def test_rows_may_be_prepared_otherwise():
     assert raw(TRIAL, (X, None)) == pytest.approx(1 - metrics.silhouette_score(X, labels))
 
 
+# Of all of scikit-learn's, those that are no objectives, and those that need more than a default, and what.
+NO_OBJECTIVES = {
+    "ClassifierChain": "several labels a row",
+    "MultiOutputClassifier": "several labels a row",
+    "FeatureAgglomeration": "clusters columns",
+}
+OF_OTHERS = {  # estimators of estimators
+    "ClassifierChain": "several labels",
+    "MultiOutputClassifier": "several labels",
+    "FixedThresholdClassifier": "two classes",
+    "OneVsOneClassifier": "",
+    "OneVsRestClassifier": "",
+    "OutputCodeClassifier": "",
+    "SelfTrainingClassifier": "",
+    "StackingClassifier": "named",
+    "StackingRegressor": "named",
+    "TunedThresholdClassifierCV": "two classes",
+    "VotingClassifier": "named",
+    "VotingRegressor": "named",
+    "MultiOutputRegressor": "several targets",
+    "RegressorChain": "several targets",
+}
+NOT_NEGATIVE = {"CategoricalNB", "ComplementNB", "MultinomialNB"}
+SEVERAL_TARGETS = {"MultiTaskElasticNet", "MultiTaskElasticNetCV", "MultiTaskLasso", "MultiTaskLassoCV"}
+ONE_COLUMN = {"IsotonicRegression"}
+CONFIGURATIONS = {
+    "CategoricalNB": {"min_categories": 2},  # a fold may lack one
+    "CCA": {"n_components": 1},  # no more than targets
+    "PLSCanonical": {"n_components": 1},
+    "IsotonicRegression": {"out_of_bounds": "clip"},  # what lies beyond the training rows
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Class .* is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["classifier", "regressor", "cluster"])
+def test_every_one_of_scikit_learn_s_is_an_objective(kind):
+    """Defaults, two folds, on three heaps of rows; the lists above hold no name in vain."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    x = 4 * np.eye(3)[labels] + rng.normal(size=(60, 3)) / 4
+    target = np.exp(x @ [0.1, 0.2, 0.3])  # positive, as a Gamma distribution has it
+    several = np.stack([target, target + x[:, 0]], 1)
+    failed = {}
+
+    def run(name, cls):
+        kwargs, data = {}, (x, {"classifier": labels, "regressor": target, "cluster": None}[kind])
+        if name in OF_OTHERS:
+            base = linear_model.LogisticRegression() if kind == "classifier" else linear_model.Ridge()
+            estimator = cls([("a", base), ("b", sklearn.base.clone(base))] if OF_OTHERS[name] == "named" else base)
+        else:
+            estimator = cls()
+        if name in NOT_NEGATIVE:
+            kwargs["preparation"] = preprocessing.MinMaxScaler(clip=True)
+        if name in SEVERAL_TARGETS or OF_OTHERS.get(name) == "several targets":
+            data = x, several
+        if OF_OTHERS.get(name) == "two classes":
+            data = x, labels == 0
+        if OF_OTHERS.get(name) == "several labels":
+            data = x, np.stack([labels == 0, labels == 1], 1)
+        if name in ONE_COLUMN:
+            data = x[:, :1], target
+        trial = TRIAL._replace(configuration=CONFIGURATIONS.get(name, {}))
+        return integrations.sklearn_objective(estimator, num_folds=2, **kwargs)(trial, data)
+
+    found = dict(sklearn.utils.all_estimators(type_filter=kind))
+    for name, cls in found.items():
+        try:
+            outcome = run(name, cls)
+            if not np.isfinite(outcome):
+                failed[name] = outcome
+        except Exception as error:
+            failed[name] = error
+    assert len(found) > 8 and set(failed) == set(NO_OBJECTIVES) & set(found), failed
+    # Without what they need, they fail.
+    for name in (*OF_OTHERS, *NOT_NEGATIVE, *SEVERAL_TARGETS, *CONFIGURATIONS):
+        if name in found:
+            y = {"classifier": labels, "regressor": target}[kind]
+            with pytest.raises((AttributeError, TypeError, ValueError)):
+                integrations.sklearn_objective(found[name](), num_folds=2)(TRIAL, (x, y))
+
+
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="`name` must be one of random_forest_classifier, .*; got 'forest'"):
         integrations.sklearn_model("forest")

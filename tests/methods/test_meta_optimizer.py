@@ -247,17 +247,54 @@ def test_a_portfolio_has_no_configuration_twice():
 
 @slow
 def test_tasks_of_other_spaces_still_teach():
-    records, features = make_records(np.random.default_rng(3), num_tasks=6)
-    changed = [
-        record._replace(configuration={"x": record.configuration["x"], "old": 3.0}) if i % 2 else record
-        for i, record in enumerate(records)
+    """What is best beyond 0.5 is told by records that lack `kind` alone; and one more label has come since."""
+    rng, features, own, others = np.random.default_rng(3), {}, [], []
+    for t, best in enumerate(np.linspace(0.05, 0.95, 12)):
+        for x in rng.uniform(size=12).tolist():
+            whole = {"x": x, "kind": str(rng.choice(["a", "b"]))}
+            record = base.Record(f"t{t}", whole, outcome(best, whole))
+            lacking = record._replace(configuration={"x": x, "old": 3.0}, outcome=5 + 2 * (x - best) ** 2)
+            others.append(lacking) if best > 0.5 else own.append(record)
+        features[f"t{t}"] = [best]
+    strange = [base.Record("t0", {"x": 0.5, "kind": "gone"}, 7.0)]
+    strange.append(base.Record("failed", {"x": 0.5}, status="FAIL"))  # a task without an outcome teaches nothing
+    kwargs = {"features": features, "num_steps": 60, "num_members": 1}
+    wide = SPACE | {"kind": spaces.choice(["a", "b", "later"])}
+    for space in (SPACE, wide):
+        with pytest.warns(UserWarning, match="1 of .* records have values .*`kind` in 1, such as 'gone'"):
+            g = methods.train_meta_optimizer([*own, *others, *strange], space=space, **kwargs)
+        assert g.surrogate.curves.shape[0] == 12
+        for best in (0.15, 0.7, 0.9):
+            assert abs(g.predict([best])["x"] - best) < 0.15, (best, g.predict([best]))
+        assert g.predict([0.15])["kind"] == "a"
+    without = methods.train_meta_optimizer(own, space=SPACE, **kwargs)
+    assert abs(without.predict([0.9])["x"] - 0.9) > 0.3
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("others", ["lack a parameter", "lack a label"])
+def test_records_of_another_space_say_where_the_best_is(others):
+    """The few of the space itself would have it elsewhere."""
+    labels = ["c", "b", "a"] if others == "lack a label" else ["b", "a"]
+    space, line = {"x": SPACE["x"], "kind": spaces.choice(labels)}, np.linspace(0, 1, 11).tolist()
+    # Of the space: the label matters, and x little. Of the other one: x matters, and the label where there is one.
+    cost = {"a": 0.4, "b": 0.0, "c": 1.0}
+    own = [
+        base.Record(f"own{t}", {"x": x, "kind": kind}, cost[kind] + 0.1 * (x - 0.2) ** 2)
+        for t in range(2)
+        for kind in labels
+        for x in line
     ]
-    changed.append(base.Record("t0", {"x": 0.5, "kind": "gone"}, 7.0))
-    changed.append(base.Record("failed", {"x": 0.5}, status="FAIL"))  # a task without an outcome teaches nothing
-    with pytest.warns(UserWarning, match="1 of .* records have values .*`kind` in 1, such as 'gone'"):
-        g = methods.train_meta_optimizer(changed, space=SPACE, features=features, num_steps=2, num_members=1)
-    assert g.surrogate.curves.shape[0] == 6
-    assert set(g.predict()) == {"x", "kind"}
+    with_labels = {"kind": "a"}, {"kind": "b"}
+    more = [
+        base.Record(f"other{t}", {"x": x, "old": 3.0} | given, cost[given.get("kind", "b")] + (x - 0.8 - t / 50) ** 2)
+        for t in (-1, 0, 1)
+        for given in (with_labels if others == "lack a label" else ({},))
+        for x in line
+    ]
+    everything, few = (methods.train_meta_optimizer(r, space=space, num_steps=0) for r in (own + more, own))
+    assert everything.predict()["kind"] == few.predict()["kind"] == "b"
+    assert abs(everything.predict()["x"] - 0.8) < 0.1 and abs(few.predict()["x"] - 0.2) < 0.1, few.predict()
 
 
 @pytest.mark.once

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from metaopt import Record, tasks
@@ -38,6 +39,31 @@ def test_records_come_back_and_are_filtered(tmp_path):
         ({"study": "b", "task": "iris"}, []),
     ):
         assert same(tasks.read_records(file, **filters), expected)
+
+
+def test_numbers_of_numpy_are_written_as_python_s(tmp_path):
+    given = {"n": np.int64(3), "x": np.float32(0.5), "deep": np.bool_(True), "kind": np.str_("a")}
+    plain = {"n": 3, "x": 0.5, "deep": True, "kind": "a"}
+    record = Record("t", given, np.float32(0.25), np.float64(0.5), np.int64(2), np.int64(7), trial=np.uint8(1))
+    expected = Record("t", plain, 0.25, 0.5, 2.0, 7, trial=1)
+    tasks.append_records(tmp_path / "records.db", [record])
+    assert same(tasks.read_records(tmp_path / "records.db"), [expected])
+    pytest.importorskip("pandas")
+    (read,) = tasks.records_from_frame(tasks.records_to_frame([record]))
+    assert repr(read.configuration) == repr(plain) and read == expected
+
+
+def test_any_number_of_tasks_is_asked_for_and_a_wrong_query_is_no_damage(tmp_path):
+    file = tmp_path / "records.db"
+    tasks.append_records(file, RECORDS)
+    many = [str(number) for number in range(300_000)]
+    assert same(tasks.read_records(file, task=[*many, "iris", 'it"s']), RECORDS[:2])
+    assert tasks.read_records(file, task=[]) == [] == tasks.read_records(file, task=many)
+    with sqlite3.connect(file) as connection:
+        connection.execute("ALTER TABLE records RENAME TO others")
+    connection.close()
+    with pytest.raises(ValueError, match="records.db does not take this: no such table: records"):
+        tasks.read_records(file)
 
 
 def test_the_last_row_of_a_trial_counts_and_none_is_overwritten(tmp_path):
@@ -165,6 +191,13 @@ def test_rows_of_earlier_versions_are_recovered_with_any_fidelity(tmp_path):
         (Record("t", {}, reason="\udcff"), r"reason must be a text in Unicode; got '.udcff'"),
         (Record("\udcff", {}), "task must be a text in Unicode"),
         (Record("t", {}, seed=2**63), "seed must be an integer of 64 bits; got 9223372036854775808"),
+        (Record("t", {}, seed=None), "seed must be an integer of 64 bits; got None"),  # pyright: ignore
+        (Record("t", {}, seed=1.5), "seed must be an integer of 64 bits; got 1.5"),  # pyright: ignore
+        (Record("t", {}, trial="2"), "trial must be an integer of 64 bits; got '2'"),  # pyright: ignore
+        (Record("t", {}, None), "outcome must be a number, NaN where there is none; got None"),  # pyright: ignore
+        (Record("t", {}, cost="1 s"), "cost must be a number, NaN where there is none; got '1 s'"),  # pyright: ignore
+        (Record("t", {}, fidelity=None), "fidelity must be a number"),  # pyright: ignore
+        (Record("t", {"x": np.zeros(2)}), "must be plain numbers, strings, booleans and None"),
     ],
 )
 def test_records_that_cannot_be_written_are_refused_and_nothing_is_written(tmp_path, record, message):
