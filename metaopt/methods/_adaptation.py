@@ -250,8 +250,8 @@ def adaptation(
         made = jax.tree_util.tree_map_with_path(lambda path, x: x if is_made(path, x) else None, params)
         if rule is not None and jax.tree.leaves(made):
             raise ValueError(
-                f"`init` made the leaves {[_path(path) for path in _by_path(made)]}, which do not adapt, and a `rule` sees no derivative "
-                "through them: let them adapt (`adapt`), or leave out the `rule`."
+                f"`init` made the leaves {[_path(path) for path in _by_path(made)]}, which do not adapt, and a `rule` "
+                "sees no derivative through them: let them adapt (`adapt`), or leave out the `rule`."
             )
         # `hyperparams` asks for the shapes of θ, and needs no data where `init` does not.
         support = {name: data[name] for name in ("x", "mask")} if keep_support and data is not None else None
