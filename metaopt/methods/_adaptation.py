@@ -304,7 +304,8 @@ def adaptation(
 
     def f(params, hyperparams, batch, context):
         params = judged(params, context.model_state, hyperparams["init"])
-        with _traced_after_steps(num_steps > 0):  # pre-training has its own batch, and no support set
+        # Pre-training alone, without inner steps and an `init` of the support set, has its own batch.
+        with _traced_after_steps(num_steps > 0 or init is not None):
             value = judge(params, hyperparams, batch, context._replace(model_state=context.model_state.own))
         return value[0] if isinstance(value, tuple) else value
 

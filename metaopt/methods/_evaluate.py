@@ -173,8 +173,8 @@ def evaluate_episodes(
         samplers = {"episodes": samplers}
     if not samplers:
         raise ValueError("`samplers` must hold at least one source; it is empty.")
-    if num_episodes < 1 or chunk_size < 1:
-        raise ValueError(f"`num_episodes` and `chunk_size` must be at least 1; got {num_episodes} and {chunk_size}.")
+    base.check_integer("num_episodes", num_episodes, 1)
+    base.check_integer("chunk_size", chunk_size, 1)
     base.check_integer("each", each, 1, optional=True)
     if higher_is_better is None:
         higher_is_better = next((better for fn, better in HIGHER_IS_BETTER.items() if fn is score_fn), None)

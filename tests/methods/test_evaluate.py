@@ -462,7 +462,12 @@ def test_scores_of_masked_rows():
     [
         (lambda: methods.evaluate_episodes({}, sample, KEY), "at least one method"),
         (lambda: methods.evaluate_episodes(METHODS, {}, KEY), "at least one source"),
-        (lambda: methods.evaluate_episodes(METHODS, sample, KEY, num_episodes=0), "at least 1; got 0 and 8"),
+        (lambda: methods.evaluate_episodes(METHODS, sample, KEY, num_episodes=0), "`num_episodes` must be at least 1"),
+        (
+            lambda: methods.evaluate_episodes(METHODS, sample, KEY, num_episodes=9.0),
+            "`num_episodes` must be an integer",
+        ),
+        (lambda: methods.evaluate_episodes(METHODS, sample, KEY, chunk_size=2.0), "`chunk_size` must be an integer"),
         (
             lambda: methods.evaluate_episodes({"x": lambda k, s, q: q["x"][None]}, tasks.sinusoids(), KEY),
             "`accuracy` is of episodes with classes.*`score_fn=methods.mean_squared_error`",
