@@ -346,7 +346,7 @@ def joined(found: dict[str, methods.Evaluation]) -> dict[str, methods.Evaluation
         mean = lambda source, names: np.mean([of.scores[name][source][..., -1:] for name in names], axis=0)
         return of._replace(
             scores={method: {source: mean(source, names) for source in of.sources} for method, names in seeds.items()},
-            transductive={method: of.transductive[names[0]] for method, names in seeds.items()},
+            transductive={method: any(of.transductive[name] for name in names) for method, names in seeds.items()},
         )
 
     return {setting: one(of) for setting, of in found.items()}

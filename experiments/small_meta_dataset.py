@@ -226,7 +226,7 @@ def joined(evaluation: methods.Evaluation, seeds: dict[str, list[str]]) -> metho
     mean = lambda source, names: np.mean([evaluation.scores[name][source] for name in names], axis=0)
     return evaluation._replace(
         scores={name: {s: mean(s, names) for s in evaluation.sources} for name, names in seeds.items()},
-        transductive={name: evaluation.transductive[names[0]] for name, names in seeds.items()},
+        transductive={name: any(evaluation.transductive[n] for n in names) for name, names in seeds.items()},
     )
 
 

@@ -66,20 +66,20 @@ def hyperparameter_trace(
         if not trace:
             raise ValueError("`trace` must hold at least one λ; it is empty.")
         trace = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trace)
-    lines: dict[str, np.ndarray] = {}
+    lines: list[tuple[str, np.ndarray]] = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(trace):
         leaf = np.asarray(leaf, float)
         name = jax.tree_util.keystr(path, simple=True, separator=".") or "λ"
         for index in np.ndindex(leaf.shape[1:]):
             suffix = f"[{','.join(map(str, index))}]" if index else ""
-            lines[name + suffix] = leaf[(slice(None), *index)] if leaf.ndim else leaf
-    if len({line.shape for line in lines.values()}) != 1 or () in {line.shape for line in lines.values()}:
-        shapes = {name: line.shape for name, line in lines.items()}
+            lines.append((name + suffix, leaf[(slice(None), *index)] if leaf.ndim else leaf))
+    if len({line.shape for _, line in lines}) != 1 or () in {line.shape for _, line in lines}:
+        shapes = {name: line.shape for name, line in lines}
         raise ValueError(f"Every leaf of `trace` must have the outer steps as its leading axis; got {shapes}.")
     axes = _axes(axes)
-    for name, line in lines.items():
+    for name, line in lines:
         axes.plot(np.arange(len(line)), line, label=name)
-    if log and all((line > 0).all() for line in lines.values()):
+    if log and all((line > 0).all() for _, line in lines):
         axes.set_yscale("log")
     if len(lines) <= 12:
         axes.legend(fontsize="small")
@@ -129,12 +129,29 @@ def comparison(
         means.append(values.mean())
         width = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
         widths.append(float((errors or {}).get(name, width)))
-    axes = _axes(axes, height=0.8 + 0.35 * len(scores))
-    for row, (name, mean, width) in enumerate(zip(scores, means, widths, strict=True)):
+    return _rows(list(scores), means, widths, axes=axes, xlabel=xlabel, highlight=highlight)
+
+
+def _rows(
+    names: Sequence[str],
+    means: Sequence[float],
+    widths: Sequence[float],
+    *,
+    axes: "Axes | None",
+    xlabel: str,
+    highlight: Sequence[str] = (),
+) -> "Axes":
+    """One row a name, the first at the top; without a point where the mean is not finite."""
+    axes = _axes(axes, height=0.8 + 0.35 * len(names))
+    for row, (name, mean, width) in enumerate(zip(names, means, widths, strict=True)):
         color = "C1" if name in highlight else "C0"
-        axes.errorbar(mean, row, xerr=None if np.isnan(width) else width, fmt="o", color=color, capsize=3)
-    axes.set_yticks(range(len(scores)), list(scores))
-    axes.invert_yaxis()
+        if not np.isfinite(mean):
+            place = axes.get_yaxis_transform()  # from the left, of the axes
+            axes.text(0.02, row, "diverges", transform=place, va="center", color=color)
+            continue
+        axes.errorbar(mean, row, xerr=width if np.isfinite(width) else None, fmt="o", color=color, capsize=3)
+    axes.set_yticks(range(len(names)), list(names))
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(xlabel)
     return axes
@@ -152,7 +169,8 @@ def adaptation_curves(
       ylabel: what the scores are.
 
     Returns:
-      The axes, with a legend. A method without steps is a level line, dashed.
+      The axes, with a legend, which says what is transductive. A method without steps is a level line, dashed; steps
+      after which a score is not finite are gaps.
 
     Raises:
       ValueError: there is no such source.
@@ -164,14 +182,14 @@ def adaptation_curves(
     longest = max(scores.shape[1] for of in evaluation.scores.values() for scores in of.values())
     for number, (method, of) in enumerate(evaluation.scores.items()):
         scores = np.concatenate(list(of.values()) if source is None else [of[source]])
-        mean = scores.mean(axis=0)
-        half = (
-            1.96 * scores.std(axis=0, ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.full(len(mean), np.nan)
-        )
+        scores = np.where(np.isfinite(scores).all(axis=0), scores, np.nan).astype(float)
+        mean, half = scores.mean(axis=0), np.full(scores.shape[1], np.nan)
+        if len(scores) > 1:
+            half = 1.96 * scores.std(axis=0, ddof=1) / np.sqrt(len(scores))
         steps, style = np.arange(len(mean)), "-"
         if len(mean) == 1 < longest:
             steps, mean, half, style = np.array([0, longest - 1]), np.repeat(mean, 2), np.repeat(half, 2), "--"
-        axes.plot(steps, mean, style, color=f"C{number}", label=method)
+        axes.plot(steps, mean, style, color=f"C{number}", label=_label(evaluation, method))
         axes.fill_between(steps, mean - half, mean + half, color=f"C{number}", alpha=0.2, linewidth=0)
     axes.legend(fontsize="small")
     axes.set_xlabel("adaptation steps")
@@ -199,17 +217,20 @@ def scores_by_number(
       ylabel: what the scores are.
 
     Returns:
-      The axes, with a legend.
+      The axes, with a legend, which says what is transductive. A mean that is not finite is not drawn.
 
     Raises:
-      ValueError: `of` or `edges` is out of range.
+      ValueError: `of` or `edges` is out of range, or no episode is within `edges`.
       ImportError: matplotlib is not installed.
     """
     binned = methods.by_number(evaluation, of, edges, step=step)
+    if not all(binned.values()):
+        raise ValueError(f"`edges` must hold the {of} of an episode between them; there is none within {list(edges)}.")
     axes = _axes(axes)
     for method, bins in binned.items():
         number, _, mean, half = np.array(bins).T
-        axes.errorbar(number, mean, yerr=half, marker="o", capsize=3, label=method)
+        mean = np.where(np.isfinite(mean), mean, np.nan)
+        axes.errorbar(number, mean, yerr=half, marker="o", capsize=3, label=_label(evaluation, method))
     axes.legend(fontsize="small")
     axes.set_xlabel(of if of == "ways" else "shots (support examples for each way)")
     axes.set_ylabel(ylabel)
@@ -229,7 +250,7 @@ def leaderboard(
       axes: where to draw; None makes a figure.
 
     Returns:
-      The axes.
+      The axes. A method whose mean is not finite has a row without a point, which says "diverges".
 
     Raises:
       ValueError: there is no such source.
@@ -238,12 +259,18 @@ def leaderboard(
     if source is not None and source not in evaluation.sources:
         raise ValueError(f"`source` must be one of {', '.join(map(repr, evaluation.sources))}; got {source!r}.")
     table = methods.mean_scores(evaluation, step=step)
-    means, halves = {}, {}
+    labels, means, halves = [], [], []
     for method in methods.average_ranks(evaluation, step=step):
         pairs = np.array([pair for name, pair in table[method].items() if source in (None, name)])
-        label = f"{method}, transductive" if evaluation.transductive[method] else method
-        means[label], halves[label] = pairs[:, 0].mean(), np.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs)
-    return comparison(means, errors=halves, axes=axes, xlabel=source or "mean over sources")
+        finite = np.isfinite(pairs[:, 0]).all()
+        labels.append(_label(evaluation, method))
+        means.append(pairs[:, 0].mean() if finite else np.nan)
+        halves.append(np.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs))
+    return _rows(labels, means, halves, axes=axes, xlabel=source or "mean over sources")
+
+
+def _label(evaluation: methods.Evaluation, method: str) -> str:
+    return f"{method}, transductive" if evaluation.transductive[method] else method
 
 
 def pareto_front(

@@ -36,6 +36,8 @@ def test_a_trace_has_a_line_an_entry_and_both_forms_agree():
         assert list(drawn) == ["decay[0]", "decay[1]", "rate"] and axes.get_yscale() == "log"
         np.testing.assert_allclose(drawn["decay[1]"], [2e-3, 4e-3, 6e-3], rtol=1e-6)
     assert plots.hyperparameter_trace({"z": np.array([-1.0, 1.0])}).get_yscale() == "linear"
+    alike = plots.hyperparameter_trace({"a.b": np.ones(2), "a": {"b": np.full(2, 2.0)}})
+    assert [line.get_ydata()[0] for line in alike.lines] == [2.0, 1.0]
 
 
 def test_a_comparison_draws_the_mean_and_the_interval_of_the_mean():
@@ -79,6 +81,24 @@ def test_scores_by_number_and_the_leaderboard():
     axes = plots.leaderboard(seen)
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["level", "steps, transductive"]
     np.testing.assert_allclose([bar.lines[0].get_xdata()[0] for bar in axes.containers], [0.35, 0.45])
+    for axes in (plots.adaptation_curves(seen), plots.scores_by_number(seen, "shots", [1, 6, 11])):
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["steps, transductive", "level"]
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_method_that_diverges_is_drawn_without_its_points(value):
+    scores = {"u": np.array([[0.5, value], [0.5, 1.0]]), "v": np.array([[0.5, np.inf], [0.5, -np.inf]])}
+    kinds = dict.fromkeys([*SCORES, "wild"], False)
+    diverging = EVALUATION._replace(scores={**SCORES, "wild": scores}, transductive=kinds)
+    axes = plots.leaderboard(diverging)
+    labels = [tick.get_text() for tick in axes.get_yticklabels()]
+    (text,) = axes.texts
+    assert sorted(labels) == ["level", "steps", "wild"] and axes.yaxis_inverted() and len(axes.containers) == 2
+    assert text.get_text() == "diverges" and labels[text.get_position()[1]] == "wild"
+    assert "wild" in methods.leaderboard(diverging, reference="steps")
+    np.testing.assert_array_equal(plots.adaptation_curves(diverging).lines[2].get_ydata(), [0.5, np.nan])
+    points = plots.scores_by_number(diverging, "shots", [1, 6, 11]).containers[2].lines[0].get_ydata()
+    assert np.isnan(points[0]) and len(points) == 2
 
 
 @pytest.mark.parametrize(
@@ -91,6 +111,7 @@ def test_scores_by_number_and_the_leaderboard():
         (lambda: plots.hyperparameter_trace({"a": 1.0}), "leading axis; got"),
         (lambda: plots.adaptation_curves(EVALUATION, source="w"), "must be one of 'u', 'v'; got 'w'"),
         (lambda: plots.leaderboard(EVALUATION, source="w"), "must be one of 'u', 'v'; got 'w'"),
+        (lambda: plots.scores_by_number(EVALUATION, "ways", [50, 60]), r"`edges` must hold the ways .* \[50, 60\]"),
         (lambda: plots.comparison({}), "`scores` must hold at least one method"),
         (lambda: plots.comparison({"a": [np.nan]}), "'a' has none"),
         (lambda: plots.comparison({"a": [1.0]}, highlight=["b"]), r"\['b'\] are not in \['a'\]"),

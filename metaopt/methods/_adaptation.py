@@ -199,7 +199,7 @@ def adaptation(
     def whole(params, made, meta_params):
         """All leaves: those that do not adapt were made by `init`, or are read from the meta-parameters."""
         given = _by_path(meta_params) | _by_path(made)
-        fill = lambda path, x: given.get(_path(path)) if x is None else x  # what is None in the model stays so
+        fill = lambda path, x: given.get(path) if x is None else x  # what is None in the model stays so
         return jax.tree_util.tree_map_with_path(fill, params, is_leaf=lambda x: x is None)
 
     def judged(params, carried, meta_params):
@@ -230,7 +230,7 @@ def adaptation(
             params, model_state = params
         else:
             model_state = None
-        paths = list(_by_path(params))
+        paths = [_path(path) for path in _by_path(params)]
         if not any(re.search(adapt, path) for path in paths):
             raise ValueError(f"`adapt` must find a leaf: {adapt!r} is in none of {paths}.")
         both = [
@@ -239,19 +239,19 @@ def adaptation(
         if both:
             raise ValueError(f"Leaves with a value for each step cannot adapt: {both}. Leave them out of `adapt`.")
         given = _by_path(hyperparams["init"])
-        alone = [path for path in paths if re.search(adapt, path) and path not in given]
+        alone = [_path(path) for path in _by_path(params) if re.search(adapt, _path(path)) and path not in given]
         if proximal and alone:
             raise ValueError(
                 f'`proximal` is the distance from λ["init"], in which the leaves {alone}, made by `init`, are not: let '
                 "them not adapt (`adapt`), or leave out `proximal`."
             )
         # What `init` passed on is the very leaf of λ["init"].
-        is_made = lambda path, x: not re.search(adapt, path) and x is not given.get(path)
-        made = jax.tree_util.tree_map_with_path(lambda path, x: x if is_made(_path(path), x) else None, params)
+        is_made = lambda path, x: not re.search(adapt, _path(path)) and x is not given.get(path)
+        made = jax.tree_util.tree_map_with_path(lambda path, x: x if is_made(path, x) else None, params)
         if rule is not None and jax.tree.leaves(made):
             raise ValueError(
-                f"`init` made the leaves {list(_by_path(made))}, which do not adapt, and a `rule` sees no derivative "
-                "through them: let them adapt (`adapt`), or leave out the `rule`."
+                f"`init` made the leaves {[_path(path) for path in _by_path(made)]}, which do not adapt, and a `rule` "
+                "sees no derivative through them: let them adapt (`adapt`), or leave out the `rule`."
             )
         # `hyperparams` asks for the shapes of θ, and needs no data where `init` does not.
         support = {name: data[name] for name in ("x", "mask")} if keep_support and data is not None else None
@@ -304,7 +304,8 @@ def adaptation(
 
     def f(params, hyperparams, batch, context):
         params = judged(params, context.model_state, hyperparams["init"])
-        with _traced_after_steps(num_steps > 0):  # pre-training has its own batch, and no support set
+        # Pre-training alone, without inner steps and an `init` of the support set, has its own batch.
+        with _traced_after_steps(num_steps > 0 or init is not None):
             value = judge(params, hyperparams, batch, context._replace(model_state=context.model_state.own))
         return value[0] if isinstance(value, tuple) else value
 
@@ -312,16 +313,15 @@ def adaptation(
     factory = lambda hyperparams: grouped(rate if rates == "fixed" else hyperparams["rate"])
 
     def leaves_at(hyperparams, step):
-        found = {
-            p: jnp.shape(x) for p, x in _by_path(hyperparams["init"]).items() if re.search(leaves_per_step or "", p)
-        }
-        wrong = {path: shape for path, shape in found.items() if shape[:1] != (num_steps,)}
+        given = _by_path(hyperparams["init"])
+        found = {path: jnp.shape(x) for path, x in given.items() if re.search(leaves_per_step or "", _path(path))}
+        wrong = {_path(path): shape for path, shape in found.items() if shape[:1] != (num_steps,)}
         if not found or wrong:
             raise ValueError(
                 f'`leaves_per_step` must find leaves in λ["init"] with a leading axis of `num_steps` = {num_steps}; '
                 f"{leaves_per_step!r} finds {wrong or 'none'}."
             )
-        pick = lambda path, x: x[step] if _path(path) in found else x
+        pick = lambda path, x: x[step] if path in found else x
         return {**hyperparams, "init": jax.tree_util.tree_map_with_path(pick, hyperparams["init"])}
 
     def at_step(hyperparams, step):
@@ -465,8 +465,9 @@ def _held_grad(loss: Callable, has_aux: bool = False) -> Callable:
     return held
 
 
-def _by_path(tree: base.PyTree) -> dict[str, Any]:
-    return {_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+def _by_path(tree: base.PyTree) -> dict[Any, Any]:
+    """Each leaf by its keys: joined to a string, those of {"a/b": ...} and of {"a": {"b": ...}} would be the same."""
+    return dict(jax.tree_util.tree_leaves_with_path(tree))
 
 
 def _path(path: Any) -> str:

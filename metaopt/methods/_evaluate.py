@@ -173,8 +173,8 @@ def evaluate_episodes(
         samplers = {"episodes": samplers}
     if not samplers:
         raise ValueError("`samplers` must hold at least one source; it is empty.")
-    if num_episodes < 1 or chunk_size < 1:
-        raise ValueError(f"`num_episodes` and `chunk_size` must be at least 1; got {num_episodes} and {chunk_size}.")
+    base.check_integer("num_episodes", num_episodes, 1)
+    base.check_integer("chunk_size", chunk_size, 1)
     base.check_integer("each", each, 1, optional=True)
     if higher_is_better is None:
         higher_is_better = next((better for fn, better in HIGHER_IS_BETTER.items() if fn is score_fn), None)
@@ -401,14 +401,22 @@ def _at(evaluation: Evaluation, method: str, source: str, step: int) -> np.ndarr
     """[E], the scores after `step` steps, or after the method's last where it takes fewer."""
     if step < -1:
         raise ValueError(f"`step` must be a number of steps, or -1 for a method's last; got {step}.")
-    scores = evaluation.scores[method][source]
+    scores = np.asarray(evaluation.scores[method][source], np.float64)  # squares of large ones do not overflow
     return scores[:, step] if step < scores.shape[1] else scores[:, -1]
 
 
 def _mean(scores: np.ndarray) -> tuple[float, float]:
-    """The mean and half of its normal 95 % interval."""
-    half = 1.96 * scores.std(ddof=1) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
-    return float(scores.mean()), float(half)
+    """The mean and half of its normal 95 % interval: NaN where there is none, of one score or of infinite ones."""
+    if len(scores) < 2 or not np.isfinite(scores).all():
+        with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN
+            return float(scores.mean()), math.nan
+    return float(scores.mean()), float(1.96 * scores.std(ddof=1) / math.sqrt(len(scores)))
+
+
+def _differences(evaluation: Evaluation, method: str, reference: str, source: str, step: int) -> np.ndarray:
+    """[E], NaN where both diverge."""
+    with np.errstate(invalid="ignore"):
+        return _at(evaluation, method, source, step) - _at(evaluation, reference, source, step)
 
 
 def mean_scores(evaluation: Evaluation, *, step: int = -1) -> dict[str, dict[str, tuple[float, float]]]:
@@ -419,7 +427,8 @@ def mean_scores(evaluation: Evaluation, *, step: int = -1) -> dict[str, dict[str
       step: after so many adaptation steps; −1, or more than a method takes: after its last.
 
     Returns:
-      Method -> source -> (mean, half of the normal 95 % interval, 1.96 s / √E).
+      Method -> source -> (mean, half of the normal 95 % interval, 1.96 s / √E: NaN of one episode, and of a method
+      that diverges).
     """
     return {
         method: {source: _mean(_at(evaluation, method, source, step)) for source in evaluation.sources}
@@ -449,8 +458,7 @@ def paired_differences(
         raise ValueError(f"`reference` must be one of {', '.join(map(repr, evaluation.scores))}; got {reference!r}.")
     return {
         method: {
-            source: _mean(_at(evaluation, method, source, step) - _at(evaluation, reference, source, step))
-            for source in evaluation.sources
+            source: _mean(_differences(evaluation, method, reference, source, step)) for source in evaluation.sources
         }
         for method in evaluation.scores
     }
@@ -555,15 +563,18 @@ def _table(
     bold = set()
     for source in evaluation.sources:
         best = max(means, key=lambda method: np.nan_to_num(sign * means[method][source][0], nan=-np.inf))
+        if not math.isfinite(means[best][source][0]):  # all diverge
+            continue
         for method, of in paired_differences(evaluation, best, step=step).items():
             difference, half = of[source]
             if method == best or abs(difference) <= half:
                 bold.add((method, source))
-    head = [kind, *map(str, evaluation.sources), "average rank"]
-    head += [] if reference is None else [f"against {reference}"]
+    name_of = lambda name: str(name).replace("|", "\\|")  # which would end the cell
+    head = [kind, *map(name_of, evaluation.sources), "average rank"]
+    head += [] if reference is None else [f"against {name_of(reference)}"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method, rank in ranks.items():
-        cells = [str(method)]
+        cells = [name_of(method)]
         for source in evaluation.sources:
             mean, half = means[method][source]
             text = f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")  # of one episode: none
@@ -572,7 +583,7 @@ def _table(
         if differences is not None:
             pairs = np.array(list(differences[method].values()))
             half = math.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs)
-            text = f"{pairs[:, 0].mean():+.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+            text = f"{_mean(pairs[:, 0])[0]:+.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
             cells.append("" if method == reference else text)
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -1,5 +1,6 @@
 """What a search was made with, as JSON has it: what checkpoints are known by."""
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -23,8 +24,9 @@ S = TypeVar("S")
 def plain(value: Any, depth: int = 12) -> Any:
     """A value as JSON has it.
 
-    A function is its name and the values that it encloses; an array of more than 100 entries its shape and a checksum;
-    what else JSON has not, and what lies deeper than `depth`, the name of its type. So what a factory was given is told
+    A function is its name, the values that it encloses and the defaults of its arguments; a method its object besides,
+    and a dataclass its fields; an array of more than 100 entries its shape and a checksum; what
+    else JSON has not, and what lies deeper than `depth`, the name of its type. So what a factory was given is told
     (`nas.softmax(2.0)`, `optax.linear_schedule(1, 0, 50)`), and a number that is written in a function's body is not.
     """
     if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, Tracer):
@@ -49,7 +51,12 @@ def plain(value: Any, depth: int = 12) -> Any:
     if inspect.isfunction(value):
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         enclosed = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}  # not yet assigned
-        return {f"{value.__module__}.{value.__qualname__}": inside(enclosed)}
+        defaults = {f"default {i}": x for i, x in enumerate(value.__defaults__ or ())} | (value.__kwdefaults__ or {})
+        return {f"{value.__module__}.{value.__qualname__}": inside(enclosed | defaults)}
+    if inspect.ismethod(value):
+        return inside([value.__func__, value.__self__])
+    if dataclasses.is_dataclass(value) and not inspect.isclass(value):
+        return {type(value).__name__: inside({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})}
     return type(value).__name__
 
 

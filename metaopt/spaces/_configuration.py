@@ -31,7 +31,8 @@ def configuration(space: base.PyTree, hyperparams: base.HyperParams) -> dict[str
       the shortest decimal of λ's type, within the bounds of its leaf.
 
     Raises:
-      ValueError: λ does not fit the space, or a condition names what the space does not have.
+      ValueError: λ does not fit the space, a condition names what the space does not have, or two leaves have one
+        name.
 
     >>> import numpy as np
     >>> from metaopt import spaces
@@ -67,7 +68,8 @@ def from_configuration(
       λ, structured like the space, of NumPy arrays of JAX's default floating-point type; a choice is one-hot.
 
     Raises:
-      ValueError: where `strict`, a name or a label is not known, or a value is no number or out of bounds.
+      ValueError: where `strict`, a name or a label is not known, or a value is no number or out of bounds; or two
+        leaves of the space have one name.
 
     >>> from metaopt import spaces
     >>> space = {"depth": spaces.integer(1, 8, default=2), "loss": spaces.choice(["mse", "mae"])}
@@ -77,11 +79,12 @@ def from_configuration(
     """
     leaves, treedef = _flatten(space)
     unknown = dict(configuration)
-    values = []
+    values, names = [], []
     for path, leaf in leaves:
         value = np.array(_default_value(leaf, jnp.result_type(float)))
         for index in np.ndindex(leaf.plain_shape):
             name = _entry(_name(path), index)
+            names.append(name)
             given = unknown.pop(name, _MISSING)
             if given is not _MISSING and leaf.tuned:
                 try:
@@ -91,9 +94,11 @@ def from_configuration(
                         continue
                     raise ValueError(f"The configuration's `{name}` must be {error}; got {given!r}.") from None
         values.append(value)
+    _check_names(names)
     if unknown and strict:
         raise ValueError(
-            f"The space has no {', '.join(f'`{name}`' for name in unknown)}; it has {', '.join(_plain_names(leaves))}. "
+            f"The space has no {', '.join(f'`{name}`' for name in unknown)}; it has "
+            f"{', '.join(f'`{name}`' for name in names)}. "
             "`from_configuration(strict=False)` ignores what it does not have."
         )
     return treedef.unflatten(values)
@@ -220,13 +225,18 @@ def _leaf_name(name: str, conditions) -> str:
     return name if name in conditions else name[: name.rindex("[")]
 
 
-def _plain_names(leaves) -> list[str]:
-    return [f"`{_entry(_name(path), index)}`" for path, leaf in leaves for index in np.ndindex(leaf.plain_shape)]
+def _check_names(names: list[str]) -> None:
+    """A plain value is known by its name alone, which {"a.b": ...} and {"a": {"b": ...}} share."""
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise ValueError(f"Two leaves of the space have the same name, {', '.join(twice)}: rename one of them.")
 
 
 def _conditions(space) -> dict[str, tuple[tuple[str, tuple], ...]]:
     """The condition of every leaf by its name, parents before their children; raises where one cannot be met."""
-    leaves: dict[str, Leaf] = {_name(path): leaf for path, leaf in _flatten(space)[0]}
+    flat = _flatten(space)[0]
+    _check_names([_entry(_name(path), index) for path, leaf in flat for index in np.ndindex(leaf.plain_shape)])
+    leaves: dict[str, Leaf] = {_name(path): leaf for path, leaf in flat}
     for name, leaf in leaves.items():
         for parent, values in leaf.condition:
             other = leaves.get(parent)

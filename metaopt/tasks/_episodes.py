@@ -97,8 +97,7 @@ def episode_batches(sample: Callable[[jax.Array], Any], num_tasks: int) -> Calla
     Raises:
       ValueError: `num_tasks` is below 1.
     """
-    if num_tasks < 1:
-        raise ValueError(f"`num_tasks` must be at least 1; got {num_tasks}.")
+    base.check_integer("num_tasks", num_tasks, 1)
 
     def batch(sample, key):
         def one(key):
@@ -212,8 +211,7 @@ def episodes(
     ((6, 4, 4), (12,))
     """
     for name, value, least in (("num_ways", num_ways, 2), ("num_shots", num_shots, 1), ("num_query", num_query, 1)):
-        if value < least:
-            raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+        base.check_integer(name, value, least)
     sources = _as_list(sources)
     nodes = []
     for source in sources:
@@ -295,16 +293,13 @@ def meta_dataset_episodes(
 
     Source: Triantafillou et al., ICLR 2020, https://arxiv.org/abs/1903.03096, Sec. 3.2 and App. B.
     """
-    if not 2 <= min_ways <= max_ways <= max_support:
-        raise ValueError(
-            "`min_ways` must be at least 2, `max_ways` at least that and `max_support` at least that; got "
-            f"{min_ways}, {max_ways} and {max_support}."
-        )
-    if min(max_query, max_support_per_class) < 1 or not log_weights[0] <= log_weights[1]:
-        raise ValueError(
-            "`max_query` and `max_support_per_class` must be at least 1 and `log_weights` ascend; got "
-            f"{max_query}, {max_support_per_class} and {log_weights}."
-        )
+    base.check_integer("min_ways", min_ways, 2)
+    base.check_integer("max_ways", max_ways, min_ways)
+    base.check_integer("max_support", max_support, max_ways)
+    base.check_integer("max_query", max_query, 1)
+    base.check_integer("max_support_per_class", max_support_per_class, 1)
+    if not log_weights[0] <= log_weights[1]:
+        raise ValueError(f"`log_weights` must ascend; got {log_weights}.")
     sources = _as_list(sources)
     nodes, whole = [], []
     for source in sources:

@@ -36,8 +36,8 @@ def function_episodes(
     Raises:
       ValueError: an argument is out of range.
     """
-    if num_shots < 1 or num_query < 1:
-        raise ValueError(f"`num_shots` and `num_query` must be at least 1; got {num_shots} and {num_query}.")
+    base.check_integer("num_shots", num_shots, 1)
+    base.check_integer("num_query", num_query, 1)
     if not inputs[0] < inputs[1] or noise < 0:
         raise ValueError(f"`inputs` must ascend and `noise` be at least 0; got {inputs} and {noise}.")
 

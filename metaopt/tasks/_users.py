@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metaopt import base
 from metaopt.tasks._class_sources import data_file
 from metaopt.tasks._episodes import Episode
 
@@ -134,8 +135,8 @@ def user_episodes(
     Raises:
       ValueError: an argument is out of range, a user has K records or fewer, x has NaN, or there is no time.
     """
-    if num_support < 1 or (num_query is not None and num_query < 1):
-        raise ValueError(f"`num_support` and `num_query` must be at least 1; got {num_support} and {num_query}.")
+    base.check_integer("num_support", num_support, 1)
+    base.check_integer("num_query", num_query, 1, optional=True)
     if order not in ORDERS:
         raise ValueError(f"`order` must be one of {', '.join(map(repr, ORDERS))}; got {order!r}.")
     if order != "random" and table.time is None:

@@ -413,6 +413,20 @@ def test_bad_patterns():
         methods.imaml(loss, proximal=0.0)
 
 
+def test_leaves_whose_paths_look_alike_are_two():
+    params = {"enc/w": jnp.array([2.0]), "enc": {"w": jnp.array([5.0])}, "head": jnp.array([0.1])}
+    product = lambda p, _, batch: ((p["enc/w"] * p["enc"]["w"] * p["head"] * batch - 3.0) ** 2).sum()
+    task = base.Task(jnp.ones(1), jnp.ones(1))
+    value = lambda a, init: a.estimator.estimate(a.hyperparams(init), task, KEY)[0].value
+    assert value(methods.anil(product, num_steps=0), params) == 4.0
+    # `init` makes one of them; the other is that of λ.
+    made = lambda key, hp, data: {**hp["init"], "enc": {"w": 2 * hp["init"]["enc"]["w"]}}
+    assert value(methods.anil(product, num_steps=0, init=made), params) == 1.0
+    # One has no value for each step.
+    with pytest.raises(ValueError, match=r"`num_steps` = 1; 'w\$' finds {'enc/w': \(3,\)}"):
+        value(methods.anil(product, leaves_per_step="w$"), {**params, "enc": {"w": jnp.ones(3)}})
+
+
 def with_made(params):
     """A gain out of the support set, and a changed bias, neither of which adapts."""
     gain = 1 + 0.3 * params["hidden"]["b"][0] * DATA[0]["y"].mean()

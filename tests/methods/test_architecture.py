@@ -1,5 +1,6 @@
 """Searches: the α-hypergradient of every exact one against finite differences, and what each adds to DARTS."""
 
+import dataclasses
 import json
 
 import jax
@@ -313,6 +314,15 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path):
 
 
 def test_settings_tell_searches_apart_and_are_json():
+    @dataclasses.dataclass
+    class Weighted:
+        factor: float
+
+        def __call__(self, outputs, batch):
+            return self.factor * outputs.mean()
+
+        method = __call__
+
     def own(rate):
         return lambda hyperparams: optax.sgd(rate)
 
@@ -340,6 +350,11 @@ def test_settings_tell_searches_apart_and_are_json():
             methods.under_budget(methods.under_budget(plain, table, budget=a), table, budget=b)
             for a, b in ((2.0, 3.0), (4.0, 3.0), (2.0, 4.0))
         ),
+        # Defaults, keywords among them; methods and dataclasses.
+        *(search_of(methods.darts, loss=lambda outputs, batch, w=w: w * outputs.mean()) for w in (1.0, 2.0)),
+        *(search_of(methods.darts, loss=lambda outputs, batch, *, w=w: w * outputs.mean()) for w in (1.0, 2.0)),
+        *(search_of(methods.darts, loss=Weighted(w).method) for w in (1.0, 2.0)),
+        *(search_of(methods.darts, loss=Weighted(w)) for w in (1.0, 2.0)),
         # A penalty within β-DARTS' own; tables that differ in one number.
         *(
             search_of(methods.beta_darts, num_steps=9, penalty=nas.resource_penalty(t, NET, weight=1.0, target=2.0))

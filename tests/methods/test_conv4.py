@@ -167,6 +167,10 @@ def test_a_query_set_without_the_support_set_is_refused(kind, makers):
             with pytest.raises(ValueError, match=message):
                 use(make(loss))
         assert estimate(make(loss, keep_support=True)).dtype == jnp.float32
+    for make in (methods.prototypical_networks, methods.ridge_head):  # no steps, but a head of the support set
+        with pytest.raises(ValueError, match=message):
+            estimate(make(network.features, keep_support=False))
+        assert estimate(make(network.features)).shape == ()
     within = methods.maml(loss, keep_support=True)  # whose inner loss is traced within f, and sees a support set there
 
     def judged_after_more_steps(params, hyperparams, batch):

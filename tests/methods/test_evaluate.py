@@ -424,6 +424,20 @@ def test_the_leaderboard():
     assert lines[2].endswith("1.00 |") and lines[6].endswith("1.00 |") and "lower is better" in lines[-1]
     of_one = methods.leaderboard(by_hand({"a": {1: [[0.5]]}, "b": {1: [[0.25]]}}), reference="b")
     assert of_one.splitlines()[2] == "| a | **0.500** | 1.00 | +0.250 |"  # one episode has no interval
+    bars = methods.leaderboard(by_hand({"a|b": {"x|y": [[0.5]]}}), reference="a|b").splitlines()
+    assert bars[0] == r"| method | x\|y | average rank | against a\|b |" and bars[2].startswith(r"| a\|b |")
+
+
+def test_scores_that_are_not_finite_have_a_mean_and_no_interval():
+    wild, large = [[[np.inf], [1.0]], [[np.inf], [-np.inf]]], np.array([[1e30], [3e30]], np.float32)
+    of = by_hand({"a": {"u": wild[0], "v": wild[1]}, "b": {"u": [[1.0], [1.0]], "v": wild[1]}})
+    assert methods.mean_scores(of)["a"]["u"] == (np.inf, pytest.approx(np.nan, nan_ok=True))
+    assert np.isnan(methods.mean_scores(of)["a"]["v"]).all()
+    differences = methods.paired_differences(of, "b")["a"]
+    assert differences["u"][0] == np.inf and np.isnan(differences["v"]).all()
+    assert "| a | inf | nan |" in methods.leaderboard(of._replace(higher_is_better=False), reference="b")
+    mean, half = methods.mean_scores(of._replace(scores={"a": {"u": large, "v": large}}))["a"]["u"]
+    assert mean == pytest.approx(2e30) and half == pytest.approx(1.96e30)
 
 
 def test_scores_of_masked_rows():
@@ -448,7 +462,12 @@ def test_scores_of_masked_rows():
     [
         (lambda: methods.evaluate_episodes({}, sample, KEY), "at least one method"),
         (lambda: methods.evaluate_episodes(METHODS, {}, KEY), "at least one source"),
-        (lambda: methods.evaluate_episodes(METHODS, sample, KEY, num_episodes=0), "at least 1; got 0 and 8"),
+        (lambda: methods.evaluate_episodes(METHODS, sample, KEY, num_episodes=0), "`num_episodes` must be at least 1"),
+        (
+            lambda: methods.evaluate_episodes(METHODS, sample, KEY, num_episodes=9.0),
+            "`num_episodes` must be an integer",
+        ),
+        (lambda: methods.evaluate_episodes(METHODS, sample, KEY, chunk_size=2.0), "`chunk_size` must be an integer"),
         (
             lambda: methods.evaluate_episodes({"x": lambda k, s, q: q["x"][None]}, tasks.sinusoids(), KEY),
             "`accuracy` is of episodes with classes.*`score_fn=methods.mean_squared_error`",

@@ -163,3 +163,13 @@ def test_conditions_survive_json():
     assert spaces.from_json(json.loads(json.dumps(spaces.to_json(SPACE)))) == SPACE
     fixed = spaces.active_if(spaces.fixed(1.0), "model", ["svm"])
     assert spaces.from_json(spaces.to_json(fixed)) == fixed != spaces.fixed(1.0)
+
+
+def test_two_leaves_of_one_name_are_refused():
+    space = {"a.b": spaces.positive(2.0), "a": {"b": spaces.positive(3.0)}}
+    default = {"a.b": np.array(2.0), "a": {"b": np.array(3.0)}}
+    for read in (spaces.configuration, spaces.active):
+        with pytest.raises(ValueError, match=r"Two leaves of the space have the same name, a\.b: rename one of them"):
+            read(space, default)
+    with pytest.raises(ValueError, match=r"the same name, a\[0\]"):
+        spaces.from_configuration({"a": spaces.real(0.0, shape=(1,)), "a[0]": spaces.real(0.0)}, {"a[0]": 1.0})

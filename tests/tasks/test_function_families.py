@@ -54,7 +54,8 @@ def test_mixed_functions():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_shots": 0}, "must be at least 1; got 0 and 10"),
+        ({"num_shots": 0}, "`num_shots` must be at least 1; got 0"),
+        ({"num_query": 2.5}, "`num_query` must be an integer of at least 1; got 2.5"),
         ({"inputs": (1.0, 1.0)}, "`inputs` must ascend"),
         ({"noise": -1.0}, "`noise` be at least 0"),
     ],
