@@ -79,13 +79,15 @@ class Program(NamedTuple):
     call: Callable[[], None]
     mib: float
     seconds: float  # of the processor, to trace and compile
+    flops: float
 
 
 def compiled(function: Callable, *args) -> Program:
     start = time.process_time()
     program = jax.jit(function).lower(*args).compile()
     seconds = time.process_time() - start
-    return Program(lambda: jax.block_until_ready(program(*args)), temporary_mib(program), seconds)
+    call = lambda: jax.block_until_ready(program(*args))
+    return Program(call, temporary_mib(program), seconds, hypergrad.flops(function, *args))
 
 
 def estimate(search: methods.Search, task: base.Task) -> Program:
@@ -101,7 +103,7 @@ def plain(search: methods.Search, task: base.Task) -> Program:
 
 
 def cost(smoke: bool, repetitions: int) -> list[list[str]]:
-    """Rows: the time of an estimate over that of a plain step."""
+    """Rows: the time and the operations of an estimate over those of a plain step."""
     case = small_case(smoke)
     task = case.task()
     of = lambda method, **options: estimate(case.search(method, **options), task)
@@ -118,11 +120,17 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
     unrolled = [(num, remat) for num in lengths for remat in ("none", "sqrt")]
     for num, remat in unrolled:
         programs[f"unrolled {num} {remat}"] = of(methods.unrolled_darts, num_steps=num, remat=remat)
-    seconds = medians({name: p.call for name, p in programs.items()}, repetitions, clock=time.process_time)
+    # Twice a turn: after a larger program the first call of a small one is slower, which would flatter the others.
+    calls = {name: p.call for name, p in programs.items()}
+    seconds = medians(calls, repetitions, clock=time.process_time, twice=True)
     one = seconds["plain"]
-    told = lambda name, what, share=1, bar=None: row(what, seconds[name] / one / share, bar, programs[name])
+
+    def told(name, what, share=1, bar=None):
+        operations = programs[name].flops / programs["plain"].flops / share
+        return [*row(what, seconds[name] / one / share, bar, programs[name]), f"{operations:.2f}"]
+
     rows = [
-        ["a plain step of the weights, ms", f"{1e3 * one:.3g}", "", f"{programs['plain'].seconds:.0f}"],
+        ["a plain step of the weights, ms", f"{1e3 * one:.3g}", "", f"{programs['plain'].seconds:.0f}", ""],
         told("first", "DARTS, first order"),
         told("second", "DARTS, second order by finite differences", bar=4.4),
         told("exact", "DARTS, second order by differentiation", bar=4.4),
@@ -136,9 +144,11 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
     single = nas.uniform_path()
     path = case.search(methods.darts, order="first", relaxation=single, decode=nas.softmax(), single_path=True)
     dense, sampled = programs["plain"], plain(path, task)
-    pair = medians({"dense": dense.call, "one": sampled.call}, repetitions, clock=time.process_time)
-    rows.append(row("single path, a step of the weights, over a plain one", pair["one"] / pair["dense"], None, sampled))
-    return rows
+    calls = {"dense": dense.call, "one": sampled.call}
+    pair = medians(calls, repetitions, clock=time.process_time, twice=True)
+    ratio = pair["one"] / pair["dense"]
+    last = row("single path, a step of the weights, over a plain one", ratio, None, sampled)
+    return [*rows, [*last, f"{sampled.flops / dense.flops:.2f}"]]  # the dearest op counts, on every edge
 
 
 def many(smoke: bool, repetitions: int) -> list[list[str]]:
@@ -230,8 +240,9 @@ def main() -> None:
     timed = lambda part: lambda smoke: part(smoke, repetitions)
     make = {"cost": timed(cost), "tasks": timed(many), "memory": memory, "large": large}
     made = circumstances(" ".join(["python experiments/benchmarks/architecture.py", *sys.argv[1:]])).rstrip()
-    header, parts = ["", "", "at most", "compiled in, s"], {}
+    parts = {}
     for name in options.only:
+        header = ["", "", "at most", "compiled in, s", *(["in operations"] if name == "cost" else [])]
         parts[name] = f"## {TITLES[name]}\n\n{table(header, make[name](options.smoke))}\n\n{made}"
         print(parts[name], flush=True)
     if not options.smoke:
@@ -239,7 +250,8 @@ def main() -> None:
         text = "\n\n".join(parts[name] for name in TITLES if name in parts)
         RESULT.write_text(
             "# What a step of architecture search costs\n\nAn alternation is a step of the weights and one of α; its "
-            "floor with second order is 3.75 plain steps. Seconds are of the processor, whatever else ran.\n\n"
+            "floor with second order is 3.75 plain steps. Seconds are of the processor, whatever else ran. Operations "
+            "are counted in the traced program; what the compiler finds twice in it counts twice.\n\n"
             f"{text}\n"
         )
 
