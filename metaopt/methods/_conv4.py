@@ -59,8 +59,8 @@ def conv4(
     "support" and "tasknorm" need the support set where the query set is seen: `adaptation(keep_support=True)` puts it
     into `params["support"]`, and the methods with `features` do. Without it the statistics are of the batch itself, as
     they should be in the inner loss and in pre-training; where f or `adapted` see a query set so, it is refused: the
-    method would be transductive. (`features` that are jitted or called by hand, and
-    losses under `jax.jit` or `jax.checkpoint`, are not told what they see.)
+    method would be transductive. (`features` that are jitted or called by hand, and losses under `jax.jit` or
+    `jax.checkpoint`, are not told what they see.)
 
     Args:
       normalization: one of the table.

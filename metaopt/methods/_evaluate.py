@@ -562,9 +562,10 @@ def _table(
     sign = 1 if evaluation.higher_is_better else -1
     bold = set()
     for source in evaluation.sources:
-        best = max(means, key=lambda method: np.nan_to_num(sign * means[method][source][0], nan=-np.inf))
-        if not math.isfinite(means[best][source][0]):  # all diverge
+        finite = [method for method, of in means.items() if math.isfinite(of[source][0])]
+        if not finite:  # all diverge
             continue
+        best = max(finite, key=lambda method: sign * means[method][source][0])
         for method, of in paired_differences(evaluation, best, step=step).items():
             difference, half = of[source]
             if method == best or abs(difference) <= half:

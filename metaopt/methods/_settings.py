@@ -25,12 +25,14 @@ def plain(value: Any, depth: int = 12) -> Any:
     """A value as JSON has it.
 
     A function is its name, the values that it encloses and the defaults of its arguments; a method its object besides,
-    and a dataclass its fields; an array of more than 100 entries its shape and a checksum; what
-    else JSON has not, and what lies deeper than `depth`, the name of its type. So what a factory was given is told
-    (`nas.softmax(2.0)`, `optax.linear_schedule(1, 0, 50)`), and a number that is written in a function's body is not.
+    and a dataclass its fields; an array of more than 100 entries its shape and a checksum; what else JSON has not, and
+    what lies deeper than `depth`, the name of its type. So what a factory was given is told (`nas.softmax(2.0)`,
+    `optax.linear_schedule(1, 0, 50)`), and a number that is written in a function's body is not.
     """
     if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, Tracer):
-        if jnp.issubdtype(value.dtype, np.number) or value.dtype == bool:
+        if isinstance(value, jax.Array) and (value.is_deleted() or not value.is_fully_addressable):
+            value = f"{value.shape}, {value.dtype}"  # nothing can be read here
+        elif jnp.issubdtype(value.dtype, np.number) or value.dtype == bool:
             array = np.asarray(value)
             value = array.tolist() if array.size <= 100 else f"{array.shape}, checksum {zlib.crc32(array.tobytes())}"
     if value is None or isinstance(value, bool | int | str):
@@ -44,6 +46,8 @@ def plain(value: Any, depth: int = 12) -> Any:
         return {str(inside(name)): inside(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
         return [inside(x) for x in value]
+    if inspect.ismethod(value):  # before what is jitted: a method has what its function has
+        return inside([value.__func__, value.__self__])
     if callable(value) and hasattr(value, "__wrapped__"):  # jitted
         return inside(inspect.unwrap(value))
     if isinstance(value, functools.partial):
@@ -53,10 +57,9 @@ def plain(value: Any, depth: int = 12) -> Any:
         enclosed = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}  # not yet assigned
         defaults = {f"default {i}": x for i, x in enumerate(value.__defaults__ or ())} | (value.__kwdefaults__ or {})
         return {f"{value.__module__}.{value.__qualname__}": inside(enclosed | defaults)}
-    if inspect.ismethod(value):
-        return inside([value.__func__, value.__self__])
     if dataclasses.is_dataclass(value) and not inspect.isclass(value):
-        return {type(value).__name__: inside({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})}
+        fields = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]  # not yet assigned
+        return {type(value).__name__: inside({name: getattr(value, name) for name in fields})}
     return type(value).__name__
 
 

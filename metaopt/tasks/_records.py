@@ -265,8 +265,8 @@ def _integer(name: str, value: Any) -> int:
 
 def as_python(value: Any) -> Any:
     """What JSON has of NumPy's scalars: for `json.dumps(default=)`."""
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, np.generic) and not isinstance(number := value.item(), np.generic):  # a longdouble stays one
+        return number
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
 
 

@@ -317,11 +317,16 @@ def test_settings_tell_searches_apart_and_are_json():
     @dataclasses.dataclass
     class Weighted:
         factor: float
+        later: object = dataclasses.field(init=False)  # not assigned
 
         def __call__(self, outputs, batch):
             return self.factor * outputs.mean()
 
         method = __call__
+
+        @jax.jit
+        def jitted(self, outputs, batch):
+            return self.factor * outputs.sum()
 
     def own(rate):
         return lambda hyperparams: optax.sgd(rate)
@@ -354,6 +359,7 @@ def test_settings_tell_searches_apart_and_are_json():
         *(search_of(methods.darts, loss=lambda outputs, batch, w=w: w * outputs.mean()) for w in (1.0, 2.0)),
         *(search_of(methods.darts, loss=lambda outputs, batch, *, w=w: w * outputs.mean()) for w in (1.0, 2.0)),
         *(search_of(methods.darts, loss=Weighted(w).method) for w in (1.0, 2.0)),
+        *(search_of(methods.darts, loss=Weighted(w).jitted) for w in (1.0, 2.0)),
         *(search_of(methods.darts, loss=Weighted(w)) for w in (1.0, 2.0)),
         # A penalty within β-DARTS' own; tables that differ in one number.
         *(

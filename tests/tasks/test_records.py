@@ -197,6 +197,7 @@ def test_rows_of_earlier_versions_are_recovered_with_any_fidelity(tmp_path):
         (Record("t", {}, None), "outcome must be a number, NaN where there is none; got None"),  # pyright: ignore
         (Record("t", {}, cost="1 s"), "cost must be a number, NaN where there is none; got '1 s'"),  # pyright: ignore
         (Record("t", {}, fidelity=None), "fidelity must be a number"),  # pyright: ignore
+        (Record("t", {"x": np.longdouble(1)}), "must be plain numbers, strings, booleans and None"),
         (Record("t", {"x": np.zeros(2)}), "must be plain numbers, strings, booleans and None"),
     ],
 )
