@@ -1,11 +1,11 @@
 """Architecture searches that stop early and take an earlier α: DARTS, watched by a sign of its collapse."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from metaopt import nas
+from metaopt import base, nas
 from metaopt.methods._architecture import Search, darts
 from metaopt.methods._settings import with_settings
 
@@ -52,8 +52,7 @@ def robust_darts(
         watched = search.rule(problem, own)
         return nas.stopped_by_curvature(watched, search.problem, own=own, alpha=search.alpha, **stop)
 
-    found = lambda result: result.state.estimator_state.kept
-    return search._replace(estimator=rule(search.problem, lambda hyperparams: hyperparams), rule=rule, found=found)
+    return _stopped_by(search, rule)
 
 
 @with_settings
@@ -106,5 +105,10 @@ def darts_plus(
     # A network without skips is refused here.
     weights = lambda key: search.weights(search.hyperparams(key))
     jax.eval_shape(lambda key: nas.num_skips(search.supernet.network, weights(key)), jax.random.key(0))
+    return _stopped_by(search, rule)
+
+
+def _stopped_by(search: Search, rule: Callable[[base.Problem, Callable], base.Estimator]) -> Search:
+    """The search by another rule, whose state keeps the α to take."""
     found = lambda result: result.state.estimator_state.kept
     return search._replace(estimator=rule(search.problem, lambda hyperparams: hyperparams), rule=rule, found=found)
