@@ -153,6 +153,7 @@ def run_python(code, **kwargs):
     return done.stdout
 
 
+@pytest.mark.once
 def test_importing_metaopt_loads_no_extra_and_nothing_slow():
     slow = ("tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "pandas", "orbax", "optuna", "metaopt.plots")
     assert run_python(f"import metaopt, sys; print([m for m in {slow} if m in sys.modules])").strip() == "[]"

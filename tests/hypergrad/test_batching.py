@@ -49,6 +49,7 @@ def flat(tree):
     ]
 
 
+@pytest.mark.once
 def test_equals_a_loop_over_tasks():
     # To rounding: vmap turns products of a matrix and a vector into products of matrices.
     estimator = hypergrad.unrolled(problems.RIDGE, num_steps=5)
@@ -63,6 +64,7 @@ def test_equals_a_loop_over_tasks():
 
 
 @pytest.mark.parametrize("task_chunk", [1, 2, 4, 6, 10])
+@pytest.mark.once
 def test_chunks_equal_one_vmap(task_chunk):
     expected, expected_state = run(hypergrad.over_tasks(linear()), linear_tasks())
     estimate, state = run(hypergrad.over_tasks(linear(), task_chunk=task_chunk), linear_tasks())
@@ -72,6 +74,7 @@ def test_chunks_equal_one_vmap(task_chunk):
 
 
 @pytest.mark.parametrize("task_chunk", [None, 2])
+@pytest.mark.once
 def test_a_ragged_tuple_equals_one_batch(task_chunk):
     tasks = linear_tasks()
     parts = tuple(jax.tree.map(lambda x, rows=rows: x[rows], tasks) for rows in (slice(0, 2), slice(2, 6)))
@@ -116,6 +119,7 @@ def test_permuting_the_tasks_permutes_the_slots():
 
 @pytest.mark.parametrize("task_chunk", [None, 3])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
+@pytest.mark.once
 def test_a_task_that_is_not_finite_is_left_out_counted_and_done(bad, task_chunk):
     tasks = linear_tasks()
     tasks = tasks._replace(train=jnp.full(6, 5), valid=tasks.valid.at[2].set(bad))
@@ -194,6 +198,7 @@ def test_kinds_are_kept():
 
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("task_chunk", [None, 2])
+@pytest.mark.once
 def test_float32_stays_float32(x64, task_chunk):
     with jax.enable_x64(x64):
         tasks = jax.tree.map(lambda x: np.asarray(x, np.float32 if x.dtype == float else np.int32), linear_tasks())

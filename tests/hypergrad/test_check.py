@@ -50,6 +50,7 @@ def test_what_is_given_in_float32_is_checked_in_float64():
         (lambda h: jax.tree.map(lambda x: -x, h), "wrong"),
     ],
 )
+@pytest.mark.once
 def test_a_wrong_one_fails(change, status):
     report = CHECK(broken(UNROLLED, change), problems.LAM, problems.TASK)
     assert not report.passed and [leaf.status for leaf in report.leaves] == [status]
@@ -101,6 +102,7 @@ def test_a_biased_rule_is_measured_against_what_it_stands_for():
     assert not hypergrad.check(downhill, problems.LAM, problems.TASK, num_estimates=2, num_directions=3).passed
 
 
+@pytest.mark.once
 def test_an_unbiased_rule_is_judged_by_its_own_spread():
     def noisy(bias):
         def estimate(hyperparams, task, state):
@@ -132,6 +134,7 @@ def test_an_unbiased_rule_is_judged_over_its_whole_episode():
     assert not CHECK(base.Estimator(persistent.init, late, "unbiased"), problems.LAM, problems.TASK).passed
 
 
+@pytest.mark.once
 def test_a_biased_rule_ends_with_its_horizon():
     # After the full horizon the whole run counts, and nothing of the next: a window of all steps is exact.
     whole = hypergrad.truncated(problems.RIDGE, num_steps=4, truncation_length=4)._replace(kind="biased")

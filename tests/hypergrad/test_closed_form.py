@@ -43,6 +43,7 @@ def check(estimate, value_and_grad):
     assert estimate.done.dtype == bool
 
 
+@pytest.mark.once
 def test_the_closed_form_itself():
     check_grads(problems.closed_form, (problems.LAM,), order=1, rtol=1e-6)
     # θ* is where the gradient of the inner loss vanishes, and training arrives there.
@@ -55,6 +56,7 @@ def test_the_closed_form_itself():
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.once
 def test_converges_to_the_closed_form(name):
     estimator = ESTIMATORS[name](problems.RIDGE)
     estimate = converged(estimator, problems.LAM, problems.TASK)
@@ -62,6 +64,7 @@ def test_converges_to_the_closed_form(name):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.once
 def test_through_a_change_of_coordinates(name):
     def closed_form(unconstrained):
         penalty = spaces.to_constrained(problems.SPACE, unconstrained)["penalty"]

@@ -68,6 +68,7 @@ def test_lambda_at_a_bound():
         assert ("sits at a bound" in words(diagnosis)) == found
 
 
+@pytest.mark.once
 def test_an_unfinished_solve_and_a_dead_leaf():
     estimator = hypergrad.warm_implicit(problems.RIDGE, num_steps=5, adjoint_rate=1e-4)
     found = hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, num_steps=60, estimator=estimator)

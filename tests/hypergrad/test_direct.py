@@ -13,6 +13,7 @@ from metaopt import hypergrad, training
 KEY = jax.random.key(0)
 
 
+@pytest.mark.once
 def test_equals_the_closed_form_that_it_wraps():
     estimator = hypergrad.over_tasks(
         hypergrad.direct(lambda hyperparams, task, key: problems.closed_form(hyperparams, task))

@@ -90,6 +90,7 @@ def standard_errors(samples, expected):
 
 
 @pytest.mark.parametrize("outer", ["last", [0.5, 0.0, 2.0]])
+@pytest.mark.once
 def test_evolution_is_unbiased_for_the_smoothed_loss(outer):
     epsilon, weights = quadrature(3, order=9)
     f = np.stack(window_losses([epsilon] * 3, 1))
@@ -110,6 +111,7 @@ def test_evolution_is_unbiased_for_the_smoothed_loss(outer):
 
 
 @pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.once
 def test_every_window_has_its_stated_mean(name):
     length, windows = 2, 2
     estimator = WINDOWED[name](
@@ -229,6 +231,7 @@ def test_antithetic_pairs_have_a_smaller_variance_than_two_plain_samples():
     assert (antithetic.var(0) < plain.var(1) / 4).all()
 
 
+@pytest.mark.once
 def test_the_variance_on_a_linear_loss_is_the_stated_one():
     # (n + 1) |∇F|² / N, whatever σ; large noise from both keys cancels, since a pair shares them.
     slope, noise = jnp.arange(1.0, 5.0), lambda key, *_: 100 * jax.random.normal(key)
@@ -291,6 +294,7 @@ def test_perturbs_in_unconstrained_coordinates():
     chex.assert_trees_all_close(results[0].hypergrad, results[1].hypergrad, rtol=1e-12)
 
 
+@pytest.mark.once
 def test_amortized_perturbs_what_is_predicted():
     apply = lambda phi, task: {"log_penalty": phi @ task.features}
     predictor, phi = base.Predictor(lambda key: phi, apply), jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)
@@ -309,6 +313,7 @@ def test_amortized_perturbs_what_is_predicted():
     np.testing.assert_allclose(out.hypergrad, sum(singles) / 2, rtol=1e-9)
 
 
+@pytest.mark.once
 def test_a_pair_that_is_not_finite_makes_its_task_left_out():
     # log λ under perturbations that reach below zero in some tasks.
     loop = inner.loop(lambda params, hp, batch: params**2, lambda hp: optax.sgd(0.1), init=lambda *_: jnp.ones([]))
@@ -325,6 +330,7 @@ def test_a_pair_that_is_not_finite_makes_its_task_left_out():
     assert out.done[~finite].all()
 
 
+@pytest.mark.once
 def test_the_learner_starts_afresh_at_the_horizon():
     estimator = RULES["persistent_es"](POLYNOMIAL, sigma=0.1, num_pairs=2)
     learner = training.learner(estimator, optax.sgd(0.1))

@@ -21,6 +21,7 @@ def outer_loss(params, hyperparams, batch):
     raise AssertionError("the outer loss is not looked at")
 
 
+@pytest.mark.once
 def test_equals_the_product_of_successive_gradients_on_minibatches():
     loop = inner.loop(
         ridge, lambda hp: optax.sgd(hp["rate"]), init=problems.zeros, sampler=inner.minibatch(5, replace=True)

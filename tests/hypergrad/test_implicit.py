@@ -296,6 +296,7 @@ def test_imaml():
     assert estimate.done
 
 
+@pytest.mark.once
 def test_a_warm_start_helps_along_a_moving_path():
     few = {"num_steps": 2, "solver": hypergrad.cg(num_steps=1, tol=0.0)}
     warm, cold = (
@@ -317,6 +318,7 @@ def test_a_warm_start_helps_along_a_moving_path():
     assert ends["cold"] == [True] * 6
 
 
+@pytest.mark.once
 def test_over_tasks_equals_a_loop():
     estimator = hypergrad.implicit(problems.LOGISTIC, num_steps=20, solver=hypergrad.cg(tol=0.05))
     tasks = [problems.logistic_task(seed) for seed in range(3)]

@@ -133,6 +133,7 @@ def unrolled_level(loop):
     ("lower", "upper"),
     [(implicit_level, implicit_level), (implicit_level, unrolled_level), (unrolled_level, implicit_level)],
 )
+@pytest.mark.once
 def test_three_levels(lower, upper):
     def lowest_loss(theta, hp, batch):
         return theta @ A @ theta / 2 + jnp.exp(hp["rho"]) * theta @ theta / 2 - theta @ (C @ hp["phi"])

@@ -74,6 +74,7 @@ def test_the_gradient_is_an_argument_of_the_virtual_steps():
     np.testing.assert_allclose(estimate.hypergrad["penalty"], np.full(4, 0.1), rtol=1e-12)  # the direct part alone
 
 
+@pytest.mark.once
 def test_one_step_recomputes_too():
     # XLA inlines a loop of one step; what it computed must not be kept all the same.
     def losses(params, batch):

@@ -53,6 +53,7 @@ def terms(num_pairs, num_seeds):
     return es, (slope(ahead) + slope(behind)) / 2
 
 
+@pytest.mark.once
 def test_unbiased_with_the_smaller_variance_of_every_leaf():
     estimator = hypergrad.mix_with_es(hypergrad.direct(wavy), sigma=SIGMA, num_pairs=8)
     out = sampled(estimator, LAM, 10_000)
@@ -88,6 +89,7 @@ def test_weights_from_the_same_samples_would_be_biased():
     assert abs(off(mixed)) < 3 < 6 < abs(off(same))
 
 
+@pytest.mark.once
 def test_a_chaotic_training_is_left_to_evolution_strategies():
     # x ← λx(1 − x), 60 times at λ = 3.7: gradients of 1e9 and more, of a value in [0, 1].
     def chaotic(hyperparams, task, key):

@@ -37,6 +37,7 @@ def inputs():
 
 
 @pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.once
 def test_value_and_pullback_are_those_of_reverse_over_reverse(remat):
     params, hyperparams, batch = inputs()
     g = functools.partial(loss, remat=remat)
@@ -100,6 +101,7 @@ def test_finite_differences_and_a_second_derivative():
     check_grads(outer, (problems.LAM["log_penalty"],), order=2, modes=["rev"], rtol=1e-5)
 
 
+@pytest.mark.once
 def test_tasks_under_vmap():
     tasks = problems.stack([problems.regression_task(seed) for seed in range(3)])
     solve = hypergrad.unroll(problems.RIDGE_LOOP, num_steps=3, remat="step", grad=hypergrad.mixed_grad)
@@ -125,6 +127,7 @@ def test_what_a_loss_closes_over_is_differentiated():
     np.testing.assert_allclose(jax.grad(outer)(2.0, hypergrad.mixed_grad), 3.0 * (1 - 0.8**3), rtol=1e-12)
 
 
+@pytest.mark.once
 def test_no_activation_is_kept_across_steps():
     # The residuals of reverse over reverse hold activations of every step; those of mixed mode do not: a batch ten
     # times as large adds nothing per step.
@@ -195,6 +198,7 @@ def test_traced_indices_keys_and_floats_that_a_loss_closes_over(transform):
 
 
 @pytest.mark.parametrize("remat", ["none", "step", "grads"])
+@pytest.mark.once
 def test_an_outer_loop_does_not_keep_the_gradients_of_an_inner_one(remat):
     size = 200
 

@@ -44,6 +44,7 @@ def outer_of(theta):
     return lambda lam: problems.mean_squares(theta(lam), problems.TASK.valid)
 
 
+@pytest.mark.once
 def test_each_leaf_has_its_closed_form_at_the_current_value_of_the_others():
     estimator = hypergrad.partition(PROBLEM, {"unrolled": UNROLLED, "implicit": IMPLICIT}, LABELS)
     estimate, state = jax.jit(estimator.estimate), estimator.init(KEY, LAM, problems.TASK)
@@ -86,6 +87,7 @@ def test_a_wrapped_partition_is_a_partition_of_the_wrapped():
     assert found.done.all()
 
 
+@pytest.mark.once
 def test_one_label_is_that_estimator():
     for make in (UNROLLED, TRUNCATED):
         whole, alone = hypergrad.partition(PROBLEM, {"all": make}, "all"), make(PROBLEM)
@@ -101,6 +103,7 @@ def test_one_label_is_that_estimator():
             chex.assert_trees_all_close(found[:3], expected[:3], rtol=1e-12)
 
 
+@pytest.mark.once
 def test_an_estimator_that_ends_before_the_others_starts_afresh():
     rules = {"unrolled": UNROLLED, "implicit": TRUNCATED}
     estimator = hypergrad.partition(PROBLEM, rules, LABELS)

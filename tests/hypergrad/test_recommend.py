@@ -37,6 +37,7 @@ def test_exact_reverse_costs_what_counting_by_hand_says():
     assert costs["recomputed"].flops > costs["kept"].flops
 
 
+@pytest.mark.once
 def test_what_is_taken_follows_memory():
     problem, task = network(), problems.TASK._replace(train=jnp.ones((256, 64)), valid=jnp.ones((9, 64)))
     hp = {"penalty": jnp.array(0.1), "rate": jnp.array(0.1)}
@@ -158,6 +159,7 @@ def test_every_rule_is_a_default_rule():
     assert {name.split(",")[0] for name in defaults} == rules - made_of_others - no_gradient
 
 
+@pytest.mark.once
 def test_biased_rules_are_taken_in_their_order_and_before_stochastic_ones():
     rules = {
         "stochastic": hypergrad.evolution(problems.RIDGE, num_steps=1, sigma=0.1, num_pairs=1),

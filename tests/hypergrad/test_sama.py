@@ -23,6 +23,7 @@ def estimated(estimator, lam=LAM):
 
 
 @pytest.mark.parametrize("epsilon", [0.5, None])
+@pytest.mark.once
 def test_equals_its_formula_with_adam_by_hand(epsilon):
     # After t = 2 steps of Adam, with M = m̂ and V = v̂ of the second:
     # ∂(−r M/(√V + e))/∂g = −r [(1 − β1)/(1 − β1²)/(√V + e) − M (1 − β2)/(1 − β2²) g/(√V (√V + e)²)].

@@ -69,6 +69,7 @@ def made(name):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.once
 def test_equals_numpy(name):
     for a in [matrix(30.0)] + ([] if SOLVERS[name][1] else [matrix(30.0, symmetric=False)]):
         v, _ = solve(made(name), a)
@@ -187,6 +188,7 @@ def test_starts_from_the_guess(name):
         hypergrad.dense(),
     ],
 )
+@pytest.mark.once
 def test_counts_its_products(solver):
     a, count = jnp.asarray(matrix(30.0)), 0
 
@@ -215,6 +217,7 @@ def test_what_is_no_number_is_not_answered_with_the_guess(name):
 
 
 @pytest.mark.parametrize("name", ["cg", "normal_cg", "bicgstab", "neumann", "nystrom", "dense"])
+@pytest.mark.once
 def test_float32_stays_float32(name):
     make = SOLVERS.get(name, (lambda: hypergrad.nystrom(rank=3, damping=0.1), True))[0]
     a, b = jnp.asarray(matrix(30.0), jnp.float32), {"v": jnp.asarray(B, jnp.float32)}

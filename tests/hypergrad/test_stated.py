@@ -177,6 +177,7 @@ SLOW = ("unrolled", "unrolled_sqrt", "unrolled_three_levels", "truncated", "part
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in AT_REST])
+@pytest.mark.once
 def test_at_rest(name):
     theta, *_, expected = problems.logistic_answer(LAM)
     estimate = estimated(AT_REST[name](logistic()), LAM)

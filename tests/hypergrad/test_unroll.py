@@ -298,6 +298,7 @@ def maml_parts():
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.once
 def test_maml_equals_its_definition(num_steps):
     loss, _, problem = maml_parts()
 
@@ -393,6 +394,7 @@ def test_bad_arguments(options, message):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 2e-6), (jnp.bfloat16, 0.1)])
+@pytest.mark.once
 def test_bounds_in_low_precision(dtype, bound):
     # Stated bounds on the hypergradient's relative error through 20 steps of ridge, with all arrays in one precision.
     estimate = lambda lam, task: hypergrad.unrolled(problems.RIDGE, num_steps=20).estimate(lam, task, jax.random.key(0))

@@ -121,6 +121,7 @@ def test_dropout_is_new_at_every_step_and_off_in_evaluation(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.once
 def test_trains_within_scan_vmap_and_grad(name):
     model = MODELS[name]()
     loop = make_loop(model)

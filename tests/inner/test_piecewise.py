@@ -29,6 +29,7 @@ LAM = {
 RATE, PENALTY = [0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.once
 def test_every_step_sees_the_value_of_its_window():
     def by_hand(lam):
         theta, losses = lam["start"], []

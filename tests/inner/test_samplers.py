@@ -86,6 +86,7 @@ def test_with_replacement_rows_are_independent_and_uniform():
 
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("how", ["num_rows", "mask", "callable"])
+@pytest.mark.once
 def test_padding_is_never_drawn_and_sizes_share_one_program(how, replace):
     sizes, padded = jnp.array([3, 8, 5]), 8
     real = jnp.arange(padded)[None] < sizes[:, None]

@@ -311,6 +311,7 @@ def test_at_test_it_goes_on_with_the_last_rates_and_says_what_each_step_predicts
     np.testing.assert_allclose(outputs, expected, rtol=1e-10)
 
 
+@pytest.mark.once
 def test_memory_at_test_is_that_of_the_outputs_whatever_the_steps():
     """No graph is kept: beside it, what a derivative through as many steps keeps."""
     a = CASES["maml"][0]
@@ -434,6 +435,7 @@ def with_made(params):
 
 
 @pytest.mark.parametrize("order", ["second", "first"])
+@pytest.mark.once
 def test_what_init_makes_and_does_not_adapt_stays(order):
     a = methods.anil(
         loss, init=lambda key, hp, data: with_made(hp["init"]), head="hidden", num_steps=2, rate=RATE, order=order

@@ -292,6 +292,7 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
         assert json.loads(file["header"].tobytes())["candidates"] == [{"e0": 2}]
 
 
+@pytest.mark.once
 def test_an_interrupt_leaves_nothing_trained_by_half(monkeypatch):
     def loss_and_signal(*args):
         signal.raise_signal(signal.SIGINT)  # while it is traced, in the first step

@@ -46,6 +46,7 @@ def by_hand(kind, params, x, whose):
 
 
 @pytest.mark.parametrize("kind", methods.NORMALIZATIONS)
+@pytest.mark.once
 def test_a_block_is_numpys(kind):
     network = methods.conv4(normalization=kind, num_filters=FILTERS, num_blocks=1, num_channels=2)
     params = network.init(KEY)

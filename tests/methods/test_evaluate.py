@@ -90,6 +90,7 @@ def test_the_scores_are_those_of_each_episode(evaluation):
     assert evaluation.transductive == {"prototypes": False, "steps": False, "centered": True}
 
 
+@pytest.mark.once
 def test_places_and_keys_tell_nothing():
     by_class = {"x": jnp.zeros((12, 1)), "y": jnp.arange(12) // 4, "mask": jnp.ones(12), "class_mask": jnp.ones(3)}
 
@@ -137,6 +138,7 @@ def test_who_uses_the_query_set_is_found_in_any_source_and_behind_any_offset():
     assert found.transductive == {"centered": True, "far": True, "prototypes": False, "offset": False}
 
 
+@pytest.mark.once
 def test_who_uses_the_query_set_is_found_behind_what_stands_for_absent_classes():
     """And behind examples, or whole episodes, that are far off."""
 
@@ -211,6 +213,7 @@ def test_all_that_belongs_to_an_example_goes_with_it():
     assert found.transductive == {"points": False, "again": False, "others": True}
 
 
+@pytest.mark.once
 def test_every_user_is_judged_once():
     """And users that are drawn with replacement, who would pass for many, are refused."""
     table = tasks.from_user_records(
@@ -335,6 +338,7 @@ def test_the_same_episodes_by_another_machine():
             methods.join_evaluations(other(wrong), one)
 
 
+@pytest.mark.once
 def test_episodes_with_infinite_or_very_large_data_have_marks():
     def marks(extra):
         def with_extra(key):
@@ -481,6 +485,7 @@ def test_scores_of_masked_rows():
         (lambda: methods.by_number(HAND, "ways", [2, 2]), "must ascend"),
     ],
 )
+@pytest.mark.once
 def test_what_cannot_be_evaluated_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

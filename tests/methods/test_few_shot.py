@@ -45,6 +45,7 @@ def estimate(a, task, meta=META):
     return hyperparams, jax.device_get(found)
 
 
+@pytest.mark.once
 def test_prototypes_are_the_nearest_class_means():
     task = base.Task(side(6, 2), side(5, 1))
     x, y, mask = (task.train[name] for name in ("x", "y", "mask"))
@@ -97,6 +98,7 @@ def with_ones(x):
 
 
 @pytest.mark.parametrize("num", [3, 7])  # fewer and more rows than features
+@pytest.mark.once
 def test_the_ridge_head_is_numpys(num):
     task = base.Task(side(num, 1), side(5, 1))
     hyperparams, found = estimate(methods.ridge_head(features), task)

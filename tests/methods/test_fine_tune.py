@@ -68,6 +68,7 @@ def test_values_that_are_not_finite_are_never_the_best():
     assert np.isnan(all_bad.value) and all_bad.step == 0 and all_bad.hyperparams == 1.0
 
 
+@pytest.mark.once
 def test_in_its_space_over_tasks_and_better():
     problem = spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE)
     tune = methods.fine_tune(hypergrad.unrolled(problem, num_steps=20), num_steps=4, optimizer=optax.adam(0.5))

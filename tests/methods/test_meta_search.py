@@ -394,6 +394,7 @@ def test_bohb_and_tpe_begin_with_what_g_proposes(g):
         assert {round(t.fidelity, 9) for t in asked} == {round(fidelity, 9)}
 
 
+@pytest.mark.once
 def test_a_foreign_record_with_the_number_of_a_running_trial_leaves_it_running(g):
     searcher = g.searcher()
     (own,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)

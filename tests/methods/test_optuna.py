@@ -43,6 +43,7 @@ def test_tpe_finds_more_than_random_search():
     assert best(records) < 0.7 * best(collect(None, on=on))
 
 
+@pytest.mark.once
 def test_the_same_key_gives_the_same_trials_however_they_are_interrupted(tmp_path):
     store = tmp_path / "records.db"
     fails = lambda trial, task: math.nan if trial.trial % 5 == 3 else bowl(trial, task)

@@ -48,6 +48,7 @@ ALPHA = {"cell": jnp.array([1.0, -2.0, 0.5])}
 TASK = base.Task(jnp.zeros(1), jnp.zeros(1))
 
 
+@pytest.mark.once
 def test_in_the_state_of_an_estimator():
     watched = hypergrad.lookahead(GROWING, num_steps=0)
     estimator = nas.stopped_by_curvature(watched, GROWING, **SETTINGS)
@@ -96,6 +97,7 @@ def test_the_curvature_is_of_the_part_that_is_named():
     np.testing.assert_allclose(found.metrics["curvature"], 106.0, rtol=1e-6)  # with "other", 203
 
 
+@pytest.mark.once
 def test_skips_in_the_state_of_an_estimator_are_the_rule_on_their_counts():
     """α moves by a constant step: a skip wins on the second edge at epoch 3, and on the first at 5."""
     cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))

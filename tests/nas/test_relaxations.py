@@ -109,6 +109,7 @@ def bowl(seed, sign):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.once
 def test_the_dominant_eigenvalue(sign):
     loss, matrix = bowl(0, sign)
     at = {"a": jnp.linspace(0, 0.2, 8).reshape(2, 4), "b": jnp.full(4, -0.1)}

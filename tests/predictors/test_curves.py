@@ -123,6 +123,7 @@ def test_intervals_hold_what_they_say_after_calibration_where_errors_have_heavy_
     assert abs(inside(surrogate.errors[0]) - 0.5) < 0.12 < inside(before[0]) - 0.5
 
 
+@pytest.mark.once
 def test_what_was_filled_in_is_no_truth_to_calibrate_by():
     """The errors are those of outcomes that there are, given outcomes that there are."""
     rng = np.random.default_rng(2)

@@ -48,6 +48,7 @@ def padded(x, y, far=9.0):
     return jnp.asarray(np.concatenate([x, far + RNG.uniform(size=(num, 3))])), jnp.asarray(np.pad(y, (0, num))), mask
 
 
+@pytest.mark.once
 def test_the_loss_is_the_likelihood_and_its_gradient_is_right():
     other = DEEP._replace(log_lengths=DEEP.log_lengths + 0.5, log_amplitude=DEEP.log_amplitude - 1)
     loss = lambda deep: LOSS(deep, padded(X, Y), FEATURES, penalty=0.0)

@@ -27,6 +27,7 @@ def weights(predictor):
 
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.once
 def test_a_round_trip_returns_the_same_bits(name, x64, tmp_path):
     with jax.enable_x64(x64):
         predictor = MAKE[name]()

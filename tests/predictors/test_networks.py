@@ -51,6 +51,7 @@ def random_weights(predictor, scale=0.5):
 
 
 @pytest.mark.parametrize("name", MAKE)
+@pytest.mark.once
 def test_starts_at_one_given_lambda_for_every_task(name):
     for start, options in ((START, {"hyperparams": START}), (spaces.default(SPACE), {})):
         predictor = MAKE[name](**options)
@@ -75,6 +76,7 @@ def test_departs_from_it_as_tasks_tell(name):
     assert (jnp.abs(head["linear"]).max(-2) > 0).all() and (jnp.abs(head["out"]).max(-2) > 0).all()
 
 
+@pytest.mark.once
 def test_an_ensemble_predicts_the_mean_of_its_members():
     member = MAKE["mlp"]()
     predictor = predictors.ensemble(member, 3)
@@ -90,6 +92,7 @@ def test_an_ensemble_predicts_the_mean_of_its_members():
 
 
 @pytest.mark.parametrize("name", MAKE)
+@pytest.mark.once
 def test_tasks_batch(name):
     predictor = MAKE[name]()
     phi = random_weights(predictor)
@@ -158,6 +161,7 @@ def test_amortize_is_the_chain_rule(num_hidden):
 
 
 @pytest.mark.parametrize("name", MAKE)
+@pytest.mark.once
 def test_float32_stays_float32(name):
     with jax.enable_x64(False):
         predictor = MAKE[name]()

@@ -80,6 +80,7 @@ def test_the_weights_are_the_likelihoods():
     np.testing.assert_allclose(mixture.log_weights[4 + 2] - mixture.log_weights[12], expected, rtol=1e-3)
 
 
+@pytest.mark.once
 def test_padding_units_and_offsets_change_nothing():
     found = surrogate()
     weights, x = jnp.full(6, 1 / 6), jnp.asarray(X)
@@ -165,6 +166,7 @@ def test_a_failed_trial_is_worse_than_expected():
     np.testing.assert_allclose(np.delete(found.curves[0], 3), np.delete(other.curves[0], 3), atol=0.05)
 
 
+@pytest.mark.once
 def test_attention_leaves_the_family_out_and_learns_what_matters():
     num = 40
     features = np.stack([np.arange(num) % 2, RNG.normal(size=num)], 1)

@@ -60,6 +60,7 @@ def test_order_padding_and_units_of_trials_do_not_matter_and_all_else_does():
 @pytest.mark.parametrize(
     "y, low, high", [([], 0, 1), ([np.nan, np.nan], 0, 1), ([3.0], 1.0, 5.0), ([3.0, np.nan], 1, 5)]
 )
+@pytest.mark.once
 def test_without_a_scale_of_its_own_a_task_has_that_of_earlier_ones(y, low, high):
     """No trial: normalized outcomes. One: as far from it as outcomes lie apart."""
     y = np.array(y, float)

@@ -189,6 +189,7 @@ def test_extreme_coordinates_are_finite_with_finite_derivatives_in_float32(name,
 
 @ALL
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.once
 def test_values_outside_of_the_range_have_finite_coordinates(name, dtype):
     leaf = LEAVES[name]
     for value in (0.0, 1.0, -1.0, 1e6, float(jnp.finfo(dtype).tiny), *getattr(leaf, "edges", ())):
@@ -224,6 +225,7 @@ def test_encoding_is_the_cumulative_distribution(name):
 
 
 @ALL
+@pytest.mark.once
 def test_discretized_values_are_valid(name):
     leaf = LEAVES[name]
     draws = samples(name, num=500)
@@ -290,6 +292,7 @@ def test_leaves_are_hashable_compare_by_value_and_are_no_pytree_nodes(name):
 
 
 @ALL
+@pytest.mark.once
 def test_vmap_and_jit_equal_one_at_a_time(name):
     leaf = LEAVES[name]
     z = jax.random.normal(jax.random.key(3), (5, *leaf.value_shape))

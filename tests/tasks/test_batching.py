@@ -191,6 +191,7 @@ def test_resplit_redraws_the_same_rows():
     chex.assert_trees_all_equal(tasks.resplit(jax.random.key(0), task), new)
 
 
+@pytest.mark.once
 def test_resplit_is_stratified_and_every_row_gets_its_turn():
     task = padded(prepared(rows=100, classes=4))
     total = np.bincount(rows_of(task.train)[:, -1].astype(int)) + np.bincount(rows_of(task.valid)[:, -1].astype(int))

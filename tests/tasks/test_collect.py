@@ -158,6 +158,7 @@ def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_o
 
 
 @pytest.mark.parametrize(("searcher", "batch"), [(tasks.random_search(), 4), (LISTENER, 3)], ids=["random", "listens"])
+@pytest.mark.once
 def test_what_is_enqueued_in_the_middle_of_a_collection_changes_nothing_of_what_was_run(tmp_path, searcher, batch):
     store, calls, kwargs = tmp_path / "records.db", [], {"batch_size": batch}
 
