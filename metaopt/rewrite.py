@@ -196,11 +196,21 @@ def _context(equation: Any) -> Iterator[None]:
         yield
 
 
-def _holds(equation: Any, wanted: Callable[[Any], Any]) -> bool:
-    """Whether anything inside is wanted."""
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """The operations of a jaxpr, each followed by those inside of it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        yield from _inside(equation)
+
+
+def _inside(equation: Any) -> Iterator[Any]:
     for value in equation.params.values():
         for leaf in value if isinstance(value, (tuple, list)) else (value,):
             jaxpr = getattr(leaf, "jaxpr", leaf)  # of a closed one
-            if isinstance(jaxpr, core.Jaxpr) and any(wanted(e) or _holds(e, wanted) for e in jaxpr.eqns):
-                return True
-    return False
+            if isinstance(jaxpr, core.Jaxpr):
+                yield from equations(jaxpr)
+
+
+def _holds(equation: Any, wanted: Callable[[Any], Any]) -> bool:
+    """Whether anything inside is wanted."""
+    return any(map(wanted, _inside(equation)))

@@ -2,7 +2,7 @@
 
 import jax
 
-from metaopt import base, inner
+from metaopt import base
 from metaopt.hypergrad import _finite_difference
 from metaopt.hypergrad._lookahead import LookaheadState
 
@@ -50,11 +50,8 @@ def sama(
 
     def estimate(hyperparams, task, state):
         outer_key, key = jax.random.split(state.key)
-        before = jax.lax.fori_loop(
-            0, num_steps - 1, lambda _, s: inner.step(loop, s, hyperparams, task.train), state.inner
-        )
-        value, hypergrad, after, norm = _finite_difference.one_step(
-            problem, before, hyperparams, task, outer_key, epsilon=epsilon, around="after"
+        value, hypergrad, _, after, norm = _finite_difference.one_step(
+            problem, state.inner, hyperparams, task, outer_key, num_steps=num_steps, epsilon=epsilon, around="after"
         )
         return _finite_difference.finish(value, hypergrad, loop, after, horizon, norm), LookaheadState(after, key)
 

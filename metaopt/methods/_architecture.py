@@ -234,6 +234,7 @@ def darts(
     ops: Mapping[str, nas.Op],
     order: str = "second",
     epsilon: float = 0.01,
+    difference: str = "central",
     **options: Any,
 ) -> Search:
     """DARTS: after every step of the weights, one hypergradient step of α, one step ahead.
@@ -243,22 +244,23 @@ def darts(
       in_shape: of one input.
       ops: of the space.
       order: "first", dF/dα ≈ ∂f/∂α; "second", one step ahead by finite differences, as published
-        (`hypergrad.darts_fd`); "exact", the same by differentiation (`hypergrad.lookahead`).
-      epsilon: of the finite differences.
+        (`hypergrad.darts_fd`); "exact", the same by differentiation (with `epsilon=None`; it is `hypergrad.lookahead`).
+      epsilon: of the finite differences, which kinks (ReLUs) make coarse: see `hypergrad.darts_fd`; "exact" is not.
+      difference: "central", as published, or "forward": one gradient less a step, to O(ε).
       **options: as for `architecture_search`.
 
     Returns:
       A `Search`.
 
     Raises:
-      ValueError: `order` is unknown.
+      ValueError: `order` or `difference` is unknown.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055
     """
     rules = {
         "first": lambda problem: hypergrad.lookahead(problem, num_steps=0),
-        "second": lambda problem: hypergrad.darts_fd(problem, epsilon=epsilon),
-        "exact": lambda problem: hypergrad.lookahead(problem, num_steps=1),
+        "second": lambda problem: hypergrad.darts_fd(problem, epsilon=epsilon, difference=difference),
+        "exact": lambda problem: hypergrad.darts_fd(problem, epsilon=None),
     }
     if order not in rules:
         raise ValueError(f"`order` must be one of {', '.join(rules)}; got {order!r}.")
@@ -272,7 +274,7 @@ def unrolled_darts(
     *,
     ops: Mapping[str, nas.Op],
     num_steps: int,
-    remat: str | int = "sqrt",
+    remat: str | int = "step",
     **options: Any,
 ) -> Search:
     """DARTS without its approximation: dF/dα through all of the training, which every estimate begins anew.
@@ -282,7 +284,8 @@ def unrolled_darts(
       in_shape: of one input.
       ops: of the space.
       num_steps: T.
-      remat: as for `hypergrad.unrolled`.
+      remat: as for `hypergrad.unrolled`. "step" keeps the weights, the optimizer's state and the gradients of all T
+        steps; "sqrt" those of about 2 √T, for one more gradient a step.
       **options: as for `architecture_search`.
 
     Returns:

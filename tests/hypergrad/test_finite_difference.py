@@ -1,5 +1,7 @@
 """DARTS's finite difference: written out by hand, and against lookahead, whose product it estimates."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,18 +54,18 @@ def exact():
 
 @pytest.fixture(scope="module")
 def error(exact):
-    """The largest relative error over the leaves that the difference approximates, by ε."""
+    """The largest relative error over the leaves that the difference approximates, by the difference and ε."""
 
-    @jax.jit
-    def hypergrad_at(epsilon, state):
+    @functools.partial(jax.jit, static_argnames="difference")
+    def hypergrad_at(epsilon, state, difference):
         # A traced ε: one program for all.
         step = hypergrad._finite_difference.one_step
-        return step(problem(), state, LAM, TASK, KEY, epsilon=epsilon, around="before")[1]
+        return step(problem(), state, LAM, TASK, KEY, epsilon=epsilon, around="before", difference=difference)[1]
 
     state = exact[1].inner
     expected = estimated_by_lookahead(state)
-    return lambda epsilon: jax.tree.map(
-        lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), hypergrad_at(epsilon, state), expected
+    return lambda difference, epsilon: jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), hypergrad_at(epsilon, state, difference), expected
     )
 
 
@@ -74,12 +76,13 @@ def estimated_by_lookahead(state):
 
 
 @pytest.mark.once
-def test_the_error_is_of_second_order_in_the_distance(error):
-    errors = [error(epsilon) for epsilon in (0.1, 0.05, 0.025, 1e-5)]
-    assert errors[0]["target"] > 1e-5
+@pytest.mark.parametrize(("difference", "order"), [("central", 2), ("forward", 1)])
+def test_the_error_falls_with_the_distance_by_its_order(error, difference, order):
+    errors = [error(difference, epsilon) for epsilon in (0.02, 0.01, 0.005, 1e-5)]
+    assert errors[0]["target"] > 1e-6
     for coarse, fine in zip(errors[:2], errors[1:3], strict=True):
-        assert 3.8 < coarse["target"] / fine["target"] < 4.2
-    assert errors[3]["target"] < 1e-7
+        assert 0.95 * 2**order < coarse["target"] / fine["target"] < 1.05 * 2**order
+    assert errors[3]["target"] < (1e-7 if order == 2 else 1e-4)
     # What enters the optimizer or the outer loss alone is exact at every distance.
     assert max(max(e["rate"], e["scale"]) for e in errors) < 1e-12
 
@@ -92,6 +95,55 @@ def test_without_a_distance_it_is_lookahead(exact):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11), estimate.hypergrad, expected.hypergrad)
     assert estimate.metrics["inner_steps"] == 2
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), state, expected_state))  # the same is carried
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [("darts_fd", {}), ("darts_fd", {"difference": "forward"}), ("darts_fd", {"epsilon": None}), ("sama", {})],
+)
+def test_one_gradient_at_a_time_gives_what_all_in_one_program_do(monkeypatch, rule, options):
+    num = {"darts_fd": "commit", "sama": "num_steps"}[rule]
+    estimate = lambda: estimated(getattr(hypergrad, rule)(problem(), **{num: 2}, **options))
+    together = estimate()
+    monkeypatch.setattr(hypergrad._finite_difference, "LARGE", 0)
+    apart = estimate()
+    assert min(float(jnp.abs(leaf).min()) for leaf in jax.tree.leaves(together[0].hypergrad)) > 1e-2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), together[0], apart[0])
+    np.testing.assert_allclose(together[1].inner.params, apart[1].inner.params, rtol=1e-13)
+    assert together[1].inner.step == apart[1].inner.step == 2
+
+
+def test_one_gradient_at_a_time_heeds_a_product_that_is_not_finite(monkeypatch):
+    # The branch is taken; nothing but the product depends on λ.
+    monkeypatch.setattr(hypergrad._finite_difference, "LARGE", 0)
+    loop = inner.loop(
+        lambda params, target, batch: ((params - target) ** 2).sum(),
+        lambda target: optax.sgd(0.1),
+        init=lambda key, target, data: jnp.zeros(2),
+    )
+    aimed = inner.problem(loop, lambda params, target, batch: (params**2).sum())
+    estimate, _ = estimated(hypergrad.darts_fd(aimed), jnp.full(2, jnp.nan))
+    assert jnp.isnan(estimate.hypergrad).all()
+
+
+@pytest.mark.parametrize(("rows", "im2col", "apart"), [(1, None, False), (64, None, True), (64, False, False)])
+def test_large_losses_take_one_gradient_at_a_time_without_convolutions_of_xla(rows, im2col, apart):
+    def loss(w, hyperparams, x):
+        return (jax.lax.conv(x, w, (1, 1), "SAME") ** 2).mean() * hyperparams
+
+    loop = inner.loop(
+        loss,
+        lambda hyperparams: optax.sgd(0.1),
+        init=lambda key, hyperparams, data: jnp.ones((8, 4, 3, 3), jnp.float32),
+        im2col=im2col,
+    )
+    x, lam = jnp.ones((rows, 4, 32, 32), jnp.float32), jnp.float32(1)
+    task = base.Task(x, x)
+    estimator = hypergrad.darts_fd(inner.problem(loop, lambda w, hyperparams, x: (w**2).mean()))
+    state = estimator.init(KEY, lam, task)
+    program = str(jax.make_jaxpr(estimator.estimate)(lam, task, state))
+    assert ("cond[" in program) == apart
 
 
 def test_equals_darts_by_hand():
@@ -162,6 +214,7 @@ def test_the_horizon_ends_once_so_many_steps_are_committed():
         ({"commit": -1}, "`commit` must be at least 0; got -1"),
         ({"epsilon": 0.0}, "`epsilon` must be positive, or None; got 0.0"),
         ({"horizon": 0}, "`horizon` must be at least 1, or None; got 0"),
+        ({"difference": "backward"}, "`difference` must be one of central, forward; got 'backward'"),
     ],
 )
 def test_bad_arguments(options, message):

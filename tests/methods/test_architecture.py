@@ -452,3 +452,5 @@ def test_one_op_an_edge_needs_weights_of_one_op(relaxation):
 def test_bad_order():
     with pytest.raises(ValueError, match="`order` must be one of first, second, exact; got 'third'"):
         methods.darts(NET, (3,), ops=OPS, order="third")
+    with pytest.raises(ValueError, match="`difference` must be one of central, forward; got 'backward'"):
+        methods.darts(NET, (3,), ops=OPS, difference="backward")
