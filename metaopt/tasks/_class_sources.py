@@ -353,10 +353,11 @@ def from_tfds(
         raise ImportError(f"`from_tfds` needs tensorflow-datasets and array_record; {_EXTRA}") from error
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     if not builder.info.splits:
+        where = "" if data_dir is None else f", data_dir={os.fspath(data_dir)!r}"
         raise FileNotFoundError(
             f"The data set {name!r} is not prepared in {builder.data_dir}; `from_tfds` downloads nothing. Prepare it, "
-            f'`tfds.builder({name!r}, file_format="array_record").download_and_prepare(file_format="array_record")` '
-            "(with this `data_dir`), or say where it is by `data_dir`."
+            f'`tfds.builder({name!r}{where}, file_format="array_record")'
+            '.download_and_prepare(file_format="array_record")`, or say where it is by `data_dir`.'
         )
     features = builder.info.features
     missing = [feature for feature in (image, label, group, superclass) if feature and feature not in features]

@@ -154,7 +154,9 @@ def test_a_data_set_of_tfds(monkeypatch):
         tasks.from_tfds("insects", split="odd")
     with pytest.raises(ValueError, match="has no feature 'kind'; it has image, label, order, by"):
         tasks.from_tfds("insects", label="kind")
-    with pytest.raises(FileNotFoundError, match=r"'insects' is not prepared in empty.*download_and_prepare\("):
+    with pytest.raises(
+        FileNotFoundError, match=r"'insects' is not prepared in empty.*, data_dir='empty', .*download_and_prepare\("
+    ):
         tasks.from_tfds("insects", data_dir="empty")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ImportError, match=r"metaopt-jax\[episodes\]"):

@@ -121,7 +121,7 @@ def test_hospitals():
         (lambda: tasks.user_episodes(TABLE, num_support=1, users=[1.7]), r"got \[1.7\]"),
         (lambda: tasks.user_episodes(TABLE, num_support=1, users=["1"]), r"got \['1'\].*`\[table.user_names.index"),
         (lambda: tasks.standardize_users(TABLE, np.array([True, True])), "`fit_on` must be places"),
-        (lambda: tasks.standardize_users(TABLE._replace(x=TABLE.x * np.inf), [0]), "`x` must be finite"),
+        (lambda: tasks.standardize_users(TABLE._replace(x=TABLE.x + np.inf), [0]), "`x` must be finite"),
         (lambda: tasks.user_episodes(TABLE._replace(y=TABLE.y * np.nan), num_support=1), "`y` must be finite"),
     ],
 )
