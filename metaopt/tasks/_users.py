@@ -108,7 +108,7 @@ def _check_finite(table: UserTable) -> None:
             )
 
 
-def standardize_users(table: UserTable, fit_on: Sequence[int]) -> UserTable:
+def standardize_users(table: UserTable, fit_on: Sequence[int] | np.ndarray) -> UserTable:
     """Columns to mean 0 and variance 1 over some users; gaps become 0, and a column of its own says where they were.
 
     Args:
@@ -140,7 +140,7 @@ def user_episodes(
     num_support: int,
     num_query: int | None = None,
     order: str = "time",
-    users: Sequence[int] | None = None,
+    users: Sequence[int] | np.ndarray | None = None,
 ):
     """One episode a user: `num_support` records to adapt to, and later (or other) ones to predict.
 
@@ -220,7 +220,7 @@ def user_episodes(
     return sample
 
 
-def _check_users(name: str, table: UserTable, users: Sequence[int]) -> np.ndarray:
+def _check_users(name: str, table: UserTable, users: Sequence[int] | np.ndarray) -> np.ndarray:
     """[M], the places of users in the table: a mask is none, though NumPy takes it for the users 0 and 1."""
     given = [np.asarray(user) for user in users] if np.iterable(users) else []
     is_place = lambda user: user.dtype.kind in "iu" and not user.ndim and 0 <= user < table.num_users
