@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if "--smoke" in sys.argv:
@@ -69,6 +69,11 @@ def spread(values, digits: int = 3) -> str:
     """Mean ± standard deviation; of one value, ± 0."""
     values = np.asarray(values, float)
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
+
+
+def listed(found: Mapping[str, Sequence]) -> str:
+    """Names, each with where it was found: "MAML (5, 20); ANIL (5)". Those that were found nowhere are left out."""
+    return "; ".join(f"{name} ({', '.join(map(str, where))})" for name, where in found.items() if len(where)) or "none"
 
 
 def publish(file: str, title: str, text: str, options: argparse.Namespace, *, name: str | None = None) -> None:

@@ -622,6 +622,74 @@ def test_metaopt_joins_hpob_from_its_tables(hpob, tmp_path):
     assert (curves[:, -1] < 0.1).all()  # random: .3
 
 
+def cells_of(page, header):
+    """Row -> column -> the numbers of a cell, of the table of a committed page whose header begins so."""
+    lines = (ROOT / "experiments" / "results" / page).read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(header))
+    rows = []
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    numbers = lambda cell: [float(x) for x in re.findall(r"[+-]?\d+\.\d+", cell)]
+    return {row[0]: dict(zip(rows[0][1:], map(numbers, row[1:]), strict=True)) for row in rows[2:]}
+
+
+def check_sentence(page, sentence, *parts):
+    assert sentence in (ROOT / "experiments" / "results" / page).read_text()
+    for part in parts:
+        assert part in sentence
+
+
+def test_pages_of_few_shot_learning_say_what_is_short_of_the_aims(monkeypatch):
+    """By the scripts' own functions, of the numbers that the committed tables have."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    omniglot, small, people = map(importlib.import_module, ("omniglot", "small_meta_dataset", "personalization"))
+
+    cells = cells_of("small_meta_dataset.md", "| method")
+    against = {name: tuple(of.pop("against pixel prototypes")) for name, of in cells.items()}
+    means = {name: {s: x[0] for s, x in of.items() if s != "average rank"} for name, of in cells.items()}
+    sentence = small.missed(means, against)
+    check_sentence(
+        "small_meta_dataset.md", sentence, "ANIL (signdigits, spoken_digits)", "of: Meta-SGD, a rate a leaf; BOIL."
+    )
+    assert "; MAML (" not in sentence and small.UNTRAINED not in sentence
+
+    for page, parts in {
+        "omniglot.md": (
+            "Those that are not: none.",
+            "MAML, batch minus the literature's MAML on the random split, in points: -5.8 (5w1s)",
+        ),
+        "omniglot_small.md": ("CAVIA (5w1s, 5w5s); MAML, group (5w5s).", "-26.1 (5w1s), -15.2 (5w5s)."),
+    }.items():
+        cells = [cells_of(page, f"| accuracy, %: {kind}") for kind in ("inductive", "transductive")]
+        rows = {name: of for name, of in {**cells[0], **cells[1]}.items() if "literature" not in name}
+        if "small" in page:
+            other = cells_of(page, "| normalization")
+            rows |= {
+                f"MAML, {name}": {s: x for s, x in of.items() if s} for name, of in other.items() if name != "support"
+            }
+        settings = next(iter(rows.values()))
+        means = {s: {name: of[s][0] for name, of in rows.items() if of[s]} for s in settings}
+        check_sentence(page, omniglot.missed(means, ["MAML, batch"]), *parts)
+
+    rows = cells_of("personalization.md", "|  | first 5")
+    shots = {int(column.split()[1]): column for column in rows["the last value"]}
+    means = {k: {name: of[column][0] for name, of in rows.items()} for k, column in shots.items()}
+    against = {k: {n: tuple(of[c][2:]) for n, of in rows.items() if of[c][1:]} for k, c in shots.items()}
+    sentence = people.parkinson_missed(means, against)
+    check_sentence(
+        "personalization.md", sentence, "Meta-SGD, a rate a leaf (5); ridge head (R2D2) (5).", "MAML (5, 20)"
+    )
+    assert sentence.endswith("MAML (5, 10, 20); FOMAML (5, 10, 20); ANIL (5, 10, 20); ridge head (R2D2) (5, 10).")
+    rows = cells_of("personalization.md", "|  | cleveland")
+    means = {
+        n: {h: x[0] for h, x in of.items() if h in people.HOSPITAL_BARS} for n, of in rows.items() if "publ" not in n
+    }
+    parts = "Not above it: one network for all (switzerland); Meta-SGD, a rate a leaf (switzerland, va)."
+    check_sentence("personalization.md", people.hospital_missed(means), parts)
+
+
 def test_trainings_of_omniglot_are_joined_after_the_steps_of_each(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     script = importlib.import_module("omniglot")

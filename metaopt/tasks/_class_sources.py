@@ -59,7 +59,7 @@ def from_arrays(
     """A source from arrays.
 
     Args:
-      x: [N, ...], the examples.
+      x: [N, ...], the examples; finite, since a gap would reach the outputs of its whole episode.
       y: [N], their labels: integers or strings; the classes are the different labels, sorted.
       name: of the source.
       group: [N], who made each example; None where that is not known. Any values: equal ones are one group.
@@ -71,9 +71,10 @@ def from_arrays(
       A `Source`.
 
     Raises:
-      ValueError: there is no example; lengths differ; names are not as many as classes, or not all different.
+      ValueError: there is no example; lengths differ; names are not as many as classes, or not all different; x is not
+        finite; a label is missing (NaN, None) or no class: a number that is not whole.
     """
-    x, y = np.asarray(x), np.asarray(y)
+    x, given, y = np.asarray(x), y, np.asarray(y)
     if not x.ndim or not len(x):
         raise ValueError(f"Source {name!r} is empty: `x` must have at least one example; got shape {x.shape}.")
     for what, array in (("`y`", y), ("`group`", group)):
@@ -82,6 +83,13 @@ def from_arrays(
                 f"Source {name!r}: {what} must have one entry for each of the {len(x)} examples; "
                 f"got shape {np.shape(array)}."
             )
+    if x.dtype.kind in "fc" and not np.isfinite(x).all():
+        at = tuple(np.argwhere(~np.isfinite(x))[0].tolist())
+        raise ValueError(
+            f"Source {name!r}: `x` must be finite; got {x[at]} at {list(at)}. Fill gaps first, for instance with "
+            "the mean over the examples that are trained on."
+        )
+    _check_labels(name, given, y)
     labels, y = np.unique(y, return_inverse=True)
     names = tuple(map(str, labels if class_names is None else class_names))
     if len(names) != len(labels) or len(set(names)) < len(names):
@@ -102,6 +110,19 @@ def from_arrays(
     if ontology is not None:
         ontology = {str(node): tuple(map(str, children)) for node, children in ontology.items()}
     return Source(name, x, y.astype(np.int32), group, names, superclass, ontology)
+
+
+def _check_labels(name: str, given: Any, y: np.ndarray) -> None:
+    """Raises a `ValueError` where a label is missing, or no class."""
+    no_class = lambda label: label is None or isinstance(label, float | np.floating) and not float(label).is_integer()
+    # As `given`: of strings and NaN NumPy makes strings, "nan" among them.
+    of = given if y.dtype.kind == "U" and not isinstance(given, np.ndarray) else y if y.dtype.kind in "fO" else ()
+    for row, label in enumerate(of):
+        if no_class(label):
+            raise ValueError(
+                f"Source {name!r}: `y` must be classes, integers or strings; got {label} for example {row}. Bin what "
+                "is measured, and leave out examples without a label."
+            )
 
 
 def keep(source: Source, *, classes: Sequence[str] | None = None, rows: Any = None, min_examples: int = 1) -> Source:
@@ -321,6 +342,7 @@ def from_tfds(
       A `Source`; a last axis of one channel is dropped.
 
     Raises:
+      FileNotFoundError: the data set is not prepared in `data_dir`.
       ImportError: tensorflow-datasets or array_record is not installed.
       ValueError: the data set has no such features, images differ in shape and `size` is None, or examples of one
         class are of several superclasses.
@@ -330,6 +352,13 @@ def from_tfds(
     except ImportError as error:
         raise ImportError(f"`from_tfds` needs tensorflow-datasets and array_record; {_EXTRA}") from error
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    if not builder.info.splits:
+        where = "" if data_dir is None else f", data_dir={os.fspath(data_dir)!r}"
+        raise FileNotFoundError(
+            f"The data set {name!r} is not prepared in {builder.data_dir}; `from_tfds` downloads nothing. Prepare it, "
+            f'`tfds.builder({name!r}{where}, file_format="array_record")'
+            '.download_and_prepare(file_format="array_record")`, or say where it is by `data_dir`.'
+        )
     features = builder.info.features
     missing = [feature for feature in (image, label, group, superclass) if feature and feature not in features]
     if missing:

@@ -26,7 +26,7 @@ def function_episodes(
       function: `(coefficients, x [N, 1]) -> y [N, 1]`.
       num_shots: K, support points; at least 1.
       num_query: Q, query points; at least 1.
-      inputs: the range of x.
+      inputs: the range of x; the second number is above the first.
       noise: standard deviation, in units of y; the query set has none, so that its error is that of the function.
 
     Returns:
@@ -38,8 +38,8 @@ def function_episodes(
     """
     base.check_integer("num_shots", num_shots, 1)
     base.check_integer("num_query", num_query, 1)
-    if not inputs[0] < inputs[1] or noise < 0:
-        raise ValueError(f"`inputs` must ascend and `noise` be at least 0; got {inputs} and {noise}.")
+    _check_range("inputs", inputs)
+    base.check_positive("noise", noise, zero=True)
 
     def sample(key):
         coefficients_key, x_key, noise_key = jax.random.split(key, 3)
@@ -55,6 +55,18 @@ def function_episodes(
         return Episode(part(x[:num_shots], seen), part(x[num_shots:], y[num_shots:]), coefficients)
 
     return sample
+
+
+def _check_range(name: str, value: tuple[float, float], *, fixed: bool = False) -> None:
+    """Raises a `ValueError` where it is no range, or (but for `fixed`) one of one number."""
+    try:
+        low, high = value
+        holds = -math.inf < low <= high < math.inf and (fixed or low < high)
+    except (TypeError, ValueError):  # no pair; no numbers
+        holds = False
+    if not holds:
+        once = ", or one twice" if fixed else ""
+        raise ValueError(f"`{name}` must be two finite numbers that ascend{once}; got {value!r}.")
 
 
 def _uniform(key: jax.Array, low: float, high: float) -> jax.Array:
@@ -75,9 +87,9 @@ def sinusoids(
     Args:
       num_shots: support points.
       num_query: query points.
-      amplitude: the range of A.
-      phase: the range of φ, in radians.
-      inputs: the range of x.
+      amplitude: the range of A, two numbers that ascend; one twice fixes it.
+      phase: the range of φ, in radians, likewise.
+      inputs: the range of x, two numbers that ascend.
       noise: of the support's y, as for `function_episodes`.
 
     Returns:
@@ -92,6 +104,8 @@ def sinusoids(
     >>> episode.support["y"].shape, sorted(episode.meta)
     ((5, 1), ['amplitude', 'phase'])
     """
+    _check_range("amplitude", amplitude, fixed=True)
+    _check_range("phase", phase, fixed=True)
 
     def draw(key):
         keys = jax.random.split(key)

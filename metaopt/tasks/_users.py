@@ -49,18 +49,20 @@ def from_user_records(
 
     Args:
       x: [N, D], numbers; NaN where missing.
-      y: [N], numbers, or integers for classes.
+      y: [N], numbers, or integers for classes; none may be missing.
       user: [N], whose record it is: any values.
-      time: [N], when it was made; None where that is not known.
+      time: [N], when it was made, numbers or NumPy's dates; none may be missing. None where it is not known at all.
       feature_names: D names; None numbers them.
 
     Returns:
       A `UserTable`; users are the different values of `user`, sorted.
 
     Raises:
-      ValueError: there is no record, lengths differ, or integer labels are not 0..C-1.
+      ValueError: there is no record, lengths differ, integer labels are not 0..C-1, an entry of `x` is infinite, or one
+        of `y`, `user` or `time` is missing (NaN, NaT) or infinite.
     """
-    x, y = np.asarray(x, np.float32), np.asarray(y)
+    with np.errstate(over="ignore"):  # infinite, which is refused below
+        x, y = np.asarray(x, np.float32), np.asarray(y)
     if x.ndim != 2 or not x.size:
         raise ValueError(f"`x` must be [records, columns], at least one of each; got shape {x.shape}.")
     for name, array in (("y", y), ("user", user), ("time", time)):
@@ -69,7 +71,10 @@ def from_user_records(
     names = tuple(map(str, range(x.shape[1]) if feature_names is None else feature_names))
     if len(names) != x.shape[1]:
         raise ValueError(f"`feature_names` must be {x.shape[1]} names; got {len(names)}.")
-    users, user = np.unique(np.asarray(user), return_inverse=True)
+    user = np.asarray(user)
+    if (user != user).any():
+        raise ValueError(f"`user` says whose record it is, of every record; row {(user != user).argmax()} has none.")
+    users, user = np.unique(user, return_inverse=True)
     classes = np.issubdtype(y.dtype, np.integer) or y.dtype == bool
     labels = np.unique(y)
     if classes and (labels[0] != 0 or labels[-1] != len(labels) - 1):
@@ -77,25 +82,47 @@ def from_user_records(
             f"Integer `y` are classes, and must be 0..C-1, each of them there; got {labels[:10].tolist()}. "
             "Number them, `np.unique(y, return_inverse=True)[1]`, or give what is counted or measured as floats."
         )
-    y = y.astype(np.int32 if classes else np.float32)
-    time = None if time is None else np.asarray(time, np.float64)  # seconds since 1970 do not fit float32
-    return UserTable(x, y, user.astype(np.int32), time, tuple(map(str, users)), names)
+    with np.errstate(over="ignore"):
+        y = y.astype(np.int32 if classes else np.float32)
+    if time is not None:
+        given = np.asarray(time)
+        time = given.astype(np.float64)  # seconds since 1970 do not fit float32
+        if given.dtype.kind in "mM":
+            time[np.isnat(given)] = np.nan  # as a number it would be the first
+    table = UserTable(x, y, user.astype(np.int32), time, tuple(map(str, users)), names)
+    _check_finite(table)
+    return table
 
 
-def standardize_users(table: UserTable, fit_on: Sequence[int]) -> UserTable:
+def _check_finite(table: UserTable) -> None:
+    """Raises a `ValueError` where an entry is infinite, or where one of y or time is missing."""
+    for name, array in (("x", table.x), ("y", table.y), ("time", table.time)):
+        bad = np.zeros(0) if array is None else np.isinf(array) if name == "x" else ~np.isfinite(array)
+        if bad.any():
+            row, *column = np.argwhere(bad)[0]
+            gaps = ", or NaN where missing" if name == "x" else ""
+            where = "".join(f", column {table.feature_names[j]!r}" for j in column)
+            raise ValueError(
+                f"`{name}` must be finite in {array.dtype}{gaps}; got {array[row, *column]} in row {row}{where}, of "
+                f"user {table.user_names[table.user[row]]}."
+            )
+
+
+def standardize_users(table: UserTable, fit_on: Sequence[int] | np.ndarray) -> UserTable:
     """Columns to mean 0 and variance 1 over some users; gaps become 0, and a column of its own says where they were.
 
     Args:
       table: of all users.
-      fit_on: the users that are trained on: nothing is learned from the others.
+      fit_on: the users that are trained on, by their places in `table.user_names`: nothing is learned from the others.
 
     Returns:
       A table without NaN: first the D columns, then one of 0 and 1 for each that has gaps, "missing NAME".
 
     Raises:
-      ValueError: there is no such user.
+      ValueError: there is no such user, `fit_on` is a mask or has names, or an entry is infinite.
     """
-    rows = np.isin(table.user, _check_users(table, fit_on))
+    _check_finite(table)
+    rows = np.isin(table.user, _check_users("fit_on", table, fit_on))
     gaps = np.isnan(table.x)
     known = np.where(gaps, 0, table.x)[rows].astype(np.float64)
     count = np.maximum((~gaps[rows]).sum(axis=0), 1)
@@ -113,7 +140,7 @@ def user_episodes(
     num_support: int,
     num_query: int | None = None,
     order: str = "time",
-    users: Sequence[int] | None = None,
+    users: Sequence[int] | np.ndarray | None = None,
 ):
     """One episode a user: `num_support` records to adapt to, and later (or other) ones to predict.
 
@@ -124,16 +151,17 @@ def user_episodes(
       order: which records are which. "time": the first K are the support set, what follows the query set; "window": the
         same from a random record on, so that training sees more than beginnings; "random": at random, for records
         without a time.
-      users: which users; None: all.
+      users: which users, by their places in `table.user_names`, integers in 0..U-1; None: all.
 
     Returns:
       `(key, user=None) -> Episode`, pure, for `jit` and `vmap`: of a user drawn from `users` uniformly, or of the one
       given by its place in `users`, so that `vmap` over `arange(len(users))` gives everybody once. "x" [K, D], "y" [K],
       "mask" [K], "num_rows" and, where y is an integer, "class_mask" [C], ones for the classes 0..C-1 of the whole
-      table; the query likewise; `meta` has "user" [] int32, in the table.
+      table; the query likewise; `meta` has "user" [] int32, the place in the table.
 
     Raises:
-      ValueError: an argument is out of range, a user has K records or fewer, x has NaN, or there is no time.
+      ValueError: an argument is out of range, `users` is a mask or has names, a user has K records or fewer, x has NaN,
+        an entry is infinite, or there is no time.
     """
     base.check_integer("num_support", num_support, 1)
     base.check_integer("num_query", num_query, 1, optional=True)
@@ -143,7 +171,8 @@ def user_episodes(
         raise ValueError(f'The table has no time: take `order="random"`; got {order!r}.')
     if np.isnan(table.x).any():
         raise ValueError("The table has NaN: fill the gaps first, with `standardize_users`.")
-    chosen = _check_users(table, range(table.num_users) if users is None else users)
+    _check_finite(table)
+    chosen = _check_users("users", table, range(table.num_users) if users is None else users)
     by_time = np.lexsort((np.zeros(len(table.x)) if table.time is None else table.time, table.user))
     counts = np.bincount(table.user, minlength=table.num_users)
     short = [u for u in chosen if counts[u] <= num_support]
@@ -191,11 +220,18 @@ def user_episodes(
     return sample
 
 
-def _check_users(table: UserTable, users: Sequence[int]) -> np.ndarray:
-    numbers = np.asarray(list(users), int)
-    if not len(numbers) or numbers.min() < 0 or numbers.max() >= table.num_users:
-        raise ValueError(f"Users must be numbers in 0..{table.num_users - 1}, at least one; got {numbers.tolist()}.")
-    return numbers
+def _check_users(name: str, table: UserTable, users: Sequence[int] | np.ndarray) -> np.ndarray:
+    """[M], the places of users in the table: a mask is none, though NumPy takes it for the users 0 and 1."""
+    given = [np.asarray(user) for user in users] if np.iterable(users) else []
+    is_place = lambda user: user.dtype.kind in "iu" and not user.ndim and 0 <= user < table.num_users
+    if not given or not all(map(is_place, given)):
+        shown = f"[{', '.join(repr(user.tolist()) for user in given[:5])}{', ...' if len(given) > 5 else ''}]"
+        raise ValueError(
+            f"`{name}` must be places in `table.user_names`, integers in 0..{table.num_users - 1}, at least one; got "
+            f"{shown if np.iterable(users) else repr(users)}. Of a mask these are `np.flatnonzero(mask)`, of names "
+            "`[table.user_names.index(name) for name in names]`."
+        )
+    return np.array(given, int)
 
 
 # --- the tables in the folder that METAOPT_DATA names ----------------------------------------------------------------

@@ -70,6 +70,14 @@ def test_rows_of_all_sources_are_numbered_through():
         (lambda: tasks.from_arrays(X, Y, class_names=["p", "q"]), "must be 3 different names"),
         (lambda: tasks.from_arrays(X, Y, class_names=["p", "q", "p"]), r"got 3 \(2 different\)"),
         (lambda: tasks.from_arrays(X, Y, superclass=[0]), "one entry for each of the 3 classes"),
+        (lambda: tasks.from_arrays(X, np.arange(6) / 2), "must be classes.*; got 0.5 for example 1"),
+        (lambda: tasks.from_arrays(X, [0, 1, 0, 1, 0, np.nan]), "got nan for example 5"),
+        (lambda: tasks.from_arrays(X, ["a", "a", "b", np.nan, "b", "b"]), "got nan for example 3"),
+        (lambda: tasks.from_arrays(X, np.array(["a", None] * 3, object)), "got None for example 1"),
+        (
+            lambda: tasks.from_arrays([[0.0, 1.0], [np.nan, 2.0]], [0, 1]),
+            r"`x` must be finite; got nan at \[1, 0\]",
+        ),
         (lambda: tasks.labelled_rows([]), "at least one source"),
         (lambda: tasks.from_image_sets(["mnist", "cifar"]), "got 'cifar'"),
     ],
@@ -77,6 +85,11 @@ def test_rows_of_all_sources_are_numbered_through():
 def test_what_is_no_source_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_whole_numbers_and_strings_are_classes():
+    for y in ([0.0, 1.0] * 3, np.array(["nan", "b"] * 3), ["1", "2"] * 3, np.array([False, True] * 3)):
+        assert tasks.from_arrays(X, y).num_classes == 2
 
 
 def test_a_folder_of_images(tmp_path):
@@ -108,7 +121,9 @@ class Builder:
     def __init__(self, name, data_dir=None, file_format=None):
         assert file_format == "array_record"
         label = types.SimpleNamespace(names=["ant", "bee", "cat"])
-        self.info = types.SimpleNamespace(features={"image": None, "label": label, "order": None, "by": None})
+        features = {"image": None, "label": label, "order": None, "by": None}
+        self.data_dir = data_dir
+        self.info = types.SimpleNamespace(features=features, splits={} if data_dir == "empty" else {"train": 3})
 
     def as_data_source(self, split):
         pixels = [np.full((2 + (split == "odd") * k, 2, 1), k, np.uint8) for k in range(3)]
@@ -139,6 +154,10 @@ def test_a_data_set_of_tfds(monkeypatch):
         tasks.from_tfds("insects", split="odd")
     with pytest.raises(ValueError, match="has no feature 'kind'; it has image, label, order, by"):
         tasks.from_tfds("insects", label="kind")
+    with pytest.raises(
+        FileNotFoundError, match=r"'insects' is not prepared in empty.*, data_dir='empty', .*download_and_prepare\("
+    ):
+        tasks.from_tfds("insects", data_dir="empty")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ImportError, match=r"metaopt-jax\[episodes\]"):
         tasks.from_tfds("insects")
@@ -170,6 +189,8 @@ def test_a_data_set_that_tfds_itself_prepared_and_reads(tmp_path):
                 yield i, {"image": stream, "label": i % 3}
 
     builder = Insects(data_dir=tmp_path, file_format="array_record")
+    with pytest.raises(FileNotFoundError, match="'insects' is not prepared"):
+        tasks.from_tfds("insects", data_dir=tmp_path)
     builder.download_and_prepare(file_format="array_record")
     source = tasks.from_tfds("insects", data_dir=tmp_path)
     assert source.x.shape == (6, 4, 4) and source.class_names == ("ant", "bee", "cat")

@@ -56,10 +56,24 @@ def test_mixed_functions():
     [
         ({"num_shots": 0}, "`num_shots` must be at least 1; got 0"),
         ({"num_query": 2.5}, "`num_query` must be an integer of at least 1; got 2.5"),
-        ({"inputs": (1.0, 1.0)}, "`inputs` must ascend"),
-        ({"noise": -1.0}, "`noise` be at least 0"),
+        ({"inputs": (1.0, 1.0)}, r"`inputs` must be two finite numbers that ascend; got \(1.0, 1.0\)"),
+        ({"inputs": (0.0, np.inf)}, "`inputs` must be two finite"),
+        ({"noise": -1.0}, "`noise` must be at least 0"),
+        ({"noise": np.nan}, "`noise` must be at least 0; got nan"),
     ],
 )
 def test_what_is_no_family_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         tasks.function_episodes(lambda key: jnp.zeros(()), lambda c, x: x + c, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["amplitude", "phase"])
+@pytest.mark.parametrize("value", [(5.0, 0.1), (np.nan, 1.0), (0.0, np.inf), 1.0, (1.0,), ("a", "b")])
+def test_what_is_no_range_is_refused(name, value):
+    """JAX draws the first number alone where it is above the second."""
+    with pytest.raises(ValueError, match=f"`{name}` must be two finite numbers that ascend, or one twice; got"):
+        tasks.sinusoids(**{name: value})
+
+
+def test_a_range_of_one_number_fixes_it():
+    assert tasks.sinusoids(amplitude=(2.0, 2.0))(KEYS[0]).meta["amplitude"] == 2

@@ -113,12 +113,48 @@ def test_hospitals():
         (lambda: tasks.user_episodes(TABLE, num_support=1, order="past"), "must be one of 'time'"),
         (lambda: tasks.user_episodes(TABLE._replace(time=None), num_support=1), 'take `order="random"`'),
         (lambda: tasks.user_episodes(TABLE._replace(x=TABLE.x * np.nan), num_support=1), "`standardize_users`"),
-        (lambda: tasks.user_episodes(TABLE, num_support=1, users=[2]), r"must be numbers in 0\.\.1"),
+        (lambda: tasks.user_episodes(TABLE, num_support=1, users=[2]), r"integers in 0\.\.1, at least one; got \[2\]"),
+        (lambda: tasks.user_episodes(TABLE, num_support=1, users=[]), r"`users` must be places .*; got \[\]"),
+        (lambda: tasks.user_episodes(TABLE, num_support=1, users=1), "`users` must be places .*; got 1"),
+        (lambda: tasks.user_episodes(TABLE, num_support=1, users=np.array([False, True])), r"`np.flatnonzero\(mask\)`"),
+        (lambda: tasks.user_episodes(TABLE, num_support=1, users=[0, True]), r"got \[0, True\]"),
+        (lambda: tasks.user_episodes(TABLE, num_support=1, users=[1.7]), r"got \[1.7\]"),
+        (lambda: tasks.user_episodes(TABLE, num_support=1, users=["1"]), r"got \['1'\].*`\[table.user_names.index"),
+        (lambda: tasks.standardize_users(TABLE, np.array([True, True])), "`fit_on` must be places"),
+        (lambda: tasks.standardize_users(TABLE._replace(x=TABLE.x + np.inf), [0]), "`x` must be finite"),
+        (lambda: tasks.user_episodes(TABLE._replace(y=TABLE.y * np.nan), num_support=1), "`y` must be finite"),
     ],
 )
 def test_what_is_no_user_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+DATES = np.array(["2026-01-02", "NaT", "2026-01-01"], "datetime64[D]")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": [[0, 1], [np.nan, 1], [0, np.inf]]}, "got inf in row 2, column '1', of user 9"),
+        ({"x": [[0, 1], [1e300, 1], [0, 1]]}, "`x` must be finite in float32, or NaN where missing; got inf in row 1"),
+        ({"y": [1.0, np.nan, 2.0]}, "`y` must be finite in float32; got nan in row 1, of user 7"),
+        ({"time": [0, 1, np.nan]}, "`time` must be finite in float64; got nan in row 2, of user 9"),
+        ({"time": DATES}, "`time` must be finite in float64; got nan in row 1, of user 7"),
+        ({"user": [0, 1, np.nan]}, "row 2 has none"),
+    ],
+)
+def test_entries_that_say_nothing_are_refused(changed, message):
+    records = {"x": [[0, 1], [np.nan, 1], [0, 1]], "y": [0.5, 1.0, 2.0], "user": [7, 7, 9]}
+    records["time"] = np.where(np.isnat(DATES), DATES[0], DATES)
+    assert tasks.from_user_records(**records).time.tolist() == [20455, 20455, 20454]  # days since 1970
+    with pytest.raises(ValueError, match=message):
+        tasks.from_user_records(**records | changed)
+
+
+def test_places_of_users_are_integers_of_any_kind():
+    for users in (range(1, 2), np.array([1], np.uint8), jnp.array([1]), {1}):
+        assert everybody(tasks.user_episodes(TABLE, num_support=2, users=users), 1).meta["user"] == [1]
 
 
 def test_the_target_of_parkinsons():
