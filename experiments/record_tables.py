@@ -31,7 +31,6 @@ import importlib.util
 import json
 import tempfile
 import time
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -476,35 +475,6 @@ def read_baselines(file: Path) -> dict[str, np.ndarray]:
         return dict(found)
 
 
-def code() -> str:
-    """A number that other code does not have, for what is kept of a run."""
-    files = [Path(__file__), *sorted(Path(methods.__file__).parents[1].rglob("*.py"))]
-    return f"{zlib.crc32(b''.join(file.read_bytes() for file in files)):08x}"
-
-
-def kept(store: Path | None, name: str, make, *, wait: bool = True) -> dict[str, Any]:
-    """What `make` gives, or gave before. Where another process is making it: waits, or else gives nothing."""
-    if store is None:
-        return make() if wait else {}
-    import fcntl
-
-    file = store / f"{name}.npz"
-    store.mkdir(parents=True, exist_ok=True)
-    if not file.is_file():
-        with open(f"{file}.lock", "w") as lock:  # the system's: it ends with the process
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                return {}
-            if not file.is_file():  # nor has it been made while this one waited
-                made = make()
-                with open(f"{file}.part", "wb") as part:
-                    np.savez(part, **made)
-                Path(f"{file}.part").replace(file)
-    with np.load(file, allow_pickle=False) as found:
-        return {key: array for key, array in found.items()}
-
-
 def by_family(data: Records) -> np.ndarray:
     """[T, NUM_TRIALS] curves of average-best where one family is left out at a time, and not a fifth of them."""
     regret, curves = data.regret, []
@@ -522,10 +492,10 @@ def learn(data: Records, options: argparse.Namespace, with_transformers: bool, f
     """`learned`, as it is kept."""
     name = (
         f"{data.name}, {fold}, {seed}, {options.ablate}, {options.smoke}, {NUM_DEEP}, {NUM_TRANSFORMERS}, "
-        f"{sorted(TRANSFORMERS.values())}, {with_transformers}, {code()}"
+        f"{sorted(TRANSFORMERS.values())}, {with_transformers}"
     )
     make = partial(learned, data, *split(data, fold, options), seed, options, with_transformers)
-    return kept(options.store, name, make, wait=wait)
+    return script.kept(options.store, name, make, wait=wait)
 
 
 class Found(NamedTuple):
@@ -581,9 +551,9 @@ def run(data: Records, options: argparse.Namespace, baselines: dict[str, np.ndar
             whole = by_key.setdefault(name, np.full((len(repeats), len(regret), NUM_TRIALS), np.nan))
             whole[:, test] = found
         seconds.append(repeats[0]["seconds"])
-        plain = kept(
+        plain = script.kept(
             options.store,
-            f"{data.name}, {fold}, {options.plain_seeds}, {options.smoke}, {code()}",
+            f"{data.name}, {fold}, {options.plain_seeds}, {options.smoke}",
             partial(without_others, data, test, options.plain_seeds),
         )
         add(PLAIN, test, plain[PLAIN])
@@ -691,6 +661,8 @@ def main() -> None:
     parser.add_argument("--reference", default="average-best")
     options = parser.parse_args()
     options.stride = 1
+    if options.store is not None:
+        options.store = script.work_folder(options.store, __file__)
     if options.smoke:
         options.seeds = options.plain_seeds = options.train_seeds = 1
         options.folds, options.tables, options.stride = [0], ["forest"], 4
