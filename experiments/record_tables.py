@@ -518,7 +518,8 @@ def run(data: Records, options: argparse.Namespace, baselines: dict[str, np.ndar
     curves: dict[str, np.ndarray] = {}
     by_key: dict[str, np.ndarray] = {}
     regret, seconds, judged = data.regret, [], []
-    of_key = partial(learn, data, options, with_transformers)
+    few = options.transformer_seeds or options.train_seeds
+    of_key = lambda fold, seed, wait: learn(data, options, with_transformers and seed < few, fold, seed, wait)
     for fold in options.folds:  # what no other process is at; its programs are compiled once for all keys of a fold
         for seed in range(options.train_seeds):
             of_key(fold, seed, wait=False)
@@ -546,9 +547,9 @@ def run(data: Records, options: argparse.Namespace, baselines: dict[str, np.ndar
                 add(name, t, found[:, t].mean(0))
         repeats = [of_key(fold, seed, wait=True) for seed in range(options.train_seeds)]
         for name in [name for name in repeats[0] if name != "seconds"]:
-            found = np.stack([repeat[name] for repeat in repeats])
+            found = np.stack([repeat[name] for repeat in repeats if name in repeat])
             add(name, test, found.mean(0))
-            whole = by_key.setdefault(name, np.full((len(repeats), len(regret), NUM_TRIALS), np.nan))
+            whole = by_key.setdefault(name, np.full((len(found), len(regret), NUM_TRIALS), np.nan))
             whole[:, test] = found
         seconds.append(repeats[0]["seconds"])
         plain = script.kept(
@@ -571,6 +572,8 @@ def over_keys(found: Found) -> str:
     """How far the means over tasks are apart from key to key of the training."""
     parts = []
     for name, curves in found.by_key.items():
+        if len(curves) == 1:
+            continue
         means = curves[:, found.judged][..., [at - 1 for at in AT]].mean(1)  # [keys, 3]
         parts.append(f"{name} {' '.join(f'{std:.4f}' for std in means.std(0, ddof=1))}")
     return (
@@ -653,6 +656,7 @@ def main() -> None:
     parser.add_argument("--baseline-seeds", type=int, help="of these; --seeds by default")
     parser.add_argument("--plain-seeds", type=int, default=20, help="random starts of the process without other tasks")
     parser.add_argument("--train-seeds", type=int, default=1, help="keys that metaopt is trained with")
+    parser.add_argument("--transformer-seeds", type=int, help="keys of transformers; --train-seeds by default")
     parser.add_argument("--ablate", action="store_true", help="also without features, and without adaptation")
     parser.add_argument("--store", type=Path, help="a folder that keeps what was learned, to go on with or to share")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -711,7 +715,9 @@ def main() -> None:
         f"Mean normalized regret over tasks; in brackets the difference to {options.reference}, its 95 % interval "
         "(bootstrap over families), and the p of Wilcoxon's signed-rank test by Holm's method. Random methods are "
         f"means over seeds: random search {options.seeds}, {', '.join(counts)}, the process without other tasks "
-        f"{options.plain_seeds}, metaopt's training {options.train_seeds}; the lists are deterministic. A fifth "
+        f"{options.plain_seeds}, metaopt's training {options.train_seeds}"
+        + (f" (of transformers {options.transformer_seeds})" if options.transformer_seeds else "")
+        + "; the lists are deterministic. A fifth "
         "of the families is left out at a time; where one family is, average-best "
         f"has {'; '.join(families)} (more tasks to learn from, and others near the new one). BOHB is not among them: a "
         "table has one fidelity, at which it is TPE."

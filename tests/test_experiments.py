@@ -258,7 +258,7 @@ def test_what_a_script_keeps_is_made_once_by_one_process(tmp_path):
     for wait in (False, True):
         np.testing.assert_array_equal(script.kept(tmp_path / "new", "a", make, wait=wait)["x"], np.arange(3))
     assert made == [1]
-    with open(tmp_path / "b.lock", "w") as lock:
+    with open(tmp_path / "b.npz.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert script.kept(tmp_path, "b", make, wait=False) == {} and made == [1]
     assert script.kept(None, "c", make, wait=False) == {}
