@@ -189,11 +189,14 @@ def train_meta_searcher(
 
 def _warn_of_foreign(space, records) -> None:
     """Says how many records have values that the space does not have."""
-    found = [spaces.foreign(space, record.configuration) for record in records]
+    # A table's configurations are few dicts, which the records of all its tasks share.
+    shared = {id(record.configuration): record.configuration for record in records}
+    of = {number: spaces.foreign(space, configuration) for number, configuration in shared.items()}
+    found = [of[id(record.configuration)] for record in records]
     if num := sum(map(bool, found)):
-        of = collections.Counter(name for values in found for name in values)
-        example = {name: next(values[name] for values in found if name in values) for name, _ in of.most_common(3)}
-        some = ", ".join(f"`{name}` in {of[name]}, such as {value!r}" for name, value in example.items())
+        counts = collections.Counter(name for values in found for name in values)
+        example = {name: next(values[name] for values in found if name in values) for name, _ in counts.most_common(3)}
+        some = ", ".join(f"`{name}` in {counts[name]}, such as {value!r}" for name, value in example.items())
         warnings.warn(
             f"{num} of {len(found)} records have values that the space does not have ({some}). A label counts as none "
             "in particular, a number out of bounds as the bound, a text in the place of a number as the default. Where "
