@@ -17,12 +17,17 @@ BOHB's fidelity is the number of trees, of which a forest that goes on pays for 
     python experiments/auto_random_forest.py                    from the records beside the results
     python experiments/auto_random_forest.py --collect          makes the records anew (resumable: --store)
     python experiments/auto_random_forest.py --optimizers TPE BOHB SMAC      runs these anew on the records
+    python experiments/auto_random_forest.py --train-seeds 20 --work FOLDER    g trained with 20 keys
     python experiments/auto_random_forest.py --rows             g reads the tables' rows, too (needs the tables)
     python experiments/auto_random_forest.py --smoke            4 tables, tiny forests (for the tests)
     python experiments/auto_random_forest.py --full --collect   more rows, trees and configurations (hours)
 
-`--collect` reads tables of Python packages, and where the environment variable METAOPT_DATA names it, a larger
-collection; those that are simulated or follow a rule (`tasks.SYNTHETIC_FAMILIES`) are left out.
+With --work, what a g of one key chose for a fold is kept as it ends: a run that was killed goes on from there, and the
+same command, started several times, shares the work. With --rows, three more are trained: g of meta-features and rows
+(`datasets` of `train_meta_searcher`), of rows alone, and of neither. That result is auto_random_forest_rows.md and
+.png, a page of its own, of which none is kept beside the others. `--collect` reads tables of Python packages, and where
+the environment variable METAOPT_DATA names it, a larger collection; those that are simulated or follow a rule
+(`tasks.SYNTHETIC_FAMILIES`) are left out.
 """
 
 import argparse
@@ -47,6 +52,8 @@ from metaopt import base, integrations, methods, predictors, spaces, tasks
 RECORDS = Path(__file__).parent / "results" / "auto_random_forest.npz"
 FIDELITIES = (1 / 9, 1 / 3, 1.0)  # of the trees
 OURS = "g(t')"
+OF_ROWS = (f"{OURS} of features and rows", f"{OURS} of rows alone")
+OF_NOTHING = "g of no features"
 MIN_ROWS = 6  # of a class, among the training rows: each of the folds sees some
 
 
@@ -429,12 +436,48 @@ def split_families(families: np.ndarray, num_splits: int) -> np.ndarray:
     return np.array([part[family] for family in families])
 
 
+def learn(records, config, work, rows, folds, fold: int, name: str, seed: int, *, wait: bool = True) -> dict:
+    """What a g of the other folds chooses for the tables of one: `best` [tables, counts], after each of so many trials;
+    and the processor seconds of its training."""
+
+    def make() -> dict:
+        space, y = make_space(config), records.outcomes[:, :, -1]
+        train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        begin = time.process_time()
+        trials = [
+            base.Record(str(records.names[s]), c, float(v))
+            for s in train
+            for c, v in zip(records.configurations, y[s], strict=True)
+        ]
+        features = {str(records.names[s]): records.features[s] for s in train}
+        g = methods.train_meta_searcher(
+            trials,
+            space=space,
+            candidates=records.configurations,
+            families={str(records.names[s]): str(records.families[s]) for s in train},
+            num_steps=config.num_steps,
+            features=None if name in (OF_ROWS[1], OF_NOTHING) else features,
+            datasets=rows if name in OF_ROWS else None,
+            key=jax.random.key(seed),
+        )
+        seconds, best = time.process_time() - begin, []
+        counts = sorted({min(n, y.shape[1]) for n in config.trials})
+        for t in test:
+            known = None if name in (OF_ROWS[1], OF_NOTHING) else records.features[t]
+            task = base.Task(None if rows is None else rows[str(records.names[t])], None, known)
+            searcher = g.searcher(known if name == OURS else task, first=())
+            best.append(run_searcher(records, t, searcher, space, seed, counts))
+        return {"best": np.array(best), "seconds": seconds}
+
+    of = f"{fingerprint(records, config)}{zlib.crc32(repr(config).encode()):08x}"
+    return script.kept(work, f"{of}, {fold}, {name}, {seed}", make, wait=wait)
+
+
 def choose(
     records: Records, config: Config, options, optimizers, rows=None
 ) -> tuple[dict[str, list[list[int]]], float]:
     """method -> the configurations' numbers for every table, one a seed, none of which has read a test row; and the
     seconds that train a g."""
-    space = make_space(config)
     y, num_tables = records.outcomes[:, :, -1], len(records.names)
     ranks = (stats.rankdata(y, axis=1) - 1) / max(1, y.shape[1] - 1)  # regret that no outlier dominates
     folds = split_families(records.families, config.num_splits)
@@ -444,48 +487,29 @@ def choose(
     def add(name, t, numbers):
         chosen.setdefault(name, [[]] * num_tables)[t] = numbers
 
+    names = (OURS,) if rows is None else (OURS, *OF_ROWS, OF_NOTHING)
+    of_key = functools.partial(learn, records, config, options.work, rows, folds)
+    for fold in range(config.num_splits):  # what no other process is at; a fold's programs are compiled for all keys
+        for name in names:
+            for seed in range(options.train_seeds):
+                of_key(fold, name, seed, wait=False)
     trained = 0.0
     near = predictors.rank_features(np.sort(records.features, 0).T, records.features, num_tables)
     for fold in range(config.num_splits):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        begin = time.process_time()
-        trials = [
-            base.Record(str(records.names[s]), c, float(v))
-            for s in train
-            for c, v in zip(records.configurations, y[s], strict=True)
-        ]
-        train_g = functools.partial(
-            methods.train_meta_searcher,
-            trials,
-            space=space,
-            candidates=records.configurations,
-            families={str(records.names[s]): str(records.families[s]) for s in train},
-            num_steps=config.num_steps,
-        )
-        features = {str(records.names[s]): records.features[s] for s in train}
-        keys = [jax.random.key(seed) for seed in range(options.train_seeds)]
-        learned = {OURS: [train_g(features=features, key=key) for key in keys]}
-        trained += (time.process_time() - begin) / config.num_splits / len(keys)
-        if rows is not None:
-            both, alone = {"features": features, "datasets": rows}, {"datasets": rows}
-            for name, given in (("of features and rows", both), ("of rows alone", alone)):
-                learned[f"{OURS} {name}"] = [train_g(**given, key=key) for key in keys]
-            learned["g of no features"] = [train_g(key=key) for key in keys]
+        learned = {name: [of_key(fold, name, seed) for seed in range(options.train_seeds)] for name in names}
+        trained += float(learned[OURS][0]["seconds"]) / config.num_splits  # with the first key, which compiles
         portfolio = greedy(ranks[train], counts[-1])
-        for t in test:
+        for i, t in enumerate(test):
             add(f"scikit-learn's defaults, {records.configurations[0]['n_estimators']} trees", t, [0])
             add("best on average", t, [int(ranks[train].mean(0).argmin())])
             nearest = train[((near[train] - near[t]) ** 2).sum(1).argmin()]
             add("1-nearest neighbor in meta-features", t, [int(y[nearest].argmin())])
-            for name, of_key in learned.items():
-                known = None if name.endswith(("rows alone", "no features")) else records.features[t]
-                task = base.Task(None if rows is None else rows[str(records.names[t])], None, known)
-                searchers = [g.searcher(known if name == OURS else task, first=()) for g in of_key]
-                # [keys, counts]
-                tried = [run_searcher(records, t, s, space, seed, counts) for seed, s in enumerate(searchers)]
-                for num, numbers in zip(counts, zip(*tried, strict=True), strict=True):
+            for name, of_each in learned.items():
+                tried = np.stack([found["best"][i] for found in of_each])  # [keys, counts]
+                for num, numbers in zip(counts, tried.T.tolist(), strict=True):
                     searched = f"{name} and its searcher" if name == OURS else name
-                    add(f"{name}, no trial" if num == 1 else f"{searched}, {num} trials", t, list(numbers))
+                    add(f"{name}, no trial" if num == 1 else f"{searched}, {num} trials", t, numbers)
                     if num > 1 and name == OURS:
                         add(f"portfolio, {num} trials", t, [best_of(records, t, portfolio[:num])])
     # Prefixes of random orders, the defaults first, as `tasks.random_search` has them.
@@ -580,8 +604,11 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="*", default=[], choices=["TPE", "BOHB", "SMAC"], help="run these anew")
     parser.add_argument("--optimizer-seeds", type=int, help="of these; --seeds by default")
     parser.add_argument("--train-seeds", type=int, default=1, help="keys that g is trained with")
+    parser.add_argument("--work", type=Path, help="a folder that keeps what g chose, to go on with or to share")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trials at a time")
     options = parser.parse_args()
+    if options.work is not None:
+        options.work = script.work_folder(options.work, __file__)
     config = SMOKE if options.smoke else FULL if options.full else Config()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -629,11 +656,12 @@ def main() -> None:
         + ("" if "SMAC" in optimizers else "SMAC3 (`--optimizers SMAC`, seconds for each table and seed) was not run. ")
         + f"The whole run took {time.perf_counter() - begin:.0f} s."
     )
+    page = "auto_random_forest_rows" if options.rows else "auto_random_forest"
     if not options.smoke:
-        text = "![Differences in test log loss](auto_random_forest.png)\n\n" + text
-    script.publish(__file__, "A random forest, from records of earlier tables", text, options)
+        text = f"![Differences in test log loss]({page}.png)\n\n" + text
+    script.publish(__file__, "A random forest, from records of earlier tables", text, options, name=page)
     if not options.smoke:
-        plot(differences, options.out / "auto_random_forest.png")
+        plot(differences, options.out / f"{page}.png")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ has one fidelity, at which it is TPE.
 
     python experiments/record_tables.py             writes experiments/results/record_tables.md and .png
     python experiments/record_tables.py --baselines TPE SMAC     more of SMAC3 (extra `smac`; 20 minutes a seed)
+    python experiments/record_tables.py --train-seeds 20 --store FOLDER      metaopt trained with 20 keys
     python experiments/record_tables.py --smoke     seconds; prints only
 
-The tables are read from the folder that METAOPT_DATA names.
+The tables are read from the folder that METAOPT_DATA names. What is learned in a fold with a key is kept in --store
+as it ends: a run that was killed goes on from there, and the same command, started several times, shares the work.
 """
 
 import argparse
@@ -29,7 +31,6 @@ import importlib.util
 import json
 import tempfile
 import time
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ NUM_TRANSFORMERS = 4
 TRANSFORMERS = {"metaopt with transformers": 0.5, "transformers alone": 1.0}  # their share of what is expected
 NOT_ADAPTED = "deep kernels alone, not adapted"
 LEARNED = ("metaopt", *DEEP, *TRANSFORMERS)
+PLAIN = "GP, no other task"
 PLAIN_LENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # of the process without other tasks, in units of the encoding
 ABLATED = ("metaopt, no features", NOT_ADAPTED)  # with --ablate
 
@@ -212,10 +214,43 @@ def plain_search(grams, error, starts):
     return jax.vmap(one)(starts)
 
 
+def encode(space: dict, plain: list[dict]) -> jax.Array:
+    """[C, D] as g has them: what a configuration lacks is at its default, a label among labels."""
+    whole = [spaces.from_configuration(space, spaces.complete(space, c)) for c in plain]
+    return jnp.stack([spaces.encode(space, hyperparams) for hyperparams in whole])
+
+
+def without_others(data: Records, test: np.ndarray, num_starts: int) -> dict:
+    """[test tasks, NUM_TRIALS] curves of the process without other tasks."""
+    encoded = encode(*make_space(data.configurations))
+    of_length = lambda log: predictors.Kernel(jnp.full(encoded.shape[1], log), jnp.array(4.0), jnp.array(0.0))
+    grams = jnp.stack([predictors.kernel_matrix(of_length(log), encoded, encoded) for log in np.log(PLAIN_LENGTHS)])
+    rng, curves = np.random.default_rng(0), []
+    for t in test:
+        regret = data.regret[t]
+        starts = jnp.asarray(rng.choice(np.flatnonzero(np.isfinite(regret)), num_starts))
+        tried = np.asarray(plain_search(grams, jnp.asarray(data.error[t], jnp.float32), starts))
+        curves.append(np.mean([curve(regret, run) for run in tried], 0))
+    return {PLAIN: np.stack(curves)}
+
+
+@jax.jit
+def expected(of, encoded, weights):
+    """[C] what is expected without a trial."""
+    found = predictors.expected_outcomes(of, encoded) @ weights
+    if of.transformers is None:
+        return found
+    read = predictors.read_trials(of.transformers, (encoded[:0], encoded[:0, 0], encoded[:0, 0]))
+    mean, _ = predictors.binned_moments(predictors.predict_binned(of.transformers, read, encoded), 1.0)
+    return of.transformer_share * mean + (1 - of.transformer_share) * found
+
+
 def learned(
-    data: Records, train: np.ndarray, test: np.ndarray, key, options, plain_starts: int, with_transformers: bool
-) -> dict:
-    """name -> [test tasks, NUM_TRIALS] curves of `metaopt`; and of the process without other tasks."""
+    data: Records, train: np.ndarray, test: np.ndarray, seed: int, options, with_transformers: bool
+) -> dict[str, Any]:
+    """name -> [test tasks, NUM_TRIALS] curves of `metaopt`. What it takes is looked at with the first key: with others,
+    programs are there already, and all is trained at once, which gives the same."""
+    timed = seed == 0
     space, plain = make_space(data.configurations)
     names = [str(t) for t in range(len(data.error))]
     records = [
@@ -232,58 +267,50 @@ def learned(
         candidates=plain,
         features=features,
         families=families,
-        key=key,
+        key=jax.random.key(seed),
         num_steps=num_steps,
     )
-    begin = time.process_time()
-    g = train_g()
-    seconds = time.process_time() - begin
-    deep = train_g(deep_kernels=NUM_DEEP).surrogate.deep
-    deep_seconds = time.process_time() - begin - seconds  # all of it, once more
-    surrogate, learners, transformer_seconds = g.surrogate, {"metaopt": g}, np.nan
-    variants = {name: surrogate._replace(deep=deep, deep_share=share) for name, share in DEEP.items()}
+    seconds, learners = [np.nan] * 3, {}
+    every = {"deep_kernels": NUM_DEEP} | ({"transformers": NUM_TRANSFORMERS} if with_transformers else {})
+    if timed:
+        networks = {}
+        for i, (name, num) in enumerate([("", 0), *every.items()]):  # each as if it were the only one
+            jax.clear_caches()
+            begin = time.process_time()
+            g = train_g(**({name: num} if name else {}))
+            seconds[i] = time.process_time() - begin
+            networks[name] = g.surrogate
+            if name != "deep_kernels":
+                learners[name] = g
+        surrogate, deep, h = networks[""], networks["deep_kernels"].deep, networks.get("transformers")
+    else:
+        h = train_g(**every).surrogate
+        deep, h = h.deep, h._replace(deep=None, deep_share=0.0)
+        surrogate = h._replace(transformers=None, transformer_share=0.0)
+    variants = {"metaopt": surrogate}
+    variants |= {name: surrogate._replace(deep=deep, deep_share=share) for name, share in DEEP.items()}
     if with_transformers:
-        learners[next(iter(TRANSFORMERS))] = h = train_g(transformers=NUM_TRANSFORMERS, transformer_share=0.5)
-        transformer_seconds = time.process_time() - begin - seconds - deep_seconds
-        variants |= {name: h.surrogate._replace(transformer_share=share) for name, share in TRANSFORMERS.items()}
-    variants = {"metaopt": surrogate} | variants
+        variants |= {name: h._replace(transformer_share=share) for name, share in TRANSFORMERS.items()}
     if options.ablate:
         variants |= {ABLATED[0]: surrogate, NOT_ADAPTED: variants["deep kernels alone (FSBO)"]}
-    # As g has them: what a configuration lacks is at its default, a label among labels.
-    whole = [spaces.from_configuration(space, spaces.complete(space, c)) for c in plain]
-    encoded = jnp.stack([spaces.encode(space, hyperparams) for hyperparams in whole])
+    encoded = encode(space, plain)
     functions = predictors.functions_at(surrogate, encoded)
-    of_length = lambda log: predictors.Kernel(jnp.full(encoded.shape[1], log), jnp.array(4.0), jnp.array(0.0))
-    plain_grams = jnp.stack(
-        [predictors.kernel_matrix(of_length(log), encoded, encoded) for log in np.log(PLAIN_LENGTHS)]
-    )
-    curves = {name: [] for name in (*variants, "GP, no other task")}
-
-    @jax.jit
-    def expected(of, weights):
-        found = predictors.expected_outcomes(of, encoded) @ weights
-        if of.transformers is None:
-            return found
-        read = predictors.read_trials(of.transformers, (encoded[:0], encoded[:0, 0], encoded[:0, 0]))
-        mean, _ = predictors.binned_moments(predictors.predict_binned(of.transformers, read, encoded), 1.0)
-        return of.transformer_share * mean + (1 - of.transformer_share) * found
+    curves = {name: [] for name in variants}
 
     def trials(name, t, error, open_):
         known = None if name == ABLATED[0] else data.features[t]
         weights, of = predictors.task_weights(variants[name], known), predictors.at_task(variants[name], known)
-        start = open_[np.asarray(expected(of, weights))[open_].argmin()]
+        start = open_[np.asarray(expected(of, encoded, weights))[open_].argmin()]
         return search(of, encoded, functions, weights, error, start, 0 if name == NOT_ADAPTED else 10)
 
-    rng = np.random.default_rng(0)
     for t in test:
         error, regret = jnp.asarray(data.error[t], jnp.float32), data.regret[t]
         open_ = np.flatnonzero(np.isfinite(regret))
         for name in variants:
             curves[name].append(curve(regret, np.asarray(trials(name, t, error, open_))))
-        tried = plain_search(plain_grams, error, jnp.asarray(rng.choice(open_, plain_starts)))
-        curves["GP, no other task"].append(np.mean([curve(regret, run) for run in np.asarray(tried)], 0))
     asks = []
-    for name, learner in learners.items():  # the last task's, again as a user has it
+    for i, learner in enumerate(learners.values()):  # the last task's, again as a user has it
+        name = ("metaopt", *TRANSFORMERS)[i]
         tried = np.asarray(trials(name, test[-1], error, open_))
         again, milliseconds = one_by_one(learner, data, test[-1], plain)
         asks.append(milliseconds)
@@ -292,7 +319,7 @@ def learned(
                 f"{data.name}, {name}: the searcher's trials {again} differ from the program's {tried[: len(again)]}."
             )
     curves = {name: np.stack(found) for name, found in curves.items()}
-    return curves | {"seconds": (seconds, deep_seconds, transformer_seconds, *asks, np.nan)[:5]}
+    return curves | {"seconds": (*seconds, *asks, np.nan, np.nan)[:5]}
 
 
 def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict]) -> tuple[list[int], float]:
@@ -448,26 +475,6 @@ def read_baselines(file: Path) -> dict[str, np.ndarray]:
         return dict(found)
 
 
-def code() -> str:
-    """A number that other code does not have, for what is kept of a run."""
-    files = [Path(__file__), *sorted(Path(methods.__file__).parents[1].rglob("*.py"))]
-    return f"{zlib.crc32(b''.join(file.read_bytes() for file in files)):08x}"
-
-
-def kept(store: Path | None, name: str, make) -> dict:
-    """What `make` gives, or gave before."""
-    if store is None:
-        return make()
-    file = store / f"{name}.npz"
-    if not file.is_file():
-        store.mkdir(parents=True, exist_ok=True)
-        with open(f"{file}.part", "wb") as part:
-            np.savez(part, **make())
-        Path(f"{file}.part").replace(file)
-    with np.load(file, allow_pickle=False) as found:
-        return {key: array for key, array in found.items()}
-
-
 def by_family(data: Records) -> np.ndarray:
     """[T, NUM_TRIALS] curves of average-best where one family is left out at a time, and not a fifth of them."""
     regret, curves = data.regret, []
@@ -476,20 +483,52 @@ def by_family(data: Records) -> np.ndarray:
     return np.array(curves)
 
 
-def run(
-    data: Records, options: argparse.Namespace, baselines: dict[str, np.ndarray], with_transformers: bool
-) -> tuple[dict, np.ndarray, np.ndarray]:
-    """name -> [tasks, NUM_TRIALS] curves, means over seeds where a method is random; the tasks;
-    seconds of training, alone, with deep kernels, with transformers; milliseconds of an `ask`, alone and with those."""
+def split(data: Records, fold: int, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Which tasks are learned from, and which are new."""
+    return np.flatnonzero(data.fold != fold), np.flatnonzero(data.fold == fold)[:: options.stride]
+
+
+def learn(data: Records, options: argparse.Namespace, with_transformers: bool, fold: int, seed: int, wait: bool):
+    """`learned`, as it is kept."""
+    name = (
+        f"{data.name}, {fold}, {seed}, {options.ablate}, {options.smoke}, {NUM_DEEP}, {NUM_TRANSFORMERS}, "
+        f"{sorted(TRANSFORMERS.values())}, {with_transformers}"
+    )
+    make = partial(learned, data, *split(data, fold, options), seed, options, with_transformers)
+    return script.kept(options.store, name, make, wait=wait)
+
+
+class Found(NamedTuple):
+    """What the methods of a table came to. T tasks.
+
+    Attributes:
+      curves: name -> [T, NUM_TRIALS], means over seeds where a method is random.
+      by_key: name -> [keys, T, NUM_TRIALS] of what is learned.
+      judged: the tasks.
+      seconds: of training, alone, with deep kernels, with transformers; milliseconds of an `ask`, alone and with those.
+    """
+
+    curves: dict[str, np.ndarray]
+    by_key: dict[str, np.ndarray]
+    judged: np.ndarray
+    seconds: np.ndarray
+
+
+def run(data: Records, options: argparse.Namespace, baselines: dict[str, np.ndarray], with_transformers: bool) -> Found:
     curves: dict[str, np.ndarray] = {}
+    by_key: dict[str, np.ndarray] = {}
     regret, seconds, judged = data.regret, [], []
+    few = options.transformer_seeds or options.train_seeds
+    of_key = lambda fold, seed, wait: learn(data, options, with_transformers and seed < few, fold, seed, wait)
+    for fold in options.folds:  # what no other process is at; its programs are compiled once for all keys of a fold
+        for seed in range(options.train_seeds):
+            of_key(fold, seed, wait=False)
 
     def add(name, t, found):
         curves.setdefault(name, np.full((len(regret), NUM_TRIALS), np.nan))[t] = found
 
     for fold in options.folds:
-        train, test = np.flatnonzero(data.fold != fold), np.flatnonzero(data.fold == fold)
-        test = test[:: options.stride]
+        train, test = split(data, fold, options)
         judged.extend(test)
         average, portfolio = np.nanmean(regret[train], 0).argsort(), greedy(regret[train])
         ranks = predictors.rank_features(np.sort(data.features[train], 0).T, data.features, len(regret))
@@ -506,21 +545,19 @@ def run(
             add("random", t, np.mean([curve(regret[t], rng.permutation(regret.shape[1])) for rng in rngs], 0))
             for name, found in baselines.items():
                 add(name, t, found[:, t].mean(0))
-        repeats = [
-            kept(
-                options.store,
-                f"{data.name}, {fold}, {seed}, {options.plain_seeds}, {options.ablate}, {options.smoke}, {NUM_DEEP}, "
-                f"{NUM_TRANSFORMERS}, {sorted(TRANSFORMERS.values())}, {with_transformers}, {code()}",
-                partial(
-                    learned, data, train, test, jax.random.key(seed), options, options.plain_seeds, with_transformers
-                ),
-            )
-            for seed in range(options.train_seeds)
-        ]
-        for name in repeats[0]:
-            if name != "seconds":
-                add(name, test, np.mean([r[name] for r in repeats], 0))
-        seconds += [r["seconds"] for r in repeats]
+        repeats = [of_key(fold, seed, wait=True) for seed in range(options.train_seeds)]
+        for name in [name for name in repeats[0] if name != "seconds"]:
+            found = np.stack([repeat[name] for repeat in repeats if name in repeat])
+            add(name, test, found.mean(0))
+            whole = by_key.setdefault(name, np.full((len(found), len(regret), NUM_TRIALS), np.nan))
+            whole[:, test] = found
+        seconds.append(repeats[0]["seconds"])
+        plain = script.kept(
+            options.store,
+            f"{data.name}, {fold}, {options.plain_seeds}, {options.smoke}",
+            partial(without_others, data, test, options.plain_seeds),
+        )
+        add(PLAIN, test, plain[PLAIN])
         print(
             data.name,
             "fold",
@@ -528,7 +565,21 @@ def run(
             {n: c[test][:, [a - 1 for a in AT]].mean(0).round(4).tolist() for n, c in curves.items()},
             flush=True,
         )
-    return curves, np.array(sorted(judged)), np.mean(seconds, 0)
+    return Found(curves, by_key, np.array(sorted(judged)), np.mean(seconds, 0))
+
+
+def over_keys(found: Found) -> str:
+    """How far the means over tasks are apart from key to key of the training."""
+    parts = []
+    for name, curves in found.by_key.items():
+        if len(curves) == 1:
+            continue
+        means = curves[:, found.judged][..., [at - 1 for at in AT]].mean(1)  # [keys, 3]
+        parts.append(f"{name} {' '.join(f'{std:.4f}' for std in means.std(0, ddof=1))}")
+    return (
+        f"Standard deviation of the mean regret after {', '.join(map(str, AT))} trials from key to key of the "
+        f"training: {'; '.join(parts)}."
+    )
 
 
 def compare(curves: dict, data: Records, judged: np.ndarray, reference: str) -> tuple[list, list]:
@@ -605,14 +656,17 @@ def main() -> None:
     parser.add_argument("--baseline-seeds", type=int, help="of these; --seeds by default")
     parser.add_argument("--plain-seeds", type=int, default=20, help="random starts of the process without other tasks")
     parser.add_argument("--train-seeds", type=int, default=1, help="keys that metaopt is trained with")
+    parser.add_argument("--transformer-seeds", type=int, help="keys of transformers; --train-seeds by default")
     parser.add_argument("--ablate", action="store_true", help="also without features, and without adaptation")
-    parser.add_argument("--store", type=Path, help="a folder that keeps what was learned in each fold, to go on with")
+    parser.add_argument("--store", type=Path, help="a folder that keeps what was learned, to go on with or to share")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--tables", nargs="+", default=["forest", "six", "oboe"])
     parser.add_argument("--transformers", nargs="*", default=["forest"], help="tables on which they are trained, too")
     parser.add_argument("--reference", default="average-best")
     options = parser.parse_args()
     options.stride = 1
+    if options.store is not None:
+        options.store = script.work_folder(options.store, __file__)
     if options.smoke:
         options.seeds = options.plain_seeds = options.train_seeds = 1
         options.folds, options.tables, options.stride = [0], ["forest"], 4
@@ -637,7 +691,8 @@ def main() -> None:
         baselines = {key.partition("/")[2]: found for key, found in known.items() if key.startswith(f"{data.name}/")}
         counts += [f"{b} on {data.name} {len(found)}" for b, found in baselines.items()]
         with_transformers = name in options.transformers
-        curves, judged, seconds = run(data, options, baselines, with_transformers)
+        found = run(data, options, baselines, with_transformers)
+        curves, judged, seconds = found.curves, found.judged, found.seconds
         families.append(" ".join(f"{by_family(data)[:, at - 1].mean():.4f}" for at in AT))
         header, rows = compare(curves, data, judged, options.reference)
         results[data.name] = curves, judged
@@ -654,13 +709,16 @@ def main() -> None:
             "",
             script.table(header, rows),
             "",
+            *([over_keys(found), ""] if options.train_seeds > 1 else []),
         ]
     text.append(
         f"Mean normalized regret over tasks; in brackets the difference to {options.reference}, its 95 % interval "
         "(bootstrap over families), and the p of Wilcoxon's signed-rank test by Holm's method. Random methods are "
         f"means over seeds: random search {options.seeds}, {', '.join(counts)}, the process without other tasks "
-        f"{options.plain_seeds}; metaopt ({options.train_seeds} training key(s)) and the lists are deterministic, "
-        "given what they learn from. A fifth of the families is left out at a time; where one family is, average-best "
+        f"{options.plain_seeds}, metaopt's training {options.train_seeds}"
+        + (f" (of transformers {options.transformer_seeds})" if options.transformer_seeds else "")
+        + "; the lists are deterministic. A fifth "
+        "of the families is left out at a time; where one family is, average-best "
         f"has {'; '.join(families)} (more tasks to learn from, and others near the new one). BOHB is not among them: a "
         "table has one fidelity, at which it is TPE."
         + ("" if any(count.startswith("SMAC") for count in counts) else " SMAC3 (`--baselines SMAC`) was not run.")

@@ -7,8 +7,9 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 if "--smoke" in sys.argv:
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half the time to compile
@@ -59,6 +60,31 @@ def work_folder(folder: Path, *files: str) -> Path:
     if others and not own.is_dir():
         print(f"{folder} holds what other code made, which is not taken: {', '.join(sorted(others)[:5])}", flush=True)
     return own
+
+
+def kept(folder: Path | None, name: str, make: Callable[[], dict], *, wait: bool = True) -> dict[str, Any]:
+    """Arrays by name: what `make` gives, or gave before, as the folder has it. Where another process is making it, this
+    one waits, or gives nothing: who calls without waiting for all that there is to make, and then with it, shares the
+    work with the processes that do so, too."""
+    if folder is None:
+        return make() if wait else {}
+    import fcntl
+
+    file = folder / f"{name}.npz"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not file.is_file():
+        with open(f"{file}.lock", "w") as lock:  # the system's: it ends with the process
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return {}
+            if not file.is_file():  # nor has it been made while this one waited
+                made = make()
+                with open(f"{file}.part", "wb") as part:
+                    np.savez(part, **made)
+                Path(f"{file}.part").replace(file)
+    with np.load(file, allow_pickle=False) as found:
+        return {key: array for key, array in found.items()}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -245,7 +245,26 @@ def test_what_ends_after_the_budget_does_not_count():
     assert forest.run_searcher(records, 0, searcher, None, 0, (1, 2)) == [0, 0]
 
 
-def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monkeypatch):
+def test_what_a_script_keeps_is_made_once_by_one_process(tmp_path):
+    """The lock of another process is that of another open file."""
+    fcntl, script = pytest.importorskip("fcntl"), load_auto_random_forest().script
+    made = []
+
+    def make():
+        assert script.kept(tmp_path / "new", "a", make, wait=False) == {}  # it is being made
+        made.append(1)
+        return {"x": np.arange(3)}
+
+    for wait in (False, True):
+        np.testing.assert_array_equal(script.kept(tmp_path / "new", "a", make, wait=wait)["x"], np.arange(3))
+    assert made == [1]
+    with open(tmp_path / "b.npz.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert script.kept(tmp_path, "b", make, wait=False) == {} and made == [1]
+    assert script.kept(None, "c", make, wait=False) == {}
+
+
+def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monkeypatch, tmp_path):
     forest = load_auto_random_forest()
     rng, keys = np.random.default_rng(0), []
     configurations = [{"n_estimators": n} for n in range(4)]
@@ -258,6 +277,8 @@ def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monk
     def train(trials, *, key, **kwargs):
         """Its searcher tries the configuration of its key's number first, and the next ones then."""
         keys.append(number := int(jax.random.key_data(key)[-1]))
+        if len(keys) == stop:
+            raise KeyboardInterrupt
 
         def ask(state, num):
             return [base.Record("", configurations[state], trial=state)], state + 1
@@ -266,14 +287,25 @@ def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monk
         return SimpleNamespace(searcher=lambda task, first: searcher)
 
     monkeypatch.setattr(forest.methods, "train_meta_searcher", train)
-    options = SimpleNamespace(seeds=2, train_seeds=2)
+    stop, options = 0, SimpleNamespace(seeds=2, train_seeds=2, work=None)
     chosen, _ = forest.choose(records, forest.SMOKE, options, {})
     assert keys == [0, 1] * forest.SMOKE.num_splits
     assert chosen["g(t'), no trial"] == chosen["g(t') and its searcher, 2 trials"] == [[1, 2]] * 6
     assert "g(t'), no trial 0.2000 to 0.4000 (standard deviation 0.1414)" in forest.over_keys(records, chosen)
     _, rows, _ = forest.compare(records, chosen, "g(t'), no trial", "random search, 2 trials")
     assert ["g(t'), no trial", "2", "0.3000"] in [row[:3] for row in rows]
-    options.train_seeds = 1
+    # What was kept before a run was killed is not trained again, nor what another process is at before all else.
+    options.work = tmp_path
+    keys.clear()
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        forest.choose(records, forest.SMOKE, options, {})
+    assert forest.choose(records, forest.SMOKE, options, {})[0] == chosen
+    assert keys == [0, 1, 0, 0, 1] and len(list(tmp_path.glob("*.npz"))) == 4
+    other = records._replace(outcomes=outcomes[:, ::-1])
+    forest.choose(other, forest.SMOKE, options, {})
+    assert len(keys) == 9  # of other records
+    options.train_seeds, options.work = 1, None
     assert "one key of g's training" in forest.over_keys(records, forest.choose(records, forest.SMOKE, options, {})[0])
 
 

@@ -240,6 +240,15 @@ def adaptation(
             raise ValueError(f"Leaves with a value for each step cannot adapt: {both}. Leave them out of `adapt`.")
         given = _by_path(hyperparams["init"])
         alone = [_path(path) for path in _by_path(params) if re.search(adapt, _path(path)) and path not in given]
+        # Passed on by `init`, but in other containers: a leaf of λ["init"] is known by its keys.
+        known = {id(x) for x in given.values()}
+        rekeyed = [path for path, x in _by_path(params).items() if path not in given and id(x) in known]
+        moved = (
+            f'`init` passed on the leaves {[*map(_path, rekeyed)]} of λ["init"] under other keys, as of a NamedTuple '
+            'in the place of a dict, and so they count as its own: let it return them in the containers of λ["init"]'
+        )
+        if proximal and any(path in rekeyed for path in _by_path(select(params))):
+            raise ValueError(f"{moved}. `proximal` is the distance from there.")
         if proximal and alone:
             raise ValueError(
                 f'`proximal` is the distance from λ["init"], in which the leaves {alone}, made by `init`, are not: let '
@@ -248,6 +257,8 @@ def adaptation(
         # What `init` passed on is the very leaf of λ["init"].
         is_made = lambda path, x: not re.search(adapt, _path(path)) and x is not given.get(path)
         made = jax.tree_util.tree_map_with_path(lambda path, x: x if is_made(path, x) else None, params)
+        if rule is not None and any(path in rekeyed for path in _by_path(made)):
+            raise ValueError(f"{moved}, or adapt (`adapt`). A `rule` sees no derivative through what `init` makes.")
         if rule is not None and jax.tree.leaves(made):
             raise ValueError(
                 f"`init` made the leaves {[_path(path) for path in _by_path(made)]}, which do not adapt, and a `rule` "

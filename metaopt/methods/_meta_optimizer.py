@@ -1,6 +1,7 @@
 """g and h from records of earlier trials: `train_meta_optimizer`, `train_meta_searcher`."""
 
 import collections
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -188,11 +189,14 @@ def train_meta_searcher(
 
 def _warn_of_foreign(space, records) -> None:
     """Says how many records have values that the space does not have."""
-    found = [spaces.foreign(space, record.configuration) for record in records]
+    # A table's configurations are few dicts, which the records of all its tasks share.
+    shared = {id(record.configuration): record.configuration for record in records}
+    of = {number: spaces.foreign(space, configuration) for number, configuration in shared.items()}
+    found = [of[id(record.configuration)] for record in records]
     if num := sum(map(bool, found)):
-        of = collections.Counter(name for values in found for name in values)
-        example = {name: next(values[name] for values in found if name in values) for name, _ in of.most_common(3)}
-        some = ", ".join(f"`{name}` in {of[name]}, such as {value!r}" for name, value in example.items())
+        counts = collections.Counter(name for values in found for name in values)
+        example = {name: next(values[name] for values in found if name in values) for name, _ in counts.most_common(3)}
+        some = ", ".join(f"`{name}` in {counts[name]}, such as {value!r}" for name, value in example.items())
         warnings.warn(
             f"{num} of {len(found)} records have values that the space does not have ({some}). A label counts as none "
             "in particular, a number out of bounds as the bound, a text in the place of a number as the default. Where "
@@ -278,9 +282,59 @@ def _fit_kernel(key, trials, num_steps: int) -> predictors.Kernel:
     def center(rng, s, x, y, mask):
         return x, (y - (y * mask).sum() / mask.sum()) * mask, mask
 
-    estimator = hypergrad.direct(lambda kernel, task, key: predictors.kernel_loss(kernel, task))
-    learner = training.learner(hypergrad.over_tasks(estimator), optax.adam(0.05))
     sample_tasks = _sample_trials(usable, 64, center)
+    return _fit(_kernel_learner(), sample_tasks, start, num_steps, key)
+
+
+# Learners are made once: `training.fit` compiles the step of one that it has seen before only where shapes are new. The
+# next training of as many tasks and configurations, from another key or of other records, compiles none of them again.
+@functools.cache
+def _kernel_learner() -> training.Learner:
+    estimator = hypergrad.direct(lambda kernel, task, key: predictors.kernel_loss(kernel, task))
+    return training.learner(hypergrad.over_tasks(estimator), optax.adam(0.05))
+
+
+@functools.lru_cache(maxsize=8)
+def _deep_kernel_learner(num_steps: int) -> training.Learner:
+    def loss(deep, task, key):
+        return jax.vmap(lambda member: predictors.deep_kernel_loss(member, *task))(deep).sum()
+
+    rate = optax.cosine_decay_schedule(3e-3, max(num_steps, 1))
+    optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
+    return training.learner(hypergrad.over_tasks(hypergrad.direct(loss)), optimizer)
+
+
+@functools.lru_cache(maxsize=8)
+def _transformer_learner(num_steps: int) -> training.Learner:
+    def loss(transformers, task, key):
+        return jax.vmap(lambda member: predictors.transformer_loss(member, *task))(transformers).sum()
+
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, max(num_steps // 20, 1), max(num_steps, 2))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-2))
+    return training.learner(hypergrad.over_tasks(hypergrad.direct(loss)), optimizer)
+
+
+@functools.cache
+def _attention_learner() -> training.Learner:
+    estimator = hypergrad.direct(lambda attention, data, key: predictors.attention_loss(attention, data))
+    return training.learner(estimator, optax.adam(0.05))
+
+
+@functools.cache
+def _embedding_learner() -> training.Learner:
+    def loss(hyperparams, batch, key):
+        attention, params = hyperparams
+        data, rows = batch
+        found = _standardized(_embed(params, rows))[0]
+        data = data | {"features": jnp.concatenate([data["features"], found], axis=1)}
+        return predictors.attention_loss(attention, data)
+
+    rates = optax.partition({"attention": optax.adam(0.05), "rows": optax.adam(3e-3)}, ("attention", "rows"))
+    return training.learner(hypergrad.direct(loss), rates)
+
+
+def _fit(learner: training.Learner, sample_tasks, start, num_steps: int, key):
+    """What the learner makes of `start`."""
     fitted = training.fit(
         learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=key, progress=False, handle_signals=False
     )
@@ -302,17 +356,8 @@ def _fit_deep_kernels(key, trials, features, num_members: int, num_steps: int) -
         few = np.arange(len(mask)) < rng.integers(2, len(mask) + 1)
         return (x, y, mask * few), features[usable[s]] * (rng.random() < 0.8)
 
-    def loss(deep, task, key):
-        return jax.vmap(lambda member: predictors.deep_kernel_loss(member, *task))(deep).sum()
-
-    rate = optax.cosine_decay_schedule(3e-3, max(num_steps, 1))
-    optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
-    learner = training.learner(hypergrad.over_tasks(hypergrad.direct(loss)), optimizer)
     sample_tasks = _sample_trials([trials[s] for s in usable], 32, with_features)
-    fitted = training.fit(
-        learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=fit_key, progress=False, handle_signals=False
-    )
-    return fitted.hyperparams
+    return _fit(_deep_kernel_learner(num_steps), sample_tasks, start, num_steps, fit_key)
 
 
 def _fit_transformers(key, trials, surrogate, family, num_members: int, num_steps: int):
@@ -360,16 +405,7 @@ def _fit_transformers(key, trials, surrogate, family, num_members: int, num_step
         counts += np.bincount(at[np.asarray(asked[2]) > 0], minlength=len(counts))
     start = start._replace(head_bias=start.head_bias + jnp.log(jnp.asarray(counts / counts.sum()))[None])
 
-    def loss(transformers, task, key):
-        return jax.vmap(lambda member: predictors.transformer_loss(member, *task))(transformers).sum()
-
-    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, max(num_steps // 20, 1), max(num_steps, 2))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-2))
-    learner = training.learner(hypergrad.over_tasks(hypergrad.direct(loss)), optimizer)
-    fitted = training.fit(
-        learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=fit_key, progress=False, handle_signals=False
-    )
-    return fitted.hyperparams, num_shown
+    return _fit(_transformer_learner(num_steps), sample_tasks, start, num_steps, fit_key), num_shown
 
 
 def mean_of_others(functions: np.ndarray, left_out: np.ndarray) -> np.ndarray:
@@ -403,18 +439,7 @@ def _fit_attention(key, surrogate, family, num_members: int, num_steps: int):
     if data is None:
         return predictors.init_attention(init_key, 0, surrogate.features.shape[1])
     start = predictors.init_attention(init_key, num_members, surrogate.features.shape[1])
-    estimator = hypergrad.direct(lambda attention, data, key: predictors.attention_loss(attention, data))
-    learner = training.learner(estimator, optax.adam(0.05))
-    fitted = training.fit(
-        learner,
-        lambda key: data,
-        hyperparams=start,
-        num_steps=num_steps,
-        key=fit_key,
-        progress=False,
-        handle_signals=False,
-    )
-    return fitted.hyperparams
+    return _fit(_attention_learner(), lambda key: data, start, num_steps, fit_key)
 
 
 def _attention_data(key, surrogate, family, num_members: int):
@@ -439,25 +464,10 @@ def _fit_embedding(key, surrogate, rows, family, num_members: int, num_steps: in
     data = _attention_data(boot_key, surrogate, family, num_members)
     params = predictors.init_embedding(embedding_key)
     width = len(params["embedding"])
-    embed = lambda params, rows: jax.vmap(
-        lambda data: predictors.embed_rows(params, data, max_rows=predictors.MAX_ROWS)
-    )(rows)
-
-    def standardized(raw):
-        center, scale = raw.mean(0), jnp.sqrt(raw.var(0) + 1e-6)
-        return (raw - center[None]) / scale[None], center, scale
-
     attention = predictors.init_attention(init_key, num_members, surrogate.features.shape[1] + width)
     if data is None:
         attention = predictors.init_attention(init_key, 0, surrogate.features.shape[1] + width)
     else:
-
-        def loss(hyperparams, batch, key):
-            attention, params = hyperparams
-            data, rows = batch
-            found = standardized(embed(params, rows))[0]
-            data = data | {"features": jnp.concatenate([data["features"], found], axis=1)}
-            return predictors.attention_loss(attention, data)
 
         def sample_tasks(key):
             order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(family)))
@@ -470,24 +480,29 @@ def _fit_embedding(key, surrogate, rows, family, num_members: int, num_steps: in
             some |= {"weights": weights / weights.sum(1, keepdims=True)}
             return some, jax.tree.map(lambda leaf: leaf[at], rows)
 
-        rates = optax.partition({"attention": optax.adam(0.05), "rows": optax.adam(3e-3)}, ("attention", "rows"))
-        learner = training.learner(hypergrad.direct(loss), rates)
-        fitted = training.fit(
-            learner,
-            sample_tasks,
-            hyperparams=(attention, params),
-            num_steps=num_steps,
-            key=fit_key,
-            progress=False,
-            handle_signals=False,
-        )
-        attention, params = fitted.hyperparams
-    found, center, scale = jax.jit(lambda params, rows: standardized(embed(params, rows)))(params, rows)
+        attention, params = _fit(_embedding_learner(), sample_tasks, (attention, params), num_steps, fit_key)
+    found, center, scale = _embed_all(params, rows)
     return surrogate._replace(
         attention=attention,
         features=jnp.concatenate([surrogate.features, found], axis=1),
         embedding=predictors.Embedding(params, center, scale),
     )
+
+
+def _embed(params, rows):
+    """[S, W] of the rows of S tables."""
+    return jax.vmap(lambda data: predictors.embed_rows(params, data, max_rows=predictors.MAX_ROWS))(rows)
+
+
+def _standardized(raw):
+    """Over tasks; also their centers and scales."""
+    center, scale = raw.mean(0), jnp.sqrt(raw.var(0) + 1e-6)
+    return (raw - center[None]) / scale[None], center, scale
+
+
+@jax.jit
+def _embed_all(params, rows):
+    return _standardized(_embed(params, rows))
 
 
 def _stacked_rows(names, datasets) -> dict[str, jax.Array]:

@@ -271,10 +271,14 @@ def check_elastic(network: ElasticNetwork) -> None:
 
 
 def check_single_path(kind: str, weights: Any) -> None:
-    """ValueError where mixing weights that are not traced give an edge several ops, of which one would run."""
+    """ValueError where mixing weights that are not traced give an edge several ops, of which one would run, or are not
+    finite, so that none is the largest."""
     if isinstance(weights, Tracer):
         return
-    sizes = np.sort(np.abs(np.asarray(weights, np.float64)), -1)
+    weights = np.asarray(weights, np.float64)
+    if not np.isfinite(weights).all():
+        raise ValueError(f"The mixing weights of {kind!r} must be finite; got {weights.tolist()}.")
+    sizes = np.sort(np.abs(weights), -1)
     # One-hot weights may be off by rounding, as those of a straight-through estimator.
     if (sizes[..., :-1] > 1e-5 * sizes[..., -1:]).any():
         raise ValueError(

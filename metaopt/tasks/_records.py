@@ -110,7 +110,8 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
     Raises:
       FileNotFoundError: there is no such file.
       FileExistsError: there is a file at `to`.
-      ValueError: nothing can be read: not even the header says that it is a file of records.
+      ValueError: nothing can be read: not even the header says that it is a file of records, or it lists no table of
+        them.
     """
     if os.path.exists(to):
         raise FileExistsError(f"{to} exists; records are recovered to a new file.")
@@ -124,6 +125,7 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
                 shutil.copyfile(f"{file}{end}", f"{copy}{end}")
         _pad(copy)
         with _open(copy, recover=True) as connection:
+            connection.execute(f"SELECT study, {_COLUMNS} FROM records LIMIT 0")  # reads no row, only what there is
             # A row takes more than 30 bytes, so that there are no more rows than this; the counts may be unreadable.
             for number in range(1, os.path.getsize(copy) // 30 + 1):
                 with contextlib.suppress(sqlite3.DatabaseError, ValueError, TypeError):
@@ -165,6 +167,12 @@ def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqli
     except sqlite3.DatabaseError as error:
         if (error.sqlite_errorname or "").startswith(_NOT_ITS_FAULT):
             raise OSError(f"{file}: {error}.") from error
+        if "no such table" in str(error) or "no such column" in str(error) or "has no column" in str(error):
+            raise ValueError(
+                f"{file} says that it is a file of records, and lacks what they are in ({error}): it is damaged where "
+                "the tables are listed, or another program has changed it. `tasks.recover_records` needs them, too; "
+                "what SQLite's own shell can still find, `sqlite3 FILE .recover` prints."
+            ) from error
         # The row or the query is wrong, and not the file.
         if (error.sqlite_errorname or "").startswith(("SQLITE_CONSTRAINT", "SQLITE_ERROR")):
             raise ValueError(f"{file} does not take this: {error}.") from error

@@ -96,8 +96,9 @@ def fit(
     back with `stopped="signal"`. A second SIGINT raises `KeyboardInterrupt`. An error in one of the functions
     given passes through, and leaves a checkpoint too. (Signals are handled in the main thread only.)
 
-    The step is compiled once for each shape of tasks, and the state that it is given is donated: memory holds one
-    state, beside the tasks drawn last. The metrics are read at every step, in one transfer.
+    The step is compiled once for each shape of tasks (of one learner, for all calls of `fit`), and the state that it
+    is given is donated: memory holds one state, beside the tasks drawn last. The metrics are read at every step, in one
+    transfer.
 
     Args:
       learner: see `learner`.

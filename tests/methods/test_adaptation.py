@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import chex
 import jax
@@ -426,6 +427,27 @@ def test_leaves_whose_paths_look_alike_are_two():
     # One has no value for each step.
     with pytest.raises(ValueError, match=r"`num_steps` = 1; 'w\$' finds {'enc/w': \(3,\)}"):
         value(methods.anil(product, leaves_per_step="w$"), {**params, "enc": {"w": jnp.ones(3)}})
+
+
+def test_what_init_passes_on_under_other_keys_is_not_told_as_made_by_it():
+    """A NamedTuple in the place of λ's dict: its leaves train on, but nothing of λ["init"] is found at their keys."""
+
+    class Params(NamedTuple):
+        body: jax.Array
+        head: jax.Array
+
+    loss = lambda p, _, batch: ((p.body * p.head * batch - 3.0) ** 2).sum()
+    params, task = {"body": jnp.ones(1), "head": jnp.ones(1)}, base.Task(jnp.ones(1), jnp.ones(1))
+    value = lambda a: a.estimator.estimate(a.hyperparams(params), task, KEY)[0].value
+    init = lambda key, hp, data: Params(**hp["init"])
+    assert value(methods.anil(loss, num_steps=0, init=init)) == 4.0
+    message = r"passed on the leaves \['{}'\] of λ\[\"init\"\] under other keys.*let it return them in the containers"
+    with pytest.raises(ValueError, match=message.format(r"body', 'head")):
+        value(methods.adaptation(loss, adapt="head", proximal=1.0, init=init))
+    rule = functools.partial(hypergrad.unrolled, num_steps=1)
+    ruled = methods.adaptation(loss, adapt="head", rule=rule, init=init)
+    with pytest.raises(ValueError, match=message.format(r"body', 'head") + ".*or adapt.*sees no derivative"):
+        ruled.problem.loop.init(KEY, ruled.hyperparams(params), task.train)
 
 
 def with_made(params):

@@ -1,5 +1,8 @@
 """g from records, on a family of functions whose best configurations are known."""
 
+import collections
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -101,6 +104,31 @@ def unrelated(rng):
     records, _ = make_records(rng)
     wrong = lambda c: 3.0 * (np.abs(c["x"] - 0.5) < 0.45) - (c["kind"] == "a") + 0.2 * np.sin(40 * c["x"])
     return [record._replace(outcome=float(wrong(record.configuration))) for record in records]
+
+
+@slow
+def test_a_second_key_compiles_no_step_again(monkeypatch):
+    """Every loss is traced for the first training alone, though the second one has other outcomes."""
+    traced = collections.Counter()
+
+    def counted(name, loss):
+        def counting(*args):
+            traced[name] += 1
+            return loss(*args)
+
+        return counting
+
+    for name in ("kernel_loss", "attention_loss", "deep_kernel_loss", "transformer_loss"):
+        monkeypatch.setattr(predictors, name, counted(name, getattr(predictors, name)))
+    kwargs = {"space": SPACE, "num_steps": 1, "num_members": 1, "deep_kernels": 1, "transformers": 1}
+    found = []
+    for seed in range(2):
+        records, features = make_records(np.random.default_rng(seed), num_tasks=3)
+        train = functools.partial(methods.train_meta_searcher, records, features=features, key=jax.random.key(seed))
+        found.append((train(**kwargs).surrogate, traced.copy()))
+    (one, first), (two, both) = found
+    assert both == first and len(first) == 4 and min(first.values()) > 0
+    assert not np.array_equal(one.kernel.log_lengths, two.kernel.log_lengths)
 
 
 @pytest.mark.once

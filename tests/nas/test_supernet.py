@@ -187,7 +187,8 @@ def test_a_single_path_runs_the_op_that_is_chosen():
 
 
 def test_a_single_path_refuses_a_mixture_that_it_can_see():
-    """Of cells and of sizes; not one-hot weights that are off by rounding, and nothing that is traced."""
+    """Of cells and of sizes; not one-hot weights that are off by rounding, and nothing that is traced. Nor
+    NaN, of which none is the largest."""
     cells = TABLE._replace(layers=TABLE.layers[:2])
     for net, ops, kind in ((cells, nas.BLOCKS, "cell"), (nas.mlp_space(2, widths=(2, 4), depths=(1,)), {}, None)):
         kind = kind or next(iter(net.cells))
@@ -207,6 +208,10 @@ def test_a_single_path_refuses_a_mixture_that_it_can_see():
             with pytest.raises(ValueError, match=f"the weights of '{kind}' give weight to several"):
                 jax.eval_shape(lambda params, call=call, w={kind: soft}: call(params, w, X), params)
         jax.eval_shape(single.apply, params, {kind: soft}, X)
+        for bad in (np.nan, np.inf):
+            w = {kind: np.where(hot > 0, bad, 0.0)}
+            with pytest.raises(ValueError, match=f"The mixing weights of '{kind}' must be finite; got .*{bad}"):
+                jax.eval_shape(lambda params, net=single, w=w: net.apply(params, w, X), params)
 
 
 def test_partial_channels():

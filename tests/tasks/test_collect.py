@@ -542,7 +542,8 @@ def test_a_killed_collector_loses_the_trials_in_flight_and_its_children_end(tmp_
         [sys.executable, "-c", COLLECTOR, str(store), "50"], env=environment, stderr=subprocess.DEVNULL
     )
     num = lambda: len(tasks.read_records(store, status="COMPLETE")) if store.exists() else 0
-    while num() < 4 and collector.poll() is None:
+    deadline = time.monotonic() + 120
+    while num() < 4 and collector.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     below = {int(p) for f in Path(f"/proc/{collector.pid}/task").glob("*/children") for p in f.read_text().split()}
     collector.send_signal(number)

@@ -62,8 +62,13 @@ def test_any_number_of_tasks_is_asked_for_and_a_wrong_query_is_no_damage(tmp_pat
     with sqlite3.connect(file) as connection:
         connection.execute("ALTER TABLE records RENAME TO others")
     connection.close()
-    with pytest.raises(ValueError, match="records.db does not take this: no such table: records"):
-        tasks.read_records(file)
+    message = r"records.db says that it is a file of records, and lacks .*no such table: records.*recover_records"
+    for fn in (tasks.read_records, lambda file: tasks.append_records(file, RECORDS)):
+        with pytest.raises(ValueError, match=message):
+            fn(file)
+    with pytest.raises(ValueError, match="lacks what they are in"):
+        tasks.recover_records(file, tmp_path / "new.db")
+    assert not (tmp_path / "new.db").exists()
 
 
 def test_the_last_row_of_a_trial_counts_and_none_is_overwritten(tmp_path):
