@@ -179,8 +179,9 @@ def darts_fd(
     by ε. On the supernet of NAS-Bench-201 (C = 8, N = 1, 16x16 images, 16 a batch) they agree at ε = 1e-6, in float64
     alone (to 1e-9; the forward difference to 2e-6). In float32, at ε = 0.01, the central difference is off by 9.9 times
     the product's norm at initialization and by 1.3 times after 50 steps, the forward one by 14 and 1.5 times; at
-    ε = 0.1 by 2.8 and 0.6, and by 3.3 and 1.1 times. `epsilon=None` has no such error, for about a tenth more time
-    there.
+    ε = 0.1 by 2.8 and 0.6, and by 3.3 and 1.1 times. With softplus in the place of every ReLU, at ε = 0.01, the central
+    one is off by 0.0005 and 0.002 times, the forward one by 0.02 and 0.08. `epsilon=None` has no such error, for about
+    a tenth more time there.
 
     Costs, beside the committed steps, four gradients (∇θ g, ∇θ f, two ∇λ g; three with the forward difference, since
     the backward pass of ∇θ g gives ∇λ g at θ too), one more pullback where there is a model state, and memory for one
