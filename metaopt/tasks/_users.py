@@ -97,7 +97,9 @@ def from_user_records(
 def _check_finite(table: UserTable) -> None:
     """Raises a `ValueError` where an entry is infinite, or where one of y or time is missing."""
     for name, array in (("x", table.x), ("y", table.y), ("time", table.time)):
-        bad = np.zeros(0) if array is None else np.isinf(array) if name == "x" else ~np.isfinite(array)
+        if array is None:  # no time
+            continue
+        bad = np.isinf(array) if name == "x" else ~np.isfinite(array)
         if bad.any():
             row, *column = np.argwhere(bad)[0]
             gaps = ", or NaN where missing" if name == "x" else ""
