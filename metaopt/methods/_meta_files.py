@@ -10,7 +10,7 @@ import numpy as np
 
 from metaopt import base, predictors, spaces
 from metaopt.methods._cell_searcher import CellSearcher, cell_searcher, columns
-from metaopt.methods._evaluate import Evaluation
+from metaopt.methods._evaluations import Evaluation
 from metaopt.methods._meta_architecture import MetaArchitecture
 from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 
