@@ -45,12 +45,18 @@ def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
       [], in [0, 1].
 
     Raises:
-      ValueError: the query set has no classes.
+      ValueError: the query set has no classes, or outputs are shaped otherwise.
     """
     if "class_mask" not in query:
         raise ValueError(
             '`accuracy` is of episodes with classes, whose query sets have "class_mask"; this one has '
             f"{sorted(query)}. Regression needs another score: `score_fn=methods.mean_squared_error`, say."
+        )
+    whole = (*query["y"].shape, *query["class_mask"].shape)
+    if outputs.shape != whole:  # [W] and [Q, 1] would broadcast
+        raise ValueError(
+            f"The method's outputs must be [Q, W] = {whole}, one for each query example and class, after each step; "
+            f"got {outputs.shape}."
         )
     among = jnp.where(query["class_mask"][None] > 0, outputs, -jnp.inf)
     right = (jnp.argmax(among, axis=-1) == query["y"]) & ~jnp.isnan(among).any(axis=-1)
@@ -126,8 +132,8 @@ def evaluate_episodes(
       key: of the episodes; methods get keys that are the same for all of them.
       num_episodes: E, of each source; 600 is what is usually reported.
       each: U, where there are only so many tasks (users, patients): samplers are then `(key, number) -> Episode`, as
-        those of `tasks.user_episodes`, and every number in 0..U-1 is judged once, E = U. Drawn with replacement, a few
-        users would pass for many, and intervals would be too narrow.
+        those of `tasks.user_episodes`, and every number in 0..U-1 is judged once, E = U: `num_episodes` is not read.
+        Drawn with replacement, a few users would pass for many, and intervals would be too narrow.
       chunk_size: episodes at once, at least 1.
       score_fn: `(outputs after one step [Q, ...], query) -> []`.
       higher_is_better: False where the score is an error; known for `accuracy`, `mean_squared_error` and
@@ -138,10 +144,13 @@ def evaluate_episodes(
       An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
 
     Raises:
-      ValueError: there is no method or no source, a number is below 1, nothing says whether a high score is better, or
-        a sampler draws users with replacement or has fewer than `each`; at trace time, outputs have no axis of steps,
-        or, where there are Q classes, too, a leaf might be of either.
+      ValueError: `methods` is no dict, there is no method or no source, a number is below 1, nothing says whether a
+        high score is better, or a sampler draws users with replacement or has fewer than `each`; at trace time, outputs
+        have no axis of steps, or another shape than the score takes, or, where there are Q classes, too, a leaf might
+        be of either.
     """
+    if not isinstance(methods, Mapping):
+        raise ValueError(f'`methods` must be a dict, as `{{"MAML": method}}`; got {type(methods).__name__}.')
     if not methods:
         raise ValueError("`methods` must hold at least one method; it is empty.")
     if not isinstance(samplers, Mapping):
@@ -187,7 +196,13 @@ def evaluate_episodes(
             transductive |= found
             for name in methods:
                 scores[name][source] = of_source[name]
-    return Evaluation(scores, ways, shots, transductive, higher_is_better, marks)
+    return Evaluation(scores, ways, shots, transductive, higher_is_better, marks, _name(score_fn))
+
+
+def _name(function: Callable) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _of_source(
@@ -286,7 +301,9 @@ def _scored(name: str, method: AdaptFn, score_fn: Callable) -> Callable:
     def run(key, support, query):
         seen = {k: v for k, v in query.items() if k != "y"}
         outputs = method(key, support, seen)
-        if jnp.ndim(outputs) < 2 or outputs.shape[1] != len(query["y"]):
+        # Of as many query examples as classes, [Q, W] could be steps, too, each with a number for each example.
+        of_one = query["y"].shape[:1] + query["class_mask"].shape if "class_mask" in query else query["y"].shape
+        if jnp.ndim(outputs) < 2 or outputs.shape[1] != len(query["y"]) or outputs.shape == of_one:
             raise ValueError(
                 f"The method {name!r} must return outputs [steps + 1, {len(query['y'])}, ...], one after each number "
                 f"of adaptation steps for each query example; got shape {jnp.shape(outputs)}. Without steps: "

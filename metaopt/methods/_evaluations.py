@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metaopt import base
+
 
 class Evaluation(NamedTuple):
     """The scores of `M` methods on `E` episodes of each of several sources.
@@ -17,6 +19,7 @@ class Evaluation(NamedTuple):
       transductive: method -> whether its output for one query example depends on the others.
       higher_is_better: as the score is an accuracy, or an error.
       marks: source -> [E], a number out of the data of each episode, by which `join_evaluations` tells other episodes.
+      score: the name of `score_fn`, "accuracy" for one; "" where it is not known.
     """
 
     scores: dict[str, dict[str, np.ndarray]]
@@ -25,6 +28,7 @@ class Evaluation(NamedTuple):
     transductive: dict[str, bool]
     higher_is_better: bool = True
     marks: dict[str, np.ndarray] = {}
+    score: str = ""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -39,18 +43,25 @@ def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
       first: what `evaluate_episodes` returned.
       second: what it returned with the same key, samplers and numbers, for other methods. That the episodes are the
         same is seen by their `marks`; of evaluations that have none, the numbers of ways and shots alone are compared.
+        Scores are told apart by their functions' names, of which evaluations saved by an earlier version have none.
 
     Returns:
       An `Evaluation` of both, the first's methods in front: as if all had been evaluated at once.
 
     Raises:
-      ValueError: sources, episodes or the kind of score differ, or a method is in both.
+      ValueError: sources, episodes or scores differ, or a method is in both.
     """
     twice = [name for name in second.scores if name in first.scores]
     if twice:
         raise ValueError(f"The method {twice[0]!r} is in both evaluations: give one of them another name.")
     if first.higher_is_better != second.higher_is_better:
         raise ValueError("One evaluation is of accuracies and the other of errors: there is nothing to compare.")
+    if first.score and second.score and first.score != second.score:
+        raise ValueError(
+            f"One evaluation's `score` is {first.score!r} and the other's {second.score!r}: there is nothing to "
+            "compare. Evaluate both with one `score_fn`; if only its name differs, give one evaluation the other's "
+            "(`_replace(score=...)`)."
+        )
     for what in ("num_ways", "num_shots", "marks"):
         one, other = getattr(first, what), getattr(second, what)
         if set(one) != set(other):
@@ -64,14 +75,18 @@ def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
                     "one key, one sampler and one number of episodes."
                 )
     return first._replace(
-        scores={**first.scores, **second.scores}, transductive={**first.transductive, **second.transductive}
+        scores={**first.scores, **second.scores},
+        transductive={**first.transductive, **second.transductive},
+        score=first.score or second.score,
     )
 
 
 def _at(evaluation: Evaluation, method: str, source: str, step: int) -> np.ndarray:
     """[E], the scores after `step` steps, or after the method's last where it takes fewer."""
-    if step < -1:
-        raise ValueError(f"`step` must be a number of steps, or -1 for a method's last; got {step}.")
+    try:
+        base.check_integer("step", step, -1)
+    except ValueError:
+        raise ValueError(f"`step` must be a number of steps, or -1 for a method's last; got {step!r}.") from None
     scores = np.asarray(evaluation.scores[method][source], np.float64)  # squares of large ones do not overflow
     return scores[:, step] if step < scores.shape[1] else scores[:, -1]
 
@@ -170,7 +185,7 @@ def by_number(
 
     Args:
       evaluation: what `evaluate_episodes` returned.
-      of: "ways" or "shots".
+      of: "ways" or "shots". (Against the adaptation steps: `mean_scores(evaluation, step=t)` for each t.)
       edges: ascending; bin k holds the episodes with edges[k] ≤ number < edges[k + 1].
       step: as for `mean_scores`.
 
@@ -208,8 +223,9 @@ def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None
       whose paired difference to it is within the 95 % interval.
 
     Raises:
-      ValueError: there is no such reference.
+      ValueError: there is no such reference, or `step` or `digits` is no such number.
     """
+    base.check_integer("digits", digits, 0)
     differences = None if reference is None else paired_differences(evaluation, reference, step=step)
     lines = []
     for transductive in (False, True):
