@@ -170,7 +170,7 @@ def adaptation_curves(
 
     Returns:
       The axes, with a legend, which says what is transductive. A method without steps is a level line, dashed; steps
-      after which a score is not finite are gaps.
+      after which a score is not finite are gaps. From the eleventh method on, lines have markers and other styles.
 
     Raises:
       ValueError: there is no such source.
@@ -200,10 +200,11 @@ def adaptation_curves(
 
 def _look(number: int, marker: str = "") -> dict[str, str]:
     """Color, line style and marker of a line. After ten, colors come again, with other styles and markers."""
-    again = number // 10
+    colors = _pyplot().rcParams["axes.prop_cycle"].by_key().get("color", ["k"])  # ten, unless the user has others
+    again, place = divmod(number, len(colors))
     markers, styles = (marker, "s", "^", "D", "v", "P", "X"), ("-", "-.", ":")  # level lines are dashed: "--"
     return {
-        "color": f"C{number % 10}",
+        "color": f"C{place}",
         "linestyle": styles[again % len(styles)],
         "marker": markers[again % len(markers)],
     }
