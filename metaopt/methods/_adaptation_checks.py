@@ -54,7 +54,8 @@ def check_one_task(data: Any) -> None:
     if hasattr(mask, "shape") and jnp.ndim(mask) != 1:
         raise ValueError(
             'An adaptation is to one task, whose "mask" is [N], a number for each row; got shape '
-            f"{mask.shape}. A batch of tasks needs `hypergrad.over_tasks` around the estimator."
+            f"{mask.shape}. A batch of tasks needs `hypergrad.over_tasks` around the estimator. (What masks "
+            "parts of rows needs another name.)"
         )
 
 

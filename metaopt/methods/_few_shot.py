@@ -90,6 +90,9 @@ def reptile(loss: Callable, *, num_steps: int = 5, rate: float = 0.01, **options
     Returns:
       An `Adaptation` whose estimator is "pseudo": see `hypergrad.reptile`.
 
+    Raises:
+      ValueError: an option is set here (`rule`), or is not valid.
+
     Source: Nichol, Achiam & Schulman, 2018, https://arxiv.org/abs/1803.02999
     """
     _check_options("reptile", options, "rule")
@@ -114,6 +117,9 @@ def anil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 
       An `Adaptation`. The body is computed once for the support set, and once for the query set: more inner steps cost
       passes through the head alone.
 
+    Raises:
+      ValueError: an option is set here (`adapt`), or is not valid.
+
     Source: Raghu et al., ICLR 2020, https://arxiv.org/abs/1909.09157
     """
     _check_options("anil", options, "adapt")
@@ -133,6 +139,9 @@ def boil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 
 
     Returns:
       An `Adaptation`.
+
+    Raises:
+      ValueError: an option is set here (`adapt`), or is not valid.
 
     Source: Oh et al., ICLR 2021, https://arxiv.org/abs/2008.08882
     """
@@ -306,6 +315,9 @@ def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **op
 
     Returns:
       An `Adaptation` with T = 0 in training.
+
+    Raises:
+      ValueError: an option is set here (`num_steps`), or is not valid.
     """
     _check_options("pretrained", options, "num_steps")
     return adaptation(loss, num_steps=0, test_steps=test_steps, rate=rate, **options)
@@ -424,6 +436,9 @@ def prototypical_networks(features: Callable, **options: Any) -> Adaptation:
 
     Returns:
       An `Adaptation` of episodes with classes; `linear_head(features)` predicts.
+
+    Raises:
+      ValueError: an option is set here (`num_steps`), or is not valid.
 
     Source: Snell, Swersky & Zemel, NeurIPS 2017, https://arxiv.org/abs/1703.05175
     """
