@@ -378,7 +378,7 @@ def test_model_state_is_carried_and_seen():
     [
         ({"rates": "all"}, "`rates` must be one of"),
         ({"num_steps": -1}, "`num_steps` must be at least 0; got -1"),
-        ({"test_steps": -1}, "`test_steps` must be at least 0; got -1"),
+        ({"test_steps": -1}, "`test_steps` must be at least 0, or None; got -1"),
         ({"proximal": -1.0}, "`proximal` must be at least 0"),
         ({"order": "third"}, '`order` must be "first", "second" or a number'),
         ({"order": -2}, '`order` must be "first", "second" or a number'),
