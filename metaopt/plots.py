@@ -198,7 +198,7 @@ def adaptation_curves(
     return axes
 
 
-def _look(number: int, marker: str = "") -> dict[str, str]:
+def _look(number: int, marker: str = "") -> dict[str, Any]:
     """Color, line style and marker of a line. After ten, colors come again, with other styles and markers."""
     colors = _pyplot().rcParams["axes.prop_cycle"].by_key().get("color", ["k"])  # ten, unless the user has others
     again, place = divmod(number, len(colors))

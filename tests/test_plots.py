@@ -93,6 +93,7 @@ def test_lines_of_more_than_ten_methods_differ():
     for axes, lines in ((curves, curves.lines), (bars, [bar.lines[0] for bar in bars.containers])):
         looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
         assert len(lines) == len(looks) == 46
+        assert len({line.get_linestyle() for line in lines[:23]}) == 3  # by more than its marker, which may be small
         assert axes.get_legend().handlelength == 3  # shorter, a dashed line looks like a solid one
     assert {line.get_linestyle() for line in curves.lines[23:]} == {"--"}
 

@@ -778,10 +778,13 @@ def test_numbers_and_rates_may_be_arrays_and_schedules():
     ):
         a = methods.adaptation(loss, **options)
         hyperparams = a.hyperparams(jax.tree.map(jnp.asarray, META))
+        assert isinstance(a.test_steps, int)
         outputs = methods.adapted(a, hyperparams, predict)(KEY, *data)
         np.testing.assert_allclose(outputs[-1], predicted(trained(META, 2)[-1], DATA[1]["x"]), rtol=1e-6)
-    outputs = methods.adapted(a, hyperparams, predict, num_steps=jnp.array(3))(KEY, *data)
-    assert len(outputs) == 4
+    method = methods.adapted(a, hyperparams, predict, num_steps=jnp.array(3))
+    assert jax.eval_shape(method, KEY, *data).shape == (4, 5, 1)
+    a = methods.maml(loss, num_steps=jnp.array(2))
+    jax.eval_shape(a.estimator.estimate, a.hyperparams(META), base.Task(*data), KEY)
     assert np.isfinite(jax.jit(lambda rate: methods.maml(loss, rate=rate).hyperparams(META)["init"]["out"]["b"])(0.1))
     assert methods.reptile(loss, num_steps=jnp.array(2)).estimator.kind == "pseudo"
 
