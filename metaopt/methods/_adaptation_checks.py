@@ -50,7 +50,7 @@ def check_hyperparams(hyperparams: Any, *names: str) -> None:
 
 def check_one_task(data: Any) -> None:
     """ValueError where a support set has an axis of tasks: all would be one task, which is another objective."""
-    mask = data.get("mask") if isinstance(data, Mapping) else None
+    mask: Any = data.get("mask") if isinstance(data, Mapping) else None
     if hasattr(mask, "shape") and jnp.ndim(mask) != 1:
         raise ValueError(
             'An adaptation is to one task, whose "mask" is [N], a number for each row; got shape '
