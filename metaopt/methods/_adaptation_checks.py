@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from metaopt import tasks
 
@@ -27,7 +28,7 @@ def check_rate(rate: Any, *, learned: bool) -> None:
         try:
             wrong = isinstance(leaf, (str, bytes)) or not np.isfinite(np.asarray(leaf, float)).all()
         except (TypeError, ValueError):
-            wrong = learned and not isinstance(leaf, jax.core.Tracer)
+            wrong = learned and not isinstance(leaf, Tracer)
         if wrong:
             raise ValueError(
                 f"`rate` must be a finite number{' where it is learned' if learned else ''}; got {rate!r}."
