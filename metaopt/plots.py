@@ -170,7 +170,7 @@ def adaptation_curves(
 
     Returns:
       The axes, with a legend, which says what is transductive. A method without steps is a level line, dashed; steps
-      after which a score is not finite are gaps.
+      after which a score is not finite are gaps. From the eleventh method on, lines have markers and other styles.
 
     Raises:
       ValueError: there is no such source.
@@ -186,15 +186,28 @@ def adaptation_curves(
         mean, half = scores.mean(axis=0), np.full(scores.shape[1], np.nan)
         if len(scores) > 1:
             half = 1.96 * scores.std(axis=0, ddof=1) / np.sqrt(len(scores))
-        steps, style = np.arange(len(mean)), "-"
+        steps, look = np.arange(len(mean)), _look(number)
         if len(mean) == 1 < longest:
-            steps, mean, half, style = np.array([0, longest - 1]), np.repeat(mean, 2), np.repeat(half, 2), "--"
-        axes.plot(steps, mean, style, color=f"C{number}", label=_label(evaluation, method))
-        axes.fill_between(steps, mean - half, mean + half, color=f"C{number}", alpha=0.2, linewidth=0)
-    axes.legend(fontsize="small")
+            steps, mean, half = np.array([0, longest - 1]), np.repeat(mean, 2), np.repeat(half, 2)
+            look["linestyle"] = "--"
+        axes.plot(steps, mean, **look, label=_label(evaluation, method))
+        axes.fill_between(steps, mean - half, mean + half, color=look["color"], alpha=0.2, linewidth=0)
+    axes.legend(fontsize="small", handlelength=3)
     axes.set_xlabel("adaptation steps")
     axes.set_ylabel(ylabel)
     return axes
+
+
+def _look(number: int, marker: str = "") -> dict[str, Any]:
+    """Color, line style and marker of a line. After ten, colors come again, with other styles and markers."""
+    colors = _pyplot().rcParams["axes.prop_cycle"].by_key().get("color", ["k"])  # ten, unless the user has others
+    again, place = divmod(number, len(colors))
+    markers, styles = (marker, "s", "^", "D", "v", "P", "X"), ("-", "-.", ":")  # level lines are dashed: "--"
+    return {
+        "color": f"C{place}",
+        "linestyle": styles[again % len(styles)],
+        "marker": markers[again % len(markers)],
+    }
 
 
 def scores_by_number(
@@ -227,11 +240,12 @@ def scores_by_number(
     if not all(binned.values()):
         raise ValueError(f"`edges` must hold the {of} of an episode between them; there is none within {list(edges)}.")
     axes = _axes(axes)
-    for method, bins in binned.items():
+    for place, (method, bins) in enumerate(binned.items()):
         number, _, mean, half = np.array(bins).T
         mean = np.where(np.isfinite(mean), mean, np.nan)
-        axes.errorbar(number, mean, yerr=half, marker="o", capsize=3, label=_label(evaluation, method))
-    axes.legend(fontsize="small")
+        look = _look(place, marker="o")
+        axes.errorbar(number, mean, yerr=half, **look, capsize=3, label=_label(evaluation, method))
+    axes.legend(fontsize="small", handlelength=3)
     axes.set_xlabel(of if of == "ways" else "shots (support examples for each way)")
     axes.set_ylabel(ylabel)
     return axes

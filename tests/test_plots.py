@@ -85,6 +85,19 @@ def test_scores_by_number_and_the_leaderboard():
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["steps, transductive", "level"]
 
 
+def test_lines_of_more_than_ten_methods_differ():
+    of = {f"steps {i}": SCORES["steps"] for i in range(23)} | {f"level {i}": SCORES["level"] for i in range(23)}
+    many = EVALUATION._replace(scores=of, transductive=dict.fromkeys(of, False))
+    curves = plots.adaptation_curves(many)
+    bars = plots.scores_by_number(many, "shots", [1, 6, 11])
+    for axes, lines in ((curves, curves.lines), (bars, [bar.lines[0] for bar in bars.containers])):
+        looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
+        assert len(lines) == len(looks) == 46
+        assert len({line.get_linestyle() for line in lines[:23]}) == 3  # by more than its marker, which may be small
+        assert axes.get_legend().handlelength == 3  # shorter, a dashed line looks like a solid one
+    assert {line.get_linestyle() for line in curves.lines[23:]} == {"--"}
+
+
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_a_method_that_diverges_is_drawn_without_its_points(value):
     scores = {"u": np.array([[0.5, value], [0.5, 1.0]]), "v": np.array([[0.5, np.inf], [0.5, -np.inf]])}

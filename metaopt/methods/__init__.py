@@ -17,18 +17,14 @@ from metaopt.methods._asha import AshaState, asha
 from metaopt.methods._cell_searcher import CellSearcher, train_cell_searcher
 from metaopt.methods._conv4 import NORMALIZATIONS, Network, conv4
 from metaopt.methods._early_stopping import darts_plus, robust_darts
-from metaopt.methods._evaluate import (
-    AdaptFn,
+from metaopt.methods._evaluate import AdaptFn, accuracy, evaluate_episodes, mean_absolute_error, mean_squared_error
+from metaopt.methods._evaluations import (
     Evaluation,
-    accuracy,
     average_ranks,
     by_number,
-    evaluate_episodes,
     join_evaluations,
     leaderboard,
-    mean_absolute_error,
     mean_scores,
-    mean_squared_error,
     paired_differences,
 )
 from metaopt.methods._evolution import EvolutionState, regularized_evolution

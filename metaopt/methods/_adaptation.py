@@ -14,6 +14,7 @@ loss: every matrix product and convolution that no leaf which adapts reaches, fr
 
 import contextlib
 import contextvars
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, inner, rewrite, transforms
+from metaopt.methods import _adaptation_checks as _checks
 from metaopt.methods._evaluate import AdaptFn
 
 RATES = ("fixed", "one", "leaf", "entry")
@@ -126,7 +128,7 @@ def adaptation(
       adapt: which leaves adapt: a regular expression that is searched for in paths like "layers/0/bias". Leaves that do
         not adapt are in λ["init"], and are learned by the outer step alone.
       optimizer: `rate -> optax.GradientTransformation`.
-      rate: α, or what it starts from where it is learned.
+      rate: α, or what it starts from where it is learned. What the optimizer takes: a schedule, too, where it is fixed.
       rates: "fixed", or learned: "one" for all, one for each "leaf", or one for each "entry" (Meta-SGD).
       rates_per_step: a learned rate has a value for each of the T steps, as its leading axis (LSLR: with "leaf"); later
         ones take the last.
@@ -154,7 +156,8 @@ def adaptation(
     Raises:
       ValueError: an argument is out of range; at trace time, `adapt` or `leaves_per_step` finds no leaf, a leaf adapts
         and has a value a step, a leaf with a value a step has another leading axis than T, or `init` makes leaves that
-        do not adapt and there is a `rule`, or that adapt and there is a `proximal`; or λ is no dict with "init".
+        do not adapt and there is a `rule`, or that adapt and there is a `proximal`; λ is no dict with "init" (and
+        "rate", where it is learned); or the task is an episode, or its "mask" has an axis of tasks.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import base, methods
@@ -170,9 +173,14 @@ def adaptation(
     """
     if rates not in RATES:
         raise ValueError(f"`rates` must be one of {', '.join(map(repr, RATES))}; got {rates!r}.")
-    for name, value in {"num_steps": num_steps, "test_steps": test_steps, "proximal": proximal}.items():
-        if value is not None and not value >= 0:
-            raise ValueError(f"`{name}` must be at least 0; got {value}.")
+    base.check_integer("num_steps", num_steps, 0)
+    base.check_integer("test_steps", test_steps, 0, optional=True)
+    num_steps = operator.index(num_steps)  # an array's cannot be hashed
+    base.check_positive("proximal", proximal, zero=True)
+    _checks.check_rate(rate, learned=rates != "fixed")
+    _checks.check_pattern("adapt", adapt)
+    if leaves_per_step is not None:
+        _checks.check_pattern("leaves_per_step", leaves_per_step)
     number = order if isinstance(order, (int, np.integer)) and not isinstance(order, bool) else -1
     if order not in ("first", "second") and number < 0:
         raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')
@@ -213,12 +221,8 @@ def adaptation(
         return {**params, "support": carried.support} if keep_support else params
 
     def start(key, hyperparams, data):
-        if not isinstance(hyperparams, Mapping) or "init" not in hyperparams:
-            found = f"a dict of {[*hyperparams]}" if isinstance(hyperparams, Mapping) else type(hyperparams).__name__
-            raise ValueError(
-                'λ must be a dict with the meta-parameters as "init", as `a.hyperparams(meta_params)` makes it of an '
-                f"adaptation `a`; got {found}. Were those the meta-parameters?"
-            )
+        _checks.check_hyperparams(hyperparams, "init")
+        _checks.check_one_task(data)
         with _traced_after_steps(False):
             params = hyperparams["init"] if init is None else init(key, hyperparams, data)
         if with_context and init is not None:
@@ -321,7 +325,11 @@ def adaptation(
         return value[0] if isinstance(value, tuple) else value
 
     grouped = transforms.per_parameter(optimizer) if rates in ("leaf", "entry") else optimizer
-    factory = lambda hyperparams: grouped(rate if rates == "fixed" else hyperparams["rate"])
+
+    def factory(hyperparams):
+        if rates != "fixed":
+            _checks.check_hyperparams(hyperparams, "init", "rate")
+        return grouped(rate if rates == "fixed" else hyperparams["rate"])
 
     def leaves_at(hyperparams, step):
         given = _by_path(hyperparams["init"])
@@ -337,6 +345,7 @@ def adaptation(
 
     def at_step(hyperparams, step):
         step = jnp.clip(step, 0, num_steps - 1)
+        _checks.check_hyperparams(hyperparams, "init", *(["rate"] if rates_per_step else []))
         if rates_per_step:
             hyperparams = {**hyperparams, "rate": jax.tree.map(lambda x: x[step], hyperparams["rate"])}
         return leaves_at(hyperparams, step) if leaves_per_step else hyperparams
@@ -382,6 +391,19 @@ def adaptation(
         return judged(loop.params(state), loop.context(state).model_state, hyperparams["init"])
 
     def estimator_at(step):
+        made = estimator_of(step)
+
+        def init_state(key, hyperparams, task):
+            _checks.check_task(task)
+            return made.init(key, hyperparams, task)
+
+        def estimate(hyperparams, task, state):
+            _checks.check_task(task)
+            return made.estimate(hyperparams, task, state)
+
+        return made._replace(init=init_state, estimate=estimate)
+
+    def estimator_of(step):
         if rule is not None:
             return rule(problem)
         weights: Any = outer
@@ -412,7 +434,7 @@ def adaptation(
         estimator_at,
         hyperparams,
         params,
-        num_steps if test_steps is None else test_steps,
+        num_steps if test_steps is None else operator.index(test_steps),
         unrolling,
     )
 
@@ -437,9 +459,13 @@ def adapted(
 
     Returns:
       `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps; it passes no derivative on.
+
+    Raises:
+      ValueError: `num_steps` is no integer, or negative.
     """
     loop = adaptation.unrolling.loop
-    steps = adaptation.test_steps if num_steps is None else num_steps
+    base.check_integer("num_steps", num_steps, 0, optional=True)
+    steps = adaptation.test_steps if num_steps is None else operator.index(num_steps)
 
     def method(key, support, query):
         def outputs(state):

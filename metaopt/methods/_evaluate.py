@@ -12,10 +12,9 @@ axis of one. With `inner.run` and `trace_fn` that is
 """
 
 import functools
-import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from metaopt import base, tasks
+from metaopt.methods._evaluations import Evaluation
 from metaopt.progress import progress_bar
 
 
@@ -30,31 +30,6 @@ class AdaptFn(Protocol):
     def __call__(self, key: jax.Array, support: dict[str, jax.Array], query: dict[str, jax.Array]) -> jax.Array:
         """Outputs [T + 1, Q, ...] for the query set, whose labels it does not get, after 0..T steps on the support."""
         ...
-
-
-class Evaluation(NamedTuple):
-    """The scores of `M` methods on `E` episodes of each of several sources.
-
-    Attributes:
-      scores: method -> source -> [E, T + 1], after 0..T adaptation steps; T is the method's.
-      num_ways: source -> [E]; 1 where there are no classes.
-      num_shots: source -> [E], support examples for each way, on average.
-      transductive: method -> whether its output for one query example depends on the others.
-      higher_is_better: as the score is an accuracy, or an error.
-      marks: source -> [E], a number out of the data of each episode, by which `join_evaluations` tells other episodes.
-    """
-
-    scores: dict[str, dict[str, np.ndarray]]
-    num_ways: dict[str, np.ndarray]
-    num_shots: dict[str, np.ndarray]
-    transductive: dict[str, bool]
-    higher_is_better: bool = True
-    marks: dict[str, np.ndarray] = {}
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Their names."""
-        return tuple(self.num_ways)
 
 
 def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
@@ -70,12 +45,18 @@ def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
       [], in [0, 1].
 
     Raises:
-      ValueError: the query set has no classes.
+      ValueError: the query set has no classes, or outputs are shaped otherwise.
     """
     if "class_mask" not in query:
         raise ValueError(
             '`accuracy` is of episodes with classes, whose query sets have "class_mask"; this one has '
             f"{sorted(query)}. Regression needs another score: `score_fn=methods.mean_squared_error`, say."
+        )
+    whole = (*query["y"].shape, *query["class_mask"].shape)
+    if outputs.shape != whole:  # [W] and [Q, 1] would broadcast
+        raise ValueError(
+            f"The method's outputs must be [Q, W] = {whole}, one for each query example and class, after each step; "
+            f"got {outputs.shape}."
         )
     among = jnp.where(query["class_mask"][None] > 0, outputs, -jnp.inf)
     right = (jnp.argmax(among, axis=-1) == query["y"]) & ~jnp.isnan(among).any(axis=-1)
@@ -151,8 +132,8 @@ def evaluate_episodes(
       key: of the episodes; methods get keys that are the same for all of them.
       num_episodes: E, of each source; 600 is what is usually reported.
       each: U, where there are only so many tasks (users, patients): samplers are then `(key, number) -> Episode`, as
-        those of `tasks.user_episodes`, and every number in 0..U-1 is judged once, E = U. Drawn with replacement, a few
-        users would pass for many, and intervals would be too narrow.
+        those of `tasks.user_episodes`, and every number in 0..U-1 is judged once, E = U: `num_episodes` is not read.
+        Drawn with replacement, a few users would pass for many, and intervals would be too narrow.
       chunk_size: episodes at once, at least 1.
       score_fn: `(outputs after one step [Q, ...], query) -> []`.
       higher_is_better: False where the score is an error; known for `accuracy`, `mean_squared_error` and
@@ -163,10 +144,13 @@ def evaluate_episodes(
       An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
 
     Raises:
-      ValueError: there is no method or no source, a number is below 1, nothing says whether a high score is better, or
-        a sampler draws users with replacement or has fewer than `each`; at trace time, outputs have no axis of steps,
-        or, where there are Q classes, too, a leaf might be of either.
+      ValueError: `methods` is no dict, there is no method or no source, a number is below 1, nothing says whether a
+        high score is better, or a sampler draws users with replacement or has fewer than `each`; at trace time, outputs
+        have no axis of steps, or another shape than the score takes, or, where there are Q classes, too, a leaf might
+        be of either.
     """
+    if not isinstance(methods, Mapping):
+        raise ValueError(f'`methods` must be a dict, as `{{"MAML": method}}`; got {type(methods).__name__}.')
     if not methods:
         raise ValueError("`methods` must hold at least one method; it is empty.")
     if not isinstance(samplers, Mapping):
@@ -212,7 +196,13 @@ def evaluate_episodes(
             transductive |= found
             for name in methods:
                 scores[name][source] = of_source[name]
-    return Evaluation(scores, ways, shots, transductive, higher_is_better, marks)
+    return Evaluation(scores, ways, shots, transductive, higher_is_better, marks, _name(score_fn))
+
+
+def _name(function: Callable) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _of_source(
@@ -311,7 +301,9 @@ def _scored(name: str, method: AdaptFn, score_fn: Callable) -> Callable:
     def run(key, support, query):
         seen = {k: v for k, v in query.items() if k != "y"}
         outputs = method(key, support, seen)
-        if jnp.ndim(outputs) < 2 or outputs.shape[1] != len(query["y"]):
+        # Of as many query examples as classes, [Q, W] could be steps, too, each with a number for each example.
+        of_one = query["y"].shape[:1] + query["class_mask"].shape if "class_mask" in query else query["y"].shape
+        if jnp.ndim(outputs) < 2 or outputs.shape[1] != len(query["y"]) or outputs.shape == of_one:
             raise ValueError(
                 f"The method {name!r} must return outputs [steps + 1, {len(query['y'])}, ...], one after each number "
                 f"of adaptation steps for each query example; got shape {jnp.shape(outputs)}. Without steps: "
@@ -359,232 +351,3 @@ def _differ(outputs: jax.Array, again: jax.Array, query: dict[str, jax.Array]) -
             if np.any(abs(b - a) > np.maximum(1e-3 * (spread or usual), rounding)):  # one example alone has none
                 return True
     return False
-
-
-def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
-    """The methods of two evaluations on the same episodes, which may be of different days (`save_evaluation`).
-
-    Args:
-      first: what `evaluate_episodes` returned.
-      second: what it returned with the same key, samplers and numbers, for other methods. That the episodes are the
-        same is seen by their `marks`; of evaluations that have none, the numbers of ways and shots alone are compared.
-
-    Returns:
-      An `Evaluation` of both, the first's methods in front: as if all had been evaluated at once.
-
-    Raises:
-      ValueError: sources, episodes or the kind of score differ, or a method is in both.
-    """
-    twice = [name for name in second.scores if name in first.scores]
-    if twice:
-        raise ValueError(f"The method {twice[0]!r} is in both evaluations: give one of them another name.")
-    if first.higher_is_better != second.higher_is_better:
-        raise ValueError("One evaluation is of accuracies and the other of errors: there is nothing to compare.")
-    for what in ("num_ways", "num_shots", "marks"):
-        one, other = getattr(first, what), getattr(second, what)
-        if set(one) != set(other):
-            raise ValueError(f"The evaluations must be of the same sources; got `{what}` of {[*one]} and {[*other]}.")
-        for source, numbers in one.items():
-            # Rounding, of other machines, moves the marks by far less than they differ. (What is NaN equals nothing.)
-            size = 1e-2 * np.std(numbers) + 1e-6 * np.max(np.abs(numbers))
-            if len(numbers) != len(other[source]) or not np.all(np.abs(numbers - other[source]) <= size):
-                raise ValueError(
-                    f"The episodes of source {source!r} are not the same (their `{what}` differ): evaluate both with "
-                    "one key, one sampler and one number of episodes."
-                )
-    return first._replace(
-        scores={**first.scores, **second.scores}, transductive={**first.transductive, **second.transductive}
-    )
-
-
-def _at(evaluation: Evaluation, method: str, source: str, step: int) -> np.ndarray:
-    """[E], the scores after `step` steps, or after the method's last where it takes fewer."""
-    if step < -1:
-        raise ValueError(f"`step` must be a number of steps, or -1 for a method's last; got {step}.")
-    scores = np.asarray(evaluation.scores[method][source], np.float64)  # squares of large ones do not overflow
-    return scores[:, step] if step < scores.shape[1] else scores[:, -1]
-
-
-def _mean(scores: np.ndarray) -> tuple[float, float]:
-    """The mean and half of its normal 95 % interval: NaN where there is none, of one score or of infinite ones."""
-    if len(scores) < 2 or not np.isfinite(scores).all():
-        with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN
-            return float(scores.mean()), math.nan
-    return float(scores.mean()), float(1.96 * scores.std(ddof=1) / math.sqrt(len(scores)))
-
-
-def _differences(evaluation: Evaluation, method: str, reference: str, source: str, step: int) -> np.ndarray:
-    """[E], NaN where both diverge."""
-    with np.errstate(invalid="ignore"):
-        return _at(evaluation, method, source, step) - _at(evaluation, reference, source, step)
-
-
-def mean_scores(evaluation: Evaluation, *, step: int = -1) -> dict[str, dict[str, tuple[float, float]]]:
-    """The mean score of every method on every source.
-
-    Args:
-      evaluation: what `evaluate_episodes` returned.
-      step: after so many adaptation steps; −1, or more than a method takes: after its last.
-
-    Returns:
-      Method -> source -> (mean, half of the normal 95 % interval, 1.96 s / √E: NaN of one episode, and of a method
-      that diverges).
-    """
-    return {
-        method: {source: _mean(_at(evaluation, method, source, step)) for source in evaluation.sources}
-        for method in evaluation.scores
-    }
-
-
-def paired_differences(
-    evaluation: Evaluation, reference: str, *, step: int = -1
-) -> dict[str, dict[str, tuple[float, float]]]:
-    """The score minus that of a reference, episode by episode: what episodes have in common cancels.
-
-    A positive difference is better where the score is an accuracy, and worse where it is an error.
-
-    Args:
-      evaluation: what `evaluate_episodes` returned.
-      reference: the method that others are compared with.
-      step: as for `mean_scores`.
-
-    Returns:
-      Method -> source -> (mean difference of the scores, half of its 95 % interval).
-
-    Raises:
-      ValueError: there is no such method.
-    """
-    if reference not in evaluation.scores:
-        raise ValueError(f"`reference` must be one of {', '.join(map(repr, evaluation.scores))}; got {reference!r}.")
-    return {
-        method: {
-            source: _mean(_differences(evaluation, method, reference, source, step)) for source in evaluation.sources
-        }
-        for method in evaluation.scores
-    }
-
-
-def average_ranks(evaluation: Evaluation, *, step: int = -1) -> dict[str, float]:
-    """The mean rank of every method over the sources, by its mean score; 1 is best, and equal ones share their ranks.
-
-    Inductive methods are ranked among themselves, and so are transductive ones, which use more than the others.
-
-    Args:
-      evaluation: what `evaluate_episodes` returned.
-      step: as for `mean_scores`.
-
-    Returns:
-      Method -> rank: the inductive methods, best first, then the transductive ones, best first.
-    """
-    sign = -1 if evaluation.higher_is_better else 1
-    means = mean_scores(evaluation, step=step)
-    ranks: dict[str, float] = {}
-    for transductive in (False, True):
-        names = [name for name in means if evaluation.transductive[name] == transductive]
-        if not names:
-            continue
-        losses = [[sign * mean for mean, _ in means[name].values()] for name in names]
-        losses = np.nan_to_num(np.array(losses), nan=np.inf)  # [methods, sources]
-        better = (losses[None] < losses[:, None]).sum(axis=1)
-        equal = (losses[None] == losses[:, None]).sum(axis=1)
-        mean_ranks = (better + (equal + 1) / 2).mean(axis=1).tolist()
-        ranks |= sorted(zip(names, mean_ranks, strict=True), key=lambda pair: pair[1])
-    return ranks
-
-
-def by_number(
-    evaluation: Evaluation, of: str, edges: Sequence[float], *, step: int = -1
-) -> dict[str, list[tuple[float, int, float, float]]]:
-    """Scores against the number of ways, or of shots, over the episodes of all sources.
-
-    Args:
-      evaluation: what `evaluate_episodes` returned.
-      of: "ways" or "shots".
-      edges: ascending; bin k holds the episodes with edges[k] ≤ number < edges[k + 1].
-      step: as for `mean_scores`.
-
-    Returns:
-      Method -> for each bin that is not empty (mean number, episodes, mean score, half of its 95 % interval).
-
-    Raises:
-      ValueError: `of` is something else, or edges do not ascend.
-    """
-    if of not in ("ways", "shots"):
-        raise ValueError(f'`of` must be "ways" or "shots"; got {of!r}.')
-    if len(edges) < 2 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
-        raise ValueError(f"`edges` must ascend, and be at least two; got {list(edges)}.")
-    numbers = np.concatenate(list({"ways": evaluation.num_ways, "shots": evaluation.num_shots}[of].values()))
-    binned: dict[str, list[tuple[float, int, float, float]]] = {}
-    for method in evaluation.scores:
-        scores = np.concatenate([_at(evaluation, method, source, step) for source in evaluation.sources])
-        inside = [(numbers >= low) & (numbers < high) for low, high in zip(edges, edges[1:], strict=False)]
-        binned[method] = [(float(numbers[b].mean()), int(b.sum()), *_mean(scores[b])) for b in inside if b.any()]
-    return binned
-
-
-def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None = None, digits: int = 3) -> str:
-    """The evaluation as tables in Markdown, a row a method, best average rank first: of inductive methods, then, where
-    there are any, of transductive ones, which use more than the others and are compared among themselves.
-
-    Args:
-      evaluation: what `evaluate_episodes` returned.
-      step: as for `mean_scores`.
-      reference: with one, a column of the mean paired difference to it over the sources.
-      digits: after the point.
-
-    Returns:
-      The tables, and a line on how to read them. On each source the best method of a table is bold, and so are those
-      whose paired difference to it is within the 95 % interval.
-
-    Raises:
-      ValueError: there is no such reference.
-    """
-    differences = None if reference is None else paired_differences(evaluation, reference, step=step)
-    lines = []
-    for transductive in (False, True):
-        names = [name for name in evaluation.scores if evaluation.transductive[name] == transductive]
-        if names:
-            part = evaluation._replace(scores={name: evaluation.scores[name] for name in names})
-            kind = "transductive method" if transductive else "method"
-            lines += [*_table(part, kind, differences, reference, step, digits), ""]
-    counts = sorted({len(number) for number in evaluation.num_ways.values()})
-    better = "higher" if evaluation.higher_is_better else "lower"
-    lines.append(
-        f"{'–'.join(map(str, counts))} episodes of each source, the same for all; mean ± 95 %; {better} is better."
-    )
-    return "\n".join(lines) + "\n"
-
-
-def _table(
-    evaluation: Evaluation, kind: str, differences: dict | None, reference: str | None, step: int, digits: int
-) -> list[str]:
-    means, ranks = mean_scores(evaluation, step=step), average_ranks(evaluation, step=step)
-    sign = 1 if evaluation.higher_is_better else -1
-    bold = set()
-    for source in evaluation.sources:
-        finite = [method for method, of in means.items() if math.isfinite(of[source][0])]
-        if not finite:  # all diverge
-            continue
-        best = max(finite, key=lambda method: sign * means[method][source][0])
-        for method, of in paired_differences(evaluation, best, step=step).items():
-            difference, half = of[source]
-            if method == best or abs(difference) <= half:
-                bold.add((method, source))
-    name_of = lambda name: str(name).replace("|", "\\|")  # which would end the cell
-    head = [kind, *map(name_of, evaluation.sources), "average rank"]
-    head += [] if reference is None else [f"against {name_of(reference)}"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for method, rank in ranks.items():
-        cells = [name_of(method)]
-        for source in evaluation.sources:
-            mean, half = means[method][source]
-            text = f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")  # of one episode: none
-            cells.append(f"**{text}**" if (method, source) in bold else text)
-        cells.append(f"{rank:.2f}")
-        if differences is not None:
-            pairs = np.array(list(differences[method].values()))
-            half = math.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs)
-            text = f"{_mean(pairs[:, 0])[0]:+.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
-            cells.append("" if method == reference else text)
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines

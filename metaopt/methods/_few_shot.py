@@ -1,6 +1,8 @@
 """Few-shot learning under the papers' names: each is a setting of `adaptation`; its own are losses, and heads that a
 support set makes (prototypes, ridge regression)."""
 
+import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +12,14 @@ import optax
 
 from metaopt import base, hypergrad
 from metaopt.methods._adaptation import Adaptation, adaptation
+from metaopt.methods._adaptation_checks import check_pattern
+
+
+def _check_options(name: str, options: Mapping[str, Any], *taken: str) -> None:
+    """ValueError where an option is given that the method sets itself, or cannot have."""
+    given = [option for option in taken if option in options]
+    if given:
+        raise ValueError(f"`{name}` has no option `{given[0]}`: the method says what it is. Take `methods.adaptation`.")
 
 
 def maml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
@@ -45,6 +55,11 @@ def maml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: A
 def fomaml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
     """First-order MAML: dF/dλ ≈ ∇f(θ_T). Inner gradients are held constant, so that ∂θ_T/∂λ is the identity.
 
+    It is backpropagation truncated to one step (`hypergrad.truncated`) in coordinates δ = θ − λ, with ∇g held: there
+    every step sees λ, in θ = λ + δ, and a cut between steps, at δ, takes nothing away. In θ itself, where λ is the
+    start alone, a cut would take away all of it. Without holding ∇g, truncation to one step keeps the last step's
+    curvature: (I − α ∂²g/∂θ²) ∇f(θ_T).
+
     Args:
       loss: as for `maml`.
       num_steps: T.
@@ -54,8 +69,12 @@ def fomaml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options:
     Returns:
       An `Adaptation` whose estimator is "biased", by the order of α T times the curvature of g.
 
+    Raises:
+      ValueError: an option is set here (`order`), or is not valid.
+
     Source: Finn, Abbeel & Levine, ICML 2017, Sec. 5.2, https://arxiv.org/abs/1703.03400
     """
+    _check_options("fomaml", options, "order")
     return adaptation(loss, num_steps=num_steps, rate=rate, order="first", **options)
 
 
@@ -71,9 +90,13 @@ def reptile(loss: Callable, *, num_steps: int = 5, rate: float = 0.01, **options
     Returns:
       An `Adaptation` whose estimator is "pseudo": see `hypergrad.reptile`.
 
+    Raises:
+      ValueError: an option is set here (`rule`), or is not valid.
+
     Source: Nichol, Achiam & Schulman, 2018, https://arxiv.org/abs/1803.02999
     """
-    rule = lambda problem: hypergrad.reptile(problem, num_steps=num_steps)
+    _check_options("reptile", options, "rule")
+    rule = lambda problem: hypergrad.reptile(problem, num_steps=operator.index(num_steps))
     return adaptation(loss, num_steps=num_steps, rate=rate, rule=rule, **options)
 
 
@@ -94,8 +117,13 @@ def anil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 
       An `Adaptation`. The body is computed once for the support set, and once for the query set: more inner steps cost
       passes through the head alone.
 
+    Raises:
+      ValueError: an option is set here (`adapt`), or is not valid.
+
     Source: Raghu et al., ICLR 2020, https://arxiv.org/abs/1909.09157
     """
+    _check_options("anil", options, "adapt")
+    check_pattern("head", head)
     return adaptation(loss, adapt=head, num_steps=num_steps, rate=rate, **options)
 
 
@@ -112,8 +140,14 @@ def boil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 
     Returns:
       An `Adaptation`.
 
+    Raises:
+      ValueError: an option is set here (`adapt`), or is not valid.
+
     Source: Oh et al., ICLR 2021, https://arxiv.org/abs/2008.08882
     """
+    _check_options("boil", options, "adapt")
+    check_pattern("head", head)
+    head = getattr(head, "pattern", head)
     return adaptation(loss, adapt=f"^(?!.*(?:{head}))", num_steps=num_steps, rate=rate, **options)
 
 
@@ -176,6 +210,7 @@ def maml_plus_plus(
       https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch (`MetaBatchNormLayer` at 006eb57).
     """
 
+    _check_options("maml_plus_plus", options, "outer")
     base.check_integer("first_order_steps", first_order_steps, 0)
     base.check_integer("multi_step_steps", multi_step_steps, 0)
 
@@ -269,6 +304,9 @@ def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **op
         tuned = methods.proto_maml(features, adapt="^head", num_steps=10)    # from prototypes; adapt="" tunes it all
         method = methods.adapted(tuned, result.hyperparams, head)
 
+    Fine-tuning here is of θ, a task's model, by inner steps. `methods.fine_tune` is of λ, a task's hyperparameters, by
+    hypergradient steps.
+
     Args:
       loss: as for `maml`; F(λ) is the loss of λ itself on the query set.
       test_steps: inner steps at test.
@@ -277,18 +315,15 @@ def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **op
 
     Returns:
       An `Adaptation` with T = 0 in training.
+
+    Raises:
+      ValueError: an option is set here (`num_steps`), or is not valid.
     """
+    _check_options("pretrained", options, "num_steps")
     return adaptation(loss, num_steps=0, test_steps=test_steps, rate=rate, **options)
 
 
 # ---- Heads that the support set makes --------------------------------------------------------------------------------
-
-
-def _check_options(name: str, options: Mapping[str, Any], *taken: str) -> None:
-    """ValueError where an option is given that the method sets itself, or cannot have."""
-    given = [option for option in taken if option in options]
-    if given:
-        raise ValueError(f"`{name}` has no option `{given[0]}`: the method says what it is. Take `methods.adaptation`.")
 
 
 def _as_dict(params: Any) -> dict[str, Any]:
@@ -308,7 +343,21 @@ def linear_head(features: Callable) -> Callable:
 
     Returns:
       A function of `params` with "head": {"w": [D, W], "b": [W]}, and of a batch with "x"; `adapted` takes it.
+
+    Raises:
+      ValueError: `features` is no function of two arguments, such as a loss, which has three.
     """
+    try:
+        takes_two = callable(features) and bool(inspect.signature(features).bind("params", "batch"))
+    except TypeError:
+        takes_two = False
+    except ValueError:  # its arguments cannot be told
+        takes_two = True
+    if not takes_two:
+        raise ValueError(
+            f"`features` must be a function `(params, batch) -> [N, D]`; got {features!r}. A loss, "
+            "`(params, hyperparams, batch) -> []`, is for methods such as `maml`."
+        )
     return lambda params, batch: features(params, batch) @ params["head"]["w"] + params["head"]["b"][None]
 
 
@@ -388,8 +437,12 @@ def prototypical_networks(features: Callable, **options: Any) -> Adaptation:
     Returns:
       An `Adaptation` of episodes with classes; `linear_head(features)` predicts.
 
+    Raises:
+      ValueError: an option is set here (`num_steps`), or is not valid.
+
     Source: Snell, Swersky & Zemel, NeurIPS 2017, https://arxiv.org/abs/1703.05175
     """
+    _check_options("prototypical_networks", options, "num_steps")
     return proto_maml(features, num_steps=0, **options)
 
 
@@ -434,5 +487,6 @@ def ridge_head(features: Callable, *, loss: Callable = cross_entropy, **options:
             w = jax.scipy.linalg.solve(regular(x.T @ x), x.T @ y, assume_a="pos")
         return {"w": hyperparams["scale"] * w[:-1], "b": hyperparams["scale"] * w[-1] + hyperparams["shift"]}
 
+    _check_options("ridge_head", options, "extra")
     extra = {"log_ridge": jnp.zeros([]), "scale": jnp.ones([]), "shift": jnp.zeros([])}
     return _with_head(features, solve, loss, extra=extra, **{"num_steps": 0, **options})

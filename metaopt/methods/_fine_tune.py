@@ -40,6 +40,8 @@ def fine_tune(
     and vmap it over tasks that each have their own λ. F is a sample (a fresh key at every step), so the smallest of
     K + 1 values is optimistic as an estimate of the outer loss: judge on data that took no part.
 
+    Fine-tuning here is of λ. A pre-trained model θ is fine-tuned to a few-shot task by `methods.pretrained`.
+
     Args:
       estimator: for one task, in unconstrained coordinates (`spaces.constrain`), so that λ stays inside its space. Of
         rules that carry training from estimate to estimate only those values are compared that ended a horizon: before,

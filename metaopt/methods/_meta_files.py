@@ -10,7 +10,7 @@ import numpy as np
 
 from metaopt import base, predictors, spaces
 from metaopt.methods._cell_searcher import CellSearcher, cell_searcher, columns
-from metaopt.methods._evaluate import Evaluation
+from metaopt.methods._evaluations import Evaluation
 from metaopt.methods._meta_architecture import MetaArchitecture
 from metaopt.methods._meta_search import MetaOptimizer, meta_optimizer
 
@@ -230,6 +230,7 @@ def save_evaluation(path: str | os.PathLike[str], evaluation: Evaluation) -> Non
         "sources": sources,
         "transductive": [bool(evaluation.transductive[name]) for name in names],
         "higher_is_better": bool(evaluation.higher_is_better),
+        "score": evaluation.score,
     }
     arrays = {}
     for j, source in enumerate(sources):
@@ -264,7 +265,10 @@ def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
             shapes = [x.shape[:1] for x in numbers] + [of[source].shape[:-1] for of in scores.values()]
             if any(shape != (num,) for shape in shapes):
                 raise ValueError(f"the arrays of source {source!r} are not all of {num} episodes")
-        return Evaluation(scores, ways, shots, flags, bool(header["higher_is_better"]), marks)
+        # Files of earlier versions do not say which score.
+        return Evaluation(
+            scores, ways, shots, flags, bool(header["higher_is_better"]), marks, str(header.get("score", ""))
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} does not describe an `Evaluation` as it should: {error}.") from error
 

@@ -252,9 +252,12 @@ def test_truncation_to_one_step_is_first_order():
     estimator = hypergrad.truncated(problem, num_steps=2, truncation_length=1, grad=held)
     hyperparams, task = jax.tree.map(jnp.asarray, (META, TASK))
     state, estimate = estimator.init(KEY, hyperparams, task), jax.jit(estimator.estimate)
-    for theta in trained(META, 2)[1:]:  # FOMAML of one step, of two
+    for steps, theta in enumerate(trained(META, 2)[1:], 1):
         found, state = estimate(hyperparams, task, state)
         close(found.hypergrad, slopes(theta, DATA[1]))
+        first_order = methods.fomaml(loss, num_steps=steps, rate=RATE)
+        expected, _ = jax.jit(first_order.estimator.estimate)({"init": hyperparams}, task, KEY)
+        close((found.value, found.hypergrad), (expected.value, expected.hypergrad["init"]))
 
 
 def test_reptile_is_the_way_that_training_went(estimates):
@@ -376,7 +379,7 @@ def test_model_state_is_carried_and_seen():
     [
         ({"rates": "all"}, "`rates` must be one of"),
         ({"num_steps": -1}, "`num_steps` must be at least 0; got -1"),
-        ({"test_steps": -1}, "`test_steps` must be at least 0; got -1"),
+        ({"test_steps": -1}, "`test_steps` must be at least 0, or None; got -1"),
         ({"proximal": -1.0}, "`proximal` must be at least 0"),
         ({"order": "third"}, '`order` must be "first", "second" or a number'),
         ({"order": -2}, '`order` must be "first", "second" or a number'),
@@ -771,6 +774,41 @@ def test_ordinary_mistakes_are_explained():
         learner = training.learner(estimator, optax.sgd(0.1))
         with pytest.raises(ValueError, match=what + r".*`tasks.episode_batches\(sample, num_tasks\)`"):
             training.fit(learner, tasks.sinusoids(), hyperparams=a.hyperparams(meta), num_steps=1, key=KEY)
+
+
+def test_lambda_without_rates_and_an_episode_in_the_place_of_a_task():
+    meta, data = jax.tree.map(jnp.asarray, (META, DATA))
+    for options in ({"rates": "leaf"}, {"rates": "one", "rates_per_step": True}):
+        a = methods.adaptation(loss, **options)
+        with pytest.raises(ValueError, match=r'the learned rates as "rate".*got a dict of \[\'init\'\].*are fixed\?'):
+            jax.eval_shape(a.estimator.estimate, {"init": meta}, base.Task(*data), KEY)
+    a = methods.maml(loss)
+    for function, args in ((a.estimator.init, (KEY, {"init": meta})), (a.estimator.estimate, ({"init": meta},))):
+        with pytest.raises(ValueError, match="got a Episode: take its `.task`"):
+            function(*args, tasks.Episode(*data), *([KEY] if function is a.estimator.estimate else []))
+
+
+def test_numbers_and_rates_may_be_arrays_and_schedules():
+    data = jax.tree.map(jnp.asarray, DATA)
+    predict = lambda params, query: network(params, query["x"])
+    for options in (
+        {"num_steps": jnp.array(2), "rate": jnp.array(RATE)},
+        {"num_steps": np.int64(1), "rate": optax.constant_schedule(RATE), "test_steps": jnp.array(2)},
+        {"num_steps": 1, "rate": {"of": RATE}, "optimizer": lambda rate: optax.sgd(rate["of"]), "test_steps": 2},
+        {"num_steps": 2, "rate": np.array([RATE, RATE]), "rates": "one", "rates_per_step": True},
+        {"num_steps": 1, "rate": None, "optimizer": lambda rate: optax.sgd(RATE), "test_steps": 2},
+    ):
+        a = methods.adaptation(loss, **options)
+        hyperparams = a.hyperparams(jax.tree.map(jnp.asarray, META))
+        assert isinstance(a.test_steps, int)
+        outputs = methods.adapted(a, hyperparams, predict)(KEY, *data)
+        np.testing.assert_allclose(outputs[-1], predicted(trained(META, 2)[-1], DATA[1]["x"]), rtol=1e-6)
+    method = methods.adapted(a, hyperparams, predict, num_steps=jnp.array(3))
+    assert jax.eval_shape(method, KEY, *data).shape == (4, 5, 1)
+    a = methods.maml(loss, num_steps=jnp.array(2))
+    jax.eval_shape(a.estimator.estimate, a.hyperparams(META), base.Task(*data), KEY)
+    assert np.isfinite(jax.jit(lambda rate: methods.maml(loss, rate=rate).hyperparams(META)["init"]["out"]["b"])(0.1))
+    assert methods.reptile(loss, num_steps=jnp.array(2)).estimator.kind == "pseudo"
 
 
 @pytest.mark.slow

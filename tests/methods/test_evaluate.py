@@ -234,6 +234,25 @@ def test_every_user_is_judged_once():
         methods.evaluate_episodes({"last": last}, sample, KEY, each=3, score_fn=lambda outputs, query: 0.0)
 
 
+def test_outputs_without_the_axis_of_steps_are_no_steps():
+    """Where there are as many query examples as classes, or as targets, the shape alone says nothing."""
+    side = {"x": jnp.eye(4), "y": jnp.arange(4), "mask": jnp.ones(4), "class_mask": jnp.ones(4)}
+    square = {"x": jnp.eye(4), "y": jnp.eye(4), "mask": jnp.ones(4)}
+    any_score = {"score_fn": lambda outputs, query: outputs.mean(), "higher_is_better": True}
+    of = lambda side, method, **how: methods.evaluate_episodes(
+        {"m": method}, lambda key: tasks.Episode(side, side), KEY, num_episodes=2, **how
+    )
+    flat = lambda key, support, query: query["x"]
+    for part, how in ((side, {}), (side, any_score), (square, any_score)):
+        with pytest.raises(ValueError, match=r"'m' must return outputs \[steps \+ 1, 4, ...\].*`outputs\[None\]`"):
+            of(part, flat, **how)
+        found = of(part, lambda key, support, query: query["x"][None], **how)
+        assert found.scores["m"]["episodes"].shape == (2, 1)
+    for wrong in (lambda key, s, q: jnp.zeros((3, 4)), lambda key, s, q: jnp.zeros((3, 4, 1))):
+        with pytest.raises(ValueError, match=r"must be \[Q, W\] = \(4, 4\), .* after each step; got \(4,"):
+            of(side, wrong)
+
+
 class Unhashable:
     """A score that is compared by its value."""
 
@@ -261,6 +280,7 @@ def test_a_score_may_have_no_hash():
         run()
     found = run(higher_is_better=False)
     assert found.higher_is_better is False and found.scores["p"]["episodes"] == [[1.0]]
+    assert found.score == "Unhashable"
 
 
 def test_the_bar_counts_episodes(capsys):
@@ -278,7 +298,7 @@ def by_hand(scores, num_ways=None, higher=True):
     scores = {m: {s: np.array(v, float) for s, v in of.items()} for m, of in scores.items()}
     sources = next(iter(scores.values()))
     ways = {s: np.ones(len(v)) for s, v in sources.items()} if num_ways is None else num_ways
-    return methods.Evaluation(scores, ways, ways, dict.fromkeys(scores, False), higher)
+    return methods.Evaluation(scores, ways, ways, dict.fromkeys(scores, False), higher, {}, "accuracy")
 
 
 HAND = by_hand(
@@ -299,6 +319,7 @@ def test_methods_of_two_days_are_as_of_one(evaluation, tmp_path):
     methods.save_evaluation(tmp_path / "one", evaluate(["prototypes", "steps"]))
     found = methods.join_evaluations(methods.load_evaluation(tmp_path / "one"), evaluate(["centered"]))
     assert found.transductive == evaluation.transductive and list(found.scores) == list(evaluation.scores)
+    assert found.score == evaluation.score == "accuracy"
     jax.tree.map(np.testing.assert_array_equal, found.scores, evaluation.scores)
     jax.tree.map(np.testing.assert_array_equal, found[1:3], evaluation[1:3])
     jax.tree.map(np.testing.assert_allclose, found.marks, evaluation.marks)
@@ -310,10 +331,14 @@ def test_methods_of_two_days_are_as_of_one(evaluation, tmp_path):
 
 def test_what_cannot_be_joined():
     other = HAND._replace(scores={"c": HAND.scores["a"]}, transductive={"c": True})
-    assert list(methods.join_evaluations(HAND, other).scores) == ["a", "b", "c"]
+    for score in ("accuracy", ""):  # of an earlier version
+        for pair in ((HAND, other._replace(score=score)), (other._replace(score=score), HAND)):
+            joined = methods.join_evaluations(*pair)
+            assert sorted(joined.scores) == ["a", "b", "c"] and joined.score == "accuracy"
     for wrong, message in (
         (HAND, "The method 'a' is in both"),
         (other._replace(higher_is_better=False), "of accuracies and the other of errors"),
+        (other._replace(score="other"), "`score` is 'accuracy' and the other's 'other'"),
         (other._replace(num_ways={"u": HAND.num_ways["u"]}), r"same sources; got `num_ways` of \['u', 'v'\] and"),
         (other._replace(marks=HAND.num_ways), "same sources; got `marks` of"),
         (other._replace(num_shots={**HAND.num_shots, "u": np.array([5, 5, 9])}), "source 'u' .* `num_shots` differ"),
@@ -357,12 +382,16 @@ def test_episodes_with_infinite_or_very_large_data_have_marks():
 def test_an_evaluation_on_disk(tmp_path):
     file = tmp_path / "scores.npz"
     given = HAND._replace(transductive={"a": True, "b": False}, higher_is_better=False, marks={"u": np.ones(3)})
+    given = given._replace(score="mean_squared_error")
     methods.save_evaluation(file, given)
     found = methods.load_evaluation(file)
     jax.tree.map(np.testing.assert_array_equal, found, given)
     assert methods.leaderboard(found) == methods.leaderboard(given) and found.transductive == given.transductive
     arrays = dict(np.load(file))
     header = json.loads(arrays.pop("header").tobytes())
+    old = {name: value for name, value in header.items() if name != "score"}
+    np.savez(file, header=np.frombuffer(json.dumps(old).encode(), np.uint8), **arrays)
+    assert methods.load_evaluation(file).score == ""
     for change, drop, message in (
         (
             {"format": "metaopt.cell_searcher"},
@@ -405,6 +434,10 @@ def test_means_differences_and_ranks_by_hand():
     assert list(apart.items()) == [("b", 1.5), ("c", 1.5), ("a", 1.0)]  # each kind among themselves
     with pytest.raises(ValueError, match="`step` must be a number of steps, or -1"):
         methods.mean_scores(HAND, step=-2)
+    with pytest.raises(ValueError, match="`step` must be a number of steps, or -1 .* got 1.5"):
+        methods.leaderboard(HAND, step=1.5)
+    with pytest.raises(ValueError, match="`digits` must be at least 0; got -1"):
+        methods.leaderboard(HAND, digits=-1)
 
 
 def test_against_ways_by_hand():
@@ -464,6 +497,7 @@ def test_scores_of_masked_rows():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: methods.evaluate_episodes(prototypes, sample, KEY), "`methods` must be a dict.*got function"),
         (lambda: methods.evaluate_episodes({}, sample, KEY), "at least one method"),
         (lambda: methods.evaluate_episodes(METHODS, {}, KEY), "at least one source"),
         (lambda: methods.evaluate_episodes(METHODS, sample, KEY, num_episodes=0), "`num_episodes` must be at least 1"),

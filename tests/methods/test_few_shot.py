@@ -151,6 +151,30 @@ def test_imaml_is_the_implicit_derivative_in_closed_form():
         (lambda: methods.cavia(np.sum, num_context=2, adapt="x"), "`cavia` has no option `adapt`"),
         (lambda: methods.imaml(np.sum, proximal=1.0, rates="leaf"), "`imaml` has no option `rates`"),
         (lambda: methods.imaml(np.sum, proximal=1.0, order="first"), "they do not go with a `rule`"),
+        (lambda: methods.fomaml(np.sum, order="second"), "`fomaml` has no option `order`"),
+        (lambda: methods.reptile(np.sum, rule=None), "`reptile` has no option `rule`"),
+        (lambda: methods.anil(np.sum, adapt="x"), "`anil` has no option `adapt`"),
+        (lambda: methods.boil(np.sum, adapt="x"), "`boil` has no option `adapt`"),
+        (lambda: methods.maml_plus_plus(np.sum, outer="mean"), "`maml_plus_plus` has no option `outer`"),
+        (lambda: methods.pretrained(np.sum, num_steps=1), "`pretrained` has no option `num_steps`"),
+        (lambda: methods.prototypical_networks(features, num_steps=1), "has no option `num_steps`"),
+        (lambda: methods.ridge_head(features, extra={}), "`ridge_head` has no option `extra`"),
+        (lambda: methods.prototypical_networks(lambda p, hp, b: 0.0), r"`features` must .*A loss, `.params, hyper"),
+        (lambda: methods.linear_head("features"), "`features` must be a function .* got 'features'"),
+        (lambda: methods.adaptation(np.sum, adapt=["w", "b"]), r"`adapt` must be a regular .* got \['w', 'b'\]"),
+        (lambda: methods.adaptation(np.sum, adapt="w("), r"`adapt` must be a regular expression; got 'w\(': missing"),
+        (lambda: methods.adaptation(np.sum, leaves_per_step=["w"]), "`leaves_per_step` must be a regular expression"),
+        (lambda: methods.anil(np.sum, head=["w"]), "`head` must be a regular expression"),
+        (lambda: methods.boil(np.sum, head="w)"), "`head` must be a regular expression"),
+        (lambda: methods.maml(np.sum, test_steps=1.5), "`test_steps` must be an integer of at least 0, or None"),
+        (lambda: methods.maml(np.sum, num_steps=-1), "`num_steps` must be at least 0; got -1"),
+        (lambda: methods.adapted(methods.maml(np.sum), {}, np.sum, num_steps=1.5), "`num_steps` must be an integer"),
+        (lambda: methods.adaptation(np.sum, proximal=-1), "`proximal` must be at least 0; got -1"),
+        (lambda: methods.maml(np.sum, rate="0.1"), "`rate` must be a finite number; got '0.1'"),
+        (lambda: methods.maml(np.sum, rate=np.nan), "`rate` must be a finite number; got nan"),
+        (lambda: methods.maml(np.sum, rate=jnp.array([0.1, np.inf])), "`rate` must be a finite number; got "),
+        (lambda: methods.meta_sgd(np.sum, rate=optax.constant_schedule(0.1)), "a finite number where it is learned"),
+        (lambda: methods.meta_sgd(np.sum, rate=None), "a finite number where it is learned; got None"),
         (lambda: methods.ridge_head(features, with_context=True), "has no option `with_context`"),
         (lambda: methods.proto_maml(features, rates="leaf").hyperparams(META), "`hyperparams` needs one task's"),
         (
@@ -227,7 +251,16 @@ def test_a_batch_of_tasks_needs_over_tasks():
     a = methods.maml(lambda params, hyperparams, batch: methods.cross_entropy(batch["x"] @ params["w"], batch))
     hyperparams = a.hyperparams({"w": jnp.zeros((DIM, WAYS))})
     with pytest.raises(ValueError, match=r"got shape \(8, 8, 3\). A batch of tasks needs `hypergrad.over_tasks`"):
+        methods.cross_entropy(batch.train["x"] @ hyperparams["init"]["w"], batch.train)
+    with pytest.raises(ValueError, match=r"got shape \(8, 8\). A batch of tasks needs `hypergrad.over_tasks`"):
         jax.eval_shape(a.estimator.estimate, hyperparams, batch, KEY)
     whole = hypergrad.over_tasks(a.estimator)
     state = whole.init(KEY, hyperparams, batch)
     assert jax.eval_shape(whole.estimate, hyperparams, batch, state)[0].value.shape == ()
+    # Of regression, too, and whatever the rule.
+    loss = lambda params, hyperparams, batch: ((params["a"] * batch["x"] - batch["y"]) ** 2).mean()
+    for a in (methods.maml(loss), methods.reptile(loss), methods.pretrained(loss), methods.imaml(loss, proximal=1.0)):
+        learner = training.learner(a.estimator, optax.sgd(0.1))
+        with pytest.raises(ValueError, match=r"got shape \(4, 10\). A batch of tasks needs `hypergrad.over_tasks`"):
+            sample = tasks.episode_batches(tasks.sinusoids(num_shots=10), 4)
+            training.fit(learner, sample, hyperparams=a.hyperparams({"a": 1.0}), num_steps=1, key=KEY)

@@ -1,0 +1,69 @@
+"""What `adaptation` refuses: rates, patterns, λ and tasks that are something else."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from metaopt import tasks
+
+
+def check_pattern(name: str, pattern: Any) -> None:
+    """ValueError where it is no regular expression."""
+    if not isinstance(pattern, (str, re.Pattern)):
+        raise ValueError(f'`{name}` must be a regular expression, such as "w2|b2"; got {pattern!r}.')
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`{name}` must be a regular expression; got {pattern!r}: {error}.") from error
+
+
+def check_rate(rate: Any, *, learned: bool) -> None:
+    """ValueError where a rate is no finite number. A fixed one is whatever else the optimizer takes, but text."""
+    for leaf in [rate] if learned else jax.tree.leaves(rate):
+        try:
+            wrong = isinstance(leaf, (str, bytes)) or not np.isfinite(np.asarray(leaf, float)).all()
+        except (TypeError, ValueError):
+            wrong = learned and not isinstance(leaf, Tracer)
+        if wrong:
+            raise ValueError(
+                f"`rate` must be a finite number{' where it is learned' if learned else ''}; got {rate!r}."
+            )
+
+
+def check_hyperparams(hyperparams: Any, *names: str) -> None:
+    """ValueError where λ lacks "init", or "rate"."""
+    is_dict = isinstance(hyperparams, Mapping)
+    if is_dict and all(name in hyperparams for name in names):
+        return
+    found = f"a dict of {[*hyperparams]}" if is_dict else type(hyperparams).__name__
+    rates = ' and the learned rates as "rate"' if "rate" in names else ""
+    other = "Is it of an adaptation whose rates are fixed?" if is_dict and "init" in hyperparams else ""
+    raise ValueError(
+        f'λ must be a dict with the meta-parameters as "init"{rates}, as `a.hyperparams(meta_params)` makes it of an '
+        f"adaptation `a`; got {found}. {other or 'Were those the meta-parameters?'}"
+    )
+
+
+def check_one_task(data: Any) -> None:
+    """ValueError where a support set has an axis of tasks: all would be one task, which is another objective."""
+    mask: Any = data.get("mask") if isinstance(data, Mapping) else None
+    if hasattr(mask, "shape") and jnp.ndim(mask) != 1:
+        raise ValueError(
+            'An adaptation is to one task, whose "mask" is [N], a number for each row; got shape '
+            f"{mask.shape}. A batch of tasks needs `hypergrad.over_tasks` around the estimator. (What masks "
+            "parts of rows needs another name.)"
+        )
+
+
+def check_task(task: Any) -> None:
+    """ValueError where it is an episode."""
+    if isinstance(task, tasks.Episode):
+        raise ValueError(
+            "This estimator takes tasks `base.Task(train, valid)`; got a Episode: take its `.task`. Of a sampler of "
+            "episodes, `tasks.episode_batches(sample, num_tasks)` makes batches for `hypergrad.over_tasks(estimator)`."
+        )

@@ -1,0 +1,277 @@
+"""Evaluations: what scores of methods on the same episodes say. Means, paired differences, ranks and tables."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from metaopt import base
+
+
+class Evaluation(NamedTuple):
+    """The scores of `M` methods on `E` episodes of each of several sources.
+
+    Attributes:
+      scores: method -> source -> [E, T + 1], after 0..T adaptation steps; T is the method's.
+      num_ways: source -> [E]; 1 where there are no classes.
+      num_shots: source -> [E], support examples for each way, on average.
+      transductive: method -> whether its output for one query example depends on the others.
+      higher_is_better: as the score is an accuracy, or an error.
+      marks: source -> [E], a number out of the data of each episode, by which `join_evaluations` tells other episodes.
+      score: the name of `score_fn`, "accuracy" for one; "" where it is not known.
+    """
+
+    scores: dict[str, dict[str, np.ndarray]]
+    num_ways: dict[str, np.ndarray]
+    num_shots: dict[str, np.ndarray]
+    transductive: dict[str, bool]
+    higher_is_better: bool = True
+    marks: dict[str, np.ndarray] = {}
+    score: str = ""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self.num_ways)
+
+
+def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
+    """The methods of two evaluations on the same episodes, which may be of different days (`save_evaluation`).
+
+    Args:
+      first: what `evaluate_episodes` returned.
+      second: what it returned with the same key, samplers and numbers, for other methods. That the episodes are the
+        same is seen by their `marks`; of evaluations that have none, the numbers of ways and shots alone are compared.
+        Scores are told apart by their functions' names, of which evaluations saved by an earlier version have none.
+
+    Returns:
+      An `Evaluation` of both, the first's methods in front: as if all had been evaluated at once.
+
+    Raises:
+      ValueError: sources, episodes or scores differ, or a method is in both.
+    """
+    twice = [name for name in second.scores if name in first.scores]
+    if twice:
+        raise ValueError(f"The method {twice[0]!r} is in both evaluations: give one of them another name.")
+    if first.higher_is_better != second.higher_is_better:
+        raise ValueError("One evaluation is of accuracies and the other of errors: there is nothing to compare.")
+    if first.score and second.score and first.score != second.score:
+        raise ValueError(
+            f"One evaluation's `score` is {first.score!r} and the other's {second.score!r}: there is nothing to "
+            "compare. Evaluate both with one `score_fn`; if only its name differs, give one evaluation the other's "
+            "(`_replace(score=...)`)."
+        )
+    for what in ("num_ways", "num_shots", "marks"):
+        one, other = getattr(first, what), getattr(second, what)
+        if set(one) != set(other):
+            raise ValueError(f"The evaluations must be of the same sources; got `{what}` of {[*one]} and {[*other]}.")
+        for source, numbers in one.items():
+            # Rounding, of other machines, moves the marks by far less than they differ. (What is NaN equals nothing.)
+            size = 1e-2 * np.std(numbers) + 1e-6 * np.max(np.abs(numbers))
+            if len(numbers) != len(other[source]) or not np.all(np.abs(numbers - other[source]) <= size):
+                raise ValueError(
+                    f"The episodes of source {source!r} are not the same (their `{what}` differ): evaluate both with "
+                    "one key, one sampler and one number of episodes."
+                )
+    return first._replace(
+        scores={**first.scores, **second.scores},
+        transductive={**first.transductive, **second.transductive},
+        score=first.score or second.score,
+    )
+
+
+def _at(evaluation: Evaluation, method: str, source: str, step: int) -> np.ndarray:
+    """[E], the scores after `step` steps, or after the method's last where it takes fewer."""
+    try:
+        base.check_integer("step", step, -1)
+    except ValueError:
+        raise ValueError(f"`step` must be a number of steps, or -1 for a method's last; got {step!r}.") from None
+    scores = np.asarray(evaluation.scores[method][source], np.float64)  # squares of large ones do not overflow
+    return scores[:, step] if step < scores.shape[1] else scores[:, -1]
+
+
+def _mean(scores: np.ndarray) -> tuple[float, float]:
+    """The mean and half of its normal 95 % interval: NaN where there is none, of one score or of infinite ones."""
+    if len(scores) < 2 or not np.isfinite(scores).all():
+        with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN
+            return float(scores.mean()), math.nan
+    return float(scores.mean()), float(1.96 * scores.std(ddof=1) / math.sqrt(len(scores)))
+
+
+def _differences(evaluation: Evaluation, method: str, reference: str, source: str, step: int) -> np.ndarray:
+    """[E], NaN where both diverge."""
+    with np.errstate(invalid="ignore"):
+        return _at(evaluation, method, source, step) - _at(evaluation, reference, source, step)
+
+
+def mean_scores(evaluation: Evaluation, *, step: int = -1) -> dict[str, dict[str, tuple[float, float]]]:
+    """The mean score of every method on every source.
+
+    Args:
+      evaluation: what `evaluate_episodes` returned.
+      step: after so many adaptation steps; −1, or more than a method takes: after its last.
+
+    Returns:
+      Method -> source -> (mean, half of the normal 95 % interval, 1.96 s / √E: NaN of one episode, and of a method
+      that diverges).
+    """
+    return {
+        method: {source: _mean(_at(evaluation, method, source, step)) for source in evaluation.sources}
+        for method in evaluation.scores
+    }
+
+
+def paired_differences(
+    evaluation: Evaluation, reference: str, *, step: int = -1
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """The score minus that of a reference, episode by episode: what episodes have in common cancels.
+
+    A positive difference is better where the score is an accuracy, and worse where it is an error.
+
+    Args:
+      evaluation: what `evaluate_episodes` returned.
+      reference: the method that others are compared with.
+      step: as for `mean_scores`.
+
+    Returns:
+      Method -> source -> (mean difference of the scores, half of its 95 % interval).
+
+    Raises:
+      ValueError: there is no such method.
+    """
+    if reference not in evaluation.scores:
+        raise ValueError(f"`reference` must be one of {', '.join(map(repr, evaluation.scores))}; got {reference!r}.")
+    return {
+        method: {
+            source: _mean(_differences(evaluation, method, reference, source, step)) for source in evaluation.sources
+        }
+        for method in evaluation.scores
+    }
+
+
+def average_ranks(evaluation: Evaluation, *, step: int = -1) -> dict[str, float]:
+    """The mean rank of every method over the sources, by its mean score; 1 is best, and equal ones share their ranks.
+
+    Inductive methods are ranked among themselves, and so are transductive ones, which use more than the others.
+
+    Args:
+      evaluation: what `evaluate_episodes` returned.
+      step: as for `mean_scores`.
+
+    Returns:
+      Method -> rank: the inductive methods, best first, then the transductive ones, best first.
+    """
+    sign = -1 if evaluation.higher_is_better else 1
+    means = mean_scores(evaluation, step=step)
+    ranks: dict[str, float] = {}
+    for transductive in (False, True):
+        names = [name for name in means if evaluation.transductive[name] == transductive]
+        if not names:
+            continue
+        losses = [[sign * mean for mean, _ in means[name].values()] for name in names]
+        losses = np.nan_to_num(np.array(losses), nan=np.inf)  # [methods, sources]
+        better = (losses[None] < losses[:, None]).sum(axis=1)
+        equal = (losses[None] == losses[:, None]).sum(axis=1)
+        mean_ranks = (better + (equal + 1) / 2).mean(axis=1).tolist()
+        ranks |= sorted(zip(names, mean_ranks, strict=True), key=lambda pair: pair[1])
+    return ranks
+
+
+def by_number(
+    evaluation: Evaluation, of: str, edges: Sequence[float], *, step: int = -1
+) -> dict[str, list[tuple[float, int, float, float]]]:
+    """Scores against the number of ways, or of shots, over the episodes of all sources.
+
+    Args:
+      evaluation: what `evaluate_episodes` returned.
+      of: "ways" or "shots". (Against the adaptation steps: `mean_scores(evaluation, step=t)` for each t.)
+      edges: ascending; bin k holds the episodes with edges[k] ≤ number < edges[k + 1].
+      step: as for `mean_scores`.
+
+    Returns:
+      Method -> for each bin that is not empty (mean number, episodes, mean score, half of its 95 % interval).
+
+    Raises:
+      ValueError: `of` is something else, or edges do not ascend.
+    """
+    if of not in ("ways", "shots"):
+        raise ValueError(f'`of` must be "ways" or "shots"; got {of!r}.')
+    if len(edges) < 2 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        raise ValueError(f"`edges` must ascend, and be at least two; got {list(edges)}.")
+    numbers = np.concatenate(list({"ways": evaluation.num_ways, "shots": evaluation.num_shots}[of].values()))
+    binned: dict[str, list[tuple[float, int, float, float]]] = {}
+    for method in evaluation.scores:
+        scores = np.concatenate([_at(evaluation, method, source, step) for source in evaluation.sources])
+        inside = [(numbers >= low) & (numbers < high) for low, high in zip(edges, edges[1:], strict=False)]
+        binned[method] = [(float(numbers[b].mean()), int(b.sum()), *_mean(scores[b])) for b in inside if b.any()]
+    return binned
+
+
+def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None = None, digits: int = 3) -> str:
+    """The evaluation as tables in Markdown, a row a method, best average rank first: of inductive methods, then, where
+    there are any, of transductive ones, which use more than the others and are compared among themselves.
+
+    Args:
+      evaluation: what `evaluate_episodes` returned.
+      step: as for `mean_scores`.
+      reference: with one, a column of the mean paired difference to it over the sources.
+      digits: after the point.
+
+    Returns:
+      The tables, and a line on how to read them. On each source the best method of a table is bold, and so are those
+      whose paired difference to it is within the 95 % interval.
+
+    Raises:
+      ValueError: there is no such reference, or `step` or `digits` is no such number.
+    """
+    base.check_integer("digits", digits, 0)
+    differences = None if reference is None else paired_differences(evaluation, reference, step=step)
+    lines = []
+    for transductive in (False, True):
+        names = [name for name in evaluation.scores if evaluation.transductive[name] == transductive]
+        if names:
+            part = evaluation._replace(scores={name: evaluation.scores[name] for name in names})
+            kind = "transductive method" if transductive else "method"
+            lines += [*_table(part, kind, differences, reference, step, digits), ""]
+    counts = sorted({len(number) for number in evaluation.num_ways.values()})
+    better = "higher" if evaluation.higher_is_better else "lower"
+    lines.append(
+        f"{'–'.join(map(str, counts))} episodes of each source, the same for all; mean ± 95 %; {better} is better."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _table(
+    evaluation: Evaluation, kind: str, differences: dict | None, reference: str | None, step: int, digits: int
+) -> list[str]:
+    means, ranks = mean_scores(evaluation, step=step), average_ranks(evaluation, step=step)
+    sign = 1 if evaluation.higher_is_better else -1
+    bold = set()
+    for source in evaluation.sources:
+        finite = [method for method, of in means.items() if math.isfinite(of[source][0])]
+        if not finite:  # all diverge
+            continue
+        best = max(finite, key=lambda method: sign * means[method][source][0])
+        for method, of in paired_differences(evaluation, best, step=step).items():
+            difference, half = of[source]
+            if method == best or abs(difference) <= half:
+                bold.add((method, source))
+    name_of = lambda name: str(name).replace("|", "\\|")  # which would end the cell
+    head = [kind, *map(name_of, evaluation.sources), "average rank"]
+    head += [] if reference is None else [f"against {name_of(reference)}"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for method, rank in ranks.items():
+        cells = [name_of(method)]
+        for source in evaluation.sources:
+            mean, half = means[method][source]
+            text = f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")  # of one episode: none
+            cells.append(f"**{text}**" if (method, source) in bold else text)
+        cells.append(f"{rank:.2f}")
+        if differences is not None:
+            pairs = np.array(list(differences[method].values()))
+            half = math.sqrt((pairs[:, 1] ** 2).sum()) / len(pairs)
+            text = f"{_mean(pairs[:, 0])[0]:+.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+            cells.append("" if method == reference else text)
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
