@@ -64,6 +64,6 @@ def check_task(task: Any) -> None:
     """ValueError where it is an episode."""
     if isinstance(task, tasks.Episode):
         raise ValueError(
-            "This estimator takes tasks `base.Task(train, valid)`; got a Episode: take its `.task`. Of a sampler of "
+            "This estimator takes tasks `base.Task(train, valid)`; got an `Episode`: take its `.task`. Of a sampler of "
             "episodes, `tasks.episode_batches(sample, num_tasks)` makes batches for `hypergrad.over_tasks(estimator)`."
         )

@@ -768,7 +768,7 @@ def test_ordinary_mistakes_are_explained():
     with pytest.raises(ValueError, match=r"`a.hyperparams\(meta_params\)`.*got a dict of \['hidden', 'out'\]"):
         method(KEY, *data)
     for estimator, what in (
-        (a.estimator, r"takes tasks `base.Task\(train, valid\)`; got a Episode"),
+        (a.estimator, r"takes tasks `base.Task\(train, valid\)`; got an `Episode`"),
         (hypergrad.over_tasks(a.estimator), "must have the number of tasks as its leading axis"),
     ):
         learner = training.learner(estimator, optax.sgd(0.1))
@@ -784,7 +784,7 @@ def test_lambda_without_rates_and_an_episode_in_the_place_of_a_task():
             jax.eval_shape(a.estimator.estimate, {"init": meta}, base.Task(*data), KEY)
     a = methods.maml(loss)
     for function, args in ((a.estimator.init, (KEY, {"init": meta})), (a.estimator.estimate, ({"init": meta},))):
-        with pytest.raises(ValueError, match="got a Episode: take its `.task`"):
+        with pytest.raises(ValueError, match="got an `Episode`: take its `.task`"):
             function(*args, tasks.Episode(*data), *([KEY] if function is a.estimator.estimate else []))
 
 
