@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -51,12 +50,16 @@ def check_hyperparams(hyperparams: Any, *names: str) -> None:
 
 def check_one_task(data: Any) -> None:
     """ValueError where a support set has an axis of tasks: all would be one task, which is another objective."""
-    mask: Any = data.get("mask") if isinstance(data, Mapping) else None
-    if hasattr(mask, "shape") and jnp.ndim(mask) != 1:
+    if not isinstance(data, Mapping):
+        return
+    mask, y = (np.shape(data.get(name, ())) for name in ("mask", "y"))
+    # Episodes have one "num_rows". Without it, labels tell a batch from masks of parts of rows, such as tokens.
+    batch = np.ndim(data["num_rows"]) > 0 if "num_rows" in data else len(mask) == 2 and y[:2] == mask
+    if batch:
         raise ValueError(
-            'An adaptation is to one task, whose "mask" is [N], a number for each row; got shape '
-            f"{mask.shape}. A batch of tasks needs `hypergrad.over_tasks` around the estimator. (What masks "
-            "parts of rows needs another name.)"
+            f'An adaptation is to one task, whose "mask" is [N], a number for each row; got shape {mask}. A batch of '
+            "tasks needs `hypergrad.over_tasks` around the estimator. (A mask of labels that are not one for each row "
+            "needs another name.)"
         )
 
 

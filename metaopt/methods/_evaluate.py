@@ -307,7 +307,7 @@ def _scored(name: str, method: AdaptFn, score_fn: Callable) -> Callable:
             raise ValueError(
                 f"The method {name!r} must return outputs [steps + 1, {len(query['y'])}, ...], one after each number "
                 f"of adaptation steps for each query example; got shape {jnp.shape(outputs)}. Without steps: "
-                "`outputs[None]`."
+                "`outputs[None]`. With steps, and one number for each example: `outputs[..., None]`."
             )
         return jax.vmap(lambda one: score_fn(one, query))(outputs), outputs
 

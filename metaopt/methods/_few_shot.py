@@ -3,6 +3,7 @@ support set makes (prototypes, ridge regression)."""
 
 import inspect
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -147,6 +148,8 @@ def boil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 
     """
     _check_options("boil", options, "adapt")
     check_pattern("head", head)
+    if not isinstance(head, str) and head.flags & ~re.UNICODE:
+        raise ValueError(f"`head` must have no flags, which do not survive within another pattern; got {head!r}.")
     head = getattr(head, "pattern", head)
     return adaptation(loss, adapt=f"^(?!.*(?:{head}))", num_steps=num_steps, rate=rate, **options)
 

@@ -283,19 +283,23 @@ def _fit_kernel(key, trials, num_steps: int) -> predictors.Kernel:
         return x, (y - (y * mask).sum() / mask.sum()) * mask, mask
 
     sample_tasks = _sample_trials(usable, 64, center)
-    return _fit(_kernel_learner(), sample_tasks, start, num_steps, key)
+    return _fit(_kernel_learner, sample_tasks, start, num_steps, key)
 
 
-# Learners are made once: `training.fit` compiles the step of one that it has seen before only where shapes are new. The
-# next training of as many tasks and configurations, from another key or of other records, compiles none of them again.
-@functools.cache
-def _kernel_learner() -> training.Learner:
+# Learners are kept for the next training of as many tasks and configurations, from another key or of other records:
+# `training.fit` compiles the step of a learner once for each shape. They are kept by `shapes`, and few of them, since a
+# learner's programs are freed with it.
+_keep = functools.lru_cache(maxsize=2)
+
+
+@_keep
+def _kernel_learner(shapes) -> training.Learner:
     estimator = hypergrad.direct(lambda kernel, task, key: predictors.kernel_loss(kernel, task))
     return training.learner(hypergrad.over_tasks(estimator), optax.adam(0.05))
 
 
-@functools.lru_cache(maxsize=8)
-def _deep_kernel_learner(num_steps: int) -> training.Learner:
+@_keep
+def _deep_kernel_learner(shapes, num_steps: int) -> training.Learner:
     def loss(deep, task, key):
         return jax.vmap(lambda member: predictors.deep_kernel_loss(member, *task))(deep).sum()
 
@@ -304,8 +308,8 @@ def _deep_kernel_learner(num_steps: int) -> training.Learner:
     return training.learner(hypergrad.over_tasks(hypergrad.direct(loss)), optimizer)
 
 
-@functools.lru_cache(maxsize=8)
-def _transformer_learner(num_steps: int) -> training.Learner:
+@_keep
+def _transformer_learner(shapes, num_steps: int) -> training.Learner:
     def loss(transformers, task, key):
         return jax.vmap(lambda member: predictors.transformer_loss(member, *task))(transformers).sum()
 
@@ -314,14 +318,14 @@ def _transformer_learner(num_steps: int) -> training.Learner:
     return training.learner(hypergrad.over_tasks(hypergrad.direct(loss)), optimizer)
 
 
-@functools.cache
-def _attention_learner() -> training.Learner:
+@_keep
+def _attention_learner(shapes) -> training.Learner:
     estimator = hypergrad.direct(lambda attention, data, key: predictors.attention_loss(attention, data))
     return training.learner(estimator, optax.adam(0.05))
 
 
-@functools.cache
-def _embedding_learner() -> training.Learner:
+@_keep
+def _embedding_learner(shapes) -> training.Learner:
     def loss(hyperparams, batch, key):
         attention, params = hyperparams
         data, rows = batch
@@ -333,8 +337,10 @@ def _embedding_learner() -> training.Learner:
     return training.learner(hypergrad.direct(loss), rates)
 
 
-def _fit(learner: training.Learner, sample_tasks, start, num_steps: int, key):
+def _fit(make_learner, sample_tasks, start, num_steps: int, key, *settings):
     """What the learner makes of `start`."""
+    leaves, structure = jax.tree.flatten((start, sample_tasks(key)))
+    learner = make_learner((structure, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)), *settings)
     fitted = training.fit(
         learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=key, progress=False, handle_signals=False
     )
@@ -357,7 +363,7 @@ def _fit_deep_kernels(key, trials, features, num_members: int, num_steps: int) -
         return (x, y, mask * few), features[usable[s]] * (rng.random() < 0.8)
 
     sample_tasks = _sample_trials([trials[s] for s in usable], 32, with_features)
-    return _fit(_deep_kernel_learner(num_steps), sample_tasks, start, num_steps, fit_key)
+    return _fit(_deep_kernel_learner, sample_tasks, start, num_steps, fit_key, num_steps)
 
 
 def _fit_transformers(key, trials, surrogate, family, num_members: int, num_steps: int):
@@ -405,7 +411,7 @@ def _fit_transformers(key, trials, surrogate, family, num_members: int, num_step
         counts += np.bincount(at[np.asarray(asked[2]) > 0], minlength=len(counts))
     start = start._replace(head_bias=start.head_bias + jnp.log(jnp.asarray(counts / counts.sum()))[None])
 
-    return _fit(_transformer_learner(num_steps), sample_tasks, start, num_steps, fit_key), num_shown
+    return _fit(_transformer_learner, sample_tasks, start, num_steps, fit_key, num_steps), num_shown
 
 
 def mean_of_others(functions: np.ndarray, left_out: np.ndarray) -> np.ndarray:
@@ -439,7 +445,7 @@ def _fit_attention(key, surrogate, family, num_members: int, num_steps: int):
     if data is None:
         return predictors.init_attention(init_key, 0, surrogate.features.shape[1])
     start = predictors.init_attention(init_key, num_members, surrogate.features.shape[1])
-    return _fit(_attention_learner(), lambda key: data, start, num_steps, fit_key)
+    return _fit(_attention_learner, lambda key: data, start, num_steps, fit_key)
 
 
 def _attention_data(key, surrogate, family, num_members: int):
@@ -480,7 +486,7 @@ def _fit_embedding(key, surrogate, rows, family, num_members: int, num_steps: in
             some |= {"weights": weights / weights.sum(1, keepdims=True)}
             return some, jax.tree.map(lambda leaf: leaf[at], rows)
 
-        attention, params = _fit(_embedding_learner(), sample_tasks, (attention, params), num_steps, fit_key)
+        attention, params = _fit(_embedding_learner, sample_tasks, (attention, params), num_steps, fit_key)
     found, center, scale = _embed_all(params, rows)
     return surrogate._replace(
         attention=attention,

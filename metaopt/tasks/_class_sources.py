@@ -75,6 +75,7 @@ def from_arrays(
         finite; a label is missing (NaN, None) or no class: a number that is not whole.
     """
     x, given, y = np.asarray(x), y, np.asarray(y)
+    y = y.astype(np.float32) if y.dtype.kind == "V" else y  # bfloat16, for one
     if not x.ndim or not len(x):
         raise ValueError(f"Source {name!r} is empty: `x` must have at least one example; got shape {x.shape}.")
     for what, array in (("`y`", y), ("`group`", group)):
@@ -83,7 +84,7 @@ def from_arrays(
                 f"Source {name!r}: {what} must have one entry for each of the {len(x)} examples; "
                 f"got shape {np.shape(array)}."
             )
-    if x.dtype.kind in "fc" and not np.isfinite(x).all():
+    if x.dtype.kind in "fcV" and not np.isfinite(x).all():
         at = tuple(np.argwhere(~np.isfinite(x))[0].tolist())
         raise ValueError(
             f"Source {name!r}: `x` must be finite; got {x[at]} at {list(at)}. Fill gaps first, for instance with "

@@ -58,9 +58,11 @@ def function_episodes(
 
 
 def _check_range(name: str, value: tuple[float, float], *, fixed: bool = False) -> None:
-    """Raises a `ValueError` where it is no range, or (but for `fixed`) one of one number."""
+    """Raises a `ValueError` where it is no range, or (but for `fixed`) one of one number. What is traced may be any."""
     try:
         low, high = value
+        if isinstance(low, jax.core.Tracer) or isinstance(high, jax.core.Tracer):
+            return
         holds = -math.inf < low <= high < math.inf and (fixed or low < high)
     except (TypeError, ValueError):  # no pair; no numbers
         holds = False

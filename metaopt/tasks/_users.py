@@ -71,9 +71,11 @@ def from_user_records(
     names = tuple(map(str, range(x.shape[1]) if feature_names is None else feature_names))
     if len(names) != x.shape[1]:
         raise ValueError(f"`feature_names` must be {x.shape[1]} names; got {len(names)}.")
+    # As given: of strings and NaN NumPy makes strings, "nan" among them.
+    nobody = [row for row, whose in enumerate(user) if whose is None or whose != whose]
+    if nobody:
+        raise ValueError(f"`user` says whose record it is, of every record; row {nobody[0]} has none.")
     user = np.asarray(user)
-    if (user != user).any():
-        raise ValueError(f"`user` says whose record it is, of every record; row {(user != user).argmax()} has none.")
     users, user = np.unique(user, return_inverse=True)
     classes = np.issubdtype(y.dtype, np.integer) or y.dtype == bool
     labels = np.unique(y)

@@ -1,5 +1,7 @@
 """Heads that the support set makes, and iMAML, against NumPy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,6 +168,7 @@ def test_imaml_is_the_implicit_derivative_in_closed_form():
         (lambda: methods.adaptation(np.sum, leaves_per_step=["w"]), "`leaves_per_step` must be a regular expression"),
         (lambda: methods.anil(np.sum, head=["w"]), "`head` must be a regular expression"),
         (lambda: methods.boil(np.sum, head="w)"), "`head` must be a regular expression"),
+        (lambda: methods.boil(np.sum, head=re.compile("head", re.IGNORECASE)), "`head` must have no flags"),
         (lambda: methods.maml(np.sum, test_steps=1.5), "`test_steps` must be an integer of at least 0, or None"),
         (lambda: methods.maml(np.sum, num_steps=-1), "`num_steps` must be at least 0; got -1"),
         (lambda: methods.adapted(methods.maml(np.sum), {}, np.sum, num_steps=1.5), "`num_steps` must be an integer"),
@@ -264,3 +267,9 @@ def test_a_batch_of_tasks_needs_over_tasks():
         with pytest.raises(ValueError, match=r"got shape \(4, 10\). A batch of tasks needs `hypergrad.over_tasks`"):
             sample = tasks.episode_batches(tasks.sinusoids(num_shots=10), 4)
             training.fit(learner, sample, hyperparams=a.hyperparams({"a": 1.0}), num_steps=1, key=KEY)
+    # A mask of tokens is no batch, nor is one number.
+    a = methods.maml(lambda params, hyperparams, batch: params["a"] * batch["mask"].sum() - batch["y"].mean())
+    for shape in ((6, 4), ()):
+        data = {"x": jnp.ones((6, 4)), "y": jnp.ones(6), "mask": jnp.ones(shape)}
+        estimate, _ = jax.eval_shape(a.estimator.estimate, a.hyperparams({"a": 1.0}), base.Task(data, data), KEY)
+        assert estimate.value.shape == ()

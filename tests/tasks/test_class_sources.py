@@ -4,6 +4,7 @@ import io
 import sys
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -73,6 +74,8 @@ def test_rows_of_all_sources_are_numbered_through():
         (lambda: tasks.from_arrays(X, np.arange(6) / 2), "must be classes.*; got 0.5 for example 1"),
         (lambda: tasks.from_arrays(X, [0, 1, 0, 1, 0, np.nan]), "got nan for example 5"),
         (lambda: tasks.from_arrays(X, ["a", "a", "b", np.nan, "b", "b"]), "got nan for example 3"),
+        (lambda: tasks.from_arrays(X, jnp.array([0, 1, 0, 1, 0, 0.5], jnp.bfloat16)), "got 0.5 for example 5"),
+        (lambda: tasks.from_arrays(jnp.array([jnp.inf, 1], jnp.bfloat16), [0, 1]), "`x` must be finite; got inf"),
         (lambda: tasks.from_arrays(X, np.array(["a", None] * 3, object)), "got None for example 1"),
         (
             lambda: tasks.from_arrays([[0.0, 1.0], [np.nan, 2.0]], [0, 1]),

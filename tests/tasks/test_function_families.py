@@ -75,5 +75,11 @@ def test_what_is_no_range_is_refused(name, value):
         tasks.sinusoids(**{name: value})
 
 
+def test_a_range_may_be_traced():
+    key = jax.random.key(0)
+    amplitude = lambda high: tasks.sinusoids(amplitude=(0.1, high))(key).meta["amplitude"]
+    np.testing.assert_allclose(jax.jit(amplitude)(2.0), amplitude(2.0), rtol=1e-6)
+
+
 def test_a_range_of_one_number_fixes_it():
     assert tasks.sinusoids(amplitude=(2.0, 2.0))(KEYS[0]).meta["amplitude"] == 2

@@ -142,6 +142,8 @@ DATES = np.array(["2026-01-02", "NaT", "2026-01-01"], "datetime64[D]")
         ({"time": [0, 1, np.nan]}, "`time` must be finite in float64; got nan in row 2, of user 9"),
         ({"time": DATES}, "`time` must be finite in float64; got nan in row 1, of user 7"),
         ({"user": [0, 1, np.nan]}, "row 2 has none"),
+        ({"user": ["a", np.nan, "b"]}, "row 1 has none"),
+        ({"user": ["a", "b", None]}, "row 2 has none"),
     ],
 )
 def test_entries_that_say_nothing_are_refused(changed, message):
