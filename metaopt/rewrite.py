@@ -197,7 +197,14 @@ def _context(equation: Any) -> Iterator[None]:
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """The operations of a jaxpr, each followed by those inside of it."""
+    """The operations of a jaxpr, each followed by those inside of it.
+
+    Args:
+      jaxpr: a `jax.core.Jaxpr`.
+
+    Returns:
+      An iterator over equations.
+    """
     for equation in jaxpr.eqns:
         yield equation
         yield from _inside(equation)
