@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from metaopt import base
 from metaopt.tasks._episodes import Episode, SampleEpisodeFn
@@ -61,7 +62,7 @@ def _check_range(name: str, value: tuple[float, float], *, fixed: bool = False) 
     """Raises a `ValueError` where it is no range, or (but for `fixed`) one of one number. What is traced may be any."""
     try:
         low, high = value
-        if isinstance(low, jax.core.Tracer) or isinstance(high, jax.core.Tracer):
+        if isinstance(low, Tracer) or isinstance(high, Tracer):
             return
         holds = -math.inf < low <= high < math.inf and (fixed or low < high)
     except (TypeError, ValueError):  # no pair; no numbers
