@@ -14,10 +14,12 @@ compared with that of naive JAX, and the run fails where it is off by more than 
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -34,12 +36,14 @@ TOLERANCE = 1e-2
 WAYS, QUERY, RATE = 5, 5, 0.4
 INTRO = """\
 Processor milliseconds for the gradient of one outer step, float32, {threads} thread(s); medians of {repetitions} \
-turns. "In a scan" is one of {many} steps that are a scan, as `training.fit(steps_per_call=...)` runs them. "Error": \
-of the gradient against naive JAX; {agree} below {tol:g}. "Naive": `jax.vmap` over tasks and `jax.grad`, with XLA's \
-convolutions, which become grouped ones. "Unrolled": the same in a Python loop over tasks, whose convolutions stay as \
-they are; in the body of a scan XLA leaves their backward pass without a fast kernel. The programs of `torch.func` \
-have batch normalization written by hand, or ("fused") PyTorch's own; under `torch.func` the gradient of the latter is \
-off by some thousandths, and with max-pooling that of the former, too.
+turns. "/ metaopt" of PyTorch: the median of {rounds} rounds, and their smallest and largest ratio; in every round \
+metaopt is timed again, before PyTorch and after it. "In a scan" is one of {many} steps that are a scan, as \
+`training.fit(steps_per_call=...)` runs them. "Error": of the gradient against naive JAX; {agree} below {tol:g}. \
+"Naive": `jax.vmap` over tasks and `jax.grad`, with XLA's convolutions, which become grouped ones. "Unrolled": the \
+same in a Python loop over tasks, whose convolutions stay as they are; in the body of a scan XLA leaves their backward \
+pass without a fast kernel. The programs of `torch.func` have batch normalization written by hand, or ("fused") \
+PyTorch's own; under `torch.func` the gradient of the latter is off by some thousandths, and with max-pooling that of \
+the former, too.
 """
 FUSED = "torch.func, vmap, fused"
 NETWORKS = {"pool": "Max-pooling", "stride": "Strides of 2"}
@@ -90,8 +94,8 @@ def programs(settings, params, tasks) -> dict:
     }
 
 
-def measure(made: dict, params, settings) -> tuple[dict[str, dict], dict]:
-    """Name -> what is printed of it; name -> gradient."""
+def measure(made: dict, params, settings) -> tuple[dict[str, dict], dict, Callable]:
+    """Name -> what is printed of it; name -> gradient; a call of metaopt's program."""
     rows, calls, gradients = {}, {}, {}
     for name, gradient in made.items():
 
@@ -112,11 +116,11 @@ def measure(made: dict, params, settings) -> tuple[dict[str, dict], dict]:
             calls[name, "scan"] = lambda scanned=scanned: jax.block_until_ready(scanned(params))
     for (name, kind), seconds in medians(calls, settings.repetitions, clock=time.process_time).items():
         rows[name][kind] = 1e3 * seconds / (settings.many if kind == "scan" else 1)
-    return rows, gradients
+    return rows, gradients, calls["metaopt", "once"]
 
 
 def peers(settings, options, params, tasks) -> tuple[list[dict], str]:
-    """Rows of PyTorch, from its own environment, and its version."""
+    """Rows of PyTorch, from its own environment, and its version; a gradient is an array a leaf."""
     arrays = {f"params/{layer}/{leaf}": x for layer, leaves in params.items() for leaf, x in leaves.items()}
     arrays |= {f"{part}/{n}": getattr(tasks, part)[n] for part in ("train", "valid") for n in ("x", "y")}
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +148,7 @@ def compare(settings, options) -> tuple[list[list[str]], dict[str, float], str]:
     depth = settings.filters * ((settings.size // 2**settings.blocks) ** 2 if settings.downsampling == "pool" else 1)
     params["head"] = {"w": jax.random.normal(jax.random.key(1), (depth, WAYS)) / depth**0.5, "b": jnp.zeros(WAYS)}
     tasks = data(settings.tasks, settings.size)
-    found, gradients = measure(programs(settings, params, tasks), params, settings)
+    found, gradients, call = measure(programs(settings, params, tasks), params, settings)
     expected = gradients["naive: JAX, vmap"]
     ours = found["metaopt"]["once"]
     errors = {name: error(gradient, expected) for name, gradient in gradients.items()}
@@ -153,15 +157,26 @@ def compare(settings, options) -> tuple[list[list[str]], dict[str, float], str]:
         + [f"{row['compile']:.1f}", f"{row['memory']:.1f}", f"{errors[name]:.0e}"]
         for name, row in found.items()
     ]
-    answers, versions = peers(settings, options, params, tasks) if options.peers else ([], "")
+    if not options.peers:
+        return rows, errors, ""
+    again = lambda: 1e3 * medians({"": call}, settings.repetitions, clock=time.process_time)[""]
+    ratios, before = {}, again()
+    for _ in range(settings.rounds):
+        answers, versions = peers(settings, options, params, tasks)
+        after = again()
+        for row in answers:
+            if "ms" in row:
+                ratios.setdefault(row["name"], []).append(row["ms"] / ((before + after) / 2))
+        before = after
     for row in answers:
         if "reason" in row:
             rows.append([f"{row['name']} ({row['reason']})", *[""] * 6])
             continue
         gradient = jax.tree.map(np.asarray, row["gradient"], is_leaf=lambda x: isinstance(x, list))
         errors[row["name"]] = error(gradient, expected)
-        rows.append([row["name"], f"{row['ms']:.1f}", "", f"{row['ms'] / ours:.2f}", "", ""])
-        rows[-1].append(f"{errors[row['name']]:.0e}")
+        taken = ratios[row["name"]]
+        ratio = f"{statistics.median(taken):.2f} [{min(taken):.2f}, {max(taken):.2f}]"
+        rows.append([row["name"], f"{row['ms']:.1f}", "", ratio, "", "", f"{errors[row['name']]:.0e}"])
     return rows, errors, versions
 
 
@@ -170,10 +185,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="small sizes, one repetition; writes no result")
     parser.add_argument("--peers", metavar="PYTHON", help="of the environment that install_peers.sh made")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of PyTorch beside metaopt")
     options = parser.parse_args()
     settings = argparse.Namespace(tasks=8, size=28, filters=64, blocks=4, many=3, repetitions=options.repetitions)
+    settings.rounds = options.rounds
     if options.smoke:
-        settings = argparse.Namespace(tasks=2, size=4, filters=2, blocks=1, many=2, repetitions=1)
+        settings = argparse.Namespace(tasks=2, size=4, filters=2, blocks=1, many=2, repetitions=1, rounds=1)
     tables, wrong, versions = [], [], ""
     for downsampling, title in NETWORKS.items():
         settings.downsampling = downsampling
@@ -184,11 +201,14 @@ def main() -> None:
     text = INTRO.format(
         threads=num_cores(),
         repetitions=settings.repetitions,
+        rounds=settings.rounds,
         many=settings.many,
         agree="all, but for the fused one," if not wrong else "NOT all",
         tol=TOLERANCE,
     )
-    flags = f" --repetitions {options.repetitions}" + (" --peers PYTHON" if options.peers else "")
+    flags = f" --repetitions {options.repetitions} --rounds {options.rounds}" + (
+        " --peers PYTHON" if options.peers else ""
+    )
     flags += " --smoke" if options.smoke else ""
     end = circumstances(f"python experiments/benchmarks/conv4.py{flags}")
     text = "\n".join([text, *tables, "", end + (f" Peers: {versions}." if versions else "")])
