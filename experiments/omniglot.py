@@ -12,7 +12,8 @@ and Lake's 20 one-shot runs. The official split has other alphabets in the evalu
     python experiments/omniglot.py --smoke           # seconds; prints only
 
 How many inner steps a test takes is chosen by validation, for each number of shots. Where a head is learned, there is a
-training for each number of shots (with --small one shot alone).
+training for each number of shots (with --small one shot alone). The lower picture has the accuracy after 0 to 10 inner
+steps, however many there were in training.
 
 To see in the committed results: at full size, minutes of a core for a training, prototypical networks have learned most
 of what the literature reports, MAML with the batch's statistics less, above all with 20 ways. With --small, a
@@ -43,6 +44,7 @@ SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 LITERATURE = {(5, 1): 0.987, (5, 5): 0.999, (20, 1): 0.958, (20, 5): 0.989}  # MAML, transductive, the random split
 ONE_SHOT = "Lake's 20 runs"
 SEED = ", seed "
+OVER_STEPS = 10  # inner steps that the curves show
 SPREAD = "; after the semicolon, the standard deviation over seeds"
 
 
@@ -66,6 +68,7 @@ class Trained(NamedTuple):
     methods: dict[int, Callable]  # shots at test -> (key, support, query) -> outputs
     curve: dict[int, float]  # outer step -> validation accuracy
     test_steps: dict[int, int]  # shots at test -> inner steps
+    over_steps: Callable | None  # the same, after 0 to `OVER_STEPS` inner steps; None where there are none
     name: str  # of its folder: no other training has it
 
 
@@ -271,7 +274,8 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
         sys.exit(f"Stopped by a signal; the same command goes on with {name}, {ways} ways, {shots} shots.")
     best, curve = result.best_hyperparams, {i * every: float(1 - x) for i, x in enumerate(result.evaluations)}
     test_steps = {k: int(right(best, batch).argmax()) for k, batch in drawn.items()}
-    return Trained({k: method(best, num) for k, num in test_steps.items()}, curve, test_steps, folder.name)
+    over_steps = method(best, OVER_STEPS) if most else None
+    return Trained({k: method(best, num) for k, num in test_steps.items()}, curve, test_steps, over_steps, folder.name)
 
 
 def one_shot_runs(path: Path, size: int) -> Callable:
@@ -330,6 +334,16 @@ def judge_one(
     return found
 
 
+def judge_over_steps(trained: dict[str, tuple], parts: dict, scale: Scale, options) -> methods.Evaluation | None:
+    """Accuracy after 0 to `OVER_STEPS` inner steps, 5w1s; of each method the mean over its seeds."""
+    sample = tasks.episodes(
+        parts["test"], num_ways=5, num_shots=1, num_query=15, disjoint_groups=options.disjoint_drawers
+    )
+    setting = f"5w1s_over_{OVER_STEPS}_steps"
+    each = [judge_one(name, *one, sample, setting, scale, options) for name, one in trained.items()]
+    return joined({"": functools.reduce(methods.join_evaluations, each)}, slice(None))[""] if each else None
+
+
 def of_seeds(evaluation: methods.Evaluation) -> dict[str, list[str]]:
     """Method -> its trainings in an evaluation, whose names end in their seeds."""
     found: dict[str, list[str]] = {}
@@ -338,12 +352,12 @@ def of_seeds(evaluation: methods.Evaluation) -> dict[str, list[str]]:
     return found
 
 
-def joined(found: dict[str, methods.Evaluation]) -> dict[str, methods.Evaluation]:
+def joined(found: dict[str, methods.Evaluation], steps: slice = slice(-1, None)) -> dict[str, methods.Evaluation]:
     """Each method once: an episode's scores are means over seeds, each after the steps that were chosen for it."""
 
     def one(of):
         seeds = of_seeds(of)
-        mean = lambda source, names: np.mean([of.scores[name][source][..., -1:] for name in names], axis=0)
+        mean = lambda source, names: np.mean([of.scores[name][source][..., steps] for name in names], axis=0)
         return of._replace(
             scores={method: {source: mean(source, names) for source in of.sources} for method, names in seeds.items()},
             transductive={method: any(of.transductive[name] for name in names) for method, names in seeds.items()},
@@ -426,14 +440,23 @@ def mean_of(trainings: list[Trained]) -> list[tuple[int, float]]:
     return [(step, 100 * float(np.mean([one.curve[step] for one in trainings]))) for step in trainings[0].curve]
 
 
-def draw(found: dict[str, methods.Evaluation], trainings: dict[str, list[Trained]], path: Path) -> None:
+def draw(
+    found: dict[str, methods.Evaluation],
+    over_steps: methods.Evaluation | None,
+    trainings: dict[str, list[Trained]],
+    path: Path,
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     whole = joined(found)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.3 * len(trainings) + 2.5), layout="constrained")
+    rows = ["ab"] if over_steps is None else ["ab", "cc"]
+    figure, panels = plt.subplot_mosaic(
+        [[*row] for row in rows], figsize=(13, len(rows) * (0.3 * len(trainings) + 2.5)), layout="constrained"
+    )
+    left, right = panels["a"], panels["b"]
     for i, (name, each) in enumerate(trainings.items()):
         left.plot(*zip(*mean_of(each), strict=True), "-o" if i < 10 else "--s", markersize=3, color=f"C{i}", label=name)
     left.set(xlabel="outer steps", ylabel="validation accuracy, %")
@@ -441,6 +464,9 @@ def draw(found: dict[str, methods.Evaluation], trainings: dict[str, list[Trained
     setting = next(iter(whole))
     plots.leaderboard(whole[setting], axes=right)
     right.set(xlabel=f"accuracy on unseen characters, {setting}", title="")
+    if over_steps is not None:
+        below = plots.adaptation_curves(over_steps, axes=panels["c"], ylabel="accuracy on unseen characters, 5w1s")
+        below.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), handlelength=3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -498,6 +524,7 @@ def main() -> None:
     plain = f"pixels_{options.split}_{scale.size}{'_disjoint' * options.disjoint_drawers}"
     trained: dict[tuple, dict[str, Any]] = {s: {f"pixel prototypes{SEED}0": (pixels, plain)} for s in settings}
     trainings: dict[str, list[Trained]] = {}
+    with_steps: dict[str, tuple] = {}
     for seed in range(options.seeds):
         for name in options.methods:
             row = ROWS[name]
@@ -514,10 +541,13 @@ def main() -> None:
                         same_shots = tested[1] == shots or len(of_shots) == 1
                         if same_shots and (tested[0] == ways or not row.ways):
                             trained[tested][f"{name}{SEED}{seed}"] = one.methods[tested[1]], one.name
+                            if tested == (5, 1) and one.over_steps is not None:
+                                with_steps[f"{name}{SEED}{seed}"] = one.over_steps, one.name
     one_shot = script.data_file(__file__, "omniglot.npz").parent / "omniglot_oneshot_runs.npz"
     if options.split != "official" or not one_shot.is_file():  # Lake's runs are of the official evaluation characters
         one_shot = None
     found = judge(trained, parts, scale, options, one_shot)
+    over_steps = judge_over_steps(with_steps, parts, scale, options)
     shares = ", ".join(f"{name} {ROWS[name].share:g}" for name in options.methods)
     drawers = "An episode does not ask who drew an example, as in the literature."
     if options.disjoint_drawers:
@@ -537,7 +567,7 @@ def main() -> None:
     name = options.name or ("omniglot_small" if options.small else "omniglot")
     if not options.smoke:
         options.out.mkdir(parents=True, exist_ok=True)
-        draw(found, trainings, options.out / f"{name}.png")
+        draw(found, over_steps, trainings, options.out / f"{name}.png")
     script.publish(__file__, "Omniglot", text, options, name=name)
 
 

@@ -733,3 +733,6 @@ def test_trainings_of_omniglot_are_joined_after_the_steps_of_each(monkeypatch):
     whole = script.joined({"5w1s": of})["5w1s"]
     last = [each["omniglot"][:, -1] for each in scores.values()]
     np.testing.assert_allclose(whole.scores["MAML"]["omniglot"][:, 0], np.mean(last, 0), rtol=1e-12)
+    three = of._replace(scores={name: {"omniglot": x["omniglot"][:, :3]} for name, x in scores.items()})
+    over_steps = script.joined({"5w1s": three}, slice(None))["5w1s"].scores["MAML"]["omniglot"]
+    np.testing.assert_allclose(over_steps, np.mean([x["omniglot"][:, :3] for x in scores.values()], 0), rtol=1e-12)
