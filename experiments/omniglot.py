@@ -44,7 +44,6 @@ SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 LITERATURE = {(5, 1): 0.987, (5, 5): 0.999, (20, 1): 0.958, (20, 5): 0.989}  # MAML, transductive, the random split
 ONE_SHOT = "Lake's 20 runs"
 SEED = ", seed "
-OVER_STEPS = 10  # inner steps that the curves show
 SPREAD = "; after the semicolon, the standard deviation over seeds"
 
 
@@ -58,17 +57,18 @@ class Scale(NamedTuple):
     checks: int = 10  # of a training, by validation
     inner_steps: int = 1  # of MAML and those whose T is MAML's
     test_steps: int = 5  # at most; how many is chosen by validation
+    over_steps: int = 10  # inner steps that the curves show
 
 
 SMALL = Scale(size=14, filters=16, blocks=3, steps=400, tasks=8, checks=5, inner_steps=3, test_steps=10)
-SMOKE = Scale(size=7, filters=2, blocks=2, steps=2, tasks=4, episodes=2, checks=1, test_steps=2)
+SMOKE = Scale(size=7, filters=2, blocks=2, steps=2, tasks=4, episodes=2, checks=1, test_steps=2, over_steps=2)
 
 
 class Trained(NamedTuple):
     methods: dict[int, Callable]  # shots at test -> (key, support, query) -> outputs
     curve: dict[int, float]  # outer step -> validation accuracy
     test_steps: dict[int, int]  # shots at test -> inner steps
-    over_steps: Callable | None  # the same, after 0 to `OVER_STEPS` inner steps; None where there are none
+    over_steps: Callable | None  # the same, with all inner steps that curves show; None where there are none
     name: str  # of its folder: no other training has it
 
 
@@ -274,7 +274,7 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
         sys.exit(f"Stopped by a signal; the same command goes on with {name}, {ways} ways, {shots} shots.")
     best, curve = result.best_hyperparams, {i * every: float(1 - x) for i, x in enumerate(result.evaluations)}
     test_steps = {k: int(right(best, batch).argmax()) for k, batch in drawn.items()}
-    over_steps = method(best, OVER_STEPS) if most else None
+    over_steps = method(best, scale.over_steps) if most else None
     return Trained({k: method(best, num) for k, num in test_steps.items()}, curve, test_steps, over_steps, folder.name)
 
 
@@ -335,11 +335,11 @@ def judge_one(
 
 
 def judge_over_steps(trained: dict[str, tuple], parts: dict, scale: Scale, options) -> methods.Evaluation | None:
-    """Accuracy after 0 to `OVER_STEPS` inner steps, 5w1s; of each method the mean over its seeds."""
+    """Accuracy over the inner steps, 5w1s; of each method the mean over its seeds."""
     sample = tasks.episodes(
         parts["test"], num_ways=5, num_shots=1, num_query=15, disjoint_groups=options.disjoint_drawers
     )
-    setting = f"5w1s_over_{OVER_STEPS}_steps"
+    setting = f"5w1s_over_{scale.over_steps}_steps"
     each = [judge_one(name, *one, sample, setting, scale, options) for name, one in trained.items()]
     return joined({"": functools.reduce(methods.join_evaluations, each)}, slice(None))[""] if each else None
 
