@@ -382,7 +382,8 @@ def adaptation(
                     "task's, `hyperparams(meta_params, data)`, for their shapes."
                 ) from error
         lead = (num_steps,) if rates_per_step else ()
-        value = lambda x: jnp.full(lead + (x.shape if rates == "entry" else ()), rate, x.dtype)
+        dtype = lambda x: x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else float  # of integers it would be 0
+        value = lambda x: jnp.full(lead + (x.shape if rates == "entry" else ()), rate, dtype(x))
         return {**made, "rate": jax.tree.map(value, like)}
 
     def params(state, hyperparams):

@@ -78,8 +78,8 @@ def conv4(
       places. All floating-point leaves; differentiable in any mode.
 
     Raises:
-      ValueError: an argument is out of range; at trace time, the images are too small for so many blocks, or the
-        support set is needed and was not kept.
+      ValueError: an argument is out of range; at trace time, the images are no [N, H, W, C] or too small for so many
+        blocks, or the support set is needed and was not kept.
 
     Source: Vinyals et al., NIPS 2016, https://arxiv.org/abs/1606.04080; TaskNorm: https://arxiv.org/abs/2003.03284
 
@@ -126,6 +126,11 @@ def conv4(
                 f'`conv4(normalization="{normalization}")` sees a query set without the support set, whose statistics '
                 "it is to be normalized by: with the query set's own the method would be transductive. Give the method "
                 '`keep_support=True`; or ask for statistics of the set at hand, `normalization="batch"`.'
+            )
+        if x.ndim not in (3, 4) or (*x.shape, 1)[3] != num_channels:  # [N, H, W] has one channel
+            raise ValueError(
+                f"`conv4(num_channels={num_channels})` takes images [N, H, W, {num_channels}]"
+                f"{' or [N, H, W]' * (num_channels == 1)}, channels last; got {x.shape}."
             )
         if support is not None:  # both sets, by the statistics of the first
             x, mask = (

@@ -144,15 +144,22 @@ def evaluate_episodes(
       An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
 
     Raises:
-      ValueError: `methods` is no dict, there is no method or no source, a number is below 1, nothing says whether a
-        high score is better, or a sampler draws users with replacement or has fewer than `each`; at trace time, outputs
-        have no axis of steps, or another shape than the score takes, or, where there are Q classes, too, a leaf might
-        be of either.
+      ValueError: `methods` is no dict, there is no method or no source, a method is no function, a number is below 1,
+        nothing says whether a high score is better, a sampler draws users with replacement or has fewer than `each`, or
+        a label is none of its episode's classes; at trace time, a sampler gives no episode, outputs have no axis of
+        steps, or another shape than the score takes, or, where there are Q classes, too, a leaf might be of either.
     """
     if not isinstance(methods, Mapping):
         raise ValueError(f'`methods` must be a dict, as `{{"MAML": method}}`; got {type(methods).__name__}.')
     if not methods:
         raise ValueError("`methods` must hold at least one method; it is empty.")
+    for name, method in methods.items():
+        if not callable(method):
+            raise ValueError(
+                f"The method {name!r} must be a function `(key, support, query) -> outputs`; got "
+                f"{type(method).__name__}. Of an `Adaptation`, `methods.adapted(adaptation, hyperparams, predict)` is "
+                "one."
+            )
     if not isinstance(samplers, Mapping):
         samplers = {"episodes": samplers}
     if not samplers:
@@ -200,8 +207,9 @@ def evaluate_episodes(
 
 
 def _name(function: Callable) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
+    if isinstance(function, functools.partial):  # with its arguments: of others it is another score
+        given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
+        return f"{_name(function.func)}({', '.join(given)})" if given else _name(function.func)
     return str(getattr(function, "__name__", type(function).__name__))
 
 
@@ -232,6 +240,8 @@ def _of_source(
         start = min(done, num_episodes - chunk_size)
         chunk, new = slice(start, start + chunk_size), slice(done - start, None)
         support, query, told = draw(sample, draw_keys[chunk], order_keys[chunk], jnp.arange(num_episodes)[chunk])
+        _check_labels(support, "support")
+        _check_labels(query, "query")
         for place, (name, run) in enumerate(jitted.items()):
             score, outputs = run(method_keys[chunk], support, query)
             scores[name].append(np.asarray(score)[new])
@@ -253,7 +263,9 @@ def _shuffled(
     """Support, and query, its real examples in random order: their places tell nothing of their classes. And whose they
     are, and a number that other data would change.
     """
-    support, query, meta = sample(draw_key, number) if by_number else sample(draw_key)
+    episode = sample(draw_key, number) if by_number else sample(draw_key)
+    _check_episode(episode)
+    support, query, meta = episode
     user = meta["user"] if isinstance(meta, dict) and "user" in meta else number
     if not by_number and isinstance(meta, dict) and "user" in meta:
         raise ValueError(
@@ -270,6 +282,45 @@ def _shuffled(
     finite = jnp.clip(jnp.nan_to_num(flat, posinf=1, neginf=-1), -1e30, 1e30)  # whose sum is finite, too
     mark = jnp.mean(finite * jnp.cos(jnp.arange(flat.size, dtype=jnp.float32)))
     return support, query, {"users": user, "marks": mark}
+
+
+def _check_episode(episode: tasks.Episode) -> None:
+    """ValueError where a sampler gives something else, or a batch of episodes."""
+    if not isinstance(episode, tuple) or len(episode) != 3 or not all(isinstance(p, Mapping) for p in episode[:2]):
+        raise ValueError(
+            "A sampler must give an episode, `tasks.Episode(support, query)`, both of them dicts; got "
+            f"{type(episode).__name__}."
+        )
+    for name, part in zip(("support", "query"), episode, strict=False):
+        missing = [leaf for leaf in ("y", "mask") if leaf not in part]
+        if missing:
+            raise ValueError(
+                f"The {name} set of an episode must have {missing[0]!r}; this one has {sorted(part)}. "
+                '"y" has the labels, "mask" [N] is 1 for each real row: `jnp.ones(len(y))` where none is padding.'
+            )
+        if jnp.ndim(part["mask"]) != 1 or jnp.shape(part["y"])[:1] != jnp.shape(part["mask"]):
+            shapes = f"{jnp.shape(part['mask'])} and {jnp.shape(part['y'])}"
+            raise ValueError(
+                'A sampler must give one episode, whose "mask" is [N], a number for each row, and "y" [N, ...]; in the '
+                f"{name} set they are {shapes}. (Batches are for training: take the sampler that they are made of.)"
+            )
+
+
+def _check_labels(part: Mapping[str, jax.Array], name: str) -> None:
+    """ValueError where a real row of a chunk is labelled with none of its episode's classes: all would be wrong."""
+    if "class_mask" not in part or part["y"].shape != part["mask"].shape:
+        return
+    y, real, classes = (np.asarray(part[leaf]) for leaf in ("y", "mask", "class_mask"))
+    inside = (y >= 0) & (y < classes.shape[-1])
+    place = np.where(inside, y, 0).astype(int)
+    wrong = (real > 0) & ~(inside & (place == y) & (np.take_along_axis(classes, place, axis=-1) > 0))
+    if wrong.any():
+        episode, row = np.argwhere(wrong)[0]
+        raise ValueError(
+            f'Labels must be classes of their episode, numbers in 0..{classes.shape[-1] - 1} at which "class_mask" is '
+            f"1; got {y[episode, row]} in row {row} of a {name} set, whose classes are "
+            f"{np.flatnonzero(classes[episode]).tolist()}."
+        )
 
 
 def _of_rows(function: Callable, name: str, tree: base.PyTree, size: int, axis: int = 0) -> base.PyTree:

@@ -372,19 +372,28 @@ def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arra
       batch: with "y" [N], "mask" [N] and "class_mask" [W], as episodes have them.
 
     Returns:
-      [], in nats.
+      [], in nats; NaN where the label of a real row is not in 0..W-1: inside a program nothing can be raised.
 
     Raises:
-      ValueError: logits have another number of axes.
+      ValueError: logits are shaped otherwise, as those of a head for another number of classes are.
     """
     if logits.ndim != 2:
         raise ValueError(
             "`cross_entropy` is of one episode, whose logits are [N, W], a row an example; got shape "
             f"{logits.shape}. A batch of tasks needs `hypergrad.over_tasks` around the estimator."
         )
+    y, ways = batch["y"], batch["class_mask"].shape[0]
+    if logits.shape != (*y.shape, ways):  # [N, 1] would broadcast
+        raise ValueError(
+            f"`cross_entropy` takes logits [N, W] = {(*y.shape, ways)}, one for each row and class of the episode; got "
+            f"{logits.shape}: a head for {logits.shape[1]} classes. Episodes of several numbers of classes need a head "
+            "that the support set makes (`proto_maml`, `ridge_head`, ...)."
+        )
     among = jnp.where(batch["class_mask"][None] > 0, logits, -1e9)
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(among, batch["y"])
-    return (losses * batch["mask"]).sum() / batch["mask"].sum()
+    inside = (y >= 0) & (y < ways)  # -1 would be the last class, by NumPy's rules
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(among, jnp.where(inside, y, 0))
+    weights = jnp.where((batch["mask"] > 0) & ~inside, jnp.nan, batch["mask"])
+    return (losses * weights).sum() / batch["mask"].sum()
 
 
 def _one_hot(batch: Mapping[str, jax.Array], dtype: Any) -> jax.Array:

@@ -71,8 +71,9 @@ def from_arrays(
       A `Source`.
 
     Raises:
-      ValueError: there is no example; lengths differ; names are not as many as classes, or not all different; x is not
-        finite; a label is missing (NaN, None) or no class: a number that is not whole.
+      ValueError: there is no example; lengths differ; names are not as many as classes, or not all different; x is no
+        numbers, or not finite; a label is missing (NaN, None) or no class: a number that is not whole; a group or
+        superclass is missing.
     """
     x, given, y = np.asarray(x), y, np.asarray(y)
     y = y.astype(np.float32) if y.dtype.kind == "V" else y  # bfloat16, for one
@@ -84,6 +85,8 @@ def from_arrays(
                 f"Source {name!r}: {what} must have one entry for each of the {len(x)} examples; "
                 f"got shape {np.shape(array)}."
             )
+    if x.dtype.kind not in "biufcV":
+        raise ValueError(f"Source {name!r}: `x` must be numbers; got {x.dtype}. Number what is text, or embed it.")
     if x.dtype.kind in "fcV" and not np.isfinite(x).all():
         at = tuple(np.argwhere(~np.isfinite(x))[0].tolist())
         raise ValueError(
@@ -91,6 +94,13 @@ def from_arrays(
             "the mean over the examples that are trained on."
         )
     _check_labels(name, given, y)
+    for what, values in (("`group`", group), ("`superclass`", superclass)):
+        missing = [i for i, value in enumerate(() if values is None else values) if value is None or value != value]
+        if missing:
+            raise ValueError(
+                f"Source {name!r}: {what} must say of all; entry {missing[0]} is {values[missing[0]]}. Give "
+                "each that is not known a value of its own."
+            )
     labels, y = np.unique(y, return_inverse=True)
     names = tuple(map(str, labels if class_names is None else class_names))
     if len(names) != len(labels) or len(set(names)) < len(names):
@@ -234,9 +244,7 @@ def check_alike(sources: Sequence[Source]) -> None:
     """
     if not len(sources):
         raise ValueError("`sources` must hold at least one source; it is empty.")
-    names = [source.name for source in sources]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`sources` must have different names; got {names}. Use `source._replace(name=...)`.")
+    names = check_names(sources)
     for source in sources:
         if source.x.shape[1:] != sources[0].x.shape[1:] or source.x.dtype != sources[0].x.dtype:
             raise ValueError(
@@ -244,6 +252,18 @@ def check_alike(sources: Sequence[Source]) -> None:
                 f"{source.x.dtype} {source.x.shape[1:]}, of {names[0]!r} {sources[0].x.dtype} "
                 f"{sources[0].x.shape[1:]}. Resize them."
             )
+
+
+def check_names(sources: Sequence[Source]) -> list[str]:
+    """The names of sources; a `ValueError` where two have the same.
+
+    Args:
+      sources: any.
+    """
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`sources` must have different names; got {names}. Use `source._replace(name=...)`.")
+    return names
 
 
 # --- folders and packages --------------------------------------------------------------------------------------------

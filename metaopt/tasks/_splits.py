@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from metaopt.tasks._class_sources import Source, keep
+from metaopt.tasks._class_sources import Source, check_names, keep
 
 Split = dict[str, dict[str, dict[str, Any]]]
 
@@ -121,7 +121,7 @@ def select(sources: Source | Mapping[str, Source] | Sequence[Source], split: Spl
     """The sources of one part, each without what is not in the part.
 
     Args:
-      sources: all of them; one alone is one.
+      sources: all of them, with different names, by which the split has them; one alone is one.
       split: part -> source -> what of it.
       part: which.
 
@@ -129,11 +129,12 @@ def select(sources: Source | Mapping[str, Source] | Sequence[Source], split: Spl
       The sources of the part, in its order.
 
     Raises:
-      ValueError: there is no such part, source, class or row; or two parts share an example.
+      ValueError: there is no such part, source, class or row; two parts share an example, or two sources a name.
     """
     _check_split(split, "`split`")
     sources = [sources] if isinstance(sources, Source) else sources  # itself a tuple
-    by_name = {s.name: s for s in (sources.values() if isinstance(sources, Mapping) else sources)}
+    sources = list(sources.values() if isinstance(sources, Mapping) else sources)
+    by_name = dict(zip(check_names(sources), sources, strict=True))
     if part not in split:
         raise ValueError(f"The split has no part {part!r}; it has {', '.join(map(repr, split))}.")
     missing = sorted(set(split[part]) - set(by_name))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from metaopt import base
 from metaopt.tasks._class_sources import data_file
@@ -51,18 +52,19 @@ def from_user_records(
       x: [N, D], numbers; NaN where missing.
       y: [N], numbers, or integers for classes; none may be missing.
       user: [N], whose record it is: any values.
-      time: [N], when it was made, numbers or NumPy's dates; none may be missing. None where it is not known at all.
+      time: [N], when it was made: numbers, or dates (NumPy's, `datetime` or ISO 8601); none may be missing. None where
+        it is not known at all.
       feature_names: D names; None numbers them.
 
     Returns:
       A `UserTable`; users are the different values of `user`, sorted.
 
     Raises:
-      ValueError: there is no record, lengths differ, integer labels are not 0..C-1, an entry of `x` is infinite, or one
-        of `y`, `user` or `time` is missing (NaN, NaT) or infinite.
+      ValueError: there is no record, lengths differ, something is text, integer labels are not 0..C-1, an entry of `x`
+        is infinite, or one of `y`, `user` or `time` is missing (NaN, NaT) or infinite.
     """
     with np.errstate(over="ignore"):  # infinite, which is refused below
-        x, y = np.asarray(x, np.float32), np.asarray(y)
+        x, y = _numbers("x", x, np.float32), _numbers("y", y)
     if x.ndim != 2 or not x.size:
         raise ValueError(f"`x` must be [records, columns], at least one of each; got shape {x.shape}.")
     for name, array in (("y", y), ("user", user), ("time", time)):
@@ -87,13 +89,35 @@ def from_user_records(
     with np.errstate(over="ignore"):
         y = y.astype(np.int32 if classes else np.float32)
     if time is not None:
-        given = np.asarray(time)
+        given = _numbers("time", time)
         time = given.astype(np.float64)  # seconds since 1970 do not fit float32
         if given.dtype.kind in "mM":
             time[np.isnat(given)] = np.nan  # as a number it would be the first
     table = UserTable(x, y, user.astype(np.int32), time, tuple(map(str, users)), names)
     _check_finite(table)
     return table
+
+
+def _numbers(name: str, values: Any, dtype: Any = None) -> np.ndarray:
+    """An array of numbers, or of times; a `ValueError` where there is text."""
+    array = np.asarray(values)
+    try:
+        if array.dtype.kind == "O":  # None is a gap
+            array = array.astype(np.float64)
+    except TypeError:  # of `datetime`
+        pass
+    except ValueError:
+        array = array.astype(str)
+    if name == "time" and array.dtype.kind in "OU":
+        try:
+            return array.astype("datetime64[us]")
+        except (TypeError, ValueError):
+            pass
+    if array.dtype.kind not in "biuf" + "mM" * (name == "time"):
+        hint = {"x": "columns of text become one of 0 and 1 for each value", "time": "ISO 8601 is read as dates"}
+        also = hint.get(name, "number the classes, `np.unique(y, return_inverse=True)[1]`")
+        raise ValueError(f"`{name}` must be numbers; got {array.dtype}, {array.ravel()[:3].tolist()}: {also}.")
+    return array if dtype is None else array.astype(dtype)
 
 
 def _check_finite(table: UserTable) -> None:
@@ -159,13 +183,14 @@ def user_episodes(
 
     Returns:
       `(key, user=None) -> Episode`, pure, for `jit` and `vmap`: of a user drawn from `users` uniformly, or of the one
-      given by its place in `users`, so that `vmap` over `arange(len(users))` gives everybody once. "x" [K, D], "y" [K],
-      "mask" [K], "num_rows" and, where y is an integer, "class_mask" [C], ones for the classes 0..C-1 of the whole
-      table; the query likewise; `meta` has "user" [] int32, the place in the table.
+      given by its place in `users` (a traced place is not checked: outside of `users` it is that of somebody there), so
+      that `vmap` over `arange(len(users))` gives everybody once. Records of one time are in the table's order. "x"
+      [K, D], "y" [K], "mask" [K], "num_rows" and, where y is an integer, "class_mask" [C], ones for the classes 0..C-1
+      of the whole table; the query likewise; `meta` has "user" [] int32, the place in the table.
 
     Raises:
       ValueError: an argument is out of range, `users` is a mask or has names, a user has K records or fewer, x has NaN,
-        an entry is infinite, or there is no time.
+        an entry is infinite, or there is no time; a sampler is asked for a place that is not in `users`.
     """
     base.check_integer("num_support", num_support, 1)
     base.check_integer("num_query", num_query, 1, optional=True)
@@ -196,6 +221,13 @@ def user_episodes(
         classes["class_mask"] = jnp.ones(int(table.y.max()) + 1, jnp.float32)
 
     def sample(key, user=None):
+        if user is not None and not isinstance(user, Tracer):
+            given = np.asarray(user)
+            if given.ndim or given.dtype.kind not in "iu" or not 0 <= given < len(chosen):
+                raise ValueError(
+                    f"`user` must be a place in the sampler's users, an integer in 0..{len(chosen) - 1}; got "
+                    f"{given.tolist()!r}. (The place in `table.user_names` is another.)"
+                )
         user_key, row_key = jax.random.split(key)
         place = jax.random.randint(user_key, (), 0, len(chosen)) if user is None else user
         one = who[place]

@@ -250,7 +250,7 @@ def fit(
     if run.step and np.all(run.history.get("skipped", [0.0])):
         _log.warning(
             "no step had a finite hypergradient, and λ is where it started: look for NaN in the tasks (`tasks.stack` "
-            "refuses them) and for a diverging inner loop (`hypergrad.diagnose`)"
+            "refuses them), for labels outside of 0..W-1 and for a diverging inner loop (`hypergrad.diagnose`)"
         )
     best = _best(run.evaluations)
     return FitResult(

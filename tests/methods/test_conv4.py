@@ -240,3 +240,15 @@ def test_bad_networks(options, message):
     with pytest.raises(ValueError, match=message):
         network = methods.conv4(**{"num_filters": 2, **options})
         network.features(network.init(KEY), {"x": jnp.ones((1, 28, 28)), "mask": jnp.ones(1)})
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 8, 8, 3), (2, 64)])
+def test_what_is_no_image_is_refused(shape):
+    network = methods.conv4(num_filters=2, num_blocks=1)
+    params = network.init(KEY)
+    with pytest.raises(ValueError, match=r"takes images \[N, H, W, 1\] or \[N, H, W\], channels last; got \(2, "):
+        network.features(params, {"x": jnp.ones(shape), "mask": jnp.ones(2)})
+    colored = methods.conv4(num_filters=2, num_blocks=1, num_channels=3)
+    for wrong in ((2, 8, 8), (2, 3, 8, 8)):
+        with pytest.raises(ValueError, match=r"takes images \[N, H, W, 3\], channels last; got \(2, "):
+            colored.features(colored.init(KEY), {"x": jnp.ones(wrong), "mask": jnp.ones(2)})

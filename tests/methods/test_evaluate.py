@@ -1,5 +1,6 @@
 """Scores that can be worked out by hand; what methods may see; what is made of scores."""
 
+import functools
 import json
 import zlib
 
@@ -347,6 +348,45 @@ def test_what_cannot_be_joined():
             methods.join_evaluations(HAND, wrong)
 
 
+def test_scores_with_other_arguments_are_other_scores():
+    def error(outputs, query, power):
+        return (abs(outputs) ** power).mean()
+
+    zero = lambda key, support, query: jnp.zeros((1, *query["x"].shape))
+    judge = lambda name, power: methods.evaluate_episodes(
+        {name: zero},
+        tasks.sinusoids(),
+        KEY,
+        num_episodes=2,
+        score_fn=functools.partial(error, power=power),
+        higher_is_better=False,
+    )
+    assert sorted(methods.join_evaluations(judge("a", 1), judge("b", 1)).scores) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"`score` is 'error\(power=1\)' and the other's 'error\(power=4\)'"):
+        methods.join_evaluations(judge("a", 1), judge("b", 4))
+
+
+@pytest.mark.parametrize("part", ["support", "query"])
+@pytest.mark.parametrize("label", [-1, 3, 4])
+def test_labels_that_are_no_class_of_the_episode_are_refused(part, label):
+    def wrong(key):  # the last of three classes, of which the episode has the first two and a padded row
+        y = jnp.array([0, 1, label, 1])
+        of = lambda y: {"x": 1.0 * y, "y": y, "mask": jnp.ones(4), "class_mask": jnp.array([1.0, 1.0, 0.0, 1.0])}
+        parts = {"support": of(jnp.array([0, 1, 0, 3])), "query": of(jnp.array([0, 1, 0, 3]))}
+        return tasks.Episode(**parts | {part: of(y)})
+
+    zero = lambda key, support, query: jnp.zeros((1, 4, 4))
+    judge = lambda sample: methods.evaluate_episodes({"zero": zero}, sample, KEY, num_episodes=2)
+    if label == 3:
+        assert judge(wrong).scores["zero"]["episodes"].shape == (2, 1)
+        absent = lambda key: jax.tree.map(lambda x: jnp.where(x == 3, 2, x) if x.dtype == jnp.int64 else x, wrong(key))
+        with pytest.raises(ValueError, match=r"got 2 in row \d of a support set, whose classes are \[0, 1, 3\]"):
+            judge(absent)
+    else:
+        with pytest.raises(ValueError, match=rf"got {label} in row \d of a {part} set"):
+            judge(wrong)
+
+
 def test_the_same_episodes_by_another_machine():
     """Whose sums are rounded otherwise: of episodes that are much alike, too."""
     rng = np.random.default_rng(0)
@@ -513,6 +553,22 @@ def test_scores_of_masked_rows():
         (
             lambda: methods.evaluate_episodes({"flat": lambda key, s, q: q["x"]}, sample, KEY, num_episodes=1),
             r"'flat' must return outputs \[steps \+ 1, 11, ...\].*`outputs\[None\]`",
+        ),
+        (
+            lambda: methods.evaluate_episodes({"x": methods.maml(lambda *_: 0.0)}, sample, KEY),
+            "'x' must be a function .*; got Adaptation. .*`methods.adapted",
+        ),
+        (
+            lambda: methods.evaluate_episodes(METHODS, lambda key: tasks.Episode({"y": jnp.ones(2)}, {}), KEY),
+            "support set of an episode must have 'mask'; this one has .'y'.",
+        ),
+        (
+            lambda: methods.evaluate_episodes(METHODS, lambda key: (jnp.ones(2), jnp.ones(2)), KEY),
+            "must give an episode, .*; got tuple",
+        ),
+        (
+            lambda: methods.evaluate_episodes(METHODS, tasks.episode_batches(sample, 3), KEY),
+            r"must give one episode, .* support set they are \(3, 6\) and \(3, 6\). \(Batches are for training",
         ),
         (lambda: methods.paired_differences(HAND, "c"), "must be one of 'a', 'b'; got 'c'"),
         (lambda: methods.by_number(HAND, "rows", [1, 2]), '`of` must be "ways" or "shots"'),

@@ -273,3 +273,21 @@ def test_a_batch_of_tasks_needs_over_tasks():
         data = {"x": jnp.ones((6, 4)), "y": jnp.ones(6), "mask": jnp.ones(shape)}
         estimate, _ = jax.eval_shape(a.estimator.estimate, a.hyperparams({"a": 1.0}), base.Task(data, data), KEY)
         assert estimate.value.shape == ()
+
+
+def test_logits_and_labels_that_do_not_fit():
+    batch = {"y": jnp.array([0, 1, 7]), "mask": jnp.array([1.0, 1.0, 0.0]), "class_mask": jnp.ones(2)}
+    logits = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]])
+    by_hand = np.mean([np.log(1 + np.exp(-1)), np.log(1 + np.exp(-2))])
+    assert float(methods.cross_entropy(logits, batch)) == pytest.approx(by_hand)  # padding may have any label
+    for label in (-1, 2):
+        slope = jax.grad(lambda z, y=label: methods.cross_entropy(z, batch | {"y": jnp.array([0, y, 0])}))(logits)
+        assert np.isnan(slope).any()
+    for wrong in (logits[:, :1], logits[:2], jnp.ones((3, 5))):
+        with pytest.raises(ValueError, match=r"logits \[N, W\] = \(3, 2\), .*; got \("):
+            methods.cross_entropy(wrong, batch)
+
+
+def test_learned_rates_of_integer_leaves_are_no_integers():
+    made = methods.meta_sgd(lambda params, hyperparams, batch: params["a"], rate=0.3).hyperparams({"a": 1})
+    assert float(made["rate"]["a"]) == pytest.approx(0.3)

@@ -72,6 +72,11 @@ def test_splits_are_json_and_merge(tmp_path):
         (lambda: tasks.select([LETTERS], {"test": {"digits": {}}}, "test"), "needs source 'digits'"),
         (lambda: tasks.select([LETTERS], {"a": {"letters": {"classes": ["99"]}}}, "a"), "has no class '99'"),
         (
+            lambda: tasks.select([DIGITS, DIGITS], {"a": {"digits": {}}}, "a"),
+            "different names; got .'digits', 'digits'",
+        ),
+        (lambda: tasks.select({"b": DIGITS, "c": DIGITS}, {"a": {"digits": {}}}, "a"), "must have different names"),
+        (
             lambda: tasks.select(
                 [LETTERS], {"a": {"letters": {"classes": ["3"]}}, "b": {"letters": {"rows": [15, 2]}}}, "a"
             ),

@@ -1,5 +1,7 @@
 """One episode a user: records in the order of time, gaps filled from other users, published baselines met."""
 
+import datetime
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from metaopt import methods, tasks
 
+KEY = jax.random.key(0)
 USER = np.array(["b", "a", "b", "b", "a", "b", "a", "b"])
 TIME = np.array([3.0, 1.0, 1.0, 2.0, 0.0, 5.0, 2.0, 4.0])
 TABLE = tasks.from_user_records(np.stack([TIME, TIME**2], 1), 10 * TIME, USER, time=TIME)
@@ -120,6 +123,20 @@ def test_hospitals():
         (lambda: tasks.user_episodes(TABLE, num_support=1, users=[0, True]), r"got \[0, True\]"),
         (lambda: tasks.user_episodes(TABLE, num_support=1, users=[1.7]), r"got \[1.7\]"),
         (lambda: tasks.user_episodes(TABLE, num_support=1, users=["1"]), r"got \['1'\].*`\[table.user_names.index"),
+        *(
+            (lambda user=user: tasks.user_episodes(TABLE, num_support=1)(KEY, user), rf"integer in 0\.\.1; got {user}")
+            for user in (2, -1, 99, True, 1.0)
+        ),
+        (lambda: tasks.user_episodes(TABLE, num_support=1, users=[1])(KEY, 1), r"integer in 0\.\.0; got 1"),
+        (
+            lambda: tasks.from_user_records([["a"], ["b"]], [0.0, 1.0], [0, 0]),
+            "`x` must be numbers; got <U1.*'b'.*text",
+        ),
+        (lambda: tasks.from_user_records(np.ones((2, 1)), ["a", "b"], [0, 0]), "`y` must be numbers.*np.unique"),
+        (
+            lambda: tasks.from_user_records(np.ones((2, 1)), [0.0, 1.0], [0, 0], time=["noon", "night"]),
+            r"`time` must be numbers; got <U5, \['noon', 'night'\]: ISO 8601",
+        ),
         (lambda: tasks.standardize_users(TABLE, np.array([True, True])), "`fit_on` must be places"),
         (lambda: tasks.standardize_users(TABLE._replace(x=TABLE.x + np.inf), [0]), "`x` must be finite"),
         (lambda: tasks.user_episodes(TABLE._replace(y=TABLE.y * np.nan), num_support=1), "`y` must be finite"),
@@ -154,7 +171,20 @@ def test_entries_that_say_nothing_are_refused(changed, message):
         tasks.from_user_records(**records | changed)
 
 
+def test_times_may_be_dates_of_any_kind():
+    days = [datetime.datetime(2026, 1, 2), datetime.datetime(2026, 1, 1)]
+    for time in (days, [str(day) for day in days], ["2026-01-02", "2026-01-01"], [2.5, 1]):
+        table = tasks.from_user_records([[0.0], [None]], [0.5, 1.0], [0, 0], time=time)
+        assert table.time is not None and table.time.argsort().tolist() == [1, 0]
+        np.testing.assert_array_equal(table.x, [[0], [np.nan]])
+    with pytest.raises(ValueError, match="`time` must be finite"):
+        tasks.from_user_records([[0.0], [1.0]], [0.5, 1.0], [0, 0], time=[days[0], None])
+
+
 def test_places_of_users_are_integers_of_any_kind():
+    sample = tasks.user_episodes(TABLE, num_support=2)
+    for user in (1, np.int8(1), jnp.int32(1)):
+        assert int(sample(KEY, user).meta["user"]) == 1
     for users in (range(1, 2), np.array([1], np.uint8), jnp.array([1]), {1}):
         assert everybody(tasks.user_episodes(TABLE, num_support=2, users=users), 1).meta["user"] == [1]
 
