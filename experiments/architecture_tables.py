@@ -365,7 +365,7 @@ def rows_of(name: str, found: dict[str, np.ndarray]) -> list[list[str]]:
         )
         baseline = found.get(rival, found["best of the other tasks"])
         won = (values > baseline).sum(1)
-        wins = f"{won.mean():.3g} of {values.shape[1]}" if method.startswith("h") else ""
+        wins = f"{won.mean():.3g} of {values.shape[1]}" if method.startswith(("h", "mean")) else ""
         means, bar = values.mean(1), BARS[name].get(method)
         told = "" if bar is None else f"{bar} {'reached' if means.mean() >= bar else 'missed'}"
         if told and len(means) > 1:
