@@ -10,7 +10,7 @@ coefficients, whose prior the other tasks make, and trials condition it (`predic
 
 Within a run, nothing is chosen by the task that is left out; with no trial, nothing is known of it at all, but where
 "crossed" is told its features. Of trials only the order is used, laid on what was expected of them. (The form of the
-model was written with these tables in view, u and d after a first run.)
+model was written with these tables in view, u and d of `predictors.score_prior` after a first run.)
 
 That is "h by digits". "h by cells" is the `scores` of `methods.train_cell_searcher`: a transformer over the graphs of
 cells, trained on the same records by a ranking loss; "crossed" is told features of the task, too (of TransNAS-
@@ -33,19 +33,21 @@ The second part has regret curves of random search and regularized evolution, wi
 nearly the best on every task of NAS-Bench-201: a benchmark that cannot show that a search reads its task.
 
     python experiments/architecture_tables.py --afresh      ten minutes; writes results/architecture_tables.md and .png
+    python experiments/architecture_tables.py --train-seeds 3 --afresh      the transformers trained with three keys
     python experiments/architecture_tables.py --any-code    minutes: the committed .json's tasks, by earlier code
     python experiments/architecture_tables.py --smoke       seconds; prints only
 
 Tables are read from the folder that METAOPT_DATA names. What came of each task is kept in
 results/architecture_tables.json and not run again. What other code than this made, the library's included, is taken
-with --any-code only, and the result says how much it is; --afresh begins anew.
+with --any-code only, and the result says how much it is; --afresh begins anew, and the same command without it goes on
+with a run that was stopped.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -63,6 +65,11 @@ MARKS = (1, 5, 20, 100)  # evaluations at which regrets are told
 def percentiles(losses: np.ndarray) -> np.ndarray:
     """[A] 1 for the smallest loss, 0 for the largest, ties in the middle."""
     return 1 - (rankdata(losses) - 1) / (len(losses) - 1)
+
+
+def best_by_validation(valid: np.ndarray) -> np.ndarray:
+    """The rows that share the smallest validation loss: which of them validation chooses is chance."""
+    return np.flatnonzero(valid == valid.min())
 
 
 GRIDS = ((1e-3, 1e-2, 1e-1, 1.0, 10.0), (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0))  # of digits, of pairs
@@ -132,8 +139,8 @@ def configurations(table: nas.Benchmark) -> list[dict]:
     return [dict(zip(table.dims, row, strict=True)) for row in table.encodings.tolist()]
 
 
-def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], features, smoke: bool):
-    """`methods.train_cell_searcher` of what the other tasks say."""
+def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], features, smoke: bool, seed: int):
+    """`methods.train_cell_searcher` of what the other tasks say, trained with the key of `seed`."""
     cells, name = configurations(table), lambda c: tuple(c.values())
     at = {name(c): row for row, c in enumerate(cells)}
 
@@ -148,6 +155,7 @@ def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], feature
         lambda c: graphs[at[name(c)]],
         features=features,
         tests=records(table.test),
+        key=jax.random.key(seed),
         progress=False,
         **sizes,
     )
@@ -188,23 +196,60 @@ class Kept:
             temporary.replace(self.path)
 
 
-def leave_one_out(table: nas.Benchmark, tasks: list[int], num_random: int, folder: Path, smoke: bool, kept: Kept):
-    """method -> [T] percentiles of what it chooses; [T, members] of single members of "h by cells"; regrets; cells.
+class Outcomes(NamedTuple):
+    """What came of leaving out each of T tasks of a table in turn, with K keys of training."""
 
-    Regrets, method -> [T], are test losses less that of the best by validation of the whole table. Cells are those that
-    are left of mean effects of ops, h -> [T] encodings, where there are any.
+    found: dict[str, np.ndarray]  # method -> [K, T] percentiles of what it chooses; [1, T] of what has no key
+    lost: dict[str, np.ndarray]  # the same of test losses less the mean of the best by validation of the whole table
+    alone: np.ndarray  # [K, T, members] percentiles of single members of "h by cells"
+    effects: dict[str, np.ndarray]  # h -> [K * T] encodings of the cells that are left of mean effects of ops
+    ties: list[np.ndarray]  # [T] percentiles of all that are the best by validation of the whole table
+
+
+def leave_one_out(
+    table: nas.Benchmark, tasks: list[int], num_random: int, folder: Path, smoke: bool, kept: Kept, num_keys: int = 1
+) -> Outcomes:
+    """Every task in turn with every key, kept as each ends; all tasks of a key come before the next key."""
+    at = range(1 if smoke else len(tasks))
+    name = lambda t, seed: f"{table.name}, {table.tasks[tasks[t]]}, {num_random}" + (f", key {seed}" if seed else "")
+    for seed in range(num_keys):
+        left = [t for t in at if name(t, seed) not in kept.tasks]
+        for t, outcome in left_out(table, tasks, left, num_random, folder, smoke, seed):
+            kept.add(name(t, seed), outcome)
+    valid, test = table.valid[:, tasks, -1], table.test[:, tasks]
+    return gathered(
+        [[kept.tasks[name(t, seed)] for t in at] for seed in range(num_keys)],
+        [valid[:, t] for t in at],
+        [test[:, t] for t in at],
+    )
+
+
+def gathered(outcomes: list[list[dict]], valid: list[np.ndarray], test: list[np.ndarray]) -> Outcomes:
+    """What came of K keys × T tasks, put together; the losses [A] of each task say what ties there are."""
+    rows = [best_by_validation(losses) for losses in valid]
+    ties = [percentiles(losses)[tied] for losses, tied in zip(test, rows, strict=True)]
+    # What is kept is told from the first of those that tie.
+    shift = np.array([losses[tied[0]] - losses[tied].mean() for losses, tied in zip(test, rows, strict=True)])
+
+    def together(part):
+        names = outcomes[0][0][part]
+        return {n: np.array([[o[part][n] for o in of] for of in outcomes if n in of[0][part]]) for n in names}
+
+    found, lost = together("found"), {name: values + shift for name, values in together("lost").items()}
+    found["all by validation"] = np.array([[values.mean() for values in ties]])
+    lost["all by validation"] = np.zeros((1, len(ties)))
+    effects = {name: values.reshape(-1, values.shape[-1]) for name, values in together("effects").items()}
+    alone = np.array([[o["alone"] for o in of] for of in outcomes])
+    return Outcomes(found, lost, alone, effects, ties)
+
+
+def left_out(
+    table: nas.Benchmark, tasks: list[int], left: list[int], num_random: int, folder: Path, smoke: bool, seed: int = 0
+):
+    """Each of the tasks that are left out in turn, with what came of it, as JSON has it.
+
+    What does not hang on the key of training is in the outcome of the first only.
     """
-    names = {t: f"{table.name}, {table.tasks[tasks[t]]}, {num_random}" for t in range(1 if smoke else len(tasks))}
-    left = [t for t, name in names.items() if name not in kept.tasks]
-    for t, outcome in left_out(table, tasks, left, num_random, folder, smoke):
-        kept.add(names[t], outcome)
-    outcomes = [kept.tasks[name] for name in names.values()]
-    together = lambda part: {name: np.array([o[part][name] for o in outcomes]) for name in outcomes[0][part]}
-    return together("found"), np.array([o["alone"] for o in outcomes]), together("lost"), together("effects")
-
-
-def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random: int, folder: Path, smoke: bool):
-    """Each of the tasks that are left out in turn, with what came of it, as JSON has it."""
     if not left:
         return
     valid, test = table.valid[:, tasks, -1], table.test[:, tasks]
@@ -218,30 +263,37 @@ def left_out(table: nas.Benchmark, tasks: list[int], left: list[int], num_random
         order = np.argsort(-ranks[:, others].mean(1), kind="stable")
         best = lambda rows, t=t: rows[np.argmin(valid[rows, t])]
         prior = predictors.score_prior(blocks, scores[:, others], test_scores[:, others])
-        searcher = cell_searcher(table, graphs, [tasks[u] for u in others], features, smoke)
+        searcher = cell_searcher(table, graphs, [tasks[u] for u in others], features, smoke, seed)
         cells, crossed = searcher.scores().mean(0), searcher.scores(features[table.tasks[tasks[t]]]).mean(0)
         both = searcher.posterior()[0]
         by_alpha = {"h by digits": prior.mean, "h by cells": cells, "h": both} if table.name in EDGE_OPS else {}
-        effects = {name: kept_by_alpha(table, s) for name, s in by_alpha.items()}
+        effects = {
+            name: kept_by_alpha(table, s) for name, s in by_alpha.items() if not (seed and name == "h by digits")
+        }
+        once = lambda rows: {} if seed else rows
         chosen = {
-            "best of the other tasks": order[0],
-            "best of the other tasks, 5 trials": best(order[:5]),
-            "best of the other tasks, 20 trials": best(order[:20]),
-            "h by digits, no trial": int(prior.mean.argmax()),
+            **once(
+                {
+                    "best of the other tasks": order[0],
+                    "best of the other tasks, 5 trials": best(order[:5]),
+                    "best of the other tasks, 20 trials": best(order[:20]),
+                    "h by digits, no trial": int(prior.mean.argmax()),
+                }
+            ),
             "h by cells, no trial": int(cells.argmax()),
             "h by cells, crossed, no trial": int(crossed.argmax()),
             "h, no trial": int(both.argmax()),
             **{f"mean effects of ops in {name}, no trial": row for name, row in effects.items()},
-            "h by digits, 5 trials": choose_with_trials(prior, valid[:, t], 5),
+            **once({"h by digits, 5 trials": choose_with_trials(prior, valid[:, t], 5)}),
             "h, 5 trials": searched(searcher, table, valid[:, t], 5),
-            "h by digits, 20 trials": choose_with_trials(prior, valid[:, t], 20),
+            **once({"h by digits, 20 trials": choose_with_trials(prior, valid[:, t], 20)}),
             "h, 20 trials": searched(searcher, table, valid[:, t], 20),
-            "all by validation": best(np.arange(len(valid))),
+            **once({"all by validation": best(np.arange(len(valid)))}),
         }
         found = {name: float(judged[row, t]) for name, row in chosen.items()}
-        for k in (5, 20, 100):
+        for k in () if seed else (5, 20, 100):
             found[f"random, best of {k}"] = float(np.mean([judged[best(rows[:k]), t] for rows in draws]))
-        oracle = test[chosen["all by validation"], t]
+        oracle = test[best(np.arange(len(valid))), t]
         yield (
             t,
             {
@@ -303,31 +355,74 @@ BARS = {  # stated before any run
 }
 
 
-def report(tables, curves, num_seeds) -> str:
-    lines = []
-    for name, (tasks, found, alone, lost, effects) in tables.items():
-        rows = []
-        for method, values in found.items():
-            # At as many trials; with none, where the list was not tried at so many.
-            rival = (
-                "best of the other tasks" + method[method.rindex(",") :].replace(", no trial", "")
-                if "," in method
-                else ""
-            )
-            baseline = found.get(rival, found["best of the other tasks"])
-            wins = f"{int((values > baseline).sum())} of {len(values)}" if method.startswith("h") else ""
-            bar = BARS[name].get(method)
-            told = "" if bar is None else f"{bar} {'reached' if values.mean() >= bar else 'missed'}"
-            rows.append([method, f"{values.mean():.3f}", *(f"{v:.2f}" for v in values), wins, told])
-        header = ["", "mean", *tasks[: len(alone)], "better than the best of the others", "bar"]
-        told = script.spread(alone.mean(0))  # a seed each
-        lines += [f"## {name}: percentile of what is chosen", "", script.table(header, rows), ""]
+def rows_of(name: str, found: dict[str, np.ndarray]) -> list[list[str]]:
+    """A row a method: its mean, that of each task, its wins and its bar; the deviation is that of means over keys."""
+    rows = []
+    for method, values in found.items():
+        # At as many trials; with none, where the list was not tried at so many.
+        rival = (
+            "best of the other tasks" + method[method.rindex(",") :].replace(", no trial", "") if "," in method else ""
+        )
+        baseline = found.get(rival, found["best of the other tasks"])
+        won = (values > baseline).sum(1)
+        wins = f"{won.mean():.3g} of {values.shape[1]}" if method.startswith(("h", "mean")) else ""
+        means, bar = values.mean(1), BARS[name].get(method)
+        told = "" if bar is None else f"{bar} {'reached' if means.mean() >= bar else 'missed'}"
+        if told and len(means) > 1:
+            told += f" (by {(means >= bar).sum()} of {len(means)} keys)"
+        mean = script.spread(means) if len(means) > 1 else f"{means[0]:.3f}"
+        rows.append([method, mean, *(f"{v:.2f}" for v in values.mean(0)), wins, told])
+    return rows
+
+
+def about_ties(tasks: list[str], ties: list[np.ndarray]) -> list[str]:
+    """How much of what validation chooses is chance, where several configurations are the best by it."""
+    told = [
+        f"{task}: {len(values)} configurations, of percentiles {values.min():.3f} to {values.max():.3f}"
+        for task, values in zip(tasks, ties, strict=False)
+        if len(values) > 1
+    ]
+    if not told:
+        return []
+    low, mean, high = (np.mean([of(values) for values in ties]) for of in (np.min, np.mean, np.max))
+    return [
+        f'Several are the best by validation of the whole table ({"; ".join(told)}). "All by validation" is their '
+        f"mean; by which of them is taken, its mean over tasks is {low:.3f} to {high:.3f} ({mean:.3f} on average).",
+        "",
+    ]
+
+
+def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int, num_keys: int = 1) -> str:
+    lines = [
+        "The form of the model was written with these tables in view: that an architecture has something of its own on "
+        "every task, and on one (u and d of `predictors.score_prior`), after a first run on them. What is left out of "
+        "a run is a task, not the tables. The transformers of h and of h by cells were trained with "
+        + (
+            f"{num_keys} keys: their rows are means over them, with the standard deviation over keys of the mean over "
+            "tasks."
+            if num_keys > 1
+            else "one key; how much hangs on it, the deviation over members says (`--train-seeds`)."
+        ),
+        "",
+    ]
+    for name, (tasks, (found, lost, alone, effects, ties)) in tables.items():
+        header = ["", "mean", *tasks[: len(ties)], "better than the best of the others", "bar"]
+        told = script.spread(alone.mean(1).ravel())  # a seed each
+        lines += [f"## {name}: percentile of what is chosen", "", script.table(header, rows_of(name, found)), ""]
+        lines += about_ties(tasks, ties)
         if name.endswith("micro"):
             lines += ["The form of h was chosen by what came of some of them here: its rows are no test of it.", ""]
         if effects:
             cells = np.unique(np.concatenate(list(effects.values())), axis=0).tolist()
             named = "; ".join(", ".join(EDGE_OPS[name][x] for x in cell) for cell in cells)
             lines += [f"What is left of mean effects of ops, on the edges 0-1, 0-2, 1-2, 0-3, 1-3, 2-3: {named}.", ""]
+            if len(cells) == 1:
+                lines += [
+                    'It is one cell, for every task that is left out and whatever h says. So the rows "mean effects" '
+                    "measure the effects of single ops, and nothing of h: what makes a cell of this space good is how "
+                    "its ops go together, which an op at a time cannot say.",
+                    "",
+                ]
         lines += [f'Single members of "h by cells", mean over tasks and deviation of that over members: {told}.', ""]
         if name == "NAS-Bench-Graph":  # the tasks of the others have units of their own
             told = ", ".join(f"{method} {100 * values.mean():+.2f}" for method, values in lost.items())
@@ -383,6 +478,7 @@ def plot(curves: dict, path: Path) -> None:
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=200)
     parser.add_argument("--afresh", action="store_true", help="forget what is kept")
+    parser.add_argument("--train-seeds", type=int, default=1, help="keys that the transformers are trained with")
     parser.add_argument("--any-code", action="store_true", help="take what is kept by whatever code made it")
     options = parser.parse_args()
     options.seeds = 2 if options.smoke else options.seeds
@@ -397,14 +493,14 @@ def main() -> None:
         tasks = list(range(6))  # of NAS-Bench-Graph without proteins, where a tenth was trained
         tables[table.name] = (
             [table.tasks[t] for t in tasks],
-            *leave_one_out(table, tasks, options.seeds, folder, options.smoke, kept),
+            leave_one_out(table, tasks, options.seeds, folder, options.smoke, kept, options.train_seeds),
         )
     curves = {}
     whole = [nas.nas_bench_201_table(folder), micro, nas.nas_bench_macro_table(folder)]
     for table in whole[:1] if options.smoke else whole:
         for task in range(1 if options.smoke else len(table.tasks)):
             curves[table.name, table.tasks[task]] = regrets(table, task, options.seeds, num)
-    text = report(tables, curves, options.seeds)
+    text = report(tables, curves, options.seeds, options.train_seeds)
     if kept.num_before:
         text += (
             f" Of the tasks that were left out, {kept.num_before} of {len(kept.tasks)} are from earlier calls, "

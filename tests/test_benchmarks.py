@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,18 +114,73 @@ def test_smoke_of_maml():
     assert "; all below 0.001." in printed and "--peers PYTHON --smoke` with Python" in printed
 
 
+def architecture_rows(printed):
+    """What a part of architecture.py measured: name -> its other cells."""
+    return {row[0]: row[1:] for row in rows(printed) if row[0] and row[0] != "---"}
+
+
 @pytest.mark.slow
 def test_smoke_of_architecture():
-    printed = smoke("architecture.py")
-    measured = {row[0]: row[1:] for row in rows(printed) if row[0] and row[0] != "---"}
+    measured = architecture_rows(smoke("architecture.py", "--only", "cost", "tasks", "memory"))
     ratios = {name: float(row[0]) for name, row in measured.items()}
-    second = next(name for name in ratios if name.startswith("DARTS, second order by finite"))
-    assert 1 < ratios["DARTS, first order"] < ratios[second] < 10
-    assert measured[second][1] == f"4.4 {'reached' if ratios[second] <= 4.4 else 'missed'}"
+    central, forward, exact = (
+        next(name for name in ratios if name.startswith(f"DARTS, second order by {how}"))
+        for how in ("central", "forward", "differentiation")
+    )
+    assert 1 < ratios["DARTS, first order"] < ratios[central] < 10
+    operations = {name: float(measured[name][3]) for name in (central, forward, exact)}
+    # A gradient fewer; and a second derivative costs more than the difference of two.
+    assert operations[forward] + 0.5 < operations[central] < operations[exact]
+    assert all(measured[name][1].split()[0] == "4.4" for name in operations)
+    unrolled = [name for name in ratios if name.startswith("unrolled over 2")]
+    assert len(unrolled) == 3 and all(measured[name][1].split()[0] == "3.2" for name in unrolled)
+    many = [name for name in ratios if name.startswith("16 tasks, ")]
+    assert len(many) == 4 and all(measured[name][1].split()[0] == "16" for name in many)
     flat = next(name for name in ratios if name.startswith("implicit"))
     assert ratios[flat] == pytest.approx(1, abs=0.01) and measured[flat][1] == "1.01 reached"
-    assert 0 < ratios["partial channels, K = 4, the peak over the dense one"] < 1
-    assert len(measured) == 18 and all(float(row[2]) >= 0 for row in measured.values())  # seconds to compile
+    assert len(measured) == 11 + 5 + 2 and all(float(row[2]) >= 0 for row in measured.values())  # seconds to compile
+
+
+@pytest.mark.once
+def test_smoke_of_architecture_compiled_alone():
+    printed = smoke("architecture.py", "--only", "large")
+    measured = architecture_rows(printed)
+    assert list(measured) == [
+        "seconds to compile a plain step",
+        "seconds to compile DARTS, first order",
+        "the peak of a plain step, MiB",
+        "partial channels, K = 4, the peak over the dense one",
+        "the peak of DARTS, first order, MiB",
+    ]
+    step, dense, _, partial, _ = (float(row[0]) for row in measured.values())
+    assert 0 < step < 60 and 0 < dense < 60 and 0 < partial < 0.9
+    assert measured["seconds to compile a plain step"][1] == "60 reached"
+    assert "--smoke --only large` with Python" in printed and " work ran when it began" in printed
+
+
+def test_the_page_of_architecture_says_no_number_twice(tmp_path, monkeypatch):
+    script = load("architecture", monkeypatch)
+    monkeypatch.setattr(script, "RESULT", tmp_path / "architecture.md")
+
+    def run(value, *only):
+        for name in only:
+            monkeypatch.setitem(script.PARTS, name, lambda *_, name=name: [[f"of {name}", value, "", "1"]])
+        monkeypatch.setattr(sys, "argv", ["architecture.py", "--only", *only])
+        script.main()
+        return script.RESULT.read_text()
+
+    first = run("60.77", *script.TITLES)
+    assert first.count("60.77") == 4 and "earlier" not in first
+    second = run("34.25", "memory", "large")
+    of = {row[0]: row[1] for row in rows(second) if row[0].startswith("of ")}
+    assert of == {"of cost": "60.77", "of tasks": "60.77", "of memory": "34.25", "of large": "34.25"}
+    # The text names what it did not measure, and holds no measured number that a table could contradict.
+    text = second.partition("\n## ")[0]
+    assert all((f'"{title}"' in text) == (name in ("cost", "tasks")) for name, title in script.TITLES.items())
+    for title in script.TITLES.values():
+        text = text.replace(f'"{title}"', "")
+    assert not re.findall(r"\d[.,]\d", text)
+    assert second.count("--only memory large` with Python") == 2 and second.count("--only cost tasks") == 2
 
 
 @pytest.mark.slow

@@ -246,6 +246,45 @@ def test_tasks_of_other_code_are_no_results_of_this_one(tmp_path):
     assert not tables.Kept(file, "b", afresh=True).tasks and [p.name for p in tmp_path.iterdir()] == ["kept.json"]
 
 
+def test_outcomes_of_several_keys_and_of_ties_are_put_together():
+    tables = load_architecture_tables()
+    # Two tasks, three architectures; validation cannot tell the first two of the first task apart.
+    valid, test = [np.array([1.0, 1, 3]), np.array([3.0, 2, 1])], [np.array([4.0, 2, 9]), np.array([3.0, 2, 1])]
+
+    def outcome(fixed, h, member):
+        found = {
+            **({} if fixed is None else {"best of the other tasks": fixed, "all by validation": 0.5}),
+            "h, no trial": h,
+        }
+        lost = {**({} if fixed is None else {"all by validation": 0.0}), "h, no trial": 1.0}
+        effects = {**({} if fixed is None else {"h by digits": [0, 1]}), "h": [1, 1]}
+        return {"found": found, "lost": lost, "alone": [member, member], "effects": effects}
+
+    first = [outcome(0.5, 1.0, 0.2), outcome(0.6, 0.8, 0.2)]
+    second = [outcome(None, 0.4, 0.6), outcome(None, 0.6, 0.6)]
+    found, lost, alone, effects, ties = tables.gathered([first, second], valid, test)
+    assert [list(values) for values in ties] == [[0.5, 1.0], [1.0]]
+    np.testing.assert_allclose(found["h, no trial"], [[1.0, 0.8], [0.4, 0.6]])
+    np.testing.assert_allclose(found["best of the other tasks"], [[0.5, 0.6]])
+    np.testing.assert_allclose(found["all by validation"], [[0.75, 1.0]])
+    # Told from the mean of 4 and 2, no more from 4.
+    np.testing.assert_allclose(lost["h, no trial"], [[2.0, 1.0], [2.0, 1.0]])
+    np.testing.assert_allclose(lost["all by validation"], [[0.0, 0.0]])
+    assert alone.shape == (2, 2, 2) and effects["h"].shape == (4, 2) and effects["h by digits"].shape == (2, 2)
+    (told, _) = tables.about_ties(["cora", "cs"], ties)
+    assert "(cora: 2 configurations, of percentiles 0.500 to 1.000)" in told
+    assert "its mean over tasks is 0.750 to 1.000 (0.875 on average)" in told
+    assert tables.about_ties(["cora", "cs"], [ties[1], ties[1]]) == []
+
+    name = "NAS-Bench-Graph"
+    page = tables.report({name: (["cora", "cs"], tables.Outcomes(found, lost, alone, {}, ties))}, {}, 2, num_keys=2)
+    assert "| h, no trial | 0.700 ± 0.283 | 0.70 | 0.70 | 1 of 2 | 0.92 missed (by 0 of 2 keys) |" in page
+    assert "| best of the other tasks | 0.550 | 0.50 | 0.60 |  |  |" in page
+    assert "trained with 2 keys" in page and "with these tables in view" in page and "0.400 ± 0.231" in page
+    alone = tables.Outcomes({"best of the other tasks": np.array([[0.5, 0.6]])}, {}, alone[:1], {}, ties)
+    assert "trained with one key" in tables.report({name: (["cora", "cs"], alone)}, {}, 2)
+
+
 @pytest.mark.slow
 def test_smoke_of_searches_within_budgets(tmp_path):
     pytest.importorskip("sklearn")

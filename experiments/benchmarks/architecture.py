@@ -10,6 +10,7 @@ turns, medians, over those of a plain step; memory is what the compiler states, 
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -218,8 +219,9 @@ def large(smoke: bool) -> list[list[str]]:
     return [
         row("seconds to compile a plain step", step.seconds, 60.0, step),
         row("seconds to compile DARTS, first order", dense.seconds, None, dense),
+        ["the peak of a plain step, MiB", f"{step.mib:.0f}", "", f"{step.seconds:.0f}"],
         row("partial channels, K = 4, the peak over the dense one", partial.mib / dense.mib, 0.4, partial),
-        ["the dense peak, MiB", f"{dense.mib:.0f}", "", f"{dense.seconds:.0f}"],
+        ["the peak of DARTS, first order, MiB", f"{dense.mib:.0f}", "", f"{dense.seconds:.0f}"],
     ]
 
 
@@ -235,25 +237,57 @@ TITLES = {
     "large": "The supernet of DARTS (8 cells, C = 16, 32x32, 64 a batch)",
 }
 
+# No measured number stands in these texts: what was measured stands in the tables, and is replaced with them.
 ABOUT = (
-    "An alternation is a step of the weights and one of α; its floor is 3.75 plain steps with a forward difference, "
-    "and 4.46 with DARTS's central one, which takes one gradient more. Seconds are of the processor, whatever else "
-    "ran; each program is called twice a turn, and the second call is timed (timed by the first, after a larger "
-    "program, a plain step took 29.5 ms for 17.7, and the ratios came out too small). Operations are counted in the "
-    "traced program; what the compiler finds twice in it counts twice. Above 32 MiB of temporaries the C library "
-    "maps memory anew at every call, so that times are further above the operations there."
-    "\n\n"
-    "Since depthwise convolutions have a primitive for themselves and their derivatives, a plain step of 8 cells, "
-    "64 images, is traced, lowered and compiled in 34.3 processor seconds (44.0 before, on the same core beside "
-    "other work; the peak 8,110 MiB, 8,137 before), and a step of one cell, 16 images, takes .58 of the time (479 "
-    "to 490 ms, 833 before)."
+    "An alternation is a step of the weights and one of α; what it must cost is what it has in operations, more with "
+    "DARTS's central difference, which takes one gradient more than a forward one. Seconds are of the processor, "
+    "whatever else ran; in the first part each program is called twice a turn, and the second call is timed (timed by "
+    "the first, after a larger program, a plain step is slower, and the ratios come out too small). To compile is to "
+    "trace, to lower and to compile. Operations are counted in the traced program; what the compiler finds twice in it "
+    "counts twice. Above 32 MiB of temporaries the C library maps memory anew at every call, so that times are further "
+    "above the operations there."
 )
+
+PARTS: dict[str, Callable[[bool, int], list[list[str]]]] = {
+    "cost": cost,
+    "tasks": many,
+    "memory": lambda smoke, _: memory(smoke),
+    "large": lambda smoke, _: large(smoke),
+}
+
+
+def load() -> float:
+    """How many processes wanted a core in the last minute, on the whole machine; 0 where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def part(name: str, smoke: bool, repetitions: int, before: float) -> str:
+    """One part of the result: its table, and what made it; `before`: the load before the run."""
+    begin, begin_wall = time.process_time(), time.perf_counter()
+    header = ["", "", "at most", "compiled in, s", *(["in operations", "the peak, MiB"] if name == "cost" else [])]
+    rows = table(header, PARTS[name](smoke, repetitions))
+    made = circumstances(" ".join(["python experiments/benchmarks/architecture.py", *sys.argv[1:]]))
+    made += (
+        f" {time.process_time() - begin:.0f} processor seconds in {time.perf_counter() - begin_wall:.0f}; "
+        f"{'other' if before >= 0.5 else 'no other'} work ran when it began (a load of {before:.1f} on "
+        f"{os.cpu_count()} cores)."
+    )
+    return f"## {TITLES[name]}\n\n{rows}\n\n{made}"
 
 
 def sections(text: str) -> dict[str, str]:
     """The parts of a result that was written before, by name."""
     found = {part.partition("\n")[0]: part for part in text.split("\n## ")[1:]}
     return {name: f"## {found[title].rstrip()}" for name, title in TITLES.items() if title in found}
+
+
+def page(earlier: dict[str, str], parts: dict[str, str]) -> str:
+    """The whole result: the parts that were measured now, and those of earlier runs, which it names."""
+    whole = {**earlier, **parts}
+    names = [f'"{TITLES[name]}"' for name in TITLES if name in earlier and name not in parts]
+    note = f"Of an earlier run, maybe of earlier code: {'; '.join(names)}. " if names else ""
+    text = "\n\n".join(whole[name] for name in TITLES if name in whole)
+    return f"# What a step of architecture search costs\n\n{note}{ABOUT}\n\n{text}\n"
 
 
 def main() -> None:
@@ -263,20 +297,12 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=10, help="timed turns")
     options = parser.parse_args()
     repetitions = 2 if options.smoke else options.repetitions
-    timed = lambda part: lambda smoke: part(smoke, repetitions)
-    make = {"cost": timed(cost), "tasks": timed(many), "memory": memory, "large": large}
-    made = circumstances(" ".join(["python experiments/benchmarks/architecture.py", *sys.argv[1:]])).rstrip()
-    parts = {}
+    parts, before = {}, load()
     for name in options.only:
-        header = ["", "", "at most", "compiled in, s", *(["in operations", "the peak, MiB"] if name == "cost" else [])]
-        parts[name] = f"## {TITLES[name]}\n\n{table(header, make[name](options.smoke))}\n\n{made}"
+        parts[name] = part(name, options.smoke, repetitions, before)
         print(parts[name], flush=True)
     if not options.smoke:
-        parts = {**(sections(RESULT.read_text()) if RESULT.is_file() else {}), **parts}
-        text = "\n\n".join(parts[name] for name in TITLES if name in parts)
-        earlier = [f'"{TITLES[name]}"' for name in TITLES if name in parts and name not in options.only]
-        note = f"Of an earlier run, maybe of earlier code: {'; '.join(earlier)}. " if earlier else ""
-        RESULT.write_text(f"# What a step of architecture search costs\n\n{note}{ABOUT}\n\n{text}\n")
+        RESULT.write_text(page(sections(RESULT.read_text()) if RESULT.is_file() else {}, parts))
 
 
 if __name__ == "__main__":
