@@ -390,6 +390,9 @@ def test_what_is_wrong_is_said():
         methods.train_meta_optimizer(records, space=SPACE, features=named, num_steps=0)
     with pytest.raises(ValueError, match="there is none"):
         methods.train_meta_optimizer([r._replace(status="FAIL") for r in records], space=SPACE)
+    with pytest.raises(ValueError, match=r"there is none \(30 PRUNED; the largest fidelity with an outcome is 0.5\)"):
+        half = [r._replace(status="PRUNED", fidelity=0.5) for r in records]
+        methods.train_meta_optimizer(half, space=SPACE)
     with pytest.raises(ValueError, match="as many `features`"):
         methods.train_meta_optimizer(records, space=SPACE, features={"t0": [1.0], "t1": [1.0, 2.0]}, num_steps=0)
     g = methods.train_meta_optimizer(records, space=SPACE, num_steps=0)
@@ -397,3 +400,61 @@ def test_what_is_wrong_is_said():
         g.searcher(acquisition="best")
     with pytest.raises(ValueError, match="`new_task` must have features as an array"):
         g.predict(base.Task(None, None, named["t0"]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"status": "TIMEOUT"}, r"`records\[1\]`'s status must be one of WAITING, .*, FAIL; got 'TIMEOUT'"),
+        ({"status": "Complete"}, "got 'Complete'"),
+        ({"fidelity": 27}, r"`records\[1\]`'s fidelity must lie in \(0, 1\]; got 27. .* no number of epochs"),
+        ({"outcome": None}, r"`records\[1\]`'s outcome must be a number, NaN where there is none; got None"),
+        ({"outcome": "0.5"}, "outcome must be a number, .*; got '0.5'"),
+        ({"configuration": [0.5, "a"]}, "configuration must be a dict of values by name; got"),
+        ({"task": 3}, "task must be a name"),
+    ],
+)
+@pytest.mark.parametrize("train", [methods.train_meta_optimizer, methods.train_meta_searcher])
+def test_what_is_no_record_is_refused_by_its_place(wrong, message, train):
+    records = make_records(np.random.default_rng(4), num_tasks=1)[0]
+    records[1] = records[1]._replace(**wrong)
+    with pytest.raises(ValueError, match=message):
+        train(records, space=SPACE, num_steps=0)
+
+
+def test_records_come_as_generators_and_data_frames_and_not_as_dicts():
+    pd = pytest.importorskip("pandas")
+    records = make_records(np.random.default_rng(4), num_tasks=2)[0]
+    kwargs = {"space": SPACE, "num_steps": 0}
+    expected = methods.train_meta_searcher(records, **kwargs).predict()
+    frame = tasks.records_to_frame(records)
+    of_dicts = pd.DataFrame([record._asdict() for record in records])
+    for given in (iter(records), frame, of_dicts):
+        assert methods.train_meta_searcher(given, **kwargs).predict() == expected
+    assert np.isfinite(methods.train_meta_optimizer(iter(records), **kwargs).surrogate.curves).all()
+    for given, message in (
+        (
+            [record._asdict() for record in records],
+            r"`records\[0\]` must be a `Record`; got dict. `Record\(\*\*fields\)`",
+        ),
+        (records[0], "`records` must be a list of `Record`s, or a data frame of them; got Record"),
+        (frame.assign(status="DONE"), r"`records\[0\]`'s status must be one of"),
+        (frame.assign(configuration=1.5), 'The column "configuration" must hold JSON or dicts; got 1.5'),
+        (pd.DataFrame({"x": [0.5]}), "The frame has no column"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            methods.train_meta_searcher(given, **kwargs)
+
+
+def test_a_fidelity_is_full_but_for_rounding_and_a_task_without_a_full_budget_is_named():
+    records = make_records(np.random.default_rng(4), num_tasks=3)[0]
+    kwargs = {"space": SPACE, "num_steps": 0, "costs": True}
+    records = [record._replace(cost=1.0 + i) for i, record in enumerate(records)]
+    thirds = [record._replace(fidelity=0.9999999) for record in records]
+    one, other = (methods.train_meta_searcher(given, **kwargs) for given in (records, thirds))
+    np.testing.assert_array_equal(one.surrogate.curves, other.surrogate.curves)
+    np.testing.assert_array_equal(one.cost_surrogate.curves, other.cost_surrogate.curves)
+    half = [r._replace(fidelity=0.5 if r.task == "t0" else 1.0) for r in records]
+    half += [base.Record("failed", {}, status="FAIL"), base.Record("runs", {}, status="RUNNING", fidelity=0.5)]
+    with pytest.warns(UserWarning, match="1 of 5 tasks are left out, 't0': they have outcomes, and none"):
+        assert methods.train_meta_searcher(half, **kwargs).surrogate.curves.shape[0] == 2
