@@ -411,7 +411,8 @@ def check_record(record: Any, name: str = "A record") -> None:
     for field in ("outcome", "fidelity", "cost"):
         value = getattr(record, field)
         try:
-            math.isnan(value) or float(value)
+            if not math.isnan(value):
+                float(value)
         except (TypeError, OverflowError):
             raise ValueError(f"{name}'s {field} must be a number, NaN where there is none; got {value!r}.") from None
     if not 0 < record.fidelity <= 1:

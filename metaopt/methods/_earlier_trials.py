@@ -1,6 +1,7 @@
 """The records of earlier tasks, as the arrays that a surrogate learns from."""
 
 import collections
+import dataclasses
 import warnings
 from typing import Any
 
@@ -19,6 +20,41 @@ def as_records(records: Any) -> list[base.Record]:
     for i, record in enumerate(records):
         base.check_record(record, f"`records[{i}]`")
     return records
+
+
+def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
+    """The space of all that was tried, or may be; a warning says which one it is."""
+    # A table's configurations are few dicts, which the records of all its tasks share.
+    tried = list({id(record.configuration): record.configuration for record in records}.values())
+    try:
+        space = spaces.infer([*tried, *(candidates or ())])
+    except ValueError as error:
+        raise ValueError(f"`space` is not given, and cannot be inferred from the `records`: {error}") from None
+    lacking = {name: sum(c.get(name) is None for c in tried) for name, leaf in space.items() if not leaf.condition}
+    counts = [f"`{name}` in {num}" for name, num in lacking.items() if num and None not in _labels(space[name])]
+    gaps = f" Of {len(tried)} configurations some lack {', '.join(counts)}, which then is at its default." * bool(
+        counts
+    )
+    text = ",\n  ".join(f"{name!r}: {_as_code(leaf)}" for name, leaf in space.items())
+    warnings.warn(
+        f"`space` is not given; this one has all of the records' configurations:\n  {text}.\nGive one as `space`, with "
+        f"the ranges that are meant, defaults, and conditions.{gaps}",
+        stacklevel=3,
+    )
+    return space
+
+
+def _labels(leaf: spaces.Leaf) -> tuple:
+    return leaf.labels if isinstance(leaf, spaces.Choice) else ()
+
+
+def _as_code(leaf: spaces.Leaf) -> str:
+    """What makes a leaf of `spaces.infer`."""
+    for parent, values in leaf.condition:
+        return f"active_if({_as_code(dataclasses.replace(leaf, condition=()))}, {parent!r}, {list(values)})"
+    if isinstance(leaf, (spaces.Integer, spaces.Interval)):
+        return f"{leaf.kind}({leaf.low}, {leaf.high}{', log=True' if leaf.log else ''})"
+    return f"choice({list(_labels(leaf))})" if _labels(leaf) else f"fixed({leaf.default_value()})"
 
 
 def warn_of_foreign(space: base.PyTree, records: list[base.Record]) -> None:

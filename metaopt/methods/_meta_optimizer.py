@@ -10,14 +10,15 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, predictors, spaces, training
-from metaopt.methods._earlier_trials import as_records, by_task, costs_by_task, some, warn_of_foreign
+from metaopt.methods._earlier_trials import as_records, by_task, costs_by_task, inferred_space, some, warn_of_foreign
 from metaopt.methods._meta_search import ROWS, MetaOptimizer, check_no_mapping, check_rows, encoder, meta_optimizer
+from metaopt.methods._new_trials import as_configurations
 
 
 def train_meta_optimizer(
     records: Iterable[base.Record],
     *,
-    space: base.PyTree,
+    space: base.PyTree = None,
     features: Mapping[str, Any] | None = None,
     datasets: Mapping[str, Any] | None = None,
     families: Mapping[str, Any] | None = None,
@@ -66,7 +67,9 @@ def train_meta_optimizer(
         lacks, or has None for where a number is tuned, is at its default. A warning counts records with values that the
         space does not have (`spaces.foreign`): a label counts as no label in particular, a number out of bounds as the
         bound, a text in the place of a number as the default. Leave such records out where that is untrue of them.
-      space: of λ, for new tasks.
+      space: of λ, for new tasks. None infers it from the records' configurations and the candidates (`spaces.infer`):
+        ranges from the smallest to the largest value, choices among what was tried, and conditions that choices tell. A
+        warning says which space that is.
       features: task name -> [F] numbers, NaN where unknown (`tasks.apply_scaling` of meta-features); tasks without an
         entry are unknown altogether.
       datasets: task name -> its labelled rows, a dict like `train` of `tasks.to_task`, for an embedding of the rows
@@ -95,9 +98,10 @@ def train_meta_optimizer(
 
     Raises:
       ValueError: one of the records is none (an unknown status, a fidelity out of (0, 1], an outcome that is no
-        number); no record has an outcome, or all outcomes of every task are equal; a candidate does not fit the space;
-        features have different lengths, or, like families, are of none of the records' tasks; `datasets` lacks
-        a task of the records, or an entry of a task's rows; `costs`, and no task has records of different costs.
+        number); `space` is None, and the records do not tell it; no record has an outcome, or all outcomes of every
+        task are equal; a candidate does not fit the space; features have different lengths, or, like families, are of
+        none of the records' tasks; `datasets` lacks a task of the records, or an entry of a task's rows; `costs`, and
+        no task has records of different costs.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063, for `datasets`;
       Wistuba & Grabocka, ICLR 2021, https://arxiv.org/abs/2101.07667, for `deep_kernels`;
@@ -112,11 +116,15 @@ def train_meta_optimizer(
     for name, share in (("deep_share", deep_share), ("transformer_share", transformer_share)):
         if not 0 <= share <= 1:
             raise ValueError(f"`{name}` must lie in [0, 1]; got {share}.")
+    if candidates is not None:
+        candidates = as_configurations("candidates", candidates)
     if candidates is not None and not len(candidates):
         raise ValueError("`candidates` must hold a configuration, or be None to search the whole space; it is empty.")
     records = as_records(records)
     key = jax.random.key(0) if key is None else key
     kernel_key, attention_key, reference_key = jax.random.split(key, 3)
+    if space is None:
+        space = inferred_space(records, candidates)
     warn_of_foreign(space, records)
     encode = encoder(space)
     names, trials = by_task(records, encode)
@@ -158,7 +166,7 @@ def train_meta_optimizer(
 def train_meta_searcher(
     records: Iterable[base.Record],
     *,
-    space: base.PyTree,
+    space: base.PyTree = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
     **kwargs,
 ) -> MetaOptimizer:
@@ -166,7 +174,7 @@ def train_meta_searcher(
 
     Args:
       records: as for `train_meta_optimizer`.
-      space: of architectures; `spaces.encode` of it is what the kernel compares.
+      space: of architectures; `spaces.encode` of it is what the kernel compares. None infers it, as there.
       candidates: the architectures to choose from; by default, all that are in the records, with what the space has
         names for; without those that have values that the space does not have (`spaces.foreign`).
       **kwargs: of `train_meta_optimizer`.
@@ -178,6 +186,10 @@ def train_meta_searcher(
       ValueError: as for `train_meta_optimizer`; or no record is a candidate.
     """
     records = as_records(records)
+    if candidates is not None:
+        candidates = as_configurations("candidates", candidates)
+    if space is None:
+        space = inferred_space(records, candidates)
     if candidates is None:
         tried = [record.configuration for record in records if not spaces.foreign(space, record.configuration)]
         whole = [spaces.complete(space, configuration, strict=False) for configuration in tried]
