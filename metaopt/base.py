@@ -12,8 +12,9 @@ Everything here is a plain `NamedTuple` of functions, or of arrays; there are no
 meta-parameters where they are a network's weights) is any pytree of floating-point arrays.
 """
 
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -380,6 +381,57 @@ class Record(NamedTuple):
     status: str = "COMPLETE"
     trial: int = 0
     reason: str = ""
+
+
+STATUSES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")  # of a record
+
+
+def check_record(record: Any, name: str = "A record") -> None:
+    """Refuses what is no record of a trial.
+
+    Args:
+      record: what was given.
+      name: what the message calls it, such as "`records[3]`".
+
+    Raises:
+      ValueError: it is something else, its task is no text, its configuration no dict, its status unknown, its fidelity
+        not in (0, 1], or its outcome or cost no number.
+    """
+    if not isinstance(record, Record):
+        raise ValueError(
+            f"{name} must be a `Record`; got {type(record).__name__}. `Record(**fields)` makes one of a dict with "
+            '"task", "configuration", "outcome" and so on, `tasks.records_from_frame` a list of a data frame.'
+        )
+    if not isinstance(record.task, str):
+        raise ValueError(f"{name}'s task must be a name, a string, as it is on disk; got {record.task!r}.")
+    if not isinstance(record.configuration, Mapping):
+        raise ValueError(f"{name}'s configuration must be a dict of values by name; got {record.configuration!r}.")
+    if record.status not in STATUSES:
+        raise ValueError(f"{name}'s status must be one of {', '.join(STATUSES)}; got {record.status!r}.")
+    for field in ("outcome", "fidelity", "cost"):
+        value = getattr(record, field)
+        try:
+            if not math.isnan(value):
+                float(value)
+        except (TypeError, OverflowError):
+            raise ValueError(f"{name}'s {field} must be a number, NaN where there is none; got {value!r}.") from None
+    if not 0 < record.fidelity <= 1:
+        raise ValueError(
+            f"{name}'s fidelity must lie in (0, 1]; got {record.fidelity!r}. It is a fraction of the full budget, and "
+            "no number of epochs."
+        )
+
+
+def is_full_budget(fidelity: float) -> bool:
+    """Whether a fidelity is 1 but for rounding: three thirds, or what float32 has kept, are the full budget.
+
+    Args:
+      fidelity: in (0, 1].
+
+    Returns:
+      Whether at most a millionth of the budget is lacking, which no outcome tells.
+    """
+    return fidelity >= 1 - 1e-6
 
 
 class SearcherInitFn(Protocol):

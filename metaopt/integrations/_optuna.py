@@ -1,5 +1,6 @@
 """Optuna: records as its studies, for its dashboard and its plots, and back; and what was learned as its sampler."""
 
+import itertools
 import math
 import os
 import threading
@@ -20,8 +21,9 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
     """An Optuna study of the records of one task.
 
     Args:
-      records: of one task; those of one trial at several fidelities become its intermediate values, at steps of
-        thousandths of the full budget.
+      records: of one task. Those of one trial (one number, seed and configuration) at several fidelities become its
+        intermediate values, at steps of thousandths of the full budget; a second record at the same fidelity is another
+        trial, as of another study.
       space: that they come from.
       **kwargs: of `optuna.create_study`, such as `storage="sqlite:///study.db"`, for its dashboard, and `study_name`;
         not its `direction`, since outcomes are minimized.
@@ -32,24 +34,25 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
       one whose outcome is NaN has failed.
 
     Raises:
-      ValueError: the records are of several tasks, a configuration does not fit the space, or a direction is given.
+      ValueError: the records are of several tasks, one is no record (an unknown status, a fidelity out of (0, 1], an
+        outcome that is no number), a configuration does not fit the space, or a direction is given.
       ImportError: Optuna is not installed.
     """
     import optuna
 
+    records = list(records)
+    for i, record in enumerate(records):
+        base.check_record(record, f"`records[{i}]`")
     if len(names := {record.task for record in records}) > 1:
         raise ValueError(f"An Optuna study is of one task; got records of {sorted(names)}.")
     if given := {"direction", "directions"} & set(kwargs):
         raise ValueError(f"Outcomes are minimized, so that `{given.pop()}` cannot be given.")
     distributions = spaces.to_optuna(space)
     study = optuna.create_study(**kwargs)
-    trials: dict[int, list[base.Record]] = {}
-    for record in records:
-        trials.setdefault(record.trial, []).append(record)
-    for several in trials.values():
+    for several in _by_trial(records):
         last = max(several, key=lambda record: record.fidelity)
         state = optuna.trial.TrialState.PRUNED
-        if last.status != "COMPLETE" or last.fidelity == 1.0:
+        if last.status != "COMPLETE" or base.is_full_budget(last.fidelity):
             state = optuna.trial.TrialState[last.status]
         if last.status == "COMPLETE" and math.isnan(last.outcome):
             state = optuna.trial.TrialState.FAIL  # Optuna has no trial that is complete without a value
@@ -75,6 +78,20 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
             )
         )
     return study
+
+
+def _by_trial(records: Sequence[base.Record]) -> list[list[base.Record]]:
+    """The records of each trial, in the order of the first ones.
+
+    A number alone is no trial: every study, and every task's searcher, counts from 0.
+    """
+    trials: dict[tuple, dict[float, base.Record]] = {}
+    for record in records:
+        what = sorted((name, type(value).__name__, repr(value)) for name, value in record.configuration.items())
+        name = record.trial, record.seed, tuple(what)
+        others = next(n for n in itertools.count() if record.fidelity not in trials.get((*name, n), {}))
+        trials.setdefault((*name, others), {})[record.fidelity] = record
+    return [list(of.values()) for of in trials.values()]
 
 
 def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Record]:

@@ -1,9 +1,7 @@
 """g and h from records of earlier trials: `train_meta_optimizer`, `train_meta_searcher`."""
 
-import collections
 import functools
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,13 +10,15 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, predictors, spaces, training
+from metaopt.methods._earlier_trials import as_records, by_task, costs_by_task, inferred_space, some, warn_of_foreign
 from metaopt.methods._meta_search import ROWS, MetaOptimizer, check_no_mapping, check_rows, encoder, meta_optimizer
+from metaopt.methods._new_trials import as_configurations
 
 
 def train_meta_optimizer(
-    records: Sequence[base.Record],
+    records: Iterable[base.Record],
     *,
-    space: base.PyTree,
+    space: base.PyTree = None,
     features: Mapping[str, Any] | None = None,
     datasets: Mapping[str, Any] | None = None,
     families: Mapping[str, Any] | None = None,
@@ -61,12 +61,15 @@ def train_meta_optimizer(
     were trained with (at most `predictors.MAX_SHOWN`), and at what runs as if it had given what the mixture expects.
 
     Args:
-      records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which count as bad. Tasks
-        whose spaces differ still teach: names that the space does not have are ignored, and what a record lacks, or has
-        None for where a number is tuned, is at its default. A warning counts records with values that the space does
-        not have (`spaces.foreign`): a label counts as no label in particular, a number out of bounds as the bound, a
-        text in the place of a number as the default. Leave such records out where that is untrue of them.
-      space: of λ, for new tasks.
+      records: trials of earlier tasks, or a data frame of them (`tasks.records_to_frame`): complete ones at full
+        fidelity count, and failed ones, as bad. A warning names tasks that have an outcome, but none at the full
+        budget. Tasks whose spaces differ still teach: names that the space does not have are ignored, and what a record
+        lacks, or has None for where a number is tuned, is at its default. A warning counts records with values that the
+        space does not have (`spaces.foreign`): a label counts as no label in particular, a number out of bounds as the
+        bound, a text in the place of a number as the default. Leave such records out where that is untrue of them.
+      space: of λ, for new tasks. None infers it from the records' configurations and the candidates (`spaces.infer`):
+        ranges from the smallest to the largest value, choices among what was tried, and conditions that choices tell. A
+        warning says which space that is.
       features: task name -> [F] numbers, NaN where unknown (`tasks.apply_scaling` of meta-features); tasks without an
         entry are unknown altogether.
       datasets: task name -> its labelled rows, a dict like `train` of `tasks.to_task`, for an embedding of the rows
@@ -94,9 +97,11 @@ def train_meta_optimizer(
       A `MetaOptimizer`.
 
     Raises:
-      ValueError: no record has an outcome, or all outcomes of every task are equal; a candidate does not fit the
-        space; features have different lengths, or, like families, are of none of the records' tasks; `datasets` lacks
-        a task of the records, or an entry of a task's rows; `costs`, and no task has records of different costs.
+      ValueError: one of the records is none (an unknown status, a fidelity out of (0, 1], an outcome that is no
+        number); `space` is None, and the records do not tell it; no record has an outcome, or all outcomes of every
+        task are equal; a candidate does not fit the space; features have different lengths, or, like families, are of
+        none of the records' tasks; `datasets` lacks a task of the records, or an entry of a task's rows; `costs`, and
+        no task has records of different costs.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063, for `datasets`;
       Wistuba & Grabocka, ICLR 2021, https://arxiv.org/abs/2101.07667, for `deep_kernels`;
@@ -111,13 +116,18 @@ def train_meta_optimizer(
     for name, share in (("deep_share", deep_share), ("transformer_share", transformer_share)):
         if not 0 <= share <= 1:
             raise ValueError(f"`{name}` must lie in [0, 1]; got {share}.")
+    if candidates is not None:
+        candidates = as_configurations("candidates", candidates)
     if candidates is not None and not len(candidates):
         raise ValueError("`candidates` must hold a configuration, or be None to search the whole space; it is empty.")
+    records = as_records(records)
     key = jax.random.key(0) if key is None else key
     kernel_key, attention_key, reference_key = jax.random.split(key, 3)
-    _warn_of_foreign(space, records)
+    if space is None:
+        space = inferred_space(records, candidates)
+    warn_of_foreign(space, records)
     encode = encoder(space)
-    names, trials = _by_task(records, encode)
+    names, trials = by_task(records, encode)
     kernel = _fit_kernel(kernel_key, trials, num_steps)
     if candidates is None:
         # What a configuration has for itself can be found out in a finite set alone: in a continuum every new point
@@ -125,7 +135,7 @@ def train_meta_optimizer(
         kernel = kernel._replace(logit_smooth=jnp.maximum(kernel.logit_smooth, 5.0))
     known = _features(names, features)
     if families is not None and not any(name in families for name in names):
-        raise ValueError(f"`families` has none of the records' tasks, {_some(names)}; its keys are {_some(families)}.")
+        raise ValueError(f"`families` has none of the records' tasks, {some(names)}; its keys are {some(families)}.")
     surrogate = predictors.surrogate(trials, kernel, _reference(reference_key, trials, max_reference), features=known)
     family = [name if families is None else families.get(name, name) for name in names]
     if datasets is not None:
@@ -146,7 +156,7 @@ def train_meta_optimizer(
         surrogate = surrogate._replace(transformers=networks, transformer_share=share, max_shown=num_shown)
     cost_surrogate = None
     if costs:
-        trials = _costs_by_task(records, encode)
+        trials = costs_by_task(records, encode)
         kernel = _fit_kernel(jax.random.fold_in(key, 5), trials, num_steps)
         kernel = kernel._replace(logit_smooth=jnp.maximum(kernel.logit_smooth, 5.0))
         cost_surrogate = predictors.surrogate(trials, kernel, _reference(reference_key, trials, max_reference))
@@ -154,9 +164,9 @@ def train_meta_optimizer(
 
 
 def train_meta_searcher(
-    records: Sequence[base.Record],
+    records: Iterable[base.Record],
     *,
-    space: base.PyTree,
+    space: base.PyTree = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
     **kwargs,
 ) -> MetaOptimizer:
@@ -164,7 +174,7 @@ def train_meta_searcher(
 
     Args:
       records: as for `train_meta_optimizer`.
-      space: of architectures; `spaces.encode` of it is what the kernel compares.
+      space: of architectures; `spaces.encode` of it is what the kernel compares. None infers it, as there.
       candidates: the architectures to choose from; by default, all that are in the records, with what the space has
         names for; without those that have values that the space does not have (`spaces.foreign`).
       **kwargs: of `train_meta_optimizer`.
@@ -175,6 +185,11 @@ def train_meta_searcher(
     Raises:
       ValueError: as for `train_meta_optimizer`; or no record is a candidate.
     """
+    records = as_records(records)
+    if candidates is not None:
+        candidates = as_configurations("candidates", candidates)
+    if space is None:
+        space = inferred_space(records, candidates)
     if candidates is None:
         tried = [record.configuration for record in records if not spaces.foreign(space, record.configuration)]
         whole = [spaces.complete(space, configuration, strict=False) for configuration in tried]
@@ -185,62 +200,6 @@ def train_meta_searcher(
                 f"`candidates`. The first one has {spaces.foreign(space, records[0].configuration)}."
             )
     return train_meta_optimizer(records, space=space, candidates=candidates, **kwargs)
-
-
-def _warn_of_foreign(space, records) -> None:
-    """Says how many records have values that the space does not have."""
-    # A table's configurations are few dicts, which the records of all its tasks share.
-    shared = {id(record.configuration): record.configuration for record in records}
-    of = {number: spaces.foreign(space, configuration) for number, configuration in shared.items()}
-    found = [of[id(record.configuration)] for record in records]
-    if num := sum(map(bool, found)):
-        counts = collections.Counter(name for values in found for name in values)
-        example = {name: next(values[name] for values in found if name in values) for name, _ in counts.most_common(3)}
-        some = ", ".join(f"`{name}` in {counts[name]}, such as {value!r}" for name, value in example.items())
-        warnings.warn(
-            f"{num} of {len(found)} records have values that the space does not have ({some}). A label counts as none "
-            "in particular, a number out of bounds as the bound, a text in the place of a number as the default. Where "
-            "that is untrue of them, leave them out (`spaces.foreign` finds them), or widen the space.",
-            stacklevel=3,
-        )
-
-
-def _by_task(records, encode) -> tuple[list[str], list[predictors.TaskTrials]]:
-    """Names of the tasks whose outcomes differ, and their trials."""
-    of: dict[str, list[tuple[np.ndarray, float]]] = {}
-    for record in records:
-        failed = record.status == "FAIL"
-        if failed or (record.status == "COMPLETE" and record.fidelity == 1.0):
-            y = np.nan if failed or not np.isfinite(record.outcome) else record.outcome
-            of.setdefault(record.task, []).append((encode(record.configuration), y))
-    of = {name: pairs for name, pairs in of.items() if np.isfinite([y for _, y in pairs]).any()}
-    if not of:
-        raise ValueError('`records` must hold trials that are "COMPLETE" at fidelity 1; there is none.')
-    # One failure and one success differ, too.
-    of = {name: pairs for name, pairs in of.items() if len({y if np.isfinite(y) else None for _, y in pairs}) > 1}
-    if not of:
-        raise ValueError(
-            "`records` must hold a task with trials of different outcomes; each has one trial, or one outcome for all, "
-            "which says nothing of what is better."
-        )
-    return list(of), _stacked(of)
-
-
-def _costs_by_task(records, encode) -> list[predictors.TaskTrials]:
-    """Logarithms of costs at the full budget, of the tasks where they differ."""
-    of: dict[str, list[tuple[np.ndarray, float]]] = {}
-    for record in records:
-        # What failed at once was not cheap: nothing is known of what it would have cost.
-        if record.status == "COMPLETE" and record.fidelity == 1.0 and 0 < record.cost < np.inf:
-            of.setdefault(record.task, []).append((encode(record.configuration), np.log(record.cost)))
-    of = {name: pairs for name, pairs in of.items() if len({y for _, y in pairs}) > 1}
-    if not of:
-        raise ValueError("`costs=True` needs records with a `cost` in seconds, and a task where they differ.")
-    return _stacked(of)
-
-
-def _stacked(of) -> list[predictors.TaskTrials]:
-    return [predictors.TaskTrials(np.stack([x for x, _ in p]), np.array([y for _, y in p])) for p in of.values()]
 
 
 def _reference(key, trials, max_reference: int) -> np.ndarray:
@@ -255,7 +214,7 @@ def _features(names, features) -> np.ndarray | None:
     if features is None:
         return None
     if not any(name in features for name in names):
-        raise ValueError(f"`features` has none of the records' tasks, {_some(names)}; its keys are {_some(features)}.")
+        raise ValueError(f"`features` has none of the records' tasks, {some(names)}; its keys are {some(features)}.")
     for name in names:
         check_no_mapping("features", features.get(name))
     rows = [np.asarray(features[name], float).ravel() if name in features else None for name in names]
@@ -263,12 +222,6 @@ def _features(names, features) -> np.ndarray | None:
     if len(lengths) != 1:
         raise ValueError(f"All tasks must have as many `features`; got {lengths}.")
     return np.stack([np.full(lengths[0], np.nan) if row is None else row for row in rows])
-
-
-def _some(names) -> str:
-    """A few of them, so that a mismatch is seen."""
-    names = list(names)
-    return ", ".join(repr(name) for name in names[:3]) + (" ..." if len(names) > 3 else "") if names else "none"
 
 
 def _fit_kernel(key, trials, num_steps: int) -> predictors.Kernel:
@@ -515,7 +468,7 @@ def _stacked_rows(names, datasets) -> dict[str, jax.Array]:
     """[S, ...] the rows that are read, with columns and classes padded to one size."""
     if missing := [name for name in names if name not in datasets]:
         raise ValueError(
-            f"`datasets` must hold the rows of each task of the records that teaches; it lacks {_some(missing)}."
+            f"`datasets` must hold the rows of each task of the records that teaches; it lacks {some(missing)}."
         )
     kept = ROWS
     for name in names:

@@ -10,6 +10,8 @@ import numpy as np
 from metaopt import predictors
 from metaopt.methods._new_trials import (
     MAX_TRIALS,
+    as_configurations,
+    as_outcomes,
     best_and_latest,
     from_the_best,
     padded,
@@ -37,14 +39,15 @@ class OutcomesFn(Protocol):
         new_task: Any = None,
         *,
         tried: Sequence[Mapping[str, Any]] = (),
-        outcomes: Sequence[float] = (),
+        outcomes: Sequence[float] | np.ndarray = (),
         levels: Sequence[float] = (0.1, 0.5, 0.9),
     ) -> Outcomes:
         """What to expect of configurations, given what was tried (NaN: it failed): mean and quantiles, should they not
         fail. What failed is expected to have given what is no better than the worst outcome, or than 1 where there is
         none, and so is what is like it.
 
-        Names and values that the space does not have are refused (`ValueError`); what is lacking is at its default."""
+        Configurations are dicts, or the rows of a data frame, whose gaps are what is lacking. Names and values that the
+        space does not have are refused (`ValueError`); what is lacking is at its default."""
         ...
 
 
@@ -110,19 +113,18 @@ def outcomes_fn(
         new_task: Any = None,
         *,
         tried: Sequence[Mapping[str, Any]] = (),
-        outcomes: Sequence[float] = (),
+        outcomes: Sequence[float] | np.ndarray = (),
         levels: Sequence[float] = (0.1, 0.5, 0.9),
     ) -> Outcomes:
-        if len(tried) != len(outcomes):
-            raise ValueError(f"Each configuration has an outcome; got {len(tried)} and {len(outcomes)}.")
+        configurations = as_configurations("configurations", configurations)
+        tried = as_configurations("tried", tried)
+        y, low, trials, failures = as_outcomes(outcomes, len(tried)), 0.0, None, None
         if not all(0 < level < 1 for level in levels):
             raise ValueError(f"`levels` must lie in (0, 1); got {tuple(levels)}.")
         if not len(configurations):
             return Outcomes(np.zeros(0), np.zeros((0, len(levels))))
         task, x = seen_from(new_task), np.stack([encode(c, True) for c in configurations])
         at_tried = np.stack([encode(c, True) for c in tried]) if len(tried) else np.zeros((0, x.shape[1]))
-        y, low, trials, failures = np.asarray(outcomes, float), 0.0, None, None
-        y = np.where(np.isfinite(y), y, np.nan)
         if ended := bool(np.isfinite(y).any()):
             y, low = from_the_best(y, widest)  # float32 has few digits
         keep = best_and_latest(y, MAX_TRIALS)

@@ -1,5 +1,6 @@
 """What is done with a surrogate of earlier tasks: predictions, portfolios, and trials on a new task."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +16,8 @@ from metaopt.methods._new_trials import (
     MAX_TRIALS,
     Told,
     TriedConfiguration,
+    as_configurations,
+    as_outcomes,
     at_full_budget,
     best_and_latest,
     from_the_best,
@@ -46,7 +49,7 @@ class SuggestFn(Protocol):
     def __call__(
         self,
         configurations: Sequence[Mapping[str, Any]],
-        outcomes: Sequence[float],
+        outcomes: Sequence[float] | np.ndarray,
         new_task: Any = None,
         *,
         num: int = 1,
@@ -56,8 +59,13 @@ class SuggestFn(Protocol):
     ) -> list[dict[str, Any]]:
         """What to try next, given what was tried (NaN: it failed) and what runs: in closed form, without a fit.
 
-        Names and values that the space does not have are refused (`ValueError`); what is lacking is at its default. Of
-        more than 256 trials the best and the latest are looked at, and without candidates no others are checked."""
+        Without candidates every fourth one is random, as in the searcher: where as many were tried and run as 3, 7, 11
+        and so on, once there is an outcome. It depends on `key`, and on no trial; with candidates none is.
+
+        Configurations are dicts, or the rows of a data frame, whose gaps are what is lacking; outcomes are [N] or
+        [N, 1]. Names and values that the space does not have are refused (`ValueError`); what is lacking is at its
+        default. Of more than 256 trials the best and the latest are looked at, and without candidates no others are
+        checked."""
         ...
 
 
@@ -187,6 +195,9 @@ def encoder(space: base.PyTree):
         except TypeError:  # what other spaces have may not be hashable
             found = known.get(name := (strict, repr(sorted(configuration.items(), key=lambda item: item[0]))))
         if found is None:
+            gaps = [key for key, value in configuration.items() if isinstance(value, float) and value != value]
+            if gaps and not strict:  # a NaN is no other NaN, and would be computed each time
+                return encoded({key: value for key, value in configuration.items() if key not in gaps})
             # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
             whole = spaces.complete(space, configuration, strict=strict)
             others = {} if strict else spaces.foreign(space, configuration)
@@ -381,6 +392,12 @@ def meta_optimizer(
         num_features = len(surrogate.sorted_features)
         if features is not None and num_features and np.shape(features) != (num_features,):
             raise ValueError(f"A new task has [{num_features}] features; got shape {np.shape(features)}.")
+        if features is not None and not num_features:
+            warnings.warn(
+                "The new task's features are not looked at: none were learned from. `train_meta_optimizer(features=)` "
+                "takes those of earlier tasks. None, or a Task without `features`, is a task that is not known.",
+                stacklevel=3,
+            )
         rows = new_task.train if isinstance(new_task, base.Task) else None
         if rows is not None and surrogate.embedding is not None:
             check_rows("The new task's `train`", rows)
@@ -492,7 +509,7 @@ def meta_optimizer(
             first = (
                 [{}] if finite is None else [c for i, c in enumerate(pool) if np.array_equal(finite[i], default)][:1]
             )
-        given = tuple(spaces.complete(space, c) for c in first)
+        given = tuple(spaces.complete(space, c) for c in as_configurations("first", first))
 
         def init(key, space):
             if space is not None and space != own_space:
@@ -554,7 +571,7 @@ def meta_optimizer(
 
     def suggest(
         configurations: Sequence[Mapping[str, Any]],
-        outcomes: Sequence[float],
+        outcomes: Sequence[float] | np.ndarray,
         new_task: Any = None,
         *,
         num: int = 1,
@@ -563,11 +580,11 @@ def meta_optimizer(
         key: jax.Array | None = None,
     ) -> list[dict[str, Any]]:
         base.check_integer("num", num, 1)
-        if len(configurations) != len(outcomes):
-            raise ValueError(f"Each configuration has an outcome; got {len(configurations)} and {len(outcomes)}.")
-        y = np.asarray(outcomes, float)
+        configurations = as_configurations("configurations", configurations)
+        pending = as_configurations("pending", pending)
+        y = as_outcomes(outcomes, len(configurations))
         told = Told(
-            np.where(np.isfinite(y), y, np.nan),
+            y,
             np.zeros(len(y), bool),
             np.full(len(y), np.nan),
             # Few are looked at; all of them only where some candidates must be left out.

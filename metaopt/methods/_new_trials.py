@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,56 @@ import numpy as np
 
 MAX_TRIALS = 256  # of the new task that the surrogate looks at
 _NEAREST = 8  # fidelities above one's own that are compared with it
+
+
+def as_configurations(name: str, given: Any) -> Sequence[Mapping[str, Any]]:
+    """Configurations from a list of dicts, or a data frame, whose gaps (NaN) are what a row does not have.
+
+    Args:
+      name: of the argument.
+      given: what it is.
+
+    Raises:
+      ValueError: it is something else, such as an array, which does not say what its columns are.
+    """
+    if hasattr(given, "columns"):
+        rows = given.to_dict("records")
+        return [{key: value for key, value in row.items() if value == value} for row in rows]
+    if isinstance(given, Mapping):
+        raise ValueError(f"`{name}` must be a list of configurations; got one.")
+    if isinstance(given, (str, np.ndarray, jax.Array)) or not isinstance(given, Sequence):
+        raise ValueError(
+            f"`{name}` must be a list of configurations, dicts of values by name such as {{'x': 0.5}}, or a data frame "
+            f"with a column a name; got {type(given).__name__}. `pandas.DataFrame(array, columns=names)` makes a frame "
+            "of an array."
+        )
+    for i, configuration in enumerate(given):
+        if not isinstance(configuration, Mapping):
+            raise ValueError(f"`{name}[{i}]` must be a dict of values by name; got {configuration!r}.")
+    return given
+
+
+def as_outcomes(given: Any, num: int) -> np.ndarray:
+    """[N] outcomes of so many configurations, from any array of N numbers.
+
+    Args:
+      given: a number each, [N] or [N, 1]; what is not finite has failed, and None, too.
+      num: N.
+
+    Raises:
+      ValueError: it is something else, or of another length.
+    """
+    try:
+        y = np.asarray(given, float)
+    except (TypeError, ValueError):
+        raise ValueError(f"`outcomes` must be numbers, NaN where a trial failed; got {given!r}.") from None
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1:
+        raise ValueError(f"`outcomes` must be a number for each configuration, [N]; got shape {y.shape}.")
+    if len(y) != num:
+        raise ValueError(f"Each configuration has an outcome; got {num} and {len(y)}.")
+    return np.where(np.isfinite(y), y, np.nan)
 
 
 class TriedConfiguration(NamedTuple):

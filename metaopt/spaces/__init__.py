@@ -21,7 +21,8 @@ What does not fit the space in structure or shape raises a `ValueError` while tr
 
 What is tuned without a gradient runs with a **configuration**: `configuration` writes λ as plain values by name,
 integers rounded, choices as their labels, and leaves out what is not active (`active_if`); `from_configuration` reads
-it back; `complete` adds what one lacks; `foreign` says which values the space does not have.
+it back; `complete` adds what one lacks; `foreign` says which values the space does not have, and `infer`
+makes a space of configurations that were tried.
 
 Source for the bijections: Stan Reference Manual, "Constraint transforms",
 https://mc-stan.org/docs/reference-manual/transforms.html
@@ -30,6 +31,7 @@ https://mc-stan.org/docs/reference-manual/transforms.html
 from metaopt.spaces._configuration import active, complete, configuration, foreign, from_configuration
 from metaopt.spaces._constrain import constrain
 from metaopt.spaces._convert import from_configspace, from_optuna, suggest, to_configspace, to_optuna
+from metaopt.spaces._infer import infer
 from metaopt.spaces._leaves import (
     Choice,
     Fixed,
@@ -87,6 +89,7 @@ __all__ = [
     "from_configuration",
     "from_json",
     "from_optuna",
+    "infer",
     "integer",
     "interval",
     "names",

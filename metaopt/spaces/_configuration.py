@@ -59,10 +59,12 @@ def from_configuration(
 
     Args:
       space: a tree of leaves.
-      configuration: plain values by name, as from `configuration`; those of fixed leaves are not looked at.
+      configuration: plain values by name, as from `configuration`; those of fixed leaves are not looked at. NaN of what
+        is not active is a gap, as of a row of a data frame, and lacking.
       strict: whether names, labels and values out of bounds, which the space does not have, are refused. Otherwise such
         names are ignored, such values kept, such labels give all labels the same weight, and what should be a number
-        and is none (None, "auto") is at its default: for records of a space that has changed since, or of others.
+        and is none (None, "auto") or is NaN is at its default: for records of a space that has changed since, or of
+        others.
 
     Returns:
       λ, structured like the space, of NumPy arrays of JAX's default floating-point type; a choice is one-hot.
@@ -79,14 +81,16 @@ def from_configuration(
     """
     leaves, treedef = _flatten(space)
     unknown = dict(configuration)
-    values, names = [], []
+    values, names, gaps = [], [], []
     for path, leaf in leaves:
         value = np.array(_default_value(leaf, jnp.result_type(float)))
         for index in np.ndindex(leaf.plain_shape):
             name = _entry(_name(path), index)
             names.append(name)
             given = unknown.pop(name, _MISSING)
-            if given is not _MISSING and leaf.tuned:
+            if _is_gap(given) and (leaf.condition or not strict):
+                gaps.append(name)
+            elif given is not _MISSING and leaf.tuned:
                 try:
                     value[index] = leaf.from_plain(given, strict)
                 except ValueError as error:
@@ -101,7 +105,10 @@ def from_configuration(
             f"{', '.join(f'`{name}`' for name in names)}. "
             "`from_configuration(strict=False)` ignores what it does not have."
         )
-    return treedef.unflatten(values)
+    hyperparams = treedef.unflatten(values)
+    if gaps and strict and (lacking := [name for name in _configuration(space, hyperparams) if name in gaps]):
+        raise ValueError(f"The configuration's `{lacking[0]}` is active, and must have a value; got nan.")
+    return hyperparams
 
 
 def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, A
 
     Returns:
       Labels that are none of a choice's, numbers out of bounds, and what is no number where one is tuned; but for None,
-      which there stands for what is not given.
+      which there stands for what is not given, and NaN, which is a gap.
 
     >>> from metaopt import spaces
     >>> space = {"depth": spaces.integer(1, 8), "loss": spaces.choice(["mse", "mae"])}
@@ -156,7 +163,7 @@ def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, A
         for index in np.ndindex(leaf.plain_shape if leaf.tuned else (0,)):
             name = _entry(_name(path), index)
             value = configuration.get(name, _MISSING)
-            if value is _MISSING or (value is None and not isinstance(leaf, Choice)):
+            if value is _MISSING or _is_gap(value) or (value is None and not isinstance(leaf, Choice)):
                 continue
             try:
                 leaf.from_plain(value, True)
@@ -205,6 +212,11 @@ def active(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
 
 _configuration = configuration  # where an argument has the name
 _MISSING = object()
+
+
+def _is_gap(value) -> bool:
+    """Whether it is NaN, with which data frames fill what a row does not have."""
+    return isinstance(value, (float, np.floating)) and value != value
 
 
 def _is_number(value) -> bool:

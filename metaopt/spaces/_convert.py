@@ -82,11 +82,19 @@ def from_optuna(distributions: Mapping[str, Any]) -> dict[str, Leaf]:
       A flat dict of leaves; a distribution of one number is fixed.
 
     Raises:
-      ValueError: a distribution has no counterpart: a float with a step, or a step that gives more than 1,000 values.
+      ValueError: `distributions` is no dict, or a distribution has no counterpart: a float with a step, or a step that
+        gives more than 1,000 values.
     """
+    if not isinstance(distributions, Mapping):
+        raise ValueError(
+            f"`distributions` must be a dict of Optuna's distributions by name; got {type(distributions).__name__}. "
+            "Of a study, `{n: d for trial in study.trials for n, d in trial.distributions.items()}` is one."
+        )
     space: dict[str, Leaf] = {}
     for name, distribution in distributions.items():
         kind = type(distribution).__name__
+        if not kind.endswith("Distribution"):
+            raise ValueError(f"`{name}` must be a distribution of Optuna; got {distribution!r}.")
         if kind == "CategoricalDistribution":
             space[name] = _choice(distribution.choices)
         elif distribution.single():
@@ -152,8 +160,16 @@ def from_configspace(document: Mapping[str, Any]) -> dict[str, Leaf]:
       A flat dict of leaves.
 
     Raises:
-      ValueError: there is a forbidden clause, a disjunction of conditions, or a parameter without a counterpart.
+      ValueError: `document` is no such document, or there is a forbidden clause, a disjunction of conditions, or a
+        parameter without a counterpart.
     """
+    if not isinstance(document, Mapping) or "hyperparameters" not in document:
+        what = f"a dict of {list(document)}" if isinstance(document, Mapping) else type(document).__name__
+        raise ValueError(
+            '`document` must be the dict that ConfigSpace writes as JSON, with "hyperparameters"; got '
+            f"{what}. Of a file, `json.loads(Path(file).read_text())` is one; a `ConfigurationSpace` writes the file "
+            "with `to_json`."
+        )
     if document.get("forbiddens"):
         raise ValueError("A space has no forbidden clauses; let the objective raise where they hold.")
     space: dict[str, Leaf] = {}

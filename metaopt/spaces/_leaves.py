@@ -295,8 +295,13 @@ class Choice(_Weights):
         return self.labels[int(np.argmax(value))]
 
     def from_plain(self, value, strict):
-        if value in self.labels:
-            return np.eye(len(self.labels))[self.labels.index(value)]
+        kinds = {type(label) for label in self.labels}
+        # scikit-learn's `max_features=1` is one feature, and 1.0 all: where labels are not numbers alone, types tell.
+        alike = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)) and kinds <= {int, float}
+        kind = str if isinstance(value, str) else type(value.item() if isinstance(value, np.generic) else value)
+        for place, label in enumerate(self.labels):
+            if (alike or kind is type(label)) and value == label:
+                return np.eye(len(self.labels))[place]
         if strict:
             raise ValueError(f"one of {self.labels}")
         return np.full(len(self.labels), 1 / len(self.labels))
@@ -530,7 +535,9 @@ def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] =
       shape: how many independent choices among the same labels.
 
     Returns:
-      A leaf of values [*shape, number of labels], whose samples are Dirichlet(1): every label is equally probable.
+      A leaf of values [*shape, number of labels], whose samples are Dirichlet(1): every label is equally probable. In a
+      configuration, a value is a label where both have one type, since 1, 1.0 and True may mean different things
+      (scikit-learn's `max_features`); but where all labels are numbers, 1 and 1.0 are one, as in a column with gaps.
 
     Raises:
       ValueError: the labels are one number or none at all, of another type or not different (1, 1.0 and True are

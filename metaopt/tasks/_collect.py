@@ -41,6 +41,7 @@ def collect(
     resumes: bool = False,
     store: str | os.PathLike[str] | None = None,
     study: str = "",
+    retry_failed: bool = False,
     num_workers: int | None = None,
     isolated: bool = True,
     time_limit: float | None = None,
@@ -81,11 +82,15 @@ def collect(
         same seeds everywhere, which makes the records a matrix.
       resumes: whether the objective continues a trial that it has run at a lower fidelity (from a checkpoint of its
         own), so that only the difference of the two is spent.
-      store: a file of records (`append_records`), made where there is none; by default, none.
+      store: a file of records (`append_records`), made where there is none; by default, none. A trial of which it has
+        the end is not run again, a failed one neither: where the objective has been corrected since, `retry_failed`.
       study: the collection's name in the store. One is continued by calling again with the same space, searcher,
         `batch_size`, `same_trials`, `resumes` and key; `num_trials` may be larger, tasks may come and go, and
         configurations be enqueued `after` what has been run. One collection of a study at a time: several studies may
         share a store.
+      retry_failed: run trials that have failed once more, in every call that says so. The new record is what counts
+        from then on; the old one stays in the store (`read_records(history=True)`). A searcher that listens has heard
+        of the failure, and goes on from it: it is not asked for other trials than it was.
       num_workers: how many trials run at a time, on one core each: joblib's `n_jobs`. Of every task, at most
         `batch_size` of them.
       isolated: whether trials run in children, on POSIX systems. Otherwise they run in joblib's workers: faster where
@@ -152,7 +157,8 @@ def collect(
     paid: dict[tuple[str, int], float] = {}  # the highest fidelity of each trial, where it resumes
     try:
         with _alone(store, study), _progress_bar(num_trials * len(named), progress) as show:
-            ended = _read_ended(store, study, named)
+            # What its searcher heard of a trial is how it ended at first.
+            ended, heard = _read_ended(store, study, named, retry_failed)
             while asking:
                 batches: dict[str, list[base.Record]] = {}
                 for name in [name for name in named if name in asking]:
@@ -191,7 +197,8 @@ def collect(
                     if len(done) < len(batch):
                         asking.clear()  # the budget is spent
                     else:
-                        states[name] = searcher.tell(states[name], done)
+                        of_first = [heard.get(_identity(record), record) for record in done]
+                        states[name] = searcher.tell(states[name], of_first)
     finally:
         if isolated:
             end_children(owner)
@@ -253,12 +260,16 @@ def _alone(store, study: str) -> Iterator[None]:
             return
 
 
-def _read_ended(store, study, named) -> dict[tuple, base.Record]:
-    """What the store has of the study; a trial without an end is queued again."""
+def _read_ended(store, study, named, retry_failed) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:
+    """How the trials of the study in the store ended at last, and at first; one without an end is queued again."""
     if store is None or not os.path.exists(store):
-        return {}
-    records = read_records(store, study=study, status=_ENDED)
-    return {_identity(record): record for record in records if record.task in named}
+        return {}, {}
+    rows = read_records(store, study=study, status=_ENDED, history=True)
+    rows = [record for record in rows if record.task in named]
+    last = {_identity(record): record for record in rows}
+    if retry_failed:
+        last = {name: record for name, record in last.items() if record.status != "FAIL"}
+    return last, {_identity(record): record for record in reversed(rows)}
 
 
 def _run_all(run, objective, named, trials, store, study, num_workers, deadline) -> Iterator[base.Record]:

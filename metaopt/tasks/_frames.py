@@ -44,7 +44,8 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
     """The records of a data frame that `records_to_frame` made, or `pandas.read_parquet` read.
 
     Args:
-      frame: with "task" and "configuration" (JSON), and with as many other fields as there are. A missing reason is "".
+      frame: with "task" and "configuration" (JSON, or dicts), and with as many other fields as there are. A missing
+        reason is "".
         CSV cannot tell a name from a number, or from nothing ("007", "1e5", "NA"), so that pandas must be told:
 
             texts, gaps = {"task": str, "reason": str}, {"outcome": "", "cost": ""}
@@ -54,7 +55,7 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
       The records, in order.
 
     Raises:
-      ValueError: a column that is needed is missing, or a task's name or a reason is no text.
+      ValueError: a column that is needed is missing, a task's name or a reason is no text, or a configuration no JSON.
     """
     if missing := {"task", "configuration"} - set(frame.columns):
         raise ValueError(f"The frame has no column {sorted(missing)}; `records_to_frame` makes such frames.")
@@ -69,6 +70,14 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
                     f"The column {name!r} must hold texts; got {text!r}, which may have been another text in a file of "
                     "CSV: `records_from_frame` says how pandas reads one."
                 )
-        configuration = json.loads(record.configuration)  # pyright: ignore[reportArgumentType]
+        configuration = record.configuration
+        if not isinstance(configuration, dict):
+            try:
+                configuration = json.loads(configuration)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f'The column "configuration" must hold JSON or dicts; got {configuration!r}. `records_to_frame` '
+                    "makes such frames."
+                ) from None
         records.append(record._replace(configuration=configuration, reason=reason))
     return records

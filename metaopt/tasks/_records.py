@@ -21,11 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from metaopt.base import Record
+from metaopt.base import STATUSES, Record, check_record
 
 VERSION = 1
 _TIMEOUT = 300  # seconds that a writer waits for others
-STATUSES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")
 
 _APPLICATION = 0x6D657461  # "meta", in the header of the file
 _COLUMNS = ", ".join(Record._fields)
@@ -213,13 +212,7 @@ def _header_of_made(connection) -> list[int]:
 
 
 def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
-    if not isinstance(record.task, str):
-        raise ValueError(f"A record's task must be a name, a string, as it is on disk; got {record.task!r}.")
-    if record.status not in STATUSES:
-        raise ValueError(f"A record's status must be one of {', '.join(STATUSES)}; got {record.status!r}.")
-    fidelity = _number_or_null("fidelity", record.fidelity)
-    if fidelity is None or not (any_fidelity or 0 < fidelity <= 1):
-        raise ValueError(f"A record's fidelity must lie in (0, 1]; got {record.fidelity!r}.")
+    check_record(record._replace(fidelity=1.0) if any_fidelity else record)
     if not isinstance(record.reason, str):
         raise ValueError(f'A record\'s reason must be a text, "" where there is none; got {record.reason!r}.')
     for name, text in (("task", record.task), ("reason", record.reason)):
@@ -237,9 +230,9 @@ def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
     return (
         record.task,
         configuration,
-        _number_or_null("outcome", record.outcome),
-        fidelity,
-        _number_or_null("cost", record.cost),
+        _number_or_null(record.outcome),
+        float(record.fidelity),
+        _number_or_null(record.cost),
         _integer("seed", record.seed),
         record.status,
         _integer("trial", record.trial),
@@ -253,12 +246,9 @@ def _from_row(row) -> Record:
     return record._replace(configuration=json.loads(row[1]), outcome=outcome, cost=cost)
 
 
-def _number_or_null(name: str, value: Any) -> float | None:
+def _number_or_null(value: float) -> float | None:
     """SQLite has no NaN."""
-    try:
-        return None if math.isnan(value) else float(value)
-    except (TypeError, OverflowError):
-        raise ValueError(f"A record's {name} must be a number, NaN where there is none; got {value!r}.") from None
+    return None if math.isnan(value) else float(value)
 
 
 def _integer(name: str, value: Any) -> int:

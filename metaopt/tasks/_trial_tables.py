@@ -8,6 +8,7 @@ import gzip
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 
 from metaopt import spaces
-from metaopt.base import PyTree, Record
+from metaopt.base import PyTree, Record, is_full_budget
 from metaopt.tasks._records import as_python
 
 
@@ -302,7 +303,7 @@ def to_hpob(
       ValueError: no record counts, or without a space a configuration has other parameters than the first one, or no
         numbers in [0, 1].
     """
-    ended = [r for r in records if r.status == "COMPLETE" and r.fidelity == 1.0 and math.isfinite(r.outcome)]
+    ended = [r for r in records if r.status == "COMPLETE" and is_full_budget(r.fidelity) and math.isfinite(r.outcome)]
     if not ended:
         raise ValueError('`records` must hold a trial that is "COMPLETE" at fidelity 1; there is none.')
     encoded = jax.jit(lambda hyperparams: spaces.encode(space, hyperparams))
@@ -366,18 +367,36 @@ def from_hpob_curves(path: str | os.PathLike[str] | None = None) -> PublishedCur
         return PublishedCurves(tuple(data["methods"].tolist()), names, 1.0 - best)
 
 
-def from_openml_evaluations(rows: Sequence[Mapping[str, Any]]) -> list[Record]:
+def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_better: bool | None = None) -> list[Record]:
     """OpenML's runs, as openml-python lists them.
 
     Args:
-      rows: `openml.evaluations.list_evaluations_setups(...).to_dict("records")`: each with "data_name" (or "task_id"),
-        "run_id", "value", at most 1 and larger is better, such as an accuracy, and "parameters", whose values are JSON.
+      rows: `openml.evaluations.list_evaluations_setups(...)`, the data frame or its `to_dict("records")`: each with
+        "data_name" (or "task_id"), "run_id", "value", and "parameters", whose values are JSON.
+      higher_is_better: of the values. By default they are taken for what is at most 1 and better where it is larger,
+        such as an accuracy, and refused where they are above 1, or where the row's "function" is an error, a cost or a
+        time.
 
     Returns:
       A record a row: the task is the data set's name; a parameter's name loses its flow, what stands before and after
-      it in `sklearn.svm.classes.SVC(16)_gamma`, where that is not ambiguous; the outcome is 1 − value. Values that are
-      no plain data are left out.
+      it in `sklearn.svm.classes.SVC(16)_gamma`, where that is not ambiguous; the outcome is 1 − value, or where higher
+      is not better the value itself. Values of parameters that are no plain data are left out. A run without a value
+      has failed.
+
+    Raises:
+      ValueError: a value is no number; it is above 1, or of an error, and `higher_is_better` is not said; or rows are
+        of several functions, which are not to be compared.
     """
+    if hasattr(rows, "columns"):
+        rows = rows.to_dict("records")  # pyright: ignore[reportAttributeAccessIssue]
+    if len(functions := {row["function"] for row in rows if isinstance(row.get("function"), str)}) > 1:
+        raise ValueError(f"All rows must have values of one function; got {sorted(functions)}.")
+    losses = [name for name in functions if _LOSS.search(name)]
+    if losses and higher_is_better is None:
+        raise ValueError(
+            f"The values are of {losses[0]!r}, which is better where it is smaller; `higher_is_better=False` takes "
+            "them as outcomes."
+        )
     records = []
     for row in rows:
         parameters = dict(row["parameters"] or {})
@@ -394,7 +413,20 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]]) -> list[Record]:
             ):
                 configuration[name if short[name] in ambiguous else short[name]] = value
         task = str(row["data_name"] if "data_name" in row else row["task_id"])
-        records.append(Record(task, configuration, 1.0 - float(row["value"]), trial=int(row["run_id"])))
+        record = Record(task, configuration, trial=int(row["run_id"]))
+        try:
+            value = math.nan if row["value"] is None else float(row["value"])
+        except (TypeError, ValueError):
+            raise ValueError(f"The value of run {record.trial} must be a number; got {row['value']!r}.") from None
+        if value > 1 and higher_is_better is None:
+            raise ValueError(
+                f"The value of run {record.trial} is {value:g}, and a measure that is better where it is larger is at "
+                "most 1, as far as `from_openml_evaluations` can know; say `higher_is_better`, True or False."
+            )
+        if math.isnan(value):
+            records.append(record._replace(status="FAIL", reason="OpenML has no value of it"))
+        else:
+            records.append(record._replace(outcome=value if higher_is_better is False else 1.0 - value))
     return records
 
 
@@ -417,8 +449,12 @@ def to_openml_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
             "parameters": {n: json.dumps(value, default=as_python) for n, value in record.configuration.items()},
         }
         for record in records
-        if record.status == "COMPLETE" and record.fidelity == 1.0 and math.isfinite(record.outcome)
+        if record.status == "COMPLETE" and is_full_budget(record.fidelity) and math.isfinite(record.outcome)
     ]
+
+
+# What OpenML's measures that are better where they are smaller have in their names.
+_LOSS = re.compile("error|loss|cost|time|memory|brier|deviance|variance|bias")
 
 
 def _file(path, name: str) -> Path:

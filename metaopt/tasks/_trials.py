@@ -2,9 +2,11 @@
 
 A child is started by `exec`, never by a fork of a process in which JAX runs threads, and serves one trial after the
 other, since starting Python with JAX costs seconds: what a trial leaves behind there (caches, other generators than
-those of `random` and NumPy, the working directory) the next one finds. It is ended, with all processes that it started,
+those of `random` and NumPy, the working directory) the next one finds. It is ended, with the processes that it started,
 where a trial exceeds a limit; a trial that ends it (a segmentation fault, the system's own killer) is a record as well.
-A child whose parent is gone ends itself.
+A child whose parent is gone ends itself. What has made a session of its own (`setsid`, a daemon) outlives a child that
+ends by itself, or whose parent is gone; where a limit ends the child, only what has lost its own parent does, and on
+other systems than Linux every session.
 
 Objective, task and trial travel by cloudpickle: functions of a notebook and of `__main__` are sent by value.
 """
@@ -302,10 +304,25 @@ def _how_it_ended(process: subprocess.Popen) -> str:
 
 
 def _kill(child: _Child) -> None:
+    sessions = _descendants(child.process.pid)  # before its end, with which they would have no parent
     try:
         os.killpg(child.process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):  # all of it is gone
         pass
+    for process in sessions:
+        try:
+            os.kill(process, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # it was of the group, or has ended
+            pass
+
+
+def _descendants(process: int) -> list[int]:
+    """What a process has started, in whatever session, as far as Linux says."""
+    try:
+        children = [child for thread in Path(f"/proc/{process}/task").iterdir() for child in _children(thread)]
+    except OSError:
+        return []
+    return children + [other for child in children for other in _descendants(child)]
 
 
 def _end(child: _Child) -> None:

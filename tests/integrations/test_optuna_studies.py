@@ -93,3 +93,26 @@ def test_what_is_no_study_of_one_task_and_one_objective_is_refused():
         integrations.to_optuna_study([*RECORDS, RECORDS[0]._replace(task="u")], SPACE)
     with pytest.raises(ValueError, match="several objectives"):
         integrations.from_optuna_study(optuna.create_study(directions=["minimize", "minimize"]))
+
+
+def test_trials_of_one_number_and_another_seed_or_configuration_are_others():
+    """As `read_records` returns them of two studies, each of which counts from 0."""
+    space = {"x": spaces.interval(0.0, 1.0)}
+    one = Record("t", {"x": 0.1}, 1.0, seed=1, trial=0)
+    records = [one, one._replace(configuration={"x": 0.9}, outcome=0.2, seed=2), one._replace(seed=3, outcome=0.7)]
+    records += [one._replace(configuration={"x": 0.3}), one._replace(outcome=0.8), one._replace(fidelity=0.5)]
+    study = integrations.to_optuna_study(records, space)
+    found = [(trial.params["x"], trial.value, trial.user_attrs["metaopt:seed"]) for trial in study.trials]
+    assert found == [(0.1, 1.0, 1), (0.9, 0.2, 2), (0.1, 0.7, 3), (0.3, 1.0, 1), (0.1, 0.8, 1)]
+    assert [trial.intermediate_values for trial in study.trials[:2]] == [{1000: 1.0, 500: 1.0}, {1000: 0.2}]
+    assert integrations.from_optuna_study(study) == records[:5]
+
+
+def test_what_is_no_record_is_refused_by_its_place():
+    for wrong, message in (
+        (RECORDS[0]._replace(status="DONE"), r"`records\[1\]`'s status must be one of WAITING, .*; got 'DONE'"),
+        (RECORDS[0]._replace(outcome=None), r"`records\[1\]`'s outcome must be a number, .*; got None"),
+        (RECORDS[0]._asdict(), r"`records\[1\]` must be a `Record`; got dict"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            integrations.to_optuna_study(iter([RECORDS[0], wrong]), SPACE)  # pyright: ignore[reportArgumentType]

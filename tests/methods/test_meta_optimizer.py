@@ -2,6 +2,7 @@
 
 import collections
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -390,6 +391,9 @@ def test_what_is_wrong_is_said():
         methods.train_meta_optimizer(records, space=SPACE, features=named, num_steps=0)
     with pytest.raises(ValueError, match="there is none"):
         methods.train_meta_optimizer([r._replace(status="FAIL") for r in records], space=SPACE)
+    with pytest.raises(ValueError, match=r"there is none \(30 PRUNED; the largest fidelity with an outcome is 0.5\)"):
+        half = [r._replace(status="PRUNED", fidelity=0.5) for r in records]
+        methods.train_meta_optimizer(half, space=SPACE)
     with pytest.raises(ValueError, match="as many `features`"):
         methods.train_meta_optimizer(records, space=SPACE, features={"t0": [1.0], "t1": [1.0, 2.0]}, num_steps=0)
     g = methods.train_meta_optimizer(records, space=SPACE, num_steps=0)
@@ -397,3 +401,131 @@ def test_what_is_wrong_is_said():
         g.searcher(acquisition="best")
     with pytest.raises(ValueError, match="`new_task` must have features as an array"):
         g.predict(base.Task(None, None, named["t0"]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"status": "TIMEOUT"}, r"`records\[1\]`'s status must be one of WAITING, .*, FAIL; got 'TIMEOUT'"),
+        ({"status": "Complete"}, "got 'Complete'"),
+        ({"fidelity": 27}, r"`records\[1\]`'s fidelity must lie in \(0, 1\]; got 27. .* no number of epochs"),
+        ({"outcome": None}, r"`records\[1\]`'s outcome must be a number, NaN where there is none; got None"),
+        ({"outcome": "0.5"}, "outcome must be a number, .*; got '0.5'"),
+        ({"configuration": [0.5, "a"]}, "configuration must be a dict of values by name; got"),
+        ({"task": 3}, "task must be a name"),
+    ],
+)
+@pytest.mark.parametrize("train", [methods.train_meta_optimizer, methods.train_meta_searcher])
+def test_what_is_no_record_is_refused_by_its_place(wrong, message, train):
+    records = make_records(np.random.default_rng(4), num_tasks=1)[0]
+    records[1] = records[1]._replace(**wrong)
+    with pytest.raises(ValueError, match=message):
+        train(records, space=SPACE, num_steps=0)
+
+
+def test_records_come_as_generators_and_data_frames_and_not_as_dicts():
+    pd = pytest.importorskip("pandas")
+    records = make_records(np.random.default_rng(4), num_tasks=2)[0]
+    kwargs = {"space": SPACE, "num_steps": 0}
+    expected = methods.train_meta_searcher(records, **kwargs).predict()
+    frame = tasks.records_to_frame(records)
+    of_dicts = pd.DataFrame([record._asdict() for record in records])
+    for given in (iter(records), frame, of_dicts):
+        assert methods.train_meta_searcher(given, **kwargs).predict() == expected
+    assert np.isfinite(methods.train_meta_optimizer(iter(records), **kwargs).surrogate.curves).all()
+    for given, message in (
+        (
+            [record._asdict() for record in records],
+            r"`records\[0\]` must be a `Record`; got dict. `Record\(\*\*fields\)`",
+        ),
+        (records[0], "`records` must be a list of `Record`s, or a data frame of them; got Record"),
+        (frame.assign(status="DONE"), r"`records\[0\]`'s status must be one of"),
+        (frame.assign(configuration=1.5), 'The column "configuration" must hold JSON or dicts; got 1.5'),
+        (pd.DataFrame({"x": [0.5]}), "The frame has no column"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            methods.train_meta_searcher(given, **kwargs)
+
+
+def test_a_fidelity_is_full_but_for_rounding_and_a_task_without_a_full_budget_is_named():
+    records = make_records(np.random.default_rng(4), num_tasks=3)[0]
+    kwargs = {"space": SPACE, "num_steps": 0, "costs": True}
+    records = [record._replace(cost=1.0 + i) for i, record in enumerate(records)]
+    thirds = [record._replace(fidelity=0.9999999) for record in records]
+    of: list[Any] = [methods.train_meta_searcher(given, **kwargs) for given in (records, thirds)]
+    one, other = of
+    np.testing.assert_array_equal(one.surrogate.curves, other.surrogate.curves)
+    np.testing.assert_array_equal(one.cost_surrogate.curves, other.cost_surrogate.curves)
+    half = [r._replace(fidelity=0.5 if r.task == "t0" else 1.0) for r in records]
+    half += [base.Record("failed", {}, status="FAIL"), base.Record("runs", {}, status="RUNNING", fidelity=0.5)]
+    with pytest.warns(UserWarning, match="1 of 5 tasks are left out, 't0': they have outcomes, and none"):
+        assert methods.train_meta_searcher(half, **kwargs).surrogate.curves.shape[0] == 2
+
+
+@pytest.mark.once
+def test_without_a_space_it_is_that_of_the_records_and_is_said():
+    records, _ = make_records(np.random.default_rng(0), num_tasks=2)
+    xs = [record.configuration["x"] for record in records]
+    expected = {"x": spaces.interval(min(xs), max(xs), log=max(xs) > 100 * min(xs)), "kind": SPACE["kind"]}
+    with pytest.warns(
+        UserWarning, match=r"(?s)`space` is not given; this one has all .*'x': interval.*'kind': choice\(\['a', 'b'\]\)"
+    ):
+        g = methods.train_meta_optimizer(records, num_steps=0)
+    assert g.space == expected and set(g.predict()) == {"x", "kind"}
+    lacks = [base.Record("old", {"x": x}, x) for x in xs[:5]]
+    with pytest.warns(UserWarning, match=r"Of 35 configurations some lack `kind` in 5, which then is at its default"):
+        h: Any = methods.train_meta_searcher(iter([*records, *lacks]), num_steps=0)
+    assert h.space == expected
+    others = [r for r in records[:5] if r.configuration["kind"] == "b"]  # the default is "a"
+    assert len(h.candidates) == 30 + len(others) > 30
+    with pytest.raises(ValueError, match="`space` is not given, and cannot be inferred .* `layers` has the value"):
+        methods.train_meta_searcher([base.Record("t", {"layers": [1, 2]}, 1.0)], num_steps=0)
+
+
+@pytest.mark.once
+def test_a_frame_an_array_and_a_column_of_outcomes_at_the_door_of_suggest():
+    pd = pytest.importorskip("pandas")
+    records = make_records(np.random.default_rng(0), num_tasks=2)[0]
+    pool = [{"x": 0.1, "kind": "a"}, {"x": 0.4, "kind": "a"}, {"x": 0.9, "kind": "b"}]
+    g: Any = methods.train_meta_optimizer(records, space=SPACE, candidates=pd.DataFrame(pool), num_steps=0)
+    tried, y = pool[:2], [3.0, 2.0]
+    assert g.candidates == pool and g.suggest(tried, y) == [pool[2]]
+    frame = pd.DataFrame(tried)
+    assert g.suggest(frame, np.array(y)[:, None]) == g.suggest(frame, frame["x"]) == [pool[2]]
+    one, other = (g.outcomes(*given).mean for given in ((pool,), (pd.DataFrame(pool),)))
+    np.testing.assert_array_equal(one, other)
+    array = np.array([[0.1], [0.4]])
+    for call, message in (
+        (lambda: g.suggest(array, y), "`configurations` must be a list of configurations, .*; got ndarray. `pandas"),
+        (lambda: g.suggest(tried, y, pending=tried[0]), "`pending` must be a list of configurations; got one"),
+        (lambda: g.suggest([0.1, 0.4], y), r"`configurations\[0\]` must be a dict of values by name; got 0.1"),
+        (lambda: g.suggest(tried, np.zeros((2, 2))), r"`outcomes` must be a number for each .*; got shape \(2, 2\)"),
+        (lambda: g.suggest(tried, ["good", 1]), "`outcomes` must be numbers, NaN where a trial failed; got"),
+        (lambda: g.suggest(tried, y[:1]), "Each configuration has an outcome; got 2 and 1"),
+        (lambda: g.outcomes(array), "`configurations` must be a list of configurations, .*; got ndarray"),
+        (lambda: g.outcomes(pool, tried=tried, outcomes=np.zeros((2, 2))), r"got shape \(2, 2\)"),
+        (lambda: g.searcher(first={"x": 0.1}), "`first` must be a list of configurations; got one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_features_that_nothing_was_learned_of_are_not_silently_ignored():
+    records = make_records(np.random.default_rng(0), num_tasks=2)[0]
+    g = methods.train_meta_searcher(records, space=SPACE, num_steps=0)
+    for task in ([0.1, 0.2], base.Task(None, None, np.array([0.1]))):
+        with pytest.warns(UserWarning, match="The new task's features are not looked at: none were learned from"):
+            assert g.predict(task) == g.predict()
+
+
+def test_gaps_of_a_data_frame_are_what_a_row_does_not_have():
+    space = {"kind": SPACE["kind"], "x": spaces.active_if(SPACE["x"], "kind", ["b"])}
+    gap = {"kind": "a", "x": float("nan")}
+    records = [base.Record("t", c, y) for c, y in ((gap, 1.0), ({"kind": "b", "x": 0.3}, 2.0), ({"kind": "b"}, 3.0))]
+    g = methods.train_meta_searcher(records, space=space, num_steps=0)  # without a warning
+    assert g.candidates == [{"kind": "a"}, {"kind": "b", "x": 0.3}, {"kind": "b", "x": 0.5}]
+    encode = _meta_search.encoder(space)
+    for strict in (False, True):
+        np.testing.assert_array_equal(encode(gap, strict), encode({"kind": "a"}))
+    with pytest.raises(ValueError, match="`x` is active, and must have a value; got nan"):
+        encode({"kind": "b", "x": float("nan")}, True)

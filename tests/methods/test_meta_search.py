@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from metaopt import Record, Task, methods, predictors, spaces, tasks
-from metaopt.methods import _meta_optimizer, _meta_search, _new_trials
+from metaopt.methods import _earlier_trials, _meta_search, _new_trials
 
 SPACE = {
     "x": spaces.interval(0.0, 1.0),
@@ -256,7 +256,7 @@ def test_suggest_repeats_no_candidate_however_it_was_written_and_however_long_ag
 def test_what_failed_teaches_no_cost():
     records = [r._replace(cost=1e-3, status="FAIL") if r.trial % 2 else r for r in make_records(2)]
     encode = _meta_search.encoder(SPACE)
-    costs = [task.y for task in _meta_optimizer._costs_by_task(records, encode)]
+    costs = [task.y for task in _earlier_trials.costs_by_task(records, encode)]
     assert [len(y) for y in costs] == [len(POOL) // 2] * 2 and min(map(np.min, costs)) >= 0
 
 

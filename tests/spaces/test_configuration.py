@@ -173,3 +173,65 @@ def test_two_leaves_of_one_name_are_refused():
             read(space, default)
     with pytest.raises(ValueError, match=r"the same name, a\[0\]"):
         spaces.from_configuration({"a": spaces.real(0.0, shape=(1,)), "a[0]": spaces.real(0.0)}, {"a[0]": 1.0})
+
+
+def test_gaps_are_absent_where_a_value_does_not_matter_and_refused_where_it_does():
+    nan, inactive = float("nan"), {"model": "forest", "svm.kernel": float("nan"), "svm.gamma": np.nan}
+    assert spaces.complete(SPACE, inactive) == spaces.complete(SPACE, {"model": "forest"})
+    assert spaces.foreign(SPACE, inactive | {"forest.depth": nan, "scale[0]": nan}) == {}
+    chex.assert_trees_all_equal(spaces.from_configuration(SPACE, {"scale[0]": nan}, strict=False), DEFAULT)
+    with pytest.raises(ValueError, match="`svm.gamma` is active, and must have a value; got nan"):
+        spaces.complete(SPACE, {"model": "svm", "svm.kernel": "rbf", "svm.gamma": nan})
+    with pytest.raises(ValueError, match=r"`scale\[0\]` must be a finite number; got nan"):
+        spaces.complete(SPACE, {"scale[0]": nan})
+
+
+def test_labels_are_told_apart_by_their_types():
+    """`max_features=1` is one feature, 1.0 are all; of numbers alone, 2 and 2.0 are one."""
+    space = {"max_features": spaces.choice(["sqrt", 1.0, 0.5]), "bootstrap": spaces.choice([True, False])}
+    space |= {"batch": spaces.choice([16, 32]), "dropout": spaces.choice([0.0, 0.5])}
+    wrong = {"max_features": 1, "bootstrap": 1, "batch": True, "dropout": False}
+    assert spaces.foreign(space, wrong) == wrong
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"`{name}` must be one of"):
+            spaces.from_configuration(space, {name: value})
+    right = {"max_features": np.float64(1.0), "bootstrap": np.bool_(True), "batch": 16.0, "dropout": 0}
+    found = spaces.complete(space, right)
+    assert found == {"max_features": 1.0, "bootstrap": True, "batch": 16, "dropout": 0.0}
+    assert type(found["batch"]) is int and spaces.foreign(space, right | {"max_features": np.str_("sqrt")}) == {}
+
+
+def test_a_space_is_inferred_from_what_was_tried():
+    nan = float("nan")
+    tried = [
+        {"model": "svm", "kernel": "rbf", "gamma": 0.001, "depth": nan, "n": 1, "flag": True, "seed": 3, "mode": None},
+        {"model": "svm", "kernel": "linear", "gamma": nan, "n": 500, "flag": False, "seed": 3, "mode": "x"},
+        {"model": "svm", "kernel": "rbf", "gamma": np.float64(1.0), "n": 7, "flag": True, "seed": 3, "mode": "x"},
+        {"model": "tree", "depth": 2, "n": 2.0, "flag": True, "seed": 3, "mixed": "sqrt", "mode": "x"},
+        {"model": "tree", "depth": None, "n": 2.5, "flag": True, "seed": 3, "mixed": 0.5, "mode": "x"},
+        {"model": "tree", "depth": np.int64(9), "n": 3, "flag": True, "seed": 3, "mixed": 0.5, "mode": "x"},
+        {"model": "tree", "depth": 5, "n": 3, "flag": True, "seed": 3, "mixed": 1, "mode": "x"},
+    ]
+    space = spaces.infer(tried)
+    assert space == {
+        "model": spaces.choice(["svm", "tree"]),
+        "kernel": spaces.active_if(spaces.choice(["linear", "rbf"]), "model", ["svm"]),
+        "gamma": spaces.active_if(spaces.interval(0.001, 1.0, log=True), "kernel", ["rbf"]),
+        "depth": spaces.integer(2, 9),  # of the trees one lacks it: optional
+        "n": spaces.interval(1, 500, log=True),
+        "flag": spaces.choice([False, True]),
+        "seed": spaces.fixed(3),
+        "mode": spaces.choice([None, "x"]),
+        "mixed": spaces.active_if(spaces.choice([0.5, 1, "sqrt"]), "model", ["tree"]),
+    }
+    assert all(spaces.foreign(space, configuration) == {} for configuration in tried)
+    assert spaces.infer(tried[:3]) == spaces.infer(tried[2::-1])
+    assert spaces.infer([{"n": 1}, {"n": 2**40}]) == {"n": spaces.interval(1, 2**40, log=True)}
+    for wrong, message in (
+        ([{"layers": [1]}], r"`layers` has the value \[1\], which is no number"),
+        ([{"a": True}, {"a": 1}, {"a": "x"}], r"`a` has labels that are equal \(1, 1.0 and True\)"),
+        ([{"a": str(i)} for i in range(101)], "`a` has 101 labels"),
+        ([{}], "No configuration has a parameter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            spaces.infer(wrong)

@@ -158,3 +158,23 @@ def test_an_ordinals_places_are_compared_and_not_its_labels():
         spaces.from_configspace({"hyperparameters": [size, rate], "conditions": [{**condition, "value": "small"}]})
     with pytest.raises(ValueError, match="`rate` is quantized"):
         spaces.from_configspace({"hyperparameters": [{**rate, "q": 0.25}]})
+
+
+def test_what_is_no_document_and_no_distribution_is_refused():
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study()
+    study.optimize(lambda trial: trial.suggest_float("x", 0.0, 1.0), n_trials=1)
+    with pytest.raises(ValueError, match="must be a dict of Optuna's distributions by name; got Study. Of a study, `"):
+        spaces.from_optuna(study)
+    instead = {n: d for trial in study.trials for n, d in trial.distributions.items()}  # as the message says
+    assert spaces.from_optuna(instead) == {"x": spaces.interval(0.0, 1.0)}
+    with pytest.raises(ValueError, match="`x` must be a distribution of Optuna; got 0.5"):
+        spaces.from_optuna({"x": 0.5})
+    for wrong, what in (
+        ("space.json", "str"),
+        ({}, r"a dict of \[\]"),
+        ({"conditions": []}, r"a dict of \['conditions'\]"),
+    ):
+        with pytest.raises(ValueError, match=f'with "hyperparameters"; got {what}'):
+            spaces.from_configspace(wrong)  # pyright: ignore[reportArgumentType]

@@ -44,7 +44,7 @@ def listener(*, stop=math.inf):
     def tell(state, records):
         told = state["told"]
         for record in records:
-            told = 2 * told + record.outcome
+            told = 2 * told + (record.outcome if math.isfinite(record.outcome) else 1.0)
         return state | {"told": told}
 
     return base.Searcher(init, ask, tell)
@@ -245,6 +245,34 @@ def test_one_collection_of_a_study_at_a_time(tmp_path):
         collect(store=tmp_path / "none" / "records.db")
 
 
+@pytest.mark.parametrize("searcher", [None, listener()], ids=["random", "listens"])
+def test_what_has_failed_is_run_again_where_one_says_so_and_what_follows_it_stays(tmp_path, searcher):
+    store, calls = tmp_path / "records.db", []
+
+    def objective(trial, task):
+        calls.append(trial.trial)
+        if corrected or trial.trial != 1:
+            return black_boxes.pure(trial, task)
+        raise KeyError("a bug")
+
+    kwargs = {"on": {"t": 0.5}, "num_trials": 4, "store": store, "searcher": searcher, "batch_size": 1}
+    corrected = False
+    first = collect(objective, **kwargs)
+    corrected = True
+    again = collect(objective, **kwargs)
+    assert calls == [0, 1, 2, 3] and without_cost(again) == without_cost(first) and again[1].status == "FAIL"
+    retried = collect(objective, retry_failed=True, **kwargs)
+    assert calls == [0, 1, 2, 3, 1] and [r.status for r in retried] == ["COMPLETE"] * 4
+    assert without_cost(retried[:1] + retried[2:]) == without_cost(first[:1] + first[2:])
+    # It counts from then on, the collection goes on, and the failure is still known.
+    more = collect(objective, **kwargs | {"num_trials": 6})
+    assert without_cost(more[:4]) == without_cost(retried) and calls[5:] == [4, 5]
+    assert without_cost(collect(objective, retry_failed=True, **kwargs)) == without_cost(retried) and len(calls) == 7
+    history = [r.status for r in tasks.read_records(store, history=True) if r.trial == 1]
+    assert history == ["RUNNING", "FAIL", "RUNNING", "COMPLETE"]
+    assert [r.status for r in tasks.read_records(store)] == ["COMPLETE"] * 6
+
+
 def fidelities():
     """A searcher that asks for a third of the budget, then for the whole, of one configuration."""
 
@@ -371,6 +399,30 @@ def test_a_child_that_ends_is_noticed_though_what_it_has_started_holds_its_pipe(
         assert _trials._how_it_ended(process) == "signal SIGSEGV"
     finally:
         _trials._end(child)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc says what a process has started")
+def test_what_a_child_has_started_in_a_session_of_its_own_ends_with_it():
+    code = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60'], start_new_session=True); "
+    code += "print(p.pid, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    grandchild = int(process.stdout.readline())
+    _trials._kill(_trials._Child(process, multiprocessing.Pipe()[0]))
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 5
+    while (state := state_of(grandchild)) not in ("", "Z") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert state in ("", "Z")
+
+
+def state_of(process):
+    """Of a process, as Linux has it; "" where it is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):

@@ -133,6 +133,30 @@ def test_openml_s_evaluations():
     assert records[1].configuration == {f"{flow}_verbose": 1, f"{pipe}_verbose": 2}
 
 
+def test_openml_s_measures_that_are_errors_are_not_turned_around():
+    row = {"run_id": 7, "data_name": "iris", "value": 37.2, "parameters": {}}
+    rmse = row | {"function": "root_mean_squared_error"}
+    read = lambda *rows, **kwargs: [r.outcome for r in tasks.from_openml_evaluations(rows, **kwargs)]
+    with pytest.raises(
+        ValueError, match="of 'root_mean_squared_error', which is better where it is smaller; `higher_is"
+    ):
+        read(rmse | {"value": 0.5})
+    with pytest.raises(ValueError, match="The value of run 7 is 37.2, .* say `higher_is_better`, True or False"):
+        read(row)
+    assert read(rmse, row | {"value": 0.5}, higher_is_better=False) == [37.2, 0.5]
+    assert read(row, higher_is_better=True) == [1.0 - 37.2]
+    assert read(row | {"value": "0.75", "function": "area_under_roc_curve"}) == [0.25]
+    with pytest.raises(ValueError, match=r"values of one function; got \['predictive_accuracy', 'root_mean"):
+        read(rmse, row | {"function": "predictive_accuracy"}, higher_is_better=False)
+    with pytest.raises(ValueError, match="The value of run 7 must be a number; got 'much'"):
+        read(row | {"value": "much"})
+    for none in (None, math.nan):
+        (record,) = tasks.from_openml_evaluations([row | {"value": none}])
+        assert (record.status, record.reason) == ("FAIL", "OpenML has no value of it") and math.isnan(record.outcome)
+    frame = pytest.importorskip("pandas").DataFrame([row | {"value": 0.5}])
+    assert [r.outcome for r in tasks.from_openml_evaluations(frame)] == [0.5]
+
+
 def write(folder):
     """The published tables' formats, with a few entries."""
     np.savez(

@@ -1,0 +1,136 @@
+"""The records of earlier tasks, as the arrays that a surrogate learns from."""
+
+import collections
+import dataclasses
+import warnings
+from typing import Any
+
+import numpy as np
+
+from metaopt import base, predictors, spaces, tasks
+
+
+def as_records(records: Any) -> list[base.Record]:
+    """Records from a list, a generator or a data frame; raises `ValueError` where one is none, and says which."""
+    if isinstance(records, (base.Record, dict, str)):
+        raise ValueError(
+            f"`records` must be a list of `Record`s, or a data frame of them; got {type(records).__name__}."
+        )
+    records = tasks.records_from_frame(records) if hasattr(records, "columns") else list(records)
+    for i, record in enumerate(records):
+        base.check_record(record, f"`records[{i}]`")
+    return records
+
+
+def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
+    """The space of all that was tried, or may be; a warning says which one it is."""
+    # A table's configurations are few dicts, which the records of all its tasks share.
+    tried = list({id(record.configuration): record.configuration for record in records}.values())
+    try:
+        space = spaces.infer([*tried, *(candidates or ())])
+    except ValueError as error:
+        raise ValueError(f"`space` is not given, and cannot be inferred from the `records`: {error}") from None
+    lacking = {name: sum(c.get(name) is None for c in tried) for name, leaf in space.items() if not leaf.condition}
+    counts = [f"`{name}` in {num}" for name, num in lacking.items() if num and None not in _labels(space[name])]
+    gaps = f" Of {len(tried)} configurations some lack {', '.join(counts)}, which then is at its default." * bool(
+        counts
+    )
+    text = ",\n  ".join(f"{name!r}: {_as_code(leaf)}" for name, leaf in space.items())
+    warnings.warn(
+        f"`space` is not given; this one has all of the records' configurations:\n  {text}.\nGive one as `space`, with "
+        f"the ranges that are meant, defaults, and conditions.{gaps}",
+        stacklevel=3,
+    )
+    return space
+
+
+def _labels(leaf: spaces.Leaf) -> tuple:
+    return leaf.labels if isinstance(leaf, spaces.Choice) else ()
+
+
+def _as_code(leaf: spaces.Leaf) -> str:
+    """What makes a leaf of `spaces.infer`."""
+    for parent, values in leaf.condition:
+        return f"active_if({_as_code(dataclasses.replace(leaf, condition=()))}, {parent!r}, {list(values)})"
+    if isinstance(leaf, (spaces.Integer, spaces.Interval)):
+        return f"{leaf.kind}({leaf.low}, {leaf.high}{', log=True' if leaf.log else ''})"
+    return f"choice({list(_labels(leaf))})" if _labels(leaf) else f"fixed({leaf.default_value()})"
+
+
+def warn_of_foreign(space: base.PyTree, records: list[base.Record]) -> None:
+    """Says how many records have values that the space does not have."""
+    # A table's configurations are few dicts, which the records of all its tasks share.
+    shared = {id(record.configuration): record.configuration for record in records}
+    of = {number: spaces.foreign(space, configuration) for number, configuration in shared.items()}
+    found = [of[id(record.configuration)] for record in records]
+    if num := sum(map(bool, found)):
+        counts = collections.Counter(name for values in found for name in values)
+        example = {name: next(values[name] for values in found if name in values) for name, _ in counts.most_common(3)}
+        examples = ", ".join(f"`{name}` in {counts[name]}, such as {value!r}" for name, value in example.items())
+        warnings.warn(
+            f"{num} of {len(found)} records have values that the space does not have ({examples}). A label counts as "
+            "none in particular, a number out of bounds as the bound, a text in the place of a number as the default. "
+            "Where that is untrue of them, leave them out (`spaces.foreign` finds them), or widen the space.",
+            stacklevel=3,
+        )
+
+
+def by_task(records: list[base.Record], encode) -> tuple[list[str], list[predictors.TaskTrials]]:
+    """Names of the tasks whose outcomes differ, and their trials."""
+    of: dict[str, list[tuple[np.ndarray, float]]] = {}
+    partial: dict[str, float] = {}  # the largest fidelity with an outcome that is not one of the full budget
+    for record in records:
+        failed = record.status == "FAIL"
+        if failed or (record.status == "COMPLETE" and base.is_full_budget(record.fidelity)):
+            y = np.nan if failed or not np.isfinite(record.outcome) else record.outcome
+            of.setdefault(record.task, []).append((encode(record.configuration), y))
+        elif record.status in ("COMPLETE", "PRUNED") and np.isfinite(record.outcome):
+            partial[record.task] = max(partial.get(record.task, 0.0), record.fidelity)
+    of = {name: pairs for name, pairs in of.items() if np.isfinite([y for _, y in pairs]).any()}
+    if not of:
+        counts = collections.Counter(record.status for record in records)
+        found = ", ".join(f"{num} {status}" for status, num in counts.items())
+        if partial:
+            found += f"; the largest fidelity with an outcome is {max(partial.values()):g}"
+        raise ValueError(
+            '`records` must hold trials that are "COMPLETE" at fidelity 1, with an outcome; there is none '
+            f"({found or 'no record at all'})."
+        )
+    if lost := [name for name in partial if name not in of]:
+        warnings.warn(
+            f"{len(lost)} of {len({record.task for record in records})} tasks are left out, {some(lost)}: they have "
+            "outcomes, and none of a complete trial at fidelity 1, the full budget. Give the largest budget that is "
+            "meant to count the fidelity 1, or learn from whole curves (`train_curve_searcher`).",
+            stacklevel=3,
+        )
+    # One failure and one success differ, too.
+    of = {name: pairs for name, pairs in of.items() if len({y if np.isfinite(y) else None for _, y in pairs}) > 1}
+    if not of:
+        raise ValueError(
+            "`records` must hold a task with trials of different outcomes; each has one trial, or one outcome for all, "
+            "which says nothing of what is better."
+        )
+    return list(of), _stacked(of)
+
+
+def costs_by_task(records: list[base.Record], encode) -> list[predictors.TaskTrials]:
+    """Logarithms of costs at the full budget, of the tasks where they differ."""
+    of: dict[str, list[tuple[np.ndarray, float]]] = {}
+    for record in records:
+        # What failed at once was not cheap: nothing is known of what it would have cost.
+        if record.status == "COMPLETE" and base.is_full_budget(record.fidelity) and 0 < record.cost < np.inf:
+            of.setdefault(record.task, []).append((encode(record.configuration), np.log(record.cost)))
+    of = {name: pairs for name, pairs in of.items() if len({y for _, y in pairs}) > 1}
+    if not of:
+        raise ValueError("`costs=True` needs records with a `cost` in seconds, and a task where they differ.")
+    return _stacked(of)
+
+
+def _stacked(of) -> list[predictors.TaskTrials]:
+    return [predictors.TaskTrials(np.stack([x for x, _ in p]), np.array([y for _, y in p])) for p in of.values()]
+
+
+def some(names) -> str:
+    """A few of them, so that a mismatch is seen."""
+    names = list(names)
+    return ", ".join(repr(name) for name in names[:3]) + (" ..." if len(names) > 3 else "") if names else "none"

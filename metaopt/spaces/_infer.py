@@ -1,0 +1,109 @@
+"""A space from configurations that were tried, where nobody has kept the one that they were drawn from."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from metaopt.spaces import _leaves
+from metaopt.spaces._configuration import _is_gap
+from metaopt.spaces._leaves import Leaf
+
+_MOST_LABELS = 100
+
+
+def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
+    """The smallest space that has all of some configurations, as far as they tell.
+
+    - Numbers lie between the smallest and the largest: an `integer` where all are integers, otherwise an `interval`;
+      with `log` where all are positive and the largest is more than a hundred times the smallest.
+    - Texts, booleans, and numbers among them are labels of a `choice`; None is one there, and not given among numbers.
+    - One value alone is `fixed`; one text a `choice` of it.
+    - A parameter that some configurations lack is active only if a choice has the labels that it has in those that have
+      the parameter, where there is a choice that tells. Otherwise it is optional as all parameters are: what lacks it
+      is taken to be at its default.
+
+    Args:
+      configurations: plain values by name; NaN is a gap, as of a data frame.
+
+    Returns:
+      A flat dict of leaves.
+
+    Raises:
+      ValueError: there is no parameter; a value is no plain one; labels are equal (1, 1.0 and True) or more than a
+        hundred.
+
+    >>> from metaopt import spaces
+    >>> tried = [{"kernel": "linear"}, {"kernel": "rbf", "gamma": 0.001}, {"kernel": "rbf", "gamma": 1.0}]
+    >>> space = spaces.infer(tried)
+    >>> space["gamma"] == spaces.active_if(spaces.interval(0.001, 1.0, log=True), "kernel", ["rbf"])
+    True
+    """
+    tried = [{name: _plain(name, value) for name, value in c.items() if not _is_gap(value)} for c in configurations]
+    values: dict[str, list[Any]] = {}
+    for configuration in tried:
+        for name, value in configuration.items():
+            values.setdefault(name, []).append(value)
+    numeric = {name for name, found in values.items() if _numbers(found)}
+    # Among numbers None says that nothing is given.
+    tried = [{n: v for n, v in c.items() if v is not None or n not in numeric} for c in tried]
+    space = {
+        name: _leaf(name, [v for v in found if v is not None] if name in numeric else found)
+        for name, found in values.items()
+    }
+    if not space:
+        raise ValueError("No configuration has a parameter: there is no space to infer. Give `space`.")
+    return {name: _where_active(name, leaf, space, tried) for name, leaf in space.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is not None and not isinstance(value, (str, bool, int, float)):
+        raise ValueError(
+            f"`{name}` has the value {value!r}, which is no number, text, boolean or None: no space is inferred of it. "
+            "Give `space`, or leave it out."
+        )
+    return value
+
+
+def _numbers(found: list[Any]) -> bool:
+    """Whether there are numbers, and nothing else but None."""
+    given = [value for value in found if value is not None]
+    return bool(given) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in given)
+
+
+def _leaf(name: str, found: list[Any]) -> Leaf:
+    if _numbers(found) and None not in found:
+        low, high = min(found), max(found)
+        if low == high:
+            return _leaves.fixed(low)
+        log = low > 0 and high > 100 * low
+        if all(isinstance(value, int) for value in found) and max(abs(low), abs(high)) <= 2**24:
+            return _leaves.integer(low, high, log=log)
+        return _leaves.interval(low, high, log=log)
+    labels = list({(type(value), value): value for value in found}.values())
+    labels.sort(key=lambda label: (type(label).__name__, label) if label is not None else ("", ""))
+    if len(labels) == 1 and isinstance(labels[0], bool):
+        return _leaves.fixed(labels[0])
+    if len(labels) > _MOST_LABELS or len(set(labels)) < len(labels):
+        what = f"{len(labels)} labels" if len(labels) > _MOST_LABELS else "labels that are equal (1, 1.0 and True)"
+        raise ValueError(f"`{name}` has {what}, {labels[:5]} among them: no choice is inferred of them. Give `space`.")
+    return _leaves.choice(labels)
+
+
+def _where_active(name: str, leaf: Leaf, space: dict[str, Leaf], tried: list[dict[str, Any]]) -> Leaf:
+    """The leaf, with a condition where some lack it and a choice tells which."""
+    lacking = [name not in configuration for configuration in tried]
+    if not any(lacking):
+        return leaf
+    # What is always there comes first.
+    parents = [other for other, of in space.items() if isinstance(of, _leaves.Choice) and other != name]
+    parents.sort(key=lambda other: sum(other not in configuration for configuration in tried))
+    key = lambda configuration, parent: (type(label := configuration.get(parent)), label)
+    for parent in parents:
+        has = {key(c, parent) for c, without in zip(tried, lacking, strict=True) if not without}
+        without = {key(c, parent) for c, without in zip(tried, lacking, strict=True) if without and parent in c}
+        if all(parent in c for c, out in zip(tried, lacking, strict=True) if not out) and without and not has & without:
+            labels = space[parent].labels  # pyright: ignore[reportAttributeAccessIssue]
+            return _leaves.active_if(leaf, parent, [label for label in labels if (type(label), label) in has])
+    return leaf
