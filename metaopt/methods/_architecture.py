@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from metaopt import base, hypergrad, inner, nas, training
@@ -25,6 +26,8 @@ class Search(NamedTuple):
       rule: `(problem, own) -> Estimator`, which made `estimator`; `under_budget` makes another one by it, of a problem
         whose λ is another: `own(λ)` is this search's.
       found: `(training.FitResult) -> α`, what a run has found: α after its last step; RobustDARTS's is an earlier one.
+        Raises a ValueError where no step had a finite hypergradient: α is then where it started, and `genotype` would
+        read a cell that nothing has searched for.
       settings: the method's name, the network, and what else the search was made with, as JSON has it, for
         `training.fit(settings=search.settings)`: other searches have α and states of the same shapes, so that a
         checkpoint of another one would go on as this one's. Functions are told by their names and the values that they
@@ -44,7 +47,14 @@ class Search(NamedTuple):
 
 
 def _cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    return optax.losses.softmax_cross_entropy_with_integer_labels(outputs, batch["y"]).mean()
+    return nas.cross_entropy(outputs, batch)  # checkpoints know this function by its name
+
+
+def check_data(loss: Callable, network: nas.Space, *parts: Any) -> None:
+    """ValueError where labels, not traced, are no classes of the default loss; other losses have other labels."""
+    if loss is _cross_entropy or loss is nas.cross_entropy:
+        for part in parts:
+            nas.check_labels(part, network.num_outputs)
 
 
 def _sgd(hyperparams: base.HyperParams) -> optax.GradientTransformation:
@@ -54,7 +64,7 @@ def _sgd(hyperparams: base.HyperParams) -> optax.GradientTransformation:
 
 def _outputs(supernet, relaxation, params, alpha, batch, context):
     weights = nas.mixing_weights(relaxation, supernet.network, alpha, context.key, context.step)
-    return supernet.apply(params, weights, batch["x"])
+    return supernet.apply(params, weights, batch["x"], None, nas.row_mask(batch))
 
 
 def _loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_init=False) -> base.InnerLoop:
@@ -65,7 +75,10 @@ def _loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_init=Fals
         value = loss(_outputs(supernet, relaxation, params, alpha, batch, context), batch)
         return value + decay / 2 * optax.tree.norm(params, squared=True)
 
-    init = lambda key, hyperparams, data: (hyperparams["init"] if learn_init else supernet.init(key), None)
+    def init(key, hyperparams, data):
+        check_data(loss, supernet.network, data)
+        return hyperparams["init"] if learn_init else supernet.init(key), None
+
     return inner.loop(train_loss, optimizer, init=init, sampler=sampler, with_context=True)
 
 
@@ -117,8 +130,9 @@ def architecture_search(
       in_shape: of one input, without the batch axis.
       rule: `(problem) -> Estimator`.
       ops: of the space, such as `nas.DARTS_OPS`.
-      loss: `(outputs [N, num_outputs], batch) -> []`; by default the mean cross-entropy of labels "y" [N]. Batches have
-        "x" [N, *in_shape].
+      loss: `(outputs [N, num_outputs], batch) -> []`; by default `nas.cross_entropy`, of labels "y" [N]. Batches have
+        "x" [N, *in_shape], and "mask" [N] where rows are padding, as `tasks.to_task` pads: the default loss and
+        `nas.normalized` leave them out, and a loss of one's own must.
       decay: of the weights, in the loss, so that implicit rules see it.
       optimizer: as for `inner.loop`, by default DARTS's for weights (SGD, rate 0.025, momentum 0.9, clipped at 5).
         DARTS's for α is `optax.chain(optax.add_decayed_weights(1e-3), optax.adam(3e-4, b1=0.5))`.
@@ -146,6 +160,8 @@ def architecture_search(
     Raises:
       ValueError: the spec and the shapes do not fit; `single_path` with a relaxation that gives weight to several ops;
         `penalty` is no function; `keep` is no number of edges, at least 1, or None; `keep` for NAS-Bench-101's space.
+        Of the estimator's `init`: labels of the task, where they are not traced, are no classes, and `loss` is the
+        default. (Traced, they make the loss NaN: see `Search.found`.)
 
     >>> import jax
     >>> from metaopt import methods, nas
@@ -215,15 +231,40 @@ def architecture_search(
             return nas.graph_genotype(network, nas.discretize_graph(network, found))
         return nas.discretize(network, found)
 
-    of_any = lambda problem, own: rule(problem)
-    found = lambda result: result.hyperparams
+    def checked(problem):
+        estimator = rule(problem)
+        if not isinstance(estimator, base.Estimator):  # refused where it is used
+            return estimator
+
+        def init(key, hyperparams, task):
+            if isinstance(task, base.Task):
+                check_data(loss, network, task.train, task.valid)
+            return estimator.init(key, hyperparams, task)
+
+        return estimator._replace(init=init)
+
+    of_any = lambda problem, own: checked(problem)
     settings = {
         "keep": plain(network.keep if isinstance(network, nas.Network) else keep),
         "relaxation": plain(relax),
         "decode": plain(decode),
         "network": of_network(network),
     }
-    return Search(rule(problem), problem, supernet, hyperparams, alpha_of, weights, genotype, of_any, found, settings)
+    estimator = checked(problem)
+    return Search(estimator, problem, supernet, hyperparams, alpha_of, weights, genotype, of_any, found, settings)
+
+
+def found(result: training.FitResult) -> base.HyperParams:
+    """λ after the last step of a run; ValueError where none moved it."""
+    skipped = result.history.get("skipped", ())
+    if len(skipped) and np.all(skipped):
+        raise ValueError(
+            f"No one of the run's {len(skipped)} steps had a finite hypergradient: α is where it started, and its "
+            "genotype would be an accident. Labels that are no classes (they go from 0 to the number of outputs less 1), NaN in "
+            "the data (`tasks.stack` refuses them) and a rate that is too large for the weights make losses NaN: "
+            "`result.history` has them."
+        )
+    return result.hyperparams
 
 
 @with_settings

@@ -78,6 +78,7 @@ from metaopt.nas._genotypes import (
     to_nas_bench_201,
 )
 from metaopt.nas._graph_ops import TOKEN_OPS, graph_ops
+from metaopt.nas._masks import check_labels, cross_entropy, over_real_rows, row_mask
 from metaopt.nas._nas_bench_101 import (
     discretize_graph,
     graph_genotype,
@@ -169,6 +170,7 @@ __all__ = [
     "benchmark_graph",
     "beta_decay",
     "canonical",
+    "check_labels",
     "check_network",
     "complete_cell",
     "configuration_space",
@@ -180,6 +182,7 @@ __all__ = [
     "cost_table_from_json",
     "cost_table_to_json",
     "crop_and_flip",
+    "cross_entropy",
     "cutout",
     "darts_space",
     "decoding",
@@ -232,6 +235,7 @@ __all__ = [
     "one_hot",
     "op_scores",
     "over_budget",
+    "over_real_rows",
     "pareto_front",
     "penalized",
     "pruned",
@@ -240,6 +244,7 @@ __all__ = [
     "read_nas_bench_201",
     "read_nas_bench_301",
     "resource_penalty",
+    "row_mask",
     "save_benchmark",
     "sharpness_stop",
     "sigmoid",
