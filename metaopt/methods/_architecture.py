@@ -259,10 +259,10 @@ def found(result: training.FitResult) -> base.HyperParams:
     skipped = result.history.get("skipped", ())
     if len(skipped) and np.all(skipped):
         raise ValueError(
-            f"No one of the run's {len(skipped)} steps had a finite hypergradient: α is where it started, and its "
-            "genotype would be an accident. Labels that are no classes (they go from 0 to the number of outputs less 1), NaN in "
-            "the data (`tasks.stack` refuses them) and a rate that is too large for the weights make losses NaN: "
-            "`result.history` has them."
+            f"None of the run's {len(skipped)} steps had a finite hypergradient: α is where it started, and its "
+            "genotype would be an accident. Losses (`result.history`) are NaN where labels are no classes (they go from "
+            "0 to the number of outputs less 1), where data are NaN (`tasks.stack` refuses them), and where the weights "
+            "diverge (take a smaller rate)."
         )
     return result.hyperparams
 

@@ -126,11 +126,11 @@ def retraining(
 
     def train_loss(params, hyperparams, batch, context):
         drop_key, *keys = jax.random.split(context.key, 1 + len(augment))
+        mask = nas.row_mask(batch)
         x = batch["x"]
         for change, key in zip(augment, keys, strict=True):
             x = change(key, x)
         edges = (drop_key, drop_path * context.step / num_steps) if drop_path else None
-        mask = nas.row_mask(batch)
         if at is None:
             return loss(supernet.apply(params["network"], None, x, edges, mask), batch)
         features = supernet.features(params["network"], None, x, edges, mask)
@@ -255,6 +255,7 @@ def batched_accuracy(
     outputs = jax.jit(inner.im2col(apply, only_on_cpu=True))
 
     def accuracy(params, data, key):
+        nas.row_mask(data)  # a dict with "x"
         real = np.asarray(data.get("mask", np.ones(len(data["y"])))) > 0
         if real.shape != (len(data["y"]),) or not real.any():
             raise ValueError(

@@ -81,6 +81,7 @@ from metaopt.nas._graph_ops import TOKEN_OPS, graph_ops
 from metaopt.nas._masks import check_labels, cross_entropy, over_real_rows, row_mask
 from metaopt.nas._nas_bench_101 import (
     discretize_graph,
+    genotype_graph,
     graph_genotype,
     graph_op,
     nas_bench_101_cells,
@@ -199,6 +200,7 @@ __all__ = [
     "from_json",
     "from_nas_bench_201",
     "genotype_from_json",
+    "genotype_graph",
     "genotype_to_json",
     "grad_norm",
     "gradient_features",

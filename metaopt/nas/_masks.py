@@ -61,7 +61,17 @@ def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
 
     Returns:
       [N], or None: there is no mask, or it is of something else, such as positions, which a loss may leave out.
+
+    Raises:
+      ValueError: the batch is no dict with "x".
     """
+    if not isinstance(batch, Mapping) or "x" not in batch:
+        found = f"a dict of {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            'A batch of rows must be a dict with the inputs as "x" [N, ...] and, for the default loss, labels as "y" '
+            f"[N], since losses and samplers read them by name; got {found}. Of arrays x and y that is "
+            '`base.Task({"x": x, "y": y}, {"x": x_valid, "y": y_valid})`.'
+        )
     mask = batch.get("mask")
     return mask if mask is not None and jnp.shape(mask) == jnp.shape(batch["x"])[:1] else None
 

@@ -65,8 +65,8 @@ def normalized(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
     if math.prod(x.shape[:-1]) == 1:
         raise ValueError(
             f"An op normalizes by the batch, and got one row without positions, of the shape {x.shape}: its mean is "
-            "the row itself, so that all rows would give the same outputs. Give it batches of many rows, such as those it "
-            "was trained in (`methods.batched_accuracy` makes them)."
+            "the row itself, so that all rows would give the same outputs. Give it batches of many rows, such as those "
+            "it was trained in (`methods.batched_accuracy` makes them)."
         )
     return _normalize_channels(x, epsilon)
 
