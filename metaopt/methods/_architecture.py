@@ -260,9 +260,9 @@ def found(result: training.FitResult) -> base.HyperParams:
     if len(skipped) and np.all(skipped):
         raise ValueError(
             f"None of the run's {len(skipped)} steps had a finite hypergradient: α is where it started, and its "
-            "genotype would be an accident. Losses (`result.history`) are NaN where labels are no classes (they go from "
-            "0 to the number of outputs less 1), where data are NaN (`tasks.stack` refuses them), and where the weights "
-            "diverge (take a smaller rate)."
+            "genotype would be an accident. Losses (`result.history`) are NaN where labels are no classes (they go "
+            "from 0 to the number of outputs less 1), where data are NaN (`tasks.stack` refuses them), and where the "
+            "weights diverge (take a smaller rate)."
         )
     return result.hyperparams
 
