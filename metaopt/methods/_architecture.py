@@ -26,8 +26,8 @@ class Search(NamedTuple):
       rule: `(problem, own) -> Estimator`, which made `estimator`; `under_budget` makes another one by it, of a problem
         whose λ is another: `own(λ)` is this search's.
       found: `(training.FitResult) -> α`, what a run has found: α after its last step; RobustDARTS's is an earlier one.
-        Raises a ValueError where no step had a finite hypergradient: α is then where it started, and `genotype` would
-        read a cell that nothing has searched for.
+        Raises a ValueError where no step had a finite loss and a finite hypergradient: α is then where it started, and
+        `genotype` would read a cell that nothing has searched for.
       settings: the method's name, the network, and what else the search was made with, as JSON has it, for
         `training.fit(settings=search.settings)`: other searches have α and states of the same shapes, so that a
         checkpoint of another one would go on as this one's. Functions are told by their names and the values that they
@@ -63,8 +63,11 @@ def _sgd(hyperparams: base.HyperParams) -> optax.GradientTransformation:
 
 
 def _outputs(supernet, relaxation, params, alpha, batch, context):
-    weights = nas.mixing_weights(relaxation, supernet.network, alpha, context.key, context.step)
-    return supernet.apply(params, weights, batch["x"], None, nas.row_mask(batch))
+    weights, mask = (
+        nas.mixing_weights(relaxation, supernet.network, alpha, context.key, context.step),
+        nas.row_mask(batch),
+    )
+    return supernet.apply(params, weights, batch["x"], None, mask)
 
 
 def _loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_init=False) -> base.InnerLoop:
@@ -255,11 +258,11 @@ def architecture_search(
 
 
 def found(result: training.FitResult) -> base.HyperParams:
-    """λ after the last step of a run; ValueError where none moved it."""
-    skipped = result.history.get("skipped", ())
-    if len(skipped) and np.all(skipped):
+    """λ after the last step of a run; ValueError where no step had a finite loss and a finite hypergradient."""
+    num = len(result.history.get("skipped", ()))
+    if num and not (np.isfinite(result.history["value"]) & (np.asarray(result.history["skipped"]) == 0)).any():
         raise ValueError(
-            f"None of the run's {len(skipped)} steps had a finite hypergradient: α is where it started, and its "
+            f"None of the run's {num} steps had a finite loss and a finite hypergradient: α says nothing, and its "
             "genotype would be an accident. Losses (`result.history`) are NaN where labels are no classes (they go "
             "from 0 to the number of outputs less 1), where data are NaN (`tasks.stack` refuses them), and where the "
             "weights diverge (take a smaller rate)."

@@ -78,7 +78,8 @@ def single_path_one_shot(
 
     @jax.jit
     def evaluate(params, weights, batch):
-        return loss(supernet.apply(params, weights, batch["x"], None, nas.row_mask(batch)), batch)
+        mask = nas.row_mask(batch)
+        return loss(supernet.apply(params, weights, batch["x"], None, mask), batch)
 
     def score(params, genotype, batch):
         check_data(loss, network, batch)

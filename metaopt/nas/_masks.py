@@ -29,7 +29,8 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
         and "class_mask" [C].
 
     Returns:
-      [], in nats. NaN where the label of a real row is no class, below 0 or from C on, or where no row is real.
+      [], in nats. NaN, with its gradient, where the label of a real row is no class, below 0 or from C on, or where no
+      row is real.
 
     Raises:
       ValueError: "mask" has another shape.
@@ -38,11 +39,10 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
     if "class_mask" in batch and jnp.shape(batch["class_mask"]) == (num,):
         real = jnp.asarray(batch["class_mask"]).reshape((1,) * (outputs.ndim - 1) + (num,)) > 0
         outputs = jnp.where(real, outputs, -1e9)
-    # An index from C on gives NaN; −1 would be the last class.
-    labels = jnp.where(y < 0, num, y.astype(jnp.int32)) if jnp.issubdtype(y.dtype, jnp.integer) else y
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, y)
+    wrong = (y < 0) | (y >= num)
     if "mask" not in batch:
-        return losses.mean()
+        return _nan_where(wrong, losses).mean()
     mask = jnp.asarray(batch["mask"], losses.dtype)
     if mask.shape not in (losses.shape, losses.shape[:1]):
         raise ValueError(
@@ -50,7 +50,13 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
             f"shape {mask.shape}. A batch of tasks needs `hypergrad.over_tasks`; a mask of something else another name."
         )
     mask = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (losses.ndim - mask.ndim)), losses.shape)
+    losses = _nan_where(wrong & (mask > 0), losses)
     return jnp.where(mask > 0, losses * mask, 0).sum() / mask.sum()
+
+
+def _nan_where(wrong: jax.Array, losses: jax.Array) -> jax.Array:
+    """Where a label is no class: the loss as Optax has it is of another class, or NaN with a gradient that is not."""
+    return losses * jnp.where(wrong, jnp.nan, jnp.ones_like(losses))
 
 
 def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:

@@ -519,7 +519,7 @@ def test_a_run_without_a_finite_step_has_found_nothing(method):
     assert search.found(fitted(TASK))["cell"].shape == (1, 3)
     # Below 0, too, where another class would be trained.
     wrong = {**TASK.train, "y": TASK.train["y"] - 1}
-    with pytest.raises(ValueError, match="None of the run's 2 steps had a finite hypergradient"):
+    with pytest.raises(ValueError, match="None of the run's 2 steps had a finite loss and a finite hyper"):
         search.found(fitted(base.Task(wrong, wrong)))
 
 
