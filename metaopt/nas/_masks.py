@@ -157,6 +157,17 @@ def over_real_rows(fn: Callable[[jax.Array], base.PyTree], x: jax.Array, mask: j
     return jax.tree.unflatten(jax.tree.structure(shape), rewrite.evaluate(closed.jaxpr, closed.consts, [x], replace))
 
 
+def check_one_row(fn: Callable[[jax.Array], base.PyTree], x: jax.Array) -> None:
+    """ValueError where `fn` normalizes one row [1, ...] by the batch without positions: it would be 0 whatever it is."""
+    for equation in rewrite.equations(jax.make_jaxpr(fn)(x).jaxpr):
+        if _normalizes(equation) and math.prod((shape := equation.invars[0].aval.shape)[:-1]) == 1:
+            raise ValueError(
+                f"An op normalizes by the batch, and got one row without positions, of the shape {shape}: its mean is "
+                "the row itself, so that all rows would give the same outputs. Give the network batches of many rows, "
+                "such as those it was trained in (`methods.batched_accuracy` makes them)."
+            )
+
+
 def _normalizes(equation: Any) -> bool:
     return equation.params.get("name") == NORMALIZATION
 

@@ -50,7 +50,8 @@ class Op(NamedTuple):
 def normalized(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
     """(x − mean) / √(var + ε), of each channel over the batch and all positions; zeros stay zeros.
 
-    Where a supernet is applied with a `mask` of rows, over the real ones, and 0 in the others.
+    Of one row without positions that is 0, whatever x is; supernets refuse such a batch.
+    Where one is applied with a `mask` of rows, over the real ones, and 0 in the others.
 
     Args:
       x: [N, spatial..., C].
@@ -58,16 +59,7 @@ def normalized(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
 
     Returns:
       As x.
-
-    Raises:
-      ValueError: there is one row, and one position: every output would be 0, whatever x is.
     """
-    if math.prod(x.shape[:-1]) == 1:
-        raise ValueError(
-            f"An op normalizes by the batch, and got one row without positions, of the shape {x.shape}: its mean is "
-            "the row itself, so that all rows would give the same outputs. Give it batches of many rows, such as those "
-            "it was trained in (`methods.batched_accuracy` makes them)."
-        )
     return _normalize_channels(x, epsilon)
 
 

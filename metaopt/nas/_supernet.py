@@ -41,7 +41,8 @@ class Supernet(NamedTuple):
         but for those that only pass their input on, and what stays counts 1 / (1 − rate); sizes have no edges to leave
         out. With `mask` [N], 1 for a real row and 0 for padding, outputs of real rows are, to rounding, those of a
         batch of real rows alone: `nas.normalized` leaves padding out. (Own ops that compute over the batch otherwise
-        do not.)
+        do not.) A ValueError of a single row that is normalized by the batch without positions: all outputs would be
+        alike.
       features: as `apply`, the outputs of all layers in the place of the network's, in their order: what an auxiliary
         head sees.
       head: `(params, features of the last layer) -> [N, num_outputs]`.
@@ -219,6 +220,8 @@ def _with_mask(fn: Callable) -> Callable:
     """`apply` or `features`, with a mask of rows as one more argument."""
 
     def with_mask(params, weights, x, drop_path=None, mask=None):
+        if jnp.shape(x)[:1] == (1,):
+            _masks.check_one_row(lambda x: fn(params, weights, x, drop_path), x)
         return _masks.over_real_rows(lambda x: fn(params, weights, x, drop_path), x, mask)
 
     return with_mask
