@@ -158,7 +158,7 @@ def over_real_rows(fn: Callable[[jax.Array], base.PyTree], x: jax.Array, mask: j
 
 
 def check_one_row(fn: Callable[[jax.Array], base.PyTree], x: jax.Array) -> None:
-    """ValueError where `fn` normalizes one row [1, ...] by the batch without positions: it would be 0 whatever it is."""
+    """ValueError where `fn` normalizes one row [1, ...] by the batch without positions: that is 0, whatever it is."""
     for equation in rewrite.equations(jax.make_jaxpr(fn)(x).jaxpr):
         if _normalizes(equation) and math.prod((shape := equation.invars[0].aval.shape)[:-1]) == 1:
             raise ValueError(
