@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 from jax.extend import core
 from jax.interpreters import partial_eval
 
@@ -56,15 +57,49 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
                 index, *rest = operands
                 outputs = jax.lax.switch(index, [closed(branch) for branch in params["branches"]], *rest)
             elif name == "scan":
-                outputs = primitive.bind(*operands, **{**params, "jaxpr": retraced(params["jaxpr"])})
+                body = retraced(params["jaxpr"])
+                if any(isinstance(const, Tracer) for const in body.consts):
+                    outputs = _scan(equation, operands, closed(params["jaxpr"]))
+                else:
+                    outputs = primitive.bind(*operands, **{**params, "jaxpr": body})
             elif name == "while":
                 bodies = {which: retraced(params[which]) for which in ("cond_jaxpr", "body_jaxpr")}
-                outputs = primitive.bind(*operands, **{**params, **bodies})
+                if any(isinstance(const, Tracer) for body in bodies.values() for const in body.consts):
+                    outputs = _while(params, operands, *(closed(params[which]) for which in bodies))
+                else:
+                    outputs = primitive.bind(*operands, **{**params, **bodies})
             else:
                 outputs = primitive.bind(*operands, **primitive.get_bind_params(params))
         many = primitive.multiple_results and replacement is None
         values.update(zip(equation.outvars, outputs if many else [outputs], strict=True))
     return [v.val if isinstance(v, core.Literal) else values[v] for v in jaxpr.outvars]
+
+
+# A replacement may hold traced values of its own, which an equation of a loop cannot: the loop is then made anew.
+
+
+def _scan(equation: Any, operands: Sequence, run: Callable) -> list:
+    params, body = equation.params, equation.params["jaxpr"]
+    # Carries and constants are as the body has them; what is scanned has one more axis.
+    num_ys = sum(v.aval.ndim > a.ndim for v, a in zip(equation.outvars, body.out_avals, strict=True))
+    num_xs = sum(v.aval.ndim > a.ndim for v, a in zip(equation.invars, body.in_avals, strict=True))
+    num_carry, end = len(equation.outvars) - num_ys, len(operands) - num_xs
+    fixed, carry, xs = operands[: end - num_carry], operands[end - num_carry : end], operands[end:]
+
+    def step(carry, x):
+        outputs = run(*fixed, *carry, *x)
+        return outputs[:num_carry], outputs[num_carry:]
+
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = jax.lax.scan(step, list(carry), list(xs), **options)
+    return [*carry, *ys]
+
+
+def _while(params: Any, operands: Sequence, goes_on: Callable, run: Callable) -> list:
+    first = params["cond_nconsts"]
+    last = first + params["body_nconsts"]
+    condition = lambda carry: goes_on(*operands[:first], *carry)[0]
+    return jax.lax.while_loop(condition, lambda carry: run(*operands[first:last], *carry), list(operands[last:]))
 
 
 class Halves(NamedTuple):
@@ -207,10 +242,18 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     """
     for equation in jaxpr.eqns:
         yield equation
-        yield from _inside(equation)
+        yield from equations_inside(equation)
 
 
-def _inside(equation: Any) -> Iterator[Any]:
+def equations_inside(equation: Any) -> Iterator[Any]:
+    """The operations inside of one, of a loop's body, say.
+
+    Args:
+      equation: of a `jax.core.Jaxpr`.
+
+    Returns:
+      An iterator over equations.
+    """
     for value in equation.params.values():
         for leaf in value if isinstance(value, (tuple, list)) else (value,):
             jaxpr = getattr(leaf, "jaxpr", leaf)  # of a closed one
@@ -220,4 +263,4 @@ def _inside(equation: Any) -> Iterator[Any]:
 
 def _holds(equation: Any, wanted: Callable[[Any], Any]) -> bool:
     """Whether anything inside is wanted."""
-    return any(map(wanted, _inside(equation)))
+    return any(map(wanted, equations_inside(equation)))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import base, hypergrad, inner, nas, training
+from metaopt.methods._architecture_checks import check_single, found
 from metaopt.methods._settings import of_network, plain, with_settings
 
 
@@ -25,6 +26,8 @@ class Search(NamedTuple):
       rule: `(problem, own) -> Estimator`, which made `estimator`; `under_budget` makes another one by it, of a problem
         whose λ is another: `own(λ)` is this search's.
       found: `(training.FitResult) -> α`, what a run has found: α after its last step; RobustDARTS's is an earlier one.
+        Raises a ValueError where no step had a finite loss and a finite hypergradient: α is then where it started, and
+        `genotype` would read a cell that nothing has searched for.
       settings: the method's name, the network, and what else the search was made with, as JSON has it, for
         `training.fit(settings=search.settings)`: other searches have α and states of the same shapes, so that a
         checkpoint of another one would go on as this one's. Functions are told by their names and the values that they
@@ -44,7 +47,14 @@ class Search(NamedTuple):
 
 
 def _cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    return optax.losses.softmax_cross_entropy_with_integer_labels(outputs, batch["y"]).mean()
+    return nas.cross_entropy(outputs, batch)  # checkpoints know this function by its name
+
+
+def check_data(loss: Callable, network: nas.Space, *parts: Any) -> None:
+    """ValueError where labels, not traced, are no classes of the default loss; other losses have other labels."""
+    if loss is _cross_entropy or loss is nas.cross_entropy:
+        for part in parts:
+            nas.check_labels(part, network.num_outputs)
 
 
 def _sgd(hyperparams: base.HyperParams) -> optax.GradientTransformation:
@@ -53,8 +63,11 @@ def _sgd(hyperparams: base.HyperParams) -> optax.GradientTransformation:
 
 
 def _outputs(supernet, relaxation, params, alpha, batch, context):
-    weights = nas.mixing_weights(relaxation, supernet.network, alpha, context.key, context.step)
-    return supernet.apply(params, weights, batch["x"])
+    weights, mask = (
+        nas.mixing_weights(relaxation, supernet.network, alpha, context.key, context.step),
+        nas.row_mask(batch),
+    )
+    return supernet.apply(params, weights, batch["x"], None, mask)
 
 
 def _loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_init=False) -> base.InnerLoop:
@@ -65,22 +78,11 @@ def _loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_init=Fals
         value = loss(_outputs(supernet, relaxation, params, alpha, batch, context), batch)
         return value + decay / 2 * optax.tree.norm(params, squared=True)
 
-    init = lambda key, hyperparams, data: (hyperparams["init"] if learn_init else supernet.init(key), None)
+    def init(key, hyperparams, data):
+        check_data(loss, supernet.network, data)
+        return hyperparams["init"] if learn_init else supernet.init(key), None
+
     return inner.loop(train_loss, optimizer, init=init, sampler=sampler, with_context=True)
-
-
-def _check_single(relaxation, network, edge_weights) -> None:
-    """ValueError where a relaxation gives weight to several ops of an edge, even at one-hot α: one would run."""
-    with jax.ensure_compile_time_eval():
-        alpha = {kind: jnp.eye(len(c.edges[0].ops))[jnp.zeros(len(c.edges), int)] for kind, c in network.cells.items()}
-        given = {k: {"ops": a, "edges": jnp.zeros(len(a))} for k, a in alpha.items()} if edge_weights else alpha
-        weights = nas.mixing_weights(relaxation, network, given, jax.random.key(0))
-        several = [kind for kind, w in weights.items() if bool(((w != 0).sum(-1) > 1).any())]
-    if several:
-        raise ValueError(
-            f"`single_path` runs the op with the largest weight alone, and `relaxation` gives weight to several ops of "
-            f"an edge of {several[0]!r}: use `nas.gumbel_softmax(..., hard=True)` or `nas.uniform_path()`."
-        )
 
 
 @with_settings
@@ -117,8 +119,9 @@ def architecture_search(
       in_shape: of one input, without the batch axis.
       rule: `(problem) -> Estimator`.
       ops: of the space, such as `nas.DARTS_OPS`.
-      loss: `(outputs [N, num_outputs], batch) -> []`; by default the mean cross-entropy of labels "y" [N]. Batches have
-        "x" [N, *in_shape].
+      loss: `(outputs [N, num_outputs], batch) -> []`; by default `nas.cross_entropy`, of labels "y" [N]. Batches have
+        "x" [N, *in_shape], and "mask" [N] where rows are padding, as `tasks.to_task` pads: the default loss and
+        `nas.normalized` leave them out, and a loss of one's own must.
       decay: of the weights, in the loss, so that implicit rules see it.
       optimizer: as for `inner.loop`, by default DARTS's for weights (SGD, rate 0.025, momentum 0.9, clipped at 5).
         DARTS's for α is `optax.chain(optax.add_decayed_weights(1e-3), optax.adam(3e-4, b1=0.5))`.
@@ -146,6 +149,8 @@ def architecture_search(
     Raises:
       ValueError: the spec and the shapes do not fit; `single_path` with a relaxation that gives weight to several ops;
         `penalty` is no function; `keep` is no number of edges, at least 1, or None; `keep` for NAS-Bench-101's space.
+        Of the estimator's `init`: labels of the task, where they are not traced, are no classes, and `loss` is the
+        default. (Traced, they make the loss NaN: see `Search.found`.)
 
     >>> import jax
     >>> from metaopt import methods, nas
@@ -188,7 +193,7 @@ def architecture_search(
         network, in_shape, ops=ops, partial=partial, single_path=single_path, remat_edges=remat_edges
     )
     if single_path:
-        _check_single(relax, network, edge_weights)
+        check_single(relax, network, edge_weights)
     loop = _loop(supernet, relax, loss, decay, optimizer, sampler, learn_init)
     alpha_of = lambda hyperparams: hyperparams["alpha"] if learn_init else hyperparams
 
@@ -215,15 +220,27 @@ def architecture_search(
             return nas.graph_genotype(network, nas.discretize_graph(network, found))
         return nas.discretize(network, found)
 
-    of_any = lambda problem, own: rule(problem)
-    found = lambda result: result.hyperparams
+    def checked(problem):
+        estimator = rule(problem)
+        if not isinstance(estimator, base.Estimator):  # refused where it is used
+            return estimator
+
+        def init(key, hyperparams, task):
+            if isinstance(task, base.Task):
+                check_data(loss, network, task.train, task.valid)
+            return estimator.init(key, hyperparams, task)
+
+        return estimator._replace(init=init)
+
+    of_any = lambda problem, own: checked(problem)
     settings = {
         "keep": plain(network.keep if isinstance(network, nas.Network) else keep),
         "relaxation": plain(relax),
         "decode": plain(decode),
         "network": of_network(network),
     }
-    return Search(rule(problem), problem, supernet, hyperparams, alpha_of, weights, genotype, of_any, found, settings)
+    estimator = checked(problem)
+    return Search(estimator, problem, supernet, hyperparams, alpha_of, weights, genotype, of_any, found, settings)
 
 
 @with_settings

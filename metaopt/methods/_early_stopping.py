@@ -110,5 +110,9 @@ def darts_plus(
 
 def _stopped_by(search: Search, rule: Callable[[base.Problem, Callable], base.Estimator]) -> Search:
     """The search by another rule, whose state keeps the α to take."""
-    found = lambda result: result.state.estimator_state.kept
+
+    def found(result):
+        search.found(result)  # raises
+        return result.state.estimator_state.kept
+
     return search._replace(estimator=rule(search.problem, lambda hyperparams: hyperparams), rule=rule, found=found)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.tree_util import tree_leaves_with_path
 
 from metaopt import base, hypergrad, nas, predictors, training
 from metaopt.methods._architecture import Search
@@ -83,7 +84,8 @@ def meta_architecture_search(
       A `MetaArchitecture`; its estimator is of the same kind as the search's.
 
     Raises:
-      ValueError: `num_steps` is negative; the search has more λ than α and a start, such as that of `under_budget`.
+      ValueError: `num_steps` is negative; the search has more λ than α and a start, such as that of `under_budget`; of
+        all that is given λ and a task, h gives α of other kinds or shapes than the search has.
 
     Sources: Elsken et al., CVPR 2020 (MetaNAS), https://arxiv.org/abs/1911.11090; Lian et al., ICLR 2020 (T-NAS).
 
@@ -116,12 +118,22 @@ def meta_architecture_search(
         h_key, init_key = jax.random.split(key)
         return {"h": predictor.init(h_key), **start(init_key)}
 
-    def apply(meta_params, task):
-        alpha = predictor.apply(meta_params["h"], task)
-        return {"alpha": alpha, "init": meta_params["init"]} if "init" in meta_params else alpha
+    wanted = jax.eval_shape(search.alpha, made)
 
     def alpha(meta_params, task):
-        return predictor.apply(meta_params["h"], task)
+        given = predictor.apply(meta_params["h"], task)
+        told = lambda tree: {jax.tree_util.keystr(p) or "α": x.shape for p, x in tree_leaves_with_path(tree)}
+        if jax.tree.structure(given) != jax.tree.structure(wanted) or told(given) != told(wanted):
+            raise ValueError(
+                f"`predictor` must give α as the search has it, since it stands in the place of α: {told(wanted)}; it "
+                f"gave {told(given)}. `predictors.mlp` makes such a tree of a space of the same leaves, "
+                "`{kind: spaces.real(shape=(edges, ops))}`."
+            )
+        return given
+
+    def apply(meta_params, task):
+        given = alpha(meta_params, task)
+        return {"alpha": given, "init": meta_params["init"]} if "init" in meta_params else given
 
     def fine_tune(key, meta_params, task):
         given = apply(meta_params, task)

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from metaopt import base, inner, nas
-from metaopt.methods._architecture import _cross_entropy, _loop, _sgd
+from metaopt.methods._architecture import _cross_entropy, _loop, _sgd, check_data
 from metaopt.methods._settings import with_settings
 
 
@@ -59,7 +59,11 @@ def single_path_one_shot(
       sampler: likewise.
 
     Returns:
-      A `OneShot`.
+      A `OneShot`. Rows that are padding by "mask" [N] count in no loss and no normalization.
+
+    Raises:
+      ValueError: the spec and the shapes do not fit; `train` and `score`, of data whose labels are no classes, where
+        `loss` is the default.
 
     Source: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420
     """
@@ -69,13 +73,16 @@ def single_path_one_shot(
     alpha = nas.init_alpha(jax.random.key(0), network, scale=0.0)
 
     def train(key, data):
+        check_data(loss, network, data)
         return run(key, alpha, data).params
 
     @jax.jit
     def evaluate(params, weights, batch):
-        return loss(supernet.apply(params, weights, batch["x"]), batch)
+        mask = nas.row_mask(batch)
+        return loss(supernet.apply(params, weights, batch["x"], None, mask), batch)
 
     def score(params, genotype, batch):
+        check_data(loss, network, batch)
         return evaluate(params, nas.one_hot(network, genotype), batch)
 
     return OneShot(train, score, supernet, loop, alpha, {})

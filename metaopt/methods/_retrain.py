@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from metaopt import base, inner, nas, training
-from metaopt.methods._architecture import _cross_entropy
+from metaopt.methods._architecture import _cross_entropy, check_data
 
 Augmentation = Callable[[jax.Array, jax.Array], jax.Array]  # key, x -> x
 
@@ -28,7 +28,8 @@ class Retraining(NamedTuple):
 
     Attributes:
       loop: without hyperparameters (λ is None): `inner.run(loop, num_steps)`, or `train`, which can be continued.
-      apply: `(params, x) -> [N, num_outputs]`, without dropped edges or the auxiliary head.
+      apply: `(params, x, mask=None) -> [N, num_outputs]`, without dropped edges or the auxiliary head; `mask` [N] as
+        for `nas.Supernet`.
       num_steps: that the schedules are made for.
     """
 
@@ -70,7 +71,8 @@ def retraining(
       in_shape: of one input.
       ops: of the space.
       num_steps: T.
-      batch_size: of rows of data {"x": [N, *in_shape], "y": [N]}.
+      batch_size: of rows of data {"x": [N, *in_shape], "y": [N]}, and "mask" [N] where there is padding,
+        which is not drawn.
       augment: of a batch's x, one after the other, `(key, x) -> x`; published are `nas.crop_and_flip(4)` and
         `nas.cutout(16)` for 32 × 32.
       drop_path: the probability at the end, in [0, 1).
@@ -87,7 +89,7 @@ def retraining(
 
     Raises:
       ValueError: the network has mixing weights left; no layer has a stride for the auxiliary head; a number is out of
-        range.
+        range; of the loop, of data that are not traced, labels are no classes, where `loss` is the default.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, and its code
     """
@@ -114,24 +116,27 @@ def retraining(
     head = nas.auxiliary_head(network.num_outputs, widths=auxiliary_widths)
 
     def init(key, hyperparams, data):
+        check_data(loss, network, data)
         params = {"network": supernet.init(key)}
         if at is not None:
-            x = jax.ShapeDtypeStruct((1, *in_shape), jnp.zeros(0).dtype)
+            x = jax.ShapeDtypeStruct((2, *in_shape), jnp.zeros(0).dtype)
             shape = jax.eval_shape(supernet.features, params["network"], None, x)[at].shape[1:]
             params["auxiliary"] = head.init(jax.random.fold_in(key, 1), shape, network.num_outputs, 1)
         return params, None
 
     def train_loss(params, hyperparams, batch, context):
         drop_key, *keys = jax.random.split(context.key, 1 + len(augment))
+        mask = nas.row_mask(batch)
         x = batch["x"]
         for change, key in zip(augment, keys, strict=True):
             x = change(key, x)
         edges = (drop_key, drop_path * context.step / num_steps) if drop_path else None
         if at is None:
-            return loss(supernet.apply(params["network"], None, x, edges), batch)
-        features = supernet.features(params["network"], None, x, edges)
+            return loss(supernet.apply(params["network"], None, x, edges, mask), batch)
+        features = supernet.features(params["network"], None, x, edges, mask)
         outputs = supernet.head(params["network"], features[-1])
-        beside = head.apply(params["auxiliary"], features[at], network.num_outputs, 1)
+        auxiliary_outputs = lambda x: head.apply(params["auxiliary"], x, network.num_outputs, 1)
+        beside = nas.over_real_rows(auxiliary_outputs, features[at], mask)
         return loss(outputs, batch) + auxiliary * loss(beside, batch)
 
     def optimizer(hyperparams):
@@ -143,7 +148,8 @@ def retraining(
 
     sampler = inner.minibatch(batch_size)
     loop = inner.loop(train_loss, optimizer, init=init, sampler=sampler, with_context=True)
-    return Retraining(loop, lambda params, x: supernet.apply(params["network"], None, x), num_steps)
+    apply = lambda params, x, mask=None: supernet.apply(params["network"], None, x, None, mask)
+    return Retraining(loop, apply, num_steps)
 
 
 def train(
@@ -238,22 +244,36 @@ def batched_accuracy(
       batch_size: the last batch is filled up with rows that are not counted again. At most the number of rows is taken.
 
     Returns:
-      `(params, data, key) -> accuracy` in [0, 1], of data {"x", "y"}; the key says which rows are together.
+      `(params, data, key) -> accuracy` in [0, 1], of data {"x", "y"}; the key says which rows are together. Of data
+      with "mask" [N] of the real rows alone, which are together with one another; with "class_mask" [C] among the real
+      classes. A row with a NaN among its outputs counts as wrong.
 
     Raises:
-      ValueError: `batch_size` is below 1.
+      ValueError: `batch_size` is below 1; "mask" is not [N], or leaves no row; a label is no class.
     """
     base.check_integer("batch_size", batch_size, 1)
     outputs = jax.jit(inner.im2col(apply, only_on_cpu=True))
 
     def accuracy(params, data, key):
-        num = len(data["y"])
+        nas.row_mask(data)  # a dict with "x"
+        real = np.asarray(data.get("mask", np.ones(len(data["y"])))) > 0
+        if real.shape != (len(data["y"]),) or not real.any():
+            raise ValueError(
+                f'"mask" must be [N] = ({len(data["y"])},), 1 for a real row and 0 for padding, with a real one; got '
+                f"shape {real.shape}, {int(real.sum())} real."
+            )
+        num = int(real.sum())
         size = min(batch_size, num)
-        order = np.asarray(jax.random.permutation(key, num))
+        order = np.flatnonzero(real)[np.asarray(jax.random.permutation(key, num))]
         rows = np.resize(order, -(-num // size) * size)  # from the start again
         x, y, right = np.asarray(data["x"]), np.asarray(data["y"]), []
         for some in rows.reshape(-1, size):
-            right.append(np.asarray(outputs(params, x[some])).argmax(-1) == y[some])
+            found = np.asarray(outputs(params, x[some]))
+            if not right:
+                nas.check_labels(data, found.shape[-1])
+            if np.shape(data.get("class_mask")) == found.shape[-1:]:
+                found = np.where(np.asarray(data["class_mask"]) > 0, found, -np.inf)
+            right.append((found.argmax(-1) == y[some]) & ~np.isnan(found).any(-1))
         return float(np.concatenate(right)[:num].mean())
 
     return accuracy

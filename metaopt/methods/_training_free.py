@@ -25,7 +25,11 @@ def training_free_scores(
       ops: of the space.
 
     Returns:
-      `(key, genotype, batch) -> {name: []}`, larger is better, at an initialization that is drawn by the key.
+      `(key, genotype, batch) -> {name: []}`, larger is better, at an initialization that is drawn by the key. Rows that
+      are padding by the batch's "mask" [N] count nowhere.
+
+    Raises:
+      ValueError: of a batch, labels are no classes, and a score asks for their cross-entropy.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import methods, nas
@@ -45,7 +49,12 @@ def training_free_scores(
         params = supernet.init(key)
         return {name: score(supernet, params, weights, batch) for name, score in chosen.items()}
 
-    return lambda key, genotype, batch: evaluate(key, nas.one_hot(network, genotype), batch)
+    def score(key, genotype, batch):
+        if nas.grad_norm in chosen.values() or nas.snip in chosen.values():  # with their own loss, which has classes
+            nas.check_labels(batch, network.num_outputs)
+        return evaluate(key, nas.one_hot(network, genotype), batch)
+
+    return score
 
 
 class ScreenedState(NamedTuple):

@@ -78,8 +78,10 @@ from metaopt.nas._genotypes import (
     to_nas_bench_201,
 )
 from metaopt.nas._graph_ops import TOKEN_OPS, graph_ops
+from metaopt.nas._masks import check_labels, cross_entropy, over_real_rows, row_mask
 from metaopt.nas._nas_bench_101 import (
     discretize_graph,
+    genotype_graph,
     graph_genotype,
     graph_op,
     nas_bench_101_cells,
@@ -169,6 +171,7 @@ __all__ = [
     "benchmark_graph",
     "beta_decay",
     "canonical",
+    "check_labels",
     "check_network",
     "complete_cell",
     "configuration_space",
@@ -180,6 +183,7 @@ __all__ = [
     "cost_table_from_json",
     "cost_table_to_json",
     "crop_and_flip",
+    "cross_entropy",
     "cutout",
     "darts_space",
     "decoding",
@@ -196,6 +200,7 @@ __all__ = [
     "from_json",
     "from_nas_bench_201",
     "genotype_from_json",
+    "genotype_graph",
     "genotype_to_json",
     "grad_norm",
     "gradient_features",
@@ -232,6 +237,7 @@ __all__ = [
     "one_hot",
     "op_scores",
     "over_budget",
+    "over_real_rows",
     "pareto_front",
     "penalized",
     "pruned",
@@ -240,6 +246,7 @@ __all__ = [
     "read_nas_bench_201",
     "read_nas_bench_301",
     "resource_penalty",
+    "row_mask",
     "save_benchmark",
     "sharpness_stop",
     "sigmoid",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metaopt.nas._genotypes import NONE, Graph, edge_graph, from_nas_bench_201, nas_bench_101_hash, pruned
-from metaopt.nas._nas_bench_101 import nas_bench_101_graph
+from metaopt.nas._nas_bench_101 import genotype_graph, nas_bench_101_graph
 from metaopt.nas._specs import NAS_BENCH_201_PRIMITIVES
 
 
@@ -31,8 +31,8 @@ class Benchmark(NamedTuple):
       cost: [A, T, F] seconds of training; NaN where they are not known.
       query: `(architecture, task, fidelity) -> (outcome, cost)`, of a row of integers, a task's name, a fidelity (1.0
         by default; to 1e-3); raises a ValueError for what is not in the table. Of NAS-Bench-101 an architecture may be
-        a `Graph`, too, and is found by its hash; of NAS-Bench-201 and the micro space of TransNAS-Bench-101 a genotype,
-        and of NAS-Bench-201 its text.
+        a `Graph`, too, or a genotype of `nas_bench_101_space`, and is found by its hash; of NAS-Bench-201 and the micro
+        space of TransNAS-Bench-101 a genotype, and of NAS-Bench-201 its text.
     """
 
     name: str
@@ -60,6 +60,8 @@ def make_benchmark(
     by_hash: dict[str, int] = {}
 
     def row_of(architecture) -> int | None:
+        if isinstance(architecture, Mapping) and name.startswith("NAS-Bench-101"):
+            architecture = genotype_graph(dict(architecture))
         if isinstance(architecture, Graph) and name.startswith("NAS-Bench-101"):
             if not by_hash:  # when it is first needed: seconds
                 whole = {row: pruned(nas_bench_101_graph(encoding)) for encoding, row in rows.items()}
@@ -77,6 +79,11 @@ def make_benchmark(
         if isinstance(architecture, str | Mapping | Graph) or not np.iterable(architecture):
             raise ValueError(f"{name} is asked for rows of integers of {len(dims)} entries; got {architecture!r}.")
         digits = tuple(architecture)
+        if any(isinstance(x, str | bytes) or np.ndim(x) for x in digits):
+            raise ValueError(
+                f"{name} is asked for rows of integers of {len(dims)} entries, which stand for "
+                f"{', '.join(dims)}; got {architecture!r}."
+            )
         return rows.get(tuple(map(int, digits))) if all(float(x).is_integer() for x in digits) else None
 
     def query(architecture, task, fidelity=1.0):

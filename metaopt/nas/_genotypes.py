@@ -7,6 +7,7 @@ import ast
 import hashlib
 import itertools
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, overload
 
@@ -263,12 +264,15 @@ def genotype_to_json(genotype: Genotype) -> str:
     """A genotype as JSON.
 
     Args:
-      genotype: kind -> edges.
+      genotype: kind -> edges, whose nodes may be NumPy's integers.
 
     Returns:
       Text, with the version of the form.
+
+    Raises:
+      TypeError: a node is no integer.
     """
-    return json.dumps({"version": 1, "genotype": genotype})
+    return json.dumps({"version": 1, "genotype": genotype}, default=operator.index)
 
 
 def genotype_from_json(text: str) -> Genotype:
@@ -339,15 +343,19 @@ def from_darts(text: str, *, primitives: Sequence[str] = DARTS_PRIMITIVES) -> Ge
       A `Genotype` of the kinds that are there.
 
     Raises:
-      ValueError: the text has another form, an op is not among `primitives`, or an edge does not come from a node
-        before it or is there twice.
+      ValueError: the text has another form (no call of `Genotype`, fields without names, no cell), an op is not among
+        `primitives`, or an edge does not come from a node before it or is there twice.
     """
     try:
         call = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(call, ast.Call):
-            raise TypeError("no call")
+        if not isinstance(call, ast.Call) or getattr(call.func, "id", getattr(call.func, "attr", "")) != "Genotype":
+            raise TypeError("no call of `Genotype`")
+        if call.args or len({k.arg for k in call.keywords}) < len(call.keywords):
+            raise TypeError("fields without names, or twice")
         fields = {k.arg: k.value for k in call.keywords if not str(k.arg).endswith("_concat")}
         concats = {str(k.arg).removesuffix("_concat"): k.value for k in call.keywords if k.arg not in fields}
+        if not fields or set(concats) != set(map(str, fields)):
+            raise ValueError("no cells, or nodes of none")
         genotype = {}
         for kind, value in fields.items():
             pairs = ast.literal_eval(value)

@@ -147,7 +147,8 @@ def nas_bench_101_network(
 
     Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
     """
-    for name, value in (("channels", channels), ("cells_per_stack", cells_per_stack), ("num_stacks", num_stacks)):
+    counts = {"channels": channels, "cells_per_stack": cells_per_stack, "num_stacks": num_stacks}
+    for name, value in {"num_outputs": num_outputs, **counts}.items():
         base.check_integer(name, value, 1)
     layers = [Layer("conv3x3-bn-relu", channels)]
     for stack in range(num_stacks):
@@ -258,7 +259,7 @@ def nas_bench_101_space(
     https://arxiv.org/abs/2001.10422, for one-shot search in it
     """
     counts = {"channels": channels, "cells_per_stack": cells_per_stack, "num_stacks": num_stacks}
-    for name, value in counts.items():
+    for name, value in {"num_outputs": num_outputs, **counts}.items():
         base.check_integer(name, value, 1)
     base.check_integer("num_vertices", num_vertices, 3)
     last = num_vertices - 1
@@ -306,6 +307,48 @@ def graph_genotype(network: Network, graph: Graph) -> Genotype:
         if t < size - 1:
             edges.append((2 * t - 1, 2 * t, whole.ops[t]))
     return {"cell": tuple(edges)}
+
+
+def genotype_graph(genotype: Genotype) -> Graph:
+    """A genotype of `nas_bench_101_space` as a cell of NAS-Bench-101: the inverse of `graph_genotype`.
+
+    Args:
+      genotype: {"cell": edges} between the nodes of such a space: 2v − 1 is what leads to the vertex v, 2v what its op
+        makes of that, and the last node leads to the output.
+
+    Returns:
+      A pruned `Graph`.
+
+    Raises:
+      ValueError: the genotype is of another space, or nothing joins input and output.
+
+    >>> from metaopt import nas
+    >>> graph = nas.Graph(((0, 1, 1), (0, 0, 1), (0, 0, 0)), ("input", "maxpool3x3", "output"))
+    >>> nas.genotype_graph(nas.graph_genotype(nas.nas_bench_101_space(), graph)) == graph
+    True
+    """
+    edges = [(int(s), int(t), op) for s, t, op in genotype.get("cell", ())]
+    ops = {s: op for s, t, op in edges if s % 2 and t == s + 1 and op in NAS_BENCH_101_PRIMITIVES}
+    links = [(s, t) for s, t, op in edges if not s % 2 and t % 2 and op == ("skip_connect" if s else _PROJECTION)]
+    once = len({edge[:2] for edge in edges}) == len(edges)
+    if set(genotype) != {"cell"} or not once or len(ops) + len(links) < len(edges):
+        raise ValueError(
+            'A genotype of NAS-Bench-101 is of the one kind "cell", with the ops of its vertices on edges from 2v − 1 '
+            f"to 2v and links from 2u to 2v − 1, as `graph_genotype` writes them; got {genotype!r}."
+        )
+    end = max((t for _, t in links), default=1)
+    # What leads to a vertex without an op leads nowhere.
+    vertices = [0, *sorted((node + 1) // 2 for node in ops if node < end), (end + 1) // 2]
+    at = {v: i for i, v in enumerate(vertices)}
+    matrix = np.zeros((len(vertices),) * 2, int)
+    for s, t in links:
+        if s // 2 in at and (t + 1) // 2 in at:
+            matrix[at[s // 2], at[(t + 1) // 2]] = 1
+    named = ("input", *(ops[2 * v - 1] for v in vertices[1:-1]), "output")
+    whole = pruned(Graph(tuple(tuple(int(x) for x in row) for row in matrix), named))
+    if whole is None:
+        raise ValueError(f"The genotype has no path from its input to its output: {genotype!r}.")
+    return whole
 
 
 def discretize_graph(network: Network, weights: Mapping[str, Any], *, max_edges: int = _NUM_EDGES) -> Graph:

@@ -5,13 +5,14 @@ Arrays are [N, spatial..., C]: images [N, H, W, C], sequences [N, L, C], rows of
 
 Normalization is by the mean and variance of the batch at hand, of each channel over all else, without scale, shift or
 running averages: what architecture search uses, since weights that are shared by many networks have no one average. So
-an output depends on the whole batch, rows of padding among them, at validation too.
+an output depends on the whole batch, at validation too. Rows of padding are left out where `Supernet.apply` is given
+their mask, as searches give it; only in `nas.normalized`, though: what an own op computes over the batch otherwise, it
+computes over padding, too.
 
 A set of ops is a dict from names to `Op`s. Each named space has its own, since names mean different things in them:
 DARTS's `avg_pool_3x3` is normalized, NAS-Bench-201's is not. One's own go in as `{**nas.BLOCKS, "mine": nas.Op(...)}`.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -49,6 +50,9 @@ class Op(NamedTuple):
 def normalized(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
     """(x − mean) / √(var + ε), of each channel over the batch and all positions; zeros stay zeros.
 
+    Of one row without positions that is 0, whatever x is; supernets refuse such a batch.
+    Where one is applied with a `mask` of rows, over the real ones, and 0 in the others.
+
     Args:
       x: [N, spatial..., C].
       epsilon: ε.
@@ -59,14 +63,14 @@ def normalized(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
     return _normalize_channels(x, epsilon)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@jax.jit
 def _normalize_channels(x, epsilon):
     axes = tuple(range(x.ndim - 1))
     centered = x - x.mean(axes, keepdims=True)
     return centered * jax.lax.rsqrt((centered**2).mean(axes, keepdims=True) + epsilon)
 
 
-# A call of its own in every program, by whose name `synflow` finds it.
+# A call of its own in every program, by whose name `synflow` and the masks of rows find it, its operands x and ε.
 NORMALIZATION = "_normalize_channels"
 
 

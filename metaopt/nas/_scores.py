@@ -3,6 +3,7 @@
 All have the form `(supernet, params, weights, batch) -> []`, with `weights` None for a discrete network, or the one-hot
 mixing weights of a genotype in a supernet with `single_path`, whose one program then serves all genotypes of a space.
 They cost one backward pass of one batch (`nwot`: a forward pass), and hold for one draw of the parameters.
+Rows that the batch's "mask" [N] says are padding count nowhere: a score is that of the real rows alone, to rounding.
 Where nothing arrives at the output, `synflow` and `jacob_cov` are −inf, and those of the loss's gradient small.
 """
 
@@ -11,10 +12,10 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.extend import core
 
 from metaopt import base, rewrite
+from metaopt.nas._masks import check_labels, cross_entropy, row_mask
 from metaopt.nas._ops import NORMALIZATION
 from metaopt.nas._supernet import Supernet, Weights
 
@@ -27,8 +28,17 @@ class Score(Protocol):
         ...
 
 
-def _cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    return optax.losses.softmax_cross_entropy_with_integer_labels(outputs, batch["y"]).mean()
+def _loss(supernet, params, weights, batch, loss) -> jax.Array:
+    if loss is cross_entropy:
+        check_labels(batch, supernet.network.num_outputs)
+    return loss(_outputs(supernet, params, weights, batch), batch)
+
+
+def _outputs(supernet, params, weights, batch) -> jax.Array:
+    """Of a batch without padding by three arguments alone, for an `apply` of one's own."""
+    mask = row_mask(batch)
+    more = () if mask is None else (None, mask)
+    return supernet.apply(params, weights, batch["x"], *more)
 
 
 def _each_weight(params: base.Params) -> list[tuple[jax.Array, int]]:
@@ -52,7 +62,7 @@ def grad_norm(
     weights: Weights | None,
     batch: Mapping[str, jax.Array],
     *,
-    loss: Callable = _cross_entropy,
+    loss: Callable = cross_entropy,
 ) -> jax.Array:
     """Σ_W ‖∂L/∂W‖₂ over the convolutions and matrices W, each by itself.
 
@@ -61,14 +71,17 @@ def grad_norm(
       params: its parameters at the start.
       weights: one-hot mixing weights, or None.
       batch: {"x": [N, *in_shape], "y": what `loss` takes}.
-      loss: L, `(outputs [N, num_outputs], batch) -> []`; by default the mean cross-entropy of labels "y" [N].
+      loss: L, `(outputs [N, num_outputs], batch) -> []`; by default `cross_entropy`, of labels "y" [N].
 
     Returns:
       [].
 
+    Raises:
+      ValueError: labels that are not traced are no classes, where `loss` is the default.
+
     Source: Abdelfattah et al., ICLR 2021, https://arxiv.org/abs/2101.08134
     """
-    grads = jax.grad(lambda params: loss(supernet.apply(params, weights, batch["x"]), batch))(params)
+    grads = jax.grad(lambda params: _loss(supernet, params, weights, batch, loss))(params)
     norms = [jnp.sqrt((g**2).sum(tuple(range(stacked, g.ndim)))).sum() for g, stacked in _each_weight(grads)]
     return sum(norms, jnp.zeros(()))
 
@@ -79,7 +92,7 @@ def snip(
     weights: Weights | None,
     batch: Mapping[str, jax.Array],
     *,
-    loss: Callable = _cross_entropy,
+    loss: Callable = cross_entropy,
 ) -> jax.Array:
     """Σ |θ · ∂L/∂θ| over the entries of convolutions and matrices.
 
@@ -95,7 +108,7 @@ def snip(
 
     Source: Lee, Ajanthan & Torr, ICLR 2019, https://arxiv.org/abs/1810.02340
     """
-    grads = jax.grad(lambda params: loss(supernet.apply(params, weights, batch["x"]), batch))(params)
+    grads = jax.grad(lambda params: _loss(supernet, params, weights, batch, loss))(params)
     pairs = zip(_each_weight(params), _each_weight(grads), strict=True)
     return sum((abs(p * g).sum() for (p, _), (g, _) in pairs), jnp.zeros(()))
 
@@ -123,8 +136,9 @@ def synflow(
     """
     del batch
     scale = 1e-15  # of the input and of the output, so that products in the middle have room on both sides
-    ones = jnp.full((1, *supernet.in_shape), scale)
-    plain = _without_normalization(lambda params: supernet.apply(params, weights, ones).sum() * scale)
+    # Two rows, of which one counts: normalization refuses a single one, before it is taken out.
+    ones = jnp.full((2, *supernet.in_shape), scale)
+    plain = _without_normalization(lambda params: supernet.apply(params, weights, ones)[:1].sum() * scale)
     positive = jax.tree.map(jnp.abs, params)
     grads = jax.grad(plain)(positive)
     pairs = zip(_each_weight(positive), _each_weight(grads), strict=True)
@@ -151,16 +165,27 @@ def jacob_cov(
 
     Source: Mellor et al., 2020, https://arxiv.org/abs/2006.04647v1
     """
-    x = batch["x"]
-    rows = jax.grad(lambda x: supernet.apply(params, weights, x).sum())(x).reshape(len(x), -1)
+    x, mask = batch["x"], row_mask(batch)
+    total = lambda outputs: outputs.sum()
+    if mask is not None:
+        real = jnp.asarray(mask) > 0
+        total = lambda outputs: jnp.where(real.reshape(-1, *[1] * (outputs.ndim - 1)), outputs, 0).sum()
+    rows = jax.grad(lambda x: total(_outputs(supernet, params, weights, {**batch, "x": x})))(x).reshape(len(x), -1)
     centered = rows - rows.mean(1, keepdims=True)
+    if mask is not None:
+        centered = jnp.where(real[:, None], centered, 0)
     # By the largest entry first: products of small numbers vanish in float32.
     centered = centered / jnp.maximum(abs(centered).max(), jnp.finfo(rows.dtype).tiny)
     lengths = jnp.sqrt((centered**2).sum(1, keepdims=True))
-    seen = (lengths > 0).all()
     unit = centered / jnp.where(lengths > 0, lengths, 1)
-    values = jnp.linalg.eigvalsh(unit @ unit.T).clip(0) + 1e-5
-    return jnp.where(seen, -(jnp.log(values) + 1 / values).sum(), -jnp.inf)
+    if mask is None:
+        seen, correlations, padding = (lengths > 0).all(), unit @ unit.T, 0.0
+    else:  # each row of padding is an eigenvalue 1 of its own, which is taken off
+        seen = ((lengths[:, 0] > 0) | ~real).all()
+        correlations = unit @ unit.T + jnp.diag((~real).astype(unit.dtype))
+        padding = (~real).sum() * (jnp.log1p(1e-5) + 1 / (1 + 1e-5))
+    values = jnp.linalg.eigvalsh(correlations).clip(0) + 1e-5
+    return jnp.where(seen, padding - (jnp.log(values) + 1 / values).sum(), -jnp.inf)
 
 
 def nwot(supernet: Supernet, params: base.Params, weights: Weights | None, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -184,11 +209,15 @@ def nwot(supernet: Supernet, params: base.Params, weights: Weights | None, batch
 
     Source: Mellor et al., ICML 2021, https://arxiv.org/abs/2006.04647
     """
-    x = batch["x"]
-    closed = jax.make_jaxpr(supernet.apply)(params, weights, x)
+    x, mask = batch["x"], row_mask(batch)
+    args = (params, weights, x) if mask is None else (params, weights, x, None, mask)
+    closed = jax.make_jaxpr(supernet.apply)(*args)
     if not _holds_relu(closed.jaxpr, len(x)):
         raise ValueError("`nwot` looks at the signs at ReLUs; this network has none.")
-    _, kernel = _agreements(closed.jaxpr, closed.consts, jax.tree.leaves((params, weights, x)), len(x))
+    _, kernel = _agreements(closed.jaxpr, closed.consts, jax.tree.leaves(args), len(x))
+    if mask is not None:  # each row of padding a block of its own, whose determinant is 1
+        real = jnp.asarray(mask) > 0
+        kernel = jnp.where(real[:, None] & real[None], kernel, 0) + jnp.diag((~real).astype(kernel.dtype))
     sign, log = jnp.linalg.slogdet(kernel)
     return jnp.where(sign > 0, log, -jnp.inf)
 
@@ -210,7 +239,7 @@ def gradient_features(
     key: jax.Array,
     batch: Mapping[str, jax.Array],
     *,
-    loss: Callable = _cross_entropy,
+    loss: Callable = cross_entropy,
     num_keys: int = 2,
 ) -> jax.Array:
     """What a task's first gradients say of every op, for an h that reads it: nothing is trained for it.
@@ -223,14 +252,15 @@ def gradient_features(
       supernet: of a space; not one with `single_path`, which has no gradient for ops that do not run.
       key: of the initializations.
       batch: {"x": [N, *in_shape], "y": what `loss` takes}; two batches of training are enough rows.
-      loss: L, `(outputs [N, num_outputs], batch) -> []`; by default the mean cross-entropy of labels "y" [N].
+      loss: L, `(outputs [N, num_outputs], batch) -> []`; by default `cross_entropy`, of labels "y" [N].
       num_keys: initializations, at least 1.
 
     Returns:
       [K], the ops of every kind of cell, each kind with the length 1.
 
     Raises:
-      ValueError: `num_keys` is below 1; the supernet is one with `single_path`.
+      ValueError: `num_keys` is below 1; the supernet is one with `single_path`; labels are no classes, as for
+        `grad_norm`.
     """
     base.check_integer("num_keys", num_keys, 1)
     if supernet.single_path:
@@ -240,7 +270,7 @@ def gradient_features(
         )
     sizes = {kind: (len(cell.edges), len(cell.edges[0].ops)) for kind, cell in supernet.network.cells.items()}
     equal = {kind: jnp.full(size, 1 / size[1]) for kind, size in sizes.items()}
-    value = lambda w, key: loss(supernet.apply(supernet.init(key), w, batch["x"]), batch)
+    value = lambda w, key: _loss(supernet, supernet.init(key), w, batch, loss)
     w = jax.lax.map(lambda key: jax.grad(value)(equal, key), jax.random.split(key, num_keys))
     ops = [(w[kind] - w[kind].mean(-1, keepdims=True)).mean((0, 1)) for kind in sizes]
     return jnp.concatenate([x / (jnp.linalg.norm(x) + 1e-6) for x in ops])
@@ -250,7 +280,7 @@ def _without_normalization(fn: Callable[[base.Params], jax.Array]) -> Callable[[
     """`fn` with the identity in the place of every `nas.normalized`."""
 
     def identity(equation: Any) -> Callable | None:
-        return (lambda x: x) if equation.params.get("name") == NORMALIZATION else None
+        return (lambda x, epsilon: x) if equation.params.get("name") == NORMALIZATION else None
 
     def plain(params):
         closed = jax.make_jaxpr(fn)(params)

@@ -135,8 +135,10 @@ def check_network(network: Network) -> None:
       network: a spec.
 
     Raises:
-      ValueError: an edge goes backwards or nowhere, a cell has no output, a kind no layer; `keep` is no such value.
+      ValueError: an edge goes backwards or nowhere, a cell has no output, a kind no layer; `num_outputs` is below 1;
+        `keep` is no such value.
     """
+    base.check_integer("num_outputs", network.num_outputs, 1)
     is_number = isinstance(network.keep, (int, np.integer)) and not isinstance(network.keep, bool)
     if network.keep not in (None, "graph") and not (is_number and int(network.keep) >= 1):
         raise ValueError(
@@ -360,7 +362,8 @@ def darts_space(
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055
     """
-    for name, value in (("channels", channels), ("num_cells", num_cells), ("num_nodes", num_nodes)):
+    counts = {"num_outputs": num_outputs, "channels": channels, "num_cells": num_cells, "num_nodes": num_nodes}
+    for name, value in counts.items():
         base.check_integer(name, value, 1)
     cell = complete_cell(num_nodes, primitives, num_inputs=2)._replace(output=tuple(range(2, 2 + num_nodes)))
     layers, width = [Layer("stem", 3 * channels)], channels
@@ -390,7 +393,8 @@ def nas_bench_201_space(num_outputs: int = 10, *, channels: int = 16, cells_per_
 
     Source: Dong & Yang, ICLR 2020, https://arxiv.org/abs/2001.00326
     """
-    for name, value in (("channels", channels), ("cells_per_stage", cells_per_stage)):
+    counts = {"num_outputs": num_outputs, "channels": channels, "cells_per_stage": cells_per_stage}
+    for name, value in counts.items():
         base.check_integer(name, value, 1)
     stage = lambda width: [Layer("cell", width)] * cells_per_stage
     layers = [Layer("stem", channels), *stage(channels)]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import base
-from metaopt.nas import _elastic, _genotypes, _ops
+from metaopt.nas import _elastic, _genotypes, _masks, _ops
 from metaopt.nas._specs import (
     Cell,
     Edge,
@@ -35,10 +35,14 @@ class Supernet(NamedTuple):
 
     Attributes:
       init: `(key) -> params`.
-      apply: `(params, weights, x, drop_path=None) -> [N, num_outputs]` (and all positions between, where the spec is
-        not `pooled`), of x [N, *in_shape]; weights None counts every op once (all sizes of an `ElasticNetwork` are then
-        the largest). With `drop_path=(key, rate)` each edge is left out of each example with that probability, but for
-        those that only pass their input on, and what stays counts 1 / (1 − rate); sizes have no edges to leave out.
+      apply: `(params, weights, x, drop_path=None, mask=None) -> [N, num_outputs]` (and all positions between, where the
+        spec is not `pooled`), of x [N, *in_shape]; weights None counts every op once (all sizes of an `ElasticNetwork`
+        are then the largest). With `drop_path=(key, rate)` each edge is left out of each example with that probability,
+        but for those that only pass their input on, and what stays counts 1 / (1 − rate); sizes have no edges to leave
+        out. With `mask` [N], 1 for a real row and 0 for padding, outputs of real rows are, to rounding, those of a
+        batch of real rows alone: `nas.normalized` leaves padding out. (Own ops that compute over the batch otherwise
+        do not.) A ValueError of a single row that is normalized by the batch without positions: all outputs would be
+        alike.
       features: as `apply`, the outputs of all layers in the place of the network's, in their order: what an auxiliary
         head sees.
       head: `(params, features of the last layer) -> [N, num_outputs]`.
@@ -139,7 +143,9 @@ def supernet(
             raise ValueError(f"`partial` splits the channels that ops see, and sizes have no ops: 1, not {partial}.")
         made = _elastic.elastic_functions(network, in_shape, single_path=single_path, remat=remat_edges)
         inherit = lambda params, genotype: made[-1](params, _genotypes.discrete(network, genotype))
-        return Supernet(*made[:-1], inherit, network, in_shape, single_path)
+        init, apply, all_features, outputs_of = made[:-1]
+        apply, all_features = _with_mask(apply), _with_mask(all_features)
+        return Supernet(init, apply, all_features, outputs_of, inherit, network, in_shape, single_path)
     check_network(network)
     runs = _build(network, in_shape, ops, partial)
     features = runs[-1].out_shape[-1]
@@ -206,7 +212,19 @@ def supernet(
         layers = _stacked(whole, _build(small, in_shape, ops, partial), small)
         return {"layers": layers, "head": params["head"]}
 
+    apply, all_features = _with_mask(apply), _with_mask(all_features)
     return Supernet(init, apply, all_features, outputs_of, inherit, network, in_shape, single_path)
+
+
+def _with_mask(fn: Callable) -> Callable:
+    """`apply` or `features`, with a mask of rows as one more argument."""
+
+    def with_mask(params, weights, x, drop_path=None, mask=None):
+        if jnp.shape(x)[:1] == (1,):
+            _masks.check_one_row(lambda x: fn(params, weights, x, drop_path), x)
+        return _masks.over_real_rows(lambda x: fn(params, weights, x, drop_path), x, mask)
+
+    return with_mask
 
 
 def head(network: Network, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Searches: the α-hypergradient of every exact one against finite differences, and what each adds to DARTS."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -454,3 +455,81 @@ def test_bad_order():
         methods.darts(NET, (3,), ops=OPS, order="third")
     with pytest.raises(ValueError, match="`difference` must be one of central, forward; got 'backward'"):
         methods.darts(NET, (3,), ops=OPS, difference="backward")
+
+
+# ---- Padding, and labels --------------------------------------------------------------------------------------------
+
+PADDED = {"x": np.pad(TASK.train["x"], ((0, 3), (0, 0)), constant_values=20.0), "mask": np.repeat([1.0, 0], [9, 3])}
+PADDED["y"] = np.pad(TASK.train["y"], (0, 3))
+NORMAL = NET._replace(layers=(*NET.layers, nas.Layer("norm_relu", 4)))
+
+
+@pytest.mark.once
+def test_padding_counts_in_no_search():
+    """`f` and its gradients, and one-shot scores, are those of the real rows alone."""
+    search = search_of(methods.darts, network=NORMAL, order="first")
+    alpha, padded = alpha_of(search), base.Task(PADDED, PADDED)
+    start = jax.jit(lambda: search.estimator.init(KEY, alpha, TASK))()
+    estimate = jax.jit(lambda task, state: search.estimator.estimate(alpha, task, state))
+    alone, after = estimate(base.Task(TASK.train, TASK.train), start)
+    found, after_padded = estimate(padded, start)
+    np.testing.assert_allclose(found.value, alone.value, rtol=1e-10)
+    close(found.hypergrad, jax.flatten_util.ravel_pytree(alone.hypergrad)[0], 1e-8)
+    close(after_padded.inner.params, jax.flatten_util.ravel_pytree(after.inner.params)[0], 1e-8)
+
+    one_shot = methods.single_path_one_shot(NORMAL, (3,), ops=OPS, num_steps=2)
+    params, genotype = start.inner.params, {"cell": ((0, 1, "smooth"), (1, 2, "skip_connect"))}
+    scores = [one_shot.score(params, genotype, batch) for batch in (TASK.train, PADDED)]
+    np.testing.assert_allclose(*scores, rtol=1e-10)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_labels_that_are_no_classes_are_refused_where_they_are_seen(shift):
+    wrong = {**TASK.train, "y": TASK.train["y"] + shift}
+    search, one_shot = (
+        search_of(methods.darts, network=ONE),
+        methods.single_path_one_shot(ONE, (3,), ops=OPS, num_steps=1),
+    )
+    alpha = {"cell": jnp.zeros((1, 3))}
+    for task in (base.Task(wrong, TASK.valid), base.Task(TASK.train, wrong)):
+        with pytest.raises(ValueError, match=r"must be in 0\.\.1, since the network has 2 outputs"):
+            search.estimator.init(KEY, alpha, task)
+    with pytest.raises(ValueError, match="Number the classes from 0"):
+        one_shot.train(KEY, wrong)
+    with pytest.raises(ValueError, match="Number the classes from 0"):
+        one_shot.score(None, {"cell": ((0, 1, "smooth"),)}, wrong)
+    free = methods.training_free_scores(ONE, (3,), ops=OPS)
+    with pytest.raises(ValueError, match="Number the classes from 0"):
+        free(KEY, {"cell": ((0, 1, "smooth"),)}, wrong)
+    # Labels of a loss of one's own are its own.
+    own = search_of(methods.darts, network=ONE, loss=lambda outputs, batch: ((outputs[:, 0] - batch["y"]) ** 2).mean())
+    jax.eval_shape(lambda: own.estimator.init(KEY, alpha, base.Task(wrong, wrong)))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("method", [methods.darts, functools.partial(methods.robust_darts, every=1)])
+def test_a_run_without_a_finite_step_has_found_nothing(method):
+    search = search_of(method, network=ONE, order="first")
+    learner = training.learner(search.estimator, optax.sgd(0.1))
+
+    def fitted(task):
+        options = {"hyperparams": {"cell": jnp.zeros((1, 3))}, "num_steps": 2, "key": KEY, "progress": False}
+        return training.fit(learner, lambda key: task, **options)
+
+    assert search.found(fitted(TASK))["cell"].shape == (1, 3)
+    # Below 0, too, where another class would be trained.
+    wrong = {**TASK.train, "y": TASK.train["y"] - 1}
+    with pytest.raises(ValueError, match="None of the run's 2 steps had a finite loss and a finite hyper"):
+        search.found(fitted(base.Task(wrong, wrong)))
+
+
+def test_rows_that_are_no_dict_are_refused():
+    search = search_of(methods.darts, network=ONE, order="first")
+    rows = tuple(TASK.train.values())
+    with pytest.raises(ValueError, match='must be a dict with the inputs as "x".*got tuple'):
+        jax.eval_shape(lambda: estimate_of_task(search, base.Task(rows, rows)))
+
+
+def estimate_of_task(search, task):
+    alpha = {"cell": jnp.zeros((1, 3))}
+    return search.estimator.estimate(alpha, task, search.estimator.init(KEY, alpha, task))

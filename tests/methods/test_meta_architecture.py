@@ -203,3 +203,15 @@ def test_without_a_learned_start_the_weights_are_drawn():
     assert set(jax.eval_shape(meta.hyperparams, KEY)) == {"h"}
     with pytest.raises(ValueError, match="`num_steps` must be at least 0"):
         methods.meta_architecture_search(SEARCH, predictors.mlp(SPACE, 2), num_steps=-1)
+
+
+@pytest.mark.parametrize(
+    ("space", "told"),
+    [({"other": spaces.real(shape=(1, 3))}, r"\['other'\]"), ({"cell": spaces.real(shape=(2, 3))}, r"\(2, 3\)")],
+)
+def test_an_h_of_another_alpha_is_refused(space, told):
+    meta = methods.meta_architecture_search(search_of(), predictors.mlp(space, 2, num_hidden=2))
+    learned = jax.eval_shape(meta.hyperparams, KEY)
+    for ask in (meta.alpha, meta.genotype, lambda learned, task: meta.estimator.init(KEY, learned, task)):
+        with pytest.raises(ValueError, match=r"as the search has it.*\['cell'\].*\(1, 3\).*it gave .*" + told):
+            jax.eval_shape(lambda learned, ask=ask: ask(learned, TASKS[0]), learned)

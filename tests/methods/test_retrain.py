@@ -214,6 +214,40 @@ def test_accuracy_counts_every_row_once():
     assert batch_mean(None, data, KEY) == pytest.approx(5 / 11)
 
 
+def test_accuracy_is_of_real_rows_which_are_together_with_one_another():
+    x = np.array([0.0, 1, 2, 3, 100, 100])[:, None]
+    data = {"x": x, "y": np.array([0, 0, 1, 1, 0, 0]), "mask": np.array([1, 1, 1, 1, 0, 0.0])}
+    batch_mean = methods.batched_accuracy(lambda p, x: jnp.stack([x[:, 0] <= x.mean(), x[:, 0] > x.mean()], 1) * 1.0)
+    assert batch_mean(None, data, KEY) == 1.0
+    assert batch_mean(None, {**data, "mask": np.ones(6)}, KEY) == pytest.approx(2 / 6)
+    # A class that the task has not is no answer, and NaN is none.
+    constant = methods.batched_accuracy(lambda p, x: jnp.full((len(x), 3), p) + jnp.arange(3.0)[None])
+    assert constant(0.0, data, KEY) == 0 and constant(jnp.nan, data, KEY) == 0
+    assert constant(0.0, {**data, "class_mask": np.array([1, 1, 0.0])}, KEY) == 0.5
+    for bad, message in [
+        ({**data, "y": data["y"] + 2}, r"must be in 0\.\.2.*got labels from 2 to 3, 2 of 4 outside"),
+        ({**data, "y": data["y"] - 1}, "got labels from -1 to 0"),
+        ({**data, "mask": np.zeros(6)}, "with a real one; got shape .6,., 0 real"),
+        ((data["x"], data["y"]), 'must be a dict with the inputs as "x".*got tuple'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            constant(0.0, bad, KEY)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("auxiliary", [0.4, 0.0])
+def test_padding_trains_nothing(auxiliary):
+    made = recipe(auxiliary=auxiliary, drop_path=0.0)
+    params = jax.jit(lambda: made.loop.params(made.loop.init(KEY, None, DATA)))()
+    mask = np.ones(12)
+    mask[[2, 11]] = 0
+    padded = {"x": jnp.where(mask[:, None, None] > 0, X, 40.0), "y": DATA["y"], "mask": mask}
+    context = inner.run(made.loop, 0)(KEY, None, DATA)
+    loss = jax.jit(lambda params, batch: made.loop.loss(params, None, batch, made.loop.context(context))[0])
+    alone = loss(params, jax.tree.map(lambda a: a[mask > 0], DATA))
+    np.testing.assert_allclose(loss(params, padded), alone, rtol=1e-9)
+
+
 def test_recipes_that_cannot_be():
     for options, message in [
         ({"num_steps": 0}, "`num_steps` must be at least 1"),

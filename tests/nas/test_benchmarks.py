@@ -156,6 +156,32 @@ def test_what_a_part_of_a_table_has_not_and_what_is_no_architecture_is_refused()
         with pytest.raises(ValueError, match="NAS-Bench-201 has 2 architectures, the tasks"):
             part.query(bad, "cifar10")
 
+    with pytest.raises(ValueError, match="rows of integers of 6 entries, which stand for e0, .*; got .'a'"):
+        part.query(["a"] * 6, "cifar10")
+
+
+def test_nas_bench_101_takes_the_genotype_that_a_search_gives():
+    bits = lambda *on: [int(i in on) for i in range(21)]
+    digits = [[*bits(0, 1, 6), 3, 0, 0, 0, 0], [*bits(0), 0, 0, 0, 0, 0]]  # 0→1, 0→2, 1→2 with a pool; 0→1
+    dims, num_choices = [f"d{i}" for i in range(26)], [2] * 21 + [4] * 5
+    part = make_benchmark("NAS-Bench-101, a part", ["cifar10"], dims, num_choices, digits, [[1.0], [2.0]])
+    space = nas.nas_bench_101_space(num_vertices=4)
+    for row, outcome in zip(digits, (1.0, 2.0), strict=True):
+        genotype = nas.graph_genotype(space, nas.nas_bench_101_graph(row))
+        assert part.query(genotype, "cifar10")[0] == outcome
+    # A vertex without an op, and one that leads nowhere, are not there.
+    more = ((0, 1, "conv1x1-bn-relu"), (1, 2, "maxpool3x3"), (2, 5, "skip_connect"), (0, 5, "conv1x1-bn-relu"))
+    more += ((2, 3, "skip_connect"), (4, 5, "skip_connect"))
+    assert part.query({"cell": more}, "cifar10")[0] == 1.0
+    for bad, message in [
+        ({"cell": ((0, 1, "nor_conv_3x3"),)}, "links from 2u to 2v − 1"),
+        ({"normal": ()}, "of the one kind"),
+        ({"cell": ()}, "no path"),
+        (nas.graph_genotype(space, nas.Graph(((0, 1, 0), (0, 0, 1), (0, 0, 0)), ("", "maxpool3x3", ""))), "the tasks"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            part.query(bad, "cifar10")
+
 
 def test_absent_files_and_unknown_spaces(tmp_path):
     with pytest.raises(ValueError, match="There is no file"):

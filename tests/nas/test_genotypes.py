@@ -122,7 +122,11 @@ def test_darts():
     assert {kind: sorted(edges) for kind, edges in again.items()} == {k: sorted(e) for k, e in genotype.items()}
     assert nas.to_darts(again) == nas.to_darts(genotype)
     assert nas.genotype_from_json(nas.genotype_to_json(genotype)) == genotype
-    for bad in ("Genotype(normal=", "3", DARTS_V2.replace("[2, 3, 4, 5]", "[4, 5]"), DARTS_V2[:-37] + ")"):
+    forms = [DARTS_V2.replace("Genotype", "print"), DARTS_V2.replace("normal=", "", 1), "Genotype()", "print(1)"]
+    forms += ["Genotype(normal_concat=[2])", DARTS_V2[:-1] + ", other_concat=[2])", "Genotype(1)"]
+    forms += ["Genotype(normal=", "3", DARTS_V2.replace("[2, 3, 4, 5]", "[4, 5]"), DARTS_V2[:-37] + ")"]
+    assert nas.from_darts(f"genotypes.{DARTS_V2}") == genotype
+    for bad in forms:
         with pytest.raises(ValueError, match="no genotype in DARTS's form"):
             nas.from_darts(bad)
     with pytest.raises(ValueError, match="two edges into every node"):
@@ -144,6 +148,14 @@ BAD_JSON = [
     ('{"version": 1, "genotype": {"cell": [[true, 2, "none"]]}}', "An edge is"),
     ('{"version": 1, "genotype": {"cell": [[0, 2, "none"], [0, 2, "mlp"]]}}', "has an edge of 'cell' twice"),
 ]
+
+
+def test_json_of_numpys_integers():
+    edges = np.array([[0, 1], [1, 2]])
+    genotype = {"cell": tuple((s, t, "mlp") for s, t in edges)}
+    assert nas.genotype_from_json(nas.genotype_to_json(genotype)) == {"cell": ((0, 1, "mlp"), (1, 2, "mlp"))}
+    with pytest.raises(TypeError, match="integer"):
+        nas.genotype_to_json({"cell": ((np.float32(0), 1, "mlp"),)})
 
 
 @pytest.mark.parametrize(("text", "message"), BAD_JSON)

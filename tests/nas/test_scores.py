@@ -116,6 +116,22 @@ def test_a_genotype_scores_in_the_supernet_as_by_itself(found):
         np.testing.assert_allclose(score, discrete[name], rtol=1e-9, err_msg=name)
 
 
+def test_padding_scores_nothing(found):
+    params, scores, _, _ = found
+    supernet = nas.supernet(NET, (9,), ops=OPS, single_path=True)
+    place = np.array([0, 2, 3, 5, 6, 7])
+    x, y, mask = np.full((8, 9), 30.0), np.full(8, -1), np.zeros(8)
+    x[place], y[place], mask[place] = BATCH["x"], BATCH["y"], 1
+    names = ("jacob_cov", "nwot", "grad_norm", "snip")
+
+    @jax.jit
+    def padded(params, batch):
+        return {name: nas.SCORES[name](supernet, params, nas.one_hot(NET, GENOTYPE), batch) for name in names}
+
+    for name, score in padded(params, {"x": x, "y": y, "mask": mask}).items():
+        np.testing.assert_allclose(score, scores[name], rtol=1e-6, err_msg=name)
+
+
 def test_where_nothing_arrives(found):
     nothing = found[3]
     assert nothing["synflow"] == nothing["jacob_cov"] == -np.inf

@@ -28,6 +28,19 @@ def test_the_space_of_nas_bench_201():
     assert sum(layer.name == "cell" for layer in net.layers) == 15 and net.layers[-2].channels == 64
 
 
+@pytest.mark.parametrize(
+    "space",
+    [nas.darts_space, nas.nas_bench_201_space, nas.nas_bench_101_space, lambda n: nas.check_network(network_of(n))],
+)
+def test_a_network_without_outputs_is_refused(space):
+    with pytest.raises(ValueError, match="`num_outputs` must be at least 1; got 0"):
+        space(0)
+
+
+def network_of(num_outputs):
+    return nas.Network({}, (nas.Layer("linear", 4),), num_outputs)
+
+
 @pytest.mark.parametrize("net", [nas.darts_space(num_cells=2), nas.nas_bench_201_space(cells_per_stage=1)])
 def test_json(net):
     again = nas.from_json(nas.to_json(net))

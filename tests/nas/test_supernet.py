@@ -268,3 +268,65 @@ def test_what_does_not_fit_is_refused():
         supernet.apply(supernet.init(KEY), None, jnp.zeros((5, 2)))
     with pytest.raises(ValueError, match=r"must have the shape \(1, 1\); got \(2, 1\)"):
         supernet.apply(supernet.init(KEY), {"cell": jnp.ones((2, 1))}, jnp.zeros((5, 3)))
+
+
+# ---- Padding --------------------------------------------------------------------------------------------------------
+
+MASK = np.array([1, 1, 0, 1, 0, 1.0])
+SIZES = nas.mlp_space(2, widths=(2, 4), depths=(1, 2), norm="batch")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("net", "single_path"), [(TABLE, False), (TABLE, True), (SIZES, False)], ids=["mixture", "one path", "sizes"]
+)
+def test_padding_counts_in_no_normalization_and_no_loss(net, single_path):
+    """In scans over layers and edges, in branches, and in gradients: what real rows alone give."""
+    supernet = nas.supernet(net, (3,), ops=nas.BLOCKS, single_path=single_path)
+    x, y, w = jnp.where(MASK[:, None] > 0, X, 50.0), np.array([0, 1, -1, 0, 7, 1]), weights_of(net)
+    if single_path:
+        w = {"cell": jax.nn.one_hot(w["cell"].argmax(-1), w["cell"].shape[-1])}
+    params, real = jax.jit(supernet.init)(KEY), np.flatnonzero(MASK)
+
+    def loss(params, batch):
+        outputs = supernet.apply(params, w, batch["x"], None, batch.get("mask"))
+        return nas.cross_entropy(outputs, batch), outputs
+
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (alone, outputs), grads = both(params, {"x": x[real], "y": y[real]})
+    (value, among), padded = both(params, {"x": x, "y": y, "mask": MASK})
+    np.testing.assert_allclose(among[real], outputs, rtol=1e-10)
+    np.testing.assert_allclose(value, alone, rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), padded, grads)
+    # The mask is heeded, and not what stands in padding.
+    assert abs(jax.jit(supernet.apply)(params, w, x)[real] - outputs).max() > 0.1
+
+
+def test_labels_that_are_no_classes_give_no_loss():
+    outputs = jnp.zeros((3, 2))
+    np.testing.assert_allclose(nas.cross_entropy(outputs, {"y": np.array([0, 1, 1])}), np.log(2))
+    for bad in (-1, 2):  # nor a gradient, which would move α
+        assert np.isnan(jax.value_and_grad(nas.cross_entropy)(outputs, {"y": np.array([0, 1, bad])})[1][2]).all()
+    among = {"y": np.array([0, 1, 1]), "class_mask": np.array([1, 1, 0.0])}
+    np.testing.assert_allclose(nas.cross_entropy(jnp.zeros((3, 3)), among), np.log(2))
+    with pytest.raises(ValueError, match=r'"mask" must be \[N\].*got shape \(2,\)'):
+        nas.cross_entropy(outputs, {"y": np.array([0, 1, 1]), "mask": np.ones(2)})
+
+
+def test_normalization_by_one_row_is_refused():
+    supernet = nas.supernet(TABLE, (3,), ops=nas.BLOCKS)
+    with pytest.raises(ValueError, match=r"normalizes by the batch, and got one row without positions.*\(1, 4\)"):
+        jax.eval_shape(lambda: supernet.apply(supernet.init(KEY), None, jnp.zeros((1, 3))))
+    assert nas.normalized(jnp.arange(6.0).reshape(1, 3, 2)).shape == (1, 3, 2)  # one sequence has positions
+
+
+def test_masks_that_do_not_reach_a_normalization_are_refused():
+    mask = jnp.ones(6)
+    with pytest.raises(ValueError, match=r"`mask` must be \[N\] = \(6,\)"):
+        nas.over_real_rows(nas.normalized, X, mask[:5])
+    with pytest.raises(ValueError, match=r"normalizes an array of the shape \(18, 1\)"):
+        nas.over_real_rows(lambda x: nas.normalized(x.reshape(18, 1)), X, mask)
+    hidden = jax.custom_jvp(nas.normalized)
+    hidden.defjvp(lambda x, dx: (nas.normalized(*x), nas.normalized(*dx)))
+    with pytest.raises(ValueError, match="a derivative of its own"):
+        nas.over_real_rows(hidden, X, mask)

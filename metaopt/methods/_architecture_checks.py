@@ -1,0 +1,34 @@
+"""What an architecture search refuses: relaxations that mix on a single path, and runs that have found nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base, nas, training
+
+
+def check_single(relaxation, network, edge_weights) -> None:
+    """ValueError where a relaxation gives weight to several ops of an edge, even at one-hot α: one would run."""
+    with jax.ensure_compile_time_eval():
+        alpha = {kind: jnp.eye(len(c.edges[0].ops))[jnp.zeros(len(c.edges), int)] for kind, c in network.cells.items()}
+        given = {k: {"ops": a, "edges": jnp.zeros(len(a))} for k, a in alpha.items()} if edge_weights else alpha
+        weights = nas.mixing_weights(relaxation, network, given, jax.random.key(0))
+        several = [kind for kind, w in weights.items() if bool(((w != 0).sum(-1) > 1).any())]
+    if several:
+        raise ValueError(
+            f"`single_path` runs the op with the largest weight alone, and `relaxation` gives weight to several ops of "
+            f"an edge of {several[0]!r}: use `nas.gumbel_softmax(..., hard=True)` or `nas.uniform_path()`."
+        )
+
+
+def found(result: training.FitResult) -> base.HyperParams:
+    """λ after the last step of a run; ValueError where no step had a finite loss and a finite hypergradient."""
+    num = len(result.history.get("skipped", ()))
+    if num and not (np.isfinite(result.history["value"]) & (np.asarray(result.history["skipped"]) == 0)).any():
+        raise ValueError(
+            f"None of the run's {num} steps had a finite loss and a finite hypergradient: α says nothing, and its "
+            "genotype would be an accident. Losses (`result.history`) are NaN where labels are no classes (they go "
+            "from 0 to the number of outputs less 1), where data are NaN (`tasks.stack` refuses them), and where the "
+            "weights diverge (take a smaller rate)."
+        )
+    return result.hyperparams

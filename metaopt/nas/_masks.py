@@ -1,0 +1,186 @@
+"""Rows that are padding, and labels that are no classes: what a loss, a score and normalization leave out or refuse.
+
+A batch's "mask" [N] is 1 for a real row and 0 for padding, as `tasks.to_task` writes it; its "class_mask" [C] likewise:
+
+    L = Σ_n mask_n ℓ(y_n, f(x)_n + log class_mask) / Σ_n mask_n
+    mean = Σ_{n, positions} mask_n x / (positions · Σ_n mask_n), and the variance likewise, in every `nas.normalized`
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from metaopt import base, rewrite
+from metaopt.nas._ops import NORMALIZATION
+
+
+def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The mean cross-entropy over the real rows of a batch, among its real classes: the default loss of searches.
+
+    Args:
+      outputs: [N, C] logits; [N, positions..., C] of a network that is not pooled.
+      batch: with labels "y" [N, positions...] in 0..C-1, and, where there is padding, "mask" [N], or shaped as y;
+        and "class_mask" [C].
+
+    Returns:
+      [], in nats. NaN, with its gradient, where the label of a real row is no class, below 0 or from C on, or where no
+      row is real.
+
+    Raises:
+      ValueError: "mask" has another shape.
+    """
+    y, num = jnp.asarray(batch["y"]), outputs.shape[-1]
+    if "class_mask" in batch and jnp.shape(batch["class_mask"]) == (num,):
+        real = jnp.asarray(batch["class_mask"]).reshape((1,) * (outputs.ndim - 1) + (num,)) > 0
+        outputs = jnp.where(real, outputs, -1e9)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, y)
+    wrong = (y < 0) | (y >= num)
+    if "mask" not in batch:
+        return _nan_where(wrong, losses).mean()
+    mask = jnp.asarray(batch["mask"], losses.dtype)
+    if mask.shape not in (losses.shape, losses.shape[:1]):
+        raise ValueError(
+            f'"mask" must be [N], 1 for a real row and 0 for padding, or shaped as the labels, {losses.shape}; got '
+            f"shape {mask.shape}. A batch of tasks needs `hypergrad.over_tasks`; a mask of something else another name."
+        )
+    mask = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (losses.ndim - mask.ndim)), losses.shape)
+    losses = _nan_where(wrong & (mask > 0), losses)
+    return jnp.where(mask > 0, losses * mask, 0).sum() / mask.sum()
+
+
+def _nan_where(wrong: jax.Array, losses: jax.Array) -> jax.Array:
+    """Where a label is no class: the loss as Optax has it is of another class, or NaN with a gradient that is not."""
+    return losses * jnp.where(wrong, jnp.nan, jnp.ones_like(losses))
+
+
+def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
+    """The mask of a batch's rows, as `Supernet.apply` takes it: its "mask", where that is [N].
+
+    Args:
+      batch: with "x" [N, ...].
+
+    Returns:
+      [N], or None: there is no mask, or it is of something else, such as positions, which a loss may leave out.
+
+    Raises:
+      ValueError: the batch is no dict with "x".
+    """
+    if not isinstance(batch, Mapping) or "x" not in batch:
+        found = f"a dict of {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            'A batch of rows must be a dict with the inputs as "x" [N, ...] and, for the default loss, labels as "y" '
+            f"[N], since losses and samplers read them by name; got {found}. Of arrays x and y that is "
+            '`base.Task({"x": x, "y": y}, {"x": x_valid, "y": y_valid})`.'
+        )
+    mask = batch.get("mask")
+    return mask if mask is not None and jnp.shape(mask) == jnp.shape(batch["x"])[:1] else None
+
+
+def check_labels(batch: Any, num_outputs: int) -> None:
+    """ValueError where labels of real rows, which are not traced, are no classes.
+
+    Args:
+      batch: with "y", and "mask" and "class_mask" where there is padding. What is no dict, or has no integers as "y",
+        passes.
+      num_outputs: C.
+
+    Raises:
+      ValueError: a label is below 0 or from C on, or of a class that "class_mask" leaves out.
+    """
+    if not isinstance(batch, Mapping) or batch.get("y") is None:
+        return
+    kept = [batch.get(name) for name in ("y", "mask", "class_mask")]
+    if any(isinstance(leaf, Tracer) for leaf in kept):
+        return
+    y, mask, classes = (None if leaf is None else np.asarray(leaf) for leaf in kept)
+    assert y is not None
+    if not np.issubdtype(y.dtype, np.integer):
+        return
+    if mask is not None and mask.shape in (y.shape, y.shape[:1]):
+        y = y[mask > 0]
+    wrong = (y < 0) | (y >= num_outputs)
+    if wrong.any():
+        raise ValueError(
+            f'The labels "y" must be in 0..{num_outputs - 1}, since the network has {num_outputs} outputs; got labels '
+            f"from {y.min()} to {y.max()}, {int(wrong.sum())} of {wrong.size} outside. Number the classes from 0 "
+            "(`np.unique(y, return_inverse=True)[1]`), or give the network more outputs."
+        )
+    if classes is not None and classes.shape == (num_outputs,) and not (classes[y] > 0).all():
+        raise ValueError(
+            f'"class_mask" leaves out classes that rows have: {sorted(set(y[classes[y] <= 0].tolist()))}. It is 1 for '
+            "every class of the task."
+        )
+
+
+def over_real_rows(fn: Callable[[jax.Array], base.PyTree], x: jax.Array, mask: jax.Array | None) -> base.PyTree:
+    """`fn(x)`, where every `normalized` takes its mean and variance over the real rows, and gives 0 in the others.
+
+    Calls are found by their name in the traced function, inside of loops and branches, too: what an op computes over
+    the batch in another way counts padding.
+
+    Args:
+      fn: of arrays with the rows as their first axis.
+      x: [N, ...].
+      mask: [N], 1 for a real row, 0 for padding; it may be traced. None: all are real, and this is `fn(x)`.
+
+    Returns:
+      What `fn` gives.
+
+    Raises:
+      ValueError: the mask is not [N]; what is normalized has another first axis, or is inside a function with a
+        derivative of its own.
+    """
+    if mask is None:
+        return fn(x)
+    if jnp.shape(mask) != x.shape[:1]:
+        raise ValueError(f"`mask` must be [N] = {x.shape[:1]}, a number for each row of x; got {jnp.shape(mask)}.")
+    real = jnp.asarray(mask) > 0
+    closed, shape = jax.make_jaxpr(fn, return_shape=True)(x)
+    for equation in rewrite.equations(closed.jaxpr):
+        if equation.primitive.name.startswith("custom_") and any(map(_normalizes, rewrite.equations_inside(equation))):
+            raise ValueError(
+                "The batch has a mask, and an op normalizes inside a function with a derivative of its own "
+                "(`jax.custom_vjp`), which the mask does not reach: leave padding out of the batch "
+                "(`inner.minibatch`), or normalize outside of that function."
+            )
+
+    def masked(x, epsilon):
+        return _normalized_real(x, real, epsilon)
+
+    replace = lambda equation: masked if _normalizes(equation) else None
+    return jax.tree.unflatten(jax.tree.structure(shape), rewrite.evaluate(closed.jaxpr, closed.consts, [x], replace))
+
+
+def check_one_row(fn: Callable[[jax.Array], base.PyTree], x: jax.Array) -> None:
+    """ValueError where `fn` normalizes one row [1, ...] by the batch without positions: that is 0, whatever it is."""
+    for equation in rewrite.equations(jax.make_jaxpr(fn)(x).jaxpr):
+        if _normalizes(equation) and math.prod((shape := equation.invars[0].aval.shape)[:-1]) == 1:
+            raise ValueError(
+                f"An op normalizes by the batch, and got one row without positions, of the shape {shape}: its mean is "
+                "the row itself, so that all rows would give the same outputs. Give the network batches of many rows, "
+                "such as those it was trained in (`methods.batched_accuracy` makes them)."
+            )
+
+
+def _normalizes(equation: Any) -> bool:
+    return equation.params.get("name") == NORMALIZATION
+
+
+def _normalized_real(x: jax.Array, real: jax.Array, epsilon: jax.Array) -> jax.Array:
+    """`nas.normalized` over real rows [N], zeros in the others."""
+    if x.shape[0] != real.shape[0]:
+        raise ValueError(
+            f"The batch has a mask of {real.shape[0]} rows, and an op normalizes an array of the shape {x.shape}, "
+            "whose first axis is another: leave padding out of the batch (`inner.minibatch` draws real rows alone)."
+        )
+    axes, inside = tuple(range(x.ndim - 1)), real.reshape(-1, *[1] * (x.ndim - 1))
+    num = real.sum().astype(x.dtype) * math.prod(x.shape[1:-1])
+    mean = jnp.where(inside, x, 0).sum(axes, keepdims=True) / num
+    centered = jnp.where(inside, x - mean, 0)
+    return centered * jax.lax.rsqrt((centered**2).sum(axes, keepdims=True) / num + epsilon)
