@@ -166,19 +166,19 @@ def jacob_cov(
     Source: Mellor et al., 2020, https://arxiv.org/abs/2006.04647v1
     """
     x, mask = batch["x"], row_mask(batch)
+    real = None if mask is None else jnp.asarray(mask) > 0
     total = lambda outputs: outputs.sum()
-    if mask is not None:
-        real = jnp.asarray(mask) > 0
+    if real is not None:
         total = lambda outputs: jnp.where(real.reshape(-1, *[1] * (outputs.ndim - 1)), outputs, 0).sum()
     rows = jax.grad(lambda x: total(_outputs(supernet, params, weights, {**batch, "x": x})))(x).reshape(len(x), -1)
     centered = rows - rows.mean(1, keepdims=True)
-    if mask is not None:
+    if real is not None:
         centered = jnp.where(real[:, None], centered, 0)
     # By the largest entry first: products of small numbers vanish in float32.
     centered = centered / jnp.maximum(abs(centered).max(), jnp.finfo(rows.dtype).tiny)
     lengths = jnp.sqrt((centered**2).sum(1, keepdims=True))
     unit = centered / jnp.where(lengths > 0, lengths, 1)
-    if mask is None:
+    if real is None:
         seen, correlations, padding = (lengths > 0).all(), unit @ unit.T, 0.0
     else:  # each row of padding is an eigenvalue 1 of its own, which is taken off
         seen = ((lengths[:, 0] > 0) | ~real).all()
