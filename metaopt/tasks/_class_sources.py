@@ -95,11 +95,11 @@ def from_arrays(
         )
     _check_labels(name, given, y)
     for what, values in (("`group`", group), ("`superclass`", superclass)):
-        missing = [i for i, value in enumerate(() if values is None else values) if value is None or value != value]
+        missing = [(i, v) for i, v in enumerate(() if values is None else values) if v is None or v != v]
         if missing:
             raise ValueError(
-                f"Source {name!r}: {what} must say of all; entry {missing[0]} is {values[missing[0]]}. Give "
-                "each that is not known a value of its own."
+                f"Source {name!r}: {what} must say of all; entry {missing[0][0]} is {missing[0][1]}. Give each that is "
+                "not known a value of its own."
             )
     labels, y = np.unique(y, return_inverse=True)
     names = tuple(map(str, labels if class_names is None else class_names))
