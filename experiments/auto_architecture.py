@@ -55,16 +55,18 @@ import numpy as np
 import optax
 import script
 from auto_architecture_darts import Darts
-from auto_architecture_report import (
+from auto_architecture_report import finish
+from auto_architecture_results import (
     A_STAR,
     BOTH,
     EVOLUTION,
     FINE_TUNED,
     FIXED,
+    IGNORANT,
     LEARNED,
     RANDOM,
     RECORDS,
-    finish,
+    costs_of,
     joined,
 )
 from auto_architecture_training import Shape, in_chunks, masked_loss
@@ -466,7 +468,7 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
         A_STAR + LEARNED: trained(generated, learned["init"]),
         FINE_TUNED: trained(fine),
         FINE_TUNED + LEARNED: trained(fine, learned["init"]),
-        "h of the average task": trained(ignorant),
+        IGNORANT: trained(ignorant),
         FIXED: trained(fixed),
         FIXED + LEARNED: trained(fixed, learned["init"]),
     }
@@ -723,13 +725,17 @@ def main(argv=None) -> list[dict[str, Any]]:
     for shape in SHAPES:
         parts = []
         for key in sorted(key for key in kept.parts if key.startswith(f"{shape}, fold")):
-            part = dict(kept.parts[key])
-            more = kept.parts.get(key.replace(", fold", ", records, fold"), {"scores": {}, "architectures": {}})
-            part |= {name: {**part[name], **more[name]} for name in more}
-            parts.append(part)
-        if parts and (costs := kept.parts.get(f"{shape}, costs")) is None:
+            of = lambda what, key=key: kept.parts.get(key.replace(", fold", f", {what}, fold"))
+            more = of("records") or {"scores": {}, "architectures": {}}
+            darts = {order: of(f"DARTS, {order} order") for order in config.darts_orders}
+            if all(darts.values()):  # else the fold is not finished
+                part = dict(kept.parts[key]) | {"darts": darts}
+                parts.append(part | {name: {**part[name], **more[name]} for name in more})
+        if parts and not {f"{shape}, costs", f"{shape}, costs of DARTS"} <= set(kept.parts):
             sys.exit(f"{kept.path} does not hold the costs of {shape}: call without --report.")
-        results += [joined(parts, costs, config)] if parts else []
+        if parts:
+            random = np.array(kept.parts[f"{shape}, random networks"]["outcomes"])
+            results.append(joined(parts, costs_of(kept.parts, shape), random, config))
     if not results:
         sys.exit(f"{kept.path} holds no fold that is finished.")
     seconds, processor = kept.seconds()

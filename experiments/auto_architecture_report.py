@@ -1,102 +1,28 @@
-"""What `auto_architecture.py` tells of its folds: tables, sentences and the picture.
+"""The page of `auto_architecture.py`: tables and sentences.
 
-Parts are not made here, so that this file may change and what is finished is still by the script's own code.
+No part of a result is made here, so that this file may change and what is finished is by the script's code still.
 """
 
 import json
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
-
-if TYPE_CHECKING:
-    from auto_architecture import Config
-
-# Rows of the table of results.
-LEARNED = ", from the learned start"
-A_STAR = "a* = h(t'), no trial"
-FIXED = "best fixed architecture"
-FINE_TUNED = "a* fine-tuned"
-DARTS = "DARTS on each task"
-RECORDS = "h from records, no trial"
-BOTH = "h by hypergradient and from records, no trial"
-RANDOM = "random search, {} networks"
-EVOLUTION = "regularized evolution, {} networks"
-
-
-def joined(parts: list[dict[str, Any]], costs: dict[str, dict[str, float]], config: "Config") -> dict[str, Any]:
-    """The results of several folds of one shape."""
-    sizes = [len(part["tasks"]) for part in parts]
-    end_to_end = lambda name: [x for part in parts for x in part[name]]
-    by_label = lambda name: {label: [x for part in parts for x in part[name][label]] for label in parts[0][name]}
-    runs, seconds = prices(list(parts[0]["scores"]), costs, [part["trust"] for part in parts], sizes, config)
-    return {
-        **{name: parts[0][name] for name in ("shape", "features", "ops", "space", "num_folds")},
-        **{name: end_to_end(name) for name in ("tasks", "families", "values")},
-        **{name: by_label(name) for name in ("scores", "weights", "architectures")},
-        **{name: [part[name] for part in parts] for name in ("rates", "trust", "left_out", "tuned_on", "history")},
-        "sizes": sizes,
-        "costs": costs,
-        "seconds": seconds,
-        "runs": runs,
-    }
-
-
-def prices(labels, costs, trust: list[float], sizes: list[int], config: "Config") -> tuple[dict, dict]:
-    """What each row costs on a new task: in training runs, by operations, and in processor seconds.
-
-    What h reads has no count of operations: it is the processor's seconds against those of a training run. Where it is
-    trusted nothing, nothing is read. `trust` and `sizes` are of the folds, whose tasks count alike.
-    """
-    operations, clock = costs["operations"], costs["seconds"]
-    run = clock["training run"]
-    read = (clock["look"] + clock["gradients"]) * np.average([t > 0 for t in trust], weights=sizes)
-    runs, seconds = dict.fromkeys(labels, 1.0), dict.fromkeys(labels, run)
-    for label in labels:
-        if label.startswith("a*") or label == BOTH:
-            runs[label] += read / run
-            seconds[label] += read
-        if label.startswith(FINE_TUNED):
-            runs[label] += config.fine_tune_steps * operations["fine-tuning"]
-            seconds[label] += clock["fine-tuning"]
-    runs[DARTS] += config.darts_steps * operations["alternation"]
-    seconds[DARTS] += clock["DARTS"]
-    trained = {RANDOM.format(t): t for t in config.trials} | {EVOLUTION.format(config.evolution): config.evolution}
-    runs |= {label: float(t) for label, t in trained.items()}
-    seconds |= {label: t * run for label, t in trained.items()}
-    return {k: float(x) for k, x in runs.items()}, {k: float(x) for k, x in seconds.items()}
-
-
-def report(scores: dict[str, np.ndarray], families: list[str], reference: str) -> dict[str, dict[str, float]]:
-    """Means, mean ranks, and paired differences to `reference` with 95 % intervals, by a bootstrap over families."""
-    import scipy.stats
-
-    ranks = scipy.stats.rankdata([x[:, 0] for x in scores.values()], axis=0)
-    groups = [np.flatnonzero(np.array(families) == f) for f in sorted(set(families))]
-    rows = {}
-    for i, (label, x) in enumerate(scores.items()):
-        difference = x[:, 0] - scores[reference][:, 0]
-        low, high = interval(difference, groups)
-        rows[label] = {
-            "loss": x[:, 0].mean(),
-            "error": x[:, 1].mean(),
-            "rank": ranks[i].mean(),
-            "difference": difference.mean(),
-            "low": low,
-            "high": high,
-            "better": float((difference < 0).mean()),
-        }
-    return rows
-
-
-def interval(difference: np.ndarray, groups: list[np.ndarray], num_draws: int = 2000) -> tuple[float, float]:
-    """95 % of the mean over tasks, families drawn with replacement."""
-    rng = np.random.default_rng(0)
-    draws = [np.concatenate([groups[g] for g in rng.integers(0, len(groups), len(groups))]) for _ in range(num_draws)]
-    low, high = np.percentile([difference[d].mean() for d in draws], [2.5, 97.5])
-    return float(low), float(high)
+from auto_architecture_reading import plot, what_h_reads
+from auto_architecture_results import (
+    A_STAR,
+    BOTH,
+    DARTS,
+    FINE_TUNED,
+    LEARNED,
+    RANDOM,
+    RECORDS,
+    groups_of,
+    interval,
+    report,
+)
 
 
 def to_markdown(result: dict[str, Any]) -> str:
@@ -122,11 +48,23 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compared(ours: np.ndarray, others: np.ndarray, groups: list[np.ndarray]) -> str:
+    """Test log loss and error [n, 2] of two methods on the same tasks."""
+    told = []
+    for column, measure, form in ((0, "log loss", ".4f"), (1, "error", ".2%")):
+        difference = ours[:, column] - others[:, column]
+        low, high = interval(difference, groups)
+        told.append(
+            f"test {measure} {ours[:, column].mean():{form}} and {others[:, column].mean():{form}}, difference "
+            f"{difference.mean():+{form}} [{low:+{form}}, {high:+{form}}], smaller on "
+            f"{np.mean(difference < 0):.0%} and larger on {np.mean(difference > 0):.0%} of {len(ours)} tasks"
+        )
+    return "; ".join(told)
+
+
 def bars(results: list[dict[str, Any]], most: int) -> str:
     """The two comparisons that were the aim, over all held-out tasks, in log loss and in errors."""
-    families = [f"{r['shape']} {f}" for r in results for f in r["families"]]
-    groups = [np.flatnonzero(np.array(families) == f) for f in sorted(set(families))]
-    text = []
+    groups, text = groups_of(results), []
     for first, second in (
         (A_STAR, RANDOM.format(most)),
         (FINE_TUNED, DARTS),
@@ -135,82 +73,81 @@ def bars(results: list[dict[str, Any]], most: int) -> str:
         (FINE_TUNED + LEARNED, DARTS),
     ):
         a, b = (np.concatenate([np.array(r["scores"][label]) for r in results]) for label in (first, second))
-        told = []
-        for column, measure, form in ((0, "log loss", ".4f"), (1, "error", ".2%")):
-            difference = a[:, column] - b[:, column]
-            low, high = interval(difference, groups)
-            told.append(
-                f"test {measure} {a[:, column].mean():{form}} and {b[:, column].mean():{form}}, difference "
-                f"{difference.mean():+{form}} [{low:+{form}}, {high:+{form}}], smaller on "
-                f"{np.mean(difference < 0):.0%} and larger on {np.mean(difference > 0):.0%} of {len(a)} tasks"
-            )
         runs, seconds = (
             [np.mean([r[unit][label] for r in results]) for label in (first, second)] for unit in ("runs", "seconds")
         )
         text.append(
-            f"- {first} against {second}: {'; '.join(told)}; cost {runs[0]:.1f} and {runs[1]:.1f} training runs, "
-            f"{runs[0] / runs[1]:.2f} of it, and {seconds[0]:.3f} and {seconds[1]:.3f} processor seconds, "
+            f"- {first} against {second}: {compared(a, b, groups)}; cost {runs[0]:.1f} and {runs[1]:.1f} training "
+            f"runs, {runs[0] / runs[1]:.2f} of it, and {seconds[0]:.3f} and {seconds[1]:.3f} processor seconds, "
             f"{seconds[0] / seconds[1]:.2f} of it."
         )
     return "\n".join(text) + "\n"
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """For each shape: differences with intervals; what h chose by family; and how that follows features."""
-    import matplotlib
+def verdict(difference: np.ndarray, groups: list[np.ndarray], ratio: float, share: float = 0.2) -> str:
+    """Whether something is better than another, and at what share of its cost."""
+    low, high = interval(difference, groups)
+    found = "better" if high < 0 else "worse" if low > 0 else "level with it"
+    reached = "reached" if high < 0 and ratio <= share else "missed"
+    return f"{found}, {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}], at {ratio:.2f} of its cost: {reached}"
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        len(results), 3, figsize=(19, 6.5 * len(results)), squeeze=False, width_ratios=[1, 1, 1.1]
-    )
-    for (left, middle, right), result in zip(axes, results, strict=True):
-        rows = report({k: np.array(x) for k, x in result["scores"].items()}, result["families"], A_STAR)
-        order = np.arange(len(rows))[::-1]
-        for y, (label, r) in zip(order, rows.items(), strict=True):
-            color = "C3" if label.startswith("a*") else "C0"
-            left.plot([r["low"], r["high"]], [y, y], color=color)
-            left.plot(r["difference"], y, "o", color=color)
-        left.axvline(0, color="0.6", linewidth=1)
-        left.set_yticks(order, list(rows))
-        left.set(title=f"{result['shape']}: test log loss against a*", xlabel="difference, 95 % over families")
+ORDERS = {"first": "first order", "second": "second order", "exact": "second order, exact"}
 
-        # Mean mixing weight of every op over the edges of its kind.
-        labels, columns = [], []
-        for kind, w in result["weights"].items():
-            mean = np.array(w).mean(1)  # [tasks, ops]
-            labels += [f"{kind}: {op}" for op in result["ops"][kind]]
-            columns += list(mean.T)
-        chosen = np.array(columns)  # [ops, tasks]
-        families = sorted(set(result["families"]))
-        if len(families) > 12:  # too many to name: the tasks in the order of the features' first principal direction
-            values = np.array(result["values"])
-            direction = np.linalg.svd(values - values.mean(0), full_matrices=False)[2][0]
-            at = np.argsort(values @ direction)
-            shown = chosen[:, at]
-            strongest = result["features"][int(np.abs(direction).argmax())]
-            middle.set_xlabel(f"held-out tasks, along the features' main direction (mostly {strongest!r})")
-        else:
-            shown = np.stack([chosen[:, np.array(result["families"]) == f].mean(1) for f in families], 1)
-            middle.set_xticks(range(len(families)), families, rotation=35, ha="right")
-        image = middle.imshow(shown, aspect="auto", cmap="Blues", vmin=0)
-        middle.set_yticks(range(len(labels)), labels)
-        middle.set_title("what h chose: mean mixing weight")
-        figure.colorbar(image, ax=middle, fraction=0.03)
 
-        values = np.array(result["values"])
-        standard = lambda x: (x - x.mean(0)) / (x.std(0) + 1e-9)
-        with np.errstate(invalid="ignore"):
-            correlation = standard(chosen.T).T @ standard(values) / len(values)
-        image = right.imshow(correlation, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1)
-        right.set_yticks(range(len(labels)), labels)
-        right.set_xticks(range(len(result["features"])), result["features"], rotation=50, ha="right")
-        right.set_title("correlation of a choice with a feature, over held-out tasks")
-        figure.colorbar(image, ax=right, fraction=0.03)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+def darts_rows(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Over all tasks, DARTS's variants, each at its best rate."""
+    rows = {}
+    for own in results[0]["darts"]["variants"]:
+        same = []
+        for r in results:
+            variants = {v["reading"]: v for v in r["darts"]["variants"] if v["order"] == own["order"]}
+            # Where a node has two edges at most, keeping two is to leave "none" out.
+            same.append(variants.get(own["reading"], variants.get("none left out")))
+        rows[f"{ORDERS[own['order']]}, {own['reading']}"] = {
+            "scores": np.concatenate([np.array(v["scores"]) for v in same]),
+            "none": sum(sum(v["none"]) for v in same),
+            "rates": "; ".join(
+                f"{r['shape']} {', '.join(map(str, v['rates']))}" for r, v in zip(results, same, strict=True)
+            ),
+            "runs": np.mean([v["runs"] for v in same]),
+        }
+    return rows
+
+
+def darts_text(results: list[dict[str, Any]]) -> str:
+    """DARTS's variants over all tasks, and a* fine-tuned against each, which was an aim."""
+    groups, variants = groups_of(results), darts_rows(results)
+    at = lambda label: np.concatenate([np.array(r["scores"][label]) for r in results])
+    cost = lambda label: np.mean([r["runs"][label] for r in results])
+    differences = lambda ours, scores: (at(ours) - scores).T  # [2, tasks]
+    lines = [
+        '| order, and how an architecture is read off α | test log loss | test error | with a "none" | rate of α, by '
+        "fold | cost, in training runs | a* fine-tuned against it: log loss | errors | share of its cost |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    chosen = {"scores": at(DARTS), "none": "", "rates": "; ".join(f"{r['shape']} {picks(r)}" for r in results)}
+    for name, row in {**variants, "chosen, fold by fold": {**chosen, "runs": cost(DARTS)}}.items():
+        loss, error = row["scores"].mean(0)
+        told = []
+        for difference, form in zip(differences(FINE_TUNED, row["scores"]), (".4f", ".2%"), strict=True):
+            low, high = interval(difference, groups)
+            told.append(f"{difference.mean():+{form}} [{low:+{form}}, {high:+{form}}]")
+        cells = [name, f"{loss:.4f}", f"{error:.2%}", str(row["none"]), row["rates"], f"{row['runs']:.1f}", *told]
+        lines.append(f"| {' | '.join(cells)} | {cost(FINE_TUNED) / row['runs']:.2f} |")
+    best = min(variants, key=lambda name: variants[name]["scores"].mean(0)[0])
+    after, told = variants[best], []
+    for name, scores, runs in (
+        ("the variant that is chosen by validation", at(DARTS), cost(DARTS)),
+        (f"the one with the smallest test log loss, known afterwards ({best})", after["scores"], after["runs"]),
+    ):
+        each = []
+        for ours in (FINE_TUNED, FINE_TUNED + LEARNED):
+            loss, error = (verdict(d, groups, cost(ours) / runs) for d in differences(ours, scores))
+            each.append(f"{ours}: log loss {loss}; errors {error}")
+        told.append(f"Against {name}, {'. '.join(each)}.")
+    aim = "**Fine-tuned, better than DARTS on each task at a fifth of its cost**, the aim. "
+    return "\n".join(lines) + "\n\n" + aim + " ".join(told)
 
 
 def trust_text(result: dict[str, Any]) -> str:
@@ -221,19 +158,40 @@ def trust_text(result: dict[str, Any]) -> str:
     return "; ".join(told)
 
 
-def rates_text(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
-    if len(config["rates"]) == 1:
-        return f"both move α at the rate {config['rates'][0]}, which was tuned for neither. "
-    chosen = "; ".join(
-        f"{r['shape']} {', '.join(f'{rates[FINE_TUNED]} and {rates[DARTS]}' for rates in r['rates'])}" for r in results
+def picks(result: dict[str, Any]) -> str:
+    """Which of DARTS's variants each fold takes."""
+    return ", ".join(f"({ORDERS[order]}, {reading}, {rate})" for order, reading, rate in result["darts"]["chosen"])
+
+
+def random_text(result: dict[str, Any], few: int) -> str:
+    """What a random network makes alone, and what the best of a few makes."""
+    random, best = result["random"], np.mean(result["scores"][RANDOM.format(few)], 0)[1]
+    return (
+        f"{random['error']:.1%} of errors on {result['shape']} (mean of {random['networks']} networks on all "
+        f"{random['tasks']} tasks; the best of {few} by validation, on those held out, {best:.1%})"
     )
+
+
+def rates_text(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """How fast α moves, and which of DARTS's variants each fold takes."""
     most = max(max(r["tuned_on"]) for r in results)
     what = "which h did not learn from"
     if any(not num for r in results for num in r["left_out"]):
         what = "which h did not learn from where there are more than two families to leave one out of"
+    by_shape = lambda tell: "; ".join(f"{r['shape']} {tell(r)}" for r in results)
+    tuned = f"is {config['rates'][0]}, which was not tuned"
+    if len(config["rates"]) > 1:
+        by_fold = by_shape(lambda r: ", ".join(map(str, r["rates"])))
+        tuned = f"is one of {', '.join(map(str, config['rates']))} (by fold: {by_fold})"
+    chosen = [pick for r in results for pick in r["darts"]["chosen"]]
+    largest = sum(rate == max(config["darts_rates"]) for _, _, rate in chosen)
+    edge = f"; the largest rate that was tried in {largest} of {len(chosen)} folds" * (len(config["darts_rates"]) > 1)
     return (
-        f"the rate of α of both is that of {', '.join(map(str, config['rates']))} with the smallest validation loss of "
-        f"what it finds on {most} tasks of the meta-training set, {what} (fine-tuning and DARTS, by fold: {chosen}). "
+        f"the rate of α of fine-tuning {tuned}; DARTS is of the orders {', '.join(config['darts_orders'])}, of the "
+        f"rates {', '.join(map(str, config['darts_rates']))} and of the ways to read an architecture off α that one "
+        f'(by fold: {by_shape(picks)}{edge}). They may let "none" count as an op, leave it out, or leave it out and '
+        "keep the two strongest edges into a node, as published. Chosen are those with the smallest validation loss of "
+        f"what they find on {most} tasks of the meta-training set, {what}. "
     )
 
 
@@ -273,21 +231,31 @@ def finish(details: dict[str, Any], path: Path) -> None:
     each = lambda tell: " and ".join(map(tell, results))
     text = f"# auto_architecture, {details['preset']}\n\n" + "\n".join(to_markdown(r) for r in results)
     text += "\n### Over all of them\n\n" + bars(results, most)
+    text += "\n### DARTS's variants, over all of them\n\n" + darts_text(results) + "\n"
+    text += "\n**What h reads.** " + " ".join(map(what_h_reads, results)) + "\n"
     text += (
         f"\nA training run is {config['num_steps']} steps of {config['batch_size']} rows, of one network; an "
         "alternation of DARTS costs "
-        + each(lambda r: f"{r['costs']['operations']['alternation']:.2f} ({r['shape']})")
+        + each(
+            lambda r: (
+                ", ".join(f"{x:.2f} ({ORDERS[order]})" for order, x in r["costs"]["operations"]["alternation"].items())
+                + f" on {r['shape']}"
+            )
+        )
         + " of it, in operations, and one of fine-tuning "
         + each(lambda r: f"{r['costs']['operations']['fine-tuning']:.2f}")
-        + ", which differentiates where DARTS takes finite differences. What h reads in a task (statistics of its "
+        + ", which differentiates, as the exact order does. What h reads in a task (statistics of its "
         "rows, and gradients at random weights) has no count of operations, and is told by processor seconds against "
         "those of a training run, all on one core, per task and without compilation: "
         + each(reading_text)
         + ". Nothing is read where it is trusted nothing, and the rows are means over folds. Intervals are from a "
-        "bootstrap over families. Random search is the mean over draws of which of the trained networks it saw. "
+        "bootstrap over families. Random search is the mean over draws of which of the trained networks it saw, "
+        "and takes the best of them by validation; a random network alone makes "
+        + each(lambda r: random_text(r, min(config["trials"])))
+        + ". "
         "Processor seconds are those of the parts of the work, each measured alone: searches on 8 tasks, four of them "
         "side by side, the rest on all tasks. "
-        f"DARTS takes {config['darts_steps']} alternations of second order, fine-tuning {config['fine_tune_steps']}; "
+        f"DARTS takes {config['darts_steps']} alternations, fine-tuning {config['fine_tune_steps']}; "
         + rates_text(config, results)
         + " ".join(
             f"Of {r['shape']}, {len(r['trust'])} of {r['num_folds']} folds were held out; of the rest, {trust_text(r)}."
