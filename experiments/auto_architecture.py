@@ -14,8 +14,9 @@ Beside it, h from records of the same families' tasks: random networks that were
 what every op adds to the validation loss; and both together, in the same units.
 
 The comparison is with what one would have done otherwise: the best fixed architecture, random search, regularized
-evolution, DARTS on each task. Every choice is made on validation rows of the task at hand, or of tasks of other
-families; the test rows of a task are read once, for the table of results.
+evolution, DARTS on each task (of several orders, rates and ways to read an architecture off α the best). Every choice
+is made on validation rows of the task at hand, or of tasks of other families; the test rows of a task are read once,
+for the table of results.
 
     python experiments/auto_architecture.py            one fold of each shape (minutes)
     python experiments/auto_architecture.py --smoke    a few tasks and steps (for the tests)
@@ -27,7 +28,7 @@ code made is taken with --any-code or --report only, and the result says how muc
 
 The images are scikit-learn's digits: its two halves of classes stand for two families. The environment variable
 METAOPT_DATA adds the image sources and tables of the folder that it names; a family of images is then a whole source.
-Tasks and spaces are in image_table_tasks.py.
+Tasks and spaces are in image_table_tasks.py; training, DARTS and the page in auto_architecture_*.py.
 """
 
 import argparse
@@ -739,7 +740,8 @@ def main(argv=None) -> list[dict[str, Any]]:
     if not results:
         sys.exit(f"{kept.path} holds no fold that is finished.")
     seconds, processor = kept.seconds()
-    call = "python experiments/auto_architecture.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    given = [x for x in (sys.argv[1:] if argv is None else argv) if x not in ("--note", args.note)]
+    call = " ".join(["python experiments/auto_architecture.py", *given])
     details = {
         "command": call.strip() + (", after earlier calls" if any(kept.before) else ""),
         "preset": name,

@@ -464,7 +464,11 @@ def test_auto_architecture_smoke(tmp_path):
             read = cost["a* = h(t'), no trial"] - cost["best fixed architecture"]
             assert cost["best fixed architecture"] == cost["h from records, no trial"] == one > 0
             assert (read > 0) == any(result["trust"]) and cost["a* fine-tuned"] > one + read
-    assert details["num_parts"] == 12 and details["num_other_code"] == 0
+        variants = [(v["order"], v["reading"]) for v in result["darts"]["variants"]]
+        readings = ["none counts", "none left out", "two edges a node"][: 3 if result["shape"] == "images" else 2]
+        assert variants == [(order, reading) for order in ("first", "second") for reading in readings]
+        assert any(v["scores"] == result["scores"]["DARTS on each task"] for v in result["darts"]["variants"])
+    assert details["num_parts"] == 16 and details["num_other_code"] == 0
     assert "h reads" in printed and "How many architectures there are for the 2 held-out images of each fold" in printed
     # The first table is of images, and its row is the mean of the scores.
     row = next(line for line in printed.splitlines() if line.startswith("| a* = h(t'), no trial | "))
