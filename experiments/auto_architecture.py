@@ -60,7 +60,6 @@ from auto_architecture_report import finish
 from auto_architecture_results import (
     A_STAR,
     BOTH,
-    DARTS,
     EVOLUTION,
     FINE_TUNED,
     FIXED,
@@ -70,7 +69,6 @@ from auto_architecture_results import (
     RECORDS,
     costs_of,
     joined,
-    only_variant,
 )
 from auto_architecture_training import Shape, in_chunks, masked_loss
 from image_table_tasks import NUM_CLASSES, SHAPES, Unit, image_units, stack_units, table_units
@@ -731,19 +729,10 @@ def main(argv=None) -> list[dict[str, Any]]:
             of = lambda what, key=key: kept.parts.get(key.replace(", fold", f", {what}, fold"))
             more = of("records") or {"scores": {}, "architectures": {}}
             darts = {order: of(f"DARTS, {order} order") for order in config.darts_orders}
-            missing = [  # in any fold of the shape
-                f"{other}, {order}"
-                for other in kept.parts
-                for order in config.darts_orders
-                if other.startswith(f"{shape}, fold")
-                and other.replace(", fold", f", DARTS, {order} order, fold") not in kept.parts
-            ]
-            if missing and DARTS in kept.parts[key]["scores"]:  # an older part's own is what all folds have
-                darts = only_variant(kept.parts[key])
             if all(darts.values()):  # else the fold is not finished
                 part = dict(kept.parts[key]) | {"darts": darts}
                 parts.append(part | {name: {**part[name], **more[name]} for name in more})
-        if parts and f"{shape}, costs" not in kept.parts:
+        if parts and not {f"{shape}, costs", f"{shape}, costs of DARTS"} <= set(kept.parts):
             sys.exit(f"{kept.path} does not hold the costs of {shape}: call without --report.")
         if parts:
             random = np.array(kept.parts[f"{shape}, random networks"]["outcomes"])

@@ -116,11 +116,7 @@ def darts_rows(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def darts_text(results: list[dict[str, Any]]) -> str:
-    """DARTS's variants, and a* fine-tuned against each, which was an aim; of the shapes of which there are several."""
-    single = [r["shape"] for r in results if len(r["darts"]["variants"]) == 1]
-    several = [r for r in results if r["shape"] not in single]
-    left_out = f" Of {' and '.join(single)} there is one variant, by earlier code; they are left out here."
-    results, left_out = (several, left_out) if several and single else (results, "")
+    """DARTS's variants over all tasks, and a* fine-tuned against each, which was an aim."""
     groups, variants = groups_of(results), darts_rows(results)
     at = lambda label: np.concatenate([np.array(r["scores"][label]) for r in results])
     cost = lambda label: np.mean([r["runs"][label] for r in results])
@@ -150,8 +146,7 @@ def darts_text(results: list[dict[str, Any]]) -> str:
             loss, error = (verdict(d, groups, cost(ours) / runs) for d in differences(ours, scores))
             each.append(f"{ours}: log loss {loss}; errors {error}")
         told.append(f"Against {name}, {'. '.join(each)}.")
-    num = sum(len(r["tasks"]) for r in results)
-    aim = f"**Fine-tuned, better than DARTS on each task at a fifth of its cost**, the aim, on {num} tasks.{left_out} "
+    aim = "**Fine-tuned, better than DARTS on each task at a fifth of its cost**, the aim. "
     return "\n".join(lines) + "\n\n" + aim + " ".join(told)
 
 
@@ -236,7 +231,7 @@ def finish(details: dict[str, Any], path: Path) -> None:
     each = lambda tell: " and ".join(map(tell, results))
     text = f"# auto_architecture, {details['preset']}\n\n" + "\n".join(to_markdown(r) for r in results)
     text += "\n### Over all of them\n\n" + bars(results, most)
-    text += "\n### DARTS's variants\n\n" + darts_text(results) + "\n"
+    text += "\n### DARTS's variants, over all of them\n\n" + darts_text(results) + "\n"
     text += "\n**What h reads.** " + " ".join(map(what_h_reads, results)) + "\n"
     text += (
         f"\nA training run is {config['num_steps']} steps of {config['batch_size']} rows, of one network; an "

@@ -76,18 +76,6 @@ def joined(parts: list[dict[str, Any]], costs: dict[str, Any], random: np.ndarra
     }
 
 
-def only_variant(part: dict[str, Any]) -> dict[str, Any]:
-    """What DARTS found in a part of earlier code, which had one variant, as `Darts.variants` has it, by order."""
-    reading, rate = "none counts", part["rates"][DARTS]
-    found = {
-        "losses": [0.0],
-        "rate": rate,
-        "scores": part["scores"][DARTS],
-        "architectures": part["architectures"]["DARTS"],
-    }
-    return {"second": {"rates": [rate], **{name: {reading: x} for name, x in found.items()}}}
-
-
 def best_variant(darts: dict[str, Any]) -> tuple[str, str, float]:
     """Order, reading and rate of the smallest validation loss on the tasks that they are tuned on."""
     losses = {
@@ -101,11 +89,7 @@ def best_variant(darts: dict[str, Any]) -> tuple[str, str, float]:
 
 def costs_of(kept: dict[str, Any], shape: str) -> dict[str, Any]:
     """What the parts of the work cost on one task, those of DARTS by order."""
-    costs = kept[f"{shape}, costs"]
-    older = {
-        name: {"second": costs[name].get(what)} for name, what in (("operations", "alternation"), ("seconds", "DARTS"))
-    }
-    darts = kept.get(f"{shape}, costs of DARTS", older)
+    costs, darts = kept[f"{shape}, costs"], kept[f"{shape}, costs of DARTS"]
     clock, by_order = costs["seconds"], darts["seconds"]
     # Older parts measured one order beside training runs: the others are told in its units, since machines differ.
     scale = clock["DARTS"] / by_order["second"] if "DARTS" in clock else 1.0
