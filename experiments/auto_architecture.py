@@ -14,8 +14,9 @@ Beside it, h from records of the same families' tasks: random networks that were
 what every op adds to the validation loss; and both together, in the same units.
 
 The comparison is with what one would have done otherwise: the best fixed architecture, random search, regularized
-evolution, DARTS on each task. Every choice is made on validation rows of the task at hand, or of tasks of other
-families; the test rows of a task are read once, for the table of results.
+evolution, DARTS on each task (of several orders, rates and ways to read an architecture off α the best). Every choice
+is made on validation rows of the task at hand, or of tasks of other families; the test rows of a task are read once,
+for the table of results.
 
     python experiments/auto_architecture.py            one fold of each shape (minutes)
     python experiments/auto_architecture.py --smoke    a few tasks and steps (for the tests)
@@ -27,7 +28,7 @@ code made is taken with --any-code or --report only, and the result says how muc
 
 The images are scikit-learn's digits: its two halves of classes stand for two families. The environment variable
 METAOPT_DATA adds the image sources and tables of the folder that it names; a family of images is then a whole source.
-Tasks and spaces are in image_table_tasks.py.
+Tasks and spaces are in image_table_tasks.py; training, DARTS and the page in auto_architecture_*.py.
 """
 
 import argparse
@@ -35,7 +36,6 @@ import dataclasses
 import functools
 import json
 import os
-import platform
 import sys
 import time
 import zlib
@@ -47,26 +47,33 @@ if __name__ == "__main__":
     # A third less time to compile, for some percent of running time.
     os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level={0 if '--smoke' in sys.argv else 1}")
 
+import auto_architecture_darts
+import auto_architecture_training
 import image_table_tasks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import script
-from image_table_tasks import NUM_CLASSES, OPS, SHAPES, Unit, image_units, make_network, stack_units, table_units
+from auto_architecture_darts import Darts
+from auto_architecture_report import finish
+from auto_architecture_results import (
+    A_STAR,
+    BOTH,
+    EVOLUTION,
+    FINE_TUNED,
+    FIXED,
+    IGNORANT,
+    LEARNED,
+    RANDOM,
+    RECORDS,
+    costs_of,
+    joined,
+)
+from auto_architecture_training import Shape, in_chunks, masked_loss
+from image_table_tasks import NUM_CLASSES, SHAPES, Unit, image_units, stack_units, table_units
 
 from metaopt import base, hypergrad, inner, methods, nas, predictors, spaces, tasks, training
-
-# Rows of the table of results.
-LEARNED = ", from the learned start"
-A_STAR = "a* = h(t'), no trial"
-FIXED = "best fixed architecture"
-FINE_TUNED = "a* fine-tuned"
-DARTS = "DARTS on each task"
-RECORDS = "h from records, no trial"
-BOTH = "h by hypergradient and from records, no trial"
-RANDOM = "random search, {} networks"
-EVOLUTION = "regularized evolution, {} networks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +99,9 @@ class Config:
     num_hidden: int = 8
     fine_tune_steps: int = 8
     darts_steps: int = 60
-    rates: tuple[float, ...] = (0.05,)  # of α in fine-tuning and in DARTS; of several, each takes its best
+    rates: tuple[float, ...] = (0.05,)  # of α in fine-tuning; of several, the best
+    darts_rates: tuple[float, ...] = (0.05,)  # and in DARTS
+    darts_orders: tuple[str, ...] = ("second",)
     trusts: tuple[float, ...] = (0.0, 0.5, 1.0)
     left_out: float = 0.25  # share of the meta-training families that say which trust and rates are best
     tuned_on: int = 8  # of their tasks, for the rates
@@ -115,6 +124,7 @@ PRESETS = {
         meta_steps=2,
         fine_tune_steps=2,
         darts_steps=2,
+        darts_orders=("first", "second"),
         trained=3,
         records=2,
         trials=(1, 3),
@@ -129,165 +139,17 @@ PRESETS = {
         records=24,
         trials=(5, 20, 50),
         rates=(0.01, 0.05, 0.2),
+        darts_rates=(0.01, 0.05, 0.2, 0.5, 1.0),
+        darts_orders=("first", "second", "exact"),
     ),
 }
-
-
-# ---- Training -------------------------------------------------------------------------------------------------------
-
-
-def masked_loss(outputs: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    """The mean cross-entropy over real rows and classes, of labels that are smoothed where training says so."""
-    present, smoothing = batch["class_mask"], batch["smoothing"]
-    log_p = jax.nn.log_softmax(jnp.where(present[None] > 0, outputs, -1e9))
-    own = jnp.take_along_axis(log_p, batch["y"][:, None], 1)[:, 0]
-    every = jnp.where(present[None] > 0, log_p, 0.0).sum(1) / present.sum()
-    loss = -(1 - smoothing) * own - smoothing * every
-    return jnp.sum(loss * batch["mask"]) / batch["mask"].sum()
-
-
-def as_they_are(alpha, cell, key, step):
-    """The relaxation of networks that are given by their weights, one-hot ones: a discrete network's logits."""
-    return alpha
-
-
-_COMPILED: set[Callable] = set()
-
-
-def in_chunks(function: Callable, shared: Any, args: Any, size: int) -> tuple[Any, float]:
-    """`function(shared, args)` on so many tasks at a time, one program for any number; and processor seconds a task.
-
-    The last chunk is filled up with its last task. Compilation does not count.
-    """
-    n = len(jax.tree.leaves(args)[0])
-    chunks = [np.minimum(np.arange(i, i + size), n - 1) for i in range(0, n, size)]
-    at = lambda rows: jax.tree.map(lambda x: x[rows], args)
-    if function not in _COMPILED:
-        jax.block_until_ready(function(shared, at(chunks[0])))
-        _COMPILED.add(function)
-    start = time.process_time()
-    out = [jax.device_get(function(shared, at(rows))) for rows in chunks]
-    seconds = (time.process_time() - start) / sum(map(len, chunks))
-    return jax.tree.map(lambda *xs: np.concatenate(xs)[:n], *out), seconds
-
-
-class Shape:
-    """Everything that tasks of one shape share: the space, and the programs that train its networks."""
-
-    def __init__(self, name: str, config: Config):
-        self.name, self.config = name, config
-        self.network, self.in_shape = make_network(name)
-        cosine = lambda steps: lambda hyperparams: optax.adam(optax.cosine_decay_schedule(config.rate, steps, 0.1))
-        self.options: dict[str, Any] = {
-            "ops": OPS,
-            "loss": masked_loss,
-            "decay": 1e-3,
-            "sampler": inner.minibatch(config.batch_size, shared=("class_mask", "smoothing")),
-            "keep": None,
-        }
-        rule = lambda problem: hypergrad.unrolled(problem, num_steps=config.unroll)
-        constant = lambda hyperparams: optax.adam(config.rate)
-        self.search = methods.architecture_search(
-            self.network, self.in_shape, rule, optimizer=constant, learn_init=True, **self.options
-        )
-        self.darts = methods.darts(
-            self.network, self.in_shape, optimizer=constant, outer_batch=self.some_valid, **self.options
-        )
-        # What fine-tuning alternates on: as DARTS, a batch of validation rows a step.
-        self.tuning = methods.architecture_search(
-            self.network,
-            self.in_shape,
-            rule,
-            optimizer=constant,
-            outer_batch=self.some_valid,
-            learn_init=True,
-            **self.options,
-        )
-        # One op an edge runs, since networks follow one another in a loop.
-        one = methods.architecture_search(
-            self.network,
-            self.in_shape,
-            rule,
-            optimizer=cosine(config.num_steps),
-            relaxation=as_they_are,
-            single_path=True,
-            learn_init=True,
-            **self.options,
-        )
-        self.init = one.supernet.init
-        train = inner.run(one.problem.loop, config.num_steps)
-
-        def outcome(params, weights, batch):
-            outputs = one.supernet.apply(params, weights, batch["x"])
-            wrong = jnp.where(batch["class_mask"][None] > 0, outputs, -jnp.inf).argmax(-1) != batch["y"]
-            return masked_loss(outputs, batch), jnp.sum(wrong * batch["mask"]) / batch["mask"].sum()
-
-        def trial(key, weights, start, task, test):
-            state = train(key, {"alpha": weights, "init": start}, task.train)
-            params = one.problem.loop.params(state)
-            return jnp.stack([*outcome(params, weights, task.valid)[:1], *outcome(params, weights, test)])
-
-        self.trials = jax.jit(lambda _, args: jax.lax.map(lambda a: trial(*a), args))
-        self.starts = jax.jit(lambda _, keys: jax.vmap(self.init)(keys))
-
-        def search_alone(rate, key, task):
-            learner = training.learner(self.darts.estimator, optax.adam(rate, b1=0.5))
-            state = learner.init(key, self.darts.hyperparams(key), task)
-            state, _ = jax.lax.scan(lambda s, _: (learner.step(s)[0], None), state, length=config.darts_steps)
-            return state.hyperparams
-
-        self.search_alone = jax.jit(lambda rate, args: jax.vmap(search_alone, in_axes=(None, 0, 0))(rate, *args))
-
-    def some_valid(self, key, task):
-        """A batch of validation rows, for each alternation."""
-        return inner.minibatch(self.config.batch_size, shared=("class_mask", "smoothing"))(
-            key, jnp.int32(0), task.valid
-        )
-
-    def train(self, key, weights, tasks_, test, start=None) -> tuple[np.ndarray, float]:
-        """[n, 3]: validation loss, test loss, test error of n networks, each on its own task; processor seconds of one.
-
-        They start at random weights, or at `start`, shared.
-        """
-        init_keys, keys = jax.random.split(key, (2, len(test["y"])))
-        if start is None:
-            start, _ = in_chunks(self.starts, None, init_keys, self.config.held_out)
-        else:
-            start = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(keys), *x.shape)), start)
-        args = (keys, weights, start, tasks_, test)
-        out, seconds = in_chunks(self.trials, None, args, self.config.held_out)
-        return np.where(np.isfinite(out), out, np.array([np.inf, np.log(NUM_CLASSES), 1.0])), seconds
-
-    def sizes(self) -> list[int]:
-        """The number of candidates of every edge, in order."""
-        return [len(edge.ops) for cell in self.network.cells.values() for edge in cell.edges]
-
-    def one_hot(self, codes: np.ndarray) -> dict[str, jax.Array]:
-        """Weights of architectures [n, edges] of integers."""
-        weights, at = {}, 0
-        for kind, cell in self.network.cells.items():
-            part = codes[:, at : at + len(cell.edges)]
-            weights[kind] = jax.nn.one_hot(jnp.asarray(part), len(cell.edges[0].ops))
-            at += len(cell.edges)
-        return weights
-
-    def decode(self, alpha: dict[str, jax.Array]) -> np.ndarray:
-        """[n, edges] of integers: the largest α of every edge."""
-        return np.concatenate([np.asarray(alpha[kind]).argmax(-1) for kind in self.network.cells], -1)
-
-    def describe(self, code: np.ndarray) -> str:
-        edges = [edge for cell in self.network.cells.values() for edge in cell.edges]
-        return ", ".join(edge.ops[c] for edge, c in zip(edges, code, strict=True))
-
-    def space(self):
-        return {kind: spaces.real(shape=(len(c.edges), len(c.edges[0].ops))) for kind, c in self.network.cells.items()}
 
 
 def gradient_features(shape: Shape, key, batch: base.Task) -> tuple[np.ndarray, float]:
     """[n, K] `nas.gradient_features` of every task, and the processor seconds a task, without compilation."""
     num = 2 * shape.config.batch_size
     rows = {k: v[:, :num] if k in ("x", "y", "mask") else v for k, v in batch.train.items()}
-    one = lambda key, rows: nas.gradient_features(shape.darts.supernet, key, rows, loss=masked_loss)
+    one = lambda key, rows: nas.gradient_features(shape.search.supernet, key, rows, loss=masked_loss)
     keys, rewritten = jax.random.split(key, len(batch.train["y"])), inner.im2col(one, only_on_cpu=True)
     program = jax.jit(lambda *args: jax.lax.map(lambda a: rewritten(*a), args)).lower(keys, rows).compile()
     start = time.process_time()
@@ -431,41 +293,6 @@ def best_of(outcomes: np.ndarray, num: int, rng, num_draws: int = 200) -> np.nda
     return total / num_draws
 
 
-def operations(shape: Shape, batch: base.Task, codes: np.ndarray) -> dict[str, float]:
-    """Costs of an alternation of DARTS and one of fine-tuning, in training runs of one network.
-
-    Counted operations; the run's are the mean over `codes`.
-    """
-    task = jax.tree.map(lambda x: x[0], batch)._replace(features=None)
-    config, key = shape.config, jax.random.key(0)
-    rows = {k: v[: config.batch_size] for k, v in task.train.items() if v.ndim > 0}
-    rows |= {name: task.train[name] for name in ("class_mask", "smoothing")}
-
-    def step(supernet, weights):
-        params = supernet.init(key)
-        loss = lambda params: masked_loss(supernet.apply(params, weights, rows["x"]), rows)
-        return hypergrad.flops(jax.grad(loss), params)
-
-    single = []
-    for code in codes:
-        genotype = nas.discretize(shape.network, shape_weights(shape, code), keep=None)
-        single.append(step(nas.supernet(nas.discrete(shape.network, genotype), shape.in_shape, ops=OPS), None))
-    alpha = shape.darts.hyperparams(key)
-    run = np.mean(single) * config.num_steps
-
-    def alternation(estimator):
-        state = jax.eval_shape(lambda: estimator.init(key, alpha, task))
-        return float(hypergrad.flops(lambda s: estimator.estimate(alpha, task, s)[0].hypergrad, state) / run)
-
-    start = shape.init(key)
-    at = lambda alpha, step: {"alpha": alpha, "init": start}
-    tuning = hypergrad.lookahead(base.reparametrized(shape.tuning.problem, at), num_steps=1)
-    return {
-        "alternation": alternation(shape.darts.estimator),
-        "fine-tuning": alternation(tuning),
-    }
-
-
 def processor_seconds(shape: Shape, meta: Meta, units: list[Unit], batch, test, codes, gradients: float):
     """What parts of the work cost on one task, in processor seconds, mean over tasks, compilation left out.
 
@@ -482,12 +309,7 @@ def processor_seconds(shape: Shape, meta: Meta, units: list[Unit], batch, test, 
         "look": float(np.mean([u.seconds for u in units])),
         "gradients": gradients,
         "fine-tuning": in_chunks(meta.fine_tune, (rate, learned), (keys, few), 4)[1],
-        "DARTS": in_chunks(shape.search_alone, rate, (keys, few._replace(features=None)), 4)[1],
     }
-
-
-def shape_weights(shape: Shape, code: np.ndarray) -> dict[str, np.ndarray]:
-    return {kind: np.asarray(w[0]) for kind, w in shape.one_hot(code[None]).items()}
 
 
 def effects(codes: np.ndarray, losses: np.ndarray, sizes: list[int], ridge: float = 1.0) -> list[np.ndarray]:
@@ -561,14 +383,25 @@ def compared_key(key: jax.Array) -> jax.Array:
     return jax.random.split(key, 16)[5]
 
 
+def rows_of_fold(p: Prepared, f: int, seed: int) -> tuple[np.ndarray, ...]:
+    """The meta-training tasks of a fold, of them those that h learns from and those left out, and those held out."""
+    train_rows = np.flatnonzero(p.fold != f)
+    learned, left = leave_out(p.units, train_rows, p.shape.config.left_out, np.random.default_rng((seed, f, 2)))
+    held = np.random.default_rng((seed, f)).permutation(np.flatnonzero(p.fold == f))[: p.shape.config.held_out]
+    return train_rows, learned, left, held
+
+
+def asked(learn_rows: np.ndarray, left_rows: np.ndarray, f: int, seed: int) -> np.ndarray:
+    """The meta-training tasks, in random order, that say which trust and rates are best."""
+    return np.random.default_rng((seed, f, 1)).permutation(left_rows if len(left_rows) else learn_rows)
+
+
 def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> dict[str, Any]:
     """Steps 2 to 4 and the comparison, where the families of one fold took no part; as JSON has it."""
     shape, config, units, name = p.shape, p.shape.config, p.units, p.shape.name
     keys = iter(jax.random.split(key, 16))
     take = lambda tree, at: jax.tree.map(lambda x: x[at], tree)
-    train_rows = np.flatnonzero(p.fold != f)
-    learn_rows, left_rows = leave_out(units, train_rows, config.left_out, np.random.default_rng((seed, f, 2)))
-    held = np.random.default_rng((seed, f)).permutation(np.flatnonzero(p.fold == f))[: config.held_out]
+    train_rows, learn_rows, left_rows, held = rows_of_fold(p, f, seed)
     n = len(held)
     values, names = scale_features(units, p.gradients, train_rows)
     with_values = with_features(shape, p.batch, values)
@@ -593,16 +426,15 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
     )
 
     # What h has not learned from says how far to trust it, and how fast α is to move.
-    left = np.random.default_rng((seed, f, 1)).permutation(left_rows if len(left_rows) else learn_rows)
+    left = asked(learn_rows, left_rows, f, seed)
     check_keys = jax.random.split(next(keys), 3)
 
     def best(candidates: tuple[float, ...], rows: np.ndarray, search: Callable) -> float:
         """That with the smallest validation loss, mean over tasks and three trainings of each architecture."""
         on, on_test, losses = take(with_values, rows), take(p.test, rows), []
         for candidate in candidates if len(candidates) > 1 else ():
-            weights = shape.one_hot(shape.decode(search(candidate, on)))
-            runs = [shape.train(key, weights, on._replace(features=None), on_test)[0][:, 0] for key in check_keys]
-            losses.append(np.minimum(runs, np.log(NUM_CLASSES)).mean())
+            found = shape.decode(search(candidate, on))
+            losses.append(shape.validation_loss(check_keys, found, on._replace(features=None), on_test))
         return candidates[int(np.argmin(losses or [0]))]
 
     trust = 1.0
@@ -616,18 +448,12 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
     generated = shape.decode(alpha)
     ignorant = shape.decode(meta.alpha(learned, trusted(new, 0.0)))
 
-    # 4. Fine-tuning, and DARTS.
+    # 4. Fine-tuning.
     some = left[: config.tuned_on]
     tune_keys = jax.random.split(next(keys), len(some))
 
     tune = lambda rate, keys, on: in_chunks(meta.fine_tune, (jnp.float32(rate), learned), (keys, on), 4)
-    alone = lambda rate, keys, on: in_chunks(
-        shape.search_alone, jnp.float32(rate), (keys, on._replace(features=None)), 4
-    )
-    rates = {
-        label: best(config.rates, some, lambda rate, on, search=search: search(rate, tune_keys, on)[0])
-        for label, search in ((FINE_TUNED, tune), (DARTS, alone))
-    }
+    rates = {FINE_TUNED: best(config.rates, some, lambda rate, on: tune(rate, tune_keys, on)[0])}
     tuned, _ = tune(rates[FINE_TUNED], jax.random.split(next(keys), n), new)
     fine = shape.decode(tuned)
 
@@ -635,7 +461,7 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
     ranks = p.outcomes[:, train_rows, 0].argsort(0).argsort(0)
     fixed = np.repeat(p.codes[ranks.mean(1).argmin()][None], n, 0)
     plain_new = new._replace(features=None)
-    found = shape.decode(alone(rates[DARTS], jax.random.split(next(keys), n), new)[0])
+    next(keys)  # DARTS's, as `run_darts` says
     run_key = next(keys)  # as `compared_key` says
     trained = lambda code, start=None: shape.train(run_key, shape.one_hot(code), plain_new, new_test, start)[0][:, 1:]
     fold_scores = {
@@ -643,10 +469,9 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
         A_STAR + LEARNED: trained(generated, learned["init"]),
         FINE_TUNED: trained(fine),
         FINE_TUNED + LEARNED: trained(fine, learned["init"]),
-        "h of the average task": trained(ignorant),
+        IGNORANT: trained(ignorant),
         FIXED: trained(fixed),
         FIXED + LEARNED: trained(fixed, learned["init"]),
-        DARTS: trained(found),
     }
     outcomes = p.outcomes[:, held]
     if len(p.codes) > len(outcomes):
@@ -660,7 +485,7 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
     evolved = evolve(shape, next(keys), plain_new, new_test, config.evolution)
     fold_scores[EVOLUTION.format(config.evolution)] = best_of(evolved, config.evolution, np.random.default_rng(seed))
     say(f"{name}, fold {f}: " + "; ".join(f"{k} {x[:, 0].mean():.3f}" for k, x in fold_scores.items()))
-    chosen = {"a*": generated, "fine-tuned": fine, "DARTS": found, "best fixed": fixed}
+    chosen = {"a*": generated, "fine-tuned": fine, "best fixed": fixed}
     return {
         "shape": name,
         "tasks": [units[u].name for u in held],
@@ -687,8 +512,7 @@ def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: j
     codes: [records, units, edges]; losses: [records, units]; key: as of `run_fold`.
     """
     shape, sizes = p.shape, p.shape.sizes()
-    train_rows = np.flatnonzero(p.fold != f)
-    held = np.random.default_rng((seed, f)).permutation(np.flatnonzero(p.fold == f))[: shape.config.held_out]
+    train_rows, _, _, held = rows_of_fold(p, f, seed)
     found = effects(codes[:, train_rows], losses[:, train_rows], sizes)
     by_records = np.repeat(np.array([e.argmin() for e in found])[None], len(held), 0)
     # Mixing weights [tasks, edges, ops] of each kind, as logits; both in units of their own spread within an edge.
@@ -707,6 +531,21 @@ def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: j
         "scores": {label: trained(code).tolist() for label, code in chosen.items()},
         "architectures": {label: [shape.describe(code) for code in x] for label, x in chosen.items()},
     }
+
+
+def run_darts(
+    p: Prepared, darts: Darts, order: str, f: int, key: jax.Array, seed: int, say: Callable
+) -> dict[str, Any]:
+    """DARTS of one order on one fold's tasks, tuned on those that fine-tuning is tuned on; key: as of `run_fold`."""
+    keys, config = jax.random.split(key, 16), p.shape.config
+    _, learn_rows, left_rows, held = rows_of_fold(p, f, seed)
+    some = asked(learn_rows, left_rows, f, seed)[: config.tuned_on]
+    at = lambda rows: jax.tree.map(lambda x: x[rows], (p.batch, p.test))
+    tuning = (jax.random.split(keys[2], len(some)), jax.random.split(keys[1], 3), *at(some))
+    found = darts.variants(order, tuning, (jax.random.split(keys[4], len(held)), compared_key(key), *at(held)))
+    told = (f"{name} {np.mean(x, 0)[0]:.3f}" for name, x in found["scores"].items())
+    say(f"{p.shape.name}, DARTS, {order} order, fold {f}: {'; '.join(told)}")
+    return found
 
 
 class Kept:
@@ -800,10 +639,14 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
 
     def measure() -> dict[str, Any]:
         by_clock = processor_seconds(shape, meta, units, batch, test, codes[:4], gradient_seconds)
-        return {"operations": operations(shape, batch, codes[:8]), "seconds": by_clock}
+        tuning = {"fine-tuning": shape.tuning_alone()}
+        return {"operations": shape.in_runs(batch, codes[:8], tuning), "seconds": by_clock}
 
     costs = kept.get(f"{name}, costs", data, measure)["seconds"]
     say(f"{name}: processor seconds a task, " + ", ".join(f"{part} {x:.4f}" for part, x in costs.items()))
+    darts = Darts(shape)
+    measure_darts = lambda: darts.costs(batch, codes[:8], jnp.float32(config.darts_rates[0]))
+    kept.get(f"{name}, costs of DARTS", data, measure_darts)
     prepared = Prepared(
         shape,
         meta,
@@ -824,193 +667,11 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
                     prepared, f, part, record_codes, losses, jax.random.fold_in(fold_key, f), seed
                 )
                 kept.get(f"{name}, records, fold {f}", data, run)
-
-
-def joined(parts: list[dict[str, Any]], costs: dict[str, dict[str, float]], config: Config) -> dict[str, Any]:
-    """The results of several folds of one shape."""
-    sizes = [len(part["tasks"]) for part in parts]
-    end_to_end = lambda name: [x for part in parts for x in part[name]]
-    by_label = lambda name: {label: [x for part in parts for x in part[name][label]] for label in parts[0][name]}
-    runs, seconds = prices(list(parts[0]["scores"]), costs, [part["trust"] for part in parts], sizes, config)
-    return {
-        **{name: parts[0][name] for name in ("shape", "features", "ops", "space", "num_folds")},
-        **{name: end_to_end(name) for name in ("tasks", "families", "values")},
-        **{name: by_label(name) for name in ("scores", "weights", "architectures")},
-        **{name: [part[name] for part in parts] for name in ("rates", "trust", "left_out", "tuned_on", "history")},
-        "sizes": sizes,
-        "costs": costs,
-        "seconds": seconds,
-        "runs": runs,
-    }
-
-
-def prices(labels, costs, trust: list[float], sizes: list[int], config: Config) -> tuple[dict, dict]:
-    """What each row costs on a new task: in training runs, by operations, and in processor seconds.
-
-    What h reads has no count of operations: it is the processor's seconds against those of a training run. Where it is
-    trusted nothing, nothing is read. `trust` and `sizes` are of the folds, whose tasks count alike.
-    """
-    operations, clock = costs["operations"], costs["seconds"]
-    run = clock["training run"]
-    read = (clock["look"] + clock["gradients"]) * np.average([t > 0 for t in trust], weights=sizes)
-    runs, seconds = dict.fromkeys(labels, 1.0), dict.fromkeys(labels, run)
-    for label in labels:
-        if label.startswith("a*") or label == BOTH:
-            runs[label] += read / run
-            seconds[label] += read
-        if label.startswith(FINE_TUNED):
-            runs[label] += config.fine_tune_steps * operations["fine-tuning"]
-            seconds[label] += clock["fine-tuning"]
-    runs[DARTS] += config.darts_steps * operations["alternation"]
-    seconds[DARTS] += clock["DARTS"]
-    trained = {RANDOM.format(t): t for t in config.trials} | {EVOLUTION.format(config.evolution): config.evolution}
-    runs |= {label: float(t) for label, t in trained.items()}
-    seconds |= {label: t * run for label, t in trained.items()}
-    return {k: float(x) for k, x in runs.items()}, {k: float(x) for k, x in seconds.items()}
-
-
-def report(scores: dict[str, np.ndarray], families: list[str], reference: str) -> dict[str, dict[str, float]]:
-    """Means, mean ranks, and paired differences to `reference` with 95 % intervals, by a bootstrap over families."""
-    import scipy.stats
-
-    ranks = scipy.stats.rankdata([x[:, 0] for x in scores.values()], axis=0)
-    groups = [np.flatnonzero(np.array(families) == f) for f in sorted(set(families))]
-    rows = {}
-    for i, (label, x) in enumerate(scores.items()):
-        difference = x[:, 0] - scores[reference][:, 0]
-        low, high = interval(difference, groups)
-        rows[label] = {
-            "loss": x[:, 0].mean(),
-            "error": x[:, 1].mean(),
-            "rank": ranks[i].mean(),
-            "difference": difference.mean(),
-            "low": low,
-            "high": high,
-            "better": float((difference < 0).mean()),
-        }
-    return rows
-
-
-def interval(difference: np.ndarray, groups: list[np.ndarray], num_draws: int = 2000) -> tuple[float, float]:
-    """95 % of the mean over tasks, families drawn with replacement."""
-    rng = np.random.default_rng(0)
-    draws = [np.concatenate([groups[g] for g in rng.integers(0, len(groups), len(groups))]) for _ in range(num_draws)]
-    low, high = np.percentile([difference[d].mean() for d in draws], [2.5, 97.5])
-    return float(low), float(high)
-
-
-def to_markdown(result: dict[str, Any]) -> str:
-    """The table of one shape of tasks."""
-    scores = {label: np.array(x) for label, x in result["scores"].items()}
-    rows = report(scores, result["families"], A_STAR)
-    lines = [
-        f"### {result['shape']}: {len(result['tasks'])} held-out tasks of {len(set(result['families']))} families, "
-        f"{result['space']:,} architectures",
-        "",
-        "| method | test log loss | test error | mean rank | difference to a* [95 %] | tasks better than a* | cost on "
-        "the new task, in training runs | in processor seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for label, r in rows.items():
-        own = label == A_STAR
-        difference = "" if own else f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]"
-        lines.append(
-            f"| {label} | {r['loss']:.4f} | {r['error']:.2%} | {r['rank']:.2f} | {difference} | "
-            f"{'' if own else format(r['better'], '.0%')} | {result['runs'][label]:.1f} | "
-            f"{result['seconds'][label]:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def bars(results: list[dict[str, Any]], most: int) -> str:
-    """The two comparisons that were the aim, over all held-out tasks, in log loss and in errors."""
-    families = [f"{r['shape']} {f}" for r in results for f in r["families"]]
-    groups = [np.flatnonzero(np.array(families) == f) for f in sorted(set(families))]
-    text = []
-    for first, second in (
-        (A_STAR, RANDOM.format(most)),
-        (FINE_TUNED, DARTS),
-        *([(RECORDS, RANDOM.format(most)), (BOTH, RANDOM.format(most))] if RECORDS in results[0]["scores"] else []),
-        (A_STAR + LEARNED, RANDOM.format(most)),
-        (FINE_TUNED + LEARNED, DARTS),
-    ):
-        a, b = (np.concatenate([np.array(r["scores"][label]) for r in results]) for label in (first, second))
-        told = []
-        for column, measure, form in ((0, "log loss", ".4f"), (1, "error", ".2%")):
-            difference = a[:, column] - b[:, column]
-            low, high = interval(difference, groups)
-            told.append(
-                f"test {measure} {a[:, column].mean():{form}} and {b[:, column].mean():{form}}, difference "
-                f"{difference.mean():+{form}} [{low:+{form}}, {high:+{form}}], smaller on "
-                f"{np.mean(difference < 0):.0%} and larger on {np.mean(difference > 0):.0%} of {len(a)} tasks"
-            )
-        runs, seconds = (
-            [np.mean([r[unit][label] for r in results]) for label in (first, second)] for unit in ("runs", "seconds")
-        )
-        text.append(
-            f"- {first} against {second}: {'; '.join(told)}; cost {runs[0]:.1f} and {runs[1]:.1f} training runs, "
-            f"{runs[0] / runs[1]:.2f} of it, and {seconds[0]:.3f} and {seconds[1]:.3f} processor seconds, "
-            f"{seconds[0] / seconds[1]:.2f} of it."
-        )
-    return "\n".join(text) + "\n"
-
-
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """For each shape: differences with intervals; what h chose by family; and how that follows features."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        len(results), 3, figsize=(19, 6.5 * len(results)), squeeze=False, width_ratios=[1, 1, 1.1]
-    )
-    for (left, middle, right), result in zip(axes, results, strict=True):
-        rows = report({k: np.array(x) for k, x in result["scores"].items()}, result["families"], A_STAR)
-        order = np.arange(len(rows))[::-1]
-        for y, (label, r) in zip(order, rows.items(), strict=True):
-            color = "C3" if label.startswith("a*") else "C0"
-            left.plot([r["low"], r["high"]], [y, y], color=color)
-            left.plot(r["difference"], y, "o", color=color)
-        left.axvline(0, color="0.6", linewidth=1)
-        left.set_yticks(order, list(rows))
-        left.set(title=f"{result['shape']}: test log loss against a*", xlabel="difference, 95 % over families")
-
-        # Mean mixing weight of every op over the edges of its kind.
-        labels, columns = [], []
-        for kind, w in result["weights"].items():
-            mean = np.array(w).mean(1)  # [tasks, ops]
-            labels += [f"{kind}: {op}" for op in result["ops"][kind]]
-            columns += list(mean.T)
-        chosen = np.array(columns)  # [ops, tasks]
-        families = sorted(set(result["families"]))
-        if len(families) > 12:  # too many to name: the tasks in the order of the features' first principal direction
-            values = np.array(result["values"])
-            direction = np.linalg.svd(values - values.mean(0), full_matrices=False)[2][0]
-            at = np.argsort(values @ direction)
-            shown = chosen[:, at]
-            strongest = result["features"][int(np.abs(direction).argmax())]
-            middle.set_xlabel(f"held-out tasks, along the features' main direction (mostly {strongest!r})")
-        else:
-            shown = np.stack([chosen[:, np.array(result["families"]) == f].mean(1) for f in families], 1)
-            middle.set_xticks(range(len(families)), families, rotation=35, ha="right")
-        image = middle.imshow(shown, aspect="auto", cmap="Blues", vmin=0)
-        middle.set_yticks(range(len(labels)), labels)
-        middle.set_title("what h chose: mean mixing weight")
-        figure.colorbar(image, ax=middle, fraction=0.03)
-
-        values = np.array(result["values"])
-        standard = lambda x: (x - x.mean(0)) / (x.std(0) + 1e-9)
-        with np.errstate(invalid="ignore"):
-            correlation = standard(chosen.T).T @ standard(values) / len(values)
-        image = right.imshow(correlation, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1)
-        right.set_yticks(range(len(labels)), labels)
-        right.set_xticks(range(len(result["features"])), result["features"], rotation=50, ha="right")
-        right.set_title("correlation of a choice with a feature, over held-out tasks")
-        figure.colorbar(image, ax=right, fraction=0.03)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+            for order in config.darts_orders:
+                run = lambda f=f, order=order: run_darts(
+                    prepared, darts, order, f, jax.random.fold_in(fold_key, f), seed, say
+                )
+                kept.get(f"{name}, DARTS, {order} order, fold {f}", data, run)
 
 
 def parse(argv) -> tuple[argparse.Namespace, str, Config]:
@@ -1055,7 +716,8 @@ def main(argv=None) -> list[dict[str, Any]]:
         jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
     elif not args.report:
         Path(f"{path}_parts.json").unlink(missing_ok=True)
-    code = script.code(__file__, image_table_tasks.__file__)
+    own = (image_table_tasks, auto_architecture_training, auto_architecture_darts)
+    code = script.code(__file__, *(module.__file__ for module in own))
     settings = {k: v for k, v in settings.items() if k not in ("folds", "shapes")}
     kept = Kept(Path(f"{path}_parts.json"), settings, code, args.any_code)
     for shape in () if args.report else config.shapes:
@@ -1064,17 +726,22 @@ def main(argv=None) -> list[dict[str, Any]]:
     for shape in SHAPES:
         parts = []
         for key in sorted(key for key in kept.parts if key.startswith(f"{shape}, fold")):
-            part = dict(kept.parts[key])
-            more = kept.parts.get(key.replace(", fold", ", records, fold"), {"scores": {}, "architectures": {}})
-            part |= {name: {**part[name], **more[name]} for name in more}
-            parts.append(part)
-        if parts and (costs := kept.parts.get(f"{shape}, costs")) is None:
+            of = lambda what, key=key: kept.parts.get(key.replace(", fold", f", {what}, fold"))
+            more = of("records") or {"scores": {}, "architectures": {}}
+            darts = {order: of(f"DARTS, {order} order") for order in config.darts_orders}
+            if all(darts.values()):  # else the fold is not finished
+                part = dict(kept.parts[key]) | {"darts": darts}
+                parts.append(part | {name: {**part[name], **more[name]} for name in more})
+        if parts and not {f"{shape}, costs", f"{shape}, costs of DARTS"} <= set(kept.parts):
             sys.exit(f"{kept.path} does not hold the costs of {shape}: call without --report.")
-        results += [joined(parts, costs, config)] if parts else []
+        if parts:
+            random = np.array(kept.parts[f"{shape}, random networks"]["outcomes"])
+            results.append(joined(parts, costs_of(kept.parts, shape), random, config))
     if not results:
         sys.exit(f"{kept.path} holds no fold that is finished.")
     seconds, processor = kept.seconds()
-    call = "python experiments/auto_architecture.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    given = [x for x in (sys.argv[1:] if argv is None else argv) if x not in ("--note", args.note)]
+    call = " ".join(["python experiments/auto_architecture.py", *given])
     details = {
         "command": call.strip() + (", after earlier calls" if any(kept.before) else ""),
         "preset": name,
@@ -1091,104 +758,6 @@ def main(argv=None) -> list[dict[str, Any]]:
     }
     finish(details, path)
     return results
-
-
-def trust_text(result: dict[str, Any]) -> str:
-    """By fold: how many tasks were left out, and what they say of what h reads."""
-    told = []
-    for num, trust in zip(result["left_out"], result["trust"], strict=True):
-        told.append(f"{num} tasks left out, which gave its reading the trust {trust}" if num else "none left out")
-    return "; ".join(told)
-
-
-def rates_text(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
-    if len(config["rates"]) == 1:
-        return f"both move α at the rate {config['rates'][0]}, which was tuned for neither. "
-    chosen = "; ".join(
-        f"{r['shape']} {', '.join(f'{rates[FINE_TUNED]} and {rates[DARTS]}' for rates in r['rates'])}" for r in results
-    )
-    most = max(max(r["tuned_on"]) for r in results)
-    what = "which h did not learn from"
-    if any(not num for r in results for num in r["left_out"]):
-        what = "which h did not learn from where there are more than two families to leave one out of"
-    return (
-        f"the rate of α of both is that of {', '.join(map(str, config['rates']))} with the smallest validation loss of "
-        f"what it finds on {most} tasks of the meta-training set, {what} (fine-tuning and DARTS, by fold: {chosen}). "
-    )
-
-
-def reading_text(result: dict[str, Any]) -> str:
-    clock = result["costs"]["seconds"]
-    run, look = clock["training run"], clock["look"]
-    return (
-        f"{(look + clock['gradients']) / run:.1f} training runs on {result['shape']} (a run {run:.4f} s; the look "
-        f"{look:.4f}; gradients {clock['gradients']:.4f})"
-    )
-
-
-def choices_text(result: dict[str, Any], best: str) -> str:
-    """Fold by fold: how many architectures h wrote for the held-out tasks, and losses, with those of the row `best`."""
-    ends = np.cumsum(result["sizes"])
-    by_fold = lambda rows: [rows[end - size : end] for end, size in zip(ends, result["sizes"], strict=True)]
-    joint = lambda values: ", ".join(values)
-    loss = lambda row: joint(f"{np.mean(part, 0)[0]:.3f}" for part in by_fold(result["scores"][row]))
-    chosen = {"a*": A_STAR, RECORDS: RECORDS, BOTH: BOTH}
-    told = [
-        f"{label}: {joint(str(len(set(part))) for part in by_fold(result['architectures'][label]))} (test log loss "
-        f"{loss(row)})"
-        for label, row in chosen.items()
-        if label in result["architectures"]
-    ]
-    return (
-        f"How many architectures there are for the {joint(map(str, result['sizes']))} held-out {result['shape']} of "
-        f"each fold, {'; '.join(told)}; {best} had {loss(best)}."
-    )
-
-
-def finish(details: dict[str, Any], path: Path) -> None:
-    """Writes and prints the tables and the picture."""
-    config, results = details["config"], details["results"]
-    most = 20 if 20 in config["trials"] else max(config["trials"])
-    best, other_code = RANDOM.format(most), details["num_other_code"]
-    each = lambda tell: " and ".join(map(tell, results))
-    text = f"# auto_architecture, {details['preset']}\n\n" + "\n".join(to_markdown(r) for r in results)
-    text += "\n### Over all of them\n\n" + bars(results, most)
-    text += (
-        f"\nA training run is {config['num_steps']} steps of {config['batch_size']} rows, of one network; an "
-        "alternation of DARTS costs "
-        + each(lambda r: f"{r['costs']['operations']['alternation']:.2f} ({r['shape']})")
-        + " of it, in operations, and one of fine-tuning "
-        + each(lambda r: f"{r['costs']['operations']['fine-tuning']:.2f}")
-        + ", which differentiates where DARTS takes finite differences. What h reads in a task (statistics of its "
-        "rows, and gradients at random weights) has no count of operations, and is told by processor seconds against "
-        "those of a training run, all on one core, per task and without compilation: "
-        + each(reading_text)
-        + ". Nothing is read where it is trusted nothing, and the rows are means over folds. Intervals are from a "
-        "bootstrap over families. Random search is the mean over draws of which of the trained networks it saw. "
-        "Processor seconds are those of the parts of the work, each measured alone: searches on 8 tasks, four of them "
-        "side by side, the rest on all tasks. "
-        f"DARTS takes {config['darts_steps']} alternations of second order, fine-tuning {config['fine_tune_steps']}; "
-        + rates_text(config, results)
-        + " ".join(
-            f"Of {r['shape']}, {len(r['trust'])} of {r['num_folds']} folds were held out; of the rest, {trust_text(r)}."
-            for r in results
-        )
-        + " "
-        + " ".join(choices_text(r, best) for r in results)
-        + " "
-        + details["note"]
-        + "\n\n"
-        f"`{'METAOPT_DATA=... ' if details['data'] else ''}{details['command'].strip()}`, seed {details['seed']}, "
-        f"{details['seconds']:.0f} s ({details['processor']:.0f} processor seconds) on {details['cores']} core(s); "
-        f"Python {platform.python_version()}, JAX {jax.__version__}."
-        + (f" {other_code} of {details['num_parts']} parts are by other code than the script's." * (other_code > 0))
-        + "\n"
-    )
-    Path(f"{path}.md").write_text(text)
-    Path(f"{path}.json").write_text(json.dumps(details))
-    plot(results, Path(f"{path}.png"))
-    print(text)
-    print(f"Results in {path}.md, .png and .json")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -463,7 +464,11 @@ def test_auto_architecture_smoke(tmp_path):
             read = cost["a* = h(t'), no trial"] - cost["best fixed architecture"]
             assert cost["best fixed architecture"] == cost["h from records, no trial"] == one > 0
             assert (read > 0) == any(result["trust"]) and cost["a* fine-tuned"] > one + read
-    assert details["num_parts"] == 12 and details["num_other_code"] == 0
+        variants = [(v["order"], v["reading"]) for v in result["darts"]["variants"]]
+        readings = ["none counts", "none left out", "two edges a node"][: 3 if result["shape"] == "images" else 2]
+        assert variants == [(order, reading) for order in ("first", "second") for reading in readings]
+        assert any(v["scores"] == result["scores"]["DARTS on each task"] for v in result["darts"]["variants"])
+    assert details["num_parts"] == 16 and details["num_other_code"] == 0
     assert "h reads" in printed and "How many architectures there are for the 2 held-out images of each fold" in printed
     # The first table is of images, and its row is the mean of the scores.
     row = next(line for line in printed.splitlines() if line.startswith("| a* = h(t'), no trial | "))
@@ -489,7 +494,7 @@ def test_effects_of_ops_from_records_are_those_that_made_them(monkeypatch):
 
 def test_bars_of_auto_architecture_are_told_in_log_loss_and_in_errors(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
-    script = importlib.import_module("auto_architecture")
+    script = importlib.import_module("auto_architecture_report")
     random, ours = script.RANDOM.format(20), np.array([[0.7, 0.1], [0.5, 0.3], [0.2, 0.2], [0.4, 0.2]])
     scores = {label: ours.tolist() for label in (script.A_STAR, script.FINE_TUNED, script.DARTS)}
     scores |= {label + script.LEARNED: ours.tolist() for label in (script.A_STAR, script.FINE_TUNED)}
@@ -505,12 +510,18 @@ def test_bars_of_auto_architecture_are_told_in_log_loss_and_in_errors(monkeypatc
 
 def test_what_h_reads_is_counted_whole_and_only_where_it_is_read(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
-    script = importlib.import_module("auto_architecture")
-    seconds = {"training run": 0.01, "look": 0.06, "gradients": 0.02, "fine-tuning": 0.5, "DARTS": 2.0}
-    costs = {"operations": {"alternation": 0.5, "fine-tuning": 0.25}, "seconds": seconds}
-    labels = [script.A_STAR, script.FINE_TUNED, script.RECORDS, script.BOTH, script.DARTS]
-    config = script.Config(fine_tune_steps=4, darts_steps=10, trials=(5,))
-    read = lambda trust: script.prices(labels, costs, trust, [1, 3], config)
+    script = importlib.import_module("auto_architecture_results")
+    seconds = {
+        "training run": 0.01,
+        "look": 0.06,
+        "gradients": 0.02,
+        "fine-tuning": 0.5,
+        "DARTS": {"first": 2.0, "exact": 6.0},
+    }
+    costs = {"operations": {"alternation": {"first": 0.5, "exact": 0.9}, "fine-tuning": 0.25}, "seconds": seconds}
+    labels = [script.A_STAR, script.FINE_TUNED, script.RECORDS, script.BOTH, script.DARTS, script.RANDOM.format(5)]
+    config = types.SimpleNamespace(fine_tune_steps=4, darts_steps=10, trials=(5,), evolution=3)
+    read = lambda trust, orders=("first", "first"): script.prices(labels, costs, trust, [1, 3], orders, config)
     runs, clock = read([0.0, 1.0])  # three of four tasks are read: 6 of 8 training runs
     assert runs[script.A_STAR] == runs[script.BOTH] == pytest.approx(7) and clock[script.A_STAR] == pytest.approx(0.07)
     assert runs[script.FINE_TUNED] == pytest.approx(8) and clock[script.FINE_TUNED] == pytest.approx(0.57)
@@ -518,6 +529,111 @@ def test_what_h_reads_is_counted_whole_and_only_where_it_is_read(monkeypatch):
     runs, clock = read([0.0, 0.0])
     assert runs[script.A_STAR] == 1 and clock[script.A_STAR] == 0.01 and runs[script.FINE_TUNED] == 2
     assert runs[script.RANDOM.format(5)] == 5 and clock[script.RANDOM.format(5)] == pytest.approx(0.05)
+    runs, clock = read([0.0, 0.0], ("first", "exact"))  # three of four tasks by the dearer order
+    assert runs[script.DARTS] == pytest.approx(9) and clock[script.DARTS] == pytest.approx(5.01)
+
+
+def test_folds_that_differ_say_nothing_of_what_h_reads_in_a_task(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script = importlib.import_module("auto_architecture_reading")
+    rng, folds = np.random.default_rng(0), np.repeat([0, 1, 2], 200)
+    of_fold = np.array([-1.0, 0.5, 3.0])[folds]
+    values = (of_fold + 0.1 * rng.normal(size=600))[:, None]
+    noise = 1e-3 * rng.normal(size=600)
+    x = np.stack([0.2 * of_fold + noise, 0.2 * of_fold, noise - 0.02 * values[:, 0], np.zeros(600)], 1)
+    found = script.correlation(x, values, folds)
+    # The first two follow the fold alone; the third follows the task.
+    assert np.corrcoef(x[:, 0], values[:, 0])[0, 1] > 0.99 and abs(found[0, 0]) < 0.1
+    assert found[1, 0] == found[3, 0] == 0 and found[2, 0] == pytest.approx(-0.9, abs=0.05)
+
+    # The same in words: one fold is not read, the others choose the same for all their tasks.
+    weights = np.stack([0.5 - 0.1 * of_fold, 0.5 + 0.1 * of_fold], -1)[:, None]  # [tasks, edges, ops]
+    result = {
+        "shape": "tables",
+        "sizes": [200] * 3,
+        "trust": [0.0, 0.5, 1.0],
+        "weights": {"body": weights},
+        "ops": {"body": ["a", "b"]},
+        "values": values,
+        "features": ["ink"],
+        "families": [f"family {i // 50}" for i in range(600)],
+        "architectures": {"a*": [f"architecture {f}" for f in folds]},
+        "scores": dict.fromkeys((script.A_STAR, script.IGNORANT), np.zeros((600, 2))),
+    }
+    told = script.what_h_reads(result)
+    assert "100% of the variance" in told and "In the 2 of 3 folds that trust what it reads (400 tasks)" in told
+    assert "another than the fold's most frequent one on 0 tasks" in told and "No choice varies there" in told
+    moved = weights + 0.01 * np.array([1, -1]) * (values - of_fold[:, None])[:, None]
+    own = [f"architecture {f} {i % 200 < 30}" for i, f in enumerate(folds)]
+    told = script.what_h_reads(result | {"weights": {"body": moved}, "architectures": {"a*": own}})
+    assert "one on 60 tasks" in told and "body: a with ink +1.00 (all folds pooled -1.00)" in told
+    assert "No fold trusts what h reads" in script.what_h_reads(result | {"trust": [0.0] * 3})
+
+
+def test_darts_is_read_with_and_without_none(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script = importlib.import_module("auto_architecture_darts")
+    network, _ = importlib.import_module("image_table_tasks").make_network("images")
+    darts = object.__new__(script.Darts)
+    darts.shape = types.SimpleNamespace(network=network)
+    edges, ops = network.cells["body"].edges, network.cells["body"].edges[0].ops
+    none, skip, conv = map(ops.index, ("none", "skip", "conv 3"))
+    body = np.zeros((2, len(edges), len(ops)), np.float32)
+    body[:, :, conv] = 2.0
+    body[0, 0, none] = 3.0  # stronger than any op
+    into = [e for e, edge in enumerate(edges) if edge.target == 3]
+    body[1, into[1], conv], body[1, into[1], skip] = 0.0, 1.0  # the weakest edge into a node of three
+    alpha = {kind: np.zeros((2, 1, 3), np.float32) for kind in ("first", "last")} | {"body": body}
+    alpha["last"][:, 0, 2] = 1.0
+    every = [0, *[conv] * len(edges), 2]
+    place = lambda code, edge, op: [op if i == 1 + edge else c for i, c in enumerate(code)]
+    assert darts.read(alpha, script.NONE_COUNTS).tolist() == [place(every, 0, none), place(every, into[1], skip)]
+    assert darts.read(alpha, script.NONE_LEFT_OUT).tolist() == [every, place(every, into[1], skip)]
+    # Of equal ones the first.
+    assert darts.read(alpha, script.TWO_EDGES).tolist() == [place(every, into[2], none), place(every, into[1], none)]
+
+
+def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    results, script = map(importlib.import_module, ("auto_architecture_results", "auto_architecture_report"))
+    found = lambda losses, test: {
+        "rates": [0.1, 1.0],
+        "losses": {"none counts": losses[:2], "none left out": losses[2:]},
+        "rate": {"none counts": 0.1, "none left out": 1.0},
+        "scores": {"none counts": [[test, 0.1]], "none left out": [[test + 0.1, 0.2]]},
+        "architectures": {"none counts": ["a, none"], "none left out": ["a, b"]},
+    }
+    darts = {"first": found([0.3, 0.4, 0.5, 0.25], 0.2), "second": found([0.5, 0.6, 0.7, 0.8], 0.1)}
+    assert results.best_variant(darts) == ("first", "none left out", 1.0)
+
+    scores = {label: [[0.25, 0.1]] for label in (results.A_STAR, results.FINE_TUNED)}
+    scores |= {label + results.LEARNED: [[0.25, 0.1]] for label in scores} | {results.DARTS: [[9.0, 1.0]]}
+    part = dict.fromkeys(
+        ("shape", "features", "ops", "space", "num_folds", "trust", "left_out", "tuned_on", "history"), 0
+    )
+    part |= {"tasks": ["t"], "families": ["f"], "values": [[0]], "weights": {}, "architectures": {}, "scores": scores}
+    part |= {"rates": {results.FINE_TUNED: 0.2}, "darts": darts}
+    seconds = {
+        "training run": 1.0,
+        "look": 0.0,
+        "gradients": 0.0,
+        "fine-tuning": 1.0,
+        "DARTS": {"first": 3, "second": 6},
+    }
+    costs = {"operations": {"fine-tuning": 0.5, "alternation": {"first": 0.5, "second": 1.0}}, "seconds": seconds}
+    config = types.SimpleNamespace(fine_tune_steps=2, darts_steps=10, trials=(5,), evolution=3)
+    result = results.joined([part], costs, np.full((4, 6, 3), 0.5), config)
+    assert result["scores"][results.DARTS] == [[pytest.approx(0.3), 0.2]]  # not what an older part has
+    assert result["runs"][results.DARTS] == 6 and result["runs"][results.FINE_TUNED] == 2
+    assert result["random"] == {"error": 0.5, "networks": 4, "tasks": 6}
+    text = script.darts_text([result | {"shape": "tables"}])
+    assert "| second order, none counts | 0.1000 | 10.00% | 1 | tables 0.1 | 11.0 | +0.1500" in text
+    chosen, after = text.split("**")[-1].split("Against ")[1:]
+    assert "log loss better, -0.0500 [-0.0500, -0.0500], at 0.33 of its cost: missed" in chosen
+    assert "(second order, none counts)" in after and "log loss worse, +0.1500" in after
+    groups = [np.arange(3), np.arange(3, 6)]
+    assert script.verdict(np.full(6, -0.1), groups, 0.2).endswith("at 0.20 of its cost: reached")
+    assert script.verdict(np.repeat([-0.1, 0.1], 3), groups, 0.1).startswith("level with it")
 
 
 def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_path, monkeypatch):

@@ -1,0 +1,117 @@
+"""DARTS on each task, of `auto_architecture.py`: its orders, rates of α, and ways to read an architecture off α.
+
+The best of them is what fine-tuning is to be compared with, as the tasks say that fine-tuning's rate is tuned on.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from auto_architecture_training import in_chunks
+
+from metaopt import methods, nas, training
+
+if TYPE_CHECKING:
+    from auto_architecture_training import Shape
+
+# How an architecture is read off the mixing weights, as `keep` of `nas.discretize`. Published is the last: no "none",
+# and of the edges into a node the two strongest. a* and random networks may have a "none" on any edge.
+NONE_COUNTS = "none counts"
+NONE_LEFT_OUT = "none left out"
+TWO_EDGES = "two edges a node"
+READINGS: dict[str, int | None] = {NONE_COUNTS: None, NONE_LEFT_OUT: 1_000, TWO_EDGES: 2}
+
+
+class Darts:
+    """The searches on tasks of one shape, by order."""
+
+    def __init__(self, shape: "Shape"):
+        self.shape, config = shape, shape.config
+        self.searches = {
+            order: methods.darts(
+                shape.network,
+                shape.in_shape,
+                order=order,
+                optimizer=lambda hyperparams: optax.adam(config.rate),
+                outer_batch=shape.some_valid,
+                **shape.options,
+            )
+            for order in config.darts_orders
+        }
+        self.programs = {order: jax.jit(self._program(search)) for order, search in self.searches.items()}
+        most = max(np.bincount([edge.target for edge in cell.edges]).max() for cell in shape.network.cells.values())
+        self.readings = [name for name in READINGS if name != TWO_EDGES or most > 2]  # of two edges both are kept
+
+    def _program(self, search: methods.Search):
+        def alone(rate, key, task):
+            learner = training.learner(search.estimator, optax.adam(rate, b1=0.5))
+            state = learner.init(key, search.hyperparams(key), task)
+            step = lambda state, _: (learner.step(state)[0], None)
+            return jax.lax.scan(step, state, length=self.shape.config.darts_steps)[0].hyperparams
+
+        return lambda rate, args: jax.vmap(alone, in_axes=(None, 0, 0))(rate, *args)
+
+    def search(self, order: str, rate, keys: jax.Array, tasks_) -> tuple[dict[str, np.ndarray], float]:
+        """α of each task, and the processor seconds of one."""
+        return in_chunks(self.programs[order], jnp.float32(rate), (keys, tasks_._replace(features=None)), 4)
+
+    def read(self, alpha: dict[str, np.ndarray], reading: str) -> np.ndarray:
+        """[n, edges] of integers: each task's architecture; an edge that is not kept is "none"."""
+        network, keep = self.shape.network, READINGS[reading]
+        # A cell of one edge has no "none".
+        weights = jax.device_get(jax.tree.map(lambda a: jax.nn.softmax(a, -1), alpha))
+        codes = []
+        for i in range(len(jax.tree.leaves(alpha)[0])):
+            genotype = nas.discretize(network, {kind: w[i] for kind, w in weights.items()}, keep=keep)
+            rows = nas.one_hot(network, genotype)
+            codes.append(np.concatenate([self._codes(kind, rows[kind]) for kind in network.cells]))
+        return np.array(codes)
+
+    def _codes(self, kind: str, rows: np.ndarray) -> np.ndarray:
+        """[edges] of integers, of rows [edges, ops] that are one-hot, or 0 where an edge is left out."""
+        ops = self.shape.network.cells[kind].edges[0].ops
+        return np.where(rows.any(1), rows.argmax(1), ops.index("none") if "none" in ops else 0)
+
+    def variants(self, order: str, tuning: tuple, held: tuple) -> dict[str, Any]:
+        """Every reading at its best rate, on held-out tasks; as JSON has it.
+
+        Args:
+          order: one of those of the config.
+          tuning: keys of the searches [m], keys of the trainings that tell how good what they find is, tasks, test.
+          held: keys of the searches [n], the key that all networks are trained with, tasks, test.
+
+        Returns:
+          "rates" tried; by reading "losses" (validation, of each rate on the tuning tasks), "rate" (the best), "scores"
+          [n, 2] (test loss and error), and "architectures".
+        """
+        shape, rates = self.shape, list(self.shape.config.darts_rates)
+        search_keys, check_keys, some, some_test = tuning
+        losses: dict[str, list[float]] = {reading: [] for reading in self.readings}
+        for rate in rates:
+            alpha, _ = self.search(order, rate, search_keys, some)
+            for reading in self.readings:
+                codes = self.read(alpha, reading)
+                losses[reading].append(shape.validation_loss(check_keys, codes, some, some_test))
+        best = {reading: rates[int(np.argmin(x))] for reading, x in losses.items()}
+        keys, run_key, new, new_test = held
+        found = {rate: self.search(order, rate, keys, new)[0] for rate in sorted(set(best.values()))}
+        codes = {reading: self.read(found[rate], reading) for reading, rate in best.items()}
+        trained = lambda code: shape.train(run_key, shape.one_hot(code), new, new_test)[0][:, 1:]
+        return {
+            "rates": rates,
+            "losses": losses,
+            "rate": best,
+            "scores": {reading: trained(code).tolist() for reading, code in codes.items()},
+            "architectures": {reading: [shape.describe(code) for code in x] for reading, x in codes.items()},
+        }
+
+    def costs(self, batch, codes: np.ndarray, rate) -> dict[str, dict[str, float]]:
+        """By order: an alternation in training runs, by operations, and a search in processor seconds."""
+        keys = jax.random.split(jax.random.key(0), min(8, len(batch.train["y"])))
+        few = jax.tree.map(lambda x: x[: len(keys)], batch)
+        return {
+            "operations": self.shape.in_runs(batch, codes, {o: s.estimator for o, s in self.searches.items()}),
+            "seconds": {order: self.search(order, rate, keys, few)[1] for order in self.searches},
+        }
