@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from metaopt import base, hypergrad
+from metaopt import base, hypergrad, nas
 from metaopt.methods._adaptation import Adaptation, adaptation
 from metaopt.methods._adaptation_checks import check_pattern
 
@@ -389,11 +388,7 @@ def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arra
             f"{logits.shape}: a head for {logits.shape[1]} classes. Episodes of several numbers of classes need a head "
             "that the support set makes (`proto_maml`, `ridge_head`, ...)."
         )
-    among = jnp.where(batch["class_mask"][None] > 0, logits, -1e9)
-    inside = (y >= 0) & (y < ways)  # -1 would be the last class, by NumPy's rules
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(among, jnp.where(inside, y, 0))
-    weights = jnp.where((batch["mask"] > 0) & ~inside, jnp.nan, batch["mask"])
-    return (losses * weights).sum() / batch["mask"].sum()
+    return nas.cross_entropy(logits, batch)
 
 
 def _one_hot(batch: Mapping[str, jax.Array], dtype: Any) -> jax.Array:

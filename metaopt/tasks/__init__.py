@@ -3,18 +3,7 @@ records of trials, how they are collected, kept and read."""
 
 from metaopt.base import Task
 from metaopt.tasks._batching import Buckets, TaskShape, bucket, resplit, shape_of, stack, to_task, unstack
-from metaopt.tasks._class_sources import (
-    IMAGE_SETS,
-    Source,
-    from_arrays,
-    from_image_folder,
-    from_image_sets,
-    from_tfds,
-    keep,
-    labelled_rows,
-    omniglot_split,
-    with_rotations,
-)
+from metaopt.tasks._class_sources import Source, from_arrays, keep, labelled_rows, with_rotations
 from metaopt.tasks._collect import collect
 from metaopt.tasks._enqueue import EnqueuedState, enqueue
 from metaopt.tasks._episodes import (
@@ -29,6 +18,7 @@ from metaopt.tasks._episodes import (
 from metaopt.tasks._frames import records_from_frame, records_to_frame
 from metaopt.tasks._function_families import function_episodes, mixed_functions, sinusoids
 from metaopt.tasks._hierarchy import ontology_nodes
+from metaopt.tasks._image_sources import IMAGE_SETS, from_image_folder, from_image_sets, from_tfds, omniglot_split
 from metaopt.tasks._meta_dataset import from_meta_dataset, read_example, read_tfrecords
 from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, image_features, metafeatures
 from metaopt.tasks._prepare import PreparedTable, Rows, prepare

@@ -1,17 +1,12 @@
 """Where the classes of few-shot episodes come from: labelled examples, who made them, and what the classes belong to.
 
-A source is one data set in memory. Nothing is downloaded.
+A source is one data set in memory; `_image_sources` reads some.
 """
 
-import importlib
-import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-
-_EXTRA = 'install it with `pip install "metaopt-jax[episodes]"`.'
 
 
 class Source(NamedTuple):
@@ -95,11 +90,10 @@ def from_arrays(
         )
     _check_labels(name, given, y)
     for what, values in (("`group`", group), ("`superclass`", superclass)):
-        missing = [(i, v) for i, v in enumerate(() if values is None else values) if v is None or v != v]
-        if missing:
+        if values is not None and (place := first_missing(values)) is not None:
             raise ValueError(
-                f"Source {name!r}: {what} must say of all; entry {missing[0][0]} is {missing[0][1]}. Give each that is "
-                "not known a value of its own."
+                f"Source {name!r}: {what} must say of all; entry {place} is {values[place]}. Give each that is not "
+                "known a value of its own."
             )
     labels, y = np.unique(y, return_inverse=True)
     names = tuple(map(str, labels if class_names is None else class_names))
@@ -134,6 +128,18 @@ def _check_labels(name: str, given: Any, y: np.ndarray) -> None:
                 f"Source {name!r}: `y` must be classes, integers or strings; got {label} for example {row}. Bin what "
                 "is measured, and leave out examples without a label."
             )
+
+
+def first_missing(values: Any) -> int | None:
+    """The place of the first value that is None, NaN or NaT; None where there is none.
+
+    Args:
+      values: as they were given: of strings and NaN NumPy makes strings, "nan" among them.
+
+    Returns:
+      The place, or None.
+    """
+    return next((place for place, value in enumerate(values) if value is None or value != value), None)
 
 
 def keep(source: Source, *, classes: Sequence[str] | None = None, rows: Any = None, min_examples: int = 1) -> Source:
@@ -264,254 +270,3 @@ def check_names(sources: Sequence[Source]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError(f"`sources` must have different names; got {names}. Use `source._replace(name=...)`.")
     return names
-
-
-# --- folders and packages --------------------------------------------------------------------------------------------
-
-
-def from_image_folder(
-    folder: str | os.PathLike[str],
-    *,
-    size: int,
-    channels: int = 1,
-    levels: int = 1,
-    group_fn: Callable[[Path], Any] | None = None,
-    name: str | None = None,
-) -> Source:
-    """A folder of images: each folder in it is a class; with two levels, a superclass of classes. Needs Pillow.
-
-    Args:
-      folder: FOLDER/class/image.png, or FOLDER/superclass/class/image.png.
-      size: of the images, which are resized to a square of so many pixels a side, in area means.
-      channels: 1, gray, [N, S, S]; 3, colors, [N, S, S, 3].
-      levels: 1 or 2.
-      group_fn: `path -> who made it`; None where that is not known.
-      name: of the source; None: the folder's.
-
-    Returns:
-      A `Source` of uint8 images, in the order of their paths. Files whose suffix Pillow does not know are passed over.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: there is no image, or an argument is out of range.
-      ImportError: Pillow is not installed.
-    """
-    if levels not in (1, 2) or channels not in (1, 3) or size < 1:
-        raise ValueError(
-            f"`levels` must be 1 or 2, `channels` 1 or 3 and `size` at least 1; got {levels}, {channels} and {size}."
-        )
-    folder, image = Path(folder), _pillow("from_image_folder")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}.")
-    known = image.registered_extensions()
-    files = [f for f in sorted(folder.glob("/".join(["*"] * (levels + 1)))) if f.suffix.lower() in known]
-    if not files:
-        raise ValueError(f"there is no image in {folder}: images lie in {'/'.join(['*'] * levels)}/ below it.")
-    labels = ["/".join(file.relative_to(folder).parts[:levels]) for file in files]
-    names = sorted(set(labels))
-    return from_arrays(
-        np.stack([_pixels(image.open(file), size, channels) for file in files]),
-        labels,
-        name=folder.name if name is None else name,
-        group=None if group_fn is None else [str(group_fn(file)) for file in files],
-        superclass=[label.split("/")[0] for label in names] if levels == 2 else None,
-    )
-
-
-def _pillow(caller: str) -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(f"`{caller}` needs Pillow; {_EXTRA}") from error
-    return Image
-
-
-def _pixels(image: Any, size: int | None, channels: int) -> np.ndarray:
-    image = image.convert("L" if channels == 1 else "RGB")
-    if size is not None and image.size != (size, size):
-        image = image.resize((size, size), resample=4)  # box: the mean over the area
-    return np.asarray(image, np.uint8)
-
-
-def from_tfds(
-    name: str,
-    *,
-    split: str = "train",
-    data_dir: str | os.PathLike[str] | None = None,
-    image: str = "image",
-    label: str = "label",
-    group: str | None = None,
-    superclass: str | None = None,
-    size: int | None = None,
-    channels: int = 1,
-) -> Source:
-    """A data set of TensorFlow Datasets, read without TensorFlow. It must have been prepared as `array_record`:
-    `tfds.builder(name, file_format="array_record").download_and_prepare(file_format="array_record")`.
-
-    Args:
-      name: as tfds knows it, "omniglot" or "cifar10:3.0.2".
-      split: "train", "test", "train[:10%]", "train+test".
-      data_dir: where it was prepared; None: tfds's own place.
-      image: the feature that holds the example.
-      label: the feature that holds the class.
-      group: the feature that says who made the example; None: that is not known.
-      superclass: the feature that says what its class belongs to, such as "alphabet" of "omniglot"; None: nothing.
-      size: images are resized to a square of so many pixels a side (needs Pillow); None leaves them.
-      channels: 1 or 3, where images are resized.
-
-    Returns:
-      A `Source`; a last axis of one channel is dropped.
-
-    Raises:
-      FileNotFoundError: the data set is not prepared in `data_dir`.
-      ImportError: tensorflow-datasets or array_record is not installed.
-      ValueError: the data set has no such features, images differ in shape and `size` is None, or examples of one
-        class are of several superclasses.
-    """
-    try:
-        tfds: Any = importlib.import_module("tensorflow_datasets")
-    except ImportError as error:
-        raise ImportError(f"`from_tfds` needs tensorflow-datasets and array_record; {_EXTRA}") from error
-    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    if not builder.info.splits:
-        where = "" if data_dir is None else f", data_dir={os.fspath(data_dir)!r}"
-        raise FileNotFoundError(
-            f"The data set {name!r} is not prepared in {builder.data_dir}; `from_tfds` downloads nothing. Prepare it, "
-            f'`tfds.builder({name!r}{where}, file_format="array_record")'
-            '.download_and_prepare(file_format="array_record")`, or say where it is by `data_dir`.'
-        )
-    features = builder.info.features
-    missing = [feature for feature in (image, label, group, superclass) if feature and feature not in features]
-    if missing:
-        raise ValueError(f"The data set {name!r} has no feature {missing[0]!r}; it has {', '.join(features)}.")
-    examples = list(builder.as_data_source(split=split))
-    x = [np.asarray(row[image]) for row in examples]
-    if size is not None:
-        pillow = _pillow("from_tfds")
-        x = [_pixels(pillow.fromarray(one.squeeze()), size, channels) for one in x]
-    shapes = {one.shape for one in x}
-    if len(shapes) > 1:
-        raise ValueError(f"The images of {name!r} have {len(shapes)} shapes; give `size`, to which they are resized.")
-    x = np.stack(x)
-    x = x[..., 0] if x.ndim == 4 and x.shape[-1] == 1 else x
-    y = np.array([int(row[label]) for row in examples])
-    names = getattr(features[label], "names", None) or [str(k) for k in range(int(y.max()) + 1)]
-    belongs = None
-    if superclass is not None:
-        pairs = sorted({(int(row[label]), row[superclass]) for row in examples})
-        if len(pairs) > len(np.unique(y)):
-            raise ValueError(f"In {name!r} a class has examples of several {superclass!r}: it is no superclass.")
-        belongs = [one for _, one in pairs]
-    return from_arrays(
-        x,
-        y,
-        name=name.split(":")[0],
-        group=None if group is None else np.array([row[group] for row in examples]),
-        class_names=[names[k] for k in np.unique(y)],
-        superclass=belongs,
-    )
-
-
-# --- the sets in the folder that METAOPT_DATA names -----------------------------------------------------------------
-
-IMAGE_SETS = ("omniglot", "quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist")
-
-
-def from_image_sets(
-    names: Sequence[str] = IMAGE_SETS, *, path: str | os.PathLike[str] | None = None
-) -> dict[str, Source]:
-    """The image sets in the folder that METAOPT_DATA names, 28 × 28, ink high: [N, 28, 28] uint8.
-
-    | source | classes | examples | group | superclass |
-    |---|---|---|---|---|
-    | omniglot | 1,623 characters | 32,460 | 20 drawers | 50 alphabets |
-    | quickdraw8 | 8 | 4,000 | | |
-    | signdigits | 10 | 1,200 | | |
-    | spoken_digits | 10 | 3,000 spectrograms | 6 speakers | |
-    | fashion_mnist | 10 | 35,000 | | |
-    | mnist | 10 | 70,000 | | |
-
-    Omniglot has 20 drawers for every alphabet; "drawer 3" is one person within an alphabet. Its official split is
-    `omniglot_split`.
-
-    Args:
-      names: which of them.
-      path: the folder; None: the environment variable METAOPT_DATA.
-
-    Returns:
-      Name -> `Source`.
-
-    Raises:
-      FileNotFoundError: there is no such folder or file.
-      ValueError: a name is not in the table.
-    """
-    unknown = sorted(set(names) - set(IMAGE_SETS))
-    if unknown:
-        raise ValueError(f"`names` must be among {', '.join(IMAGE_SETS)}; got {', '.join(map(repr, unknown))}.")
-    found = {}
-    for name in names:
-        with np.load(data_file("fashion_mnist_sub.npz" if name == "fashion_mnist" else f"{name}.npz", path)) as data:
-            if name == "omniglot":
-                first = np.unique(data["character"], return_index=True)[1]
-                found[name] = from_arrays(
-                    data["images"],
-                    data["character"],
-                    name=name,
-                    group=data["drawer"],
-                    class_names=list(data["character_names"]),
-                    superclass=data["alphabet"][first],
-                )
-            elif name in ("fashion_mnist", "mnist"):
-                parts = ("train", "val", "test")
-                x, y = (np.concatenate([data[f"{what}_{part}"] for part in parts]) for what in "xy")
-                found[name] = from_arrays(x, y, name=name)
-            else:
-                found[name] = from_arrays(
-                    data["images"], data["label"], name=name, group=data["group"], class_names=list(data["class_names"])
-                )
-    return found
-
-
-def data_file(name: str, path: str | os.PathLike[str] | None = None) -> Path:
-    """The path of one file of the data folder.
-
-    Args:
-      name: of the file.
-      path: the folder; None: the environment variable METAOPT_DATA.
-
-    Returns:
-      The path, of a file that exists.
-
-    Raises:
-      FileNotFoundError: there is no such folder or file.
-    """
-    folder = os.environ.get("METAOPT_DATA") if path is None else path
-    if not folder:
-        raise FileNotFoundError("no data folder: set METAOPT_DATA to it, or pass `path`.")
-    file = Path(folder) / name
-    if not file.is_file():
-        raise FileNotFoundError(f"the data folder {folder} has no {name}.")
-    return file
-
-
-def omniglot_split(path: str | os.PathLike[str] | None = None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Omniglot's official split: 964 characters of 30 alphabets to train on, 659 of the 20 others to judge on.
-
-    Args:
-      path: the folder of `omniglot.npz`; None: the environment variable METAOPT_DATA.
-
-    Returns:
-      A split with the parts "train" and "test", as `select` takes it.
-
-    Raises:
-      FileNotFoundError: there is no such folder or file.
-
-    Source: Lake, Salakhutdinov & Tenenbaum, Science 2015.
-    """
-    with np.load(data_file("omniglot.npz", path)) as data:
-        characters, first = np.unique(data["character"], return_index=True)
-        part, names = data["split"][first], data["character_names"]
-    return {
-        word: {"omniglot": {"classes": [str(names[c]) for c in characters[part == number]]}}
-        for number, word in enumerate(("train", "test"))
-    }

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from metaopt.tasks._class_sources import Source, _pillow, _pixels, from_arrays
+from metaopt.tasks._class_sources import Source, from_arrays
+from metaopt.tasks._image_sources import _pillow, _pixels
 from metaopt.tfrecord import fields, integers, read_tfrecords
 
 PARTS = ("train", "valid", "test")

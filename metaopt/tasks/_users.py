@@ -12,8 +12,9 @@ import numpy as np
 from jax.core import Tracer
 
 from metaopt import base
-from metaopt.tasks._class_sources import data_file
+from metaopt.tasks._class_sources import first_missing
 from metaopt.tasks._episodes import Episode
+from metaopt.tasks._image_sources import data_file
 
 ORDERS = ("time", "window", "random")
 
@@ -73,10 +74,8 @@ def from_user_records(
     names = tuple(map(str, range(x.shape[1]) if feature_names is None else feature_names))
     if len(names) != x.shape[1]:
         raise ValueError(f"`feature_names` must be {x.shape[1]} names; got {len(names)}.")
-    # As given: of strings and NaN NumPy makes strings, "nan" among them.
-    nobody = [row for row, whose in enumerate(user) if whose is None or whose != whose]
-    if nobody:
-        raise ValueError(f"`user` says whose record it is, of every record; row {nobody[0]} has none.")
+    if (row := first_missing(user)) is not None:
+        raise ValueError(f"`user` says whose record it is, of every record; row {row} has none.")
     user = np.asarray(user)
     users, user = np.unique(user, return_inverse=True)
     classes = np.issubdtype(y.dtype, np.integer) or y.dtype == bool
