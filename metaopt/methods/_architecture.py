@@ -46,13 +46,9 @@ class Search(NamedTuple):
     settings: dict[str, Any]
 
 
-def _cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    return nas.cross_entropy(outputs, batch)  # checkpoints know this function by its name
-
-
 def check_data(loss: Callable, network: nas.Space, *parts: Any) -> None:
     """ValueError where labels, not traced, are no classes of the default loss; other losses have other labels."""
-    if loss is _cross_entropy or loss is nas.cross_entropy:
+    if loss is nas.cross_entropy:
         for part in parts:
             nas.check_labels(part, network.num_outputs)
 
@@ -92,7 +88,7 @@ def architecture_search(
     rule: Callable[[base.Problem], base.Estimator],
     *,
     ops: Mapping[str, nas.Op],
-    loss: Callable = _cross_entropy,
+    loss: Callable = nas.cross_entropy,
     decay: float = 3e-4,
     optimizer: Callable[[base.HyperParams], optax.GradientTransformation] = _sgd,
     sampler: inner.Sampler | None = None,

@@ -382,7 +382,7 @@ def _name(configuration: Mapping[str, Any]) -> tuple:
 
 def _loss(record: base.Record) -> float | None:
     """What a trial says: ∞ where it failed, None where it says nothing."""
-    if record.status == "FAIL" or (record.status == "COMPLETE" and record.fidelity == 1.0):
+    if record.status == "FAIL" or (record.status == "COMPLETE" and base.is_full_budget(record.fidelity)):
         return float(record.outcome) if record.status == "COMPLETE" and np.isfinite(record.outcome) else np.inf
     return None
 

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from metaopt import base, inner, nas
-from metaopt.methods._architecture import _cross_entropy, _loop, _sgd, check_data
+from metaopt.methods._architecture import _loop, _sgd, check_data
 from metaopt.methods._settings import with_settings
 
 
@@ -39,7 +39,7 @@ def single_path_one_shot(
     *,
     ops: Mapping[str, nas.Op],
     num_steps: int,
-    loss: Callable = _cross_entropy,
+    loss: Callable = nas.cross_entropy,
     decay: float = 3e-4,
     optimizer: Callable[[base.HyperParams], optax.GradientTransformation] = _sgd,
     sampler: inner.Sampler | None = None,

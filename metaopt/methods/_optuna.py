@@ -210,11 +210,11 @@ def _add(study, space, record: base.Record, *, any_fidelity: bool) -> None:
     """A trial that was not asked for: another search's, or an earlier one's; or one's own at another fidelity."""
     import optuna
 
-    if record.status != "COMPLETE" or (record.fidelity != 1.0 and not any_fidelity):
+    if record.status != "COMPLETE" or (not base.is_full_budget(record.fidelity) and not any_fidelity):
         return
     distributions = spaces.to_optuna(space)
     known = {name: value for name, value in record.configuration.items() if name in distributions}
-    whole = record.fidelity == 1.0
+    whole = base.is_full_budget(record.fidelity)
     try:
         within = spaces.configuration(space, spaces.from_configuration(space, known))
         trial = optuna.trial.create_trial(

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from metaopt import base, inner, nas, training
-from metaopt.methods._architecture import _cross_entropy, check_data
+from metaopt.methods._architecture import check_data
 
 Augmentation = Callable[[jax.Array, jax.Array], jax.Array]  # key, x -> x
 
@@ -53,7 +53,7 @@ def retraining(
     momentum: float = 0.9,
     decay: float = 3e-4,
     clip: float = 5.0,
-    loss: Callable = _cross_entropy,
+    loss: Callable = nas.cross_entropy,
 ) -> Retraining:
     """The standard recipe by which found architectures are compared, DARTS's: 600 epochs of 20 cells with 36 channels.
 

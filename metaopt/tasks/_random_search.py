@@ -101,7 +101,7 @@ def untried(
     >>> tasks.untried([{"depth": 5}, {"depth": 7}], [base.Record("", {"depth": 5}, trial=-2)])
     ({'depth': 7},)
     """
-    others = [r.configuration for r in records if r.fidelity == 1.0 and not 0 <= r.trial < num_asked]
+    others = [r.configuration for r in records if base.is_full_budget(r.fidelity) and not 0 <= r.trial < num_asked]
     return tuple(c for c in configurations if c not in others)
 
 

@@ -112,6 +112,8 @@ def test_trials_on_a_task_that_is_unlike_the_others_say_what_is_good_there(h):
     assert h.suggest(trials=[*ended, running, low]) != running.configuration
     (mean, variance), (before, wide) = h.posterior(trials=[*ended, running, low]), h.posterior()
     np.testing.assert_array_equal(mean, h.posterior(trials=ended)[0])
+    rounded = [record._replace(fidelity=1 - 1e-8) for record in ended]  # the full budget
+    np.testing.assert_array_equal(mean, h.posterior(trials=rounded)[0])
     assert (variance <= wide).all() and np.abs(mean - before).max() > 0.5
     failed = h.posterior(trials=[ended[0], base.Record("", ended[1].configuration, status="FAIL")])[0]
     done = h.posterior(trials=[ended[0], ended[1]._replace(outcome=-1e9)])[0]

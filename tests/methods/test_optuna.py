@@ -121,7 +121,8 @@ def test_tpe_passes_over_what_its_space_does_not_have():
     searcher = methods.tpe()
     state = searcher.init(KEY, {"rate": spaces.interval(1e-4, 0.1, log=True), "kind": spaces.choice(["a", "b"])})
     foreign = [{"rate": 0.5, "kind": "a"}, {"rate": 0.01, "kind": "c"}, {"rate": 0.1 + 1e-9, "old": 3}]
-    state = searcher.tell(state, [Record("a", c, 0.1, trial=7 + i) for i, c in enumerate(foreign)])
+    state = searcher.tell(state, [Record("a", c, 0.1, fidelity=1 - 1e-8, trial=7 + i) for i, c in enumerate(foreign)])
+    # The full budget, but for rounding.
     assert [trial.params for trial in state.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))] == [
         {"rate": 0.1}
     ]
