@@ -479,7 +479,6 @@ def choose(
     """method -> the configurations' numbers for every table, one a seed, none of which has read a test row; and the
     seconds that train a g."""
     y, num_tables = records.outcomes[:, :, -1], len(records.names)
-    ranks = (stats.rankdata(y, axis=1) - 1) / max(1, y.shape[1] - 1)  # regret that no outlier dominates
     folds = split_families(records.families, config.num_splits)
     counts = sorted({min(n, y.shape[1]) for n in config.trials})
     chosen: dict[str, list[list[int]]] = {}
@@ -499,10 +498,10 @@ def choose(
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         learned = {name: [of_key(fold, name, seed) for seed in range(options.train_seeds)] for name in names}
         trained += float(learned[OURS][0]["seconds"]) / config.num_splits  # with the first key, which compiles
-        portfolio = greedy(ranks[train], counts[-1])
+        portfolio = greedy(records.regret[train], counts[-1])
         for i, t in enumerate(test):
             add(f"scikit-learn's defaults, {records.configurations[0]['n_estimators']} trees", t, [0])
-            add("best on average", t, [int(ranks[train].mean(0).argmin())])
+            add("best on average", t, [portfolio[0]])
             nearest = train[((near[train] - near[t]) ** 2).sum(1).argmin()]
             add("1-nearest neighbor in meta-features", t, [int(y[nearest].argmin())])
             for name, of_each in learned.items():
@@ -529,11 +528,17 @@ def choose(
 # ---- Results -------------------------------------------------------------------------------------------------------
 
 
-def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[str], list[list[str]], dict]:
-    """Rows of the table: means, ranks, differences with intervals by drawing families with replacement, and tests."""
-    names, (_, of) = list(chosen), np.unique(records.families, return_inverse=True)
+def interval(records: Records, difference: np.ndarray) -> np.ndarray:
+    """95 % of the mean of differences [T], by drawing families with replacement."""
+    _, of = np.unique(records.families, return_inverse=True)
     draws = np.random.default_rng(0).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), size=4000)
     weights = draws[:, of] / draws[:, of].sum(1, keepdims=True)
+    return np.quantile(weights @ difference, [0.025, 0.975])
+
+
+def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[str], list[list[str]], dict]:
+    """Rows of the table: means, ranks, differences with intervals by drawing families with replacement, and tests."""
+    names = list(chosen)
     mean = lambda values: np.array([[values[t, c].mean() for t, c in enumerate(chosen[n])] for n in names])
     losses, errors, regrets = mean(records.test_loss), mean(records.test_error), mean(records.regret)
     ranks, differences, rows = stats.rankdata(losses.round(9), axis=0).mean(1), {}, []
@@ -544,11 +549,11 @@ def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[s
         holm[name] = worst = max(worst, min(1.0, (len(p) - i) * p[name]))
     for i, name in enumerate(names):
         row = [name, f"{len(chosen[name][0])}", f"{losses[i].mean():.4f}", f"{errors[i].mean():.4f}"]
-        low, high = np.quantile(weights @ (regrets[i] - regrets[names.index(ours)]), [0.025, 0.975])
+        low, high = interval(records, regrets[i] - regrets[names.index(ours)])
         row += [f"{regrets[i].mean():.4f}" + ("" if name == ours else f" [{low:+.4f}, {high:+.4f}]"), f"{ranks[i]:.2f}"]
         for other in (reference, ours):
             difference = losses[i] - losses[names.index(other)]
-            low, high = np.quantile(weights @ difference, [0.025, 0.975])
+            low, high = interval(records, difference)
             differences[name, other] = difference.mean(), low, high
             row.append("" if name == other else f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]")
         better = np.sign((losses[names.index(ours)] - losses[i]).round(9))
@@ -557,6 +562,20 @@ def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[s
     header = ["method", "seeds", "test log loss", "test error", "regret", "mean rank of test log loss"]
     header += [f"log loss minus that of {other}" for other in (reference, ours)]
     return [*header, "better / worse than it", "p"], rows, differences
+
+
+def beside_average(records: Records, chosen) -> str:
+    """g without a trial beside the one configuration that is the best on average, which costs no trial either."""
+    names, tables = ("g(t'), no trial", "best on average"), range(len(records.names))
+    told = []
+    for what, values in (("log loss", records.test_loss), ("regret", records.regret)):
+        ours, other = (np.array([values[t, chosen[name][t]].mean() for t in tables]) for name in names)
+        low, high = interval(records, ours - other)
+        told.append(f"{(ours - other).mean():+.4f} [{low:+.4f}, {high:+.4f}] in {what}")
+    return (
+        "The best on average and the portfolio are those of the mean regret over the other families' tables. "
+        f"Without a trial, g minus the best on average: {' and '.join(told)}. "
+    )
 
 
 def over_keys(records: Records, chosen) -> str:
@@ -646,6 +665,7 @@ def main() -> None:
         f"{ours!r}), bootstrap over families; p: Wilcoxon's "
         f"signed-rank test over tables against {ours!r} by Holm's method. "
         "g, portfolio and random search choose among the records' configurations. "
+        + beside_average(records, chosen)
         + over_keys(records, chosen)
         + (
             "The other optimizers draw from the whole space, and are given what the nearest untried one of them came "

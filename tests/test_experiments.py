@@ -295,6 +295,16 @@ def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monk
     assert "g(t'), no trial 0.2000 to 0.4000 (standard deviation 0.1414)" in forest.over_keys(records, chosen)
     _, rows, _ = forest.compare(records, chosen, "g(t'), no trial", "random search, 2 trials")
     assert ["g(t'), no trial", "2", "0.3000"] in [row[:3] for row in rows]
+    # The best on average is that of the mean regret of other families, where ranks would have it otherwise.
+    losses = np.array([[0.0, 0.2, 0.4, 1.0]] * 5 + [[0.9, 0.2, 0.3, 1.0]])
+    outcomes = np.repeat(losses[:, :, None], len(forest.FIDELITIES), 2)
+    uneven = records._replace(outcomes=outcomes, test_loss=losses, test_error=losses)
+    found, folds = forest.choose(uneven, forest.SMOKE, options, {})[0], forest.split_families(names, 2)
+    assert forest.SMOKE.num_splits == 2
+    average = [0 if folds[t] == folds[5] else 1 for t in range(6)]
+    assert found["best on average"] == [[c] for c in average] and found["portfolio, 2 trials"][5] == [1]
+    gap = np.mean([(losses[t, 1] + losses[t, 2]) / 2 - losses[t, c] for t, c in enumerate(average)])
+    assert f"g minus the best on average: {gap:+.4f} [" in forest.beside_average(uneven, found)
     # What was kept before a run was killed is not trained again, nor what another process is at before all else.
     options.work = tmp_path
     keys.clear()
