@@ -235,7 +235,8 @@ class Meta:
         def fine_tune(rate, learned, key, task):
             adam = optax.adam(rate, b1=0.5)
             tuned = methods.meta_architecture_search(shape.tuning, h, num_steps=config.fine_tune_steps, optimizer=adam)
-            return tuned.fine_tune(key, learned, task).alpha
+            found = tuned.fine_tune(key, learned, task)
+            return found.alpha, found.params
 
         self.fine_tune = jax.jit(lambda shared, args: jax.vmap(fine_tune, in_axes=(None, None, 0, 0))(*shared, *args))
 
@@ -291,6 +292,11 @@ def best_of(outcomes: np.ndarray, num: int, rng, num_draws: int = 200) -> np.nda
         best = of[np.arange(n), outcomes[of, np.arange(n)[:, None], 0].argmin(1)]
         total += outcomes[best, np.arange(n), 1:]
     return total / num_draws
+
+
+def best_fixed(codes: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """[edges] of integers: of networks [networks, edges] that of the smallest mean of losses [networks, tasks]."""
+    return codes[np.minimum(losses, np.log(NUM_CLASSES)).mean(1).argmin()]
 
 
 def processor_seconds(shape: Shape, meta: Meta, units: list[Unit], batch, test, codes, gradients: float):
@@ -453,13 +459,12 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
     tune_keys = jax.random.split(next(keys), len(some))
 
     tune = lambda rate, keys, on: in_chunks(meta.fine_tune, (jnp.float32(rate), learned), (keys, on), 4)
-    rates = {FINE_TUNED: best(config.rates, some, lambda rate, on: tune(rate, tune_keys, on)[0])}
-    tuned, _ = tune(rates[FINE_TUNED], jax.random.split(next(keys), n), new)
+    rates = {FINE_TUNED: best(config.rates, some, lambda rate, on: tune(rate, tune_keys, on)[0][0])}
+    (tuned, tuned_params), _ = tune(rates[FINE_TUNED], jax.random.split(next(keys), n), new)
     fine = shape.decode(tuned)
 
-    # What one would have done instead. The best fixed architecture: by mean rank over the meta-training tasks.
-    ranks = p.outcomes[:, train_rows, 0].argsort(0).argsort(0)
-    fixed = np.repeat(p.codes[ranks.mean(1).argmin()][None], n, 0)
+    # What one would have done instead. The best fixed architecture: by its mean loss over the meta-training tasks.
+    fixed = np.repeat(best_fixed(p.codes, p.outcomes[:, train_rows, 0])[None], n, 0)
     plain_new = new._replace(features=None)
     next(keys)  # DARTS's, as `run_darts` says
     run_key = next(keys)  # as `compared_key` says
@@ -491,6 +496,7 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
         "tasks": [units[u].name for u in held],
         "families": [units[u].family for u in held],
         "scores": {label: x.tolist() for label, x in fold_scores.items()},
+        "supernets": {FINE_TUNED: shape.gaps(tuned, tuned_params, fine, new_test).tolist()},
         "rates": rates,
         "trust": trust,
         "left_out": len(left_rows),

@@ -49,12 +49,13 @@ class Darts:
             learner = training.learner(search.estimator, optax.adam(rate, b1=0.5))
             state = learner.init(key, search.hyperparams(key), task)
             step = lambda state, _: (learner.step(state)[0], None)
-            return jax.lax.scan(step, state, length=self.shape.config.darts_steps)[0].hyperparams
+            state = jax.lax.scan(step, state, length=self.shape.config.darts_steps)[0]
+            return state.hyperparams, search.problem.loop.params(state.estimator_state.inner)
 
         return lambda rate, args: jax.vmap(alone, in_axes=(None, 0, 0))(rate, *args)
 
-    def search(self, order: str, rate, keys: jax.Array, tasks_) -> tuple[dict[str, np.ndarray], float]:
-        """α of each task, and the processor seconds of one."""
+    def search(self, order: str, rate, keys: jax.Array, tasks_) -> tuple[tuple[dict[str, np.ndarray], Any], float]:
+        """α of each task and its supernet's weights, and the processor seconds of one."""
         return in_chunks(self.programs[order], jnp.float32(rate), (keys, tasks_._replace(features=None)), 4)
 
     def read(self, alpha: dict[str, np.ndarray], reading: str) -> np.ndarray:
@@ -84,26 +85,29 @@ class Darts:
 
         Returns:
           "rates" tried; by reading "losses" (validation, of each rate on the tuning tasks), "rate" (the best), "scores"
-          [n, 2] (test loss and error), and "architectures".
+          [n, 2] (test loss and error), "supernets" [n, 2, 2] (likewise, of `Shape.gaps`), and "architectures".
         """
         shape, rates = self.shape, list(self.shape.config.darts_rates)
         search_keys, check_keys, some, some_test = tuning
         losses: dict[str, list[float]] = {reading: [] for reading in self.readings}
         for rate in rates:
-            alpha, _ = self.search(order, rate, search_keys, some)
+            (alpha, _), _ = self.search(order, rate, search_keys, some)
             for reading in self.readings:
                 codes = self.read(alpha, reading)
                 losses[reading].append(shape.validation_loss(check_keys, codes, some, some_test))
         best = {reading: rates[int(np.argmin(x))] for reading, x in losses.items()}
         keys, run_key, new, new_test = held
         found = {rate: self.search(order, rate, keys, new)[0] for rate in sorted(set(best.values()))}
-        codes = {reading: self.read(found[rate], reading) for reading, rate in best.items()}
+        codes = {reading: self.read(found[rate][0], reading) for reading, rate in best.items()}
         trained = lambda code: shape.train(run_key, shape.one_hot(code), new, new_test)[0][:, 1:]
         return {
             "rates": rates,
             "losses": losses,
             "rate": best,
             "scores": {reading: trained(code).tolist() for reading, code in codes.items()},
+            "supernets": {
+                reading: shape.gaps(*found[best[reading]], code, new_test).tolist() for reading, code in codes.items()
+            },
             "architectures": {reading: [shape.describe(code) for code in x] for reading, x in codes.items()},
         }
 

@@ -150,6 +150,28 @@ def darts_text(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n\n" + aim + " ".join(told)
 
 
+def gaps_text(results: list[dict[str, Any]]) -> str:
+    """What searches' supernets make on the test rows, what their weights make of the discrete architecture, and what it
+    makes when it is trained alone."""
+    lines = [
+        "| search | measure | supernet, mixed | its weights, discrete | trained alone | discretization gap (discrete − "
+        "mixed) [95 %] | trained alone − mixed [95 %] |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        groups = groups_of([r])
+        for label, supernets in r["supernets"].items():
+            (mixed, discrete), alone = np.array(supernets).transpose(1, 0, 2), np.array(r["scores"][label])
+            for column, measure, form in ((0, "log loss", ".4f"), (1, "error", ".2%")):
+                told = []
+                for difference in (discrete - mixed, alone - mixed):
+                    low, high = interval(difference[:, column], groups)
+                    told.append(f"{difference[:, column].mean():+{form}} [{low:+{form}}, {high:+{form}}]")
+                means = [f"{x[:, column].mean():{form}}" for x in (mixed, discrete, alone)]
+                lines.append(f"| {label}, {r['shape']} | test {measure} | {' | '.join([*means, *told])} |")
+    return "\n".join(lines) + "\n"
+
+
 def trust_text(result: dict[str, Any]) -> str:
     """By fold: how many tasks were left out, and what they say of what h reads."""
     told = []
@@ -232,6 +254,7 @@ def finish(details: dict[str, Any], path: Path) -> None:
     text = f"# auto_architecture, {details['preset']}\n\n" + "\n".join(to_markdown(r) for r in results)
     text += "\n### Over all of them\n\n" + bars(results, most)
     text += "\n### DARTS's variants, over all of them\n\n" + darts_text(results) + "\n"
+    text += "\n### Supernets, discrete and trained alone\n\n" + gaps_text(results)
     text += "\n**What h reads.** " + " ".join(map(what_h_reads, results)) + "\n"
     text += (
         f"\nA training run is {config['num_steps']} steps of {config['batch_size']} rows, of one network; an "

@@ -37,7 +37,11 @@ def joined(parts: list[dict[str, Any]], costs: dict[str, Any], random: np.ndarra
     chosen = [best_variant(part["darts"]) for part in parts]
     labels = {**dict.fromkeys(parts[0]["scores"]), DARTS: None}  # older parts have one of their own
     parts = [
-        {**part, "scores": {**part["scores"], DARTS: part["darts"][order]["scores"][reading]}}
+        {
+            **part,
+            "scores": {**part["scores"], DARTS: part["darts"][order]["scores"][reading]},
+            "supernets": {**part["supernets"], DARTS: part["darts"][order]["supernets"][reading]},
+        }
         for part, (order, reading, _) in zip(parts, chosen, strict=True)
     ]
     trust = [part["trust"] for part in parts]
@@ -66,6 +70,7 @@ def joined(parts: list[dict[str, Any]], costs: dict[str, Any], random: np.ndarra
         **{name: by_label(name) for name in ("scores", "weights", "architectures")},
         **{name: [part[name] for part in parts] for name in ("trust", "left_out", "tuned_on", "history")},
         "scores": {label: [x for part in parts for x in part["scores"][label]] for label in labels},
+        "supernets": {label: [x for part in parts for x in part["supernets"][label]] for label in (DARTS, FINE_TUNED)},
         "rates": [part["rates"][FINE_TUNED] for part in parts],
         "darts": {"chosen": chosen, "variants": variants},
         "random": {"error": float(random[:, :, 2].mean()), "networks": random.shape[0], "tasks": random.shape[1]},

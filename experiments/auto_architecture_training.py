@@ -94,16 +94,21 @@ class Shape:
         self.init = one.supernet.init
         train = inner.run(one.problem.loop, config.num_steps)
 
-        def outcome(params, weights, batch):
-            outputs = one.supernet.apply(params, weights, batch["x"])
+        def outcome(supernet, params, weights, batch):
+            outputs = supernet.apply(params, weights, batch["x"])
             wrong = jnp.where(batch["class_mask"][None] > 0, outputs, -jnp.inf).argmax(-1) != batch["y"]
             return masked_loss(outputs, batch), jnp.sum(wrong * batch["mask"]) / batch["mask"].sum()
 
         def trial(key, weights, start, task, test):
             state = train(key, {"alpha": weights, "init": start}, task.train)
             params = one.problem.loop.params(state)
-            return jnp.stack([*outcome(params, weights, task.valid)[:1], *outcome(params, weights, test)])
+            valid, tested = (outcome(one.supernet, params, weights, batch) for batch in (task.valid, test))
+            return jnp.stack([valid[0], *tested])
 
+        def supernet(params, mixed, discrete, test):
+            return jnp.array([outcome(self.search.supernet, params, weights, test) for weights in (mixed, discrete)])
+
+        self.supernets = jax.jit(lambda _, args: jax.lax.map(lambda a: supernet(*a), args))
         self.trials = jax.jit(lambda _, args: jax.lax.map(lambda a: trial(*a), args))
         self.starts = jax.jit(lambda _, keys: jax.vmap(self.init)(keys))
 
@@ -126,6 +131,14 @@ class Shape:
         args = (keys, weights, start, tasks_, test)
         out, seconds = in_chunks(self.trials, None, args, self.config.held_out)
         return np.where(np.isfinite(out), out, np.array([np.inf, np.log(NUM_CLASSES), 1.0])), seconds
+
+    def gaps(self, alpha, params, codes: np.ndarray, test) -> np.ndarray:
+        """[n, 2, 2] of supernets, each on its own task: test loss and error at the mixing weights, and at the discrete
+        architecture that was read off them, with the supernet's weights."""
+        mixed = jax.tree.map(lambda a: jax.nn.softmax(a, -1), alpha)
+        args = (params, mixed, self.one_hot(codes), test)
+        out = in_chunks(self.supernets, None, args, self.config.held_out)[0]
+        return np.where(np.isfinite(out), out, np.array([np.log(NUM_CLASSES), 1.0]))
 
     def validation_loss(self, keys, codes: np.ndarray, tasks_, test) -> float:
         """Of an architecture for each task, mean over tasks and over a training by each key."""

@@ -478,6 +478,10 @@ def test_auto_architecture_smoke(tmp_path):
         readings = ["none counts", "none left out", "two edges a node"][: 3 if result["shape"] == "images" else 2]
         assert variants == [(order, reading) for order in ("first", "second") for reading in readings]
         assert any(v["scores"] == result["scores"]["DARTS on each task"] for v in result["darts"]["variants"])
+        assert set(result["supernets"]) == {"DARTS on each task", "a* fine-tuned"}
+        for supernets in map(np.array, result["supernets"].values()):
+            assert supernets.shape == (2, 2, 2) and np.isfinite(supernets).all()
+            assert (supernets[:, 0] != supernets[:, 1]).any()  # a mixture is not one op an edge
     assert details["num_parts"] == 16 and details["num_other_code"] == 0
     assert "h reads" in printed and "How many architectures there are for the 2 held-out images of each fold" in printed
     # The first table is of images, and its row is the mean of the scores.
@@ -500,6 +504,16 @@ def test_effects_of_ops_from_records_are_those_that_made_them(monkeypatch):
     assert [len(e) for e in found] == sizes
     for e, expected in zip(found, own, strict=True):
         np.testing.assert_allclose(e - e.mean(), expected / scale, atol=0.06)
+
+
+def test_the_best_fixed_architecture_is_that_of_the_smallest_mean_loss(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script = importlib.import_module("auto_architecture")
+    chance = np.log(script.NUM_CLASSES)
+    losses = np.array([[0.1, 0.1, 2.0], [0.2, 0.2, 0.3], [0.3, 0.3, 0.2]])  # the first is ahead on two of three
+    assert script.best_fixed(np.arange(3), losses) == 1
+    losses[0], losses[1, 2] = [0.1, 0.1, 1e9], chance + 0.2  # one that diverged counts as chance
+    assert script.best_fixed(np.arange(2), losses[:2]) == 0
 
 
 def test_bars_of_auto_architecture_are_told_in_log_loss_and_in_errors(monkeypatch):
@@ -611,6 +625,7 @@ def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told(monkeypat
         "losses": {"none counts": losses[:2], "none left out": losses[2:]},
         "rate": {"none counts": 0.1, "none left out": 1.0},
         "scores": {"none counts": [[test, 0.1]], "none left out": [[test + 0.1, 0.2]]},
+        "supernets": {"none counts": [[[9.0, 1.0], [9.0, 1.0]]], "none left out": [[[test, 0.05], [test + 1.5, 0.5]]]},
         "architectures": {"none counts": ["a, none"], "none left out": ["a, b"]},
     }
     darts = {"first": found([0.3, 0.4, 0.5, 0.25], 0.2), "second": found([0.5, 0.6, 0.7, 0.8], 0.1)}
@@ -622,6 +637,7 @@ def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told(monkeypat
         ("shape", "features", "ops", "space", "num_folds", "trust", "left_out", "tuned_on", "history"), 0
     )
     part |= {"tasks": ["t"], "families": ["f"], "values": [[0]], "weights": {}, "architectures": {}, "scores": scores}
+    part |= {"supernets": {results.FINE_TUNED: [[[0.2, 0.1], [0.3, 0.2]]]}}
     part |= {"rates": {results.FINE_TUNED: 0.2}, "darts": darts}
     seconds = {
         "training run": 1.0,
@@ -641,6 +657,13 @@ def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told(monkeypat
     chosen, after = text.split("**")[-1].split("Against ")[1:]
     assert "log loss better, -0.0500 [-0.0500, -0.0500], at 0.33 of its cost: missed" in chosen
     assert "(second order, none counts)" in after and "log loss worse, +0.1500" in after
+    # The gap of the variant that is chosen; alone it makes .3 and 20 % of errors.
+    text = script.gaps_text([result | {"shape": "tables"}])
+    row = (
+        "| DARTS on each task, tables | test log loss | 0.2000 | 1.7000 | 0.3000 | +1.5000 [+1.5000, +1.5000] | +0.1000"
+    )
+    assert row in text and "| 5.00% | 50.00% | 20.00% | +45.00% [+45.00%, +45.00%] | +15.00%" in text
+    assert "| a* fine-tuned, tables | test log loss | 0.2000 | 0.3000 | 0.2500 | +0.1000" in text
     groups = [np.arange(3), np.arange(3, 6)]
     assert script.verdict(np.full(6, -0.1), groups, 0.2).endswith("at 0.20 of its cost: reached")
     assert script.verdict(np.repeat([-0.1, 0.1], 3), groups, 0.1).startswith("level with it")
