@@ -137,7 +137,7 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
     def step_of(record) -> int:
         """Their order is what counts: a pruned trial had got somewhere, and nothing says how far."""
         budget = round(1 / fidelities[0]) if len(fidelities) > 1 else 1000
-        return 1 if record.status == "PRUNED" else max(1, round(budget * record.fidelity))
+        return 0 if record.status == "PRUNED" else max(1, round(budget * record.fidelity))
 
     def ask(state, num):
         asked = []
@@ -200,8 +200,9 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
                 if not trial.should_prune():
                     survivors.append((record.trial, rung + 1))
                     continue
-            elif record.status == "PRUNED":
-                trial.report(record.outcome, step=round(record.fidelity / fidelities[0]))
+            elif record.status == "PRUNED":  # of BOHB's, it has been at all budgets before this one
+                step = round(record.fidelity / fidelities[0]) if len(fidelities) > 1 else step_of(record)
+                trial.report(record.outcome, step=step)
             whole = record.status == "COMPLETE" and rung + 1 == len(fidelities)
             if whole:
                 state.study.tell(trial, record.outcome)

@@ -155,13 +155,12 @@ def test_low_budgets_and_pruned_trials_of_others_are_learned_from(searcher, fide
     assert [trial.state.name for trial in state.study.trials] == ["PRUNED"] * 41
     asked, state = searcher.ask(state, 6)
     assert sum(abs(record.configuration["x"] - 0.8) for record in asked) / 6 < 0.12
-    # What ended at a budget is before what was given up, and the full budget before both.
-    state = searcher.tell(
-        state, [Record("t", {"x": 0.1}, 9.0, 0.9, trial=200), Record("t", {"x": 0.2}, 9.0, trial=201)]
-    )
-    middle, full = state.study.trials[-2:]
-    steps = [max(trial.intermediate_values) for trial in state.study.trials[:41]]
-    assert full.state.name == "COMPLETE" and max(middle.intermediate_values) > max(steps)
+    # What ended at a budget comes before what was given up, the full budget before both.
+    more = [history[0]._replace(trial=200 + i, fidelity=f, status="COMPLETE") for i, f in enumerate((0.3, 0.9, 1.0))]
+    low, high, full = searcher.tell(state, more).study.trials[-3:]
+    step = lambda trial: max(trial.intermediate_values)
+    assert full.state.name == "COMPLETE" and step(high) > step(low) >= 1
+    assert {step(trial) for trial in state.study.trials[:41]} <= ({0} if status == "PRUNED" else {1, 2})
 
 
 def test_tpe_passes_over_what_its_space_does_not_have():
