@@ -309,17 +309,26 @@ def learned(
         for name in variants:
             curves[name].append(curve(regret, np.asarray(trials(name, t, error, open_))))
     asks = []
-    for i, learner in enumerate(learners.values()):  # the last task's, again as a user has it
-        name = ("metaopt", *TRANSFORMERS)[i]
-        tried = np.asarray(trials(name, test[-1], error, open_))
-        again, milliseconds = one_by_one(learner, data, test[-1], plain)
+    # The last task's, again as a user has it; one on which nothing failed, if there is one, so that all is compared.
+    whole = [t for t in test if np.isfinite(data.error[t]).all()]
+    t = (whole or list(test))[-1]
+    error, open_ = jnp.asarray(data.error[t], jnp.float32), np.flatnonzero(np.isfinite(data.error[t]))
+    for name, learner in zip(("metaopt", *TRANSFORMERS), learners.values(), strict=False):
+        tried = np.asarray(trials(name, t, error, open_)).tolist()
+        again, milliseconds = one_by_one(learner, data, t, plain)
         asks.append(milliseconds)
-        if again != tried[: len(again)].tolist():
-            print(
-                f"{data.name}, {name}: the searcher's trials {again} differ from the program's {tried[: len(again)]}."
-            )
+        check_same_trials(f"{data.name}, {name}", again, tried)
     curves = {name: np.stack(found) for name, found in curves.items()}
     return curves | {"seconds": (*seconds, *asks, np.nan, np.nan)[:5]}
+
+
+def check_same_trials(name: str, again: list[int], tried: list[int]) -> None:
+    """Raises an error where the searcher's first trials are not those of `search`, which stands for it."""
+    if again != tried[: len(again)]:
+        raise RuntimeError(
+            f"{name}: the searcher of `methods` tries {again}, and `search`, whose curves would be reported as "
+            f"metaopt's, {tried[: len(again)]}. They must be one and the same; mend `search`."
+        )
 
 
 def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict]) -> tuple[list[int], float]:

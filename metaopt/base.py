@@ -434,6 +434,32 @@ def is_full_budget(fidelity: float) -> bool:
     return fidelity >= 1 - 1e-6
 
 
+def rung_of(fidelities: Sequence[float], record: Record, *, own: bool = False) -> int | None:
+    """Where a record's fidelity is among those of a searcher, but for rounding: float32 keeps 1/3 to 3e-8.
+
+    Args:
+      fidelities: in (0, 1].
+      record: of a trial.
+      own: whether the searcher has asked for the trial, so that its fidelity must be one of them.
+
+    Returns:
+      The position of the nearest one, if they differ by at most a millionth of the larger; else None.
+
+    Raises:
+      ValueError: there is none, and the trial is the searcher's own.
+    """
+    rung = min(range(len(fidelities)), key=lambda i: abs(fidelities[i] - record.fidelity))
+    if math.isclose(fidelities[rung], record.fidelity, rel_tol=1e-6):
+        return rung
+    if own:
+        raise ValueError(
+            f"A trial's fidelity must be one of {[float(f) for f in fidelities]}, which are asked for, to six digits; "
+            f"got {record.fidelity!r} of trial {record.trial}. What a trial came to is told at the fidelity that it "
+            "was asked for: `trial._replace(status=..., outcome=...)`."
+        )
+    return None
+
+
 class SearcherInitFn(Protocol):
     def __call__(self, key: jax.Array, space: PyTree) -> PyTree:
         """A searcher's state before the first trial."""

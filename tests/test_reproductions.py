@@ -60,6 +60,22 @@ def test_smoke_prints_a_table_and_writes_nothing(name, tmp_path):
     check_smoke(name, *SCRIPTS[name], tmp_path)
 
 
+def load(name):
+    sys.path.insert(0, str(ROOT / "experiments"))  # for `script`
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+def test_record_tables_end_where_the_searcher_tries_other_trials():
+    """The smoke run compares them by running both."""
+    check = load("record_tables").check_same_trials
+    check("a", [3, 1], [3, 1, 2])
+    with pytest.raises(RuntimeError, match=r"a: the searcher of `methods` tries \[3, 2\], and .*, \[3, 1\]"):
+        check("a", [3, 2], [3, 1, 2])
+
+
 @pytest.mark.slow
 def test_darts_at_full_size_asks_for_all_of_cifar_10():
     done = run("darts_cifar", "--full")
@@ -225,11 +241,7 @@ def test_self_tuning(tmp_path):
 
 
 def load_architecture_tables():
-    sys.path.insert(0, str(ROOT / "experiments"))  # for `script`
-    try:
-        return importlib.import_module("architecture_tables")
-    finally:
-        sys.path.pop(0)
+    return load("architecture_tables")
 
 
 def test_tasks_of_other_code_are_no_results_of_this_one(tmp_path):

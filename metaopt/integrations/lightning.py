@@ -6,14 +6,18 @@ Lightning, and torch below it, are imported when a function is called (extra `li
 import importlib
 import math
 import os
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from metaopt import base, tasks
+from metaopt.integrations._fingerprint import fingerprint
 
 __all__ = ["ReportFn", "callback", "objective"]
+
+
+# What a Trainer shows and keeps by itself, which is off here: it changes no outcome.
+_SHOWN = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 
 
 class ReportFn(Protocol):
@@ -30,28 +34,40 @@ def callback(
     mode: str = "min",
     report: ReportFn | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
+    parts: Sequence[Any] = (),
 ) -> Any:
     """A callback for `lightning.Trainer(callbacks=[...])`: after each epoch e it reports a record of fidelity e/E.
 
     Where `report` says so, it raises `tasks.Pruned`, which ends `Trainer.fit` and, in `tasks.collect`, makes the trial
-    "PRUNED" with the outcome of its last epoch. Where the metric is not finite, training stops. A checkpoint of the
-    trial is replaced after every epoch, atomically; `Trainer.fit(ckpt_path=callback.checkpoint)` continues from it, at
-    a larger fidelity, or after a kill. Every epoch begins with seeds that follow from the trial's and the epoch, so
-    that what is continued equals what was not interrupted, as far as torch's own operations repeat themselves.
+    "PRUNED" with the outcome of its last epoch. Where the metric is not finite, training stops, and the trial's
+    checkpoint is removed. A checkpoint of the trial is replaced after every epoch, atomically;
+    `Trainer.fit(ckpt_path=callback.checkpoint)` continues from it, at a larger fidelity, or after a kill, and it holds
+    the outcomes of all epochs. Every epoch begins with seeds that follow from the trial's and the epoch, so that what
+    is continued equals what was not interrupted, as far as torch's own operations repeat themselves.
+
+    A checkpoint is of one trial and one objective: its folder is named by the trial's number and a fingerprint of the
+    task's name, the configuration, the seed, `monitor`, `mode`, and what can be told of `parts`. Where one of these is
+    another one, there is no checkpoint, and training begins anew; the folders of what was before stay. What cannot be
+    told is what the task and the data hold, what functions call (code elsewhere, and what they read from global
+    variables or files), objects, lists and dicts that they enclose, and the versions of libraries. Where that changes,
+    give another folder, or empty this one. So give each store of records, and each objective, a folder of its own.
 
     Args:
       trial: what runs: its task, trial number, seed and configuration are those of its records, and name its folder.
       max_epochs: E, the epochs of the full budget.
       monitor: the metric that the module logs once an epoch.
       mode: "min", or "max", whose records hold the negative metric.
-      report: `(record) -> bool`, whether to give up; such as `lambda r: tasks.append_records("curves.db", [r])` to keep
-        learning curves, or, in an objective of Optuna,
+      report: `(record) -> bool`, whether to give up; it hears of epochs when they are trained. It may be
+        `lambda r: tasks.append_records("curves.db", [r])`, to keep learning curves, or, in an objective of Optuna,
         `lambda r: optuna_trial.report(r.outcome, round(r.fidelity * E)) or optuna_trial.should_prune()`.
       checkpoints: a folder; None keeps no checkpoint.
+      parts: what a checkpoint depends on beside the trial: the LightningModule, functions (such as what makes the
+        data), plain values and dicts of them.
 
     Returns:
-      A `lightning.pytorch.Callback` with `outcome`, the last epoch's, `num_epochs`, those that this trial has behind
-      it, and `checkpoint`, the path of its last checkpoint, or None.
+      A `lightning.pytorch.Callback` with `outcomes`, of each epoch, those before the checkpoint among them once it is
+      read; `outcome`, the last one; `num_epochs`, those that this trial has behind it; and `checkpoint`, the path of
+      its last checkpoint, or None.
 
     Raises:
       ValueError: an argument is not valid; in training, the module does not log `monitor`.
@@ -61,7 +77,11 @@ def callback(
     if mode not in ("min", "max"):
         raise ValueError(f"`mode` must be 'min' or 'max'; got {mode!r}.")
     lightning = _lightning()
-    folder = None if checkpoints is None else Path(checkpoints) / _name(trial)
+    folder = None
+    if checkpoints is not None:
+        configuration = repr(sorted(trial.configuration.items()))
+        of = fingerprint(trial.task, configuration, trial.seed, monitor, mode, *parts)
+        folder = Path(checkpoints) / f"{trial.trial:06d}-{of}"
     found = sorted(folder.glob("*.ckpt")) if folder is not None else []
 
     class Epochs(lightning.Callback):
@@ -69,15 +89,19 @@ def callback(
 
         checkpoint = str(found[-1]) if found else None
         num_epochs = int(found[-1].stem) if found else 0
-        outcome = math.nan
+        outcomes: tuple[float, ...] = ()
         state_key = "metaopt"
         begun = False
 
+        @property
+        def outcome(self):
+            return self.outcomes[-1] if self.outcomes else math.nan
+
         def state_dict(self):
-            return {"outcome": self.outcome}
+            return {"outcomes": list(self.outcomes)}
 
         def load_state_dict(self, state_dict):
-            self.outcome = state_dict["outcome"]
+            self.outcomes = tuple(state_dict["outcomes"])
 
         # The order of an epoch's data is drawn when its iterator is made: of the first one before its callbacks are
         # called, of the others afterwards.
@@ -101,17 +125,24 @@ def callback(
                     "in `validation_step` with `self.log`, or name another `monitor`."
                 )
             value = float(trainer.callback_metrics[monitor])
-            self.outcome = value if mode == "min" else -value
+            self.outcomes = (*self.outcomes, value if mode == "min" else -value)
             self.num_epochs = trainer.current_epoch + 1
-            if folder is not None:
-                self.checkpoint = _replace_checkpoint(trainer, folder, self.num_epochs, self.checkpoint)
             if not math.isfinite(value):
+                self.discard(trainer)  # what is corrected begins anew
                 trainer.should_stop = True
                 return
+            if folder is not None:
+                self.checkpoint = _replace_checkpoint(trainer, folder, self.num_epochs, self.checkpoint)
             fidelity = min(self.num_epochs / max_epochs, 1.0)
             record = trial._replace(outcome=self.outcome, fidelity=fidelity, status="COMPLETE")
             if report is not None and report(record) and self.num_epochs < max_epochs:
                 raise tasks.Pruned(self.outcome)
+
+        def discard(self, trainer):
+            """Removes the checkpoint."""
+            if self.checkpoint is not None and trainer.is_global_zero:
+                Path(self.checkpoint).unlink(missing_ok=True)
+            self.checkpoint = None
 
     return Epochs()
 
@@ -133,6 +164,12 @@ def objective(
     records (`methods.train_meta_optimizer`) is JAX, and so is the search with them. A trial at fidelity s trains for
     round(s E) epochs, at least one; with `checkpoints` it goes on where it stood at a smaller fidelity
     (`tasks.collect(resumes=True)` counts it so), so that `methods.asha` and `methods.bohb` pay for each epoch once.
+    Where its checkpoint has been further already, the outcome is that of the epoch that is asked for. A trial that
+    fails by itself, with an exception or an outcome that is not finite, loses its checkpoint: `tasks.collect` with
+    `retry_failed` trains it anew. One that is ended from without, by a limit or a kill, goes on.
+
+    `callback` says what a checkpoint belongs to. Here its `parts` are the module, `make_module`, `make_data`, and the
+    plain values of `trainer`: change one of them, and trials are trained anew.
 
     Args:
       make_module: `(configuration, task) -> LightningModule`; torch is seeded with the trial's seed before.
@@ -185,23 +222,29 @@ def objective(
 
     def run(trial, task):
         lightning = _lightning()
-        epochs = callback(trial, max_epochs=max_epochs, **kwargs)
-        # It has been there already where a kill came between the checkpoint and the record.
-        num_epochs = max(1, round(trial.fidelity * max_epochs), epochs.num_epochs)
         _seed(lightning, trial, 0)
         module = make_module(trial.configuration, task)
+        changed = {name: value for name, value in (trainer or {}).items() if name not in _SHOWN}
+        parts = module, make_module, make_data, changed
+        epochs = callback(trial, max_epochs=max_epochs, parts=parts, **kwargs)
+        asked = max(1, round(trial.fidelity * max_epochs))
         data = make_data(trial.configuration, task)
-        options = dict.fromkeys(
-            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-        )
-        options |= {"num_sanity_val_steps": 0} | dict(trainer or {})
+        options = dict.fromkeys(_SHOWN, False) | {"num_sanity_val_steps": 0} | dict(trainer or {})
         callbacks = [*options.pop("callbacks", ()), epochs]
-        fit = lightning.Trainer(max_epochs=num_epochs, callbacks=callbacks, **options).fit
-        if isinstance(data, lightning.LightningDataModule):
-            fit(module, datamodule=data, ckpt_path=epochs.checkpoint)
-        else:
-            fit(module, *data, ckpt_path=epochs.checkpoint)
-        return epochs.outcome
+        # It may have been further already: a kill came between the checkpoint and the record, or the store is new.
+        # Then `fit` reads the checkpoint, and trains no more.
+        trains = lightning.Trainer(max_epochs=max(asked, epochs.num_epochs), callbacks=callbacks, **options)
+        try:
+            if isinstance(data, lightning.LightningDataModule):
+                trains.fit(module, datamodule=data, ckpt_path=epochs.checkpoint)
+            else:
+                trains.fit(module, *data, ckpt_path=epochs.checkpoint)
+        except tasks.Pruned:
+            raise
+        except Exception:
+            epochs.discard(trains)
+            raise
+        return epochs.outcomes[asked - 1] if len(epochs.outcomes) >= asked else epochs.outcome
 
     return run
 
@@ -214,12 +257,6 @@ def _lightning() -> Any:
         except ImportError:
             continue
     raise ImportError('This needs PyTorch Lightning; install it with `pip install "metaopt-jax[lightning]"`.')
-
-
-def _name(trial: base.Record) -> str:
-    """Of a trial's folder: another configuration under the same number is another trial."""
-    of = zlib.crc32(repr((trial.task, sorted(trial.configuration.items()))).encode())
-    return f"{trial.trial:06d}-{trial.seed}-{of:08x}"
 
 
 def _seed(lightning, trial: base.Record, epoch: int, part: int = 0) -> None:

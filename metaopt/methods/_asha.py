@@ -56,7 +56,7 @@ def asha(
 
     Raises:
       ValueError: an argument is no integer, or out of range; when a trial is asked for, `searcher` chooses fidelities
-        itself, as `bohb` does.
+        itself, as `bohb` does; when one is told that was asked for, with its seed, its fidelity is none of the K.
 
     Source: Li et al., A system for massively parallel hyperparameter tuning, MLSys 2020,
     https://arxiv.org/abs/1810.05934 (Algorithm 2); brackets: Li et al., Hyperband, JMLR 2018,
@@ -116,7 +116,7 @@ def asha(
                 if not new:
                     break
                 bracket, trial = next_bracket(state), new[0]
-                if trial.fidelity != 1.0:
+                if not base.is_full_budget(trial.fidelity):
                     raise ValueError(
                         f"`searcher` asks for a fidelity of {trial.fidelity:g}, and so chooses budgets itself; "
                         "use it without `asha`."
@@ -133,10 +133,14 @@ def asha(
         outcomes = dict(state.outcomes)
         for record in records:
             known = state.trials.get(record.trial)
-            if known is None or record.configuration != known[1].configuration or record.fidelity not in fidelities:
+            if known is None or record.configuration != known[1].configuration:
                 continue  # another search's: the searcher alone hears of it
+            # Another search may begin with the same default, from another seed.
+            rung = base.rung_of(fidelities, record, own=record.seed == known[1].seed)
+            if rung is None:
+                continue
             y = record.outcome if record.status == "COMPLETE" and np.isfinite(record.outcome) else np.inf
-            outcomes[record.trial] = {**outcomes.get(record.trial, {}), fidelities.index(record.fidelity): float(y)}
+            outcomes[record.trial] = {**outcomes.get(record.trial, {}), rung: float(y)}
         return state._replace(searcher=inner.tell(state.searcher, records), outcomes=outcomes)
 
     return base.Searcher(init, ask, tell)

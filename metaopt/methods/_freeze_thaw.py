@@ -108,8 +108,9 @@ def train_curve_searcher(
       A `CurveSearcher`.
 
     Raises:
-      ValueError: records that are "COMPLETE" are of fewer than three tasks, a configuration does not fit the space, or
-        a candidate lacks a fidelity everywhere.
+      ValueError: records that are "COMPLETE" are of fewer than three tasks, or none is at the full budget; a
+        configuration does not fit the space, or a candidate lacks a fidelity everywhere. When a trial is told that was
+        asked for, with its seed, its fidelity is none of the records'.
 
     Source: Swersky, Snoek & Adams, 2014, https://arxiv.org/abs/1406.3896
     """
@@ -123,6 +124,12 @@ def train_curve_searcher(
             f"left out; got {num_tasks}."
         )
     table = tasks.tabulate(complete)
+    if table.fidelities[-1] < 1:
+        raise ValueError(
+            '`records` must hold trials that are "COMPLETE" at fidelity 1, the full budget, which is what is predicted '
+            f"and asked for; the largest fidelity is {table.fidelities[-1]:g}. Give the largest budget that is meant "
+            "to count the fidelity 1, and smaller ones their fractions of it."
+        )
     hyperparams = [spaces.from_configuration(space, c) for c in table.configurations]
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *hyperparams)
     x = np.asarray(jax.jit(jax.vmap(lambda hp: spaces.encode(space, hp)))(stacked))
@@ -185,15 +192,10 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
             return number[name]
         raise ValueError(f"{configuration} is none of the candidates, the configurations that earlier tasks tried.")
 
-    def rung_of(fidelity: float) -> int:
-        rung = int(np.abs(rungs - fidelity).argmin())
-        if abs(rungs[rung] - fidelity) > 1e-6:
-            raise ValueError(f"A trial's fidelity must be one of {rungs.tolist()}; got {fidelity}.")
-        return rung
-
     def seen_of(records):
         counted = [r for r in records if r.status == "COMPLETE" and np.isfinite(r.outcome)]
-        return [(known_number(r.configuration), rung_of(r.fidelity), float(r.outcome)) for r in counted]
+        at = [(known_number(r.configuration), base.rung_of(rungs, r, own=True)) for r in counted]
+        return [(c, j, float(r.outcome)) for (c, j), r in zip(at, counted, strict=True) if j is not None]
 
     def predict(trials=(), levels=(0.05, 0.5, 0.95)):
         if not all(0 < level < 1 for level in levels):
@@ -211,6 +213,9 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
         def init(key, space):
             del space  # the candidates are those of the records
             return FreezeThawState(key, (), (), frozenset(), ())
+
+        def seed_of(state, trial):
+            return int(jax.random.randint(jax.random.fold_in(state.key, trial), (), 0, 2**31 - 1))
 
         def choose(state):
             seen = list(state.seen)
@@ -247,13 +252,12 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
                 if candidate not in state.started:
                     state = state._replace(started=(*state.started, candidate))
                 trial = state.started.index(candidate)
-                seed = int(jax.random.randint(jax.random.fold_in(state.key, trial), (), 0, 2**31 - 1))
                 asked.append(
                     base.Record(
                         "",
                         dict(candidates[candidate]),
                         fidelity=float(rungs[rung]),
-                        seed=seed,
+                        seed=seed_of(state, trial),
                         status="WAITING",
                         trial=trial,
                     )
@@ -266,9 +270,14 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
                 if record.status not in ("COMPLETE", "PRUNED", "FAIL"):
                     continue
                 try:
-                    entry = known_number(record.configuration), rung_of(record.fidelity)
+                    candidate = known_number(record.configuration)
                 except (TypeError, ValueError):  # another search's, of what is no candidate
                     continue
+                asked = 0 <= record.trial < len(state.started) and state.started[record.trial] == candidate
+                own = asked and record.seed == seed_of(state, record.trial)
+                if (rung := base.rung_of(rungs, record, own=own)) is None:
+                    continue
+                entry = candidate, rung
                 state = state._replace(pending=tuple(p for p in state.pending if p != entry))
                 seen = seen_of([record])
                 state = state._replace(seen=(*state.seen, *seen))

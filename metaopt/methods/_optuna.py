@@ -47,7 +47,10 @@ def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 1
 
     Returns:
       A searcher; its spaces are those of `spaces.to_optuna`. `tell` also takes records of trials that it never asked
-      for, which it learns from, unless they are out of the space; those at fidelities below 1 count as pruned.
+      for, which it learns from, unless they are out of the space or have failed. "COMPLETE" ones at the full budget
+      come first. Those at fidelities below 1 count as pruned trials do in Optuna: behind the complete ones, those
+      at larger fidelities first. "PRUNED" ones, which had got somewhere below the fidelity that they were asked for,
+      come last, in the order of their outcomes.
 
     Raises:
       ValueError: `num_random` is no integer of at least 0.
@@ -82,10 +85,12 @@ def bohb(
       num_rungs: how many fidelities there are, at least 2: 1/27, 1/9, 1/3 and 1 by default.
 
     Returns:
-      A searcher.
+      A searcher; its spaces are those of `spaces.to_optuna`. `tell` takes records of trials that it never asked for as
+      `tpe` does: each is known to the model of one bracket, at any fidelity, and prunes none of its own trials.
 
     Raises:
-      ValueError: an argument is no integer, or is too small.
+      ValueError: an argument is no integer, or is too small; when a trial is told that was asked for, with its seed,
+        its fidelity is none of the searcher's.
       ImportError: when a search starts, Optuna is not installed.
 
     Source: Falkner, Klein & Hutter, ICML 2018, https://arxiv.org/abs/1807.01774
@@ -127,6 +132,13 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
         whole = tuple(spaces.complete(space, c) for c in ([{}] if first is None else first))
         return OptunaState(study, space, key, {}, 0, [], whole)
 
+    seed_of = lambda state, number: int(jax.random.randint(jax.random.fold_in(state.key, number), (), 0, 2**31 - 1))
+
+    def step_of(record) -> int:
+        """Their order is what counts: a pruned trial had got somewhere, and nothing says how far."""
+        budget = round(1 / fidelities[0]) if len(fidelities) > 1 else 1000
+        return 0 if record.status == "PRUNED" else max(1, round(budget * record.fidelity))
+
     def ask(state, num):
         asked = []
         survivors, trials = list(state.survivors), dict(state.trials)
@@ -147,7 +159,7 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
                     "",
                     spaces.suggest(trials[number], state.space),
                     fidelity=fidelities[rung],
-                    seed=int(jax.random.randint(jax.random.fold_in(state.key, number), (), 0, 2**31 - 1)),
+                    seed=seed_of(state, number),
                     status="WAITING",
                     trial=number,
                 )
@@ -158,18 +170,23 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
         from optuna.trial import TrialState
 
         survivors, trials = list(state.survivors), dict(state.trials)
+        # Another search numbers its trials from 0, too: by its configuration a record is known as one's own.
+        own = lambda r: r.trial in trials and _same(r.configuration, spaces.suggest(trials[r.trial], state.space))
+        ended = [record for record in records if record.status in ("COMPLETE", "PRUNED", "FAIL")]  # others go on
+        for record in ended:
+            if len(fidelities) > 1 and record.status != "FAIL" and own(record):  # before the study changes
+                base.rung_of(fidelities, record, own=record.seed == seed_of(state, record.trial))
         left = tasks.untried(state.first, records, state.num_asked)
-        for record in records:
-            if record.status not in ("COMPLETE", "PRUNED", "FAIL"):
-                continue  # it goes on
-            trial = trials.get(record.trial)
-            # Another search numbers its trials from 0, too: by its configuration a record is known as one's own.
-            if trial is None or not _same(record.configuration, spaces.suggest(trial, state.space)):
-                _add(state.study, state.space, record, any_fidelity=len(fidelities) == 1)
+        for record in ended:
+            rung = base.rung_of(fidelities, record)
+            at_rung = rung is not None or record.status == "FAIL"
+            if not own(record) or not (at_rung or len(fidelities) == 1):
+                _add(state.study, state.space, record, step_of(record))
                 continue
-            if record.fidelity not in fidelities and record.status != "FAIL":  # `asha` asked for less
+            trial = trials[record.trial]
+            if not at_rung:  # `asha` asked for less
                 if math.isfinite(record.outcome):
-                    trial.report(record.outcome, step=_step(record))
+                    trial.report(record.outcome, step=step_of(record))
                 state.study.tell(trial, state=TrialState.PRUNED)
                 del trials[record.trial]  # at the next fidelity it is another trial of the study
                 continue
@@ -177,14 +194,15 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
                 state.study.tell(trial, state=TrialState.FAIL)
                 del trials[record.trial]
                 continue
-            rung = fidelities.index(record.fidelity)
+            assert rung is not None
             if record.status == "COMPLETE" and rung + 1 < len(fidelities):
                 trial.report(record.outcome, step=round(record.fidelity / fidelities[0]))
                 if not trial.should_prune():
                     survivors.append((record.trial, rung + 1))
                     continue
-            elif record.status == "PRUNED":
-                trial.report(record.outcome, step=round(record.fidelity / fidelities[0]))
+            elif record.status == "PRUNED":  # of BOHB's, it has been at all budgets before this one
+                step = round(record.fidelity / fidelities[0]) if len(fidelities) > 1 else step_of(record)
+                trial.report(record.outcome, step=step)
             whole = record.status == "COMPLETE" and rung + 1 == len(fidelities)
             if whole:
                 state.study.tell(trial, record.outcome)
@@ -201,20 +219,15 @@ def _same(configuration, other) -> bool:
     return configuration.keys() == other.keys() and all(close(configuration[n], other[n]) for n in other)
 
 
-def _step(record: base.Record) -> int:
-    """The order of fidelities is all that counts."""
-    return max(1, round(1000 * record.fidelity))
-
-
-def _add(study, space, record: base.Record, *, any_fidelity: bool) -> None:
+def _add(study, space, record: base.Record, step: int) -> None:
     """A trial that was not asked for: another search's, or an earlier one's; or one's own at another fidelity."""
     import optuna
 
-    if record.status != "COMPLETE" or (not base.is_full_budget(record.fidelity) and not any_fidelity):
+    if record.status == "FAIL" or not math.isfinite(record.outcome):
         return
     distributions = spaces.to_optuna(space)
     known = {name: value for name, value in record.configuration.items() if name in distributions}
-    whole = base.is_full_budget(record.fidelity)
+    whole = record.status == "COMPLETE" and base.is_full_budget(record.fidelity)
     try:
         within = spaces.configuration(space, spaces.from_configuration(space, known))
         trial = optuna.trial.create_trial(
@@ -222,7 +235,7 @@ def _add(study, space, record: base.Record, *, any_fidelity: bool) -> None:
             params={name: within.get(name, value) for name, value in known.items()},
             distributions={name: distributions[name] for name in known},
             value=record.outcome if whole else None,
-            intermediate_values=None if whole else {_step(record): record.outcome},
+            intermediate_values=None if whole else {step: record.outcome},
         )
     except ValueError:  # of another range, or with a label that is not known
         return

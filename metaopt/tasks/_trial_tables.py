@@ -51,7 +51,8 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
 
     Returns:
       A table of the records' tasks, configurations and fidelities, in the order in which they first occur; fidelities
-      ascend.
+      ascend. Those that are equal but for rounding, to a millionth, are one, and what lacks a millionth of the full
+      budget is 1.
 
     >>> from metaopt import Record, tasks
     >>> table = tasks.tabulate([Record("a", {"x": 1}, 0.5), Record("a", {"x": 2}, 0.25), Record("b", {"x": 2}, 0.75)])
@@ -60,11 +61,16 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
     """
     keys = [json.dumps(record.configuration, sort_keys=True, default=as_python) for record in records]
     names, columns = _positions(record.task for record in records), _positions(keys)
-    fidelities = sorted({record.fidelity for record in records})
+    fidelities, at_fidelity = [], {}
+    for fidelity in sorted({record.fidelity for record in records}):
+        near = 1.0 if is_full_budget(fidelity) else fidelity
+        if not fidelities or not math.isclose(near, fidelities[-1], rel_tol=1e-6):
+            fidelities.append(near)
+        at_fidelity[fidelity] = len(fidelities) - 1
     sums = np.zeros((3, len(names), len(columns), len(fidelities)))
     for key, record in zip(keys, records, strict=True):
         if record.status == "COMPLETE" and math.isfinite(record.outcome):
-            at = names[record.task], columns[key], fidelities.index(record.fidelity)
+            at = names[record.task], columns[key], at_fidelity[record.fidelity]
             sums[:, *at] += record.outcome, record.cost, 1
     with np.errstate(invalid="ignore"):
         outcomes, costs = sums[:2] / sums[2]

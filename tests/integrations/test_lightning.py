@@ -1,8 +1,11 @@
 """Lightning's epochs as fidelities: by a stub of what is called of it, and, where it is installed, by itself."""
 
+import functools
 import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 
 from metaopt import Record, methods, spaces, tasks
 from metaopt.integrations import lightning
+from metaopt.integrations._fingerprint import fingerprint
 
 SPACE = {"width": spaces.integer(4, 32, log=True), "rate": spaces.interval(1e-4, 1e-1, log=True)}
 real = pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
@@ -146,6 +150,147 @@ def test_each_epoch_is_paid_for_once_under_asha(stub, tmp_path):
     assert sum(module.steps for module in made) == 32
     for record in records:
         assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** round(8 * record.fidelity))
+
+
+HALVINGS = {"rate": spaces.interval(0.1, 0.9)}
+
+
+def collect(objective, **kwargs):
+    kwargs = {"num_trials": 4, "key": jax.random.key(0), "isolated": False} | kwargs
+    return tasks.collect(objective, HALVINGS, {"t": None}, **kwargs)
+
+
+def test_a_new_store_over_old_checkpoints_has_each_fidelity_s_own_outcome(stub, tmp_path):
+    made, found = [], []
+    for i in range(2):
+        searcher = methods.asha(reduction_factor=2, num_rungs=4)
+        kwargs = {"searcher": searcher, "resumes": True, "store": tmp_path / f"{i}.db"}
+        found.append(collect(make(made, checkpoints=tmp_path / "checkpoints"), **kwargs))
+    assert sum(module.steps for module in made) == 32  # of the first
+    assert [record._replace(cost=0.0) for record in found[0]] == [record._replace(cost=0.0) for record in found[1]]
+    for record in found[1]:
+        assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** round(8 * record.fidelity))
+
+
+def test_a_checkpoint_of_another_objective_is_passed_over(stub, tmp_path):
+    class Growing(Halving):
+        def step(self, theta):
+            self.steps += 1
+            return theta * (1 + self.rate)
+
+    class Shaped(Halving):
+        def named_parameters(self):
+            return [("w", types.SimpleNamespace(shape=(3, 4)))]
+
+    def objective(cls=Halving, *, size=4, loaders=((), ()), **kwargs):
+        def module(configuration, task):
+            made.append(cls(configuration["rate"]))
+            made[-1].hparams = {"size": size}
+            return made[-1]
+
+        kwargs = {"max_epochs": 8, "checkpoints": tmp_path} | kwargs
+        return lightning.objective(module, lambda configuration, task: loaders, **kwargs)
+
+    made = []
+    assert objective()(TRIAL, None) == objective()(TRIAL, None) == 1 / 16
+    assert [module.steps for module in made] == [4, 0]
+    others = [{"cls": Growing}, {"cls": Shaped}, {"size": 5}, {"mode": "max"}, {"trainer": {"precision": 16}}]
+    for i, other in enumerate(others):
+        made.clear()
+        expected = {0: 1.5**4, 3: -1 / 16}.get(i, 1 / 16)
+        assert objective(**other)(TRIAL, None) == objective(**other)(TRIAL, None) == expected
+        assert [module.steps for module in made] == [4, 0], other
+    made.clear()
+    trials = [TRIAL._replace(seed=8), TRIAL._replace(task="u"), TRIAL._replace(configuration={"rate": 0.25})]
+    for trial in trials:
+        objective()(trial, None)
+    objective(trainer={"enable_progress_bar": True})(TRIAL, None)
+    assert [module.steps for module in made] == [4, 4, 4, 0]  # what is shown changes nothing
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_what_has_failed_is_trained_anew_where_it_has_been_corrected(raises, stub, tmp_path):
+    wrong = [True]  # which no fingerprint tells
+
+    class Corrected(Halving):
+        def step(self, theta):
+            if wrong and raises and self.steps == 3:
+                raise RuntimeError("no memory")
+            bad = wrong and self.steps == 3
+            return math.nan if bad else (0.9 if wrong else 1.0) * super().step(theta)
+
+    objective = lightning.objective(
+        lambda c, task: Corrected(c["rate"]), lambda c, task: ((), ()), max_epochs=8, checkpoints=tmp_path
+    )
+    kwargs = {"num_trials": 2, "store": tmp_path / "r.db"}
+    assert {record.status for record in collect(objective, **kwargs)} == {"FAIL"}
+    assert not list(tmp_path.glob("*/*"))
+    wrong.clear()
+    for record in collect(objective, retry_failed=True, **kwargs):
+        assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** 8)
+
+
+def test_a_fingerprint_is_the_same_in_every_process_and_differs_with_the_code(tmp_path):
+    source = """
+class Module:
+    kinds = "a"
+    def __init__(self, size=3):
+        super().__init__()
+        self.size = size
+    def step(self, x):
+        return x in {"a", "b", "c", "d"} and sorted(y * 2 for y in x)
+def factor(z):
+    return z + 1
+def make(x, *, y=2):
+    return factor(x) + y + (lambda z: 3 * z)(x)
+def enclosing(factor):
+    return lambda x: factor * x
+"""
+    parts = "[Module(), make, enclosing(5), functools.partial(make, 1), Module().step, {'a': 1, 'b': make}]"
+    changes = [
+        ('kinds = "a"', 'kinds = "b"'),
+        ("size=3", "size=4"),
+        ("y * 2", "y * 3"),
+        ('"d"', '"e"'),
+        ("y=2", "y=1"),
+        ("3 * z", "4 * z"),
+        ("enclosing(5)", "enclosing(6)"),
+        ("(make, 1)", "(make, 2)"),
+        ("'a': 1", "'a': 2"),
+    ]
+    file = Path(lightning.__file__).parent / "_fingerprint.py"
+
+    def run(text, parts, seed):
+        program = tmp_path / "program.py"
+        program.write_text(
+            "import functools, importlib.util\n"
+            f"spec = importlib.util.spec_from_file_location('f', {str(file)!r})\n"
+            "f = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(f)\n"
+            + text
+            + f"print(*map(f.fingerprint, {parts}))"
+        )
+        done = subprocess.run(
+            [sys.executable, program], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    first = run(source, parts, "1")
+    assert len(set(first)) == 6 and run("# a comment" + source, parts, "2") == first
+
+    # Here, without a process for each.
+    def here(text, parts):
+        names = {"functools": functools, "__name__": "made_here"}
+        exec(text, names)
+        return [fingerprint(part) for part in eval(parts, names)]
+
+    whole = here(source, parts)
+    for before, after in changes:
+        changed = here(source.replace(before, after), parts.replace(before, after))
+        assert changed != whole, (before, after)
+    # A list that a function encloses may grow from trial to trial.
+    enclosing = lambda made: lambda: made
+    assert fingerprint(enclosing([])) == fingerprint(enclosing([1]))
 
 
 def test_what_does_not_learn_fails_and_what_is_wrong_is_said(stub, monkeypatch):

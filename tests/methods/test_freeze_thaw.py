@@ -196,6 +196,14 @@ def test_bad_input_is_named(g):
         g.predict([base.Record("", {"x": 0.1}, 1.0, 0.25)])
     with pytest.raises(ValueError, match="fidelity must be one of"):
         g.predict([base.Record("", CANDIDATES[0], 1.0, 0.3)])
+    searcher, state = begin(g)
+    (asked,), state = searcher.ask(state, 1)
+    told = done(asked, 0.5)._replace(fidelity=0.2501)
+    with pytest.raises(ValueError, match=r"fidelity must be one of \[0.25, 0.5, 1.0\], .*; got 0.2501 of trial 0"):
+        searcher.tell(state, [told])
+    assert searcher.tell(state, [told._replace(seed=asked.seed + 1)]) == state  # another search's
+    rounded = searcher.tell(state, [told._replace(fidelity=0.25 + 1e-8)])
+    assert rounded.pending == () and len(rounded.seen) == 1
     with pytest.raises(ValueError, match="`levels` must lie between 0 and 1"):
         g.predict((), (0.0, 0.5))
     failed = base.Record("c", CANDIDATES[0], status="FAIL")
@@ -203,3 +211,18 @@ def test_bad_input_is_named(g):
         records = [*(base.Record(name, CANDIDATES[0], 1.0) for name in names), failed]
         with pytest.raises(ValueError, match=f"`records` must .* of at least three tasks, .*; got {len(names)}"):
             methods.train_curve_searcher(records, space=SPACE)
+    half = [base.Record(name, CANDIDATES[0], 1.0, f) for name in "abc" for f in (0.25, 0.5)]
+    with pytest.raises(ValueError, match="at fidelity 1, the full budget, .*; the largest fidelity is 0.5"):
+        methods.train_curve_searcher(half, space=SPACE)
+
+
+def test_a_full_budget_but_for_rounding_is_no_fidelity_of_its_own(monkeypatch):
+    monkeypatch.setattr(_freeze_thaw.predictors, "calibrate", lambda surrogate, key: surrogate)
+    records = [
+        base.Record(str(task), c, outcome(task, c["x"], f), 0.9999999 if task == 0.5 and f == 1 else f)
+        for task in (0.0, 0.5, 1.0)
+        for c in CANDIDATES
+        for f in FIDELITIES
+    ]
+    g = methods.train_curve_searcher(records, space=SPACE, num_steps=0)
+    assert g.surrogate.fidelities.tolist() == list(FIDELITIES)

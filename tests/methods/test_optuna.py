@@ -3,6 +3,7 @@
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from metaopt import Record, methods, spaces, tasks
@@ -115,6 +116,51 @@ def test_asha_with_configurations_of_tpe_is_better_than_with_random_ones():
     assert names == ["PRUNED", "FAIL", "RUNNING", "PRUNED", "COMPLETE"] and list(state.trials) == [2]
     with pytest.raises(ValueError, match="`searcher` asks for a fidelity of 0.333333"):
         collect(methods.asha(methods.bohb(num_rungs=2)), on=on)
+
+
+@pytest.mark.parametrize("rounded", [lambda f: float(np.float32(f)), lambda f: round(f, 4)])
+@pytest.mark.parametrize("make", [methods.asha, methods.bohb])
+def test_a_fidelity_told_in_float32_is_that_asked_for_and_another_one_is_refused(make, rounded):
+    space, searcher = {"x": spaces.interval(0.0, 1.0)}, make(num_rungs=3)
+    asked, state = searcher.ask(searcher.init(KEY, space), 6)
+    exact = [trial._replace(status="COMPLETE", outcome=trial.configuration["x"]) for trial in asked]
+    told = [record._replace(fidelity=rounded(record.fidelity)) for record in exact]
+    if told[0].fidelity == 0.1111:
+        with pytest.raises(ValueError, match=r"fidelity must be one of \[0.111.*; got 0.1111 of trial 0"):
+            searcher.tell(state, told)
+        # Nothing has been told; and another search's trial, from another seed, may be anywhere.
+        state = searcher.tell(state, [told[0]._replace(seed=told[0].seed + 1)])
+        told = exact
+    next_, _ = searcher.ask(searcher.tell(state, told), 6)
+    promoted = [trial.trial for trial in next_ if trial.fidelity == pytest.approx(1 / 3)]
+    again, state = searcher.ask(searcher.init(KEY, space), 6)
+    expected, _ = searcher.ask(searcher.tell(state, exact), 6)
+    assert promoted == [trial.trial for trial in expected if trial.fidelity == pytest.approx(1 / 3)] != []
+
+
+@pytest.mark.parametrize(
+    "searcher, fidelity, status",
+    [
+        (methods.bohb(num_random=0, first=[], num_rungs=2), 1 / 3, "COMPLETE"),
+        (methods.bohb(num_random=0, first=[], num_rungs=2), 0.5, "COMPLETE"),
+        (methods.bohb(num_random=0, first=[], num_rungs=2), 1.0, "PRUNED"),
+        (methods.tpe(num_random=0, first=[]), 1.0, "PRUNED"),
+    ],
+)
+def test_low_budgets_and_pruned_trials_of_others_are_learned_from(searcher, fidelity, status):
+    space, at = {"x": spaces.interval(0.0, 1.0)}, [i / 40 for i in range(41)]
+    history = [Record("t", {"x": x}, (x - 0.8) ** 2, fidelity, trial=100 + i, status=status) for i, x in enumerate(at)]
+    others = [history[0]._replace(status="FAIL"), history[0]._replace(outcome=math.nan)]
+    state = searcher.tell(searcher.init(KEY, space), history + others)
+    assert [trial.state.name for trial in state.study.trials] == ["PRUNED"] * 41
+    asked, state = searcher.ask(state, 6)
+    assert sum(abs(record.configuration["x"] - 0.8) for record in asked) / 6 < 0.12
+    # What ended at a budget comes before what was given up, the full budget before both.
+    more = [history[0]._replace(trial=200 + i, fidelity=f, status="COMPLETE") for i, f in enumerate((0.3, 0.9, 1.0))]
+    low, high, full = searcher.tell(state, more).study.trials[-3:]
+    step = lambda trial: max(trial.intermediate_values)
+    assert full.state.name == "COMPLETE" and step(high) > step(low) >= 1
+    assert {step(trial) for trial in state.study.trials[:41]} <= ({0} if status == "PRUNED" else {1, 2})
 
 
 def test_tpe_passes_over_what_its_space_does_not_have():

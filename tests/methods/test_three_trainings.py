@@ -97,6 +97,8 @@ def test_three_trainings_of_one_g_agree_with_the_known_penalty():
     for name, tolerance in (("unrolled", 0.05), ("implicit", 0.05), ("records", 0.15)):
         assert np.abs(found[name] - expected).max() < tolerance, (name, found[name] - expected)
     np.testing.assert_allclose(found["unrolled"], found["implicit"], atol=1e-3)
-    # The ready-made one, which weighs earlier tasks by their features and knows no linear function.
+    # The ready-made one, which weighs earlier tasks by their features and knows no linear function: it comes to .37 of
+    # the error of the best constant.
     ready = np.log([learned.predict(task)["penalty"] for task, _ in NEW])
-    assert np.abs(ready - expected).mean() < 0.5 < np.abs(expected - expected.mean()).max()
+    constant = np.abs(expected - expected.mean()).mean()
+    assert np.abs(ready - expected).mean() < 0.5 * constant

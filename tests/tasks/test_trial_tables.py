@@ -37,6 +37,16 @@ def test_records_become_a_table_and_come_back():
     ]
 
 
+def test_fidelities_that_are_equal_but_for_rounding_are_one_column():
+    budgets = [1 / 3, float(np.float32(1 / 3)), 0.5, 0.9999999, 1.0]
+    table = tasks.tabulate([Record("a", {"x": i}, float(i), f) for i, f in enumerate(budgets)])
+    assert table.fidelities.tolist() == [1 / 3, 0.5, 1.0] and table.outcomes.shape == (1, 5, 3)
+    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in table.outcomes[0]] == [[0], [0], [1], [2], [2]]
+    both = tasks.tabulate([Record("a", {"x": 1}, 0.5), Record("a", {"x": 1}, 0.25, 0.9999999)])
+    assert both.fidelities.tolist() == [1.0] and both.outcomes.tolist() == [[[0.375]]]
+    assert tasks.tabulate([Record("a", {"x": 1}, 0.25, 0.9999999)]).fidelities.tolist() == [1.0]
+
+
 def test_hpob_s_json(tmp_path):
     content = {"5860": {"3": {"X": [[0.0, 1.0], [0.5, 0.25]], "y": [[0.75], [0.5]]}, "9": {"X": [[1, 0]], "y": [[1]]}}}
     (tmp_path / "meta.json").write_text(json.dumps(content))

@@ -1,0 +1,107 @@
+"""A fingerprint of what trains: all that can be told of modules and functions without running them."""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+
+_PLAIN = (bool, int, float, str, bytes, type(None), np.generic)
+_LIBRARIES = ("builtins", "lightning", "pytorch_lightning", "torch")  # whose classes are taken as they are
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hexadecimal digits, which differ where what is told of the parts does.
+
+    Args:
+      *parts: plain values and dicts of them, whose other values are passed over; functions, of which their code is
+        told, and what plain values, functions and classes they enclose or have as defaults; and modules of torch, of
+        which the code of their class is told, up to the classes of torch and Lightning, their layers as they are
+        printed, the shapes of their parameters, their hyper-parameters, and their attributes that are plain values.
+
+    Returns:
+      The digits, which are the same in every process of one version of Python, whose byte code they are of.
+    """
+    told = json.dumps([_told(part, set()) for part in parts], sort_keys=True, default=repr)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _told(part: Any, seen: set[int]) -> Any:
+    if isinstance(part, Mapping):
+        return _values(part)
+    if isinstance(part, (*_PLAIN, type, FunctionType, MethodType, functools.partial)):
+        return _code(part, seen)
+    shapes = [(name, _shape(value)) for name, value in getattr(part, "named_parameters", list)()]
+    own = {name: value for name, value in getattr(part, "__dict__", {}).items() if not name.startswith("_")}
+    printed = re.sub(r"0x[0-9a-fA-F]+", "", repr(part))  # an address is none of its properties
+    return [_code(type(part), seen), printed, shapes, _values(getattr(part, "hparams", {})), _values(own)]
+
+
+def _values(of: Mapping) -> Any:
+    """The plain ones."""
+    return {str(k): _values(v) if isinstance(v, Mapping) else v for k, v in of.items() if _is_plain(v)}
+
+
+def _is_plain(value) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (*_PLAIN, Mapping))
+
+
+def _shape(parameter) -> Any:
+    try:
+        return list(parameter.shape)
+    except RuntimeError:  # a lazy one has none yet
+        return None
+
+
+def _code(of: Any, seen: set[int]) -> Any:
+    """What is defined: a function, a class, or what they are made of; each is told once."""
+    tell = lambda each: _code(each, seen)
+    if isinstance(of, _PLAIN):
+        return of
+    if isinstance(of, CodeType):
+        constants = [tell(c) if isinstance(c, CodeType) else _ordered(c) for c in of.co_consts]
+        return [of.co_code.hex(), constants, list(of.co_names)]
+    if isinstance(of, (staticmethod, classmethod, MethodType)):
+        return tell(of.__func__)
+    if isinstance(of, property):
+        return [tell(of.fget), tell(of.fset)]
+    if isinstance(of, functools.partial):
+        return [tell(of.func), [tell(value) for value in of.args], {n: tell(v) for n, v in of.keywords.items()}]
+    if not isinstance(of, (FunctionType, type)) or id(of) in seen:
+        return getattr(of, "__qualname__", type(of).__qualname__)  # what an object holds may change from trial to trial
+    seen.add(id(of))
+    if isinstance(of, FunctionType):
+        enclosed = [tell(_content(cell)) for cell in of.__closure__ or ()]
+        defaults = [tell(value) for value in (*(of.__defaults__ or ()), *(of.__kwdefaults__ or {}).values())]
+        return [of.__qualname__, tell(of.__code__), enclosed, defaults]
+    classes = [each for each in of.__mro__ if each.__module__.partition(".")[0] not in _LIBRARIES]
+    return [[each.__qualname__, {name: tell(value) for name, value in _members(each)}] for each in classes]
+
+
+def _members(of: type) -> list[tuple[str, Any]]:
+    """Its functions and plain values, without those that Python notes in it, such as `__firstlineno__`."""
+    functions = (FunctionType, staticmethod, classmethod, property)
+    members = sorted(vars(of).items())
+    return [
+        (name, value)
+        for name, value in members
+        if isinstance(value, functions) or isinstance(value, _PLAIN) and not name.startswith("__")
+    ]
+
+
+def _content(cell) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet assigned
+        return None
+
+
+def _ordered(constant) -> str:
+    """A set's order is another one in every process."""
+    return repr(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)
