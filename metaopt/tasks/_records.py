@@ -1,13 +1,13 @@
 """Records on disk: one SQLite file that is only ever appended to.
 
 A row is what was known of a trial at one time, as one `base.Record`: "RUNNING" when it starts, and how it ended
-afterwards. Rows are of one trial where study, task, trial, configuration, fidelity and seed are the same: a trial's number
-alone is none, since whoever does not number his trials leaves it at 0, and every search counts from there. Of one trial
+afterwards. Rows are of one trial where study, task, number, configuration, fidelity and seed are the same: a number
+alone says little, since every search counts from 0, and trials that nobody numbers are all 0. Of one trial
 
 - what says how it ended replaces what says that it waits or runs, wherever that stands;
 - a failure is replaced by how it ended afterwards (it was run again);
-- outcomes that differ are repeats, as of trials without numbers, and each counts. The same outcome once more is the same
-  trial, appended once more.
+- outcomes that differ are repeats, as of trials that nobody numbered, and each counts. The same outcome once more is
+  the same trial, appended once more.
 
 Each `append_records` is one transaction: a process that is killed loses what it had not appended, and nothing else;
 several processes of one machine may append to one file at a time. (SQLite's write-ahead log needs a file system that is
@@ -119,11 +119,8 @@ def _of_each_trial(rows) -> list[Record]:
             if not of or _BEGUN in of:
                 of[_BEGUN] = of.get(_BEGUN, (place,))[0], record
             continue
-        end = (
-            "FAIL"
-            if record.status == "FAIL"
-            else (record.status, None if math.isnan(record.outcome) else record.outcome)
-        )
+        outcome = None if math.isnan(record.outcome) else record.outcome  # no NaN equals another
+        end = "FAIL" if record.status == "FAIL" else (record.status, outcome)
         before = next((before for before in (end, _BEGUN, "FAIL") if before in of), None)
         of[end] = place if before is None else of.pop(before)[0], record
     return [record for _, record in sorted((at for of in trials.values() for at in of.values()), key=lambda at: at[0])]
