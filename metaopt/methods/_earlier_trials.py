@@ -95,8 +95,9 @@ def warn_of_foreign(space: base.PyTree, records: list[base.Record]) -> None:
         examples = ", ".join(f"`{name}` in {counts[name]}, such as {value!r}" for name, value in example.items())
         warnings.warn(
             f"{num} of {len(found)} records have values that the space does not have ({examples}). A label counts as "
-            "none in particular, a number out of bounds as the bound, a text in the place of a number as the default. "
-            "Where that is untrue of them, leave them out (`spaces.foreign` finds them), or widen the space.",
+            "none in particular, a number out of bounds as the bound, a text or boolean in the place of a number as "
+            "the default. Where that is untrue of them, leave them out (`spaces.foreign` finds them), or widen "
+            "the space.",
             stacklevel=3,
         )
 

@@ -74,7 +74,8 @@ def train_meta_optimizer(
         budget. Tasks whose spaces differ still teach: names that the space does not have are ignored, and what a record
         lacks, or has None for where a number is tuned, is at its default. A warning counts records with values that the
         space does not have (`spaces.foreign`): a label counts as no label in particular, a number out of bounds as the
-        bound, a text in the place of a number as the default. Leave such records out where that is untrue of them.
+        bound, a text or boolean in the place of a number as the default. Leave such records out where that is untrue of
+        them.
       space: of λ, for new tasks. None infers it from the records' configurations and the candidates (`spaces.infer`):
         ranges from the smallest to the largest value, choices among what was tried, and conditions that choices tell. A
         warning says which space that is, what was lacking, and on how many configurations each condition rests.
