@@ -14,6 +14,7 @@ import numpy as np
 from metaopt import base, methods, spaces
 
 _OURS = "metaopt:"  # before the names of user attributes: a person's own may be called "cost" or "seed", too
+_FINEST = 10**9  # steps of the full budget, as 32 bits hold
 _KEPT = ("task", "trial", "cost", "seed", "reason", "fidelity")
 
 
@@ -22,8 +23,9 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
 
     Args:
       records: of one task. Those of one trial (one number, seed and configuration) at several fidelities become its
-        intermediate values, at steps of thousandths of the full budget; a second record at the same fidelity is another
-        trial, as of another study.
+        intermediate values, at steps of thousandths of the full budget, or of as much finer parts (ten thousandths and
+        so on, down to billionths) as tell all fidelities of each trial apart; a second record at the same fidelity is
+        another trial, as of another study.
       space: that they come from.
       **kwargs: of `optuna.create_study`, such as `storage="sqlite:///study.db"`, for its dashboard, and `study_name`;
         not its `direction`, since outcomes are minimized.
@@ -35,7 +37,8 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
 
     Raises:
       ValueError: the records are of several tasks, one is no record (an unknown status, a fidelity out of (0, 1], an
-        outcome that is no number), a configuration does not fit the space, or a direction is given.
+        outcome that is no number), a fidelity is less than a billionth of the full budget, a configuration does not
+        fit the space, or a direction is given.
       ImportError: Optuna is not installed.
     """
     import optuna
@@ -48,8 +51,10 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
     if given := {"direction", "directions"} & set(kwargs):
         raise ValueError(f"Outcomes are minimized, so that `{given.pop()}` cannot be given.")
     distributions = spaces.to_optuna(space)
+    trials = _by_trial(records)
+    parts = _parts(trials)
     study = optuna.create_study(**kwargs)
-    for several in _by_trial(records):
+    for several in trials:
         last = max(several, key=lambda record: record.fidelity)
         state = optuna.trial.TrialState.PRUNED
         if last.status != "COMPLETE" or base.is_full_budget(last.fidelity):
@@ -73,7 +78,9 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
                 value=float(last.outcome) if state == optuna.trial.TrialState.COMPLETE else None,
                 params=values,
                 distributions={name: distributions[name] for name in values},
-                intermediate_values={round(1000 * record.fidelity): float(record.outcome) for record in complete},
+                intermediate_values={
+                    round(parts * float(record.fidelity)): float(record.outcome) for record in complete
+                },
                 user_attrs={_OURS + name: value for name, value in attributes.items()},
             )
         )
@@ -85,13 +92,30 @@ def _by_trial(records: Sequence[base.Record]) -> list[list[base.Record]]:
 
     A number alone is no trial: every study, and every task's searcher, counts from 0.
     """
-    trials: dict[tuple, dict[float, base.Record]] = {}
+    trials: dict[tuple, dict[int, base.Record]] = {}
     for record in records:
         what = sorted((name, type(value).__name__, repr(value)) for name, value in record.configuration.items())
         name = record.trial, record.seed, tuple(what)
-        others = next(n for n in itertools.count() if record.fidelity not in trials.get((*name, n), {}))
-        trials.setdefault((*name, others), {})[record.fidelity] = record
+        fidelity = round(_FINEST * float(record.fidelity))  # three thirds are one
+        others = next(n for n in itertools.count() if fidelity not in trials.get((*name, n), {}))
+        trials.setdefault((*name, others), {})[fidelity] = record
     return [list(of.values()) for of in trials.values()]
+
+
+def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
+    """How many steps the full budget has, so that no two fidelities of a trial have the same one, and none has 0."""
+    parts = 1000
+    while True:
+        steps = [[round(parts * float(record.fidelity)) for record in several] for several in trials]
+        if all(len(set(of)) == len(of) and min(of) > 0 for of in steps):
+            return parts
+        if parts == _FINEST:
+            least = min(record.fidelity for several in trials for record in several)
+            raise ValueError(
+                f"A record has the fidelity {least!r}, less than a billionth of the full budget: a study's steps are "
+                "whole numbers, and such fine ones do not fit into what Optuna stores. Leave it out."
+            )
+        parts *= 10
 
 
 def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Record]:

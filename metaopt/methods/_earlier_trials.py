@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,19 @@ def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
     """The space of all that was tried, or may be; a warning says which one it is."""
     # A table's configurations are few dicts, which the records of all its tasks share.
     tried = list({id(record.configuration): record.configuration for record in records}.values())
+    every = [*tried, *(candidates or ())]
     try:
-        space = spaces.infer([*tried, *(candidates or ())])
+        space = spaces.infer(every)
     except ValueError as error:
         raise ValueError(f"`space` is not given, and cannot be inferred from the `records`: {error}") from None
-    lacking = {name: sum(c.get(name) is None for c in tried) for name, leaf in space.items() if not leaf.condition}
-    counts = [f"`{name}` in {num}" for name, num in lacking.items() if num and None not in _labels(space[name])]
-    gaps = f" Of {len(tried)} configurations some lack {', '.join(counts)}, which then is at its default." * bool(
-        counts
-    )
+    default, counts = spaces.configuration(space, spaces.default(space)), []
+    for name, leaf in space.items():
+        missing, nones = sum(name not in given(c) for c in tried), sum(stands_for_nothing(leaf, c, name) for c in tried)
+        if (missing or nones) and not leaf.condition:
+            none = f" ({nones} have None)" * bool(nones)
+            counts.append(f"`{name}` in {missing + nones}{none}, which then is at its default, {default[name]!r}")
+    gaps = f" Of {len(tried)} configurations some lack {'; '.join(counts)}." * bool(counts)
+    gaps += "".join(_evidence(name, leaf, every) for name, leaf in space.items() if leaf.condition)
     text = ",\n  ".join(f"{name!r}: {_as_code(leaf)}" for name, leaf in space.items())
     warnings.warn(
         f"`space` is not given; this one has all of the records' configurations:\n  {text}.\nGive one as `space`, with "
@@ -42,6 +47,27 @@ def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
         stacklevel=3,
     )
     return space
+
+
+def given(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Without NaN, with which data frames fill what a row does not have."""
+    return {name: value for name, value in configuration.items() if value == value}
+
+
+def stands_for_nothing(leaf: spaces.Leaf, configuration: Mapping[str, Any], name: str) -> bool:
+    """Whether it has None where the space has a number, whose default is taken."""
+    return configuration.get(name, name) is None and None not in _labels(leaf)
+
+
+def _evidence(name: str, leaf: spaces.Leaf, tried: list) -> str:
+    """How many configurations a condition of `spaces.infer` rests on."""
+    ((parent, values),) = leaf.condition
+    different = {repr(sorted(of.items())): of for of in map(given, tried) if parent in of}.values()
+    having = sum(name in of and not stands_for_nothing(leaf, of, name) for of in different)
+    return (
+        f" That `{name}` is active only where `{parent}` is {' or '.join(map(repr, values))} rests on {having} "
+        f"different configurations that have it, and {len(different) - having} that do not."
+    )
 
 
 def _labels(leaf: spaces.Leaf) -> tuple:
@@ -69,8 +95,9 @@ def warn_of_foreign(space: base.PyTree, records: list[base.Record]) -> None:
         examples = ", ".join(f"`{name}` in {counts[name]}, such as {value!r}" for name, value in example.items())
         warnings.warn(
             f"{num} of {len(found)} records have values that the space does not have ({examples}). A label counts as "
-            "none in particular, a number out of bounds as the bound, a text in the place of a number as the default. "
-            "Where that is untrue of them, leave them out (`spaces.foreign` finds them), or widen the space.",
+            "none in particular, a number out of bounds as the bound, a text or boolean in the place of a number as "
+            "the default. Where that is untrue of them, leave them out (`spaces.foreign` finds them), or widen "
+            "the space.",
             stacklevel=3,
         )
 

@@ -10,7 +10,15 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, predictors, spaces, training
-from metaopt.methods._earlier_trials import as_records, by_task, costs_by_task, inferred_space, some, warn_of_foreign
+from metaopt.methods._earlier_trials import (
+    as_records,
+    by_task,
+    costs_by_task,
+    inferred_space,
+    some,
+    stands_for_nothing,
+    warn_of_foreign,
+)
 from metaopt.methods._meta_search import ROWS, MetaOptimizer, check_no_mapping, check_rows, encoder, meta_optimizer
 from metaopt.methods._new_trials import as_configurations
 
@@ -66,10 +74,11 @@ def train_meta_optimizer(
         budget. Tasks whose spaces differ still teach: names that the space does not have are ignored, and what a record
         lacks, or has None for where a number is tuned, is at its default. A warning counts records with values that the
         space does not have (`spaces.foreign`): a label counts as no label in particular, a number out of bounds as the
-        bound, a text in the place of a number as the default. Leave such records out where that is untrue of them.
+        bound, a text or boolean in the place of a number as the default. Leave such records out where that is untrue of
+        them.
       space: of λ, for new tasks. None infers it from the records' configurations and the candidates (`spaces.infer`):
         ranges from the smallest to the largest value, choices among what was tried, and conditions that choices tell. A
-        warning says which space that is.
+        warning says which space that is, what was lacking, and on how many configurations each condition rests.
       features: task name -> [F] numbers, NaN where unknown (`tasks.apply_scaling` of meta-features); tasks without an
         entry are unknown altogether.
       datasets: task name -> its labelled rows, a dict like `train` of `tasks.to_task`, for an embedding of the rows
@@ -176,7 +185,8 @@ def train_meta_searcher(
       records: as for `train_meta_optimizer`.
       space: of architectures; `spaces.encode` of it is what the kernel compares. None infers it, as there.
       candidates: the architectures to choose from; by default, all that are in the records, with what the space has
-        names for; without those that have values that the space does not have (`spaces.foreign`).
+        names for; without those that have values that the space does not have (`spaces.foreign`), and where the space
+        is inferred, None among more numbers than a choice has.
       **kwargs: of `train_meta_optimizer`.
 
     Returns:
@@ -188,10 +198,13 @@ def train_meta_searcher(
     records = as_records(records)
     if candidates is not None:
         candidates = as_configurations("candidates", candidates)
-    if space is None:
+    inferred = space is None
+    if inferred:
         space = inferred_space(records, candidates)
     if candidates is None:
         tried = [record.configuration for record in records if not spaces.foreign(space, record.configuration)]
+        if inferred:  # what None stands for among many numbers nobody has said, and so nobody has tried
+            tried = [c for c in tried if not any(stands_for_nothing(leaf, c, name) for name, leaf in space.items())]
         whole = [spaces.complete(space, configuration, strict=False) for configuration in tried]
         candidates = list({tuple(sorted(c.items(), key=lambda i: i[0])): c for c in whole}.values())
         if records and not candidates:

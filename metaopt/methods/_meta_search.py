@@ -121,14 +121,15 @@ class MetaSearcherState(NamedTuple):
       key: of the search; a trial's own is folded from it and the trial's number.
       num_asked: how many trials have been asked for.
       pending: encoded configurations [D] of what has been asked for and not told, by number.
-      tried: what was told, by the trial's number, seed and encoded configuration.
+      tried: what was told, by the trial's number, seed, encoded configuration, and how many of these were before it:
+        another outcome at the same fidelity is a repeat, as of trials without numbers.
       first: configurations to try before others.
     """
 
     key: jax.Array
     num_asked: int
     pending: dict[int, np.ndarray]
-    tried: dict[tuple[int, int, bytes], TriedConfiguration]
+    tried: dict[tuple[int, int, bytes, int], TriedConfiguration]
     first: tuple[dict[str, Any], ...]
 
 
@@ -218,6 +219,17 @@ def _encode_fn(space: base.PyTree):
         return jnp.where(spaces.active(space, hyperparams), x, default(x))
 
     return encode
+
+
+def _trial_of(tried, record: base.Record, x: np.ndarray, outcome: float) -> tuple[tuple, TriedConfiguration]:
+    """The name of the trial that a record is of, and what is known of it: a failure may have been run again."""
+    name = record.trial, record.seed, x.tobytes(), 0
+    while (before := tried.get(name)) is not None:
+        told = before.outcomes.get(record.fidelity, np.nan)
+        if not np.isfinite(told) or told == outcome:
+            return name, before
+        name = *name[:3], name[3] + 1
+    return name, tried_configuration(x, {})
 
 
 def meta_optimizer(
@@ -553,15 +565,14 @@ def meta_optimizer(
                     continue
                 if record.trial in pending and np.array_equal(pending[record.trial], x):  # not a foreign record
                     del pending[record.trial]
-                name = record.trial, record.seed, x.tobytes()
-                before = tried.get(name, tried_configuration(x, {}))
+                outcome = float(record.outcome) if record.status in ("COMPLETE", "PRUNED") else np.nan
+                name, before = _trial_of(tried, record, x, outcome)
                 # What a trial had reached when it was given up counts; what it had cost by then, or when it failed, is
                 # not its cost. Of several fidelities the first one says it: from there, the trial may have gone on.
                 given_up, complete = record.status == "PRUNED", record.status == "COMPLETE"
-                outcome = record.outcome if complete or given_up else np.nan
                 says = complete and 0 < record.cost < np.inf and np.isnan(before.log_cost)
                 cost = float(np.log(record.cost / record.fidelity)) if says else before.log_cost
-                outcomes = {**before.outcomes, record.fidelity: float(outcome)}
+                outcomes = {**before.outcomes, record.fidelity: outcome}
                 tried[name] = tried_configuration(x, outcomes, cost, given_up)
             return state._replace(
                 pending=pending, tried=tried, first=tasks.untried(state.first, records, state.num_asked)

@@ -61,17 +61,17 @@ def from_configuration(
       space: a tree of leaves.
       configuration: plain values by name, as from `configuration`; those of fixed leaves are not looked at. NaN of what
         is not active is a gap, as of a row of a data frame, and lacking.
-      strict: whether names, labels and values out of bounds, which the space does not have, are refused. Otherwise such
-        names are ignored, such values kept, such labels give all labels the same weight, and what should be a number
-        and is none (None, "auto") or is NaN is at its default: for records of a space that has changed since, or of
-        others.
+      strict: whether names, labels and values out of bounds, or between integers, which the space does not have, are
+        refused. Otherwise such names are ignored, such values kept, such labels give all labels the same weight, and
+        what should be a number and is none (None, "auto", True) or is NaN is at its default: for records of a space
+        that has changed since, or of others.
 
     Returns:
       λ, structured like the space, of NumPy arrays of JAX's default floating-point type; a choice is one-hot.
 
     Raises:
-      ValueError: where `strict`, a name or a label is not known, or a value is no number or out of bounds; or two
-        leaves of the space have one name.
+      ValueError: where `strict`, a name or a label is not known, or a value is no number (True is none), out of bounds,
+        or no integer where one is tuned; or two leaves of the space have one name.
 
     >>> from metaopt import spaces
     >>> space = {"depth": spaces.integer(1, 8, default=2), "loss": spaces.choice(["mse", "mae"])}
@@ -114,18 +114,22 @@ def from_configuration(
 def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
     """A whole configuration: with what it lacks at its default, without what is not active.
 
+    What is given, and is not active by what else is given, is left out, as of a record that has all parameters.
+
     Args:
       space: a tree of leaves.
       configuration: plain values by name.
-      strict: as for `from_configuration`. Where it is not, what is `foreign` is replaced: a label by the
-        first one, a number by the bound, what should be a number by the default.
+      strict: as for `from_configuration`, and whether a value is refused that is given, and is not active by what is
+        lacking. Where it is not, what is `foreign` is replaced: a label by the first one, a number by the bound, or the
+        nearest integer, what should be a number by the default.
 
     Returns:
       A configuration like those of `configuration`, with the given numbers to the last digit, which a λ of float32 has
       not: a record is found again by its configuration.
 
     Raises:
-      ValueError: as for `from_configuration`.
+      ValueError: as for `from_configuration`; or where `strict`, a parameter is given whose condition does not hold at
+        the default of one that is lacking: it would be left out unnoticed.
 
     >>> from metaopt import spaces
     >>> spaces.complete({"rate": spaces.interval(0.0, 1.0), "depth": spaces.integer(1, 9)}, {"rate": 0.123456789})
@@ -133,6 +137,8 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
     """
     given = configuration
     whole = _configuration(space, from_configuration(space, given, strict=strict))
+    if strict:
+        _check_active(space, given, whole)
     kept = lambda name, value: (
         name in given and _is_number(given[name]) and math.isclose(given[name], value, rel_tol=1e-6)
     )
@@ -150,8 +156,8 @@ def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, A
       configuration: plain values by name, of another space or of an earlier form of this one.
 
     Returns:
-      Labels that are none of a choice's, numbers out of bounds, and what is no number where one is tuned; but for None,
-      which there stands for what is not given, and NaN, which is a gap.
+      Labels that are none of a choice's, numbers out of bounds or between integers, and what is no number (True is
+      none) where one is tuned; but for None, which there stands for what is not given, and NaN, which is a gap.
 
     >>> from metaopt import spaces
     >>> space = {"depth": spaces.integer(1, 8), "loss": spaces.choice(["mse", "mae"])}
@@ -217,6 +223,29 @@ _MISSING = object()
 def _is_gap(value) -> bool:
     """Whether it is NaN, with which data frames fill what a row does not have."""
     return isinstance(value, (float, np.floating)) and value != value
+
+
+def _check_active(space, given: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    """Refuses what is given, and left out of the whole by the default of what is not given."""
+    conditions = _conditions(space)
+
+    def failing(leaf):
+        for parent, of in conditions[leaf]:
+            if parent not in whole:
+                yield from failing(parent)
+            elif whole[parent] not in of:
+                yield parent, of
+
+    for name, value in given.items():
+        if name in whole or _is_gap(value):
+            continue
+        for parent, of in failing(_leaf_name(name, conditions)):
+            if parent not in given or _is_gap(given[parent]):
+                raise ValueError(
+                    f"The configuration's `{name}` is {value!r}, and would be left out: it is active only where "
+                    f"`{parent}` is {' or '.join(map(repr, of))}, and `{parent}` is lacking, which is "
+                    f"{whole[parent]!r} by default. Give `{parent}`, too, or leave `{name}` out."
+                )
 
 
 def _is_number(value) -> bool:

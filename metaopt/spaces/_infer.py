@@ -10,6 +10,8 @@ from metaopt.spaces._configuration import _is_gap
 from metaopt.spaces._leaves import Leaf
 
 _MOST_LABELS = 100
+_MOST_NUMBERS = 20  # beside None: of more of them, it is their range that is meant
+_FEWEST = 3  # with a parameter, and without it: chance finds those of a label in one of C(6, 3) = 20 draws of 3 of 6
 
 
 def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
@@ -17,11 +19,14 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
 
     - Numbers lie between the smallest and the largest: an `integer` where all are integers, otherwise an `interval`;
       with `log` where all are positive and the largest is more than a hundred times the smallest.
-    - Texts, booleans, and numbers among them are labels of a `choice`; None is one there, and not given among numbers.
+    - Texts, booleans, and numbers among them are labels of a `choice`, and so is None, also among at most 20 different
+      numbers: scikit-learn's `max_depth=None` has no limit, and is no depth between others. Among more numbers, None
+      says that nothing is given, and is taken to be the default of their range: replace it by what it stands for.
     - One value alone is `fixed`; one text a `choice` of it.
     - A parameter that some configurations lack is active only if a choice has the labels that it has in those that have
-      the parameter, where there is a choice that tells. Otherwise it is optional as all parameters are: what lacks it
-      is taken to be at its default.
+      the parameter, where there is a choice that tells, and at least three different configurations have the parameter,
+      and three with such a choice lack it: fewer are divided so by chance more often than once in 20. Otherwise it is
+      optional as all parameters are: what lacks it is taken to be at its default.
 
     Args:
       configurations: plain values by name; NaN is a gap, as of a data frame.
@@ -34,7 +39,8 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
         hundred.
 
     >>> from metaopt import spaces
-    >>> tried = [{"kernel": "linear"}, {"kernel": "rbf", "gamma": 0.001}, {"kernel": "rbf", "gamma": 1.0}]
+    >>> tried = [{"kernel": "linear", "C": c} for c in (0.1, 1.0, 10.0)]
+    >>> tried += [{"kernel": "rbf", "C": 1.0, "gamma": gamma} for gamma in (0.001, 0.1, 1.0)]
     >>> space = spaces.infer(tried)
     >>> space["gamma"] == spaces.active_if(spaces.interval(0.001, 1.0, log=True), "kernel", ["rbf"])
     True
@@ -44,8 +50,8 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
     for configuration in tried:
         for name, value in configuration.items():
             values.setdefault(name, []).append(value)
-    numeric = {name for name, found in values.items() if _numbers(found)}
-    # Among numbers None says that nothing is given.
+    numeric = {name for name, found in values.items() if _numbers(found) and not (None in found and _few(found))}
+    # Among many numbers None says that nothing is given.
     tried = [{n: v for n, v in c.items() if v is not None or n not in numeric} for c in tried]
     space = {
         name: _leaf(name, [v for v in found if v is not None] if name in numeric else found)
@@ -53,7 +59,9 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
     }
     if not space:
         raise ValueError("No configuration has a parameter: there is no space to infer. Give `space`.")
-    return {name: _where_active(name, leaf, space, tried) for name, leaf in space.items()}
+    # What is tried on many tasks is one configuration.
+    different = {tuple(sorted((n, type(v).__name__, repr(v)) for n, v in c.items())): c for c in tried}
+    return {name: _where_active(name, leaf, space, list(different.values())) for name, leaf in space.items()}
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -72,6 +80,12 @@ def _numbers(found: list[Any]) -> bool:
     return bool(given) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in given)
 
 
+def _few(found: list[Any]) -> bool:
+    """Whether numbers can be labels."""
+    labels = {(type(value), value) for value in found if value is not None}
+    return len(labels) <= _MOST_NUMBERS and len({value for _, value in labels}) == len(labels)
+
+
 def _leaf(name: str, found: list[Any]) -> Leaf:
     if _numbers(found) and None not in found:
         low, high = min(found), max(found)
@@ -82,7 +96,8 @@ def _leaf(name: str, found: list[Any]) -> Leaf:
             return _leaves.integer(low, high, log=log)
         return _leaves.interval(low, high, log=log)
     labels = list({(type(value), value): value for value in found}.values())
-    labels.sort(key=lambda label: (type(label).__name__, label) if label is not None else ("", ""))
+    kind = lambda label: "" if _numbers(labels) else type(label).__name__
+    labels.sort(key=lambda label: (label is not None, kind(label), label if label is not None else ""))
     if len(labels) == 1 and isinstance(labels[0], bool):
         return _leaves.fixed(labels[0])
     if len(labels) > _MOST_LABELS or len(set(labels)) < len(labels):
@@ -94,7 +109,7 @@ def _leaf(name: str, found: list[Any]) -> Leaf:
 def _where_active(name: str, leaf: Leaf, space: dict[str, Leaf], tried: list[dict[str, Any]]) -> Leaf:
     """The leaf, with a condition where some lack it and a choice tells which."""
     lacking = [name not in configuration for configuration in tried]
-    if not any(lacking):
+    if not any(lacking) or lacking.count(False) < _FEWEST:
         return leaf
     # What is always there comes first.
     parents = [other for other, of in space.items() if isinstance(of, _leaves.Choice) and other != name]
@@ -102,8 +117,9 @@ def _where_active(name: str, leaf: Leaf, space: dict[str, Leaf], tried: list[dic
     key = lambda configuration, parent: (type(label := configuration.get(parent)), label)
     for parent in parents:
         has = {key(c, parent) for c, without in zip(tried, lacking, strict=True) if not without}
-        without = {key(c, parent) for c, without in zip(tried, lacking, strict=True) if without and parent in c}
-        if all(parent in c for c, out in zip(tried, lacking, strict=True) if not out) and without and not has & without:
+        without = [key(c, parent) for c, without in zip(tried, lacking, strict=True) if without and parent in c]
+        told = len(without) >= _FEWEST and not has & set(without)
+        if told and all(parent in c for c, out in zip(tried, lacking, strict=True) if not out):
             labels = space[parent].labels  # pyright: ignore[reportAttributeAccessIssue]
             return _leaves.active_if(leaf, parent, [label for label in labels if (type(label), label) in has])
     return leaf

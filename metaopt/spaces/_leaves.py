@@ -61,9 +61,9 @@ class Leaf(abc.ABC):
 
     def from_plain(self, value: Any, strict: bool) -> Any:
         """One entry of λ from its plain value; raises ValueError where it is not one."""
-        if isinstance(value, numbers.Real) and math.isfinite(value):
-            return value
-        raise ValueError("a finite number")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ValueError("a finite number")
+        return value
 
     @abc.abstractmethod
     def default_value(self) -> jax.Array:
@@ -217,6 +217,12 @@ class Integer(_Bounded):
 
     def to_plain(self, value):
         return int(np.clip(np.round(value), self.low, self.high))
+
+    def from_plain(self, value, strict):
+        value = super().from_plain(value, strict)
+        if strict and value != round(value):
+            raise ValueError("an integer (round it, or tune an `interval`)")
+        return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

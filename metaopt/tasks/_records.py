@@ -1,10 +1,17 @@
 """Records on disk: one SQLite file that is only ever appended to.
 
 A row is what was known of a trial at one time, as one `base.Record`: "RUNNING" when it starts, and how it ended
-afterwards. Of the rows of one trial (study, task, trial, fidelity, seed), the last one counts that says how it ended;
-where none does, the last one. Each `append_records` is one transaction: a process that is killed loses what it had not
-appended, and nothing else; several processes of one machine may append to one file at a time. (SQLite's write-ahead log
-needs a file system that is local, not one over a network.)
+afterwards. Rows are of one trial where study, task, number, configuration, fidelity and seed are the same: a number
+alone says little, since every search counts from 0, and trials that nobody numbers are all 0. Of one trial
+
+- what says how it ended replaces what says that it waits or runs, wherever that stands;
+- a failure is replaced by how it ended afterwards (it was run again);
+- outcomes that differ are repeats, as of trials that nobody numbered, and each counts. The same outcome once more is
+  the same trial, appended once more.
+
+Each `append_records` is one transaction: a process that is killed loses what it had not appended, and nothing else;
+several processes of one machine may append to one file at a time. (SQLite's write-ahead log needs a file system that is
+local, not one over a network.)
 """
 
 import contextlib
@@ -28,6 +35,7 @@ _TIMEOUT = 300  # seconds that a writer waits for others
 
 _APPLICATION = 0x6D657461  # "meta", in the header of the file
 _COLUMNS = ", ".join(Record._fields)
+_BEGUN = ("WAITING", "RUNNING")
 _NOT_ITS_FAULT = ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")
 _SCHEMA = f"""
 CREATE TABLE records (
@@ -46,7 +54,9 @@ def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, s
     Args:
       file: its path; beside it, SQLite keeps `-wal` and `-shm` while it is in use.
       records: any number. NumPy's numbers are written as Python's.
-      study: the search that they belong to. Trials are numbered within a study and a task.
+      study: the search that they belong to. Trials are numbered within a study and a task. Those without numbers of
+        their own (0) are told apart by their configurations, and repeats of one by their outcomes: repeats of which the
+        equal outcomes should count, too, need numbers.
 
     Raises:
       ValueError: a record cannot be written (its status is unknown, its fidelity not in (0, 1], its outcome or cost no
@@ -64,7 +74,7 @@ def read_records(
     status: str | Sequence[str] | None = None,
     history: bool = False,
 ) -> list[Record]:
-    """The records of a file: of each trial, the last one that ended; where none has, the last one.
+    """The records of a file: of each trial how it ended, each outcome once; where it has not, the last row.
 
     Args:
       file: its path.
@@ -74,7 +84,7 @@ def read_records(
       history: every row that was ever appended, in that order, instead of one for each trial.
 
     Returns:
-      The records, in the order in which their trials were first appended.
+      The records, in the order in which their trials, or their repeats, were first appended.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -82,18 +92,38 @@ def read_records(
     """
     if unknown := set(_listed(status or ())) - set(STATUSES):
         raise ValueError(f"`status` must be of {', '.join(STATUSES)}; got {sorted(unknown)}.")
-    ended = "MAX(CASE WHEN status NOT IN ('WAITING', 'RUNNING') THEN id END)"
-    last = f"SELECT MIN(id) AS first, COALESCE({ended}, MAX(id)) AS last FROM records"
-    last += " GROUP BY study, task, trial, fidelity, seed"
-    every = "SELECT id AS first, id AS last FROM records"
-    query = f"SELECT {_COLUMNS} FROM ({every if history else last}) JOIN records ON id = last WHERE 1"
-    values: list[str] = []
-    for column, wanted in (("study", study), ("task", task), ("status", status)):
+    query, values = f"SELECT study, {_COLUMNS} FROM records WHERE 1", []
+    # A trial's status is known once all of its rows are.
+    for column, wanted in (("study", study), ("task", task), ("status", status if history else None)):
         if wanted is not None:  # one variable, whose number SQLite limits
             query += f" AND {column} IN (SELECT value FROM json_each(?))"
             values.append(json.dumps(_listed(wanted), default=as_python))
     with _open(file) as connection:
-        return [_from_row(row) for row in connection.execute(f"{query} ORDER BY first", values)]
+        rows = connection.execute(f"{query} ORDER BY id", values)
+        if history:
+            return [_from_row(row[1:]) for row in rows]
+        records = _of_each_trial(rows)
+    return [record for record in records if status is None or record.status in _listed(status)]
+
+
+def _of_each_trial(rows) -> list[Record]:
+    """What counts of each trial, of rows in the order in which they were appended."""
+    names: dict[str, str] = {}  # of configurations, by their text
+    trials: dict[tuple, dict[Any, tuple[int, Record]]] = {}  # by how they ended, and the place at which they are listed
+    for place, (study, *row) in enumerate(rows):
+        record = _from_row(row)
+        if (name := names.get(row[1])) is None:
+            name = names[row[1]] = json.dumps(record.configuration, sort_keys=True)
+        of = trials.setdefault((study, record.task, record.trial, name, record.fidelity, record.seed), {})
+        if record.status in _BEGUN:
+            if not of or _BEGUN in of:
+                of[_BEGUN] = of.get(_BEGUN, (place,))[0], record
+            continue
+        outcome = None if math.isnan(record.outcome) else record.outcome  # no NaN equals another
+        end = "FAIL" if record.status == "FAIL" else (record.status, outcome)
+        before = next((before for before in (end, _BEGUN, "FAIL") if before in of), None)
+        of[end] = place if before is None else of.pop(before)[0], record
+    return [record for _, record in sorted((at for of in trials.values() for at in of.values()), key=lambda at: at[0])]
 
 
 def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) -> int:

@@ -378,16 +378,18 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_bett
 
     Args:
       rows: `openml.evaluations.list_evaluations_setups(...)`, the data frame or its `to_dict("records")`: each with
-        "data_name" (or "task_id"), "run_id", "value", and "parameters", whose values are JSON.
+        "data_name" (or "task_id"), "run_id", "value", and "parameters", whose values are JSON. "data_id" tells data
+        sets of one name apart.
       higher_is_better: of the values. By default they are taken for what is at most 1 and better where it is larger,
         such as an accuracy, and refused where they are above 1, or where the row's "function" is an error, a cost or a
         time.
 
     Returns:
-      A record a row: the task is the data set's name; a parameter's name loses its flow, what stands before and after
-      it in `sklearn.svm.classes.SVC(16)_gamma`, where that is not ambiguous; the outcome is 1 − value, or where higher
-      is not better the value itself. Values of parameters that are no plain data are left out. A run without a value
-      has failed.
+      A record a row: the task is the data set's name, with its number where rows have several data sets of that name,
+      as "iris (61)" and "iris (969)"; a parameter's name loses its flow, what stands before and after it in
+      `sklearn.svm.classes.SVC(16)_gamma`, where that is not ambiguous; the outcome is 1 − value, or where higher is not
+      better the value itself. Values of parameters that are no plain data are left out. A run without a value has
+      failed.
 
     Raises:
       ValueError: a value is no number; it is above 1, or of an error, and `higher_is_better` is not said; or rows are
@@ -403,6 +405,10 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_bett
             f"The values are of {losses[0]!r}, which is better where it is smaller; `higher_is_better=False` takes "
             "them as outcomes."
         )
+    versions: dict[str, set[int]] = {}  # another upload is another data set, of the same name
+    for row in rows:
+        if "data_name" in row and _is_given(row.get("data_id")):
+            versions.setdefault(str(row["data_name"]), set()).add(int(row["data_id"]))
     records = []
     for row in rows:
         parameters = dict(row["parameters"] or {})
@@ -419,6 +425,8 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_bett
             ):
                 configuration[name if short[name] in ambiguous else short[name]] = value
         task = str(row["data_name"] if "data_name" in row else row["task_id"])
+        if len(versions.get(task, ())) > 1 and _is_given(row.get("data_id")):
+            task += f" ({int(row['data_id'])})"
         record = Record(task, configuration, trial=int(row["run_id"]))
         try:
             value = math.nan if row["value"] is None else float(row["value"])
@@ -475,6 +483,11 @@ def _file(path, name: str) -> Path:
 def _positions(values) -> dict[str, int]:
     """Where each value first occurs among the different ones."""
     return {value: index for index, value in enumerate(dict.fromkeys(values))}
+
+
+def _is_given(value) -> bool:
+    """Whether it is neither None nor NaN, with which data frames fill gaps."""
+    return value is not None and value == value
 
 
 def _parsed(text):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from metaopt import Record, integrations, spaces
+from metaopt import Record, integrations, spaces, tasks
 
 optuna = pytest.importorskip("optuna")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -106,6 +106,36 @@ def test_trials_of_one_number_and_another_seed_or_configuration_are_others():
     assert found == [(0.1, 1.0, 1), (0.9, 0.2, 2), (0.1, 0.7, 3), (0.3, 1.0, 1), (0.1, 0.8, 1)]
     assert [trial.intermediate_values for trial in study.trials[:2]] == [{1000: 1.0, 500: 1.0}, {1000: 0.2}]
     assert integrations.from_optuna_study(study) == records[:5]
+
+
+def test_two_studies_of_one_task_are_kept_in_one_file(tmp_path):
+    """Both are numbered from 0; one configuration is the first one of both."""
+    records = []
+    for seed in (0, 1):
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+        study.enqueue_trial({"x": 0.5})
+        study.optimize(lambda trial, seed=seed: trial.suggest_float("x", 0, 1) + seed, n_trials=10)
+        records += integrations.from_optuna_study(study, task="t")
+    for part in (records[:10], records[10:]):
+        tasks.append_records(tmp_path / "records.db", part)
+    assert tasks.read_records(tmp_path / "records.db") == records and len(records) == 20
+    assert len(integrations.to_optuna_study(records, {"x": spaces.interval(0.0, 1.0)}).trials) == 20
+
+
+def test_steps_are_as_fine_as_a_trial_s_fidelities():
+    space = {"x": spaces.interval(0.0, 1.0)}
+    epochs = (1, 2, 3, 4, 5, 6, 4_000)
+    records = [Record("t", {"x": 0.5}, 1 / e, e / 4_000) for e in epochs]
+    (trial,) = integrations.to_optuna_study(records, space).trials
+    assert list(trial.intermediate_values.values()) == [1 / e for e in epochs]
+    assert list(trial.intermediate_values) == [2, 5, 8, 10, 12, 15, 10_000] and trial.value == 1 / 4_000
+    # None is at step 0, which Optuna takes for a first report; three thirds are one, and no fidelity of their own.
+    (trial,) = integrations.to_optuna_study([records[0]._replace(fidelity=1e-4)], space).trials
+    assert list(trial.intermediate_values) == [1]
+    thirds = [records[0]._replace(fidelity=f) for f in (0.1 + 0.2, 0.3)]
+    assert [list(t.intermediate_values) for t in integrations.to_optuna_study(thirds, space).trials] == [[300], [300]]
+    with pytest.raises(ValueError, match="has the fidelity 1e-10, less than a billionth of the full budget"):
+        integrations.to_optuna_study([records[0]._replace(fidelity=1e-10)], space)
 
 
 def test_what_is_no_record_is_refused_by_its_place():

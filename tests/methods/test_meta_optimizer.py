@@ -473,11 +473,34 @@ def test_without_a_space_it_is_that_of_the_records_and_is_said():
         g = methods.train_meta_optimizer(records, num_steps=0)
     assert g.space == expected and set(g.predict()) == {"x", "kind"}
     lacks = [base.Record("old", {"x": x}, x) for x in xs[:5]]
-    with pytest.warns(UserWarning, match=r"Of 35 configurations some lack `kind` in 5, which then is at its default"):
+    with pytest.warns(
+        UserWarning, match=r"Of 35 configurations some lack `kind` in 5, which then is at its default, 'a'"
+    ):
         h: Any = methods.train_meta_searcher(iter([*records, *lacks]), num_steps=0)
     assert h.space == expected
     others = [r for r in records[:5] if r.configuration["kind"] == "b"]  # the default is "a"
     assert len(h.candidates) == 30 + len(others) > 30
+    # Without a limit is no depth between others; of many depths, it is not said which.
+    depths = [
+        base.Record(f"t{t}", {"depth": d, "n": n}, n + (d or 64) / 99)
+        for d in (2, 4, None)
+        for n in (1, 2)
+        for t in (0, 1)
+    ]
+    with pytest.warns(UserWarning, match=r"'depth': choice\(\[None, 2, 4\]\)"):
+        h = methods.train_meta_searcher(depths, num_steps=0)
+    assert sorted(c["depth"] or 64 for c in h.candidates) == [2, 2, 4, 4, 64, 64]
+    many = depths + [base.Record("t0", {"depth": d, "n": 1}, 1.0) for d in range(2, 33)]
+    with pytest.warns(UserWarning, match=r"lack `depth` in 4 \(4 have None\), which then is at its default, 17"):
+        h = methods.train_meta_searcher(many, num_steps=0)
+    assert sorted(c["depth"] for c in h.candidates) == sorted([2, 4, *range(2, 33)])
+    rests = [
+        base.Record("t", {"kind": k, "n": n} | ({"x": n} if k else {}), n) for k in (True, False) for n in range(4)
+    ]
+    with pytest.warns(
+        UserWarning, match="`x` is active only where `kind` is True rests on 4 different .* and 4 that do"
+    ):
+        methods.train_meta_searcher([*rests, *rests[:4]], num_steps=0)
     with pytest.raises(ValueError, match="`space` is not given, and cannot be inferred .* `layers` has the value"):
         methods.train_meta_searcher([base.Record("t", {"layers": [1, 2]}, 1.0)], num_steps=0)
 

@@ -394,6 +394,19 @@ def test_bohb_and_tpe_begin_with_what_g_proposes(g):
         assert {round(t.fidelity, 9) for t in asked} == {round(fidelity, 9)}
 
 
+def test_repeats_without_numbers_all_count_and_what_failed_is_run_again(g):
+    searcher = g.searcher()
+    state = searcher.init(jax.random.key(0), None)
+    several = [Record("", POOL[3], y) for y in (1.0, 9.0, 3.0)]
+    state = searcher.tell(state, several)
+    assert [trial.outcomes for trial in state.tried.values()] == [{1.0: 1.0}, {1.0: 9.0}, {1.0: 3.0}]
+    assert len(searcher.tell(state, several).tried) == 3  # told again
+    failed = Record("", POOL[4], status="FAIL")
+    again = searcher.tell(searcher.tell(state, [failed]), [failed._replace(status="COMPLETE", outcome=2.0)])
+    assert [trial.last for trial in again.tried.values()] == [1.0, 9.0, 3.0, 2.0]
+    assert searcher.ask(state, 1)[0][0].configuration != POOL[3]
+
+
 @pytest.mark.once
 def test_a_foreign_record_with_the_number_of_a_running_trial_leaves_it_running(g):
     searcher = g.searcher()

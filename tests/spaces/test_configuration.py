@@ -98,6 +98,35 @@ def test_a_space_that_has_changed_since_is_read_as_far_as_it_goes():
         spaces.from_configuration(SPACE, {"svm.gamma": "auto"})
 
 
+def test_booleans_are_no_numbers_and_fractions_no_integers():
+    space = {"depth": spaces.integer(1, 8), "rate": spaces.interval(0.0, 2.0)}
+    wrong = {"rate": True, "depth": 3.7}
+    for name, message in (("rate", "a finite number; got True"), ("depth", r"an integer \(round it, .*; got 3.7")):
+        for fn in (spaces.from_configuration, spaces.complete):
+            with pytest.raises(ValueError, match=f"`{name}` must be {message}"):
+                fn(space, {name: wrong[name]})
+    assert spaces.foreign(space, wrong) == wrong
+    assert spaces.complete(space, wrong, strict=False) == {"depth": 4, "rate": 1.0}
+    assert spaces.from_configuration(space, wrong, strict=False)["depth"] == pytest.approx(3.7)
+    assert spaces.complete(space, {"rate": 2, "depth": np.float32(3.0)}) == {"rate": 2.0, "depth": 3}
+
+
+def test_what_is_given_is_not_left_out_by_the_default_of_what_is_lacking():
+    for given, message in (
+        ({"forest.leaves": 8}, "`forest.leaves` is 8, and .* `model` is 'forest', and `model` is lacking, .* 'svm' by"),
+        ({"svm.gamma": 1.0, "model": "forest", "forest.depth": 1, "forest.leaves": 3}, None),  # the forest is meant
+        ({"model": "forest", "forest.leaves": 3}, "where `forest.depth` is 0, and `forest.depth` is lacking, .* 4 by"),
+        ({"model": "forest", "svm.kernel": float("nan")}, None),
+    ):
+        if message is None:
+            assert "svm.gamma" not in spaces.complete(SPACE, given)
+        else:
+            with pytest.raises(ValueError, match=message):
+                spaces.complete(SPACE, given)
+        assert set(given) - set(spaces.complete(SPACE, given, strict=False)) != set()
+    assert spaces.complete(SPACE, {"svm.gamma": 1.0})["svm.gamma"] == 1.0
+
+
 def test_values_out_of_bounds_are_refused_and_kept_where_the_space_may_have_changed():
     space = {"depth": spaces.integer(1, 8), "rate": spaces.interval(1e-3, 1.0)}
     for name, value, bounds in (("depth", 9, "1 and 8"), ("rate", 0.0, "0.001 and 1.0")):
@@ -211,13 +240,14 @@ def test_a_space_is_inferred_from_what_was_tried():
         {"model": "tree", "depth": None, "n": 2.5, "flag": True, "seed": 3, "mixed": 0.5, "mode": "x"},
         {"model": "tree", "depth": np.int64(9), "n": 3, "flag": True, "seed": 3, "mixed": 0.5, "mode": "x"},
         {"model": "tree", "depth": 5, "n": 3, "flag": True, "seed": 3, "mixed": 1, "mode": "x"},
+        {"model": "svm", "kernel": "rbf", "gamma": 0.5, "n": 3, "flag": True, "seed": 3, "mode": "x"},
     ]
-    space = spaces.infer(tried)
+    space = spaces.infer([c | {"n": n} for c in tried for n in {c["n"], 2.5, 4}])
     assert space == {
         "model": spaces.choice(["svm", "tree"]),
         "kernel": spaces.active_if(spaces.choice(["linear", "rbf"]), "model", ["svm"]),
         "gamma": spaces.active_if(spaces.interval(0.001, 1.0, log=True), "kernel", ["rbf"]),
-        "depth": spaces.integer(2, 9),  # of the trees one lacks it: optional
+        "depth": spaces.active_if(spaces.choice([None, 2, 5, 9]), "model", ["tree"]),
         "n": spaces.interval(1, 500, log=True),
         "flag": spaces.choice([False, True]),
         "seed": spaces.fixed(3),
@@ -226,7 +256,20 @@ def test_a_space_is_inferred_from_what_was_tried():
     }
     assert all(spaces.foreign(space, configuration) == {} for configuration in tried)
     assert spaces.infer(tried[:3]) == spaces.infer(tried[2::-1])
+    optional = spaces.infer([*tried[3:7], {"model": "tree"}, *tried[:3]])
+    assert optional["depth"] == spaces.choice([None, 2, 5, 9]) and optional["gamma"].condition == ()
     assert spaces.infer([{"n": 1}, {"n": 2**40}]) == {"n": spaces.interval(1, 2**40, log=True)}
+    few = [{"criterion": "gini", "depth": d} for d in (3, 9, 5)] + [{"criterion": "entropy"}] * 5  # one configuration
+    assert spaces.infer(few)["depth"] == spaces.integer(3, 9)
+    others = [{"criterion": "entropy", "n": n} for n in (1, 2)]
+    assert spaces.infer(few + others)["depth"] == spaces.active_if(spaces.integer(3, 9), "criterion", ["gini"])
+    assert spaces.infer(few[1:] + others)["depth"] == spaces.integer(5, 9)  # two have it
+    # None beside more numbers than a choice has, or beside 2 and 2.0, stands for nothing that is known.
+    line = [{"n": n} for n in range(21)]
+    assert spaces.infer([*line[:20], {"n": None}])["n"] == spaces.choice([None, *range(20)])
+    assert spaces.infer([*line, {"n": None}])["n"] == spaces.integer(0, 20)
+    assert spaces.infer([{"n": n} for n in (None, 2, 2.0, 2.5)])["n"] == spaces.interval(2, 2.5)
+    assert spaces.infer([{"n": n} for n in (None, 2, 0.5)])["n"] == spaces.choice([None, 0.5, 2])
     for wrong, message in (
         ([{"layers": [1]}], r"`layers` has the value \[1\], which is no number"),
         ([{"a": True}, {"a": 1}, {"a": "x"}], r"`a` has labels that are equal \(1, 1.0 and True\)"),

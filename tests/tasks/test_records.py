@@ -88,6 +88,40 @@ def test_the_last_row_of_a_trial_counts_and_none_is_overwritten(tmp_path):
     assert len(tasks.read_records(file)) == 6
 
 
+def test_trials_without_numbers_are_told_apart_and_repeats_of_one_all_count(tmp_path):
+    file = tmp_path / "records.db"
+    line = [Record("a", {"x": x / 10, "kind": "b"}, abs(x - 3) / 10, cost=1.0) for x in range(11)]
+    tasks.append_records(file, line)
+    assert tasks.read_records(file) == line
+    # Once more the same, with its names in another order, is the same: whatever is imported twice is there once.
+    tasks.append_records(file, [r._replace(configuration=dict(reversed(r.configuration.items()))) for r in line])
+    assert tasks.read_records(file) == line
+    line = tasks.read_records(file)
+    # A search that runs, and one that has ended, under the number of another one's trial.
+    running = Record("a", {"x": 0.77}, cost=1.0, status="RUNNING")
+    tasks.append_records(file, [running])
+    assert tasks.read_records(file)[:11] == line and same(tasks.read_records(file, status="RUNNING"), [running])
+    ended = running._replace(status="COMPLETE", outcome=0.5)
+    tasks.append_records(file, [ended])
+    repeats = [ended._replace(outcome=y) for y in (0.25, 0.75)]
+    failed = ended._replace(status="FAIL", outcome=math.nan)
+    tasks.append_records(file, repeats[:1])
+    tasks.append_records(file, [running, repeats[1], failed, failed, ended, running])
+    assert same(tasks.read_records(file), [*line, ended, *repeats, failed])
+    # What failed was run again.
+    tasks.append_records(file, [ended._replace(outcome=1.5)])
+    assert tasks.read_records(file) == [*line, ended, *repeats, ended._replace(outcome=1.5)]
+
+
+def test_ten_thousand_trials_are_read_at_once_also_where_one_is_repeated_as_often(tmp_path):
+    file = tmp_path / "records.db"
+    tasks.append_records(file, [Record("a", {"x": x}, float(x)) for x in range(10_000)])  # nobody numbered them
+    tasks.append_records(file, [Record("b", {"x": 0}, float(y)) for y in range(10_000)])
+    begin = time.thread_time()
+    assert [record.outcome for record in tasks.read_records(file)] == 2 * list(map(float, range(10_000)))
+    assert time.thread_time() - begin < 2
+
+
 def write(file, name, num):
     for trial in range(num):
         tasks.append_records(file, [Record(name, {"trial": trial}, float(trial), trial=trial)])

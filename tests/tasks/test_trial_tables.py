@@ -143,6 +143,15 @@ def test_openml_s_evaluations():
     assert records[1].configuration == {f"{flow}_verbose": 1, f"{pipe}_verbose": 2}
 
 
+def test_openml_s_data_sets_of_one_name_are_several_tasks():
+    row = {"data_name": "iris", "run_id": 7, "value": 0.5, "parameters": {}}
+    ids = [{"data_id": 61}, {"data_id": 969.0}, {"data_id": 61, "data_name": "wine"}, {"data_id": math.nan}, {}]
+    rows = [row | other for other in ids]
+    found = [record.task for record in tasks.from_openml_evaluations(rows)]
+    assert found == ["iris (61)", "iris (969)", "wine", "iris", "iris"]
+    assert [record.task for record in tasks.from_openml_evaluations(rows[1:])] == ["iris", "wine", "iris", "iris"]
+
+
 def test_openml_s_measures_that_are_errors_are_not_turned_around():
     row = {"run_id": 7, "data_name": "iris", "value": 37.2, "parameters": {}}
     rmse = row | {"function": "root_mean_squared_error"}
