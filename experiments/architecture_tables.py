@@ -54,7 +54,7 @@ import numpy as np
 import script
 from scipy.stats import rankdata
 
-from metaopt import base, methods, nas, predictors, spaces
+from metaopt import methods, nas, predictors, spaces
 
 MARKS = (1, 5, 20, 100)  # evaluations at which regrets are told
 
