@@ -84,7 +84,7 @@ def make_benchmark(
             known = once and set(architecture) == {"cell"} and not given and set(ops) <= set(_EDGE_OPS[name])
             return rows.get(tuple(map(_EDGE_OPS[name].index, ops))) if known else None
         if isinstance(architecture, Mapping) and name == "NAS-Bench-Macro":
-            digit = {((0, 1, op),): i for i, op in enumerate(_CHAINS[name])}
+            digit: dict[tuple, int] = {((0, 1, op),): i for i, op in enumerate(_CHAINS[name])}
             digits = tuple(digit.get(tuple(map(tuple, architecture.get(dim, ())))) for dim in dims)
             return rows.get(digits) if set(architecture) == set(dims) else None
         if isinstance(architecture, str | Mapping | Graph) or not np.iterable(architecture):
