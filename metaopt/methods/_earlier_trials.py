@@ -14,8 +14,7 @@ from metaopt.methods._meta_search import check_no_mapping
 
 def as_records(records: Any, name: str = "records") -> list[base.Record]:
     """Records from a list, a generator or a data frame; raises `ValueError` where one is none, and says which."""
-    are_none = isinstance(records, (base.Record, dict, str)) or not np.iterable(records)
-    if are_none:
+    if isinstance(records, (base.Record, dict, str)) or not hasattr(records, "__iter__"):
         raise ValueError(
             f"`{name}` must be a list of `Record`s, or a data frame of them; got {type(records).__name__}."
         )
