@@ -54,7 +54,7 @@ import numpy as np
 import script
 from scipy.stats import rankdata
 
-from metaopt import base, methods, nas, predictors, spaces
+from metaopt import methods, nas, predictors, spaces
 
 MARKS = (1, 5, 20, 100)  # evaluations at which regrets are told
 
@@ -144,17 +144,13 @@ def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], feature
     cells, name = configurations(table), lambda c: tuple(c.values())
     at = {name(c): row for row, c in enumerate(cells)}
 
-    def records(losses):
-        return [
-            base.Record(table.tasks[t], c, float(y)) for t in others for c, y in zip(cells, losses[:, t], strict=True)
-        ]
-
+    names = [table.tasks[t] for t in others]
     sizes: dict[str, Any] = {"num_steps": 2, "num_members": 2, "width": 8} if smoke else {}
     return methods.train_cell_searcher(
-        records(table.valid[..., -1]),
+        nas.benchmark_records(table, names),
         lambda c: graphs[at[name(c)]],
         features=features,
-        tests=records(table.test),
+        tests=nas.benchmark_records(table, names, test=True),
         key=jax.random.key(seed),
         progress=False,
         **sizes,

@@ -1,6 +1,7 @@
 """h from records of earlier searches, by an encoder of cells crossed with the task: `train_cell_searcher`."""
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -9,7 +10,9 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, nas, predictors, training
-from metaopt.methods._meta_search import check_no_mapping, features_of
+from metaopt.methods._earlier_trials import as_records, by_task, features_by_task, full_loss, partial_fidelity, some
+from metaopt.methods._meta_search import features_of
+from metaopt.methods._new_trials import as_configurations
 
 _AT_ONCE = 2048  # cells that are encoded together
 
@@ -21,13 +24,13 @@ _LEARNED = (1e-2, 1.0, 100.0)
 
 
 class PredictCellFn(Protocol):
-    def __call__(self, new_task: Any = None, trials: Sequence[base.Record] = ()) -> dict[str, Any]:
+    def __call__(self, new_task: Any = None, trials: Iterable[base.Record] = ()) -> dict[str, Any]:
         """The candidate that is best, or to be tried next, given what came of trials on the new task."""
         ...
 
 
 class CellPosteriorFn(Protocol):
-    def __call__(self, new_task: Any = None, trials: Sequence[base.Record] = ()) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, new_task: Any = None, trials: Iterable[base.Record] = ()) -> tuple[np.ndarray, np.ndarray]:
         """The mean and the variance of the candidates' scores, [candidates] each."""
         ...
 
@@ -35,9 +38,11 @@ class CellPosteriorFn(Protocol):
 class CellSearcher(NamedTuple):
     """What `train_cell_searcher` returns. A new task is given as for `MetaOptimizer`; None: nothing is known of it.
 
-    Trials of the new task are records of candidates: complete ones at full fidelity, and failed ones; others say
-    nothing of scores. Whatever its status and fidelity, what has a trial is not proposed again while another is left.
-    `save_cell_searcher` and `load_cell_searcher` keep it on disk.
+    Trials of the new task are records of candidates, or a data frame of them: complete ones at full fidelity, and
+    failed ones, those without a finite outcome among them; others say nothing of scores, and a warning says so where
+    there are no more. A failure counts where no other trial of the same candidate ended. Whatever its status and
+    fidelity, what has a trial is not proposed again while another is left. `save_cell_searcher` and
+    `load_cell_searcher` keep it on disk.
 
     Attributes:
       predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score, of those that
@@ -93,12 +98,12 @@ class CellSearcherState(NamedTuple):
 
 
 def train_cell_searcher(
-    records: Sequence[base.Record],
+    records: Iterable[base.Record],
     graph_fn: Callable[[dict[str, Any]], nas.Graph],
     *,
     features: Mapping[str, Any] | None = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
-    tests: Sequence[base.Record] | None = None,
+    tests: Iterable[base.Record] | None = None,
     width: int = 32,
     num_layers: int = 2,
     num_members: int = 4,
@@ -121,9 +126,15 @@ def train_cell_searcher(
     by digit: for the encoder isomorphic cells are one, and what is learned of an op serves wherever it stands.
 
     Args:
-      records: trials of earlier tasks: complete ones at full fidelity, and failed ones, which are worse than all.
+      records: trials of earlier tasks, or a data frame of them (`tasks.records_to_frame`): complete ones at full
+        fidelity, whose outcomes are averaged over seeds, and failed ones: an architecture whose trials on a task all
+        failed is worse there than all that ended. A complete trial without a finite outcome has failed, so that what
+        was never tried must have no record (`nas.benchmark_records` writes none of a table's NaN). A warning names
+        tasks that have an outcome, but none at the full budget; tasks whose trials all have one outcome say nothing of
+        what is better, and are left out.
       graph_fn: the cell of a configuration, such as `nas.benchmark_graph` of its digits.
-      features: task name -> [F] numbers, NaN where unknown; tasks without an entry are unknown altogether.
+      features: task name -> [F] numbers, NaN where unknown; tasks without an entry are unknown altogether. A warning
+        says where some have none, and some entries are of no task.
       candidates: architectures to choose from; by default, all that are in the records.
       tests: records of the same trials whose outcomes are losses that no search sees: what validation does not share
         with them is its noise. By default validation has none, and what tasks do not share is each one's own. Trials
@@ -142,27 +153,38 @@ def train_cell_searcher(
       batch.
 
     Raises:
-      ValueError: a size is out of range; no record has an outcome; `candidates` is empty; features are by name, have
-        different lengths, or are of none of the records' tasks; no trial of `records` is in `tests`.
+      ValueError: a size is out of range; one of the records is none (an unknown status, a fidelity out of (0, 1], an
+        outcome that is no number); no record has an outcome, or all outcomes of every task are equal; `candidates` is
+        empty; features are by name, have different lengths, or are of none of the records' tasks; no trial of `records`
+        is in `tests`.
     """
     for name, value in (("num_members", num_members), ("batch_size", batch_size)):
         base.check_integer(name, value, 1)
     base.check_integer("num_steps", num_steps, 0)
     base.check_positive("rate", rate)
-    names, tried, outcomes = _outcomes(records)
-    test_outcomes = None if tests is None else _same(tests, names, tried, outcomes)
-    pool = list(tried.values()) if candidates is None else [dict(c) for c in candidates]
-    if not pool:
+    if candidates is not None and not len(candidates := as_configurations("candidates", candidates)):
         raise ValueError(
             "`candidates` must hold an architecture, or be None to take those of the records; it is empty."
         )
+    records = as_records(records)
+    of_records = {_name(record.configuration): dict(record.configuration) for record in records}
+    places = {name: np.array(row) for row, name in enumerate(of_records)}
+    row_of = lambda configuration: places.get(_name(configuration), np.array(len(places)))  # of tests alone: the last
+    names, trials = by_task(records, row_of)
+    of_tests = None if tests is None else by_task(as_records(tests, "tests"), row_of, "tests")
+    known, center, scale = _standardized_features(features_by_task(names, features), len(names))
+    outcomes = _losses(trials, len(of_records))
+    test_outcomes = None if of_tests is None else _same(*of_tests, names, outcomes)
+    rows = np.isfinite(outcomes).any(1)  # others were tried on tasks that say nothing, or not to the end
+    tried = {name: c for (name, c), row in zip(of_records.items(), rows, strict=True) if row}
+    outcomes, test_outcomes = outcomes[rows], None if test_outcomes is None else test_outcomes[rows]
+    pool = list(of_records.values()) if candidates is None else [dict(c) for c in candidates]
     every = tried | {_name(c): c for c in pool if _name(c) not in tried}
     graphs = [graph_fn(c) for c in every.values()]
     ops = sorted({op for graph in graphs for op in graph.ops})
     most = max(len(graph.ops) for graph in graphs)
     cells = predictors.cells(graphs, ops, num_vertices=most)
     seen = jax.tree.map(lambda x: x[: len(tried)], cells)
-    known, center, scale = _features(names, features)
 
     encoder = predictors.cell_encoder(len(ops), most, num_features=known.shape[1], width=width, num_layers=num_layers)
 
@@ -303,26 +325,39 @@ def cell_searcher(
             if row is None:
                 raise ValueError(f"A trial must be one of the candidates; got {record.configuration}.")
             begun.append(row)
-            if (loss := _loss(record)) is not None:
+            if (loss := full_loss(record)) is not None:
                 tried.append(row)
-                losses.append(loss)
-        return tried, np.array(losses), begun
+                losses.append(np.inf if np.isnan(loss) else loss)
+        # What ended with one seed has not failed.
+        ended = {row for row, loss in zip(tried, losses, strict=True) if loss < np.inf}
+        says = [i for i, row in enumerate(tried) if losses[i] < np.inf or row not in ended]
+        return [tried[i] for i in says], np.array([losses[i] for i in says]), begun
 
-    def posterior(new_task: Any = None, trials: Sequence[base.Record] = ()) -> tuple[np.ndarray, np.ndarray]:
-        return predictors.score_posterior(for_task(new_task), *told(trials)[:2])
+    def given(trials):
+        """What a caller gives: refused where it is none, and warned of where it says nothing."""
+        trials = as_records(trials, "trials")
+        if any(map(partial_fidelity, trials)) and all(full_loss(record) is None for record in trials):
+            warnings.warn(
+                "The `trials` have outcomes, and none of a complete trial at fidelity 1, the full budget: they say "
+                "nothing of scores. Give the largest budget that is meant to count the fidelity 1.",
+                stacklevel=3,
+            )
+        return trials
 
-    def predict(new_task: Any = None, trials: Sequence[base.Record] = ()) -> dict[str, Any]:
-        return best_of(for_task(new_task), trials)
+    def posterior(new_task: Any = None, trials: Iterable[base.Record] = ()) -> tuple[np.ndarray, np.ndarray]:
+        return predictors.score_posterior(for_task(new_task), *told(given(trials))[:2])
 
-    def suggest(new_task: Any = None, trials: Sequence[base.Record] = ()) -> dict[str, Any]:
-        return next_of(for_task(new_task), trials)
+    def predict(new_task: Any = None, trials: Iterable[base.Record] = ()) -> dict[str, Any]:
+        return best_of(for_task(new_task), given(trials))
+
+    def suggest(new_task: Any = None, trials: Iterable[base.Record] = ()) -> dict[str, Any]:
+        return next_of(for_task(new_task), given(trials))
 
     def best_of(prior, trials):
         tried, losses, _ = told(trials)
         mean = predictors.score_posterior(prior, tried, losses)[0].copy()
-        at = np.array(tried, int)
-        failed = np.setdiff1d(at[np.isinf(losses)], at[np.isfinite(losses)])
-        if len(failed) < len(mean):
+        failed = np.array(tried, int)[np.isinf(losses)]
+        if len(set(failed.tolist())) < len(mean):
             mean[failed] = -np.inf
         return dict(candidates[int(mean.argmax())])
 
@@ -351,7 +386,7 @@ def cell_searcher(
             return asked, state
 
         def tell(state, records):
-            records = [record for record in records if row_of(record) is not None]
+            records = [record for record in as_records(records) if row_of(record) is not None]
             ended = {record.trial for record in records if record.status not in ("WAITING", "RUNNING")}
             before = [r for r in state.trials if r.status not in ("WAITING", "RUNNING") or r.trial not in ended]
             return state._replace(trials=(*before, *records))
@@ -380,73 +415,39 @@ def _name(configuration: Mapping[str, Any]) -> tuple:
     return tuple(sorted(configuration.items()))
 
 
-def _loss(record: base.Record) -> float | None:
-    """What a trial says: ∞ where it failed, None where it says nothing."""
-    if record.status == "FAIL" or (record.status == "COMPLETE" and base.is_full_budget(record.fidelity)):
-        return float(record.outcome) if record.status == "COMPLETE" and np.isfinite(record.outcome) else np.inf
-    return None
+def _losses(trials: list[predictors.TaskTrials], num: int) -> np.ndarray:
+    """[num, T] losses, the mean of those that ended: NaN where not tried, worse than all where none ended."""
+    losses = np.full((num, len(trials)), np.nan)
+    for column, (rows, y) in zip(losses.T, trials, strict=True):
+        ended = np.isfinite(y)
+        count, total = np.bincount(rows[ended], minlength=num), np.bincount(rows[ended], y[ended], num)
+        column[count > 0] = total[count > 0] / count[count > 0]
+        # The ranking loss knows losses alone.
+        worst = np.nanmax(column)
+        column[np.setdiff1d(rows, rows[ended])] = worst + 1 + abs(worst)
+    return losses
 
 
-def _outcomes(records) -> tuple[list[str], dict[tuple, dict[str, Any]], np.ndarray]:
-    """Tasks, configurations by what tells them apart, and mean losses [A, T]: NaN where not tried, ∞ where failed."""
-    names: dict[str, int] = {}
-    tried: dict[tuple, dict[str, Any]] = {}
-    of: dict[tuple[int, int], list[float]] = {}
-    at: dict[tuple, int] = {}
-    for record in records:
-        if (y := _loss(record)) is not None:
-            name = _name(record.configuration)
-            tried.setdefault(name, record.configuration)
-            row = at.setdefault(name, len(at)), names.setdefault(record.task, len(names))
-            of.setdefault(row, []).append(y)
-    if not of:
-        raise ValueError('`records` must hold trials that are "COMPLETE" at fidelity 1; there is none.')
-    outcomes = np.full((len(tried), len(names)), np.nan)
-    for at_, values in of.items():
-        outcomes[at_] = np.mean(values)
-    # The ranking loss knows losses alone: what failed is worse than all that ended.
-    worst = np.max(outcomes, 0, initial=0.0, where=np.isfinite(outcomes))
-    return list(names), tried, np.where(np.isinf(outcomes), worst[None] + 1, outcomes)
-
-
-def _same(tests, names, tried, outcomes) -> np.ndarray:
+def _same(of_tasks, trials, names, outcomes) -> np.ndarray:
     """[A, T] outcomes of the same configurations and tasks in other records, NaN where they have none."""
-    of_tasks, configurations, others = _outcomes(tests)
-    rows, columns = ({name: i for i, name in enumerate(part)} for part in (configurations, of_tasks))
-    found = np.full((len(tried), len(names)), np.nan)
-    for i, name in enumerate(tried):
-        for t, task in enumerate(names):
-            if name in rows and task in columns:
-                found[i, t] = others[rows[name], columns[task]]
+    losses = dict(zip(of_tasks, _losses(trials, len(outcomes) + 1)[:-1].T, strict=True))
+    nothing = np.full(len(outcomes), np.nan)
+    found = np.stack([losses.get(name, nothing) for name in names], 1)
     if not np.isfinite(outcomes + found).any():
         raise ValueError(
             "`tests` must be of tasks and configurations that `records` have; no configuration has a trial on the same "
-            f"task in both. The tasks there are {_first(of_tasks)}, and of `records` {_first(names)}."
+            f"task in both. The tasks there are {some(of_tasks)}, and of `records` {some(names)}."
         )
     return found
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3]))
-
-
-def _features(names, features) -> tuple[jax.Array, np.ndarray, np.ndarray]:
+def _standardized_features(raw: np.ndarray | None, num_tasks: int) -> tuple[jax.Array, np.ndarray, np.ndarray]:
     """[T, F] of mean 0 and variance 1 over tasks, 0 where unknown; the means and deviations [F]."""
-    if features is None:
-        return jnp.zeros((len(names), 0)), np.zeros(0), np.ones(0)
-    for name in names:
-        check_no_mapping("features", features.get(name))
-    raw = [np.asarray(features[name], float).ravel() if name in features else None for name in names]
-    lengths = sorted({len(row) for row in raw if row is not None})
-    if len(lengths) != 1:
-        raise ValueError(
-            "`features` must have an entry for some of the records' tasks, all of one length; the tasks are "
-            f"{_first(names)}, the lengths {lengths}."
-        )
-    rows = np.stack([np.full(lengths[0], np.nan) if row is None else row for row in raw])
-    known = np.isfinite(rows)
+    if raw is None:
+        return jnp.zeros((num_tasks, 0)), np.zeros(0), np.ones(0)
+    known = np.isfinite(raw)
     count = np.maximum(known.sum(0), 1)
-    center = np.where(known, rows, 0).sum(0) / count
-    scale = np.sqrt((np.where(known, rows - center, 0) ** 2).sum(0) / count)
+    center = np.where(known, raw, 0).sum(0) / count
+    scale = np.sqrt((np.where(known, raw - center, 0) ** 2).sum(0) / count)
     scale = np.where(scale > 0, scale, 1.0)
-    return jnp.asarray(np.where(known, (rows - center) / scale, 0), jnp.result_type(float)), center, scale
+    return jnp.asarray(np.where(known, (raw - center) / scale, 0), jnp.result_type(float)), center, scale

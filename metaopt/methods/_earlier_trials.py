@@ -9,18 +9,32 @@ from typing import Any
 import numpy as np
 
 from metaopt import base, predictors, spaces, tasks
+from metaopt.methods._meta_search import check_no_mapping
 
 
-def as_records(records: Any) -> list[base.Record]:
+def as_records(records: Any, name: str = "records") -> list[base.Record]:
     """Records from a list, a generator or a data frame; raises `ValueError` where one is none, and says which."""
-    if isinstance(records, (base.Record, dict, str)):
+    if isinstance(records, (base.Record, dict, str)) or not hasattr(records, "__iter__"):
         raise ValueError(
-            f"`records` must be a list of `Record`s, or a data frame of them; got {type(records).__name__}."
+            f"`{name}` must be a list of `Record`s, or a data frame of them; got {type(records).__name__}."
         )
     records = tasks.records_from_frame(records) if hasattr(records, "columns") else list(records)
     for i, record in enumerate(records):
-        base.check_record(record, f"`records[{i}]`")
+        base.check_record(record, f"`{name}[{i}]`")
     return records
+
+
+def full_loss(record: base.Record) -> float | None:
+    """What a trial says at the full budget: NaN where it failed, or ended without a finite outcome; None if nothing."""
+    if record.status == "COMPLETE" and base.is_full_budget(record.fidelity):
+        return float(record.outcome) if np.isfinite(record.outcome) else np.nan
+    return np.nan if record.status == "FAIL" else None
+
+
+def partial_fidelity(record: base.Record) -> float:
+    """The fidelity of an outcome that is none of the full budget; 0 where there is no such outcome."""
+    ended = record.status in ("COMPLETE", "PRUNED") and np.isfinite(record.outcome)
+    return record.fidelity if ended and full_loss(record) is None else 0.0
 
 
 def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
@@ -102,17 +116,15 @@ def warn_of_foreign(space: base.PyTree, records: list[base.Record]) -> None:
         )
 
 
-def by_task(records: list[base.Record], encode) -> tuple[list[str], list[predictors.TaskTrials]]:
-    """Names of the tasks whose outcomes differ, and their trials."""
+def by_task(records: list[base.Record], encode, name: str = "records") -> tuple[list[str], list[predictors.TaskTrials]]:
+    """Names of the tasks whose outcomes differ, and their trials, whose y is NaN where one failed."""
     of: dict[str, list[tuple[np.ndarray, float]]] = {}
     partial: dict[str, float] = {}  # the largest fidelity with an outcome that is not one of the full budget
     for record in records:
-        failed = record.status == "FAIL"
-        if failed or (record.status == "COMPLETE" and base.is_full_budget(record.fidelity)):
-            y = np.nan if failed or not np.isfinite(record.outcome) else record.outcome
+        if (y := full_loss(record)) is not None:
             of.setdefault(record.task, []).append((encode(record.configuration), y))
-        elif record.status in ("COMPLETE", "PRUNED") and np.isfinite(record.outcome):
-            partial[record.task] = max(partial.get(record.task, 0.0), record.fidelity)
+        elif fidelity := partial_fidelity(record):
+            partial[record.task] = max(partial.get(record.task, 0.0), fidelity)
     of = {name: pairs for name, pairs in of.items() if np.isfinite([y for _, y in pairs]).any()}
     if not of:
         counts = collections.Counter(record.status for record in records)
@@ -120,7 +132,7 @@ def by_task(records: list[base.Record], encode) -> tuple[list[str], list[predict
         if partial:
             found += f"; the largest fidelity with an outcome is {max(partial.values()):g}"
         raise ValueError(
-            '`records` must hold trials that are "COMPLETE" at fidelity 1, with an outcome; there is none '
+            f'`{name}` must hold trials that are "COMPLETE" at fidelity 1, with an outcome; there is none '
             f"({found or 'no record at all'})."
         )
     if lost := [name for name in partial if name not in of]:
@@ -134,10 +146,36 @@ def by_task(records: list[base.Record], encode) -> tuple[list[str], list[predict
     of = {name: pairs for name, pairs in of.items() if len({y if np.isfinite(y) else None for _, y in pairs}) > 1}
     if not of:
         raise ValueError(
-            "`records` must hold a task with trials of different outcomes; each has one trial, or one outcome for all, "
+            f"`{name}` must hold a task with trials of different outcomes; each has one trial, or one outcome for all, "
             "which says nothing of what is better."
         )
     return list(of), _stacked(of)
+
+
+def features_by_task(names: list[str], features: Mapping[str, Any] | None) -> np.ndarray | None:
+    """[T, F] features of tasks, NaN where unknown; None where nothing is known of any.
+
+    Warns where tasks lack features, and there are some of no task: one of the two may be misnamed.
+    """
+    if features is None:
+        return None
+    if not any(name in features for name in names):
+        raise ValueError(f"`features` has none of the records' tasks, {some(names)}; its keys are {some(features)}.")
+    lacking, others = [n for n in names if n not in features], [n for n in features if n not in names]
+    if lacking and others:
+        warnings.warn(
+            f"`features` lacks {len(lacking)} of {len(names)} tasks, {some(lacking)}, of which nothing is known then, "
+            f"and has {len(others)} that are none of them, {some(others)}: are they the same under another name? Name "
+            "them as the records do, or leave out what is of no task.",
+            stacklevel=3,
+        )
+    for name in names:
+        check_no_mapping("features", features.get(name))
+    rows = [np.asarray(features[name], float).ravel() if name in features else None for name in names]
+    lengths = sorted({len(row) for row in rows if row is not None})
+    if len(lengths) != 1:
+        raise ValueError(f"All tasks must have as many `features`; got {lengths}.")
+    return np.stack([np.full(lengths[0], np.nan) if row is None else row for row in rows])
 
 
 def costs_by_task(records: list[base.Record], encode) -> list[predictors.TaskTrials]:

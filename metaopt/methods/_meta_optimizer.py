@@ -14,12 +14,13 @@ from metaopt.methods._earlier_trials import (
     as_records,
     by_task,
     costs_by_task,
+    features_by_task,
     inferred_space,
     some,
     stands_for_nothing,
     warn_of_foreign,
 )
-from metaopt.methods._meta_search import ROWS, MetaOptimizer, check_no_mapping, check_rows, encoder, meta_optimizer
+from metaopt.methods._meta_search import ROWS, MetaOptimizer, check_rows, encoder, meta_optimizer
 from metaopt.methods._new_trials import as_configurations
 
 
@@ -70,7 +71,8 @@ def train_meta_optimizer(
 
     Args:
       records: trials of earlier tasks, or a data frame of them (`tasks.records_to_frame`): complete ones at full
-        fidelity count, and failed ones, as bad. A warning names tasks that have an outcome, but none at the full
+        fidelity count, and failed ones, as bad; one that is complete without a finite outcome has failed, so that what
+        was never tried must have no record. A warning names tasks that have an outcome, but none at the full
         budget. Tasks whose spaces differ still teach: names that the space does not have are ignored, and what a record
         lacks, or has None for where a number is tuned, is at its default. A warning counts records with values that the
         space does not have (`spaces.foreign`): a label counts as no label in particular, a number out of bounds as the
@@ -80,7 +82,7 @@ def train_meta_optimizer(
         ranges from the smallest to the largest value, choices among what was tried, and conditions that choices tell. A
         warning says which space that is, what was lacking, and on how many configurations each condition rests.
       features: task name -> [F] numbers, NaN where unknown (`tasks.apply_scaling` of meta-features); tasks without an
-        entry are unknown altogether.
+        entry are unknown altogether. A warning says where some have none, and some entries are of no task.
       datasets: task name -> its labelled rows, a dict like `train` of `tasks.to_task`, for an embedding of the rows
         themselves (`predictors.embed_rows`, the first 64 of them), which is trained jointly with how features weigh
         tasks, and joins the features. A new task then brings its `train`. An embedding that is there already is given
@@ -142,7 +144,7 @@ def train_meta_optimizer(
         # What a configuration has for itself can be found out in a finite set alone: in a continuum every new point
         # would promise it, next to the best one too.
         kernel = kernel._replace(logit_smooth=jnp.maximum(kernel.logit_smooth, 5.0))
-    known = _features(names, features)
+    known = features_by_task(names, features)
     if families is not None and not any(name in families for name in names):
         raise ValueError(f"`families` has none of the records' tasks, {some(names)}; its keys are {some(families)}.")
     surrogate = predictors.surrogate(trials, kernel, _reference(reference_key, trials, max_reference), features=known)
@@ -221,20 +223,6 @@ def _reference(key, trials, max_reference: int) -> np.ndarray:
     if len(tried) > max_reference:
         tried = tried[np.asarray(jax.random.permutation(key, len(tried)))[:max_reference]]
     return tried
-
-
-def _features(names, features) -> np.ndarray | None:
-    if features is None:
-        return None
-    if not any(name in features for name in names):
-        raise ValueError(f"`features` has none of the records' tasks, {some(names)}; its keys are {some(features)}.")
-    for name in names:
-        check_no_mapping("features", features.get(name))
-    rows = [np.asarray(features[name], float).ravel() if name in features else None for name in names]
-    lengths = sorted({len(row) for row in rows if row is not None})
-    if len(lengths) != 1:
-        raise ValueError(f"All tasks must have as many `features`; got {lengths}.")
-    return np.stack([np.full(lengths[0], np.nan) if row is None else row for row in rows])
 
 
 def _fit_kernel(key, trials, num_steps: int) -> predictors.Kernel:

@@ -4,16 +4,22 @@ The files are those of the data folder (`METAOPT_DATA`), converted from what the
 from where. An architecture is a row of integers, its encoding. **Outcomes are losses, smaller is better.**
 """
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from metaopt import base
 from metaopt.nas._genotypes import NONE, Graph, edge_graph, from_nas_bench_201, nas_bench_101_hash, pruned
 from metaopt.nas._nas_bench_101 import genotype_graph, nas_bench_101_graph
-from metaopt.nas._specs import NAS_BENCH_201_PRIMITIVES
+from metaopt.nas._specs import (
+    NAS_BENCH_201_PRIMITIVES,
+    NAS_BENCH_MACRO_PRIMITIVES,
+    TRANS_NAS_BENCH_101_PRIMITIVES,
+)
 
 
 class Benchmark(NamedTuple):
@@ -31,8 +37,9 @@ class Benchmark(NamedTuple):
       cost: [A, T, F] seconds of training; NaN where they are not known.
       query: `(architecture, task, fidelity) -> (outcome, cost)`, of a row of integers, a task's name, a fidelity (1.0
         by default; to 1e-3); raises a ValueError for what is not in the table. Of NAS-Bench-101 an architecture may be
-        a `Graph`, too, or a genotype of `nas_bench_101_space`, and is found by its hash; of NAS-Bench-201 and the micro
-        space of TransNAS-Bench-101 a genotype, and of NAS-Bench-201 its text.
+        a `Graph`, too, or a genotype of `nas_bench_101_space`, and is found by its hash; of NAS-Bench-201, the micro
+        space of TransNAS-Bench-101 and NAS-Bench-Macro a genotype of `nas_bench_201_space`, `trans_nas_bench_101_space`
+        and `nas_bench_macro_space`, and of NAS-Bench-201 its text.
     """
 
     name: str
@@ -76,6 +83,10 @@ def make_benchmark(
             ops = [given.pop(pair, NONE) for pair in _PAIRS]
             known = once and set(architecture) == {"cell"} and not given and set(ops) <= set(_EDGE_OPS[name])
             return rows.get(tuple(map(_EDGE_OPS[name].index, ops))) if known else None
+        if isinstance(architecture, Mapping) and name == "NAS-Bench-Macro":
+            digit: dict[tuple, int] = {((0, 1, op),): i for i, op in enumerate(_CHAINS[name])}
+            digits = tuple(digit.get(tuple(map(tuple, architecture.get(dim, ())))) for dim in dims)
+            return rows.get(digits) if set(architecture) == set(dims) else None
         if isinstance(architecture, str | Mapping | Graph) or not np.iterable(architecture):
             raise ValueError(f"{name} is asked for rows of integers of {len(dims)} entries; got {architecture!r}.")
         digits = tuple(architecture)
@@ -139,7 +150,8 @@ def trans_nas_bench_101_table(folder: str | os.PathLike | None = None, *, space:
     Args:
       folder: of transnasbench101.npz.
       space: "micro", whose digits are none, skip, 1×1 and 3×3 convolution on six edges; or "macro", whose digits are
-        what each of up to six blocks does (0: no block; plain, more channels, stride 2, both).
+        what each of up to six blocks does (0: no block; plain, more channels, stride 2, both). Micro cells are those
+        of `trans_nas_bench_101_space`; macro networks are a table alone.
 
     Returns:
       A `Benchmark`; losses are minus the metric.
@@ -170,7 +182,7 @@ def nas_bench_macro_table(folder: str | os.PathLike | None = None) -> Benchmark:
       folder: of nasbenchmacro.npz.
 
     Returns:
-      A `Benchmark`; digits are an identity and two sizes of blocks.
+      A `Benchmark`; digits are an identity and two inverted residuals, the layers of `nas_bench_macro_space`.
 
     Raises:
       ValueError: the file is not there.
@@ -192,7 +204,8 @@ def nas_bench_macro_table(folder: str | os.PathLike | None = None) -> Benchmark:
 def nas_bench_graph_table(folder: str | os.PathLike | None = None) -> Benchmark:
     """NAS-Bench-Graph: 26,206 graph networks on seven graphs. Errors are fractions.
 
-    On "proteins" only 2,021 of them were trained.
+    On "proteins" only 2,021 of them were trained; others are NaN, of which `benchmark_records` makes no record. It is a
+    table alone: a cell is one of nine shapes, which is no choice of ops on edges, so that no supernet has it.
 
     Args:
       folder: of nasbenchgraph.npz.
@@ -240,6 +253,39 @@ def nas_bench_101_table(folder: str | os.PathLike | None = None) -> Benchmark:
         )
 
 
+def benchmark_records(
+    benchmark: Benchmark, tasks: Sequence[str] | None = None, *, test: bool = False
+) -> list[base.Record]:
+    """What a table says at the full budget as records of trials, for `methods.train_cell_searcher` and its kin.
+
+    Args:
+      benchmark: any.
+      tasks: names of some of its tasks; None takes all.
+      test: whether outcomes are what architectures are judged by, and not what a search may see.
+
+    Returns:
+      Records of all architectures on each task in turn, their configurations the digits of an encoding by what they say
+      (`benchmark.dims`). What was not trained (NaN) is no trial that failed, and has none.
+
+    Raises:
+      ValueError: a task is not in the table.
+    """
+    names = benchmark.tasks if tasks is None else list(tasks)
+    if unknown := [name for name in names if name not in benchmark.tasks]:
+        raise ValueError(f"{benchmark.name} has the tasks {', '.join(benchmark.tasks)}; got {unknown[0]!r}.")
+    configurations = [dict(zip(benchmark.dims, row, strict=True)) for row in benchmark.encodings.tolist()]
+    outcomes, records = benchmark.test if test else benchmark.valid[..., -1], []
+    for name in names:
+        column = benchmark.tasks.index(name)
+        values = outcomes[:, column].tolist(), benchmark.cost[:, column, -1].tolist()
+        records += [
+            base.Record(name, configuration, outcome, cost=cost)
+            for configuration, outcome, cost in zip(configurations, *values, strict=True)
+            if math.isfinite(outcome)
+        ]
+    return records
+
+
 # ---- Architectures as graphs ----------------------------------------------------------------------------------------
 
 _GRAPH_OPS = ("gat", "gcn", "gin", "cheb", "sage", "arma", "graph", "fc", "skip")
@@ -249,11 +295,11 @@ _GRAPH_LINKS += [(0, 1, 1, 1), (0, 1, 1, 2), (0, 1, 2, 2), (0, 1, 2, 3)]
 _PAIRS = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
 _EDGE_OPS = {
     "NAS-Bench-201": NAS_BENCH_201_PRIMITIVES,
-    "TransNAS-Bench-101, micro": (NONE, "skip_connect", "conv1x1", "conv3x3"),
+    "TransNAS-Bench-101, micro": TRANS_NAS_BENCH_101_PRIMITIVES,
 }
 _CHAINS = {
     "TransNAS-Bench-101, macro": (NONE, "plain", "channels", "stride", "channels and stride"),
-    "NAS-Bench-Macro": ("identity", "block 1", "block 2"),
+    "NAS-Bench-Macro": NAS_BENCH_MACRO_PRIMITIVES,
 }
 
 

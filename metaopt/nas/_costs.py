@@ -136,7 +136,7 @@ def _cell_costs(network: Network, in_shape, ops, partial, cost) -> tuple[float, 
             by = _supernet._preprocess_stride(shape, run.in_shapes[-1])
             fixed += run.length * of("preprocess", inputs, shape, channels, by)
         for group in run.groups:
-            price = lambda op, group=group: of(op, ops[op], group.in_shape, group.in_shape[-1], group.stride)
+            price = lambda op, group=group: of(op, ops[op], group.in_shape, group.channels, group.stride)
             each = [0.0 if op == _genotypes.NONE else price(op) for op in group.ops]
             for e in group.edges:
                 values[kind, e] += run.length * np.array(each)

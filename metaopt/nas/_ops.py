@@ -301,6 +301,35 @@ def _residual_apply(params, x, channels, stride):
     return y + (beside @ params["w"] if "w" in params else beside)
 
 
+def _inverted_residual(size: int, expansion: int) -> Op:
+    """Pointwise to `expansion` times the channels, depthwise, pointwise, beside the input where shapes are kept."""
+
+    def init(key, in_shape, channels, stride):
+        spatial, width = _need_space(in_shape, f"An inverted residual of size {size}"), expansion * in_shape[-1]
+        depthwise = uniform(key, (*(size,) * spatial, 1, width), size**spatial, number=1)
+        return {
+            "in": _linear(key, in_shape, width),
+            "depthwise": depthwise,
+            "out": uniform(key, (width, channels), width, number=2),
+        }
+
+    def apply(params, x, channels, stride):
+        y = jax.nn.relu(normalized(x @ params["in"]))
+        y = convolve(y, params["depthwise"], stride=stride, groups=y.shape[-1])
+        y = normalized(jax.nn.relu(normalized(y)) @ params["out"])
+        return y + x if stride == 1 and x.shape[-1] == channels else y
+
+    return Op(init, apply)
+
+
+def _identity_init(key, in_shape, channels, stride):
+    return () if stride == 1 and in_shape[-1] == channels else {"w": _linear(key, in_shape, channels)}
+
+
+def _identity_apply(params, x, channels, stride):
+    return normalized(subsample(x, stride) @ params["w"]) if params else x
+
+
 # ---- Rows of tables and sequences -----------------------------------------------------------------------------------
 
 
@@ -379,6 +408,17 @@ NAS_BENCH_201_OPS: dict[str, Op] = {
     "nor_conv_1x1": convolution(1),
     "nor_conv_3x3": convolution(3),
     "avg_pool_3x3": _pool("avg", norm=False),
+}
+
+TRANS_NAS_BENCH_101_OPS: dict[str, Op] = {**BLOCKS, "conv1x1": convolution(1), "conv3x3": convolution(3)}
+
+NAS_BENCH_MACRO_OPS: dict[str, Op] = {
+    **BLOCKS,
+    "stem_relu": convolution(3, order="conv_norm_relu"),
+    "last_relu": convolution(1, order="conv_norm_relu"),
+    "identity": Op(_identity_init, _identity_apply),
+    "MB3_K3": _inverted_residual(3, 3),
+    "MB6_K5": _inverted_residual(5, 6),
 }
 
 NAS_BENCH_101_OPS: dict[str, Op] = {

@@ -35,7 +35,7 @@ class Cell(NamedTuple):
       edges: in any order; mixing weights follow it. `source` < `target`.
       output: the nodes whose channels are the output.
       preprocess: whether inputs first go through ReLU, a 1×1 convolution to the cell's channels, and normalization.
-        Without it there is one input, and it has the cell's channels.
+        Without it there is one input, as it is: where it has other channels, the ops on the edges from it change them.
     """
 
     num_inputs: int
@@ -335,6 +335,8 @@ DARTS_PRIMITIVES = (
     "dil_conv_5x5",
 )
 NAS_BENCH_201_PRIMITIVES = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
+TRANS_NAS_BENCH_101_PRIMITIVES = ("none", "skip_connect", "conv1x1", "conv3x3")
+NAS_BENCH_MACRO_PRIMITIVES = ("identity", "MB3_K3", "MB6_K5")
 
 
 def darts_space(
@@ -402,6 +404,69 @@ def nas_bench_201_space(num_outputs: int = 10, *, channels: int = 16, cells_per_
         layers += [Layer("residual", width, 2), *stage(width)]
     cell = complete_cell(3, NAS_BENCH_201_PRIMITIVES, preprocess=False)
     return Network({"cell": cell}, (*layers, Layer("norm_relu", 4 * channels)), num_outputs, keep=None)
+
+
+def trans_nas_bench_101_space(num_outputs: int = 10, *, channels: int = 64, cells_per_module: int = 2) -> Network:
+    """The micro space of TransNAS-Bench-101: five modules of one kind of cell, of which every other one is a reduction.
+
+    A reduction doubles the channels, and halves the positions, on the edges from its first cell's input. The networks
+    of the macro space change shapes by what is chosen, which no mixture has: they are a table alone.
+
+    Args:
+      num_outputs: classes, or targets; the benchmark has decoders of their own for tasks with outputs at every pixel.
+      channels: C of the stem, behind which reductions double it three times; the benchmark has 64.
+      cells_per_module: the benchmark has 2.
+
+    Returns:
+      A `Network` over `TRANS_NAS_BENCH_101_OPS`, of the one kind "cell" with mixing weights [6, 4]: edges as in
+      `nas_bench_201_space`. Its genotypes are asked for as they are: `trans_nas_bench_101_table().query(found, task)`.
+
+    Raises:
+      ValueError: a count is below 1.
+
+    Source: Duan et al., CVPR 2021, https://arxiv.org/abs/2105.11871
+    """
+    counts = {"num_outputs": num_outputs, "channels": channels, "cells_per_module": cells_per_module}
+    for name, value in counts.items():
+        base.check_integer(name, value, 1)
+    layers = [Layer("stem", -(-channels // 2), 2), Layer("conv3x3", channels, 2)]
+    for i in range(5):
+        width = channels * 2 ** (i // 2 + 1)
+        layers += [Layer("cell", width, 1 if i % 2 else 2), *[Layer("cell", width)] * (cells_per_module - 1)]
+    cell = complete_cell(3, TRANS_NAS_BENCH_101_PRIMITIVES, preprocess=False)
+    return Network({"cell": cell}, tuple(layers), num_outputs, keep=None)
+
+
+def nas_bench_macro_space(num_outputs: int = 10, *, channels: int = 32, features: int = 1280) -> Network:
+    """The space of NAS-Bench-Macro: eight layers, each an identity or one of two inverted residuals, chosen one by one.
+
+    The first, third and sixth layer double the channels and halve the positions. A layer is all that there is at its
+    place: `drop_path` would leave nothing, and is for other spaces.
+
+    Args:
+      num_outputs: classes.
+      channels: of the stem; the benchmark has 32.
+      features: of the last convolution; the benchmark has 1,280.
+
+    Returns:
+      A `Network` over `NAS_BENCH_MACRO_OPS`, of the kinds "block0" to "block7" with mixing weights [1, 3] each. Its
+      genotypes are asked for as they are: `nas_bench_macro_table().query(genotype, "cifar10")`.
+
+    Raises:
+      ValueError: a count is below 1.
+
+    Source: Su et al., CVPR 2021, https://arxiv.org/abs/2103.11922
+    """
+    for name, value in {"num_outputs": num_outputs, "channels": channels, "features": features}.items():
+        base.check_integer(name, value, 1)
+    layers, width = [Layer("stem_relu", channels)], channels
+    for i in range(8):
+        halves = i in (0, 2, 5)
+        width *= 2 if halves else 1
+        layers.append(Layer(f"block{i}", width, 2 if halves else 1))
+    cell = Cell(1, (Edge(0, 1, NAS_BENCH_MACRO_PRIMITIVES),), (1,), preprocess=False)
+    layers.append(Layer("last_relu", features))
+    return Network({f"block{i}": cell for i in range(8)}, tuple(layers), num_outputs, keep=None)
 
 
 def conv_net_space(

@@ -69,7 +69,9 @@ class _Group(NamedTuple):
     edges: tuple[int, ...]  # positions among the cell's edges
     ops: tuple[str, ...]
     in_shape: tuple[int, ...]  # of what the ops see, after the split of channels
+    channels: int  # of what they give
     stride: int
+    enters: bool  # from inputs whose shape is not that of the nodes
 
 
 class _Run(NamedTuple):
@@ -304,31 +306,33 @@ def _groups(
     spatial = in_shapes[-1][:-1]
     if channels % partial:
         raise ValueError(f"`partial` must divide the channels; got {partial}, and {channels} channels in {name!r}.")
-    if not cell.preprocess and in_shapes[-1][-1] != channels:
+    width = channels if cell.preprocess else in_shapes[-1][-1]  # of the inputs, as edges see them
+    if partial > 1 and width != channels:
         raise ValueError(
-            f"The cell {name!r} has {channels} channels, `preprocess=False`, and an input of {in_shapes[-1][-1]}: let "
-            "a layer before it change the channels, or set `preprocess`."
+            f"The cell {name!r} has {channels} channels, `preprocess=False`, and an input of {width}, so that what "
+            "`partial` passes by has no place: let a layer before it change the channels, or set `preprocess`."
         )
     for shape in in_shapes[:-1]:
         _preprocess_stride(shape, in_shapes[-1])  # raises
     small = tuple(-(-n // stride) for n in spatial)
 
     def of(edge):
-        edge_stride = stride if edge.source < cell.num_inputs else 1
-        return edge.ops, (*(spatial if edge.source < cell.num_inputs else small), channels // partial), edge_stride
+        if edge.source < cell.num_inputs and (stride > 1 or width != channels):
+            return edge.ops, (*spatial, width // partial), stride, True
+        return edge.ops, (*small, channels // partial), 1, False
 
-    # First what goes down in size, which comes from the inputs alone; then by target, so that sources are complete.
-    order = sorted(range(len(cell.edges)), key=lambda e: _order(cell.edges[e], of(cell.edges[e])[2]))
+    # First what changes the shape, which comes from the inputs alone; then by target, so that sources are complete.
+    order = sorted(range(len(cell.edges)), key=lambda e: _order(cell.edges[e], of(cell.edges[e])[3]))
     groups = []
-    for (names, shape, edge_stride), edges in itertools.groupby(order, key=lambda e: of(cell.edges[e])):
+    for (names, shape, edge_stride, enters), edges in itertools.groupby(order, key=lambda e: of(cell.edges[e])):
         for op in names:
             out_shape(op, shape, channels // partial, edge_stride)
-        groups.append(_Group(tuple(edges), names, shape, edge_stride))
+        groups.append(_Group(tuple(edges), names, shape, channels // partial, edge_stride, enters))
     return tuple(groups), (*small, channels * len(cell.output))
 
 
-def _order(edge: Edge, stride: int) -> tuple[bool, int, int]:
-    return stride == 1, edge.target, edge.source
+def _order(edge: Edge, enters: bool) -> tuple[bool, int, int]:
+    return not enters, edge.target, edge.source
 
 
 def _preprocess_stride(shape: tuple[int, ...], wanted: tuple[int, ...]) -> int:
@@ -359,9 +363,9 @@ def _init_run(keys: jax.Array, run: _Run, cell: Cell | None, ops: Mapping[str, _
         ]
         groups, keys = [], keys[len(inputs) :]
         for group in run.groups:
-            params, (num, width) = [], (len(group.edges), group.in_shape[-1])
+            params, num = [], len(group.edges)
             for op in group.ops:
-                init = lambda key, op=ops[op], g=group, c=width: op.init(key, g.in_shape, c, g.stride)
+                init = lambda key, op=ops[op], g=group: op.init(key, g.in_shape, g.channels, g.stride)
                 params.append(jax.vmap(init)(keys[:num]))
                 keys = keys[num:]
             groups.append(params)
@@ -444,7 +448,7 @@ def _cell(cell, run, params, weights, kept, inputs, ops, partial, single_path, r
     inputs = jnp.stack(inputs)
     shape = (num_nodes, inputs.shape[1], *run.out_shape[:-1], channels)
     nodes = jnp.zeros(shape, inputs.dtype)
-    if stride == 1:
+    if inputs.shape[1:] == shape[1:]:
         nodes = nodes.at[: cell.num_inputs].set(inputs)
     for group, group_params in zip(run.groups, params["edges"], strict=True):
         sources, targets = (np.array([cell.edges[e][i] for e in group.edges]) for i in (0, 1))
@@ -454,7 +458,7 @@ def _cell(cell, run, params, weights, kept, inputs, ops, partial, single_path, r
 
         def step(nodes, edge, group=group):
             params, w, keep, source, target = edge
-            x = jax.lax.dynamic_index_in_dim(inputs if group.stride > 1 else nodes, source, keepdims=False)
+            x = jax.lax.dynamic_index_in_dim(inputs if group.enters else nodes, source, keepdims=False)
             apply = lambda params, w, keep, x: _edge(params, w, keep, x, group, ops, partial, single_path)
             y = (jax.checkpoint(apply) if remat_edges else apply)(params, w, keep, x)
             old = jax.lax.dynamic_index_in_dim(nodes, target, keepdims=False)
@@ -473,7 +477,7 @@ def _edge(params, w, keep, x, group, ops, partial, single_path):
     width, stride = group.in_shape[-1], group.stride
 
     def apply(p, x, name):
-        y = ops[name].apply(p, x, width, stride)
+        y = ops[name].apply(p, x, group.channels, stride)
         if keep is None or (name == _genotypes.SKIP and not jax.tree.leaves(p)):
             return y
         return y * keep.reshape(-1, *[1] * (y.ndim - 1))

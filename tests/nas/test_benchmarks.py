@@ -1,5 +1,6 @@
 """The tables, by what is published about them."""
 
+import functools
 import os
 import time
 import tracemalloc
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metaopt import nas
+from metaopt import base, hypergrad, nas
 from metaopt.nas._benchmarks import make_benchmark
 
 needs_tables = pytest.mark.skipif(
@@ -139,9 +140,87 @@ def test_architectures_in_the_forms_in_which_searches_give_them():
     ):
         with pytest.raises(ValueError, match="architectures, the tasks"):
             benchmark.query(bad, benchmark.tasks[0])
-    for benchmark, bad in ((part, "|none~0|"), (table, 9930), (micro, cell_101), (nas.nas_bench_macro_table(), cell)):
+    for benchmark, bad in ((part, "|none~0|"), (table, 9930), (micro, cell_101), (nas.nas_bench_graph_table(), cell)):
         with pytest.raises(ValueError, match="is asked for rows of integers"):
             benchmark.query(bad, benchmark.tasks[0])
+
+
+@needs_tables
+@pytest.mark.once
+def test_what_a_supernet_finds_is_looked_up_as_it_is():
+    """Genotypes of mixing weights, after JSON too, and sizes as the benchmarks publish them."""
+    pairs = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+    micro, space = nas.trans_nas_bench_101_table(), nas.trans_nas_bench_101_space(100)
+    tables = [(micro, space, nas.TRANS_NAS_BENCH_101_PRIMITIVES)]
+    tables += [(nas.nas_bench_macro_table(), nas.nas_bench_macro_space(), nas.NAS_BENCH_MACRO_PRIMITIVES)]
+    for table, network, primitives in tables:
+        assert [len(set(column)) for column in table.encodings.T] == [len(primitives)] * len(table.dims)
+        for row in (1, 77, 1_234, len(table.encodings) - 1):
+            hot = iter(np.eye(len(primitives))[table.encodings[row]])
+            weights = {kind: np.stack([next(hot) for _ in cell.edges]) for kind, cell in network.cells.items()}
+            genotype = nas.discretize(network, weights)
+            for found in (genotype, nas.genotype_from_json(nas.genotype_to_json(genotype))):
+                for t, task in enumerate(table.tasks):
+                    assert table.query(found, task)[0] == float(table.valid[row, t, 0])
+        other = {**genotype, next(iter(genotype)): ((0, 1, "nor_conv_3x3"),)}
+        for bad in (
+            other,
+            {},
+            {**genotype, "other": ()},
+            {**genotype, next(iter(genotype)): ((0, 2, primitives[-1]),) * 2},
+        ):
+            with pytest.raises(ValueError, match="architectures, the tasks"):
+                table.query(bad, table.tasks[0])
+    # Parameters of networks for 100 classes, with scales and shifts of normalization, which metaopt's have not.
+    with np.load(Path(os.environ["METAOPT_DATA"]) / "transnasbench101.npz") as data:
+        scores, names = data["micro_score_subset"], data["score_subset_names"].tolist()
+        task = data["tasks"].tolist().index("class_object")
+        assert [tuple(map(int, name.split("->"))) for name in micro.dims] == pairs
+    counts = nas.cost_table(space, (224, 224, 3), nas.num_params, ops=nas.TRANS_NAS_BENCH_101_OPS)
+    for row in np.flatnonzero(np.isfinite(scores[:, task, names.index("params")]))[:40]:
+        digits = micro.encodings[row]
+        genotype = nas.from_configuration(
+            space, dict(zip(nas.configuration_space(space), digits.tolist(), strict=True))
+        )
+        each = [2 * (x > 1) + (x == 1 and s == 0) for x, (s, _) in zip(digits, pairs, strict=True)]  # of two cells
+        scales = 2 * (32 + 64 + sum(each) * (128 + 128 + 256 + 256 + 512)) - 2 * (128 + 256) * sum(
+            x == 1 and s == 0 for x, (s, _) in zip(digits, pairs, strict=True)
+        )
+        published = scores[row, task, names.index("params")]
+        np.testing.assert_allclose(nas.cost_of(counts, space, genotype) + scales, 1e6 * published, atol=4)
+    macro = nas.nas_bench_macro_space()
+    products = nas.cost_table(
+        macro, (32, 32, 3), functools.partial(hypergrad.flops, products_only=True), ops=nas.NAS_BENCH_MACRO_OPS
+    )
+    # By nas-bench-macro_cifar10.json of the benchmark; a product and a sum are one there.
+    for blocks, published in (("0" * 8, 7_713_280), ("2" * 8, 105_660_928), ("01201201", 46_109_184)):
+        digits = dict(zip(nas.configuration_space(macro), map(int, blocks), strict=True))
+        assert nas.cost_of(products, macro, nas.from_configuration(macro, digits)) == 2 * published
+
+
+def test_records_of_a_table_leave_out_what_was_not_trained():
+    digits, nan = [[0, 1], [1, 0], [1, 1]], float("nan")
+    valid = np.array([[[3.0, 1.0], [nan, nan]], [[5.0, 4.0], [2.0, 6.0]], [[7.0, 8.0], [nan, 9.0]]])
+    test, cost = [[1.5, nan], [nan, 2.5], [3.5, nan]], np.full((3, 2, 2), 10.0)
+    part = make_benchmark("mine", "ab", "xy", [2, 2], digits, valid, fidelities=(0.5, 1.0), test=test, cost=cost)
+    of = lambda task, x, y, outcome: base.Record(task, {"x": x, "y": y}, outcome, cost=10.0)
+    first, second = (
+        [of("a", 0, 1, 1.0), of("a", 1, 0, 4.0), of("a", 1, 1, 8.0)],
+        [of("b", 1, 0, 6.0), of("b", 1, 1, 9.0)],
+    )
+    assert nas.benchmark_records(part) == [*first, *second]
+    assert nas.benchmark_records(part, ["b"]) == second
+    assert nas.benchmark_records(part, "a", test=True) == [of("a", 0, 1, 1.5), of("a", 1, 1, 3.5)]
+    for record in nas.benchmark_records(part):
+        base.check_record(record)
+    with pytest.raises(ValueError, match="mine has the tasks a, b; got 'c'"):
+        nas.benchmark_records(part, ["a", "c"])
+
+
+@needs_tables
+def test_records_of_nas_bench_graph_have_no_untrained_network():
+    records = nas.benchmark_records(nas.nas_bench_graph_table(), ["proteins", "cora"])
+    assert [sum(record.task == task for record in records) for task in ("proteins", "cora")] == [2_021, 26_206]
 
 
 def test_what_a_part_of_a_table_has_not_and_what_is_no_architecture_is_refused():

@@ -11,8 +11,14 @@ import pytest
 from metaopt import base, methods, nas
 
 KEY = jax.random.key(0)
-SETS = {"DARTS": nas.DARTS_OPS, "201": nas.NAS_BENCH_201_OPS, "101": nas.NAS_BENCH_101_OPS}
-NEED_SPACE = {"stem", "residual", "attention"}
+SETS = {
+    "DARTS": nas.DARTS_OPS,
+    "201": nas.NAS_BENCH_201_OPS,
+    "101": nas.NAS_BENCH_101_OPS,
+    "TransNAS": nas.TRANS_NAS_BENCH_101_OPS,
+    "Macro": nas.NAS_BENCH_MACRO_OPS,
+}
+NEED_SPACE = {"stem", "residual", "attention", "stem_relu", "MB3_K3", "MB6_K5"}
 KEEPS = {"norm_relu"}  # the shape: between layers alone
 OPS = sorted(
     {(name, which) for which, ops in SETS.items() for name in ops if which == "DARTS" or name not in nas.BLOCKS}
@@ -104,6 +110,37 @@ def test_convolutions_are_sums_over_a_centered_window(stride, dilation, groups):
                     expected[:, i, j, d] += x[:, channels] @ w[a, b, :, d]
     y = nas.convolve(jnp.asarray(X), jnp.asarray(w), stride=stride, dilation=dilation, groups=groups)
     np.testing.assert_allclose(y, expected, atol=1e-12)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("stride", "channels"), [(1, 2), (1, 3), (2, 2)])
+def test_blocks_of_nas_bench_macro_by_hand(stride, channels):
+    def normal(x):
+        return (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+
+    for name, size, expansion in (("MB3_K3", 3, 3), ("MB6_K5", 5, 6)):
+        op = nas.NAS_BENCH_MACRO_OPS[name]
+        p = jax.tree.map(np.asarray, op.init(KEY, X.shape[1:], channels, stride))
+        assert {n: w.shape for n, w in p.items()} == {
+            "in": (2, 2 * expansion),
+            "depthwise": (size, size, 1, 2 * expansion),
+            "out": (2 * expansion, channels),
+        }
+        wide = np.maximum(normal(X @ p["in"]), 0)
+        deep = np.zeros((2, -(-5 // stride), -(-6 // stride), 2 * expansion))
+        for i, j, seen in windows(X, size, stride, 1):
+            for a, b in itertools.product(range(size), repeat=2):
+                if inside(X, seen[a][b]):
+                    deep[:, i, j] += wide[:, *seen[a][b]] * p["depthwise"][a, b, 0]
+        expected = normal(np.maximum(normal(deep), 0) @ p["out"]) + (X if (stride, channels) == (1, 2) else 0)
+        np.testing.assert_allclose(
+            jax.jit(op.apply, static_argnums=(2, 3))(p, X, channels, stride), expected, atol=1e-9
+        )
+    op = nas.NAS_BENCH_MACRO_OPS["identity"]
+    p = op.init(KEY, X.shape[1:], channels, stride)
+    expected = normal(X[:, ::stride, ::stride] @ np.asarray(p["w"])) if p else X
+    assert bool(p) == ((stride, channels) != (1, 2))
+    np.testing.assert_allclose(op.apply(p, X, channels, stride), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -23,6 +23,8 @@ DARTS = nas.darts_space(3, channels=4, num_cells=3, num_nodes=2, primitives=("no
 SPACES = {
     "sizes": (SIZES, (7, 4, 2), {}, 1),
     "201": (CELLS, (8, 6, 1), nas.NAS_BENCH_201_OPS, 1),
+    "transnas": (nas.trans_nas_bench_101_space(3, channels=4), (65, 40, 1), nas.TRANS_NAS_BENCH_101_OPS, 1),
+    "macro": (nas.nas_bench_macro_space(3, channels=2, features=5), (16, 10, 1), nas.NAS_BENCH_MACRO_OPS, 1),
     "darts": (DARTS, (8, 6, 1), nas.DARTS_OPS, 2),
 }
 
@@ -44,7 +46,9 @@ def draws(network, num):
         yield nas.from_configuration(network, {n: int(RNG.integers(leaf.high + 1)) for n, leaf in space.items()})
 
 
-@pytest.mark.parametrize("space", ["sizes", *(pytest.param(name, marks=pytest.mark.once) for name in ("201", "darts"))])
+@pytest.mark.parametrize(
+    "space", ["sizes", *(pytest.param(name, marks=pytest.mark.once) for name in SPACES if name != "sizes")]
+)
 def test_one_hot_costs_are_those_of_the_discrete_network(space):
     """Parameters of its tree, and products of its whole jaxpr: scans, stacks of layers and all."""
     network, shape, ops, partial = SPACES[space]

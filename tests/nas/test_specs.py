@@ -28,9 +28,26 @@ def test_the_space_of_nas_bench_201():
     assert sum(layer.name == "cell" for layer in net.layers) == 15 and net.layers[-2].channels == 64
 
 
+def test_the_spaces_of_transnas_and_macro():
+    net = nas.trans_nas_bench_101_space()
+    assert [layer.channels for layer in net.layers] == [32, 64, *[128] * 4, *[256] * 4, *[512] * 2]
+    assert [layer.stride for layer in net.layers] == [2, 2, *[2, 1, 1, 1] * 2, 2, 1]
+    assert net.cells["cell"].edges[0].ops == ("none", "skip_connect", "conv1x1", "conv3x3")
+    net = nas.nas_bench_macro_space()
+    assert [layer.channels for layer in net.layers] == [32, 64, 64, *[128] * 3, *[256] * 3, 1280]
+    assert [layer.stride for layer in net.layers] == [1, 2, 1, 2, 1, 1, 2, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     "space",
-    [nas.darts_space, nas.nas_bench_201_space, nas.nas_bench_101_space, lambda n: nas.check_network(network_of(n))],
+    [
+        nas.darts_space,
+        nas.nas_bench_201_space,
+        nas.nas_bench_101_space,
+        nas.trans_nas_bench_101_space,
+        nas.nas_bench_macro_space,
+        lambda n: nas.check_network(network_of(n)),
+    ],
 )
 def test_a_network_without_outputs_is_refused(space):
     with pytest.raises(ValueError, match="`num_outputs` must be at least 1; got 0"):
@@ -41,7 +58,15 @@ def network_of(num_outputs):
     return nas.Network({}, (nas.Layer("linear", 4),), num_outputs)
 
 
-@pytest.mark.parametrize("net", [nas.darts_space(num_cells=2), nas.nas_bench_201_space(cells_per_stage=1)])
+@pytest.mark.parametrize(
+    "net",
+    [
+        nas.darts_space(num_cells=2),
+        nas.nas_bench_201_space(cells_per_stage=1),
+        nas.trans_nas_bench_101_space(),
+        nas.nas_bench_macro_space(),
+    ],
+)
 def test_json(net):
     again = nas.from_json(nas.to_json(net))
     assert again == net

@@ -80,6 +80,16 @@ def image_case(name):
         net, shape = nas.nas_bench_201_space(3, channels=2, cells_per_stage=2), (5, 4, 1)
         net = net._replace(layers=net.layers[:4])  # two cells and a residual block
         ops = nas.NAS_BENCH_201_OPS
+    elif name == "transnas":
+        net, shape = nas.trans_nas_bench_101_space(3, channels=3), (13, 9, 1)
+        net, ops = (
+            net._replace(layers=net.layers[:5]),
+            nas.TRANS_NAS_BENCH_101_OPS,
+        )  # the first module, and half another
+    elif name == "macro":
+        net, shape, ops = nas.nas_bench_macro_space(3, channels=2, features=5), (9, 5, 1), nas.NAS_BENCH_MACRO_OPS
+        cells = {f"block{i}": net.cells[f"block{i}"] for i in range(4)}
+        net = net._replace(cells=cells, layers=(*net.layers[:5], net.layers[-1]))
     else:
         primitives = ("none", "max_pool_3x3", "skip_connect", "dil_conv_3x3")
         net, shape = nas.darts_space(3, channels=4, num_cells=3, num_nodes=2, primitives=primitives), (7, 4, 1)
@@ -92,6 +102,8 @@ def image_case(name):
     [
         ("table", 1),
         ("201", 1),
+        ("transnas", 1),
+        ("macro", 1),
         ("darts", 2),
         pytest.param("darts", 1, marks=pytest.mark.slow),
     ],
@@ -103,7 +115,9 @@ def test_one_hot_weights_are_the_discrete_network(name, partial):
         net = net._replace(layers=net.layers[:3])
     supernet = nas.supernet(net, shape, ops=ops, partial=partial)
     genotype = nas.discretize(net, weights_of(net), keep=2 if name == "darts" else None)
-    assert any(len(edges) < len(net.cells[kind].edges) for kind, edges in genotype.items())
+    chosen = {op for edges in genotype.values() for _, _, op in edges}
+    none_among = any(len(edges) < len(net.cells[kind].edges) for kind, edges in genotype.items())
+    assert len(chosen) == 3 if name == "macro" else none_among
     # As it is exported and read again.
     exported = nas.to_json(nas.discrete(net, nas.genotype_from_json(nas.genotype_to_json(genotype))))
     small = nas.supernet(nas.from_json(exported), shape, ops=ops, partial=partial)
@@ -118,6 +132,21 @@ def test_one_hot_weights_are_the_discrete_network(name, partial):
     mixed, discrete = map(np.asarray, both(np.random.default_rng(0).normal(size=(3, *shape))))
     assert abs(discrete).max() > 0.01
     np.testing.assert_allclose(mixed, discrete, atol=1e-9)
+
+
+@pytest.mark.once
+def test_a_cell_whose_input_has_other_channels_by_hand():
+    """Ops on the edges from the input change its channels; all others have the cell's."""
+    linear = lambda node, p: (lambda z: (z - z.mean(0)) / np.sqrt(z.var(0) + 1e-5))(node @ p)
+    cell = nas.complete_cell(2, ("linear",), preprocess=False)
+    network = nas.Network({"cell": cell}, (nas.Layer("cell", 5),), 2)
+    supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
+    params = jax.jit(supernet.init)(KEY)
+    enters, inside = ([np.asarray(w) for w in p["w"][0]] for (p,) in params["layers"][0]["edges"])
+    first = linear(np.asarray(X), enters[0])
+    second = linear(np.asarray(X), enters[1]) + linear(first, inside[0])
+    assert [w.shape for w in (*enters, *inside)] == [(3, 5), (3, 5), (5, 5)]
+    np.testing.assert_allclose(jax.jit(supernet.features)(params, None, X)[0], second, atol=1e-9)
 
 
 def test_layers_that_are_alike_are_one_scan_and_still_have_their_own_weights():
@@ -261,8 +290,8 @@ def test_what_does_not_fit_is_refused():
         nas.supernet(net, (3,), ops={"stem": nas.BLOCKS["stem"]})
     with pytest.raises(ValueError, match="`partial` must divide the channels; got 3, and 4 channels in 'cell'"):
         nas.supernet(net, (3,), ops=nas.BLOCKS, partial=3)
-    with pytest.raises(ValueError, match="`preprocess=False`, and an input of 3"):
-        nas.supernet(TABLE._replace(layers=TABLE.layers[1:]), (3,), ops=nas.BLOCKS)
+    with pytest.raises(ValueError, match="`preprocess=False`, and an input of 3, so that what `partial`"):
+        nas.supernet(TABLE._replace(layers=TABLE.layers[1:]), (3,), ops=nas.BLOCKS, partial=2)
     supernet = nas.supernet(net, (3,), ops=nas.BLOCKS)
     with pytest.raises(ValueError, match=r"`x` must have the shape \(N, 3\); got \(5, 2\)"):
         supernet.apply(supernet.init(KEY), None, jnp.zeros((5, 2)))
