@@ -65,11 +65,11 @@ def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ..
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_)):
         raise ValueError(
             f'The labels "y" must be integers in 0..{num_outputs - 1}, or truth values; got {dtype}. Number the '
-            "classes (`np.unique(y, return_inverse=True)[1]`); of targets that are no classes pass a `loss` of your own."
+            "classes (`np.unique(y, return_inverse=True)[1]`); targets that are no classes need a `loss` of your own."
         )
     if x is not None and np.shape(x)[:1] != found[:1]:
-        each = [len(a) if np.ndim(a) else "no rows" for a in (x, y)]
-        raise ValueError(f'"x" and "y" must have a row for each other; got {each[0]} and {each[1]}.')
+        each = " and ".join(str(shape[0]) if shape else "no rows" for shape in (np.shape(x), found))
+        raise ValueError(f'"x" and "y" must have a row for each other; got {each}.')
     if shape is not None and found != shape:
         raise ValueError(
             f'The labels "y" must have the shape {shape}, that of the outputs {(*shape, num_outputs)} without their '
