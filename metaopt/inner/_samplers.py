@@ -27,13 +27,15 @@ def full_batch() -> Sampler:
 
 
 def num_rows(data: base.Data, shared: Sequence[str] = ()) -> int | jax.Array:
-    """The number of real rows N: `data["num_rows"]`, else the sum of `data["mask"]`, else the leading axis.
+    """The number of real rows N: of `data["mask"]` those above 0, else `data["num_rows"]`, else the leading axis.
 
-    Real rows come first; padding follows them (`tasks.to_task` pads so).
+    Real are the rows that "mask" [N] says, wherever they stand (of a mask of parts of rows [N, ...], those with a part
+    that is real), and of them the first "num_rows", where there is such a number. Without a mask real rows come first,
+    and padding follows them.
 
     Args:
       data: a tree of arrays with the rows as their leading axis.
-      shared: entries of a dict of data that have no axis of rows.
+      shared: entries of a dict of data that have no axis of rows; a "mask" among them is none of rows.
 
     Returns:
       An int, or [] where it is an array in the data.
@@ -41,12 +43,20 @@ def num_rows(data: base.Data, shared: Sequence[str] = ()) -> int | jax.Array:
     Raises:
       ValueError: a leaf has another leading axis than the rest; `shared` names what is not there.
     """
-    padded = _check_rows(_split(data, shared)[0])
-    if isinstance(data, dict) and "num_rows" in data:
-        return data["num_rows"]
-    if isinstance(data, dict) and "mask" in data:
-        return jnp.sum(data["mask"] > 0)
-    return padded
+    rows = _split(data, shared)[0]
+    padded, real = _check_rows(rows), _real(rows)
+    counted = isinstance(data, dict) and "num_rows" in data
+    if real is None:
+        return data["num_rows"] if counted else padded
+    return jnp.minimum(data["num_rows"], real.sum()) if counted else real.sum()
+
+
+def _real(rows: base.Data) -> jax.Array | None:
+    """[N] bool, which rows are no padding, where a mask says it."""
+    if not isinstance(rows, dict) or "mask" not in rows:
+        return None
+    mask = jnp.asarray(rows["mask"]) > 0
+    return mask.any(tuple(range(1, mask.ndim)))
 
 
 def _split(data: base.Data, shared: Sequence[str]) -> tuple[base.Data, dict[str, Any]]:
@@ -88,15 +98,17 @@ def minibatch(
     shared: Sequence[str] = (),
     num_rows: Callable[[base.Data], Any] | None = None,
 ) -> Sampler:
-    """Minibatches of B rows: without replacement (each row once an epoch, reshuffled every epoch), or with.
+    """Minibatches of B real rows: without replacement (each row once an epoch, reshuffled every epoch), or with.
+
+    Padding by "mask" is not drawn, wherever it stands.
 
     Args:
       batch_size: B, at least 1. May exceed the number of rows: a batch then spans epochs.
       replace: draw rows independently.
       shared: entries of a dict of data that have no axis of rows and that every batch carries whole, besides
         "num_rows" and a "class_mask" [C], which all do.
-      num_rows: `data -> N`, the number of real rows, where padding follows them; by default `data["num_rows"]`, else
-        the sum of `data["mask"]`, else the leading axis. May differ between tasks: all share one compiled program.
+      num_rows: `data -> N`: the first N rows are real, whatever a mask says; by default those are that
+        `inner.num_rows` counts. May differ between tasks: all share one compiled program.
 
     Returns:
       A `Sampler`; batches look like the data with B in the place of the axis of rows.
@@ -117,6 +129,9 @@ def minibatch(
         else:
             place = jnp.asarray(step, jnp.int32) * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
             index = shuffled(key, place // size, place % size, size)
+        real = _real(rows) if num_rows is None else None
+        if real is not None:  # which rows they are; the same in all steps, so that a scan finds it once
+            index = jnp.flatnonzero(real, size=len(real))[index]
         batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], rows)
         return {**batch, **whole} if isinstance(data, dict) else batch
 

@@ -71,9 +71,9 @@ def retraining(
       in_shape: of one input.
       ops: of the space.
       num_steps: T.
-      batch_size: of rows of data {"x": [N, *in_shape], "y": [N]}, and "mask" [N] where there is padding,
-        which is not drawn.
-      augment: of a batch's x, one after the other, `(key, x) -> x`; published are `nas.crop_and_flip(4)` and
+      batch_size: of rows of data {"x": [N, *in_shape], "y": [N]}, and "mask" [N] where there is padding, which is not
+        drawn. Integers as "x" are the same numbers as floats: scale images of 0..255 yourself.
+      augment: of a batch's x, floats, one after the other, `(key, x) -> x`; published are `nas.crop_and_flip(4)` and
         `nas.cutout(16)` for 32 × 32.
       drop_path: the probability at the end, in [0, 1).
       auxiliary: weight of the auxiliary head; 0 is none.
@@ -127,7 +127,7 @@ def retraining(
     def train_loss(params, hyperparams, batch, context):
         drop_key, *keys = jax.random.split(context.key, 1 + len(augment))
         mask = nas.row_mask(batch)
-        x = batch["x"]
+        x = jnp.asarray(batch["x"], jnp.result_type(batch["x"], float))
         for change, key in zip(augment, keys, strict=True):
             x = change(key, x)
         edges = (drop_key, drop_path * context.step / num_steps) if drop_path else None
@@ -244,34 +244,37 @@ def batched_accuracy(
       batch_size: the last batch is filled up with rows that are not counted again. At most the number of rows is taken.
 
     Returns:
-      `(params, data, key) -> accuracy` in [0, 1], of data {"x", "y"}; the key says which rows are together. Of data
-      with "mask" [N] of the real rows alone, which are together with one another; with "class_mask" [C] among the real
-      classes. A row with a NaN among its outputs counts as wrong.
+      `(params, data, key) -> accuracy` in [0, 1], of data {"x", "y"}, labels as integers or truth values, shaped as the
+      outputs without their last axis; the key says which rows are together. Of data with "mask" [N] of the real rows
+      alone, which are together with one another; with "class_mask" [C] among the real classes. A row with a NaN among
+      its outputs counts as wrong.
 
     Raises:
-      ValueError: `batch_size` is below 1; "mask" is not [N], or leaves no row; a label is no class.
+      ValueError: `batch_size` is below 1; x and y are not as many, or y has another type or shape; "mask" is not [N],
+        or leaves no row; "class_mask" is not [C]; a label is no class.
     """
     base.check_integer("batch_size", batch_size, 1)
     outputs = jax.jit(inner.im2col(apply, only_on_cpu=True))
 
     def accuracy(params, data, key):
         nas.row_mask(data)  # a dict with "x"
-        real = np.asarray(data.get("mask", np.ones(len(data["y"])))) > 0
-        if real.shape != (len(data["y"]),) or not real.any():
+        x, y = np.asarray(data["x"]), np.asarray(data["y"])
+        real = np.ones(len(x), bool) if data.get("mask") is None else np.asarray(data["mask"]) > 0
+        if real.shape != x.shape[:1] or not real.any():
             raise ValueError(
-                f'"mask" must be [N] = ({len(data["y"])},), 1 for a real row and 0 for padding, with a real one; got '
+                f'"mask" must be [N] = {x.shape[:1]}, 1 for a real row and 0 for padding, with a real one; got '
                 f"shape {real.shape}, {int(real.sum())} real."
             )
         num = int(real.sum())
         size = min(batch_size, num)
         order = np.flatnonzero(real)[np.asarray(jax.random.permutation(key, num))]
         rows = np.resize(order, -(-num // size) * size)  # from the start again
-        x, y, right = np.asarray(data["x"]), np.asarray(data["y"]), []
+        right = []
         for some in rows.reshape(-1, size):
             found = np.asarray(outputs(params, x[some]))
             if not right:
-                nas.check_labels(data, found.shape[-1])
-            if np.shape(data.get("class_mask")) == found.shape[-1:]:
+                nas.check_labels(data, found.shape[-1], (len(x), *found.shape[1:-1]))
+            if data.get("class_mask") is not None:
                 found = np.where(np.asarray(data["class_mask"]) > 0, found, -np.inf)
             right.append((found.argmax(-1) == y[some]) & ~np.isnan(found).any(-1))
         return float(np.concatenate(right)[:num].mean())

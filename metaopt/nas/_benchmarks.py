@@ -36,10 +36,10 @@ class Benchmark(NamedTuple):
       test: [A, T] what it is judged by; where a benchmark has none, `valid` at the full fidelity.
       cost: [A, T, F] seconds of training; NaN where they are not known.
       query: `(architecture, task, fidelity) -> (outcome, cost)`, of a row of integers, a task's name, a fidelity (1.0
-        by default; to 1e-3); raises a ValueError for what is not in the table. Of NAS-Bench-101 an architecture may be
-        a `Graph`, too, or a genotype of `nas_bench_101_space`, and is found by its hash; of NAS-Bench-201, the micro
-        space of TransNAS-Bench-101 and NAS-Bench-Macro a genotype of `nas_bench_201_space`, `trans_nas_bench_101_space`
-        and `nas_bench_macro_space`, and of NAS-Bench-201 its text.
+        by default; to 1e-3); raises a ValueError for what is not in the table, or was not trained there. Of
+        NAS-Bench-101 an architecture may be a `Graph`, too, or a genotype of `nas_bench_101_space`, and is found by its
+        hash; of NAS-Bench-201, the micro space of TransNAS-Bench-101 and NAS-Bench-Macro a genotype of
+        `nas_bench_201_space`, `trans_nas_bench_101_space` and `nas_bench_macro_space`, and of NAS-Bench-201 its text.
     """
 
     name: str
@@ -98,6 +98,11 @@ def make_benchmark(
         return rows.get(tuple(map(int, digits))) if all(float(x).is_integer() for x in digits) else None
 
     def query(architecture, task, fidelity=1.0):
+        if np.ndim(fidelity) or np.asarray(fidelity).dtype.kind not in "biuf":
+            raise ValueError(
+                f"`fidelity` must be a number, one of {', '.join(map(str, fidelities))}; got {fidelity!r}. Without it "
+                "that is the full budget, 1.0."
+            )
         row, near = row_of(architecture), [i for i, f in enumerate(fidelities) if abs(f - fidelity) < 1e-3]
         if row is None or task not in tasks or not near:
             raise ValueError(
@@ -105,6 +110,8 @@ def make_benchmark(
                 f"{', '.join(map(str, fidelities))}; got {architecture}, {task!r}, {fidelity}."
             )
         at = row, tasks.index(task), near[0]
+        if np.isnan(valid[at]):
+            raise ValueError(f"{name}: {architecture} was not trained on {task!r} at the fidelity {fidelity}.")
         return float(valid[at]), float(cost[at])
 
     return Benchmark(name, tasks, dims, tuple(num_choices), encodings, fidelities, valid, test, cost, query)

@@ -1,6 +1,7 @@
 """Rows that are padding, and labels that are no classes: what a loss, a score and normalization leave out or refuse.
 
-A batch's "mask" [N] is 1 for a real row and 0 for padding, as `tasks.to_task` writes it; its "class_mask" [C] likewise:
+A batch's "mask" [N] is 1 for a real row and 0 for padding, wherever it stands; its "class_mask" [C] likewise, as
+`tasks.to_task` writes them:
 
     L = Σ_n mask_n ℓ(y_n, f(x)_n + log class_mask) / Σ_n mask_n
     mean = Σ_{n, positions} mask_n x / (positions · Σ_n mask_n), and the variance likewise, in every `nas.normalized`
@@ -25,23 +26,26 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
 
     Args:
       outputs: [N, C] logits; [N, positions..., C] of a network that is not pooled.
-      batch: with labels "y" [N, positions...] in 0..C-1, and, where there is padding, "mask" [N], or shaped as y;
-        and "class_mask" [C].
+      batch: with labels "y" [N, positions...], integers in 0..C-1 (or truth values), and, where there is padding,
+        "mask" [N], or shaped as y; and "class_mask" [C].
 
     Returns:
       [], in nats. NaN, with its gradient, where the label of a real row is no class, below 0 or from C on, or where no
       row is real.
 
     Raises:
-      ValueError: "mask" has another shape.
+      ValueError: labels are no integers, or one of the three has another shape.
     """
-    y, num = jnp.asarray(batch["y"]), outputs.shape[-1]
-    if "class_mask" in batch and jnp.shape(batch["class_mask"]) == (num,):
+    num = outputs.shape[-1]
+    _check_form(batch, num, outputs.shape[:-1])
+    y = jnp.asarray(batch["y"])
+    y = y.astype(jnp.int32) if y.dtype == bool else y
+    if batch.get("class_mask") is not None:
         real = jnp.asarray(batch["class_mask"]).reshape((1,) * (outputs.ndim - 1) + (num,)) > 0
         outputs = jnp.where(real, outputs, -1e9)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, y)
     wrong = (y < 0) | (y >= num)
-    if "mask" not in batch:
+    if batch.get("mask") is None:
         return _nan_where(wrong, losses).mean()
     mask = jnp.asarray(batch["mask"], losses.dtype)
     if mask.shape not in (losses.shape, losses.shape[:1]):
@@ -52,6 +56,31 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
     mask = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (losses.ndim - mask.ndim)), losses.shape)
     losses = _nan_where(wrong & (mask > 0), losses)
     return jnp.where(mask > 0, losses * mask, 0).sum() / mask.sum()
+
+
+def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
+    """ValueError where "y" [*shape] or "class_mask" cannot be what they should, which traced ones tell, too."""
+    y, x, classes = (batch.get(name) for name in ("y", "x", "class_mask"))
+    dtype, found = getattr(y, "dtype", None) or np.asarray(y).dtype, np.shape(y)
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_)):
+        raise ValueError(
+            f'The labels "y" must be integers in 0..{num_outputs - 1}, or truth values; got {dtype}. Number the '
+            "classes (`np.unique(y, return_inverse=True)[1]`); targets that are no classes need a `loss` of your own."
+        )
+    if x is not None and np.shape(x)[:1] != found[:1]:
+        each = " and ".join(str(shape[0]) if shape else "no rows" for shape in (np.shape(x), found))
+        raise ValueError(f'"x" and "y" must have a row for each other; got {each}.')
+    if shape is not None and found != shape:
+        raise ValueError(
+            f'The labels "y" must have the shape {shape}, that of the outputs {(*shape, num_outputs)} without their '
+            f"last axis; got {found}. Of a column of labels [N, 1] take `y[:, 0]`, of one-hot rows [N, C] "
+            "`y.argmax(-1)`."
+        )
+    if classes is not None and np.shape(classes) != (num_outputs,):
+        raise ValueError(
+            f'"class_mask" must be [C] = ({num_outputs},), 1 for a class of the task and 0 for another, as long as the '
+            f"network has outputs; got shape {np.shape(classes)}."
+        )
 
 
 def _nan_where(wrong: jax.Array, losses: jax.Array) -> jax.Array:
@@ -66,10 +95,10 @@ def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
       batch: with "x" [N, ...].
 
     Returns:
-      [N], or None: there is no mask, or it is of something else, such as positions, which a loss may leave out.
+      [N], or None: there is no mask, or it is of parts of rows [N, ...], such as positions, which a loss may leave out.
 
     Raises:
-      ValueError: the batch is no dict with "x".
+      ValueError: the batch is no dict with "x"; "mask" is of neither rows nor their parts, as [N, 1] is.
     """
     if not isinstance(batch, Mapping) or "x" not in batch:
         found = f"a dict of {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
@@ -78,30 +107,38 @@ def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
             f"[N], since losses and samplers read them by name; got {found}. Of arrays x and y that is "
             '`base.Task({"x": x, "y": y}, {"x": x_valid, "y": y_valid})`.'
         )
-    mask = batch.get("mask")
-    return mask if mask is not None and jnp.shape(mask) == jnp.shape(batch["x"])[:1] else None
+    mask, rows = batch.get("mask"), np.shape(batch["x"])[:1]
+    if mask is None or np.shape(mask) == rows:
+        return mask
+    if np.shape(mask)[:1] != rows or math.prod(np.shape(mask)[1:]) <= 1:
+        raise ValueError(
+            f'"mask" must be [N] = {rows}, 1 for a real row of "x" and 0 for padding; got shape {np.shape(mask)}. Of a '
+            "column [N, 1] that is `mask[:, 0]`."
+        )
+    return None
 
 
-def check_labels(batch: Any, num_outputs: int) -> None:
-    """ValueError where labels of real rows, which are not traced, are no classes.
+def check_labels(batch: Any, num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
+    """ValueError where labels of real rows are no classes: of traced ones where their type and shape tell it.
 
     Args:
-      batch: with "y", and "mask" and "class_mask" where there is padding. What is no dict, or has no integers as "y",
-        passes.
+      batch: with "y", and "x", "mask" and "class_mask" where they are there. What is no dict, or has no "y", passes.
       num_outputs: C.
+      shape: that labels must have, [N, positions...]; None does not check it.
 
     Raises:
-      ValueError: a label is below 0 or from C on, or of a class that "class_mask" leaves out.
+      ValueError: labels are no integers (or truth values), not as many as rows of "x", or have another shape;
+        "class_mask" is not [C]; a label is below 0 or from C on, or of a class that "class_mask" leaves out.
     """
     if not isinstance(batch, Mapping) or batch.get("y") is None:
         return
+    _check_form(batch, num_outputs, shape)
     kept = [batch.get(name) for name in ("y", "mask", "class_mask")]
     if any(isinstance(leaf, Tracer) for leaf in kept):
         return
     y, mask, classes = (None if leaf is None else np.asarray(leaf) for leaf in kept)
     assert y is not None
-    if not np.issubdtype(y.dtype, np.integer):
-        return
+    y = y.astype(int) if y.dtype == bool else y
     if mask is not None and mask.shape in (y.shape, y.shape[:1]):
         y = y[mask > 0]
     wrong = (y < 0) | (y >= num_outputs)
@@ -111,7 +148,7 @@ def check_labels(batch: Any, num_outputs: int) -> None:
             f"from {y.min()} to {y.max()}, {int(wrong.sum())} of {wrong.size} outside. Number the classes from 0 "
             "(`np.unique(y, return_inverse=True)[1]`), or give the network more outputs."
         )
-    if classes is not None and classes.shape == (num_outputs,) and not (classes[y] > 0).all():
+    if classes is not None and not (classes[y] > 0).all():
         raise ValueError(
             f'"class_mask" leaves out classes that rows have: {sorted(set(y[classes[y] <= 0].tolist()))}. It is 1 for '
             "every class of the task."

@@ -41,6 +41,17 @@ def _outputs(supernet, params, weights, batch) -> jax.Array:
     return supernet.apply(params, weights, batch["x"], *more)
 
 
+def _rows_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
+    """Of a score that sees rows alone."""
+    mask = row_mask(batch)
+    if mask is None and batch.get("mask") is not None:
+        raise ValueError(
+            f"The score takes a mask of rows, [N] = {batch['x'].shape[:1]}: it has no loss, which could leave parts of "
+            f'rows out; got shape {jnp.shape(batch["mask"])}. Without padding leave "mask" out of the batch.'
+        )
+    return mask
+
+
 def _each_weight(params: base.Params) -> list[tuple[jax.Array, int]]:
     """The convolutions and matrices of a supernet's params, and how many of their leading axes stack edges and layers.
 
@@ -163,9 +174,12 @@ def jacob_cov(
     Returns:
       [].
 
+    Raises:
+      ValueError: the batch has a mask of something else than rows.
+
     Source: Mellor et al., 2020, https://arxiv.org/abs/2006.04647v1
     """
-    x, mask = batch["x"], row_mask(batch)
+    x, mask = jnp.asarray(batch["x"], jnp.result_type(batch["x"], float)), _rows_mask(batch)
     real = None if mask is None else jnp.asarray(mask) > 0
     total = lambda outputs: outputs.sum()
     if real is not None:
@@ -205,11 +219,11 @@ def nwot(supernet: Supernet, params: base.Params, weights: Weights | None, batch
       []; −inf where two inputs are on the same sides everywhere.
 
     Raises:
-      ValueError: the network has no ReLU.
+      ValueError: the network has no ReLU, or the batch a mask of something else than rows.
 
     Source: Mellor et al., ICML 2021, https://arxiv.org/abs/2006.04647
     """
-    x, mask = batch["x"], row_mask(batch)
+    x, mask = batch["x"], _rows_mask(batch)
     args = (params, weights, x) if mask is None else (params, weights, x, None, mask)
     closed = jax.make_jaxpr(supernet.apply)(*args)
     if not _holds_relu(closed.jaxpr, len(x)):

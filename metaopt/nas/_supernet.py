@@ -37,12 +37,13 @@ class Supernet(NamedTuple):
       init: `(key) -> params`.
       apply: `(params, weights, x, drop_path=None, mask=None) -> [N, num_outputs]` (and all positions between, where the
         spec is not `pooled`), of x [N, *in_shape]; weights None counts every op once (all sizes of an `ElasticNetwork`
-        are then the largest). With `drop_path=(key, rate)` each edge is left out of each example with that probability,
-        but for those that only pass their input on, and what stays counts 1 / (1 − rate); sizes have no edges to leave
-        out. With `mask` [N], 1 for a real row and 0 for padding, outputs of real rows are, to rounding, those of a
-        batch of real rows alone: `nas.normalized` leaves padding out. (Own ops that compute over the batch otherwise
-        do not.) A ValueError of a single row that is normalized by the batch without positions: all outputs would be
-        alike.
+        are then the largest). Integers as x are the same numbers as floats: of images of uint8, 0..255, which networks
+        that do not normalize first learn worse from than from x / 255. With `drop_path=(key, rate)` each edge is left
+        out of each example with that probability, but for those that only pass their input on, and what stays counts
+        1 / (1 − rate); sizes have no edges to leave out. With `mask` [N], 1 for a real row and 0 for padding, outputs
+        of real rows are, to rounding, those of a batch of real rows alone: `nas.normalized` leaves padding out. (Own
+        ops that compute over the batch otherwise do not.) A ValueError of a single row that is normalized by the batch
+        without positions: all outputs would be alike.
       features: as `apply`, the outputs of all layers in the place of the network's, in their order: what an auxiliary
         head sees.
       head: `(params, features of the last layer) -> [N, num_outputs]`.
@@ -219,9 +220,10 @@ def supernet(
 
 
 def _with_mask(fn: Callable) -> Callable:
-    """`apply` or `features`, with a mask of rows as one more argument."""
+    """`apply` or `features`, of integers, too, and with a mask of rows as one more argument."""
 
     def with_mask(params, weights, x, drop_path=None, mask=None):
+        x = jnp.asarray(x, jnp.result_type(x, float))
         if jnp.shape(x)[:1] == (1,):
             _masks.check_one_row(lambda x: fn(params, weights, x, drop_path), x)
         return _masks.over_real_rows(lambda x: fn(params, weights, x, drop_path), x, mask)

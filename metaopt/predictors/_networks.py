@@ -120,12 +120,15 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
     Args:
       params: by `init_embedding`.
       data: a dict like `train` of `tasks.to_task`: N rows, D columns, C classes, with masks.
-      max_rows: rows that are read, the first ones.
+      max_rows: rows that are read, the first real ones.
 
     Returns:
       [W]. It takes memory O((N + C) D W), and is differentiable in `params` and in "x".
     """
-    x, y, mask = (data[name][:max_rows] for name in ("x", "y", "mask"))
+    x, y, mask = (jnp.asarray(data[name]) for name in ("x", "y", "mask"))
+    if len(mask) > max_rows:
+        first = jnp.argsort(mask <= 0, stable=True)[:max_rows]  # real rows, wherever they stand
+        x, y, mask = x[first], y[first], mask[first]
     entry, pair = params["entry"], params["pair"]
     entries = jax.nn.relu(x[..., None] * entry["w"][None, None] + entry["b"][None, None])  # [N, D, W]
     member = jax.nn.one_hot(y, data["class_mask"].shape[0], dtype=x.dtype) * mask[:, None]  # [N, C]
@@ -168,7 +171,7 @@ def dataset_embedding(
       num_features: F of `task.features` that are appended to the embedding; 0 ignores them.
       width: of the embedding.
       num_hidden: tanh units of the head.
-      max_rows: rows that are read, the first ones (rows of prepared tables are in random order).
+      max_rows: rows that are read, the first real ones (rows of prepared tables are in random order).
       hyperparams: λ to start from, constrained; by default the space's.
 
     Returns:

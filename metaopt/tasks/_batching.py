@@ -222,7 +222,7 @@ def unstack(tasks: base.Task) -> list[base.Task]:
 
 
 def resplit(key: jax.Array, task: base.Task) -> base.Task:
-    """Draws training and validation rows anew from both together: the same numbers of each, padding still at the end.
+    """Draws training and validation rows anew from both together: as many real ones of each, then padding.
 
     A rotating split keeps λ from adapting to one choice of validation rows. Pure; works under `jit` and `vmap`; in
     reverse mode gradients pass to the rows. Stratified: rows are ranked at random within their class, and those of
@@ -255,16 +255,19 @@ def resplit(key: jax.Array, task: base.Task) -> base.Task:
     padding = ~real[ordered]
     chosen = ordered[jnp.lexsort((shuffle, share, padding))]
 
+    def num_real(part: Mapping[str, jax.Array]) -> jax.Array:
+        return (part["mask"] > 0).sum()
+
     def take(part: Mapping[str, jax.Array], offset) -> dict[str, jax.Array]:
         size = part["y"].shape[0]
-        inside = jnp.arange(size) < part["num_rows"]
+        inside = jnp.arange(size) < num_real(part)
         at = chosen[jnp.minimum(offset + jnp.arange(size), total - 1)]
         x, y = join("x")[at], join("y")[at]
         mask = inside.astype(part["mask"].dtype)
         rows = {"x": jnp.where(inside[:, None], x, 0), "y": jnp.where(inside, y, 0), "mask": mask}
         return {**part, **rows}
 
-    return task._replace(train=take(train, 0), valid=take(valid, train["num_rows"]))
+    return task._replace(train=take(train, 0), valid=take(valid, num_real(train)))
 
 
 def _check_finite(task: base.Task, name: str) -> None:

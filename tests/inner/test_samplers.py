@@ -109,6 +109,53 @@ def test_padding_is_never_drawn_and_sizes_share_one_program(how, replace):
         np.testing.assert_array_equal(batches["num_rows"][:, 0], sizes)
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("counted", [False, True])
+def test_real_rows_are_drawn_wherever_they_stand(counted, replace):
+    masks = jnp.array([[0, 1, 1, 0, 0, 1, 0, 0], [1, 0, 1, 1, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 1]])
+    data = {"x": jnp.tile(jnp.arange(8), (3, 1)), "mask": masks * 1.0}
+    if counted:
+        data["num_rows"] = masks.sum(1)
+    draw = jax.jit(jax.vmap(jax.vmap(inner.minibatch(4, replace=replace), (None, 0, None)), (None, None, 0)))
+    batches = draw(KEY, jnp.arange(42), data)
+    assert (batches["mask"] == 1).all()
+    for mask, rows in zip(masks, np.asarray(batches["x"]).reshape(3, -1), strict=True):
+        real = np.flatnonzero(mask)
+        assert set(rows.tolist()) == set(real.tolist())
+        if not replace:  # each once an epoch
+            np.testing.assert_array_equal(np.sort(rows.reshape(-1, len(real))), np.tile(real, (168 // len(real), 1)))
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_where_rows_stand_changes_no_batch(replace):
+    """Nor does a mask of rows that come first: the batches are those of `num_rows` rows."""
+    order, sample = np.array([6, 0, 2, 7, 3, 1, 4, 5]), inner.minibatch(3, replace=replace)
+    first = {"x": jnp.arange(8.0), "mask": jnp.arange(8) < 5}
+    place = np.sort(order.argsort()[:5])  # of the real rows, in their order
+    scattered = {"x": jnp.full(8, 7.0).at[place].set(jnp.arange(5.0)), "mask": jnp.zeros(8, bool).at[place].set(True)}
+    assert not scattered["mask"][:5].all()
+    for step in range(5):
+        x, *others = (sample(KEY, step, d)["x"] for d in ({"x": jnp.arange(5.0)}, first, scattered))
+        for other in (*others, sample(KEY, step, {"x": jnp.arange(8.0), "num_rows": 5})["x"]):
+            np.testing.assert_array_equal(other, x)
+
+
+def test_what_is_real_of_masks_of_parts_of_rows_and_of_two_counts():
+    """A row without a real part is padding; a mask among `shared` is none of rows; a mask and a count both hold."""
+    parts = {"x": jnp.arange(4), "mask": jnp.array([[0, 0], [1, 0], [0, 0], [1, 1]])}
+    draws = jax.vmap(lambda step: inner.minibatch(2)(KEY, step, parts)["x"])(jnp.arange(9))
+    assert set(np.ravel(draws).tolist()) == {1, 3} and inner.num_rows(parts) == 2
+    shared = {"x": jnp.arange(4), "mask": jnp.array([1.0, 0, 0])}
+    draws = jax.vmap(lambda step: inner.minibatch(2, shared=("mask",))(KEY, step, shared)["x"])(jnp.arange(9))
+    assert set(np.ravel(draws).tolist()) == {0, 1, 2, 3} and inner.num_rows(shared, ("mask",)) == 4
+    mask = jnp.array([0, 1, 0, 1])
+    for count, real in ((4, {1, 3}), (1, {1})):
+        both = {"x": jnp.arange(4), "mask": mask, "num_rows": count}
+        draws = jax.vmap(lambda step, both=both: inner.minibatch(2)(KEY, step, both)["x"])(jnp.arange(9))
+        assert set(np.ravel(draws).tolist()) == real and inner.num_rows(both) == len(real)
+
+
 def test_padding_changes_no_batch():
     data = {"x": jnp.arange(6.0), "num_rows": jnp.int32(6)}
     padded = {"x": jnp.pad(data["x"], (0, 4)), "num_rows": jnp.int32(6)}

@@ -234,6 +234,29 @@ def test_accuracy_is_of_real_rows_which_are_together_with_one_another():
             constant(0.0, bad, KEY)
 
 
+def test_accuracy_of_what_are_no_labels_of_the_rows_is_refused():
+    x = np.arange(8.0)[:, None]
+    y = (x[:, 0] > 3).astype(np.int32)
+    above = methods.batched_accuracy(lambda p, x: jnp.stack([3.5 - x[:, 0], x[:, 0] - 3.5], 1), batch_size=4)
+    for good in (y, y > 0, y.astype(np.uint8), y.tolist()):
+        assert above(None, {"x": x, "y": good}, KEY) == 1.0
+    each = methods.batched_accuracy(lambda p, x: jnp.stack([0 * x, x], -1), batch_size=4)  # [N, positions, C]
+    assert each(None, {"x": x + 1, "y": np.ones((8, 1), int)}, KEY) == 1.0
+    for bad, message in [
+        ({"y": y[:, None]}, r'The labels "y" must have the shape \(8,\), .*got \(8, 1\)'),
+        ({"y": np.eye(2, dtype=int)[y]}, r"must have the shape \(8,\).*got \(8, 2\)"),
+        ({"y": np.array(["a", "b"])[y]}, r"must be integers.*got <U1"),
+        ({"y": y + 5.0}, "must be integers.*got float64"),
+        ({"y": y[:6]}, r'"x" and "y" must have a row for each other; got 8 and 6'),
+        ({"x": x[:6]}, "must have a row for each other; got 6 and 8"),
+        ({"class_mask": np.array([1, 0, 1])}, r'"class_mask" must be \[C\] = \(2,\).*got shape \(3,\)'),
+        ({"class_mask": np.ones((8, 2))}, r"must be \[C\] = \(2,\).*got shape \(8, 2\)"),
+        ({"mask": np.ones((8, 1))}, r'"mask" must be \[N\] = \(8,\)'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            above(None, {"x": x, "y": y, **bad}, KEY)
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("auxiliary", [0.4, 0.0])
 def test_padding_trains_nothing(auxiliary):
@@ -246,6 +269,39 @@ def test_padding_trains_nothing(auxiliary):
     loss = jax.jit(lambda params, batch: made.loop.loss(params, None, batch, made.loop.context(context))[0])
     alone = loss(params, jax.tree.map(lambda a: a[mask > 0], DATA))
     np.testing.assert_allclose(loss(params, padded), alone, rtol=1e-9)
+    outputs = jax.jit(made.apply)(params, padded["x"], mask)[mask > 0]
+    np.testing.assert_allclose(outputs, jax.jit(made.apply)(params, X[mask > 0]), rtol=1e-9)
+
+
+@pytest.mark.once
+def test_training_is_by_real_rows_wherever_they_stand():
+    made = recipe(batch_size=4, auxiliary=0.0)
+    place = np.array([1, 4, 5, 8, 10, 11])
+    scattered = {
+        "x": jnp.full(X.shape, 40.0).at[place].set(X[:6]),
+        "y": jnp.zeros(12, int).at[place].set(DATA["y"][:6]),
+        "mask": jnp.zeros(12).at[place].set(1.0),
+    }
+    run = jax.jit(lambda data: inner.run(made.loop, 3)(KEY, None, data).params)
+    first = {"x": X, "y": DATA["y"], "mask": jnp.arange(12) < 6.0}
+    for a, b in zip(*(jax.tree.leaves(run(data)) for data in (first, scattered)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_images_of_integers_train_as_the_same_floats():
+    image = np.random.default_rng(0).integers(0, 256, (12, 6, 5, 1)).astype(np.uint8)
+    space = nas.nas_bench_201_space(3, channels=2, cells_per_stage=1)
+    net = nas.discrete(space._replace(layers=space.layers[:2]), {"cell": ((0, 3, "nor_conv_3x3"),)})
+    shift = lambda key, x: x + 200  # of uint8 this would be modulo 256
+    options = {"num_steps": 2, "batch_size": 4, "auxiliary": 0.0, "augment": (shift,), "drop_path": 0.5}
+    made = methods.retraining(net, (6, 5, 1), ops=nas.NAS_BENCH_201_OPS, **options)
+    run = jax.jit(lambda data: inner.run(made.loop, 2)(KEY, None, data).params)
+    found, floats = (run({"x": x, "y": DATA["y"]}) for x in (image, image.astype(float)))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(floats), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    rows = {"x": image, "y": DATA["y"]}
+    accuracy = methods.batched_accuracy(made.apply, batch_size=6)
+    assert accuracy(found, rows, KEY) == accuracy(found, {**rows, "x": image.astype(float)}, KEY)
 
 
 def test_recipes_that_cannot_be():

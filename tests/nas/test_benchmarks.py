@@ -35,7 +35,7 @@ def test_forms(name):
     assert len(np.unique(table.encodings, axis=0)) == len(table.encodings)
     assert table.valid.shape == table.cost.shape == (shape[0], num_tasks, len(table.fidelities))
     assert table.test.shape == (shape[0], num_tasks) and table.fidelities[-1] == 1.0
-    row = 1_234
+    row = np.flatnonzero(np.isfinite(table.valid[:, -1, -1]))[1_234]
     outcome, cost = table.query(table.encodings[row].tolist(), table.tasks[-1])
     np.testing.assert_equal([outcome, cost], [table.valid[row, -1, -1], table.cost[row, -1, -1]])
     # Losses: what validation prefers, testing does too.
@@ -237,6 +237,21 @@ def test_what_a_part_of_a_table_has_not_and_what_is_no_architecture_is_refused()
 
     with pytest.raises(ValueError, match="rows of integers of 6 entries, which stand for e0, .*; got .'a'"):
         part.query(["a"] * 6, "cifar10")
+
+
+def test_what_was_not_trained_and_what_is_no_fidelity_is_refused():
+    valid = [[[0.5, np.nan], [np.nan, 0.25]]]
+    part = make_benchmark("mine", ["a", "b"], ["e"], [2], [[1]], valid, fidelities=(0.5, 1.0))
+    np.testing.assert_equal([part.query([1], "a", 0.5), part.query([1], "b")], [(0.5, np.nan), (0.25, np.nan)])
+    for task, fidelity in (("a", 1.0), ("b", 0.5)):
+        with pytest.raises(ValueError, match=rf"\[1\] was not trained on '{task}' at the fidelity {fidelity}"):
+            part.query([1], task, fidelity)
+    for bad in (None, "1", [1.0, 0.5]):
+        with pytest.raises(ValueError, match=r"`fidelity` must be a number, one of 0.5, 1.0"):
+            part.query([1], "b", bad)
+    for bad in (0.7, np.nan):
+        with pytest.raises(ValueError, match="and the fidelities 0.5, 1.0"):
+            part.query([1], "b", bad)
 
 
 def test_nas_bench_101_takes_the_genotype_that_a_search_gives():

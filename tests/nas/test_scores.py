@@ -1,5 +1,7 @@
 """Training-free scores against a slow network in NumPy: gradients by finite differences, signs counted one by one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +132,30 @@ def test_padding_scores_nothing(found):
 
     for name, score in padded(params, {"x": x, "y": y, "mask": mask}).items():
         np.testing.assert_allclose(score, scores[name], rtol=1e-6, err_msg=name)
+
+
+def test_masks_of_something_else_score_nothing():
+    supernet = nas.supernet(NET, (9,), ops=OPS, single_path=True)
+    params, weights = jax.eval_shape(supernet.init, jax.random.key(0)), nas.one_hot(NET, GENOTYPE)
+    for name in ("jacob_cov", "nwot", "grad_norm", "snip"):
+        score = lambda params, mask, name=name: nas.SCORES[name](supernet, params, weights, {**BATCH, "mask": mask})
+        for mask in (np.ones((6, 1)), np.ones(5), np.ones(())):
+            with pytest.raises(ValueError, match=r'"mask" must be \[N\] = \(6,\).*got shape'):
+                jax.eval_shape(functools.partial(score, mask=mask), params)
+        if name in ("jacob_cov", "nwot"):
+            with pytest.raises(ValueError, match=r"takes a mask of rows, \[N\] = \(6,\).*got shape \(6, 3\)"):
+                jax.eval_shape(functools.partial(score, mask=np.ones((6, 3))), params)
+
+
+def test_integers_score_as_the_same_floats():
+    supernet = nas.supernet(NET, (9,), ops=OPS, single_path=True)
+    batch = {"x": np.random.default_rng(0).integers(0, 9, (6, 9)).astype(np.uint8), "y": BATCH["y"]}
+    params = jax.jit(supernet.init)(jax.random.key(0))
+    score = lambda batch: {
+        name: score(supernet, params, nas.one_hot(NET, GENOTYPE), batch) for name, score in nas.SCORES.items()
+    }
+    found, floats = jax.jit(lambda a, b: (score(a), score(b)))(batch, {**batch, "x": batch["x"] * 1.0})
+    assert found == floats
 
 
 def test_where_nothing_arrives(found):

@@ -340,6 +340,37 @@ def test_labels_that_are_no_classes_give_no_loss():
     np.testing.assert_allclose(nas.cross_entropy(jnp.zeros((3, 3)), among), np.log(2))
     with pytest.raises(ValueError, match=r'"mask" must be \[N\].*got shape \(2,\)'):
         nas.cross_entropy(outputs, {"y": np.array([0, 1, 1]), "mask": np.ones(2)})
+    for same in (np.array([False, True, True]), np.array([0, 1, 1], np.uint8), [0, 1, 1]):
+        np.testing.assert_allclose(nas.cross_entropy(outputs, {"y": same}), np.log(2))
+
+
+LABELS = np.array([0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"y": LABELS[:1]}, r'The labels "y" must have the shape \(3,\), .*got \(1,\)'),
+        ({"y": LABELS[:2]}, r"must have the shape \(3,\), .*got \(2,\)"),
+        ({"y": LABELS[:, None]}, r"must have the shape \(3,\), .*got \(3, 1\)"),
+        ({"y": np.eye(2, dtype=int)[LABELS]}, r"must have the shape \(3,\), .*got \(3, 2\).*argmax"),
+        ({"y": LABELS * 1.0}, r'The labels "y" must be integers.*got float'),
+        ({"y": LABELS, "class_mask": np.ones(3)}, r'"class_mask" must be \[C\] = \(2,\).*got shape \(3,\)'),
+        ({"y": LABELS, "class_mask": np.ones((3, 2))}, r'"class_mask" must be \[C\] = \(2,\).*got shape \(3, 2\)'),
+        ({"y": LABELS, "mask": np.ones((3, 1))}, r'"mask" must be \[N\].*got shape \(3, 1\)'),
+    ],
+)
+def test_labels_and_masks_of_other_forms_are_refused(batch, message):
+    """Traced ones, too, where a loss sees them; before any training, what is seen without outputs."""
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda batch: nas.cross_entropy(jnp.zeros((3, 2)), batch), batch)
+    if "class_mask" in batch or batch["y"].dtype == float:
+        for check in (nas.check_labels, lambda batch, num: jax.eval_shape(lambda b: nas.check_labels(b, num), batch)):
+            with pytest.raises(ValueError, match=message):
+                check(batch, 2)
+    if batch["y"].shape[0] < 3:
+        with pytest.raises(ValueError, match='"x" and "y" must have a row for each other; got 3 and'):
+            nas.check_labels({**batch, "x": np.zeros((3, 4))}, 2)
 
 
 def test_normalization_by_one_row_is_refused():
@@ -347,6 +378,21 @@ def test_normalization_by_one_row_is_refused():
     with pytest.raises(ValueError, match=r"normalizes by the batch, and got one row without positions.*\(1, 4\)"):
         jax.eval_shape(lambda: supernet.apply(supernet.init(KEY), None, jnp.zeros((1, 3))))
     assert nas.normalized(jnp.arange(6.0).reshape(1, 3, 2)).shape == (1, 3, 2)  # one sequence has positions
+
+
+def test_integers_are_taken_as_floats():
+    for net in (TABLE, SIZES):
+        supernet = nas.supernet(net, (3,), ops=nas.BLOCKS)
+        params, x = supernet.init(KEY), np.array([[0, 200, 7], [3, 255, 1], [0, 0, 9]], np.uint8)
+        for fn in (supernet.apply, lambda *args, net=supernet: net.features(*args)[-1]):
+            for more in ((), ((KEY, 0.5),) if net is TABLE else ()):
+                found, floats = fn(params, None, x, *more), fn(params, None, x.astype(float), *more)
+                np.testing.assert_array_equal(found, floats)
+                assert found.dtype == floats.dtype
+    convolution = nas.Network({}, (nas.Layer("conv", 2, 2),), 2)
+    images = nas.supernet(convolution, (4, 5, 1), ops={"conv": nas.convolution(3)})
+    shape = jax.eval_shape(lambda: images.apply(images.init(KEY), None, jnp.zeros((2, 4, 5, 1), jnp.uint8)))
+    assert shape.shape == (2, 2)
 
 
 def test_masks_that_do_not_reach_a_normalization_are_refused():

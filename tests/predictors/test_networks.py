@@ -140,6 +140,11 @@ def test_the_embedding_reads_no_more_than_max_rows():
     changed = {**data, "x": np.concatenate([data["x"][:5], data["x"][5:] + 1])}
     a, b = (predictor.apply(phi, base.Task(jax.tree.map(jnp.asarray, d), None)) for d in (data, changed))
     chex.assert_trees_all_equal(a, b)
+    # The first real ones, wherever they stand.
+    before = {name: np.concatenate([np.ones_like(data[name]), data[name]]) for name in ("x", "y", "mask")}
+    before["mask"][: len(data["mask"])] = 0
+    late = predictor.apply(phi, base.Task(jax.tree.map(jnp.asarray, {**data, **before}), None))
+    chex.assert_trees_all_equal(a, late)
 
 
 @pytest.mark.parametrize("num_hidden", [0, 3])

@@ -191,6 +191,19 @@ def test_resplit_redraws_the_same_rows():
     chex.assert_trees_all_equal(tasks.resplit(jax.random.key(0), task), new)
 
 
+def test_resplit_takes_real_rows_wherever_they_stand():
+    """And as many as masks say, where rows were left out by them alone."""
+    task = padded(prepared(rows=97, classes=4))
+    some = lambda part, at: {**part, "mask": np.where(np.isin(np.arange(len(part["mask"])), at), 0, part["mask"])}
+    fewer = task._replace(train=some(task.train, [0, 5, 9]), valid=some(task.valid, [1]))
+    new = jax.jit(tasks.resplit)(jax.random.key(0), fewer)
+    before, after = (np.concatenate([rows_of(t.train), rows_of(t.valid)]) for t in (fewer, new))
+    np.testing.assert_array_equal(before[np.lexsort(before.T)], after[np.lexsort(after.T)])
+    for part, old in ((new.train, fewer.train), (new.valid, fewer.valid)):
+        num = int(old["mask"].sum())
+        np.testing.assert_array_equal(part["mask"], np.arange(len(old["mask"])) < num)
+
+
 @pytest.mark.once
 def test_resplit_is_stratified_and_every_row_gets_its_turn():
     task = padded(prepared(rows=100, classes=4))
