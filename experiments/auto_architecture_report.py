@@ -169,7 +169,9 @@ def gaps_text(results: list[dict[str, Any]]) -> str:
                     told.append(f"{difference[:, column].mean():+{form}} [{low:+{form}}, {high:+{form}}]")
                 means = [f"{x[:, column].mean():{form}}" for x in (mixed, discrete, alone)]
                 lines.append(f"| {label}, {r['shape']} | test {measure} | {' | '.join([*means, *told])} |")
-    return "\n".join(lines) + "\n"
+    told = {f"{label}, {r['shape']}" for r in results for label in (DARTS, FINE_TUNED) if label not in r["supernets"]}
+    lacking = f"\nNot kept in parts of earlier code: {'; '.join(sorted(told))}.\n" * bool(told)
+    return "\n".join(lines) + "\n" + lacking
 
 
 def trust_text(result: dict[str, Any]) -> str:

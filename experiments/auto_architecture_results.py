@@ -40,7 +40,10 @@ def joined(parts: list[dict[str, Any]], costs: dict[str, Any], random: np.ndarra
         {
             **part,
             "scores": {**part["scores"], DARTS: part["darts"][order]["scores"][reading]},
-            "supernets": {**part["supernets"], DARTS: part["darts"][order]["supernets"][reading]},
+            "supernets": {
+                FINE_TUNED: part.get("supernets", {}).get(FINE_TUNED),
+                DARTS: part["darts"][order].get("supernets", {}).get(reading),
+            },
         }
         for part, (order, reading, _) in zip(parts, chosen, strict=True)
     ]
@@ -70,7 +73,11 @@ def joined(parts: list[dict[str, Any]], costs: dict[str, Any], random: np.ndarra
         **{name: by_label(name) for name in ("scores", "weights", "architectures")},
         **{name: [part[name] for part in parts] for name in ("trust", "left_out", "tuned_on", "history")},
         "scores": {label: [x for part in parts for x in part["scores"][label]] for label in labels},
-        "supernets": {label: [x for part in parts for x in part["supernets"][label]] for label in (DARTS, FINE_TUNED)},
+        "supernets": {
+            label: [x for part in parts for x in part["supernets"][label]]
+            for label in (DARTS, FINE_TUNED)
+            if all(part["supernets"][label] is not None for part in parts)  # older parts have none
+        },
         "rates": [part["rates"][FINE_TUNED] for part in parts],
         "darts": {"chosen": chosen, "variants": variants},
         "random": {"error": float(random[:, :, 2].mean()), "networks": random.shape[0], "tasks": random.shape[1]},

@@ -303,11 +303,6 @@ def learned(
         start = open_[np.asarray(expected(of, encoded, weights))[open_].argmin()]
         return search(of, encoded, functions, weights, error, start, 0 if name == NOT_ADAPTED else 10)
 
-    for t in test:
-        error, regret = jnp.asarray(data.error[t], jnp.float32), data.regret[t]
-        open_ = np.flatnonzero(np.isfinite(regret))
-        for name in variants:
-            curves[name].append(curve(regret, np.asarray(trials(name, t, error, open_))))
     asks = []
     # The last task's, again as a user has it; one on which nothing failed, if there is one, so that all is compared.
     whole = [t for t in test if np.isfinite(data.error[t]).all()]
@@ -318,6 +313,11 @@ def learned(
         again, milliseconds = one_by_one(learner, data, t, plain)
         asks.append(milliseconds)
         check_same_trials(f"{data.name}, {name}", again, tried)
+    for t in test:
+        error, regret = jnp.asarray(data.error[t], jnp.float32), data.regret[t]
+        open_ = np.flatnonzero(np.isfinite(regret))
+        for name in variants:
+            curves[name].append(curve(regret, np.asarray(trials(name, t, error, open_))))
     curves = {name: np.stack(found) for name, found in curves.items()}
     return curves | {"seconds": (*seconds, *asks, np.nan, np.nan)[:5]}
 

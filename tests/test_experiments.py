@@ -664,7 +664,13 @@ def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told(monkeypat
         "| DARTS on each task, tables | test log loss | 0.2000 | 1.7000 | 0.3000 | +1.5000 [+1.5000, +1.5000] | +0.1000"
     )
     assert row in text and "| 5.00% | 50.00% | 20.00% | +45.00% [+45.00%, +45.00%] | +15.00%" in text
-    assert "| a* fine-tuned, tables | test log loss | 0.2000 | 0.3000 | 0.2500 | +0.1000" in text
+    assert "| a* fine-tuned, tables | test log loss | 0.2000 | 0.3000 | 0.2500 | +0.1000" in text and "Not" not in text
+    for variant in darts.values():
+        del variant["supernets"]
+    older = {name: value for name, value in part.items() if name != "supernets"}
+    older = results.joined([older], costs, np.full((4, 6, 3), 0.5), config)
+    text = script.gaps_text([older | {"shape": "tables"}])
+    assert "Not kept in parts of earlier code: DARTS on each task, tables; a* fine-tuned, tables." in text
     groups = [np.arange(3), np.arange(3, 6)]
     assert script.verdict(np.full(6, -0.1), groups, 0.2).endswith("at 0.20 of its cost: reached")
     assert script.verdict(np.repeat([-0.1, 0.1], 3), groups, 0.1).startswith("level with it")

@@ -130,7 +130,7 @@ def minibatch(
             place = jnp.asarray(step, jnp.int32) * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
             index = shuffled(key, place // size, place % size, size)
         real = _real(rows) if num_rows is None else None
-        if real is not None:  # which rows they are; the same in all steps, so that a scan finds it once
+        if real is not None:  # which rows they are, wherever they stand
             index = jnp.flatnonzero(real, size=len(real))[index]
         batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], rows)
         return {**batch, **whole} if isinstance(data, dict) else batch

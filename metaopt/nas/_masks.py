@@ -67,8 +67,9 @@ def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ..
             f'The labels "y" must be integers in 0..{num_outputs - 1}, or truth values; got {dtype}. Number the '
             "classes (`np.unique(y, return_inverse=True)[1]`); targets that are no classes need a `loss` of your own."
         )
-    if x is not None and np.shape(x)[:1] != found[:1]:
-        each = " and ".join(str(shape[0]) if shape else "no rows" for shape in (np.shape(x), found))
+    rows = getattr(x, "shape", None)  # other losses' x may be a tree
+    if rows is not None and rows[:1] != found[:1]:
+        each = " and ".join(str(shape[0]) if shape else "no rows" for shape in (rows, found))
         raise ValueError(f'"x" and "y" must have a row for each other; got {each}.')
     if shape is not None and found != shape:
         raise ValueError(
