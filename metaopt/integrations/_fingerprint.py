@@ -18,38 +18,54 @@ def fingerprint(*parts: Any) -> str:
     """16 hexadecimal digits, which differ where what is told of the parts does.
 
     Args:
-      *parts: plain values and dicts of them, whose other values are passed over; functions, of which their code is
-        told, and what plain values, functions and classes they enclose or have as defaults; and modules of torch, of
-        which the code of their class is told, up to the classes of torch and Lightning, their layers as they are
-        printed, the shapes of their parameters, their hyper-parameters, and their attributes that are plain values.
+      *parts: plain values, and dicts and lists of them at any depth, whose other values are passed over; functions, of
+        which their code is told, and what plain values, functions and classes they enclose or have as defaults;
+        modules of torch, of which their layers are told as they are printed, the shapes of their parameters, and, of
+        each of `modules()`, the code of its class, up to the classes of torch and Lightning, its hyper-parameters, and
+        its attributes that are plain values; and lists of parts. Addresses are left out.
 
     Returns:
       The digits, which are the same in every process of one version of Python, whose byte code they are of.
     """
     told = json.dumps([_told(part, set()) for part in parts], sort_keys=True, default=repr)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    return hashlib.sha256(_without_addresses(told).encode()).hexdigest()[:16]
+
+
+def _without_addresses(printed: str) -> str:
+    return re.sub(r"\bat 0x[0-9a-fA-F]+", "", printed)
 
 
 def _told(part: Any, seen: set[int]) -> Any:
     if isinstance(part, Mapping):
         return _values(part)
+    if isinstance(part, (list, tuple)):
+        return [_told(each, seen) for each in part]
     if isinstance(part, (*_PLAIN, type, FunctionType, MethodType, functools.partial)):
         return _code(part, seen)
     shapes = [(name, _shape(value)) for name, value in getattr(part, "named_parameters", list)()]
-    own = {name: value for name, value in getattr(part, "__dict__", {}).items() if not name.startswith("_")}
-    printed = re.sub(r"0x[0-9a-fA-F]+", "", repr(part))  # an address is none of its properties
-    return [_code(type(part), seen), printed, shapes, _values(getattr(part, "hparams", {})), _values(own)]
+    modules = part.modules() if callable(getattr(part, "modules", None)) else [part]
+    return [repr(part), shapes, [_module(module, seen) for module in modules]]
 
 
-def _values(of: Mapping) -> Any:
-    """The plain ones."""
-    return {str(k): _values(v) if isinstance(v, Mapping) else v for k, v in of.items() if _is_plain(v)}
+def _module(module: Any, seen: set[int]) -> Any:
+    hparams = getattr(module, "hparams", {})
+    hparams = hparams if isinstance(hparams, Mapping) else getattr(hparams, "__dict__", {})  # such as a namespace
+    own = getattr(module, "__dict__", {}).items()
+    # In torch's own dicts hooks are numbered by a counter of the process.
+    own = {name: value for name, value in own if not (name.startswith("_") and isinstance(value, Mapping))}
+    return [_code(type(module), seen), _values(hparams), _values(own)]
+
+
+def _values(of: Any) -> Any:
+    """The plain ones; a dict as a list, for its keys may be anything."""
+    if isinstance(of, Mapping):
+        items = [[_without_addresses(_ordered(k)), _values(v)] for k, v in of.items() if _is_plain(v)]
+        return ["dict", sorted(items, key=repr)]
+    return [_values(v) for v in of if _is_plain(v)] if isinstance(of, (list, tuple)) else of
 
 
 def _is_plain(value) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (*_PLAIN, Mapping))
+    return isinstance(value, (*_PLAIN, Mapping, list, tuple))
 
 
 def _shape(parameter) -> Any:

@@ -47,10 +47,13 @@ def callback(
 
     A checkpoint is of one trial and one objective: its folder is named by the trial's number and a fingerprint of the
     task's name, the configuration, the seed, `monitor`, `mode`, and what can be told of `parts`. Where one of these is
-    another one, there is no checkpoint, and training begins anew; the folders of what was before stay. What cannot be
-    told is what the task and the data hold, what functions call (code elsewhere, and what they read from global
-    variables or files), objects, lists and dicts that they enclose, and the versions of libraries. Where that changes,
-    give another folder, or empty this one. So give each store of records, and each objective, a folder of its own.
+    another one, there is no checkpoint, and training begins anew; the folders of what was before stay. Folders that are
+    named by the trial's number alone, as they were before there were fingerprints, are not taken: remove them. What
+    cannot be told is what the task and the data hold, what functions call (code elsewhere, and what they read from
+    global variables or files), objects, lists and dicts that they enclose, what modules hold beside their parts and
+    plain values (such as tensors and functions), and the versions of libraries. Where that changes, give another
+    folder, or empty this one. So give each store of records, and each objective, a folder of its own. A plain attribute
+    of a module that is another one each time, such as the time of day, lets no checkpoint be found.
 
     Args:
       trial: what runs: its task, trial number, seed and configuration are those of its records, and name its folder.
@@ -58,7 +61,8 @@ def callback(
       monitor: the metric that the module logs once an epoch.
       mode: "min", or "max", whose records hold the negative metric.
       report: `(record) -> bool`, whether to give up; it hears of epochs when they are trained. It may be
-        `lambda r: tasks.append_records("curves.db", [r])`, to keep learning curves, or, in an objective of Optuna,
+        `lambda r: tasks.append_records("curves.db", [r])`, to keep learning curves (what is trained anew is heard of
+        anew: give those of each objective a file of their own), or, in an objective of Optuna,
         `lambda r: optuna_trial.report(r.outcome, round(r.fidelity * E)) or optuna_trial.should_prune()`.
       checkpoints: a folder; None keeps no checkpoint.
       parts: what a checkpoint depends on beside the trial: the LightningModule, functions (such as what makes the
@@ -169,7 +173,8 @@ def objective(
     `retry_failed` trains it anew. One that is ended from without, by a limit or a kill, goes on.
 
     `callback` says what a checkpoint belongs to. Here its `parts` are the module, `make_module`, `make_data`, and the
-    plain values of `trainer`: change one of them, and trials are trained anew.
+    plain values of `trainer`: change one of them, and trials are trained anew, and `report` hears of their epochs anew.
+    Folders that are named by the trial's number alone, as they were before, are not taken.
 
     Args:
       make_module: `(configuration, task) -> LightningModule`; torch is seeded with the trial's seed before.

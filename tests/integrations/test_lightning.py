@@ -245,8 +245,11 @@ def make(x, *, y=2):
     return factor(x) + y + (lambda z: 3 * z)(x)
 def enclosing(factor):
     return lambda x: factor * x
+letters = [{frozenset("abcd"): 1}]
 """
-    parts = "[Module(), make, enclosing(5), functools.partial(make, 1), Module().step, {'a': 1, 'b': make}]"
+    parts = (
+        "[Module(), make, enclosing(5), functools.partial(make, 1), Module().step, {'a': 1, 'b': make, 'c': letters}]"
+    )
     changes = [
         ('kinds = "a"', 'kinds = "b"'),
         ("size=3", "size=4"),
@@ -291,6 +294,77 @@ def enclosing(factor):
     # A list that a function encloses may grow from trial to trial.
     enclosing = lambda made: lambda: made
     assert fingerprint(enclosing([])) == fingerprint(enclosing([1]))
+
+
+def test_a_fingerprint_tells_the_code_and_plain_values_of_every_part():
+    class Composed(Halving):
+        """What torch's modules have of it; printed, it is the same for all."""
+
+        def __init__(self, *parts):
+            super().__init__(0.5)
+            self.parts = parts
+
+        def modules(self):
+            return [self, *self.parts]
+
+    def net(forward=lambda self, x: 2 * x, **attributes):
+        made = type("Net", (), {"forward": forward, "__repr__": lambda self: "Net()"})()
+        vars(made).update(attributes)
+        return made
+
+    same = [fingerprint(Composed(net(scale=2.0, _power=3), net())) for _ in range(2)]
+    others = [
+        Composed(net(lambda self, x: 3 * x, scale=2.0, _power=3), net()),
+        Composed(net(scale=2.0, _power=3), net(lambda self, x: 3 * x)),
+        Composed(net(scale=2.5, _power=3), net()),
+        Composed(net(scale=2.0, _power=4), net()),
+        Composed(net(scale=2.0, _power=3), net(scale=2.0)),
+        Composed(net(scale=2.0, _power=3, hparams={"depth": 2}), net()),
+        Composed(net(scale=2.0, _power=3, hparams=types.SimpleNamespace(depth=2)), net()),
+        Composed(net(scale=2.0, _power=3, hparams=types.SimpleNamespace(depth=3)), net()),
+    ]
+    assert same[0] == same[1] and len({same[0], *map(fingerprint, others)}) == 9
+    # What torch numbers by a counter, such as hooks, differs from trial to trial.
+    assert fingerprint(Composed(net(_hooks={1: True}))) == fingerprint(Composed(net(_hooks={2: True})))
+
+
+def test_a_fingerprint_takes_hyper_parameters_of_any_depth_and_no_address(stub, tmp_path):
+    made, kept = [], []
+
+    def objective(hparams):
+        def module(configuration, task):
+            made.append(Halving(configuration["rate"]))
+            made[-1].hparams = hparams()
+            return made[-1]
+
+        return lightning.objective(module, lambda c, task: ((), ()), max_epochs=8, checkpoints=tmp_path)
+
+    def function():
+        """Another one each time, at another address."""
+        kept.append(lambda: 0)
+        return kept[-1]
+
+    def thing():
+        kept.append(types.new_class("Thing")())
+        return kept[-1]
+
+    cases = [
+        lambda: {"stages": [{(1, 2): 3}]},
+        lambda: {"stages": [{(1, 2): 4}]},
+        lambda: {"stages": [{1: 3, "1": 4, None: 5, (1, "a"): {2: {"x": (3, {4: 5})}}}]},
+        lambda: {"stages": [{1: 4, "1": 3, None: 5, (1, "a"): {2: {"x": (3, {4: 5})}}}]},
+        lambda: {"stages": [{"width": 3, "act": function(), "init": thing()}]},
+        lambda: {"stages": [{"width": 4, "act": function(), "init": thing()}]},
+        lambda: {"by": {function(): 1, thing(): 2, frozenset("abc"): 3}},
+        lambda: {"act": str(function())},
+    ]
+    for hparams in cases:
+        made.clear()
+        assert objective(hparams)(TRIAL, None) == objective(hparams)(TRIAL, None) == 1 / 16
+        assert [module.steps for module in made] == [4, 0], hparams()
+    assert fingerprint([function()]) == fingerprint([function()]) != fingerprint([lambda: 1])
+    # A string in hexadecimal is no address.
+    assert fingerprint({"color": "0xff"}) != fingerprint({"color": "0xfe"})
 
 
 def test_what_does_not_learn_fails_and_what_is_wrong_is_said(stub, monkeypatch):
