@@ -541,6 +541,7 @@ def test_features_that_nothing_was_learned_of_are_not_silently_ignored():
             assert g.predict(task) == g.predict()
 
 
+@pytest.mark.once
 def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
     pd = pytest.importorskip("pandas")
     records = [base.Record("t", {"depth": d, "n": n}, n + (d or 64) / 99) for d in (2, 9, None) for n in (1, 2, 3)]

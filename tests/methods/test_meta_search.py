@@ -440,7 +440,8 @@ def test_fidelities_that_differ_by_rounding_are_one(g):
     searcher = g.searcher()
     start = searcher.init(jax.random.key(0), None)
     of = lambda s, y, trial=1: Record("", POOL[trial], y, fidelity=s, trial=trial)
-    (tried,) = searcher.tell(start, [of(float(np.float32(1 / 3)), 5.0), of(1 / 3, 4.0), of(0.9999999, 3.0)]).tried.values()
+    of_one = [of(float(np.float32(1 / 3)), 5.0), of(1 / 3, 4.0), of(0.9999999, 3.0)]
+    (tried,) = searcher.tell(start, of_one).tried.values()
     assert list(tried.outcomes.values()) == [4.0, 3.0] and tried.reached == 1.0
     several = [of(1 / 3, 4.0), of(1.0, 2.0), of(1 / 3, 1.0, trial=2)]
     rounded = [r._replace(fidelity=float(np.nextafter(np.float32(r.fidelity), np.float32(0)))) for r in several]
