@@ -1,11 +1,11 @@
 """Optuna: records as its studies, for its dashboard and its plots, and back; and what was learned as its sampler."""
 
-import itertools
+import collections
 import math
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +24,9 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
     Args:
       records: of one task. Those of one trial (one number, seed and configuration) at several fidelities become its
         intermediate values, at steps of thousandths of the full budget, or of as much finer parts (ten thousandths and
-        so on, down to billionths) as tell all fidelities of each trial apart; a second record at the same fidelity is
-        another trial, as of another study.
+        so on, down to billionths) as tell all fidelities of each trial apart. Fidelities that differ by at most a
+        millionth of the larger are the same but for rounding (float32 keeps 1/3 to 3e-8); a second record at the same
+        fidelity is another trial, as of another study.
       space: that they come from.
       **kwargs: of `optuna.create_study`, such as `storage="sqlite:///study.db"`, for its dashboard, and `study_name`;
         not its `direction`, since outcomes are minimized.
@@ -51,7 +52,8 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
     if given := {"direction", "directions"} & set(kwargs):
         raise ValueError(f"Outcomes are minimized, so that `{given.pop()}` cannot be given.")
     distributions = spaces.to_optuna(space)
-    trials = _by_trial(records)
+    levels = _levels(record.fidelity for record in records)
+    trials = _by_trial(records, levels)
     parts = _parts(trials)
     study = optuna.create_study(**kwargs)
     for several in trials:
@@ -87,19 +89,28 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
     return study
 
 
-def _by_trial(records: Sequence[base.Record]) -> list[list[base.Record]]:
+def _levels(fidelities: Iterable[float]) -> dict[float, float]:
+    """Of each fidelity, the largest that it equals but for rounding."""
+    levels, level = {}, math.inf
+    for fidelity in sorted(set(fidelities), reverse=True):
+        level = levels[fidelity] = level if math.isclose(fidelity, level, rel_tol=1e-6) else fidelity
+    return levels
+
+
+def _by_trial(records: Sequence[base.Record], levels: dict[float, float]) -> list[list[base.Record]]:
     """The records of each trial, in the order of the first ones.
 
     A number alone is no trial: every study, and every task's searcher, counts from 0.
     """
-    trials: dict[tuple, dict[int, base.Record]] = {}
+    trials: dict[tuple, list[base.Record]] = {}
+    counts = collections.Counter()
     for record in records:
         what = sorted((name, type(value).__name__, repr(value)) for name, value in record.configuration.items())
         name = record.trial, record.seed, tuple(what)
-        fidelity = round(_FINEST * float(record.fidelity))  # three thirds are one
-        others = next(n for n in itertools.count() if fidelity not in trials.get((*name, n), {}))
-        trials.setdefault((*name, others), {})[fidelity] = record
-    return [list(of.values()) for of in trials.values()]
+        at = *name, levels[record.fidelity]
+        trials.setdefault((*name, counts[at]), []).append(record)
+        counts[at] += 1
+    return list(trials.values())
 
 
 def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
@@ -318,7 +329,7 @@ def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
         return []  # it asked for nothing: whatever came of it says nothing of any configuration
     record = base.Record("", dict(trial.params), trial=trial.number)
     told = [
-        record._replace(outcome=sign * value, fidelity=1 - 1 / (step + 2))
+        record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1, and told apart to six digits
         for step, value in trial.intermediate_values.items()
         if step >= 0 and math.isfinite(value)
     ]

@@ -47,13 +47,16 @@ def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
     except ValueError as error:
         raise ValueError(f"`space` is not given, and cannot be inferred from the `records`: {error}") from None
     default, counts = spaces.configuration(space, spaces.default(space)), []
+    without_gaps = list(map(given, every))
+    different = list({repr(sorted(of.items())): of for of in without_gaps}.values())
     for name, leaf in space.items():
-        missing, nones = sum(name not in given(c) for c in tried), sum(stands_for_nothing(leaf, c, name) for c in tried)
+        missing = sum(name not in of for of in without_gaps[: len(tried)])
+        nones = sum(stands_for_nothing(leaf, c, name) for c in tried)
         if (missing or nones) and not leaf.condition:
             none = f" ({nones} have None)" * bool(nones)
             counts.append(f"`{name}` in {missing + nones}{none}, which then is at its default, {default[name]!r}")
     gaps = f" Of {len(tried)} configurations some lack {'; '.join(counts)}." * bool(counts)
-    gaps += "".join(_evidence(name, leaf, every) for name, leaf in space.items() if leaf.condition)
+    gaps += "".join(_evidence(name, leaf, different) for name, leaf in space.items() if leaf.condition)
     text = ",\n  ".join(f"{name!r}: {_as_code(leaf)}" for name, leaf in space.items())
     warnings.warn(
         f"`space` is not given; this one has all of the records' configurations:\n  {text}.\nGive one as `space`, with "
@@ -73,14 +76,13 @@ def stands_for_nothing(leaf: spaces.Leaf, configuration: Mapping[str, Any], name
     return configuration.get(name, name) is None and None not in _labels(leaf)
 
 
-def _evidence(name: str, leaf: spaces.Leaf, tried: list) -> str:
-    """How many configurations a condition of `spaces.infer` rests on."""
+def _evidence(name: str, leaf: spaces.Leaf, different: list[dict[str, Any]]) -> str:
+    """How many configurations, all different and without gaps, a condition of `spaces.infer` rests on."""
     ((parent, values),) = leaf.condition
-    different = {repr(sorted(of.items())): of for of in map(given, tried) if parent in of}.values()
-    having = sum(name in of and not stands_for_nothing(leaf, of, name) for of in different)
+    having = sum(parent in of and name in of and not stands_for_nothing(leaf, of, name) for of in different)
     return (
         f" That `{name}` is active only where `{parent}` is {' or '.join(map(repr, values))} rests on {having} "
-        f"different configurations that have it, and {len(different) - having} that do not."
+        f"different configurations that have it, and {sum(parent in of for of in different) - having} that do not."
     )
 
 

@@ -22,6 +22,7 @@ from metaopt.methods._new_trials import (
     best_and_latest,
     from_the_best,
     padded,
+    rounded_fidelity,
     shown_to_transformers,
     tried_configuration,
 )
@@ -121,9 +122,12 @@ class MetaSearcherState(NamedTuple):
       key: of the search; a trial's own is folded from it and the trial's number.
       num_asked: how many trials have been asked for.
       pending: encoded configurations [D] of what has been asked for and not told, by number.
-      tried: what was told, by the trial's number, seed, encoded configuration, and how many of these were before it:
-        another outcome at the same fidelity is a repeat, as of trials without numbers.
+      tried: what was told, by the trial's number, seed, encoded configuration, and, of trials without numbers (number
+        and seed are 0), how many repeats of it were before: another outcome at the same fidelity is one. Of others it
+        replaces the former one.
       first: configurations to try before others.
+      repeats: of trials without numbers, how many outcomes a configuration has at a fidelity, and which repeat has
+        which.
     """
 
     key: jax.Array
@@ -131,6 +135,7 @@ class MetaSearcherState(NamedTuple):
     pending: dict[int, np.ndarray]
     tried: dict[tuple[int, int, bytes, int], TriedConfiguration]
     first: tuple[dict[str, Any], ...]
+    repeats: dict[tuple, int]
 
 
 ROWS = ("x", "y", "mask", "feature_mask", "class_mask")  # what an embedding reads of a labelled table
@@ -221,15 +226,14 @@ def _encode_fn(space: base.PyTree):
     return encode
 
 
-def _trial_of(tried, record: base.Record, x: np.ndarray, outcome: float) -> tuple[tuple, TriedConfiguration]:
-    """The name of the trial that a record is of, and what is known of it: a failure may have been run again."""
-    name = record.trial, record.seed, x.tobytes(), 0
-    while (before := tried.get(name)) is not None:
-        told = before.outcomes.get(record.fidelity, np.nan)
-        if not np.isfinite(told) or told == outcome:
-            return name, before
-        name = *name[:3], name[3] + 1
-    return name, tried_configuration(x, {})
+def _repeat_of(repeats: dict[tuple, int], name: tuple[bytes, float], outcome: float) -> int:
+    """Which repeat of a configuration an outcome at a fidelity is; it is added to them, and replaces a failure."""
+    if not np.isfinite(outcome):
+        return repeats.get(name, 0)
+    if (*name, outcome) not in repeats:
+        repeats[*name, outcome] = repeats.get(name, 0)
+        repeats[name] = repeats.get(name, 0) + 1
+    return repeats[*name, outcome]
 
 
 def meta_optimizer(
@@ -529,7 +533,7 @@ def meta_optimizer(
                     "The searcher was trained for another space (other leaves, bounds or labels); give `init` that "
                     "one, which is the `space` of the `MetaOptimizer`, or None."
                 )
-            return MetaSearcherState(key, 0, {}, {}, given)
+            return MetaSearcherState(key, 0, {}, {}, given, {})
 
         def chosen(key, state):
             tried = list(state.tried.values())
@@ -555,7 +559,7 @@ def meta_optimizer(
             return asked, state
 
         def tell(state, records):
-            pending, tried = dict(state.pending), dict(state.tried)
+            pending, tried, repeats = dict(state.pending), dict(state.tried), dict(state.repeats)
             for record in records:
                 if record.status == "WAITING":
                     continue
@@ -566,17 +570,19 @@ def meta_optimizer(
                 if record.trial in pending and np.array_equal(pending[record.trial], x):  # not a foreign record
                     del pending[record.trial]
                 outcome = float(record.outcome) if record.status in ("COMPLETE", "PRUNED") else np.nan
-                name, before = _trial_of(tried, record, x, outcome)
+                level, numbered = rounded_fidelity(record.fidelity), record.trial != 0 or record.seed != 0
+                repeat = 0 if numbered else _repeat_of(repeats, (x.tobytes(), level), outcome)
+                name = record.trial, record.seed, x.tobytes(), repeat
+                before = tried.get(name, tried_configuration(x, {}))
                 # What a trial had reached when it was given up counts; what it had cost by then, or when it failed, is
                 # not its cost. Of several fidelities the first one says it: from there, the trial may have gone on.
                 given_up, complete = record.status == "PRUNED", record.status == "COMPLETE"
                 says = complete and 0 < record.cost < np.inf and np.isnan(before.log_cost)
                 cost = float(np.log(record.cost / record.fidelity)) if says else before.log_cost
-                outcomes = {**before.outcomes, record.fidelity: outcome}
+                outcomes = {**before.outcomes, level: outcome}
                 tried[name] = tried_configuration(x, outcomes, cost, given_up)
-            return state._replace(
-                pending=pending, tried=tried, first=tasks.untried(state.first, records, state.num_asked)
-            )
+            first = tasks.untried(state.first, records, state.num_asked)
+            return state._replace(pending=pending, tried=tried, first=first, repeats=repeats)
 
         return base.Searcher(init, ask, tell)
 

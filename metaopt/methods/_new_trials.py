@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metaopt import base
+
 MAX_TRIALS = 256  # of the new task that the surrogate looks at
 _NEAREST = 8  # fidelities above one's own that are compared with it
 
@@ -67,7 +69,7 @@ class TriedConfiguration(NamedTuple):
 
     Attributes:
       x: [D] the encoded configuration.
-      outcomes: by fidelity; NaN where the trial failed. Of a pruned trial, what it had reached, by the fidelity asked
+      outcomes: by fidelity, to six digits; NaN where the trial failed. Of a pruned trial, what it had reached, by the fidelity asked
         for.
       log_cost: of the full budget, NaN where it is not known.
       given_up: whether it was pruned. It counts as no better than the best trial that was not.
@@ -113,6 +115,11 @@ def tried_configuration(
     reached = max((s for s, y in outcomes.items() if math.isfinite(y)), default=math.nan)
     failed = not outcomes or math.isnan(outcomes[max(outcomes)])
     return TriedConfiguration(x, outcomes, log_cost, given_up, reached, math.nan if failed else outcomes[reached])
+
+
+def rounded_fidelity(fidelity: float) -> float:
+    """To six digits, and 1 where it is that but for rounding: float32 keeps 1/3 to 3e-8."""
+    return 1.0 if base.is_full_budget(fidelity) else float(f"{fidelity:.6g}")
 
 
 def at_full_budget(tried: Sequence[TriedConfiguration]) -> np.ndarray:

@@ -71,7 +71,7 @@ def from_configuration(
 
     Raises:
       ValueError: where `strict`, a name or a label is not known, or a value is no number (True is none), out of bounds,
-        or no integer where one is tuned; or two leaves of the space have one name.
+        or no integer where one is tuned, but for the rounding of float32; or two leaves of the space have one name.
 
     >>> from metaopt import spaces
     >>> space = {"depth": spaces.integer(1, 8, default=2), "loss": spaces.choice(["mse", "mae"])}
@@ -128,8 +128,8 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
       not: a record is found again by its configuration.
 
     Raises:
-      ValueError: as for `from_configuration`; or where `strict`, a parameter is given whose condition does not hold at
-        the default of one that is lacking: it would be left out unnoticed.
+      ValueError: as for `from_configuration`; or where `strict`, a parameter is given whose conditions fail only at the
+        defaults of what is lacking: it would be left out unnoticed.
 
     >>> from metaopt import spaces
     >>> spaces.complete({"rate": spaces.interval(0.0, 1.0), "depth": spaces.integer(1, 9)}, {"rate": 0.123456789})
@@ -239,13 +239,14 @@ def _check_active(space, given: Mapping[str, Any], whole: Mapping[str, Any]) -> 
     for name, value in given.items():
         if name in whole or _is_gap(value):
             continue
-        for parent, of in failing(_leaf_name(name, conditions)):
-            if parent not in given or _is_gap(given[parent]):
-                raise ValueError(
-                    f"The configuration's `{name}` is {value!r}, and would be left out: it is active only where "
-                    f"`{parent}` is {' or '.join(map(repr, of))}, and `{parent}` is lacking, which is "
-                    f"{whole[parent]!r} by default. Give `{parent}`, too, or leave `{name}` out."
-                )
+        found = list(failing(_leaf_name(name, conditions)))
+        if all(parent not in given or _is_gap(given[parent]) for parent, _ in found):  # one that is given is meant
+            parent, of = found[0]
+            raise ValueError(
+                f"The configuration's `{name}` is {value!r}, and would be left out: it is active only where "
+                f"`{parent}` is {' or '.join(map(repr, of))}, and `{parent}` is lacking, which is "
+                f"{whole[parent]!r} by default. Give `{parent}`, too, or leave `{name}` out."
+            )
 
 
 def _is_number(value) -> bool:

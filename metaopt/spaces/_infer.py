@@ -21,7 +21,8 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
       with `log` where all are positive and the largest is more than a hundred times the smallest.
     - Texts, booleans, and numbers among them are labels of a `choice`, and so is None, also among at most 20 different
       numbers: scikit-learn's `max_depth=None` has no limit, and is no depth between others. Among more numbers, None
-      says that nothing is given, and is taken to be the default of their range: replace it by what it stands for.
+      says that nothing is given, and is taken to be the default of their range: replace it by what it stands for. As
+      the first label None is the default of its choice, and so what NaN comes to, which a data frame makes of it.
     - One value alone is `fixed`; one text a `choice` of it.
     - A parameter that some configurations lack is active only if a choice has the labels that it has in those that have
       the parameter, where there is a choice that tells, and at least three different configurations have the parameter,

@@ -220,9 +220,12 @@ class Integer(_Bounded):
 
     def from_plain(self, value, strict):
         value = super().from_plain(value, strict)
-        if strict and value != round(value):
+        if not strict:
+            return value
+        whole = round(value)
+        if abs(value - whole) > min(1e-6 * max(abs(value), 1.0), 0.1):  # rounding of float32, and no half of a million
             raise ValueError("an integer (round it, or tune an `interval`)")
-        return value
+        return whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,9 +304,10 @@ class Choice(_Weights):
         return self.labels[int(np.argmax(value))]
 
     def from_plain(self, value, strict):
-        kinds = {type(label) for label in self.labels}
-        # scikit-learn's `max_features=1` is one feature, and 1.0 all: where labels are not numbers alone, types tell.
-        alike = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)) and kinds <= {int, float}
+        # scikit-learn's `max_features=1` is one feature, and 1.0 all: where labels are texts, too, types tell. Beside
+        # None a data frame has no integers.
+        by_value = {type(label) for label in self.labels} <= {int, float, type(None)}
+        alike = by_value and isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
         kind = str if isinstance(value, str) else type(value.item() if isinstance(value, np.generic) else value)
         for place, label in enumerate(self.labels):
             if (alike or kind is type(label)) and value == label:
@@ -543,7 +547,8 @@ def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] =
     Returns:
       A leaf of values [*shape, number of labels], whose samples are Dirichlet(1): every label is equally probable. In a
       configuration, a value is a label where both have one type, since 1, 1.0 and True may mean different things
-      (scikit-learn's `max_features`); but where all labels are numbers, 1 and 1.0 are one, as in a column with gaps.
+      (scikit-learn's `max_features`); but where all labels are numbers or None, 1 and 1.0 are one, as in a data frame's
+      column with gaps. There NaN stands for None, too, and remains a gap: the label is the default one.
 
     Raises:
       ValueError: the labels are one number or none at all, of another type or not different (1, 1.0 and True are

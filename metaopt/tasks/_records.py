@@ -2,12 +2,17 @@
 
 A row is what was known of a trial at one time, as one `base.Record`: "RUNNING" when it starts, and how it ended
 afterwards. Rows are of one trial where study, task, number, configuration, fidelity and seed are the same: a number
-alone says little, since every search counts from 0, and trials that nobody numbers are all 0. Of one trial
+alone says little, since every search counts from 0. Of one trial
 
 - what says how it ended replaces what says that it waits or runs, wherever that stands;
-- a failure is replaced by how it ended afterwards (it was run again);
-- outcomes that differ are repeats, as of trials that nobody numbered, and each counts. The same outcome once more is
-  the same trial, appended once more.
+- how it ended last replaces how it had ended before, failures, too: what was wrong is corrected by appending.
+
+Where number and seed are 0, nobody has numbered the trials, and rows may be of several, repeats of one configuration:
+
+- outcomes that differ are repeats, and each counts. The same outcome once more is the same trial, appended once more,
+  and its status is the later one: of "PRUNED" at 0.5 and "COMPLETE" at 0.5 the later row counts alone;
+- a failure, or an end without a finite outcome, is replaced by how a trial ended afterwards (it was run again). One
+  after an outcome is a repeat that failed, and both count.
 
 Each `append_records` is one transaction: a process that is killed loses what it had not appended, and nothing else;
 several processes of one machine may append to one file at a time. (SQLite's write-ahead log needs a file system that is
@@ -54,9 +59,9 @@ def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, s
     Args:
       file: its path; beside it, SQLite keeps `-wal` and `-shm` while it is in use.
       records: any number. NumPy's numbers are written as Python's.
-      study: the search that they belong to. Trials are numbered within a study and a task. Those without numbers of
-        their own (0) are told apart by their configurations, and repeats of one by their outcomes: repeats of which the
-        equal outcomes should count, too, need numbers.
+      study: the search that they belong to. Trials are numbered within a study and a task. A numbered one is corrected
+        by another row of it. Those without numbers (`trial` and `seed` are 0) are told apart by their configurations,
+        and repeats of one by their outcomes: repeats of which the equal outcomes should count, too, need numbers.
 
     Raises:
       ValueError: a record cannot be written (its status is unknown, its fidelity not in (0, 1], its outcome or cost no
@@ -74,7 +79,8 @@ def read_records(
     status: str | Sequence[str] | None = None,
     history: bool = False,
 ) -> list[Record]:
-    """The records of a file: of each trial how it ended, each outcome once; where it has not, the last row.
+    """The records of a file: of each trial how it ended last, or, where it has not, the last row; of trials without
+    numbers each different outcome.
 
     Args:
       file: its path.
@@ -119,8 +125,9 @@ def _of_each_trial(rows) -> list[Record]:
             if not of or _BEGUN in of:
                 of[_BEGUN] = of.get(_BEGUN, (place,))[0], record
             continue
-        outcome = None if math.isnan(record.outcome) else record.outcome  # no NaN equals another
-        end = "FAIL" if record.status == "FAIL" else (record.status, outcome)
+        numbered = record.trial != 0 or record.seed != 0
+        ended = record.status != "FAIL" and math.isfinite(record.outcome)
+        end = "LAST" if numbered else record.outcome if ended else "FAIL"
         before = next((before for before in (end, _BEGUN, "FAIL") if before in of), None)
         of[end] = place if before is None else of.pop(before)[0], record
     return [record for _, record in sorted((at for of in trials.values() for at in of.values()), key=lambda at: at[0])]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from metaopt import Record, integrations, methods, spaces
+from metaopt.integrations import _optuna
 
 optuna = pytest.importorskip("optuna")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -230,6 +231,21 @@ def test_pruned_failed_enqueued_and_foreign_trials(g):
     # Optuna takes an infinite value as one; here it is a failure.
     study.optimize(lambda trial: np.inf + trial.suggest_float("x", 0.0, 1.0), n_trials=2)
     assert len({trial.params["x"] for trial in study.trials[-2:]}) == 2
+
+
+def test_late_steps_are_told_apart_and_none_is_the_end(g):
+    steps = (0, 5_000, 5_001, 90_000, 2_000_000, 2**31 - 1)
+    values = {"x": 0.5, "kind": "a"}
+    trial = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.PRUNED,
+        params=values,
+        distributions={name: d for name, d in spaces.to_optuna(g.space).items() if name in values},
+        intermediate_values={step: float(i) for i, step in enumerate(steps)},
+    )
+    searcher = g.searcher()
+    told = _optuna._as_told(trial, 1.0, {})
+    (tried,) = searcher.tell(searcher.init(jax.random.key(0), None), told).tried.values()
+    assert list(tried.outcomes.values()) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and tried.last == 5.0 and tried.reached < 1
 
 
 def test_what_it_is_not_for(g):

@@ -134,6 +134,12 @@ def test_steps_are_as_fine_as_a_trial_s_fidelities():
     assert list(trial.intermediate_values) == [1]
     thirds = [records[0]._replace(fidelity=f) for f in (0.1 + 0.2, 0.3)]
     assert [list(t.intermediate_values) for t in integrations.to_optuna_study(thirds, space).trials] == [[300], [300]]
+    # What float32 has kept of a third is a third: a second record of it is another trial, and steps are no finer.
+    several = [records[0]._replace(fidelity=f, outcome=f) for f in (1 / 3, float(np.float32(1 / 3)), 2 / 3, 1.0)]
+    several += [records[0]._replace(fidelity=0.99999997, outcome=2.0)]
+    found = integrations.to_optuna_study(several, space).trials
+    assert [list(t.intermediate_values) for t in found] == [[333, 667, 1000], [333, 1000]]
+    assert [t.value for t in found] == [1.0, 2.0]
     with pytest.raises(ValueError, match="has the fidelity 1e-10, less than a billionth of the full budget"):
         integrations.to_optuna_study([records[0]._replace(fidelity=1e-10)], space)
 

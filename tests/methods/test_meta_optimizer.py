@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from metaopt import base, methods, predictors, spaces, tasks
-from metaopt.methods import _meta_search
+from metaopt.methods import _earlier_trials, _meta_search
 
 slow = pytest.mark.slow
 SPACE = {"x": spaces.interval(0.0, 1.0), "kind": spaces.choice(["a", "b"])}
@@ -539,6 +539,34 @@ def test_features_that_nothing_was_learned_of_are_not_silently_ignored():
     for task in ([0.1, 0.2], base.Task(None, None, np.array([0.1]))):
         with pytest.warns(UserWarning, match="The new task's features are not looked at: none were learned from"):
             assert g.predict(task) == g.predict()
+
+
+@pytest.mark.once
+def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
+    pd = pytest.importorskip("pandas")
+    records = [base.Record("t", {"depth": d, "n": n}, n + (d or 64) / 99) for d in (2, 9, None) for n in (1, 2, 3)]
+    with pytest.warns(UserWarning, match=r"'depth': choice\(\[None, 2, 9\]\)"):
+        g = methods.train_meta_optimizer(records, num_steps=0)
+    tried = [{"depth": d, "n": n} for n, d in ((1, 2), (2, None), (3, 9), (2, 2))]
+    frame = pd.DataFrame(tried)
+    assert frame["depth"].dtype == float
+    assert g.suggest(frame, frame["n"]) == g.suggest(tried, frame["n"])
+    searcher = g.searcher()
+    states = [
+        searcher.tell(searcher.init(jax.random.key(0), None), [base.Record("", c, 1.0) for c in given])
+        for given in (tried, frame.to_dict("records"))
+    ]
+    assert list(states[0].tried) == list(states[1].tried)
+
+
+def test_a_space_of_many_conditions_is_inferred_with_one_look_at_each_configuration(monkeypatch):
+    kinds = {f"only_{kind}": kind for kind in "abcd"}
+    records = [base.Record("t", {"kind": k, name: x}, x) for name, k in kinds.items() for x in (0.1, 0.2, 0.3, 0.4)]
+    looks, given = [], _earlier_trials.given
+    monkeypatch.setattr(_earlier_trials, "given", lambda configuration: looks.append(1) or given(configuration))
+    with pytest.warns(UserWarning, match="`only_d` is active only where `kind` is 'd' rests on 4 different .* 12 that"):
+        space = _earlier_trials.inferred_space(records, None)
+    assert sum(bool(leaf.condition) for leaf in space.values()) == 4 and len(looks) <= 2 * len(records)
 
 
 def test_gaps_of_a_data_frame_are_what_a_row_does_not_have():

@@ -407,6 +407,49 @@ def test_repeats_without_numbers_all_count_and_what_failed_is_run_again(g):
     assert searcher.ask(state, 1)[0][0].configuration != POOL[3]
 
 
+def test_of_a_numbered_trial_the_last_end_counts(g):
+    searcher = g.searcher()
+    start = searcher.init(jax.random.key(0), None)
+    for numbers in ({"trial": 3}, {"seed": 5}):
+        one = Record("", POOL[3], 9.0, **numbers)
+        (tried,) = searcher.tell(start, [one, one._replace(outcome=1.0)]).tried.values()  # corrected
+        assert tried.outcomes == {1.0: 1.0}
+        (tried,) = searcher.tell(start, [one, one._replace(status="FAIL")]).tried.values()
+        assert np.isnan(tried.last)
+    one = Record("", POOL[3], 9.0)
+    one, failed = searcher.tell(start, [one, one._replace(status="FAIL")]).tried.values()
+    assert one.last == 9.0 and np.isnan(failed.last)
+
+
+def test_repeats_are_told_in_a_time_that_grows_with_their_number(g):
+    searcher = g.searcher()
+    start = searcher.init(jax.random.key(0), None)
+    several = [Record("", POOL[3], float(y), fidelity=s) for y in range(10_000) for s in (0.5, 1.0)]
+    begin = time.thread_time()
+    state = searcher.tell(start, several)
+    assert time.thread_time() - begin < 5
+    assert [trial.outcomes for trial in state.tried.values()] == [{0.5: float(y), 1.0: float(y)} for y in range(10_000)]
+    assert len(searcher.tell(state, several).tried) == 10_000  # told again
+    one_by_one = start
+    for record in several[:6]:
+        one_by_one = searcher.tell(one_by_one, [record])
+    assert list(one_by_one.tried) == list(state.tried)[:3] and not start.repeats
+
+
+def test_fidelities_that_differ_by_rounding_are_one(g):
+    searcher = g.searcher()
+    start = searcher.init(jax.random.key(0), None)
+    of = lambda s, y, trial=1: Record("", POOL[trial], y, fidelity=s, trial=trial)
+    of_one = [of(float(np.float32(1 / 3)), 5.0), of(1 / 3, 4.0), of(0.9999999, 3.0)]
+    (tried,) = searcher.tell(start, of_one).tried.values()
+    assert list(tried.outcomes.values()) == [4.0, 3.0] and tried.reached == 1.0
+    several = [of(1 / 3, 4.0), of(1.0, 2.0), of(1 / 3, 1.0, trial=2)]
+    rounded = [r._replace(fidelity=float(np.nextafter(np.float32(r.fidelity), np.float32(0)))) for r in several]
+    both = [searcher.tell(start, [*several[:i], *rounded[i:]]).tried for i in range(4)]
+    for tried in both:
+        np.testing.assert_array_equal(_new_trials.at_full_budget(list(tried.values())), [2.0, -1.0])
+
+
 @pytest.mark.once
 def test_a_foreign_record_with_the_number_of_a_running_trial_leaves_it_running(g):
     searcher = g.searcher()

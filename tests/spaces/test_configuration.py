@@ -127,6 +127,16 @@ def test_what_is_given_is_not_left_out_by_the_default_of_what_is_lacking():
     assert spaces.complete(SPACE, {"svm.gamma": 1.0})["svm.gamma"] == 1.0
 
 
+def test_what_one_given_parent_leaves_out_needs_no_other_parent():
+    leaf = spaces.active_if(spaces.active_if(spaces.interval(0.0, 1.0), "a", ["y"]), "b", ["y"])
+    space = {"a": spaces.choice(["n", "y"]), "b": spaces.choice(["n", "y"]), "x": leaf}
+    for given in ({"a": "n"}, {"b": "n"}, {"a": "n", "b": "y"}):
+        assert "x" not in spaces.complete(space, given | {"x": 0.5})
+    for given in ({}, {"a": "y"}, {"b": "y"}):
+        with pytest.raises(ValueError, match=r"`x` is 0.5, and would be left out: .* is lacking"):
+            spaces.complete(space, given | {"x": 0.5})
+
+
 def test_values_out_of_bounds_are_refused_and_kept_where_the_space_may_have_changed():
     space = {"depth": spaces.integer(1, 8), "rate": spaces.interval(1e-3, 1.0)}
     for name, value, bounds in (("depth", 9, "1 and 8"), ("rate", 0.0, "0.001 and 1.0")):
@@ -228,6 +238,27 @@ def test_labels_are_told_apart_by_their_types():
     found = spaces.complete(space, right)
     assert found == {"max_features": 1.0, "bootstrap": True, "batch": 16, "dropout": 0.0}
     assert type(found["batch"]) is int and spaces.foreign(space, right | {"max_features": np.str_("sqrt")}) == {}
+
+
+def test_numbers_beside_none_are_labels_by_value_as_in_a_column_with_gaps():
+    """A data frame makes 2.0 of 2 beside None, and NaN of None: a gap, and so the default, here None itself."""
+    space = {"depth": spaces.choice([None, 2, 9])}
+    for given, expected in ((9.0, 9), (np.float64(2.0), 2), (2, 2), (None, None)):
+        found = spaces.complete(space, {"depth": given})["depth"]
+        assert found == expected and type(found) is type(expected) and spaces.foreign(space, {"depth": given}) == {}
+    assert spaces.complete(space, {"depth": float("nan")}, strict=False) == {"depth": None}
+    for wrong in (True, "2", 2.5):
+        assert spaces.foreign(space, {"depth": wrong}) == {"depth": wrong}
+
+
+def test_integers_are_whole_but_for_the_rounding_of_float32():
+    space = {"depth": spaces.integer(0, 8), "rows": spaces.integer(1, 2_000_000)}
+    for name, value, expected in (("depth", 7.9999995, 8), ("depth", 8.000001, 8), ("rows", 1e6 + 1e-2, 1_000_000)):
+        assert spaces.complete(space, {name: value})[name] == expected
+        assert spaces.from_configuration(space, {name: value})[name] == expected  # and not beside it
+        assert spaces.foreign(space, {name: value}) == {}
+    for name, value in (("depth", 7.99), ("depth", 1e-3), ("rows", 1e6 + 0.4)):
+        assert spaces.foreign(space, {name: value}) == {name: value}
 
 
 def test_a_space_is_inferred_from_what_was_tried():

@@ -113,6 +113,30 @@ def test_trials_without_numbers_are_told_apart_and_repeats_of_one_all_count(tmp_
     assert tasks.read_records(file) == [*line, ended, *repeats, ended._replace(outcome=1.5)]
 
 
+@pytest.mark.parametrize("numbered", [{"trial": 3}, {"seed": 5}, {"trial": 3, "seed": 5}])
+def test_of_a_numbered_trial_the_last_end_counts_and_of_others_every_outcome(tmp_path, numbered):
+    one = Record("a", {"x": 1}, 0.5, cost=1.0)
+    fail, pruned = one._replace(status="FAIL", outcome=math.nan), one._replace(status="PRUNED")
+    right, running = one._replace(outcome=0.25), one._replace(status="RUNNING", outcome=math.nan)
+    for i, (rows, of_repeats) in enumerate(
+        (
+            ([one, right], [one, right]),  # a correction, or a repeat
+            ([one, right, one], [one, right]),
+            ([one, fail], [one, fail]),
+            ([fail, one], [one]),  # it was run again
+            ([one, pruned], [pruned]),  # an outcome once more is the same trial
+            ([pruned, one], [one]),
+            ([one, running], [one]),
+        )
+    ):
+        for of, expected in (({}, of_repeats), (numbered, [row for row in rows if row != running][-1:])):
+            file = tmp_path / f"{i}{bool(of)}.db"
+            for row in rows:
+                tasks.append_records(file, [row._replace(**of)])
+            assert same(tasks.read_records(file), [row._replace(**of) for row in expected])
+            assert same(tasks.read_records(file, history=True), [row._replace(**of) for row in rows])
+
+
 def test_ten_thousand_trials_are_read_at_once_also_where_one_is_repeated_as_often(tmp_path):
     file = tmp_path / "records.db"
     tasks.append_records(file, [Record("a", {"x": x}, float(x)) for x in range(10_000)])  # nobody numbered them
