@@ -69,8 +69,8 @@ class TriedConfiguration(NamedTuple):
 
     Attributes:
       x: [D] the encoded configuration.
-      outcomes: by fidelity, to six digits; NaN where the trial failed. Of a pruned trial, what it had reached, by the fidelity asked
-        for.
+      outcomes: by fidelity, to six digits; NaN where the trial failed. Of a pruned trial, what it had reached, by the
+        fidelity asked for.
       log_cost: of the full budget, NaN where it is not known.
       given_up: whether it was pruned. It counts as no better than the best trial that was not.
       reached: the largest fidelity that has an outcome; NaN where none has.
