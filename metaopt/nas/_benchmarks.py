@@ -87,7 +87,8 @@ def make_benchmark(
             return rows.get(tuple(map(_EDGE_OPS[name].index, ops))) if known else None
         if isinstance(architecture, Mapping) and name == "NAS-Bench-Macro":
             digit: dict[tuple, int] = {((0, 1, op),): i for i, op in enumerate(_CHAINS[name])}
-            digits = tuple(map(digit.get, map(_genotype(architecture).get, dims)))
+            found = _genotype(architecture)
+            digits = tuple(digit.get(found.get(dim, ())) for dim in dims)
             return rows.get(digits) if set(architecture) == set(dims) else None
         if isinstance(architecture, str | Mapping | Graph) or not np.iterable(architecture):
             raise ValueError(f"{name} is asked for rows of integers of {len(dims)} entries; got {architecture!r}.")
