@@ -53,7 +53,7 @@ def num_rows(data: base.Data, shared: Sequence[str] = ()) -> int | jax.Array:
 
 def _real(rows: base.Data) -> jax.Array | None:
     """[N] bool, which rows are no padding, where a mask says it."""
-    if not isinstance(rows, dict) or "mask" not in rows:
+    if not isinstance(rows, dict) or rows.get("mask") is None:
         return None
     mask = jnp.asarray(rows["mask"]) > 0
     return mask.any(tuple(range(1, mask.ndim)))

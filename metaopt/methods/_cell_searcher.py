@@ -155,8 +155,8 @@ def train_cell_searcher(
     Raises:
       ValueError: a size is out of range; one of the records is none (an unknown status, a fidelity out of (0, 1], an
         outcome that is no number); no record has an outcome, or all outcomes of every task are equal; `candidates` is
-        empty; features are by name, have different lengths, or are of none of the records' tasks; no trial of `records`
-        is in `tests`.
+        empty; a configuration has a list or array among its values; features are by name, have different lengths, or
+        are of none of the records' tasks; no trial of `records` is in `tests`.
     """
     for name, value in (("num_members", num_members), ("batch_size", batch_size)):
         base.check_integer(name, value, 1)
@@ -166,12 +166,14 @@ def train_cell_searcher(
         raise ValueError(
             "`candidates` must hold an architecture, or be None to take those of the records; it is empty."
         )
-    records = as_records(records)
+    for i, candidate in enumerate(candidates or ()):
+        _check_values(f"`candidates[{i}]`", candidate)
+    records = _as_records(records)
     of_records = {_name(record.configuration): dict(record.configuration) for record in records}
     places = {name: np.array(row) for row, name in enumerate(of_records)}
     row_of = lambda configuration: places.get(_name(configuration), np.array(len(places)))  # of tests alone: the last
     names, trials = by_task(records, row_of)
-    of_tests = None if tests is None else by_task(as_records(tests, "tests"), row_of, "tests")
+    of_tests = None if tests is None else by_task(_as_records(tests, "tests"), row_of, "tests")
     known, center, scale = _standardized_features(features_by_task(names, features), len(names))
     outcomes = _losses(trials, len(of_records))
     test_outcomes = None if of_tests is None else _same(*of_tests, names, outcomes)
@@ -413,6 +415,24 @@ def cell_searcher(
 
 def _name(configuration: Mapping[str, Any]) -> tuple:
     return tuple(sorted(configuration.items()))
+
+
+def _as_records(given: Any, name: str = "records") -> list[base.Record]:
+    records = as_records(given, name)
+    for i, record in enumerate(records):
+        _check_values(f"`{name}[{i}]`'s configuration", record.configuration)
+    return records
+
+
+def _check_values(place: str, configuration: Mapping[str, Any]) -> None:
+    """ValueError where a configuration cannot be looked up."""
+    try:
+        hash(_name(configuration))
+    except TypeError:
+        raise ValueError(
+            f"{place} must have values such as numbers and texts, by names that are texts; got "
+            f"{dict(configuration)!r}. Give each entry of a list a name of its own."
+        ) from None
 
 
 def _losses(trials: list[predictors.TaskTrials], num: int) -> np.ndarray:

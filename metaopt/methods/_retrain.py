@@ -75,7 +75,7 @@ def retraining(
         drawn. Integers as "x" are the same numbers as floats: scale images of 0..255 yourself.
       augment: of a batch's x, floats, one after the other, `(key, x) -> x`; published are `nas.crop_and_flip(4)` and
         `nas.cutout(16)` for 32 × 32.
-      drop_path: the probability at the end, in [0, 1).
+      drop_path: the probability at the end, in [0, 1). 0 where a cell has but one edge, as NAS-Bench-Macro's.
       auxiliary: weight of the auxiliary head; 0 is none.
       auxiliary_widths: as for `nas.auxiliary_head`.
       rate: at the start.
@@ -89,7 +89,8 @@ def retraining(
 
     Raises:
       ValueError: the network has mixing weights left; no layer has a stride for the auxiliary head; a number is out of
-        range; of the loop, of data that are not traced, labels are no classes, where `loss` is the default.
+        range; a cell has one edge alone, and `drop_path` is not 0; of the loop, of data that are not traced, labels are
+        no classes, where `loss` is the default.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, and its code
     """
@@ -108,6 +109,11 @@ def retraining(
         )
     if any(len(edge.ops) != 1 for cell in network.cells.values() for edge in cell.edges):
         raise ValueError("`network` must have one op on every edge: pass `nas.discrete(network, genotype)`.")
+    if drop_path and (single := [kind for kind, cell in network.cells.items() if len(cell.edges) == 1]):
+        raise ValueError(
+            f"`drop_path` leaves out edges, and {single[0]!r} has one alone, from its input to its output, without "
+            f"which nothing of an example is left; got {drop_path}. Pass `drop_path=0`."
+        )
     supernet = nas.supernet(network, in_shape, ops=ops)
     strided = [i for i, layer in enumerate(network.layers) if layer.stride > 1]
     if auxiliary and not strided:

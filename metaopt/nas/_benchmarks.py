@@ -5,10 +5,11 @@ from where. An architecture is a row of integers, its encoding. **Outcomes are l
 """
 
 import math
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from metaopt.nas._specs import (
     NAS_BENCH_201_PRIMITIVES,
     NAS_BENCH_MACRO_PRIMITIVES,
     TRANS_NAS_BENCH_101_PRIMITIVES,
+    Genotype,
 )
 
 
@@ -68,7 +70,7 @@ def make_benchmark(
 
     def row_of(architecture) -> int | None:
         if isinstance(architecture, Mapping) and name.startswith("NAS-Bench-101"):
-            architecture = genotype_graph(dict(architecture))
+            architecture = genotype_graph(_genotype(architecture))
         if isinstance(architecture, Graph) and name.startswith("NAS-Bench-101"):
             if not by_hash:  # when it is first needed: seconds
                 whole = {row: pruned(nas_bench_101_graph(encoding)) for encoding, row in rows.items()}
@@ -77,7 +79,7 @@ def make_benchmark(
         if isinstance(architecture, str) and name == "NAS-Bench-201":
             architecture = from_nas_bench_201(architecture)
         if isinstance(architecture, Mapping) and name in _EDGE_OPS:
-            edges = architecture.get("cell", ())
+            edges = _genotype(architecture).get("cell", ())
             given = {(s, t): op for s, t, op in edges}
             once = len(given) == len(edges)  # one op an edge
             ops = [given.pop(pair, NONE) for pair in _PAIRS]
@@ -85,7 +87,8 @@ def make_benchmark(
             return rows.get(tuple(map(_EDGE_OPS[name].index, ops))) if known else None
         if isinstance(architecture, Mapping) and name == "NAS-Bench-Macro":
             digit: dict[tuple, int] = {((0, 1, op),): i for i, op in enumerate(_CHAINS[name])}
-            digits = tuple(digit.get(tuple(map(tuple, architecture.get(dim, ())))) for dim in dims)
+            found = _genotype(architecture)
+            digits = tuple(digit.get(found.get(dim, ())) for dim in dims)
             return rows.get(digits) if set(architecture) == set(dims) else None
         if isinstance(architecture, str | Mapping | Graph) or not np.iterable(architecture):
             raise ValueError(f"{name} is asked for rows of integers of {len(dims)} entries; got {architecture!r}.")
@@ -115,6 +118,19 @@ def make_benchmark(
         return float(valid[at]), float(cost[at])
 
     return Benchmark(name, tasks, dims, tuple(num_choices), encodings, fidelities, valid, test, cost, query)
+
+
+def _genotype(given: Mapping[str, Any]) -> Genotype:
+    """kind -> edges, as tuples; ValueError where it is something else."""
+    try:
+        genotype = {k: tuple((operator.index(s), operator.index(t), op) for s, t, op in e) for k, e in given.items()}
+        hash(tuple(genotype.values()))
+    except (TypeError, ValueError):
+        raise ValueError(
+            "A genotype must be kind -> edges (source, target, op), such as {'cell': ((0, 1, 'skip_connect'),)}; got "
+            f"{given!r}."
+        ) from None
+    return genotype
 
 
 def _open(name: str, folder: str | os.PathLike | None):
@@ -275,8 +291,10 @@ def benchmark_records(
       (`benchmark.dims`). What was not trained (NaN) is no trial that failed, and has none.
 
     Raises:
-      ValueError: a task is not in the table.
+      ValueError: a task is not in the table, or `tasks` is one name, and no sequence of names.
     """
+    if isinstance(tasks, str):
+        raise ValueError(f"`tasks` must be a sequence of names, such as [{tasks!r}]; got the string {tasks!r}.")
     names = benchmark.tasks if tasks is None else list(tasks)
     if unknown := [name for name in names if name not in benchmark.tasks]:
         raise ValueError(f"{benchmark.name} has the tasks {', '.join(benchmark.tasks)}; got {unknown[0]!r}.")

@@ -7,8 +7,9 @@ on average, were each choice drawn by its weights:
 
 A term is an edge of a cell (c of its ops), a layer of an `ElasticNetwork` (c of its sizes and those of its input), or
 a whole cell, of which only networks were measured. At one-hot weights C is the discrete network's cost; "none", which
-no discrete network has, costs nothing by itself. What it costs to train the supernet is another matter: that runs every
-op, and every size at its largest.
+no discrete network has, costs nothing by itself. (Where no edge leaves the input of a cell, the layers before it are of
+no use: C counts them, and `hypergrad.flops` of the whole network may leave them out as dead code.) What it costs to
+train the supernet is another matter: that runs every op, and every size at its largest.
 
 Source: the expected latency of Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs/1812.00332
 """

@@ -34,12 +34,12 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
       row is real.
 
     Raises:
-      ValueError: labels are no integers, or one of the three has another shape.
+      ValueError: there are no labels, or no integers; one of the three has another shape.
     """
     num = outputs.shape[-1]
     _check_form(batch, num, outputs.shape[:-1])
     y = jnp.asarray(batch["y"])
-    y = y.astype(jnp.int32) if y.dtype == bool else y
+    y = y.astype(jnp.int32) if y.dtype.itemsize < 4 else y  # `uint8 >= 256` would be `>= 0`
     if batch.get("class_mask") is not None:
         real = jnp.asarray(batch["class_mask"]).reshape((1,) * (outputs.ndim - 1) + (num,)) > 0
         outputs = jnp.where(real, outputs, -1e9)
@@ -61,6 +61,11 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
 def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
     """ValueError where "y" [*shape] or "class_mask" cannot be what they should, which traced ones tell, too."""
     y, x, classes = (batch.get(name) for name in ("y", "x", "class_mask"))
+    if y is None:
+        raise ValueError(
+            f'The labels "y" are missing, integers in 0..{num_outputs - 1} that the loss compares outputs with; got a '
+            f"dict of {[*batch]}."
+        )
     dtype, found = getattr(y, "dtype", None) or np.asarray(y).dtype, np.shape(y)
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_)):
         raise ValueError(

@@ -441,7 +441,7 @@ def nas_bench_macro_space(num_outputs: int = 10, *, channels: int = 32, features
     """The space of NAS-Bench-Macro: eight layers, each an identity or one of two inverted residuals, chosen one by one.
 
     The first, third and sixth layer double the channels and halve the positions. A layer is all that there is at its
-    place: `drop_path` would leave nothing, and is for other spaces.
+    place: `drop_path` would leave nothing, and `methods.retraining` takes `drop_path=0` alone.
 
     Args:
       num_outputs: classes.

@@ -39,11 +39,11 @@ class Supernet(NamedTuple):
         spec is not `pooled`), of x [N, *in_shape]; weights None counts every op once (all sizes of an `ElasticNetwork`
         are then the largest). Integers as x are the same numbers as floats: of images of uint8, 0..255, which networks
         that do not normalize first learn worse from than from x / 255. With `drop_path=(key, rate)` each edge is left
-        out of each example with that probability, but for those that only pass their input on, and what stays counts
-        1 / (1 − rate); sizes have no edges to leave out. With `mask` [N], 1 for a real row and 0 for padding, outputs
-        of real rows are, to rounding, those of a batch of real rows alone: `nas.normalized` leaves padding out. (Own
-        ops that compute over the batch otherwise do not.) A ValueError of a single row that is normalized by the batch
-        without positions: all outputs would be alike.
+        out of each example with that probability, but for those whose op returns its input as it is, and what stays
+        counts 1 / (1 − rate); sizes have no edges to leave out. With `mask` [N], 1 for a real row and 0 for padding,
+        outputs of real rows are, to rounding, those of a batch of real rows alone: `nas.normalized` leaves padding out.
+        (Own ops that compute over the batch otherwise do not.) A ValueError of a single row that is normalized by the
+        batch without positions: all outputs would be alike.
       features: as `apply`, the outputs of all layers in the place of the network's, in their order: what an auxiliary
         head sees.
       head: `(params, features of the last layer) -> [N, num_outputs]`.
@@ -480,7 +480,7 @@ def _edge(params, w, keep, x, group, ops, partial, single_path):
 
     def apply(p, x, name):
         y = ops[name].apply(p, x, group.channels, stride)
-        if keep is None or (name == _genotypes.SKIP and not jax.tree.leaves(p)):
+        if keep is None or y is x:  # an identity is not dropped
             return y
         return y * keep.reshape(-1, *[1] * (y.ndim - 1))
 

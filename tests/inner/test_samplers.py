@@ -146,6 +146,8 @@ def test_what_is_real_of_masks_of_parts_of_rows_and_of_two_counts():
     parts = {"x": jnp.arange(4), "mask": jnp.array([[0, 0], [1, 0], [0, 0], [1, 1]])}
     draws = jax.vmap(lambda step: inner.minibatch(2)(KEY, step, parts)["x"])(jnp.arange(9))
     assert set(np.ravel(draws).tolist()) == {1, 3} and inner.num_rows(parts) == 2
+    whole = {"x": jnp.arange(4), "mask": None}  # is none
+    assert inner.num_rows(whole) == 4 and jax.eval_shape(lambda: inner.minibatch(2)(KEY, 0, whole))["x"].shape == (2,)
     shared = {"x": jnp.arange(4), "mask": jnp.array([1.0, 0, 0])}
     draws = jax.vmap(lambda step: inner.minibatch(2, shared=("mask",))(KEY, step, shared)["x"])(jnp.arange(9))
     assert set(np.ravel(draws).tolist()) == {0, 1, 2, 3} and inner.num_rows(shared, ("mask",)) == 4

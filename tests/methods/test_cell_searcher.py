@@ -227,6 +227,15 @@ def test_records_and_trials_are_refused_by_their_place():
                 ask(none)
     with pytest.raises(ValueError, match="`candidates` must be a list of configurations"):
         trained(given, candidates=CELLS[0])
+    cell = {**CELLS[1], "e0": [1, 2]}
+    listed = [given[0], given[1]._replace(configuration=cell)]
+    for options, place in (
+        ({"given": listed}, r"`records\[1\]`'s configuration"),
+        ({"given": given, "tests": listed}, r"`tests\[1\]`'s configuration"),
+        ({"given": given, "candidates": [CELLS[0], cell]}, r"`candidates\[1\]`"),
+    ):
+        with pytest.raises(ValueError, match=place + r" must have values such as .*'e0': \[1, 2\]"):
+            trained(**options)
 
 
 @pytest.mark.once

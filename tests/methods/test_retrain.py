@@ -35,27 +35,28 @@ def cross_entropy(outputs, y):
 
 def test_dropped_edges_by_hand():
     """A cell of one node: what its two edges give comes and goes, of each example, but for what is passed on."""
-    cell = nas.Cell(1, (nas.Edge(0, 1, ("linear",)), nas.Edge(0, 2, ("skip_connect",))), (1, 2), preprocess=False)
-    net = nas.Network({"cell": cell}, (nas.Layer("linear", 4), *[nas.Layer("cell", 4)]), 8)
-    supernet = nas.supernet(net, (3,), ops=nas.BLOCKS)
+    edges = [nas.Edge(0, i + 1, (op,)) for i, op in enumerate(("linear", "skip_connect", "identity"))]
+    cell = nas.Cell(1, tuple(edges), (1, 2, 3), preprocess=False)
+    net = nas.Network({"cell": cell}, (nas.Layer("linear", 4), *[nas.Layer("cell", 4)]), 12)
+    supernet = nas.supernet(net, (3,), ops=nas.NAS_BENCH_MACRO_OPS)
     x = jax.random.normal(KEY, (400, 3))
 
     @jax.jit
     def run(key, rate):
         params = supernet.init(KEY)
-        params["head"] = {"w": jnp.eye(8), "b": jnp.zeros(8)}
+        params["head"] = {"w": jnp.eye(12), "b": jnp.zeros(12)}
         plain, dropped = supernet.apply(params, None, x), supernet.apply(params, None, x, (key, rate))
         features = supernet.features(params, None, x, (key, rate))
         return plain, dropped, features, supernet.head(params, features[-1])
 
     plain, dropped, features, again = jax.tree.map(np.asarray, run(KEY, 0.25))
-    np.testing.assert_array_equal(dropped[:, 4:], plain[:, 4:])  # a skip without parameters is never dropped
+    np.testing.assert_array_equal(dropped[:, 4:], plain[:, 4:])  # what passes its input on is never dropped
     kept = dropped[:, :4] / plain[:, :4]
     np.testing.assert_allclose(kept, np.broadcast_to(kept[:, :1], kept.shape), rtol=1e-9)
     assert set(np.round(kept[:, 0], 9)) == {0.0, np.round(4 / 3, 9)} and 0.68 < (kept[:, 0] > 0).mean() < 0.82
     np.testing.assert_array_equal(run(KEY, 0.0)[1], plain)
     assert (run(jax.random.key(1), 0.25)[1] != dropped).any()
-    assert [f.shape for f in features] == [(400, 4), (400, 8)]
+    assert [f.shape for f in features] == [(400, 4), (400, 12)]
     np.testing.assert_array_equal(again, dropped)
 
 
@@ -291,7 +292,10 @@ def test_training_is_by_real_rows_wherever_they_stand():
 def test_images_of_integers_train_as_the_same_floats():
     image = np.random.default_rng(0).integers(0, 256, (12, 6, 5, 1)).astype(np.uint8)
     space = nas.nas_bench_201_space(3, channels=2, cells_per_stage=1)
-    net = nas.discrete(space._replace(layers=space.layers[:2]), {"cell": ((0, 3, "nor_conv_3x3"),)})
+    net = nas.discrete(
+        space._replace(layers=space.layers[:2]),
+        {"cell": ((0, 1, "skip_connect"), (0, 3, "nor_conv_3x3"), (1, 3, "skip_connect"))},
+    )
     shift = lambda key, x: x + 200  # of uint8 this would be modulo 256
     options = {"num_steps": 2, "batch_size": 4, "auxiliary": 0.0, "augment": (shift,), "drop_path": 0.5}
     made = methods.retraining(net, (6, 5, 1), ops=nas.NAS_BENCH_201_OPS, **options)
@@ -315,6 +319,11 @@ def test_recipes_that_cannot_be():
             recipe(**options)
     with pytest.raises(ValueError, match="one op on every edge"):
         methods.retraining(SPACE, (6, 2), ops=nas.BLOCKS, num_steps=1)
+    one = nas.Network({"cell": nas.complete_cell(1, ("linear",))}, (nas.Layer("cell", 2),), 3)
+    options = {"ops": nas.BLOCKS, "num_steps": 1, "auxiliary": 0.0}
+    with pytest.raises(ValueError, match="`drop_path` leaves out edges, and 'cell' has one alone, .*got 0.2. Pass"):
+        methods.retraining(one, (3,), **options)
+    methods.retraining(one, (3,), **options, drop_path=0.0)
     flat = NET._replace(layers=NET.layers[:2])
     with pytest.raises(ValueError, match="pass `auxiliary=0`"):
         methods.retraining(flat, (6, 2), ops=nas.BLOCKS, num_steps=1)

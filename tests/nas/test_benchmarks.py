@@ -210,11 +210,13 @@ def test_records_of_a_table_leave_out_what_was_not_trained():
     )
     assert nas.benchmark_records(part) == [*first, *second]
     assert nas.benchmark_records(part, ["b"]) == second
-    assert nas.benchmark_records(part, "a", test=True) == [of("a", 0, 1, 1.5), of("a", 1, 1, 3.5)]
+    assert nas.benchmark_records(part, ["a"], test=True) == [of("a", 0, 1, 1.5), of("a", 1, 1, 3.5)]
     for record in nas.benchmark_records(part):
         base.check_record(record)
     with pytest.raises(ValueError, match="mine has the tasks a, b; got 'c'"):
         nas.benchmark_records(part, ["a", "c"])
+    with pytest.raises(ValueError, match=r"`tasks` must be a sequence of names, such as \['a'\]; got the string"):
+        nas.benchmark_records(part, "a")
 
 
 @needs_tables
@@ -275,6 +277,16 @@ def test_nas_bench_101_takes_the_genotype_that_a_search_gives():
     ]:
         with pytest.raises(ValueError, match=message):
             part.query(bad, "cifar10")
+
+
+@pytest.mark.parametrize("name", ["NAS-Bench-201", "NAS-Bench-101, a part", "NAS-Bench-Macro"])
+def test_genotypes_of_other_forms_are_refused(name):
+    part = make_benchmark(name, ["a"], ["cell"], [2], [[1]], [[0.5]])
+    for bad in (5, [5], ((0, 1),), ((0, 1, ["identity"]),), ((None, 1, "identity"),), (("0", 1, "identity"),)):
+        with pytest.raises(ValueError, match=r"must be kind -> edges \(source, target, op\).*; got {'cell': "):
+            part.query({"cell": bad}, "a")
+    if name == "NAS-Bench-Macro":  # nodes and edges of any kind
+        assert part.query({"cell": [[np.int64(0), 1, "MB3_K3"]]}, "a")[0] == 0.5
 
 
 def test_absent_files_and_unknown_spaces(tmp_path):

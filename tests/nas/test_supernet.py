@@ -342,6 +342,11 @@ def test_labels_that_are_no_classes_give_no_loss():
         nas.cross_entropy(outputs, {"y": np.array([0, 1, 1]), "mask": np.ones(2)})
     for same in (np.array([False, True, True]), np.array([0, 1, 1], np.uint8), [0, 1, 1]):
         np.testing.assert_allclose(nas.cross_entropy(outputs, {"y": same}), np.log(2))
+    for narrow in (np.uint8, np.int8):  # fewer numbers than there are classes
+        y = np.array([0, 1, np.iinfo(narrow).max], narrow)
+        np.testing.assert_allclose(nas.cross_entropy(jnp.zeros((3, 256)), {"y": y}), np.log(256))
+    with pytest.raises(ValueError, match=r'"y" are missing, integers in 0\.\.1 that .*got a dict of \[.x.\]'):
+        nas.cross_entropy(outputs, {"x": outputs})
 
 
 LABELS = np.array([0, 1, 1])
