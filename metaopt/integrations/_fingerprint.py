@@ -4,13 +4,15 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
 
 _PLAIN = (bool, int, float, str, bytes, type(None), np.generic)
+_CACHED = type(functools.lru_cache(len))
+_FUNCTIONS = (FunctionType, staticmethod, classmethod, property, functools.cached_property, _CACHED)
 _LIBRARIES = ("builtins", "lightning", "pytorch_lightning", "torch")  # whose classes are taken as they are
 
 
@@ -21,8 +23,10 @@ def fingerprint(*parts: Any) -> str:
       *parts: plain values, and dicts and lists of them at any depth, whose other values are passed over; functions, of
         which their code is told, and what plain values, functions and classes they enclose or have as defaults;
         modules of torch, of which their layers are told as they are printed, the shapes of their parameters, and, of
-        each of `modules()`, the code of its class, up to the classes of torch and Lightning, its hyper-parameters, and
-        its attributes that are plain values; and lists of parts. Addresses are left out.
+        each of `modules()`, the code of its class (methods, properties, and attributes that are plain values, dicts and
+        lists of them), up to the classes of torch and Lightning, its hyper-parameters, and its own attributes that are
+        such values, but not dicts with whole numbers as keys whose name begins with "_", as torch keeps its hooks; and
+        lists of parts. Addresses are left out. A list of a million numbers takes about a second.
 
     Returns:
       The digits, which are the same in every process of one version of Python, whose byte code they are of.
@@ -40,7 +44,7 @@ def _told(part: Any, seen: set[int]) -> Any:
         return _values(part)
     if isinstance(part, (list, tuple)):
         return [_told(each, seen) for each in part]
-    if isinstance(part, (*_PLAIN, type, FunctionType, MethodType, functools.partial)):
+    if isinstance(part, (*_PLAIN, type, MethodType, functools.partial, *_FUNCTIONS)):
         return _code(part, seen)
     shapes = [(name, _shape(value)) for name, value in getattr(part, "named_parameters", list)()]
     modules = part.modules() if callable(getattr(part, "modules", None)) else [part]
@@ -50,22 +54,39 @@ def _told(part: Any, seen: set[int]) -> Any:
 def _module(module: Any, seen: set[int]) -> Any:
     hparams = getattr(module, "hparams", {})
     hparams = hparams if isinstance(hparams, Mapping) else getattr(hparams, "__dict__", {})  # such as a namespace
-    own = getattr(module, "__dict__", {}).items()
-    # In torch's own dicts hooks are numbered by a counter of the process.
-    own = {name: value for name, value in own if not (name.startswith("_") and isinstance(value, Mapping))}
+    own = {
+        name: value
+        for name, value in getattr(module, "__dict__", {}).items()
+        # In torch's own dicts hooks are numbered by a counter of the process.
+        if not (name.startswith("_") and isinstance(value, Mapping) and all(isinstance(key, int) for key in value))
+    }
     return [_code(type(module), seen), _values(hparams), _values(own)]
 
 
-def _values(of: Any) -> Any:
+def _values(of: Any, within: tuple[int, ...] = ()) -> Any:
     """The plain ones; a dict as a list, for its keys may be anything."""
+    if isinstance(of, _PLAIN):
+        return of
+    if id(of) in within:
+        return "itself"
+    within = (*within, id(of))
     if isinstance(of, Mapping):
-        items = [[_without_addresses(_ordered(k)), _values(v)] for k, v in of.items() if _is_plain(v)]
+        items = [[_without_addresses(_ordered(k)), _values(v, within)] for k, v in _items(of) if _is_plain(v)]
         return ["dict", sorted(items, key=repr)]
-    return [_values(v) for v in of if _is_plain(v)] if isinstance(of, (list, tuple)) else of
+    return [_values(v, within) for v in of if _is_plain(v)]
+
+
+def _items(of: Mapping) -> Iterator[tuple[Any, Any]]:
+    for key in of:
+        try:
+            value = of[key]
+        except Exception:  # one that is required and not given, of OmegaConf
+            value = "missing"
+        yield key, value
 
 
 def _is_plain(value) -> bool:
-    return isinstance(value, (*_PLAIN, Mapping, list, tuple))
+    return isinstance(value, _PLAIN) or isinstance(value, (list, tuple, Mapping))
 
 
 def _shape(parameter) -> Any:
@@ -87,6 +108,10 @@ def _code(of: Any, seen: set[int]) -> Any:
         return tell(of.__func__)
     if isinstance(of, property):
         return [tell(of.fget), tell(of.fset)]
+    if isinstance(of, functools.cached_property):
+        return tell(of.func)
+    if isinstance(of, _CACHED):
+        return tell(of.__wrapped__)
     if isinstance(of, functools.partial):
         return [tell(of.func), [tell(value) for value in of.args], {n: tell(v) for n, v in of.keywords.items()}]
     if not isinstance(of, (FunctionType, type)) or id(of) in seen:
@@ -97,17 +122,16 @@ def _code(of: Any, seen: set[int]) -> Any:
         defaults = [tell(value) for value in (*(of.__defaults__ or ()), *(of.__kwdefaults__ or {}).values())]
         return [of.__qualname__, tell(of.__code__), enclosed, defaults]
     classes = [each for each in of.__mro__ if each.__module__.partition(".")[0] not in _LIBRARIES]
-    return [[each.__qualname__, {name: tell(value) for name, value in _members(each)}] for each in classes]
+    told = lambda value: _values(value) if _is_plain(value) else tell(value)
+    return [[each.__qualname__, {name: told(value) for name, value in _members(each)}] for each in classes]
 
 
 def _members(of: type) -> list[tuple[str, Any]]:
     """Its functions and plain values, without those that Python notes in it, such as `__firstlineno__`."""
-    functions = (FunctionType, staticmethod, classmethod, property)
-    members = sorted(vars(of).items())
     return [
         (name, value)
-        for name, value in members
-        if isinstance(value, functions) or isinstance(value, _PLAIN) and not name.startswith("__")
+        for name, value in sorted(vars(of).items())
+        if isinstance(value, _FUNCTIONS) or _is_plain(value) and not name.startswith("__")
     ]
 
 

@@ -1,6 +1,7 @@
 """Optuna: records as its studies, for its dashboard and its plots, and back; and what was learned as its sampler."""
 
 import collections
+import itertools
 import math
 import os
 import threading
@@ -38,8 +39,8 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
 
     Raises:
       ValueError: the records are of several tasks, one is no record (an unknown status, a fidelity out of (0, 1], an
-        outcome that is no number), a fidelity is less than a billionth of the full budget, a configuration does not
-        fit the space, or a direction is given.
+        outcome that is no number), a fidelity is less than a billionth of the full budget, or two of a trial are
+        within one, a configuration does not fit the space, or a direction is given.
       ImportError: Optuna is not installed.
     """
     import optuna
@@ -117,14 +118,16 @@ def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
     """How many steps the full budget has, so that no two fidelities of a trial have the same one, and none has 0."""
     parts = 1000
     while True:
-        steps = [[round(parts * float(record.fidelity)) for record in several] for several in trials]
-        if all(len(set(of)) == len(of) and min(of) > 0 for of in steps):
+        within = [(0.0, *sorted(float(record.fidelity) for record in several)) for several in trials]
+        near = [(a, b) for of in within for a, b in itertools.pairwise(of) if round(parts * a) == round(parts * b)]
+        if not near:
             return parts
         if parts == _FINEST:
-            least = min(record.fidelity for several in trials for record in several)
+            low, high = near[0]
+            what = f"the fidelities {low!r} and {high!r}, within" if low else f"the fidelity {high!r}, less than"
             raise ValueError(
-                f"A record has the fidelity {least!r}, less than a billionth of the full budget: a study's steps are "
-                "whole numbers, and such fine ones do not fit into what Optuna stores. Leave it out."
+                f"A trial has {what} a billionth of the full budget: a study's steps are whole numbers, and such fine "
+                "ones do not fit into what Optuna stores. Leave one record out."
             )
         parts *= 10
 
@@ -195,7 +198,8 @@ def optuna_sampler(
       `independent_sampler`.
     - Trials that still run, in any thread or process, count by what they may add (`batch_expected_improvement`).
     - A pruned trial counts with its last intermediate value, moved by the mean difference between that step and the end
-      in the trials that have both; one that has none counts as failed.
+      in the trials that have both; one that has none counts as failed. Steps of one trial that are the same to six
+      digits (there are some beyond a million) are one, with the last value.
     - A trial that fails before it has asked for all of its parameters counts with those that it would have been given;
       one that has asked for none does not count, however it ended.
     - What a trial draws depends on `seed`, its number, and the trials that have ended, or run, when it begins. Each
@@ -327,10 +331,10 @@ def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
     """
     if not trial.params:
         return []  # it asked for nothing: whatever came of it says nothing of any configuration
-    record = base.Record("", dict(trial.params), trial=trial.number)
+    record = base.Record("", dict(trial.params), seed=1, trial=trial.number)  # trial 0 is numbered, too
     told = [
-        record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1, and told apart to six digits
-        for step, value in trial.intermediate_values.items()
+        record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1, to six digits
+        for step, value in sorted(trial.intermediate_values.items())
         if step >= 0 and math.isfinite(value)
     ]
     if trial.state.name == "COMPLETE":

@@ -6,8 +6,10 @@ Lightning, and torch below it, are imported when a function is called (extra `li
 import importlib
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 from metaopt import base, tasks
@@ -43,7 +45,10 @@ def callback(
     checkpoint is removed. A checkpoint of the trial is replaced after every epoch, atomically;
     `Trainer.fit(ckpt_path=callback.checkpoint)` continues from it, at a larger fidelity, or after a kill, and it holds
     the outcomes of all epochs. Every epoch begins with seeds that follow from the trial's and the epoch, so that what
-    is continued equals what was not interrupted, as far as torch's own operations repeat themselves.
+    is continued equals what was not interrupted, as far as torch's own operations repeat themselves. It holds no
+    hyper-parameters (`save_hyperparameters`), which may be classes, functions or paths: the module is made anew. What
+    else is saved, by `on_save_checkpoint` and `state_dict` of the module, its data and other callbacks, must be tensors
+    and plain values, for torch reads nothing else safely.
 
     A checkpoint is of one trial and one objective: its folder is named by the trial's number and a fingerprint of the
     task's name, the configuration, the seed, `monitor`, `mode`, and what can be told of `parts`. Where one of these is
@@ -95,7 +100,7 @@ def callback(
         num_epochs = int(found[-1].stem) if found else 0
         outcomes: tuple[float, ...] = ()
         state_key = "metaopt"
-        begun = False
+        begun = saves = False
 
         @property
         def outcome(self):
@@ -136,11 +141,19 @@ def callback(
                 trainer.should_stop = True
                 return
             if folder is not None:
+                self.saves = True
                 self.checkpoint = _replace_checkpoint(trainer, folder, self.num_epochs, self.checkpoint)
+                self.saves = False
             fidelity = min(self.num_epochs / max_epochs, 1.0)
             record = trial._replace(outcome=self.outcome, fidelity=fidelity, status="COMPLETE")
             if report is not None and report(record) and self.num_epochs < max_epochs:
                 raise tasks.Pruned(self.outcome)
+
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            if self.saves:  # and not another callback, for itself
+                for name in ("hyper_parameters", "hparams_type"):
+                    checkpoint.pop(name, None)
+                    checkpoint.pop(f"datamodule_{name}", None)
 
         def discard(self, trainer):
             """Removes the checkpoint."""
@@ -191,7 +204,7 @@ def objective(
       `(trial, task) -> outcome`, the metric of the last epoch, negative where `mode` is "max".
 
     Raises:
-      ValueError: an argument is not valid.
+      ValueError: an argument is not valid; when a trial runs, its checkpoint cannot be continued, and is removed.
       ImportError: when a trial runs, Lightning is not installed.
 
     A network for handwritten digits, of any width and rate, with every epoch's loss kept and ASHA's budgets:
@@ -246,9 +259,12 @@ def objective(
                 trains.fit(module, *data, ckpt_path=epochs.checkpoint)
         except tasks.Pruned:
             raise
-        except Exception:
+        except Exception as error:
+            read = epochs.checkpoint is None or epochs.outcomes
             epochs.discard(trains)
-            raise
+            if read:
+                raise
+            raise ValueError(_unread(trial, error)) from None if isinstance(error, UnpicklingError) else error
         return epochs.outcomes[asked - 1] if len(epochs.outcomes) >= asked else epochs.outcome
 
     return run
@@ -266,6 +282,22 @@ def _lightning() -> Any:
 
 def _seed(lightning, trial: base.Record, epoch: int, part: int = 0) -> None:
     lightning.seed_everything((trial.seed + 1_000_003 * (2 * epoch + part)) % 2**32, verbose=False)
+
+
+def _unread(trial: base.Record, error: Exception) -> str:
+    """Why it cannot go on, and what to do. Torch's own text recommends to read what is not safe."""
+    why = f"{type(error).__name__}: {error}"
+    if isinstance(error, UnpicklingError):
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        why = (
+            f"it holds {found[1] if found else 'something'}, which is neither a tensor nor a plain value and could "
+            "run any code when it is read; in `on_save_checkpoint` and `state_dict` of the module, its data and "
+            "callbacks, save text or numbers instead"
+        )
+    return (
+        f"Trial {trial.trial} cannot go on from its checkpoint ({why}). The checkpoint is removed: run the trial again "
+        "(`tasks.collect` with `retry_failed`), and it is trained anew."
+    )
 
 
 def _replace_checkpoint(trainer, folder: Path, num_epochs: int, before: str | None) -> str:

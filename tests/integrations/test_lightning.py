@@ -1,5 +1,6 @@
 """Lightning's epochs as fidelities: by a stub of what is called of it, and, where it is installed, by itself."""
 
+import collections
 import functools
 import importlib.util
 import json
@@ -7,8 +8,10 @@ import math
 import os
 import subprocess
 import sys
+import traceback
 import types
 from pathlib import Path
+from pickle import UnpicklingError
 
 import jax
 import pytest
@@ -30,14 +33,22 @@ class StubTrainer:
         self.max_epochs, self.callbacks, self.options = max_epochs, callbacks, options
         self.callback_metrics, self.should_stop, self.current_epoch = {}, False, 0
 
+    def dump_checkpoint(self):
+        checkpoint = {callback.state_key: callback.state_dict() for callback in self.callbacks}
+        checkpoint |= {"epoch": self.current_epoch + 1, "theta": self.module.theta}
+        checkpoint |= {"hyper_parameters": {"act": abs}, "hparams_type": dict}
+        checkpoint |= {"datamodule_hyper_parameters": {"folder": Path("a")}}
+        for callback in self.callbacks:
+            callback.on_save_checkpoint(self, self.module, checkpoint)
+        return checkpoint
+
     def save_checkpoint(self, path):
-        states = {callback.state_key: callback.state_dict() for callback in self.callbacks}
-        Path(path).write_text(json.dumps({"epoch": self.current_epoch + 1, "theta": self.module.theta} | states))
+        Path(path).write_text(json.dumps(self.dump_checkpoint()))
 
     def fit(self, module, train, valid, ckpt_path=None):
         self.module = module
         if ckpt_path is not None:
-            state = json.loads(Path(ckpt_path).read_text())
+            state = module.read(Path(ckpt_path))
             self.current_epoch, module.theta = state["epoch"], state["theta"]
             for callback in self.callbacks:
                 callback.load_state_dict(state[callback.state_key])
@@ -52,6 +63,7 @@ class StubTrainer:
             self.callback_metrics = {module.logs: module.theta}
             for callback in self.callbacks:
                 callback.on_train_epoch_end(self, module)
+            assert "hyper_parameters" in self.dump_checkpoint()  # those of others have them
             self.current_epoch += 1
 
 
@@ -64,6 +76,9 @@ class Halving:
     def step(self, theta):
         self.steps += 1
         return theta * (1 - self.rate)
+
+    def read(self, checkpoint):
+        return json.loads(checkpoint.read_text())
 
 
 @pytest.fixture
@@ -230,13 +245,46 @@ def test_what_has_failed_is_trained_anew_where_it_has_been_corrected(raises, stu
         assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** 8)
 
 
+TORCH_SAYS = """Weights only load failed. This file can still be loaded: set `weights_only` to `False`.
+WeightsUnpickler error: Unsupported global: GLOBAL pathlib.PosixPath was not an allowed global by default."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UnpicklingError(TORCH_SAYS), r"holds pathlib\.PosixPath, which .* save text or numbers instead"),
+        (EOFError("Ran out of input"), "EOFError: Ran out of input"),
+    ],
+)
+def test_a_checkpoint_that_is_not_read_says_what_to_do(error, said, stub, tmp_path):
+    class Unread(Halving):
+        def read(self, checkpoint):
+            raise error
+
+    objective = lightning.objective(
+        lambda c, task: Unread(c["rate"]), lambda c, task: ((), ()), max_epochs=8, checkpoints=tmp_path
+    )
+    objective(TRIAL, None)
+    with pytest.raises(ValueError, match=rf"Trial 3 cannot go on .*{said}.*retry_failed.* trained anew") as told:
+        objective(TRIAL, None)
+    assert "weights_only" not in "".join(traceback.format_exception(told.value))
+    assert objective(TRIAL, None) == 1 / 16
+
+
 def test_a_fingerprint_is_the_same_in_every_process_and_differs_with_the_code(tmp_path):
     source = """
 class Module:
     kinds = "a"
+    widths = [{"a": (8, 16)}]
     def __init__(self, size=3):
         super().__init__()
         self.size = size
+    @functools.cached_property
+    def scale(self):
+        return self.size + 0.25
+    @functools.lru_cache
+    def power(self):
+        return 6 ** self.size
     def step(self, x):
         return x in {"a", "b", "c", "d"} and sorted(y * 2 for y in x)
 def factor(z):
@@ -253,6 +301,9 @@ letters = [{frozenset("abcd"): 1}]
     changes = [
         ('kinds = "a"', 'kinds = "b"'),
         ("size=3", "size=4"),
+        ("(8, 16)", "(8, 17)"),
+        ("0.25", "0.5"),
+        ("6 **", "7 **"),
         ("y * 2", "y * 3"),
         ('"d"', '"e"'),
         ("y=2", "y=1"),
@@ -322,8 +373,15 @@ def test_a_fingerprint_tells_the_code_and_plain_values_of_every_part():
         Composed(net(scale=2.0, _power=3, hparams={"depth": 2}), net()),
         Composed(net(scale=2.0, _power=3, hparams=types.SimpleNamespace(depth=2)), net()),
         Composed(net(scale=2.0, _power=3, hparams=types.SimpleNamespace(depth=3)), net()),
+        Composed(net(scale=2.0, _power=3, _widths={"a": 8}), net()),
     ]
-    assert same[0] == same[1] and len({same[0], *map(fingerprint, others)}) == 9
+    assert same[0] == same[1] and len({same[0], *map(fingerprint, others)}) == 10
+    # A dict that holds itself, and one of OmegaConf that lacks a value, are no reason to fail.
+    inside: dict = {"depth": 2}
+    inside["self"] = [inside]
+    lacking = type("Lacking", (collections.UserDict,), {"__getitem__": lambda self, key: 1 / 0})({"depth": 2})
+    for held in (inside, lacking):
+        assert fingerprint(net(held=held)) == fingerprint(net(held=held)) != fingerprint(net(held={}))
     # What torch numbers by a counter, such as hooks, differs from trial to trial.
     assert fingerprint(Composed(net(_hooks={1: True}))) == fingerprint(Composed(net(_hooks={2: True})))
 
@@ -391,10 +449,11 @@ def digits_module(configuration, task):
     import torch
 
     class Digits(L.LightningModule):
-        def __init__(self, width, rate):
+        def __init__(self, width, rate, act=torch.nn.ReLU):
             super().__init__()
+            self.save_hyperparameters()  # a class among them
             self.rate = rate
-            hidden = torch.nn.Linear(64, width), torch.nn.ReLU(), torch.nn.Dropout(0.2)
+            hidden = torch.nn.Linear(64, width), act(), torch.nn.Dropout(0.2)
             self.net = torch.nn.Sequential(*hidden, torch.nn.Linear(width, 10))
 
         def training_step(self, batch, _):
@@ -439,6 +498,23 @@ def test_digits_continued_from_checkpoints_equal_digits_in_one_go(tmp_path):
     assert parts(trial._replace(fidelity=1 / 2), None) == told[2].outcome
     assert parts(trial, None) == expected == parts(trial, None)
     assert whole(trial._replace(seed=6), None) != expected
+
+
+@real
+@pytest.mark.filterwarnings("ignore")
+def test_what_torch_does_not_read_safely_is_named(tmp_path):
+    def module(configuration, task):
+        made = digits_module(configuration, task)
+        made.on_save_checkpoint = lambda checkpoint: checkpoint.update(folder=Path("a"))
+        return made
+
+    trial = Record("digits", {"width": 4, "rate": 1e-2}, fidelity=0.5, seed=5, status="WAITING", trial=3)
+    objective = lightning.objective(module, digits_data, max_epochs=2, trainer=CPU, checkpoints=tmp_path)
+    first = objective(trial, None)
+    with pytest.raises(ValueError, match=r"Trial 3 cannot go on .*it holds pathlib\S*\.PosixPath, which") as told:
+        objective(trial._replace(fidelity=1.0), None)
+    assert "weights_only" not in "".join(traceback.format_exception(told.value))
+    assert objective(trial, None) == first
 
 
 @real

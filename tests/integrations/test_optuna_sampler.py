@@ -233,19 +233,23 @@ def test_pruned_failed_enqueued_and_foreign_trials(g):
     assert len({trial.params["x"] for trial in study.trials[-2:]}) == 2
 
 
-def test_late_steps_are_told_apart_and_none_is_the_end(g):
-    steps = (0, 5_000, 5_001, 90_000, 2_000_000, 2**31 - 1)
+@pytest.mark.parametrize("number", [0, 5])
+def test_late_steps_are_told_apart_and_none_is_the_end(g, number):
+    steps = (90_000, 0, 5_000, 5_001, 2_000_002, 2_000_001, 2_000_000, 2**31 - 1)  # as a storage may have them
     values = {"x": 0.5, "kind": "a"}
     trial = optuna.trial.create_trial(
         state=optuna.trial.TrialState.PRUNED,
         params=values,
         distributions={name: d for name, d in spaces.to_optuna(g.space).items() if name in values},
-        intermediate_values={step: float(i) for i, step in enumerate(steps)},
+        intermediate_values={step: float(step) for step in steps},
     )
+    trial.number = number
     searcher = g.searcher()
     told = _optuna._as_told(trial, 1.0, {})
     (tried,) = searcher.tell(searcher.init(jax.random.key(0), None), told).tried.values()
-    assert list(tried.outcomes.values()) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and tried.last == 5.0 and tried.reached < 1
+    # To six digits: 2,000,000 to 2,000,002 are one step, with the last value, of the first trial, too.
+    assert list(tried.outcomes.values()) == [0, 5_000, 5_001, 90_000, 2_000_002, 2**31 - 1]
+    assert tried.last == 2**31 - 1 and tried.reached < 1
 
 
 def test_what_it_is_not_for(g):

@@ -142,6 +142,10 @@ def test_steps_are_as_fine_as_a_trial_s_fidelities():
     assert [t.value for t in found] == [1.0, 2.0]
     with pytest.raises(ValueError, match="has the fidelity 1e-10, less than a billionth of the full budget"):
         integrations.to_optuna_study([records[0]._replace(fidelity=1e-10)], space)
+    with pytest.raises(
+        ValueError, match=r"has the fidelities 1e-09 and 1.4e-09, within a billionth of the full budget"
+    ):
+        integrations.to_optuna_study([records[0]._replace(fidelity=f) for f in (1.4e-9, 1.0, 1e-9)], space)
 
 
 def test_what_is_no_record_is_refused_by_its_place():
