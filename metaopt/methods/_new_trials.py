@@ -1,5 +1,6 @@
 """The trials of a new task, as the arrays that a surrogate reads: few of many, outcomes of one scale, padded."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -127,32 +128,36 @@ def at_full_budget(tried: Sequence[TriedConfiguration]) -> np.ndarray:
 
     A trial counts with its outcome at its largest fidelity, moved by the mean difference between that fidelity and
     the next in trials that have been at both, step by step; where none has, by the difference of means. Of trials that
-    ended there, and of those that went further, the latest `MAX_TRIALS` are compared: what is looked up does not grow
-    with N.
+    ended there, and of those that went further, the latest `MAX_TRIALS` are compared: what a fidelity costs does not
+    grow with N.
     """
     reached, y = np.array([trial.reached for trial in tried]), np.array([trial.last for trial in tried])
-    fidelities = np.unique(reached[np.isfinite(reached)])[::-1]  # others are not needed
-    few = lambda those: np.flatnonzero(those)[-MAX_TRIALS:]
-    at = lambda s: np.union1d(few(reached == s), few(reached > s))
-    latest = {s: [tried[i].outcomes for i in at(s).tolist()] for s in fidelities.tolist()}
-    shift = dict.fromkeys(fidelities[:1].tolist(), 0.0)
-    for s in fidelities[1:].tolist():
-        higher = list(shift)[: -_NEAREST - 1 : -1]  # the nearest first
-        for h in higher:
-            pairs = [of[h] - of[s] for of in latest[h] if s in of and h in of]
+    several = np.array([len(trial.outcomes) > 1 for trial in tried], bool)
+    ended = np.argsort(reached, kind="stable")[: np.isfinite(reached).sum()]  # by fidelity, the latest last
+    by_fidelity = np.split(ended, np.flatnonzero(np.diff(reached[ended])) + 1)[::-1]
+    fidelities, shifts, compared, further = [], [], [], ended[:0]
+
+    @functools.cache
+    def mean(level):
+        return float(np.nanmean([of[fidelities[level]] for of in compared[level] if fidelities[level] in of]))
+
+    for level, those in enumerate(by_fidelity if len(ended) else ()):
+        fidelities.append(s := float(reached[those[0]]))
+        both = np.sort(np.concatenate([those[-MAX_TRIALS:], further]))
+        # What went further, and has one outcome, has none here.
+        compared.append([tried[i].outcomes for i in both[several[both] | (reached[both] == s)].tolist()])
+        further = both[-MAX_TRIALS:]
+        for above in range(level - 1, max(level - _NEAREST, 0) - 1, -1):  # the nearest first
+            h = fidelities[above]
+            pairs = [of[h] - of[s] for of in compared[above] if s in of and h in of]
             pairs = [difference for difference in pairs if math.isfinite(difference)]
             if pairs:
-                shift[s] = shift[h] + float(np.mean(pairs))
+                shifts.append(shifts[above] + float(np.mean(pairs)))
                 break
         else:
-            shift[s] = shift[higher[0]] + _mean_at(higher[0], latest[higher[0]]) - _mean_at(s, latest[s])
-    for s, by in shift.items():
-        y[reached == s] += by
+            shifts.append(shifts[-1] + mean(level - 1) - mean(level) if level else 0.0)
+        y[those] += shifts[-1]
     return y
-
-
-def _mean_at(fidelity: float, outcomes: Sequence[Mapping[float, float]]) -> float:
-    return float(np.nanmean([of[fidelity] for of in outcomes if fidelity in of]))
 
 
 def from_the_best(y: np.ndarray, widest: float) -> tuple[np.ndarray, float]:

@@ -311,7 +311,8 @@ class Counted(dict):
 
 
 @pytest.mark.parametrize(
-    ("together", "num_steps", "nums"), [(True, 20, (6_000, 24_000)), (False, 60, (18_000, 36_000))]
+    ("together", "num_steps", "nums"),
+    [(True, 20, (6_000, 24_000)), (False, 60, (18_000, 36_000)), (False, 1_000, (4_000, 4_000))],
 )
 def test_what_is_read_of_trials_at_several_fidelities_does_not_grow_with_their_number(together, num_steps, nums):
     """With trials that report on their way, and with fidelities that no two have in common."""
