@@ -576,11 +576,12 @@ def meta_optimizer(
                 before = tried.get(name, tried_configuration(x, {}))
                 # What a trial had reached when it was given up counts; what it had cost by then, or when it failed, is
                 # not its cost. Of several fidelities the first one says it: from there, the trial may have gone on.
-                given_up, complete = record.status == "PRUNED", record.status == "COMPLETE"
-                says = complete and 0 < record.cost < np.inf and np.isnan(before.log_cost)
-                cost = float(np.log(record.cost / record.fidelity)) if says else before.log_cost
-                outcomes = {**before.outcomes, level: outcome}
-                tried[name] = tried_configuration(x, outcomes, cost, given_up)
+                says = record.status == "COMPLETE" and 0 < record.cost < np.inf
+                cost = float(np.log(record.cost / record.fidelity)) if says else np.nan
+                last = level >= max(before.outcomes, default=0.0)
+                given_up = record.status == "PRUNED" if last else before.given_up
+                outcomes, log_costs = {**before.outcomes, level: outcome}, {**before.log_costs, level: cost}
+                tried[name] = tried_configuration(x, outcomes, log_costs, given_up)
             first = tasks.untried(state.first, records, state.num_asked)
             return state._replace(pending=pending, tried=tried, first=first, repeats=repeats)
 

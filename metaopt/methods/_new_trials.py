@@ -72,14 +72,16 @@ class TriedConfiguration(NamedTuple):
       x: [D] the encoded configuration.
       outcomes: by fidelity, to six digits; NaN where the trial failed. Of a pruned trial, what it had reached, by the
         fidelity asked for.
-      log_cost: of the full budget, NaN where it is not known.
-      given_up: whether it was pruned. It counts as no better than the best trial that was not.
+      log_costs: of the full budget, as each fidelity says it; NaN where it does not.
+      log_cost: the first one that is known, or NaN.
+      given_up: whether it was pruned at its largest fidelity. It counts as no better than the best trial that was not.
       reached: the largest fidelity that has an outcome; NaN where none has.
       last: the outcome there; NaN where the trial failed, then or later.
     """
 
     x: np.ndarray
     outcomes: dict[float, float]
+    log_costs: dict[float, float]
     log_cost: float
     given_up: bool
     reached: float
@@ -105,7 +107,7 @@ class Told(NamedTuple):
 
 
 def tried_configuration(
-    x: np.ndarray, outcomes: dict[float, float], log_cost: float = math.nan, given_up: bool = False
+    x: np.ndarray, outcomes: dict[float, float], log_costs: dict[float, float] | None = None, given_up: bool = False
 ) -> TriedConfiguration:
     """A trial with its largest fidelity looked up once, and not whenever something is asked for.
 
@@ -115,7 +117,10 @@ def tried_configuration(
         outcomes = {fidelity: y if math.isfinite(y) else math.nan for fidelity, y in outcomes.items()}
     reached = max((s for s, y in outcomes.items() if math.isfinite(y)), default=math.nan)
     failed = not outcomes or math.isnan(outcomes[max(outcomes)])
-    return TriedConfiguration(x, outcomes, log_cost, given_up, reached, math.nan if failed else outcomes[reached])
+    last = math.nan if failed else outcomes[reached]
+    log_costs = log_costs or {}
+    log_cost = next((cost for cost in log_costs.values() if math.isfinite(cost)), math.nan)
+    return TriedConfiguration(x, outcomes, log_costs, log_cost, given_up, reached, last)
 
 
 def rounded_fidelity(fidelity: float) -> float:
