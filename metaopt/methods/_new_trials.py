@@ -15,19 +15,19 @@ MAX_TRIALS = 256  # of the new task that the surrogate looks at
 _NEAREST = 8  # fidelities above one's own that are compared with it
 
 
-def as_configurations(name: str, given: Any) -> Sequence[Mapping[str, Any]]:
+def as_configurations(name: str, given: Any, space: base.PyTree = None) -> Sequence[Mapping[str, Any]]:
     """Configurations from a list of dicts, or a data frame, whose gaps (NaN) are what a row does not have.
 
     Args:
       name: of the argument.
       given: what it is.
+      space: where a choice of it has None as a label, a gap is None, unless the row says that it is not active.
 
     Raises:
       ValueError: it is something else, such as an array, which does not say what its columns are.
     """
     if hasattr(given, "columns"):
-        rows = given.to_dict("records")
-        return [{key: value for key, value in row.items() if value == value} for row in rows]
+        return _without_gaps(given.to_dict("records"), space)
     if isinstance(given, Mapping):
         raise ValueError(f"`{name}` must be a list of configurations; got one.")
     if isinstance(given, (str, np.ndarray, jax.Array)) or not isinstance(given, Sequence):
@@ -40,6 +40,21 @@ def as_configurations(name: str, given: Any) -> Sequence[Mapping[str, Any]]:
         if not isinstance(configuration, Mapping):
             raise ValueError(f"`{name}[{i}]` must be a dict of values by name; got {configuration!r}.")
     return given
+
+
+def _without_gaps(rows: list[dict[str, Any]], space: base.PyTree) -> list[dict[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(space)
+    nones = [(path, leaf.condition) for path, leaf in leaves if None in getattr(leaf, "labels", ())]
+    conditions = {jax.tree_util.keystr(path, simple=True, separator="."): condition for path, condition in nones}
+
+    def is_none(name, row):
+        of = conditions.get(name, conditions.get(str(name).rpartition("[")[0]))  # with an index if it has a shape
+        return of is not None and all(row.get(parent) in values for parent, values in of)
+
+    return [
+        {name: value if value == value else None for name, value in row.items() if value == value or is_none(name, row)}
+        for row in rows
+    ]
 
 
 def as_outcomes(given: Any, num: int) -> np.ndarray:
