@@ -143,7 +143,9 @@ def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Recor
 
     Returns:
       A record for each trial. A pruned one has its last intermediate value and, as Optuna does not know how many steps
-      a whole trial has, that step's part of the largest step of the study as fidelity.
+      a whole trial has, that step's part of the largest step of the study as fidelity. Records of number 0 and seed 0
+      are taken for trials without a number: to correct that trial in records of one's own, count them from 1, or give
+      seeds; several without numbers and with one seed are corrections of one trial, and no repeats.
 
     Raises:
       ValueError: the study has several objectives.

@@ -128,7 +128,7 @@ def train_meta_optimizer(
         if not 0 <= share <= 1:
             raise ValueError(f"`{name}` must lie in [0, 1]; got {share}.")
     if candidates is not None:
-        candidates = as_configurations("candidates", candidates)
+        candidates = as_configurations("candidates", candidates, space)
     if candidates is not None and not len(candidates):
         raise ValueError("`candidates` must hold a configuration, or be None to search the whole space; it is empty.")
     records = as_records(records)
@@ -199,7 +199,7 @@ def train_meta_searcher(
     """
     records = as_records(records)
     if candidates is not None:
-        candidates = as_configurations("candidates", candidates)
+        candidates = as_configurations("candidates", candidates, space)
     inferred = space is None
     if inferred:
         space = inferred_space(records, candidates)

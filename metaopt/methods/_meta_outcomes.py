@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import predictors
+from metaopt import base, predictors
 from metaopt.methods._new_trials import (
     MAX_TRIALS,
     as_configurations,
@@ -46,13 +46,15 @@ class OutcomesFn(Protocol):
         fail. What failed is expected to have given what is no better than the worst outcome, or than 1 where there is
         none, and so is what is like it.
 
-        Configurations are dicts, or the rows of a data frame, whose gaps are what is lacking. Names and values that the
-        space does not have are refused (`ValueError`); what is lacking is at its default."""
+        Configurations are dicts, or the rows of a data frame, whose gaps are what is lacking, or None where that is a
+        label. Names and values that the space does not have are refused (`ValueError`); what is lacking is at its
+        default."""
         ...
 
 
 def outcomes_fn(
     surrogate: predictors.Surrogate,
+    space: base.PyTree,
     encode: Callable[..., np.ndarray],
     seen_from: Callable,
     with_failed: Callable[..., np.ndarray],
@@ -62,6 +64,7 @@ def outcomes_fn(
 
     Args:
       surrogate: what was learned.
+      space: of λ.
       encode: (configuration, strict) -> [D].
       seen_from: new task -> the weights of earlier ones, and the networks of the task (deep kernels, transformers).
       with_failed: (those, x [N, D], y [N], which failed [N]) -> y, with what is expected of those that failed.
@@ -116,8 +119,8 @@ def outcomes_fn(
         outcomes: Sequence[float] | np.ndarray = (),
         levels: Sequence[float] = (0.1, 0.5, 0.9),
     ) -> Outcomes:
-        configurations = as_configurations("configurations", configurations)
-        tried = as_configurations("tried", tried)
+        configurations = as_configurations("configurations", configurations, space)
+        tried = as_configurations("tried", tried, space)
         y, low, trials, failures = as_outcomes(outcomes, len(tried)), 0.0, None, None
         if not all(0 < level < 1 for level in levels):
             raise ValueError(f"`levels` must lie in (0, 1); got {tuple(levels)}.")

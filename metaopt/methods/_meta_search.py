@@ -1,5 +1,6 @@
 """What is done with a surrogate of earlier tasks: predictions, portfolios, and trials on a new task."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -63,10 +64,10 @@ class SuggestFn(Protocol):
         Without candidates every fourth one is random, as in the searcher: where as many were tried and run as 3, 7, 11
         and so on, once there is an outcome. It depends on `key`, and on no trial; with candidates none is.
 
-        Configurations are dicts, or the rows of a data frame, whose gaps are what is lacking; outcomes are [N] or
-        [N, 1]. Names and values that the space does not have are refused (`ValueError`); what is lacking is at its
-        default. Of more than 256 trials the best and the latest are looked at, and without candidates no others are
-        checked."""
+        Configurations are dicts, or the rows of a data frame, whose gaps are what is lacking, or None where that is a
+        label; outcomes are [N] or [N, 1]. Names and values that the space does not have are refused (`ValueError`);
+        what is lacking is at its default. Of more than 256 trials the best and the latest are looked at, and without
+        candidates no others are checked."""
         ...
 
 
@@ -201,9 +202,9 @@ def encoder(space: base.PyTree):
         except TypeError:  # what other spaces have may not be hashable
             found = known.get(name := (strict, repr(sorted(configuration.items(), key=lambda item: item[0]))))
         if found is None:
-            gaps = [key for key, value in configuration.items() if isinstance(value, float) and value != value]
-            if gaps and not strict:  # a NaN is no other NaN, and would be computed each time
-                return encoded({key: value for key, value in configuration.items() if key not in gaps})
+            gaps = {k: math.nan for k, v in configuration.items() if isinstance(v, float) and v != v}
+            if any(configuration[key] is not math.nan for key in gaps):  # equals nothing: computed each time
+                return encoded({**configuration, **gaps}, strict)
             # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
             whole = spaces.complete(space, configuration, strict=strict)
             others = {} if strict else spaces.foreign(space, configuration)
@@ -525,7 +526,7 @@ def meta_optimizer(
             first = (
                 [{}] if finite is None else [c for i, c in enumerate(pool) if np.array_equal(finite[i], default)][:1]
             )
-        given = tuple(spaces.complete(space, c) for c in as_configurations("first", first))
+        given = tuple(spaces.complete(space, c) for c in as_configurations("first", first, space))
 
         def init(key, space):
             if space is not None and space != own_space:
@@ -576,11 +577,12 @@ def meta_optimizer(
                 before = tried.get(name, tried_configuration(x, {}))
                 # What a trial had reached when it was given up counts; what it had cost by then, or when it failed, is
                 # not its cost. Of several fidelities the first one says it: from there, the trial may have gone on.
-                given_up, complete = record.status == "PRUNED", record.status == "COMPLETE"
-                says = complete and 0 < record.cost < np.inf and np.isnan(before.log_cost)
-                cost = float(np.log(record.cost / record.fidelity)) if says else before.log_cost
-                outcomes = {**before.outcomes, level: outcome}
-                tried[name] = tried_configuration(x, outcomes, cost, given_up)
+                says = record.status == "COMPLETE" and 0 < record.cost < np.inf
+                cost = float(np.log(record.cost / record.fidelity)) if says else np.nan
+                last = level >= max(before.outcomes, default=0.0)
+                given_up = record.status == "PRUNED" if last else before.given_up
+                outcomes, log_costs = {**before.outcomes, level: outcome}, {**before.log_costs, level: cost}
+                tried[name] = tried_configuration(x, outcomes, log_costs, given_up)
             first = tasks.untried(state.first, records, state.num_asked)
             return state._replace(pending=pending, tried=tried, first=first, repeats=repeats)
 
@@ -597,8 +599,8 @@ def meta_optimizer(
         key: jax.Array | None = None,
     ) -> list[dict[str, Any]]:
         base.check_integer("num", num, 1)
-        configurations = as_configurations("configurations", configurations)
-        pending = as_configurations("pending", pending)
+        configurations = as_configurations("configurations", configurations, space)
+        pending = as_configurations("pending", pending, space)
         y = as_outcomes(outcomes, len(configurations))
         told = Told(
             y,
@@ -616,7 +618,7 @@ def meta_optimizer(
             running[trial] = encode(found[-1])
         return found
 
-    outcomes_at = outcomes_fn(surrogate, encode, seen_from, with_failed, widest)
+    outcomes_at = outcomes_fn(surrogate, space, encode, seen_from, with_failed, widest)
     return MetaOptimizer(
         predict, portfolio, suggest, searcher, outcomes_at, surrogate, cost_surrogate, space, pool or None
     )

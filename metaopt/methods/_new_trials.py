@@ -1,5 +1,6 @@
 """The trials of a new task, as the arrays that a surrogate reads: few of many, outcomes of one scale, padded."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,19 +15,19 @@ MAX_TRIALS = 256  # of the new task that the surrogate looks at
 _NEAREST = 8  # fidelities above one's own that are compared with it
 
 
-def as_configurations(name: str, given: Any) -> Sequence[Mapping[str, Any]]:
+def as_configurations(name: str, given: Any, space: base.PyTree = None) -> Sequence[Mapping[str, Any]]:
     """Configurations from a list of dicts, or a data frame, whose gaps (NaN) are what a row does not have.
 
     Args:
       name: of the argument.
       given: what it is.
+      space: where a choice of it has None as a label, a gap is None, unless the row says that it is not active.
 
     Raises:
       ValueError: it is something else, such as an array, which does not say what its columns are.
     """
     if hasattr(given, "columns"):
-        rows = given.to_dict("records")
-        return [{key: value for key, value in row.items() if value == value} for row in rows]
+        return _without_gaps(given.to_dict("records"), space)
     if isinstance(given, Mapping):
         raise ValueError(f"`{name}` must be a list of configurations; got one.")
     if isinstance(given, (str, np.ndarray, jax.Array)) or not isinstance(given, Sequence):
@@ -39,6 +40,21 @@ def as_configurations(name: str, given: Any) -> Sequence[Mapping[str, Any]]:
         if not isinstance(configuration, Mapping):
             raise ValueError(f"`{name}[{i}]` must be a dict of values by name; got {configuration!r}.")
     return given
+
+
+def _without_gaps(rows: list[dict[str, Any]], space: base.PyTree) -> list[dict[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(space)
+    nones = [(path, leaf.condition) for path, leaf in leaves if None in getattr(leaf, "labels", ())]
+    conditions = {jax.tree_util.keystr(path, simple=True, separator="."): condition for path, condition in nones}
+
+    def is_none(name, row):
+        of = conditions.get(name, conditions.get(str(name).rpartition("[")[0]))  # with an index if it has a shape
+        return of is not None and all(row.get(parent) in values for parent, values in of)
+
+    return [
+        {name: value if value == value else None for name, value in row.items() if value == value or is_none(name, row)}
+        for row in rows
+    ]
 
 
 def as_outcomes(given: Any, num: int) -> np.ndarray:
@@ -71,14 +87,16 @@ class TriedConfiguration(NamedTuple):
       x: [D] the encoded configuration.
       outcomes: by fidelity, to six digits; NaN where the trial failed. Of a pruned trial, what it had reached, by the
         fidelity asked for.
-      log_cost: of the full budget, NaN where it is not known.
-      given_up: whether it was pruned. It counts as no better than the best trial that was not.
+      log_costs: of the full budget, as each fidelity says it; NaN where it does not.
+      log_cost: the first one that is known, or NaN.
+      given_up: whether it was pruned at its largest fidelity. It counts as no better than the best trial that was not.
       reached: the largest fidelity that has an outcome; NaN where none has.
       last: the outcome there; NaN where the trial failed, then or later.
     """
 
     x: np.ndarray
     outcomes: dict[float, float]
+    log_costs: dict[float, float]
     log_cost: float
     given_up: bool
     reached: float
@@ -104,7 +122,7 @@ class Told(NamedTuple):
 
 
 def tried_configuration(
-    x: np.ndarray, outcomes: dict[float, float], log_cost: float = math.nan, given_up: bool = False
+    x: np.ndarray, outcomes: dict[float, float], log_costs: dict[float, float] | None = None, given_up: bool = False
 ) -> TriedConfiguration:
     """A trial with its largest fidelity looked up once, and not whenever something is asked for.
 
@@ -114,7 +132,10 @@ def tried_configuration(
         outcomes = {fidelity: y if math.isfinite(y) else math.nan for fidelity, y in outcomes.items()}
     reached = max((s for s, y in outcomes.items() if math.isfinite(y)), default=math.nan)
     failed = not outcomes or math.isnan(outcomes[max(outcomes)])
-    return TriedConfiguration(x, outcomes, log_cost, given_up, reached, math.nan if failed else outcomes[reached])
+    last = math.nan if failed else outcomes[reached]
+    log_costs = log_costs or {}
+    log_cost = next((cost for cost in log_costs.values() if math.isfinite(cost)), math.nan)
+    return TriedConfiguration(x, outcomes, log_costs, log_cost, given_up, reached, last)
 
 
 def rounded_fidelity(fidelity: float) -> float:
@@ -127,32 +148,36 @@ def at_full_budget(tried: Sequence[TriedConfiguration]) -> np.ndarray:
 
     A trial counts with its outcome at its largest fidelity, moved by the mean difference between that fidelity and
     the next in trials that have been at both, step by step; where none has, by the difference of means. Of trials that
-    ended there, and of those that went further, the latest `MAX_TRIALS` are compared: what is looked up does not grow
-    with N.
+    ended there, and of those that went further, the latest `MAX_TRIALS` are compared: what a fidelity costs does not
+    grow with N.
     """
     reached, y = np.array([trial.reached for trial in tried]), np.array([trial.last for trial in tried])
-    fidelities = np.unique(reached[np.isfinite(reached)])[::-1]  # others are not needed
-    few = lambda those: np.flatnonzero(those)[-MAX_TRIALS:]
-    at = lambda s: np.union1d(few(reached == s), few(reached > s))
-    latest = {s: [tried[i].outcomes for i in at(s).tolist()] for s in fidelities.tolist()}
-    shift = dict.fromkeys(fidelities[:1].tolist(), 0.0)
-    for s in fidelities[1:].tolist():
-        higher = list(shift)[: -_NEAREST - 1 : -1]  # the nearest first
-        for h in higher:
-            pairs = [of[h] - of[s] for of in latest[h] if s in of and h in of]
+    several = np.array([len(trial.outcomes) > 1 for trial in tried], bool)
+    ended = np.argsort(reached, kind="stable")[: np.isfinite(reached).sum()]  # by fidelity, the latest last
+    by_fidelity = np.split(ended, np.flatnonzero(np.diff(reached[ended])) + 1)[::-1]
+    fidelities, shifts, compared, further = [], [], [], ended[:0]
+
+    @functools.cache
+    def mean(level):
+        return float(np.nanmean([of[fidelities[level]] for of in compared[level] if fidelities[level] in of]))
+
+    for level, those in enumerate(by_fidelity if len(ended) else ()):
+        fidelities.append(s := float(reached[those[0]]))
+        both = np.sort(np.concatenate([those[-MAX_TRIALS:], further]))
+        # What went further, and has one outcome, has none here.
+        compared.append([tried[i].outcomes for i in both[several[both] | (reached[both] == s)].tolist()])
+        further = both[-MAX_TRIALS:]
+        for above in range(level - 1, max(level - _NEAREST, 0) - 1, -1):  # the nearest first
+            h = fidelities[above]
+            pairs = [of[h] - of[s] for of in compared[above] if s in of and h in of]
             pairs = [difference for difference in pairs if math.isfinite(difference)]
             if pairs:
-                shift[s] = shift[h] + float(np.mean(pairs))
+                shifts.append(shifts[above] + float(np.mean(pairs)))
                 break
         else:
-            shift[s] = shift[higher[0]] + _mean_at(higher[0], latest[higher[0]]) - _mean_at(s, latest[s])
-    for s, by in shift.items():
-        y[reached == s] += by
+            shifts.append(shifts[-1] + mean(level - 1) - mean(level) if level else 0.0)
+        y[those] += shifts[-1]
     return y
-
-
-def _mean_at(fidelity: float, outcomes: Sequence[Mapping[float, float]]) -> float:
-    return float(np.nanmean([of[fidelity] for of in outcomes if fidelity in of]))
 
 
 def from_the_best(y: np.ndarray, widest: float) -> tuple[np.ndarray, float]:

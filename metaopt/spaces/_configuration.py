@@ -60,7 +60,8 @@ def from_configuration(
     Args:
       space: a tree of leaves.
       configuration: plain values by name, as from `configuration`; those of fixed leaves are not looked at. NaN of what
-        is not active is a gap, as of a row of a data frame, and lacking.
+        is not active is a gap, as of a row of a data frame, and lacking; of a choice that has None as a label it is
+        None, which a column of numbers cannot hold.
       strict: whether names, labels and values out of bounds, or between integers, which the space does not have, are
         refused. Otherwise such names are ignored, such values kept, such labels give all labels the same weight, and
         what should be a number and is none (None, "auto", True) or is NaN is at its default: for records of a space
@@ -88,6 +89,8 @@ def from_configuration(
             name = _entry(_name(path), index)
             names.append(name)
             given = unknown.pop(name, _MISSING)
+            if _is_gap(given) and isinstance(leaf, Choice) and None in leaf.labels:
+                given = None
             if _is_gap(given) and (leaf.condition or not strict):
                 gaps.append(name)
             elif given is not _MISSING and leaf.tuned:

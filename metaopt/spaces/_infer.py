@@ -20,9 +20,9 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
     - Numbers lie between the smallest and the largest: an `integer` where all are integers, otherwise an `interval`;
       with `log` where all are positive and the largest is more than a hundred times the smallest.
     - Texts, booleans, and numbers among them are labels of a `choice`, and so is None, also among at most 20 different
-      numbers: scikit-learn's `max_depth=None` has no limit, and is no depth between others. Among more numbers, None
-      says that nothing is given, and is taken to be the default of their range: replace it by what it stands for. As
-      the first label None is the default of its choice, and so what NaN comes to, which a data frame makes of it.
+      numbers (2 and 2.0 are one): scikit-learn's `max_depth=None` has no limit, and is no depth between others. Among
+      more numbers, None says that nothing is given, and is taken to be the default of their range: replace it by what
+      it stands for. As the first label None is the default of its choice.
     - One value alone is `fixed`; one text a `choice` of it.
     - A parameter that some configurations lack is active only if a choice has the labels that it has in those that have
       the parameter, where there is a choice that tells, and at least three different configurations have the parameter,
@@ -51,13 +51,18 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
     for configuration in tried:
         for name, value in configuration.items():
             values.setdefault(name, []).append(value)
-    numeric = {name for name, found in values.items() if _numbers(found) and not (None in found and _few(found))}
-    # Among many numbers None says that nothing is given.
-    tried = [{n: v for n, v in c.items() if v is not None or n not in numeric} for c in tried]
-    space = {
-        name: _leaf(name, [v for v in found if v is not None] if name in numeric else found)
+    # Beside None a data frame has no integers: 2 and 2.0 are one label, an integer where one of them is.
+    labels = {
+        name: {v: v for v in sorted(found, key=lambda v: isinstance(v, int))}
         for name, found in values.items()
+        if _numbers(found) and None in found and len(set(found)) <= _MOST_NUMBERS + 1
     }
+    # Among many numbers None says that nothing is given.
+    many = {name for name, found in values.items() if _numbers(found) and name not in labels}
+    tried = [
+        {n: labels[n][v] if n in labels else v for n, v in c.items() if v is not None or n not in many} for c in tried
+    ]
+    space = {name: _leaf(name, [c[name] for c in tried if name in c]) for name in values}
     if not space:
         raise ValueError("No configuration has a parameter: there is no space to infer. Give `space`.")
     # What is tried on many tasks is one configuration.
@@ -81,12 +86,6 @@ def _numbers(found: list[Any]) -> bool:
     return bool(given) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in given)
 
 
-def _few(found: list[Any]) -> bool:
-    """Whether numbers can be labels."""
-    labels = {(type(value), value) for value in found if value is not None}
-    return len(labels) <= _MOST_NUMBERS and len({value for _, value in labels}) == len(labels)
-
-
 def _leaf(name: str, found: list[Any]) -> Leaf:
     if _numbers(found) and None not in found:
         low, high = min(found), max(found)
@@ -97,7 +96,8 @@ def _leaf(name: str, found: list[Any]) -> Leaf:
             return _leaves.integer(low, high, log=log)
         return _leaves.interval(low, high, log=log)
     labels = list({(type(value), value): value for value in found}.values())
-    kind = lambda label: "" if _numbers(labels) else type(label).__name__
+    alike = _numbers(labels)  # a list that is being sorted looks empty
+    kind = lambda label: "" if alike else type(label).__name__
     labels.sort(key=lambda label: (label is not None, kind(label), label if label is not None else ""))
     if len(labels) == 1 and isinstance(labels[0], bool):
         return _leaves.fixed(labels[0])

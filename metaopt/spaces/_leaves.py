@@ -162,8 +162,8 @@ class _Bounded(Leaf):
 
     def from_plain(self, value, strict):
         value = super().from_plain(value, strict)
-        rounding = 1e-6 * max(abs(self.low), abs(self.high))  # of float32
-        if strict and not self.low - rounding <= value <= self.high + rounding:
+        rounding = 0.0 if _is_integer(value) else 1e-6  # of float32
+        if strict and not math.isclose(value, min(max(value, self.low), self.high), rel_tol=rounding):
             raise ValueError(f"between {self.low} and {self.high}")
         return value
 
@@ -219,13 +219,13 @@ class Integer(_Bounded):
         return int(np.clip(np.round(value), self.low, self.high))
 
     def from_plain(self, value, strict):
-        value = super().from_plain(value, strict)
+        value = super().from_plain(value, False)
         if not strict:
             return value
         whole = round(value)
         if abs(value - whole) > min(1e-6 * max(abs(value), 1.0), 0.1):  # rounding of float32, and no half of a million
             raise ValueError("an integer (round it, or tune an `interval`)")
-        return whole
+        return super().from_plain(whole, True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -548,7 +548,7 @@ def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] =
       A leaf of values [*shape, number of labels], whose samples are Dirichlet(1): every label is equally probable. In a
       configuration, a value is a label where both have one type, since 1, 1.0 and True may mean different things
       (scikit-learn's `max_features`); but where all labels are numbers or None, 1 and 1.0 are one, as in a data frame's
-      column with gaps. There NaN stands for None, too, and remains a gap: the label is the default one.
+      column with gaps. Where None is a label, NaN stands for it, of which such a column makes NaN.
 
     Raises:
       ValueError: the labels are one number or none at all, of another type or not different (1, 1.0 and True are

@@ -557,6 +557,14 @@ def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
         for given in (tried, frame.to_dict("records"))
     ]
     assert list(states[0].tried) == list(states[1].tried)
+    # Where None is a label, and not the default.
+    space = {"depth": spaces.choice([2, 9, None], default=2), "n": spaces.integer(1, 3)}
+    g = methods.train_meta_searcher(records, space=space, candidates=frame, num_steps=0)
+    assert g.candidates == tried
+    np.testing.assert_array_equal(g.outcomes(frame).mean, g.outcomes(tried).mean)
+    encode = _meta_search.encoder(space)
+    for row, configuration in zip(frame.to_dict("records"), tried, strict=True):
+        np.testing.assert_array_equal(encode(row), encode(configuration))
 
 
 def test_a_space_of_many_conditions_is_inferred_with_one_look_at_each_configuration(monkeypatch):

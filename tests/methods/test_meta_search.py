@@ -311,7 +311,8 @@ class Counted(dict):
 
 
 @pytest.mark.parametrize(
-    ("together", "num_steps", "nums"), [(True, 20, (6_000, 24_000)), (False, 60, (18_000, 36_000))]
+    ("together", "num_steps", "nums"),
+    [(True, 20, (6_000, 24_000)), (False, 60, (18_000, 36_000)), (False, 1_000, (4_000, 4_000))],
 )
 def test_what_is_read_of_trials_at_several_fidelities_does_not_grow_with_their_number(together, num_steps, nums):
     """With trials that report on their way, and with fidelities that no two have in common."""
@@ -376,6 +377,12 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g,
     both = [pruned._replace(status="COMPLETE", fidelity=s, cost=c) for s, c in ((0.25, 2.0), (1.0, 6.0))]
     (tried,) = searcher.tell(searcher.tell(state, both[:1]), both[1:]).tried.values()
     assert tried.log_cost == pytest.approx(np.log(8.0))
+    # Of one fidelity the last row counts, and the row of the largest one says whether the trial was given up.
+    corrected = [*both, both[0]._replace(cost=20.0), pruned]
+    (tried,) = searcher.tell(state, corrected).tried.values()
+    assert tried.log_cost == pytest.approx(np.log(80.0)) and not tried.given_up
+    (tried,) = searcher.tell(state, [both[0], pruned, both[0]]).tried.values()
+    assert tried.given_up
     # It is not the worst there is, as a failed one would be, nor better than the best of those that ended.
     seen, real = [], _meta_search.padded
     monkeypatch.setattr(_meta_search, "padded", lambda x, y: seen.append(y.tolist()) or real(x, y))

@@ -138,10 +138,15 @@ def test_what_one_given_parent_leaves_out_needs_no_other_parent():
 
 
 def test_values_out_of_bounds_are_refused_and_kept_where_the_space_may_have_changed():
-    space = {"depth": spaces.integer(1, 8), "rate": spaces.interval(1e-3, 1.0)}
-    for name, value, bounds in (("depth", 9, "1 and 8"), ("rate", 0.0, "0.001 and 1.0")):
+    space = {"depth": spaces.integer(1, 8), "rate": spaces.interval(1e-3, 1.0), "rows": spaces.integer(1, 2_000_000)}
+    space |= {"C": spaces.interval(1e-3, 1e3, log=True)}
+    wrong: list[tuple] = [("depth", 9, "1 and 8"), ("rate", 0.0, "0.001 and 1.0"), ("rows", 2_000_001, "1 and 2000000")]
+    wrong += [("rows", n, "1 and 2000000") for n in (0, -1, 2_000_001.0)]
+    wrong += [("C", x, "0.001 and 1000.0") for x in (1e-9, -9e-4, 0.00099, 1001)]
+    for name, value, bounds in wrong:
         with pytest.raises(ValueError, match=f"`{name}` must be between {bounds}; got {value}"):
             spaces.from_configuration(space, {name: value})
+        assert spaces.foreign(space, {name: value}) == {name: value}
         assert spaces.from_configuration(space, {name: value}, strict=False)[name] == value
     assert spaces.from_configuration(space, {"rate": np.float32(1e-3).item()})["rate"] == pytest.approx(1e-3)
 
@@ -247,6 +252,15 @@ def test_numbers_beside_none_are_labels_by_value_as_in_a_column_with_gaps():
         found = spaces.complete(space, {"depth": given})["depth"]
         assert found == expected and type(found) is type(expected) and spaces.foreign(space, {"depth": given}) == {}
     assert spaces.complete(space, {"depth": float("nan")}, strict=False) == {"depth": None}
+    two = {"d": spaces.choice([2, 9, None], default=2), "kind": spaces.choice(["a", "b"])}
+    two["c"] = spaces.active_if(two["d"], "kind", ["b"])
+    for kind, rest in (("a", {}), ("b", {"c": None})):  # also where it is not the default, and only where it is active
+        given = {"d": float("nan"), "kind": kind, "c": np.float32("nan")}
+        assert (
+            spaces.complete(two, given)
+            == spaces.complete(two, given, strict=False)
+            == {"d": None, "kind": kind, **rest}
+        )
     for wrong in (True, "2", 2.5):
         assert spaces.foreign(space, {"depth": wrong}) == {"depth": wrong}
 
@@ -295,11 +309,16 @@ def test_a_space_is_inferred_from_what_was_tried():
     others = [{"criterion": "entropy", "n": n} for n in (1, 2)]
     assert spaces.infer(few + others)["depth"] == spaces.active_if(spaces.integer(3, 9), "criterion", ["gini"])
     assert spaces.infer(few[1:] + others)["depth"] == spaces.integer(5, 9)  # two have it
-    # None beside more numbers than a choice has, or beside 2 and 2.0, stands for nothing that is known.
+    # None beside more numbers than a choice has stands for nothing that is known.
     line = [{"n": n} for n in range(21)]
     assert spaces.infer([*line[:20], {"n": None}])["n"] == spaces.choice([None, *range(20)])
     assert spaces.infer([*line, {"n": None}])["n"] == spaces.integer(0, 20)
-    assert spaces.infer([{"n": n} for n in (None, 2, 2.0, 2.5)])["n"] == spaces.interval(2, 2.5)
+    # A data frame has made floats of half of the integers.
+    mixed = [{"n": n} for n in (None, 2.0, 2, 9, 9.0)] + [{"n": float(n)} for n in range(18)]
+    assert spaces.infer(mixed[:3])["n"] == spaces.choice([None, 2])
+    assert spaces.infer(mixed)["n"].labels == (None, *range(18)) and type(spaces.infer(mixed)["n"].labels[2 + 1]) is int
+    told = [{"n": 2.0, "m": m} for m in (1, 2, 3)] + [{"n": n} for n in (None, 2, 9)]
+    assert spaces.infer(told)["m"] == spaces.integer(1, 3)  # 2 does not tell
     assert spaces.infer([{"n": n} for n in (None, 2, 0.5)])["n"] == spaces.choice([None, 0.5, 2])
     for wrong, message in (
         ([{"layers": [1]}], r"`layers` has the value \[1\], which is no number"),
