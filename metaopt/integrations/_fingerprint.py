@@ -26,7 +26,8 @@ def fingerprint(*parts: Any) -> str:
         each of `modules()`, the code of its class (methods, properties, and attributes that are plain values, dicts and
         lists of them), up to the classes of torch and Lightning, its hyper-parameters, and its own attributes that are
         such values, but not dicts with whole numbers as keys whose name begins with "_", as torch keeps its hooks; and
-        lists of parts. Addresses are left out. A list of a million numbers takes about a second.
+        lists of parts. Addresses are left out. What a class collects in a list or dict while trials run makes another
+        fingerprint. A list of a million numbers takes about a second.
 
     Returns:
       The digits, which are the same in every process of one version of Python, whose byte code they are of.

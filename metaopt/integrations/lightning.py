@@ -295,8 +295,8 @@ def _unread(trial: base.Record, error: Exception) -> str:
             "callbacks, save text or numbers instead"
         )
     return (
-        f"Trial {trial.trial} cannot go on from its checkpoint ({why}). The checkpoint is removed: run the trial again "
-        "(`tasks.collect` with `retry_failed`), and it is trained anew."
+        f"Trial {trial.trial} did not go on from its checkpoint ({why}). The checkpoint is removed: run the trial "
+        "again (`tasks.collect` with `retry_failed`), and it is trained anew."
     )
 
 

@@ -578,7 +578,8 @@ def meta_optimizer(
                 # What a trial had reached when it was given up counts; what it had cost by then, or when it failed, is
                 # not its cost. Of several fidelities the first one says it: from there, the trial may have gone on.
                 says = record.status == "COMPLETE" and 0 < record.cost < np.inf
-                cost = float(np.log(record.cost / record.fidelity)) if says else np.nan
+                known = before.log_costs.get(level, np.nan) if record.status == "COMPLETE" else np.nan
+                cost = float(np.log(record.cost / record.fidelity)) if says else known
                 last = level >= max(before.outcomes, default=0.0)
                 given_up = record.status == "PRUNED" if last else before.given_up
                 outcomes, log_costs = {**before.outcomes, level: outcome}, {**before.log_costs, level: cost}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base
+from metaopt import base, spaces
 
 MAX_TRIALS = 256  # of the new task that the surrogate looks at
 _NEAREST = 8  # fidelities above one's own that are compared with it
@@ -21,7 +21,7 @@ def as_configurations(name: str, given: Any, space: base.PyTree = None) -> Seque
     Args:
       name: of the argument.
       given: what it is.
-      space: where a choice of it has None as a label, a gap is None, unless the row says that it is not active.
+      space: where a choice of it has None as a label, and is active, a gap is None.
 
     Raises:
       ValueError: it is something else, such as an array, which does not say what its columns are.
@@ -44,17 +44,19 @@ def as_configurations(name: str, given: Any, space: base.PyTree = None) -> Seque
 
 def _without_gaps(rows: list[dict[str, Any]], space: base.PyTree) -> list[dict[str, Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(space)
-    nones = [(path, leaf.condition) for path, leaf in leaves if None in getattr(leaf, "labels", ())]
-    conditions = {jax.tree_util.keystr(path, simple=True, separator="."): condition for path, condition in nones}
+    nones = [(path, leaf) for path, leaf in leaves if None in getattr(leaf, "labels", ())]
+    conditional = {jax.tree_util.keystr(p, simple=True, separator=".") or "hyperparams": x.condition for p, x in nones}
+    leaf_name = lambda name: name if name in conditional else str(name).rpartition("[")[0]  # of one that has a shape
 
-    def is_none(name, row):
-        of = conditions.get(name, conditions.get(str(name).rpartition("[")[0]))  # with an index if it has a shape
-        return of is not None and all(row.get(parent) in values for parent, values in of)
+    def given(row):
+        found = {name: value for name, value in row.items() if value == value}
+        gaps = [name for name in row if name not in found and leaf_name(name) in conditional]
+        if any(conditional[leaf_name(name)] for name in gaps):
+            whole = spaces.complete(space, found | dict.fromkeys(gaps, math.nan), strict=False)
+            gaps = [name for name in gaps if name in whole]
+        return found | dict.fromkeys(gaps)
 
-    return [
-        {name: value if value == value else None for name, value in row.items() if value == value or is_none(name, row)}
-        for row in rows
-    ]
+    return [given(row) for row in rows]
 
 
 def as_outcomes(given: Any, num: int) -> np.ndarray:

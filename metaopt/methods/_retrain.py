@@ -111,8 +111,8 @@ def retraining(
         raise ValueError("`network` must have one op on every edge: pass `nas.discrete(network, genotype)`.")
     if drop_path and (single := [kind for kind, cell in network.cells.items() if len(cell.edges) == 1]):
         raise ValueError(
-            f"`drop_path` leaves out edges, and {single[0]!r} has one alone, from its input to its output, without "
-            f"which nothing of an example is left; got {drop_path}. Pass `drop_path=0`."
+            f"`drop_path` leaves out edges at random, and is for cells of several; {single[0]!r} has one alone, and "
+            f"got {drop_path}. Pass `drop_path=0`."
         )
     supernet = nas.supernet(network, in_shape, ops=ops)
     strided = [i for i, layer in enumerate(network.layers) if layer.stride > 1]

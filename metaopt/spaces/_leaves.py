@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import math
 import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -309,9 +310,10 @@ class Choice(_Weights):
         by_value = {type(label) for label in self.labels} <= {int, float, type(None)}
         alike = by_value and isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
         kind = str if isinstance(value, str) else type(value.item() if isinstance(value, np.generic) else value)
-        for place, label in enumerate(self.labels):
-            if (alike or kind is type(label)) and value == label:
-                return np.eye(len(self.labels))[place]
+        for same in (operator.eq, _is_near):
+            for place, label in enumerate(self.labels):
+                if (alike or kind is type(label)) and same(value, label):
+                    return np.eye(len(self.labels))[place]
         if strict:
             raise ValueError(f"one of {self.labels}")
         return np.full(len(self.labels), 1 / len(self.labels))
@@ -645,6 +647,11 @@ def _fraction(value, low: float, high: float, log: bool):
     else:
         fraction = (value - low) / (high - low)
     return jnp.clip(fraction, 0.0, 1.0)  # the bounds themselves are rounded to the type of `value`
+
+
+def _is_near(value, label) -> bool:
+    """Whether it is that number, but for the rounding of float32."""
+    return isinstance(label, float) and math.isclose(value, label, rel_tol=1e-6)
 
 
 def _is_integer(value) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from metaopt import base, methods, predictors, spaces, tasks
-from metaopt.methods import _earlier_trials, _meta_search
+from metaopt.methods import _earlier_trials, _meta_search, _new_trials
 
 slow = pytest.mark.slow
 SPACE = {"x": spaces.interval(0.0, 1.0), "kind": spaces.choice(["a", "b"])}
@@ -565,6 +565,16 @@ def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
     encode = _meta_search.encoder(space)
     for row, configuration in zip(frame.to_dict("records"), tried, strict=True):
         np.testing.assert_array_equal(encode(row), encode(configuration))
+    # Also where its parent is a gap: None, at its default, or of no column.
+    depth, kind = space["depth"], spaces.choice(["a", "b"])
+    for parent, given in (
+        ({"d": depth}, [{"d": None, "c": None}, {"d": None, "c": 9}, {"d": 2}]),
+        ({"d": kind}, [{"c": None}, {"d": "a", "c": 9}, {"d": "b"}]),
+        ({"d": kind}, [{"c": None}, {"c": 9}]),
+    ):
+        branch = parent | {"c": spaces.active_if(depth, "d", [None if parent["d"] is depth else "a"])}
+        rows = _new_trials.as_configurations("rows", pd.DataFrame(given), branch)
+        assert [spaces.complete(branch, row) for row in rows] == [spaces.complete(branch, c) for c in given]
 
 
 def test_a_space_of_many_conditions_is_inferred_with_one_look_at_each_configuration(monkeypatch):

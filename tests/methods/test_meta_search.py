@@ -381,6 +381,9 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g,
     corrected = [*both, both[0]._replace(cost=20.0), pruned]
     (tried,) = searcher.tell(state, corrected).tried.values()
     assert tried.log_cost == pytest.approx(np.log(80.0)) and not tried.given_up
+    without = both[0]._replace(cost=float("nan"))  # a correction of the outcome alone
+    (tried,) = searcher.tell(state, [both[0], without]).tried.values()
+    assert tried.log_cost == pytest.approx(np.log(8.0))
     (tried,) = searcher.tell(state, [both[0], pruned, both[0]]).tried.values()
     assert tried.given_up
     # It is not the worst there is, as a failed one would be, nor better than the best of those that ended.
