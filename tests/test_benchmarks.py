@@ -141,7 +141,7 @@ def test_smoke_of_architecture():
     assert len(measured) == 11 + 5 + 2 and all(float(row[2]) >= 0 for row in measured.values())  # seconds to compile
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_smoke_of_architecture_compiled_alone():
     printed = smoke("architecture.py", "--only", "large")
     measured = architecture_rows(printed)

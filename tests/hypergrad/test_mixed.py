@@ -77,7 +77,7 @@ def test_auxiliary_outputs_pass_their_cotangent_on():
     chex.assert_trees_all_close(found, expected, rtol=1e-12)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_everything_through_training():
     # Dropout, minibatches, running statistics, Adam; λ enters everywhere; stretches within which gradients are kept.
     def estimate(grad):

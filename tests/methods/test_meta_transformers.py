@@ -198,7 +198,7 @@ def test_what_is_wrong_is_said():
         predictors.init_transformer(jax.random.key(0), 1, 0, width=6)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_what_is_believed_takes_no_part_of_failures_and_is_finite_where_they_are_certain(untrained):
     """In float32, as users have it."""
     with jax.enable_x64(False):
@@ -214,7 +214,7 @@ def test_what_is_believed_takes_no_part_of_failures_and_is_finite_where_they_are
         np.testing.assert_allclose(found[1].quantiles, found[0].quantiles, rtol=1e-4)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_no_more_trials_are_shown_than_they_were_trained_with_and_none_that_diverged(untrained, monkeypatch):
     h, seen = untrained, []
     assert h.surrogate.max_shown == 7

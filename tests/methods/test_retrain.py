@@ -274,7 +274,7 @@ def test_padding_trains_nothing(auxiliary):
     np.testing.assert_allclose(outputs, jax.jit(made.apply)(params, X[mask > 0]), rtol=1e-9)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_training_is_by_real_rows_wherever_they_stand():
     made = recipe(batch_size=4, auxiliary=0.0)
     place = np.array([1, 4, 5, 8, 10, 11])

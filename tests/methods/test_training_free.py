@@ -12,6 +12,7 @@ KEY = jax.random.key(0)
 SPACE = {"depth": spaces.integer(0, 99)}
 
 
+@pytest.mark.slow
 def test_scores_of_a_space_are_those_of_its_discrete_networks():
     cell = nas.complete_cell(2, ("none", "skip_connect", "linear"), preprocess=False)
     net = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), 2)

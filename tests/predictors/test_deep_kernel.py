@@ -63,7 +63,7 @@ def surrogate(deep, share):
     return found._replace(deep=jax.tree.map(lambda leaf: leaf[None], deep), deep_share=share)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     found = surrogate(predictors.at_features(DEEP, jnp.asarray(FEATURES)), 1.0)
     weights = predictors.task_weights(found)
@@ -109,7 +109,7 @@ def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     np.testing.assert_allclose(np.sqrt(variances.T) * np.asarray(joint.scales), again.std, rtol=1e-5)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_of_many_trials_the_best_and_the_latest_are_adapted_to(monkeypatch):
     """Each real trial once, in whatever order, and padding only where there is nothing else."""
     rng = np.random.default_rng(1)

@@ -80,7 +80,7 @@ def binned_std(probs, failure):
     return predictors.binned_moments(predictors.Binned(jnp.array([0.0, 1.0, 4.0]), probs, failure), 6.5)[1][0]
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_scores_are_those_of_samples_and_their_gradients_are_right():
     found = predict(NETWORKS, padded(X, Y), AT)
     num = 200_000

