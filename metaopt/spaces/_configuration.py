@@ -142,13 +142,14 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
     whole = _configuration(space, from_configuration(space, given, strict=strict))
     if strict:
         _check_active(space, given, whole)
-    kept = lambda name, value: (
-        name in given and _is_number(given[name]) and math.isclose(given[name], value, rel_tol=1e-6)
-    )
-    return {
-        name: float(given[name]) if isinstance(value, float) and kept(name, value) else value
-        for name, value in whole.items()
-    }
+    choices = {_name(path) for path, leaf in _flatten(space)[0] if isinstance(leaf, Choice)}
+
+    def kept(name, value):  # the number as given, without the rounding of λ; a label is the label
+        if name in choices or name.rpartition("[")[0] in choices or not isinstance(value, float):
+            return False
+        return name in given and _is_number(given[name]) and math.isclose(given[name], value, rel_tol=1e-6)
+
+    return {name: float(given[name]) if kept(name, value) else value for name, value in whole.items()}
 
 
 def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, Any]:

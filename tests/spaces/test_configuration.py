@@ -244,7 +244,7 @@ def test_labels_are_told_apart_by_their_types():
     assert found == {"max_features": 1.0, "bootstrap": True, "batch": 16, "dropout": 0.0}
     assert type(found["batch"]) is int and spaces.foreign(space, right | {"max_features": np.str_("sqrt")}) == {}
     share = {"subsample": spaces.choice([1.0, 0.9, 0.5]), "mixed": spaces.choice(["all", 0.9])}
-    assert spaces.complete(share, dict.fromkeys(share, np.float32(0.9))) == {"subsample": 0.9, "mixed": 0.9}
+    assert spaces.complete(share, dict.fromkeys(share, float(np.float32(0.9)))) == {"subsample": 0.9, "mixed": 0.9}
     assert spaces.foreign(share, dict.fromkeys(share, 0.90001)) == dict.fromkeys(share, 0.90001)
 
 
