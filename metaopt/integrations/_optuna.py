@@ -243,7 +243,7 @@ def optuna_sampler(
     number = int.from_bytes(os.urandom(4)) if seed is None else seed
     key = jax.random.key(number % 2**32)
     independent = optuna.samplers.RandomSampler(number % 2**32) if independent_sampler is None else independent_sampler
-    states, single = optuna.trial.TrialState, threading.Lock()
+    running_state, single = optuna.trial.TrialState.RUNNING, threading.Lock()
     # By storage and number of a study: Optuna may make an object of it for every trial.
     studies: Any = weakref.WeakKeyDictionary()
 
@@ -251,21 +251,19 @@ def optuna_sampler(
         of_storage = studies.setdefault(study._storage, {})
         return of_storage.setdefault(study._study_id, _KnownOfStudy(searcher.init(key, None), set(), {}))
 
-    def trials_of(study, *of):
-        """All of a study: with a pruner of brackets, `study.get_trials` has those of one bracket alone."""
-        return study._storage.get_all_trials(study._study_id, deepcopy=False, states=of)
-
     def draw(study, number: int) -> dict[str, Any]:
         """The configuration of a trial, after all that has ended."""
         known = known_of(study)
         sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
-        ended = trials_of(study, states.COMPLETE, states.PRUNED, states.FAIL)
-        new = [trial for trial in ended if trial.number not in known.heard]
+        # All in one read: a trial that ends between two would be neither among those that ended nor among those that run.
+        # And of the storage: with a pruner of brackets, `study.get_trials` has those of one bracket alone.
+        trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+        new = [trial for trial in trials if trial.state.is_finished() and trial.number not in known.heard]
         told = [record for trial in new for record in _as_told(trial, sign, known.drawn.get(trial.number, {}))]
         known.state = searcher.tell(known.state, told)
         known.heard |= {trial.number for trial in new}
         known.drawn = {other: drawn for other, drawn in known.drawn.items() if other not in known.heard}
-        others = [trial for trial in trials_of(study, states.RUNNING) if trial.number != number]
+        others = [trial for trial in trials if trial.state == running_state and trial.number != number]
         # What a trial was given holds until it says what it took: it may have been enqueued.
         took = [(trial.number, known.drawn.get(trial.number, {}) | trial.params) for trial in others]
         running = [base.Record("", c, trial=other, status="RUNNING") for other, c in took if c]

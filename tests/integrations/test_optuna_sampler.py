@@ -146,6 +146,23 @@ def test_running_trials_count_and_threads_do_not_repeat_one_another(g):
 
 
 @pytest.mark.once
+def test_a_trial_that_ends_while_another_is_drawn_is_not_repeated(g):
+    """It had been neither among those that ended, read first, nor among those that run, read next."""
+    study = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=0))
+    running, read, ended = study.ask(), study._storage.get_all_trials, []
+    first = spaces.suggest(running, SPACE)
+
+    def ends_after_a_read(*args, states=None, **kwargs):
+        trials = read(*args, states=states, **kwargs)
+        if not ended and states != (optuna.trial.TrialState.WAITING,):  # which Optuna reads itself, before it samples
+            ended.append(study.tell(running, loss(first)))
+        return trials
+
+    study._storage.get_all_trials = ends_after_a_read
+    assert spaces.suggest(study.ask(), SPACE) != first and ended
+
+
+@pytest.mark.once
 def test_brackets_of_a_pruner_share_what_is_known(g):
     """Optuna makes a study of each bracket, anew for every trial."""
     told, real = [], g.searcher
