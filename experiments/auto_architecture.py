@@ -35,6 +35,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import multiprocessing.connection
 import os
 import sys
 import time
@@ -83,7 +84,7 @@ class Config:
     shapes: tuple[str, ...] = SHAPES
     folds: tuple[int, ...] = (0,)  # of `num_folds`, by family; each is predicted by an h that the others trained
     num_folds: int = 3
-    max_tasks: int = 49  # of each shape
+    max_tasks: int = 40  # of each shape
     held_out: int = 12  # tasks of a fold that are evaluated, at most
     num_steps: int = 40  # of one training run
     batch_size: int = 32
@@ -91,7 +92,7 @@ class Config:
     smoothing: float = 0.1  # of training labels: without it, long training of wide networks is overconfident
     unroll: int = 20  # steps of the training that h is learned through, from the learned weights on
     meta_batch: int = 6
-    meta_steps: int = 45
+    meta_steps: int = 36
     meta_rate: float = 0.05
     init_rate: float = 3e-3
     meta_decay: float = 0.1
@@ -107,7 +108,7 @@ class Config:
     tuned_on: int = 8  # of their tasks, for the rates
     trained: int = 24  # random networks on every task; on held-out ones as many as `trials` asks for
     trials: tuple[int, ...] = (5, 20)
-    records: int = 16  # random networks on each task of the meta-training set, others on each, for h from records
+    records: int = 12  # random networks on each task of the meta-training set, others on each, for h from records
     evolution: int = 20  # networks a task, of which `population` are random
     population: int = 8
 
@@ -555,7 +556,8 @@ def run_darts(
 
 
 class Kept:
-    """What is finished, by name, in a file beside the result; and the seconds that all calls took for it."""
+    """What is finished, by name, in a file beside the result, where several processes may write; and the seconds that
+    all of them took for it."""
 
     def __init__(self, path: Path, settings: dict[str, Any], code: str, any_code: bool = False):
         self.path, self.any_code = path, any_code
@@ -570,9 +572,26 @@ class Kept:
             self.code = saved.get("code", {})  # of parts before it was written down, none
 
     def seconds(self) -> tuple[float, float]:
-        """Of all calls, by the clock and of the processor."""
+        """Of all processes, by the clock and of the processor."""
         clock, processor = time.perf_counter() - self.begin[0], time.process_time() - self.begin[1]
         return self.before[0] + clock, self.before[1] + processor
+
+    def write(self) -> None:
+        """With what others have written since."""
+        import fcntl
+
+        with open(f"{self.path}.lock", "w") as lock:  # the system's: it ends with the process
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.path.is_file():
+                saved = json.loads(self.path.read_text())
+                for name in ("parts", "data", "code"):
+                    setattr(self, name, saved.get(name, {}) | getattr(self, name))
+                self.before = tuple(saved["seconds"])
+            self.before, self.begin = self.seconds(), (time.perf_counter(), time.process_time())
+            state = {name: getattr(self, name) for name in ("settings", "parts", "data", "code")}
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps({**state, "seconds": self.before}))
+            part.replace(self.path)  # at once: a run that is killed here has the one before
 
     def num_other_code(self) -> int:
         """How many parts are not by the code as it is."""
@@ -582,10 +601,7 @@ class Kept:
         """The part of that name, of data with this checksum; made and written where it is not there."""
         if name not in self.parts:
             self.parts[name], self.data[name], self.code[name] = make(), data, self.now
-            state = {name: getattr(self, name) for name in ("settings", "parts", "data", "code")}
-            part = self.path.with_suffix(f".{os.getpid()}.part")  # others may write there, too
-            part.write_text(json.dumps({**state, "seconds": self.seconds()}))
-            part.replace(self.path)  # at once: a run that is killed here has the one before
+            self.write()
         if self.data[name] != data:
             sys.exit(f"{self.path} holds {name!r} of other data: remove it, or give --out another folder.")
         if self.code.get(name) != self.now and not self.any_code:
@@ -680,6 +696,36 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
                 kept.get(f"{name}, DARTS, {order} order, fold {f}", data, run)
 
 
+def one_shape(name: str, cores: list[int], compiled: str, arguments: tuple, kept: tuple) -> None:
+    """On these cores."""
+    begin = time.perf_counter()
+    say = lambda text: print(f"[{time.perf_counter() - begin:5.0f} s] {text}", flush=True)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    run_shape(name, *arguments, say, Kept(*kept))
+
+
+def side_by_side(names: tuple[str, ...], cores: list[int], compiled: str, arguments: tuple, kept: tuple) -> None:
+    """Each shape in a process of its own, with a share of the cores: programs this small gain nothing by several."""
+    context, shares = multiprocessing.get_context("spawn"), [cores[i :: len(names)] for i in range(len(names))]
+    running = [
+        context.Process(target=one_shape, args=(name, share, compiled, arguments, kept))
+        for name, share in zip(names, shares, strict=True)
+    ]
+    try:
+        for process in running:
+            process.start()
+        while waiting := [process.sentinel for process in running if process.exitcode is None]:
+            multiprocessing.connection.wait(waiting)
+            if any(process.exitcode for process in running):  # it has said why
+                sys.exit(1)
+    finally:
+        for process in running:
+            process.terminate()
+            process.join()
+
+
 def parse(argv) -> tuple[argparse.Namespace, str, Config]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     preset = parser.add_mutually_exclusive_group()
@@ -713,21 +759,28 @@ def main(argv=None) -> list[dict[str, Any]]:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    say = lambda text: print(f"[{time.perf_counter() - begin:5.0f} s] {text}", flush=True)
     path = out / f"auto_architecture_{name}"
     data = bool(os.environ.get("METAOPT_DATA")) and not args.packaged
     settings = {**dataclasses.asdict(config), "seed": args.seed, "data": data}
-    if not args.smoke:
-        # The folds of a shape have the same programs, and a run that goes on has them again.
-        jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
-    elif not args.report:
+    # The folds of a shape have the same programs, and a run that goes on has them again.
+    compiled = str((out / "compiled").absolute())
+    if args.smoke and not args.report:
         Path(f"{path}_parts.json").unlink(missing_ok=True)
     own = (image_table_tasks, auto_architecture_training, auto_architecture_darts)
     code = script.code(__file__, *(module.__file__ for module in own))
     settings = {k: v for k, v in settings.items() if k not in ("folds", "shapes")}
-    kept = Kept(Path(f"{path}_parts.json"), settings, code, args.any_code)
-    for shape in () if args.report else config.shapes:
-        run_shape(shape, config, not args.packaged, args.seed, say, kept)
+    keep = Path(f"{path}_parts.json"), settings, code, args.any_code
+    arguments = config, not args.packaged, args.seed
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    earlier = any(Kept(*keep).before)
+    if args.report:
+        pass
+    elif min(len(config.shapes), len(cores)) > 1:
+        side_by_side(config.shapes, cores, compiled, arguments, keep)
+    else:
+        for shape in config.shapes:
+            one_shape(shape, cores, compiled, arguments, keep)
+    kept = Kept(*keep)
     results = []
     for shape in SHAPES:
         parts = []
@@ -749,15 +802,16 @@ def main(argv=None) -> list[dict[str, Any]]:
     given = [x for x in (sys.argv[1:] if argv is None else argv) if x not in ("--note", args.note)]
     call = " ".join(["python experiments/auto_architecture.py", *given])
     details = {
-        "command": call.strip() + (", after earlier calls" if any(kept.before) else ""),
+        "command": call.strip() + (", after earlier calls" if earlier else ""),
         "preset": name,
         "note": args.note,
         "seed": args.seed,
         "config": dataclasses.asdict(config),
         "data": data,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(cores),
         "seconds": seconds,
         "processor": processor,
+        "this_call": time.perf_counter() - begin,
         "num_parts": len(kept.parts),
         "num_other_code": kept.num_other_code(),
         "results": results,

@@ -683,11 +683,16 @@ def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_pa
     make = lambda value: lambda: calls.append(value) or {"scores": [value]}
     kept = lambda seed=0, code="a", **more: script.Kept(file, {"seed": seed, "trials": (5, 20)}, code, **more)
     first = kept()
-    assert first.get("images, fold 0", 7, make(1)) == {"scores": [1]} and not any(first.before)
+    assert not any(first.before) and first.get("images, fold 0", 7, make(1)) == {"scores": [1]}
     again = kept()  # after a kill
     assert again.get("images, fold 0", 7, make(2)) == {"scores": [1]} and again.before[0] > 0
     assert again.get("images, fold 1", 7, make(3)) == {"scores": [3]} and calls == [1, 3]
-    assert [path.name for path in tmp_path.iterdir()] == ["parts.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.json", "parts.json.lock"]
+    one, other = kept(), kept()  # two processes, each with its shape
+    one.get("images, fold 3", 7, make(8))
+    other.get("tables, fold 3", 7, make(9))
+    assert {"images, fold 1", "images, fold 3", "tables, fold 3"} < set(kept().parts)
+    assert kept().before == other.before and other.before[0] > one.before[0] > again.before[0]
     with pytest.raises(SystemExit, match="holds 'images, fold 1' of other data"):
         kept().get("images, fold 1", 8, make(4))
     with pytest.raises(SystemExit, match="holds parts of a run with other settings"):
@@ -695,8 +700,8 @@ def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_pa
     with pytest.raises(SystemExit, match="holds 'images, fold 1' by other code"):
         kept(code="b").get("images, fold 1", 7, make(4))
     taken = kept(code="b", any_code=True)
-    assert taken.get("images, fold 1", 7, make(5)) == {"scores": [3]} and taken.num_other_code() == 2
-    assert taken.get("images, fold 2", 7, make(6)) == {"scores": [6]} and taken.num_other_code() == 2
+    assert taken.get("images, fold 1", 7, make(5)) == {"scores": [3]} and taken.num_other_code() == 4
+    assert taken.get("images, fold 2", 7, make(6)) == {"scores": [6]} and taken.num_other_code() == 4
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "code"}))
     with pytest.raises(SystemExit, match="by other code"):  # it was not written down
         kept().get("images, fold 0", 7, make(7))

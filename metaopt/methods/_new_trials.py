@@ -37,7 +37,7 @@ def as_configurations(name: str, given: Any, space: base.PyTree = None) -> Seque
             "of an array."
         )
     for i, configuration in enumerate(given):
-        if not isinstance(configuration, Mapping):
+        if not isinstance(configuration, (dict, Mapping)):  # the first is looked up at once
             raise ValueError(f"`{name}[{i}]` must be a dict of values by name; got {configuration!r}.")
     return given
 

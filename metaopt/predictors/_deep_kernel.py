@@ -114,19 +114,6 @@ def covariance(deep: DeepKernel, at_x: jax.Array, at_z: jax.Array, same: jax.Arr
     return jnp.exp(deep.log_amplitude) * (smooth * jnp.exp(-distance / 2) + (1 - smooth) * same)
 
 
-def same_configuration(x: jax.Array, z: jax.Array) -> jax.Array:
-    """[c = c'].
-
-    Args:
-      x: [P, D].
-      z: [N, D].
-
-    Returns:
-      [P, N] bool.
-    """
-    return jnp.square(x[:, None] - z[None]).sum(-1) < 1e-8
-
-
 def condition_deep(
     deep: DeepKernel, log_scales: jax.Array, trials: tuple[jax.Array, jax.Array, jax.Array], *, own_scale: bool = True
 ) -> _processes.Given:
@@ -143,7 +130,7 @@ def condition_deep(
     """
     x, y, mask = trials
     at_x = embed(deep, x)
-    k = covariance(deep, at_x, at_x, same_configuration(x, x))
+    k = covariance(deep, at_x, at_x, _processes.same_configuration(x, x))
     return _processes.given((at_x @ deep.mean)[:, None], k, log_scales[None], (y, mask), own_scale=own_scale)
 
 

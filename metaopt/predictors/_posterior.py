@@ -312,8 +312,8 @@ def _at(surrogate: Surrogate, conditioned: Conditioned, x, at_x, between, among)
         ),
     ]
     if conditioned.deep is not None:
-        same = _deep_kernel.same_configuration(x, conditioned.seen)
-        same_other = _deep_kernel.same_configuration(x, x[len(x) - num_others :])
+        same = _processes.same_configuration(x, conditioned.seen)
+        same_other = _processes.same_configuration(x, x[len(x) - num_others :])
 
         def of_member(deep, given, at_seen):
             at_x = _deep_kernel.embed(deep, x)

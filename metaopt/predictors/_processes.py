@@ -17,6 +17,7 @@ import numpy as np
 
 NOISE = 1e-3  # variance of a repeated outcome, in normalized units
 _WIDEST = 10.0  # how far units may differ from those of earlier tasks, as a logarithm
+_FEW = 32  # coordinates that are summed one by one
 
 
 class Given(NamedTuple):
@@ -43,6 +44,39 @@ class Given(NamedTuple):
     middle: jax.Array
     scales: jax.Array
     log_likelihood: jax.Array
+
+
+def square_distances(x: jax.Array, z: jax.Array, weights: jax.Array) -> jax.Array:
+    """Σ_d weights_d (x_d − z_d)² between two sets of configurations.
+
+    Args:
+      x: [P, D].
+      z: [M, D].
+      weights: [D].
+
+    Returns:
+      [P, M].
+    """
+    if x.shape[1] > _FEW:  # many would take seconds to compile
+        return (jnp.square(x[:, None] - z[None]) * weights[None, None]).sum(-1)
+    # XLA's sums over a last axis are no vector instructions on CPU: one by one takes a quarter of the time.
+    found = jnp.zeros((len(x), len(z)), jnp.result_type(x, z, weights))
+    for d in range(x.shape[1]):
+        found = found + jnp.square(x[:, d][:, None] - z[:, d][None]) * weights[d]
+    return found
+
+
+def same_configuration(x: jax.Array, z: jax.Array) -> jax.Array:
+    """[c = c'].
+
+    Args:
+      x: [P, D].
+      z: [N, D].
+
+    Returns:
+      [P, N] bool.
+    """
+    return square_distances(x, z, jnp.ones(x.shape[1], x.dtype)) < 1e-8
 
 
 def given(

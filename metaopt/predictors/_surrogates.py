@@ -122,10 +122,9 @@ def kernel_matrix(kernel: Kernel, x: jax.Array, z: jax.Array) -> jax.Array:
     Returns:
       [P, M].
     """
-    square = jnp.square(x[:, None] - z[None])
     smooth = 0.99 * jax.nn.sigmoid(kernel.logit_smooth)  # below 1: inverses are taken
-    distance = (square * jnp.exp(-2 * kernel.log_lengths)[None, None]).sum(-1)
-    return smooth * jnp.exp(-distance / 2) + (1 - smooth) * (square.sum(-1) < 1e-8)
+    distance = _processes.square_distances(x, z, jnp.exp(-2 * kernel.log_lengths))
+    return smooth * jnp.exp(-distance / 2) + (1 - smooth) * _processes.same_configuration(x, z)
 
 
 def kernel_loss(kernel: Kernel, trials: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:

@@ -23,6 +23,38 @@ def surrogate(num=6, **kwargs):
     return predictors.surrogate(trials, KERNEL, X, **kwargs)
 
 
+@pytest.mark.parametrize("num", [3, 40], ids=["few coordinates", "many"])
+def test_the_kernel_is_its_formula_with_its_gradients(num):
+    rng = np.random.default_rng(1)
+    kernel = predictors.Kernel(jnp.asarray(rng.normal(size=num) + 1), jnp.array(0.3), jnp.array(-2.0))
+    x = rng.uniform(size=(4, num))
+    z = np.concatenate([x[1:2], rng.uniform(size=(5, num))])
+    smooth = 0.99 / (1 + np.exp(-0.3))
+
+    def formula(lengths, x):
+        distance = (((x[:, None] - z[None]) / np.exp(lengths)) ** 2).sum(-1)
+        return smooth * np.exp(-distance / 2)
+
+    found = predictors.kernel_matrix(kernel, jnp.asarray(x), jnp.asarray(z))
+    same = np.zeros((4, 6))
+    same[1, 0] = 1 - smooth
+    np.testing.assert_allclose(found, formula(np.asarray(kernel.log_lengths), x) + same, rtol=1e-10, atol=1e-12)
+    weighed = lambda lengths, x: (
+        predictors.kernel_matrix(kernel._replace(log_lengths=lengths), x, jnp.asarray(z)) * jnp.arange(1, 7)[None]
+    ).sum()
+    by_lengths, by_x = jax.grad(weighed, (0, 1))(kernel.log_lengths, jnp.asarray(x))
+    lengths, h = np.asarray(kernel.log_lengths), 1e-6
+    of = lambda lengths, x: (formula(lengths, x) * np.arange(1, 7)).sum()
+    for d in (0, num - 1):
+        step = h * np.eye(num)[d]
+        np.testing.assert_allclose(by_lengths[d], (of(lengths + step, x) - of(lengths - step, x)) / (2 * h), rtol=1e-5)
+        moved = np.zeros_like(x)
+        moved[2, d] = h
+        np.testing.assert_allclose(
+            by_x[2, d], (of(lengths, x + moved) - of(lengths, x - moved)) / (2 * h), rtol=1e-5, atol=1e-9
+        )
+
+
 def test_functions_of_fully_seen_tasks_are_their_normalized_outcomes():
     found = surrogate()
     y = curve(0.4, 0.0)
