@@ -393,7 +393,8 @@ def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arra
 
 def _one_hot(batch: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
     """[N, W], zeros in rows that are padding."""
-    return jax.nn.one_hot(batch["y"], len(batch["class_mask"]), dtype=dtype) * batch["mask"][:, None]
+    y = jnp.asarray(batch["y"], jnp.int32)  # of fewer bits, class 256 would be class 0, too
+    return jax.nn.one_hot(y, len(batch["class_mask"]), dtype=dtype) * batch["mask"][:, None]
 
 
 def _with_head(features: Callable, make: Callable, loss: Callable, **options: Any) -> Adaptation:

@@ -49,7 +49,8 @@ def _without_gaps(rows: list[dict[str, Any]], space: base.PyTree) -> list[dict[s
     leaf_name = lambda name: name if name in conditional else str(name).rpartition("[")[0]  # of one that has a shape
 
     def given(row):
-        found = {name: value for name, value in row.items() if value == value}
+        # NaN equals nothing; pandas' own NA, of columns of nullable types, does not even say so.
+        found = {name: value for name, value in row.items() if type(value).__name__ != "NAType" and value == value}
         gaps = [name for name in row if name not in found and leaf_name(name) in conditional]
         if any(conditional[leaf_name(name)] for name in gaps):
             whole = spaces.complete(space, found | dict.fromkeys(gaps, math.nan), strict=False)

@@ -131,7 +131,8 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
         x, y, mask = x[first], y[first], mask[first]
     entry, pair = params["entry"], params["pair"]
     entries = jax.nn.relu(x[..., None] * entry["w"][None, None] + entry["b"][None, None])  # [N, D, W]
-    member = jax.nn.one_hot(y, data["class_mask"].shape[0], dtype=x.dtype) * mask[:, None]  # [N, C]
+    # Labels of fewer bits would have class 256 be class 0, too.
+    member = jax.nn.one_hot(y.astype(jnp.int32), data["class_mask"].shape[0], dtype=x.dtype) * mask[:, None]  # [N, C]
     count, total = member.sum(0), mask.sum()
     by_class = jnp.einsum("nc,ndw->cdw", member, entries) / jnp.maximum(count, 1)[:, None, None]
     overall = jnp.einsum("n,ndw->dw", mask, entries) / total

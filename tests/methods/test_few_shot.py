@@ -99,6 +99,16 @@ def with_ones(x):
     return np.concatenate([x, np.ones((len(x), 1))], axis=1)
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("make", [methods.prototypical_networks, methods.ridge_head])
+def test_labels_of_few_bits_are_classes_beside_more_than_those_bits_hold(make):
+    """Class 3 had been class 259, too."""
+    wide = side(6, 1) | {"class_mask": np.ones(260)}
+    narrow = wide | {"y": wide["y"].astype(np.uint8)}
+    values = [float(estimate(make(features), base.Task(rows, rows))[1].value) for rows in (wide, narrow)]
+    assert values[0] == values[1]
+
+
 @pytest.mark.parametrize("num", [3, 7])  # fewer and more rows than features
 @pytest.mark.once
 def test_the_ridge_head_is_numpys(num):

@@ -551,6 +551,9 @@ def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
     frame = pd.DataFrame(tried)
     assert frame["depth"].dtype == float
     assert g.suggest(frame, frame["n"]) == g.suggest(tried, frame["n"])
+    nullable = frame.convert_dtypes()
+    assert nullable["depth"].dtype == "Int64" and nullable["depth"].isna().any()
+    assert g.suggest(nullable, frame["n"]) == g.suggest(tried, frame["n"])
     searcher = g.searcher()
     states = [
         searcher.tell(searcher.init(jax.random.key(0), None), [base.Record("", c, 1.0) for c in given])
