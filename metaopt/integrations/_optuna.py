@@ -255,8 +255,8 @@ def optuna_sampler(
         """The configuration of a trial, after all that has ended."""
         known = known_of(study)
         sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
-        # All in one read: a trial that ends between two would be neither among those that ended nor among those that run.
-        # And of the storage: with a pruner of brackets, `study.get_trials` has those of one bracket alone.
+        # In one read: a trial that ends between two would be neither among those that ended nor among those that run.
+        # And from the storage: with a pruner of brackets, `study.get_trials` has those of one bracket alone.
         trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
         new = [trial for trial in trials if trial.state.is_finished() and trial.number not in known.heard]
         told = [record for trial in new for record in _as_told(trial, sign, known.drawn.get(trial.number, {}))]
