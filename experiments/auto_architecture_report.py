@@ -293,8 +293,8 @@ def finish(details: dict[str, Any], path: Path) -> None:
         + "\n\n"
         f"`{'METAOPT_DATA=... ' if details['data'] else ''}{details['command'].strip()}`, seed {details['seed']}, "
         f"{details['this_call']:.0f} s on {details['cores']} core(s), a process for each shape; all processes, with "
-        f"those of earlier calls, {details['seconds']:.0f} s by the clock ({details['processor']:.0f} processor seconds); "
-        f"Python {platform.python_version()}, JAX {jax.__version__}."
+        f"those of earlier calls, {details['seconds']:.0f} s by the clock ({details['processor']:.0f} processor "
+        f"seconds); Python {platform.python_version()}, JAX {jax.__version__}."
         + (f" {other_code} of {details['num_parts']} parts are by other code than the script's." * (other_code > 0))
         + "\n"
     )
