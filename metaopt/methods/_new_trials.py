@@ -202,8 +202,10 @@ def best_and_latest(y: np.ndarray, num: int) -> np.ndarray:
     best = np.argsort(y, kind="stable")[: num // 2]
     failed = np.flatnonzero(np.isnan(y))[-max(num // 4, 1) :]
     kept = np.union1d(best[~np.isnan(y[best])], failed)
-    others = np.setdiff1d(np.arange(len(y)), kept)
-    return np.union1d(kept, others[len(others) + len(kept) - num :])
+    chosen = np.zeros(len(y), bool)
+    chosen[kept] = True
+    chosen[np.flatnonzero(~chosen)[len(y) - num :]] = True
+    return np.flatnonzero(chosen)
 
 
 def without_outliers(y: np.ndarray) -> np.ndarray:
