@@ -92,7 +92,7 @@ class Config:
     smoothing: float = 0.1  # of training labels: without it, long training of wide networks is overconfident
     unroll: int = 20  # steps of the training that h is learned through, from the learned weights on
     meta_batch: int = 6
-    meta_steps: int = 36
+    meta_steps: int = 30
     meta_rate: float = 0.05
     init_rate: float = 3e-3
     meta_decay: float = 0.1
