@@ -34,15 +34,22 @@ Tasks and spaces are in image_table_tasks.py; training, DARTS and the page in au
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
-import multiprocessing.connection
+import multiprocessing
 import os
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows: one shape after the other
+    fcntl = None
 
 if __name__ == "__main__":
     # A third less time to compile, for some percent of running time.
@@ -84,7 +91,7 @@ class Config:
     shapes: tuple[str, ...] = SHAPES
     folds: tuple[int, ...] = (0,)  # of `num_folds`, by family; each is predicted by an h that the others trained
     num_folds: int = 3
-    max_tasks: int = 40  # of each shape
+    max_tasks: int = 36  # of each shape
     held_out: int = 12  # tasks of a fold that are evaluated, at most
     num_steps: int = 40  # of one training run
     batch_size: int = 32
@@ -564,12 +571,19 @@ class Kept:
         self.parts, self.data, self.code, self.before = {}, {}, {}, (0.0, 0.0)
         self.settings, self.now = json.loads(json.dumps(settings)), code
         self.begin = time.perf_counter(), time.process_time()
-        if path.is_file():
-            saved = json.loads(path.read_text())
+        self.read()
+
+    def read(self) -> None:
+        """What is in the file, beside what is here."""
+        if self.path.is_file():
+            saved = json.loads(self.path.read_text())
             if saved["settings"] != self.settings:
-                sys.exit(f"{path} holds parts of a run with other settings: remove it, or give --out another folder.")
-            self.parts, self.data, self.before = saved["parts"], saved["data"], tuple(saved["seconds"])
-            self.code = saved.get("code", {})  # of parts before it was written down, none
+                sys.exit(
+                    f"{self.path} holds parts of a run with other settings: remove it, or give --out another folder."
+                )
+            for name in ("parts", "data", "code"):  # of parts before it was written down, no code
+                setattr(self, name, saved.get(name, {}) | getattr(self, name))
+            self.before = tuple(saved["seconds"])
 
     def seconds(self) -> tuple[float, float]:
         """Of all processes, by the clock and of the processor."""
@@ -578,15 +592,10 @@ class Kept:
 
     def write(self) -> None:
         """With what others have written since."""
-        import fcntl
-
         with open(f"{self.path}.lock", "w") as lock:  # the system's: it ends with the process
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if self.path.is_file():
-                saved = json.loads(self.path.read_text())
-                for name in ("parts", "data", "code"):
-                    setattr(self, name, saved.get(name, {}) | getattr(self, name))
-                self.before = tuple(saved["seconds"])
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            self.read()
             self.before, self.begin = self.seconds(), (time.perf_counter(), time.process_time())
             state = {name: getattr(self, name) for name in ("settings", "parts", "data", "code")}
             part = self.path.with_suffix(".part")
@@ -696,34 +705,32 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
                 kept.get(f"{name}, DARTS, {order} order, fold {f}", data, run)
 
 
-def one_shape(name: str, cores: list[int], compiled: str, arguments: tuple, kept: tuple) -> None:
-    """On these cores."""
+def one_shape(name: str, core: int, compiled: str, arguments: tuple, kept: tuple) -> None:
+    """On one core: programs this small gain nothing by several, and processor seconds are told of one."""
     begin = time.perf_counter()
     say = lambda text: print(f"[{time.perf_counter() - begin:5.0f} s] {text}", flush=True)
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # it ends with it
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(0, {core})
     jax.config.update("jax_compilation_cache_dir", compiled)
     run_shape(name, *arguments, say, Kept(*kept))
 
 
 def side_by_side(names: tuple[str, ...], cores: list[int], compiled: str, arguments: tuple, kept: tuple) -> None:
-    """Each shape in a process of its own, with a share of the cores: programs this small gain nothing by several."""
-    context, shares = multiprocessing.get_context("spawn"), [cores[i :: len(names)] for i in range(len(names))]
-    running = [
-        context.Process(target=one_shape, args=(name, share, compiled, arguments, kept))
-        for name, share in zip(names, shares, strict=True)
-    ]
-    try:
-        for process in running:
-            process.start()
-        while waiting := [process.sentinel for process in running if process.exitcode is None]:
-            multiprocessing.connection.wait(waiting)
-            if any(process.exitcode for process in running):  # it has said why
-                sys.exit(1)
-    finally:
-        for process in running:
-            process.terminate()
-            process.join()
+    """Each shape in a process of its own. Where one fails, the others go on to their end: nothing else is lost."""
+    context = multiprocessing.get_context("spawn")
+    running = {
+        name: context.Process(target=one_shape, args=(name, core, compiled, arguments, kept), daemon=True)
+        for name, core in zip(names, itertools.cycle(cores), strict=False)
+    }
+    for process in running.values():
+        process.start()
+    for process in running.values():
+        process.join()
+    if failed := {name: process.exitcode for name, process in running.items() if process.exitcode}:
+        what = ", ".join(f"{name} ended with exit code {code}" for name, code in failed.items())
+        sys.exit(f"{what}. What is finished is kept: the same call goes on from there.")
 
 
 def parse(argv) -> tuple[argparse.Namespace, str, Config]:
@@ -772,14 +779,14 @@ def main(argv=None) -> list[dict[str, Any]]:
     keep = Path(f"{path}_parts.json"), settings, code, args.any_code
     arguments = config, not args.packaged, args.seed
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    earlier = any(Kept(*keep).before)
-    if args.report:
-        pass
-    elif min(len(config.shapes), len(cores)) > 1:
+    earlier, processes = any(Kept(*keep).before), 0
+    if not args.report:
+        processes = min(len(config.shapes), len(cores)) if fcntl else 1
+    if processes > 1:
         side_by_side(config.shapes, cores, compiled, arguments, keep)
-    else:
+    elif processes:
         for shape in config.shapes:
-            one_shape(shape, cores, compiled, arguments, keep)
+            one_shape(shape, cores[0], compiled, arguments, keep)
     kept = Kept(*keep)
     results = []
     for shape in SHAPES:
@@ -812,6 +819,7 @@ def main(argv=None) -> list[dict[str, Any]]:
         "seconds": seconds,
         "processor": processor,
         "this_call": time.perf_counter() - begin,
+        "processes": processes,
         "num_parts": len(kept.parts),
         "num_other_code": kept.num_other_code(),
         "results": results,

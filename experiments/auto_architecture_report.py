@@ -252,7 +252,7 @@ def finish(details: dict[str, Any], path: Path) -> None:
     config, results = details["config"], details["results"]
     most = 20 if 20 in config["trials"] else max(config["trials"])
     best, other_code = RANDOM.format(most), details["num_other_code"]
-    each = lambda tell: " and ".join(map(tell, results))
+    each, took = lambda tell: " and ".join(map(tell, results)), f"{details['this_call']:.0f} s"
     text = f"# auto_architecture, {details['preset']}\n\n" + "\n".join(to_markdown(r) for r in results)
     text += "\n### Over all of them\n\n" + bars(results, most)
     text += "\n### DARTS's variants, over all of them\n\n" + darts_text(results) + "\n"
@@ -292,9 +292,9 @@ def finish(details: dict[str, Any], path: Path) -> None:
         + details["note"]
         + "\n\n"
         f"`{'METAOPT_DATA=... ' if details['data'] else ''}{details['command'].strip()}`, seed {details['seed']}, "
-        f"{details['this_call']:.0f} s on {details['cores']} core(s), a process for each shape; all processes, with "
-        f"those of earlier calls, {details['seconds']:.0f} s by the clock ({details['processor']:.0f} processor "
-        f"seconds); Python {platform.python_version()}, JAX {jax.__version__}."
+        + {0: "", 1: f"{took}, "}.get(details["processes"], f"{took}, with a process for each shape, ")
+        + f"all calls together {details['seconds']:.0f} s of their processes ({details['processor']:.0f} processor "
+        f"seconds), each on one core; Python {platform.python_version()}, JAX {jax.__version__}."
         + (f" {other_code} of {details['num_parts']} parts are by other code than the script's." * (other_code > 0))
         + "\n"
     )

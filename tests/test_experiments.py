@@ -693,6 +693,12 @@ def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_pa
     other.get("tables, fold 3", 7, make(9))
     assert {"images, fold 1", "images, fold 3", "tables, fold 3"} < set(kept().parts)
     assert kept().before == other.before and other.before[0] > one.before[0] > again.before[0]
+    mixed = tmp_path / "mixed.json"  # two that began before there was a file
+    one, other = (script.Kept(mixed, {"seed": seed}, "a") for seed in (0, 1))
+    one.get("images, fold 0", 7, lambda: {})
+    with pytest.raises(SystemExit, match="holds parts of a run with other settings"):
+        other.get("images, fold 1", 7, lambda: {})
+    assert set(script.Kept(mixed, {"seed": 0}, "a").parts) == {"images, fold 0"}
     with pytest.raises(SystemExit, match="holds 'images, fold 1' of other data"):
         kept().get("images, fold 1", 8, make(4))
     with pytest.raises(SystemExit, match="holds parts of a run with other settings"):
@@ -705,6 +711,20 @@ def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_pa
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "code"}))
     with pytest.raises(SystemExit, match="by other code"):  # it was not written down
         kept().get("images, fold 0", 7, make(7))
+
+
+@pytest.mark.once
+def test_a_shape_that_fails_is_told_whenever_it_ends(tmp_path, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script = importlib.import_module("auto_architecture")
+    file, cores = tmp_path / "parts.json", [0, 0]
+    if hasattr(os, "sched_getaffinity"):
+        cores = 2 * sorted(os.sched_getaffinity(0))[:1]
+    script.Kept(file, {"seed": 1}, "a").get("images, fold 0", 7, lambda: {})
+    message = "images ended with exit code 1, tables ended with exit code 1. What is finished is kept"
+    with pytest.raises(SystemExit, match=message):
+        script.side_by_side(("images", "tables"), cores, str(tmp_path), (), (file, {"seed": 0}, "a"))
+    assert capfd.readouterr().err.count("holds parts of a run with other settings") == 2
 
 
 def test_the_code_of_a_result_is_that_of_its_files_and_of_the_library(tmp_path, monkeypatch):

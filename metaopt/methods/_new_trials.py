@@ -27,7 +27,8 @@ def as_configurations(name: str, given: Any, space: base.PyTree = None) -> Seque
       ValueError: it is something else, such as an array, which does not say what its columns are.
     """
     if hasattr(given, "columns"):
-        return _without_gaps(given.to_dict("records"), space)
+        # Gaps of nullable types are NaN, too.
+        return _without_gaps(given.astype(object).where(given.notna(), math.nan).to_dict("records"), space)
     if isinstance(given, Mapping):
         raise ValueError(f"`{name}` must be a list of configurations; got one.")
     if isinstance(given, (str, np.ndarray, jax.Array)) or not isinstance(given, Sequence):
@@ -49,8 +50,7 @@ def _without_gaps(rows: list[dict[str, Any]], space: base.PyTree) -> list[dict[s
     leaf_name = lambda name: name if name in conditional else str(name).rpartition("[")[0]  # of one that has a shape
 
     def given(row):
-        # NaN equals nothing; pandas' own NA, of columns of nullable types, does not even say so.
-        found = {name: value for name, value in row.items() if type(value).__name__ != "NAType" and value == value}
+        found = {name: value for name, value in row.items() if value == value}
         gaps = [name for name in row if name not in found and leaf_name(name) in conditional]
         if any(conditional[leaf_name(name)] for name in gaps):
             whole = spaces.complete(space, found | dict.fromkeys(gaps, math.nan), strict=False)

@@ -17,7 +17,7 @@ import numpy as np
 
 NOISE = 1e-3  # variance of a repeated outcome, in normalized units
 _WIDEST = 10.0  # how far units may differ from those of earlier tasks, as a logarithm
-_FEW = 32  # coordinates that are summed one by one
+_FEW = 16  # coordinates that are summed one by one
 
 
 class Given(NamedTuple):
@@ -57,7 +57,7 @@ def square_distances(x: jax.Array, z: jax.Array, weights: jax.Array) -> jax.Arra
     Returns:
       [P, M].
     """
-    if x.shape[1] > _FEW:  # many would take seconds to compile
+    if x.shape[1] > _FEW:  # each takes some hundredths of a second to compile, with its gradient
         return (jnp.square(x[:, None] - z[None]) * weights[None, None]).sum(-1)
     # XLA's sums over a last axis are no vector instructions on CPU: one by one takes a quarter of the time.
     found = jnp.zeros((len(x), len(z)), jnp.result_type(x, z, weights))

@@ -576,8 +576,16 @@ def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
         ({"d": kind}, [{"c": None}, {"c": 9}]),
     ):
         branch = parent | {"c": spaces.active_if(depth, "d", [None if parent["d"] is depth else "a"])}
-        rows = _new_trials.as_configurations("rows", pd.DataFrame(given), branch)
-        assert [spaces.complete(branch, row) for row in rows] == [spaces.complete(branch, c) for c in given]
+        for frame in (pd.DataFrame(given), pd.DataFrame(given).convert_dtypes()):
+            rows = _new_trials.as_configurations("rows", frame, branch)
+            assert [spaces.complete(branch, row) for row in rows] == [spaces.complete(branch, c) for c in given]
+    # Gaps of types that hold them, where None is no label.
+    space = {"k": spaces.choice(["u", "v"]), "x": spaces.active_if(spaces.integer(1, 9, default=4), "k", ["v"])}
+    given = [{"k": "v", "x": 7}, {"k": "u"}, {"x": 2}, {"k": "v"}]
+    for frame in (pd.DataFrame(given), pd.DataFrame(given).convert_dtypes()):
+        assert frame.isna().any().all()
+        rows = _new_trials.as_configurations("rows", frame, space)
+        assert [dict(row) for row in rows] == given
 
 
 def test_a_space_of_many_conditions_is_inferred_with_one_look_at_each_configuration(monkeypatch):

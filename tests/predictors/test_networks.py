@@ -147,6 +147,14 @@ def test_the_embedding_reads_no_more_than_max_rows():
     chex.assert_trees_all_equal(a, late)
 
 
+def test_the_embedding_of_labels_of_few_bits_beside_more_classes_than_they_hold():
+    predictor = MAKE["dataset_embedding"]()
+    phi, data = random_weights(predictor), table() | {"class_mask": np.ones(260)}
+    narrow = data | {"y": data["y"].astype(np.uint8)}
+    a, b = (predictor.apply(phi, base.Task(jax.tree.map(jnp.asarray, d), None)) for d in (data, narrow))
+    chex.assert_trees_all_equal(a, b)
+
+
 @pytest.mark.parametrize("num_hidden", [0, 3])
 @pytest.mark.once
 def test_amortize_is_the_chain_rule(num_hidden):
