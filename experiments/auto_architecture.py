@@ -91,7 +91,7 @@ class Config:
     shapes: tuple[str, ...] = SHAPES
     folds: tuple[int, ...] = (0,)  # of `num_folds`, by family; each is predicted by an h that the others trained
     num_folds: int = 3
-    max_tasks: int = 36  # of each shape
+    max_tasks: int = 40  # of each shape
     held_out: int = 12  # tasks of a fold that are evaluated, at most
     num_steps: int = 40  # of one training run
     batch_size: int = 32
