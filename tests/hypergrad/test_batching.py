@@ -102,6 +102,7 @@ def test_padded_tasks_equal_unpadded_ones(sampler):
     chex.assert_trees_all_close((estimate.value, estimate.hypergrad), mean, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.once
 def test_permuting_the_tasks_permutes_the_slots():
     estimator, tasks = hypergrad.over_tasks(linear()), linear_tasks()
     order = np.array([3, 0, 5, 1, 4, 2])
@@ -147,6 +148,7 @@ def per_task_gradients(tasks):
 
 
 @pytest.mark.parametrize("task_chunk", [None, 2])
+@pytest.mark.once
 def test_the_variance_over_tasks(task_chunk):
     tasks = linear_tasks()
     estimate, _ = run(hypergrad.over_tasks(linear(), task_chunk=task_chunk), tasks)
@@ -225,6 +227,7 @@ def test_seeds_equal_a_loop():
     assert state.shape == (3,) and estimate.done.shape == () and estimate.done
 
 
+@pytest.mark.once
 def test_a_seed_that_is_not_finite_is_left_out():
     def estimate(hyperparams, task, state):
         f, grads = jax.value_and_grad(lambda x: x * state)(hyperparams)

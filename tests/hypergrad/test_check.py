@@ -89,6 +89,7 @@ def test_arrays_held_in_float32_are_named():
     assert any("narrow" in name for name in carried.float32_constants)
 
 
+@pytest.mark.once
 def test_a_biased_rule_is_measured_against_what_it_stands_for():
     converged = hypergrad.warm_implicit(problems.RIDGE, num_steps=20, adjoint_rate=0.4)
     report = CHECK(converged, problems.LAM, problems.TASK)

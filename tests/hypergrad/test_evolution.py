@@ -277,6 +277,7 @@ def test_tasks_differ_in_their_perturbations_and_the_state_keeps_its_types(name)
     assert dones == ([[True] * 2] * 2 if name == "evolution" else [[False] * 2, [True] * 2])
 
 
+@pytest.mark.once
 def test_perturbs_in_unconstrained_coordinates():
     unconstrained = {"penalty": jnp.array([2.0, -1.0, 1.5, 0.5])}
 

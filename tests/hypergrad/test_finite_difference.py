@@ -87,6 +87,7 @@ def test_the_error_falls_with_the_distance_by_its_order(error, difference, order
     assert max(max(e["rate"], e["scale"]) for e in errors) < 1e-12
 
 
+@pytest.mark.once
 def test_without_a_distance_it_is_lookahead(exact):
     estimate, state = estimated(hypergrad.darts_fd(problem(), commit=2, epsilon=None))
     expected, expected_state = exact
@@ -146,6 +147,7 @@ def test_large_losses_take_one_gradient_at_a_time_without_convolutions_of_xla(ro
     assert ("cond[" in program) == apart
 
 
+@pytest.mark.once
 def test_equals_darts_by_hand():
     # Liu et al., Eq. 7 and 8: ∂f/∂α(w') − ξ (∇α g(w+) − ∇α g(w−))/2ε, w± = w ± ε v, v = ∂f/∂w', ε = 0.01/|v|.
     loop = inner.loop(problems.penalized, lambda hyperparams: optax.sgd(0.1), init=problems.zeros)

@@ -85,6 +85,7 @@ def test_f2sa_takes_the_steps_of_its_algorithm():
     np.testing.assert_allclose(estimate.value, outer_loss(z, LAM, valid), rtol=1e-12)
 
 
+@pytest.mark.once
 def test_both_runs_of_f2sa_see_the_same_batches():
     # An outer loss that θ does not enter penalizes nothing: whatever the multiplier, the runs are one.
     blind = ridge(
@@ -97,6 +98,7 @@ def test_both_runs_of_f2sa_see_the_same_batches():
 
 
 @pytest.mark.parametrize("barrier", [0.1, 3.0])
+@pytest.mark.once
 def test_bome_takes_the_step_of_its_algorithm(barrier):
     rate, train, valid = 0.2, problems.TASK.train, problems.TASK.valid
     theta = inner.run(ridge(rate).loop, num_steps=1)(KEY, LAM, train).params

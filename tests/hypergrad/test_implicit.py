@@ -196,6 +196,7 @@ def test_the_hessian_is_linearized_once():
     assert products.count("dot_general") == 2  # X and Xᵀ
 
 
+@pytest.mark.once
 def test_gauss_newton():
     # A small network, not convex: the product against Jᵀ J of `jax.jacobian`, and the penalty's own curvature.
     def outputs(params, hyperparams, batch, context):
@@ -241,6 +242,7 @@ def test_gauss_newton():
     assert np.linalg.eigvalsh(hessian)[0] < 0  # where the exact one is not convex
 
 
+@pytest.mark.once
 def test_a_decoupled_decay_at_the_fixed_point_of_the_step():
     # θ ← θ − rate (m + p θ), m ← (∇ mean squares + m)/2, rests where ridge does though the penalty is in no loss, with
     # a momentum that is not zero.

@@ -55,6 +55,7 @@ def test_first_and_second_derivatives_in_both_modes(solver, condition):
     np.testing.assert_allclose(hessian["log_penalty"], differences, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.once
 def test_reverse_over_reverse_equals_forward_over_reverse():
     direction = {"log_penalty": jnp.array([1.0, -1.0, 0.5, 2.0])}
     expected = jax.jvp(jax.grad(problems.closed_form), (problems.LAM,), (direction,))[1]
@@ -62,6 +63,7 @@ def test_reverse_over_reverse_equals_forward_over_reverse():
     chex.assert_trees_all_close(product, expected, rtol=1e-9)
 
 
+@pytest.mark.once
 def test_equals_the_estimator():
     estimator = hypergrad.implicit(problems.RIDGE, num_steps=300, solver=TIGHT)
     estimate, _ = estimator.estimate(problems.LAM, problems.TASK, estimator.init(KEY, problems.LAM, problems.TASK))
@@ -69,6 +71,7 @@ def test_equals_the_estimator():
     chex.assert_trees_all_close((estimate.value, estimate.hypergrad), (value, grads), rtol=1e-9)
 
 
+@pytest.mark.once
 def test_batched_equals_a_loop():
     tasks = [problems.regression_task(seed) for seed in range(3)]
     few = hypergrad.implicit_solve(problems.RIDGE_LOOP, num_steps=5, solver=hypergrad.cg(num_steps=2))
@@ -168,6 +171,7 @@ def loop_with_everything():
     )
 
 
+@pytest.mark.once
 def test_refuses_the_derivative_of_a_rate_and_of_an_initialization():
     loop = loop_with_everything()
     solve = hypergrad.implicit_solve(loop, num_steps=5)
@@ -200,6 +204,7 @@ def test_training_stores_nothing():
     assert memory(10) == memory(2000)
 
 
+@pytest.mark.once
 def test_sampled_batches_are_drawn_from_the_key():
     def half(key, data):
         rows = jax.random.permutation(key, 20)[:10]

@@ -54,6 +54,7 @@ def test_without_commitment_it_is_the_unrolled_estimate(remat):
     chex.assert_trees_all_close((estimate.value, estimate.hypergrad), (expected.value, expected.hypergrad), rtol=1e-11)
 
 
+@pytest.mark.once
 def test_the_horizon_ends_once_so_many_steps_are_committed():
     for horizon, expected in ((4, [False, True, True]), (3, [False, True, True]), (None, [False] * 3)):
         estimator = hypergrad.lookahead(PROBLEM, commit=2, horizon=horizon)

@@ -69,6 +69,7 @@ def test_unbiased_with_the_smaller_variance_of_every_leaf():
     assert out.done.all() and estimator.kind == "unbiased"
 
 
+@pytest.mark.once
 def test_weights_from_the_same_samples_would_be_biased():
     # F = exp(3λ), a skewed gradient: ∇F_σ = 3 exp(3λ + 9σ²/2).
     lam, sigma, num_pairs = 0.1, 0.5, 5
@@ -110,6 +111,7 @@ def test_a_chaotic_training_is_left_to_evolution_strategies():
     assert abs(mixed.mean() - es.mean()) < 3 * np.sqrt((mixed.var() + es.var()) / 4_000)
 
 
+@pytest.mark.once
 def test_gradients_that_are_not_finite_are_left_out_by_leaf():
     # The derivative of √max(v, 0) is NaN below zero; its value is fine.
     def loss(hyperparams, task, key):
@@ -147,6 +149,7 @@ def test_over_tasks_amortized_and_carried():
     assert set(expected.metrics) < set(out.metrics) and out.done.tolist() == expected.done.tolist()
 
 
+@pytest.mark.once
 def test_a_value_that_is_not_finite_leaves_its_task_out():
     estimator = hypergrad.over_tasks(
         hypergrad.mix_with_es(hypergrad.direct(lambda hp, task, key: hp * task.valid), sigma=0.1, num_pairs=3)

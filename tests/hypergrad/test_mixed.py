@@ -113,6 +113,7 @@ def test_tasks_under_vmap():
     chex.assert_trees_all_close(jax.vmap(hypergradient)(tasks), alone, rtol=1e-12)
 
 
+@pytest.mark.once
 def test_what_a_loss_closes_over_is_differentiated():
     def outer(scale, grad):
         loop = inner.loop(

@@ -24,6 +24,7 @@ def network():
     return inner.problem(loop, lambda params, hp, batch: (jnp.tanh(batch @ params) ** 2).mean())
 
 
+@pytest.mark.once
 def test_exact_reverse_costs_what_counting_by_hand_says():
     problem, task = network(), problems.TASK._replace(train=jnp.ones((256, 64)), valid=jnp.ones((1, 64)))
     hp = {"penalty": jnp.array(0.1), "rate": jnp.array(0.1)}

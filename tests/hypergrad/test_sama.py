@@ -58,6 +58,7 @@ def test_the_mixed_product_is_a_central_difference_after_the_step():
     np.testing.assert_allclose(estimate.hypergrad["penalty"], expected, rtol=1e-10)
 
 
+@pytest.mark.once
 def test_equals_one_step_lookahead_where_the_mixed_derivative_is_constant():
     def tilted(params, hyperparams, batch):
         return problems.mean_squares(params, batch) + jnp.vdot(jnp.sin(hyperparams["penalty"]), params)

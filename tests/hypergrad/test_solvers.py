@@ -77,6 +77,7 @@ def test_equals_numpy(name):
 
 
 @pytest.mark.parametrize("name", ["cg", "gmres", "bicgstab", "dense"])
+@pytest.mark.once
 def test_an_ill_conditioned_matrix(name):
     # A recurrence whose residual is stale or not scaled shows here: it stops early, or far away.
     condition, eps = 1e5, np.finfo(float).eps
@@ -104,6 +105,7 @@ def test_conjugate_gradients_in_as_many_steps_as_entries():
     np.testing.assert_allclose(v, np.linalg.solve(two, B), rtol=1e-9)
 
 
+@pytest.mark.once
 def test_gmres_is_the_smallest_residual_of_its_space():
     a = matrix(30.0, symmetric=False)
     v, num_products = solve(hypergrad.gmres(num_steps=3), a, guess=0 * B)
@@ -138,6 +140,7 @@ def test_neumann_equals_its_stated_truncation():
     np.testing.assert_allclose(v - exact, np.linalg.matrix_power(shrink, num_steps) @ (GUESS - exact), rtol=1e-10)
 
 
+@pytest.mark.once
 def test_nystrom():
     rho = 0.05
     a = matrix(1e4)
@@ -161,6 +164,7 @@ def test_nystrom():
 
 
 @pytest.mark.parametrize("name", ["cg", "normal_cg", "gmres", "bicgstab", "neumann", "lineax_cg"])
+@pytest.mark.once
 def test_starts_from_the_guess(name):
     a = matrix(30.0)
     exact = np.linalg.solve(a, B)

@@ -59,6 +59,7 @@ def test_each_contribution_equals_finite_differences_of_its_hyperparams_alone():
     np.testing.assert_allclose(jax.vmap(lambda v: optax.tree.vdot(found, v))(directions), expected, rtol=1e-6)
 
 
+@pytest.mark.once
 def test_the_sum_is_the_hypergradient():
     # Over a batch of tasks, at the unrolled estimator's keys.
     batch = problems.stack([problems.regression_task(seed) for seed in range(2)])

@@ -140,7 +140,7 @@ SMALL_LAM = {"rate": jnp.array(0.2), "target": jnp.array([1.0, -0.5])}
 SMALL_TASK = base.Task(None, None)
 
 
-@pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 5, 16, 17, 23])
+@pytest.mark.parametrize("num_steps", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 16, 17)), 5, 23])
 @pytest.mark.once
 def test_checkpointing_changes_nothing(num_steps):
     def results(remat):
@@ -242,8 +242,7 @@ def weighted_by_hand(hyperparams, weights, key):
         ("last", [0, 0, 0, 0, 1]),
         ("mean", [0.2] * 5),
         ([0.5, 2, 0, 1, -1], [0.5, 2, 0, 1, -1]),
-        ([0, 0, 0, 0, 3], [0, 0, 0, 0, 3]),
-        ([1, 0, 0, 0, 0], [1, 0, 0, 0, 0]),
+        *(pytest.param(w, w, marks=pytest.mark.slow) for w in ([0, 0, 0, 0, 3], [1, 0, 0, 0, 0])),
     ],
 )
 @pytest.mark.once
@@ -315,6 +314,7 @@ def test_maml_equals_its_definition(num_steps):
     chex.assert_trees_all_close((estimate.value, estimate.hypergrad), expected, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.once
 def test_first_order_maml_is_the_gradient_at_the_adapted_parameters():
     loss, loop, problem = maml_parts()
 

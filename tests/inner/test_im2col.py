@@ -229,6 +229,7 @@ def test_losses_with_shard_map_and_with_branches_on_values():
     assert float(state.params) == pytest.approx(1 - 0.1 * 2 * 3)
 
 
+@pytest.mark.once
 def test_kernels_of_their_own_for_every_task():
     x, w = (jnp.stack([a, 2 * a, a - 1]) for a in (X, W))
     batched = jax.vmap(lambda x, w: derivatives(inner.im2col(CONV), x, w))

@@ -315,6 +315,7 @@ def test_a_loss_that_is_no_function():
 
 
 @pytest.mark.parametrize("value", [lambda p: "a", lambda p: p, lambda p: (p.sum(), None), lambda p: {"loss": p.sum()}])
+@pytest.mark.once
 def test_the_outer_loss_is_a_scalar(value):
     problem = inner.problem(make(), lambda params, hyperparams, batch: value(params))
     with pytest.raises(ValueError, match="The outer loss must return a floating-point scalar"):

@@ -86,6 +86,7 @@ LAM = {"rate": jnp.float32(0.03)}
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.once
 def test_equals_the_pure_network(name):
     model = MODELS[name](rate=0.0)
     params, state = model.init(KEY, None, DATA)

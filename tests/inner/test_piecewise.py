@@ -46,6 +46,7 @@ def test_every_step_sees_the_value_of_its_window():
         chex.assert_trees_all_close((found.value, found.hypergrad), expected, rtol=1e-10)
 
 
+@pytest.mark.once
 def test_a_window_has_the_sum_of_its_steps():
     # At a constant schedule: the contributions of single steps add up to those of windows.
     num_steps, num_windows = 6, 2
@@ -63,6 +64,7 @@ def test_a_window_has_the_sum_of_its_steps():
     chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.once
 def test_steps_beyond_the_last_window_keep_its_value():
     problem = inner.piecewise(PROBLEM, WINDOWS, num_steps=3)
     params = inner.run(problem.loop, num_steps=5)(KEY, LAM, problems.TASK.train).params

@@ -32,6 +32,7 @@ def test_shuffled_is_a_permutation_for_every_size_and_epoch():
         np.testing.assert_array_equal(np.sort(permutation(size)), np.arange(size))
 
 
+@pytest.mark.once
 def test_shuffled_depends_on_key_and_epoch_alone():
     assert permutation(50).dtype == jnp.int32
     np.testing.assert_array_equal(permutation(50), permutation(50))
@@ -128,6 +129,7 @@ def test_real_rows_are_drawn_wherever_they_stand(counted, replace):
 
 
 @pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.once
 def test_where_rows_stand_changes_no_batch(replace):
     """Nor does a mask of rows that come first: the batches are those of `num_rows` rows."""
     order, sample = np.array([6, 0, 2, 7, 3, 1, 4, 5]), inner.minibatch(3, replace=replace)
@@ -141,6 +143,7 @@ def test_where_rows_stand_changes_no_batch(replace):
             np.testing.assert_array_equal(other, x)
 
 
+@pytest.mark.once
 def test_what_is_real_of_masks_of_parts_of_rows_and_of_two_counts():
     """A row without a real part is padding; a mask among `shared` is none of rows; a mask and a count both hold."""
     parts = {"x": jnp.arange(4), "mask": jnp.array([[0, 0], [1, 0], [0, 0], [1, 1]])}

@@ -75,6 +75,7 @@ def test_the_mixed_product_costs_three_forward_passes_and_less_memory_than_a_gra
     assert memory["mixed"] < memory["gradient"] and memory["mixed"] < memory["both"] / 5
 
 
+@pytest.mark.once
 def test_cleans_data():
     # A line, and labels of which the first five are wrong: the hypergradient lowers exactly their weights.
     x = jnp.linspace(-1.0, 1.0, 20)

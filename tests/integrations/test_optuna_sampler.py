@@ -251,6 +251,7 @@ def test_pruned_failed_enqueued_and_foreign_trials(g):
 
 
 @pytest.mark.parametrize("number", [0, 5])
+@pytest.mark.once
 def test_late_steps_are_told_apart_and_none_is_the_end(g, number):
     steps = (90_000, 0, 5_000, 5_001, 2_000_002, 2_000_001, 2_000_000, 2**31 - 1)  # as a storage may have them
     values = {"x": 0.5, "kind": "a"}

@@ -186,6 +186,7 @@ def close(a, b, rtol=1e-10):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13), a, b)
 
 
+@pytest.mark.once
 def test_no_inner_step_is_plain_training(estimates):
     close(estimates.found["pretrained"].hypergrad["init"], slopes(META, DATA[1]))
 
@@ -243,6 +244,7 @@ def test_a_model_that_can_be_called_and_has_none_in_it(estimates):
         chex.assert_trees_all_close({"hidden": init.hidden, "out": init.out}, expected, rtol=1e-10)
 
 
+@pytest.mark.once
 def test_truncation_to_one_step_is_first_order():
     """In coordinates δ = θ − λ, where every step sees λ; the step itself is held, and the past is cut off."""
     at = lambda delta, hp, batch: loss(jax.tree.map(jnp.add, hp, delta), None, batch)
@@ -336,6 +338,7 @@ def test_memory_at_test_is_that_of_the_outputs_whatever_the_steps():
     assert temporary(506, derivative=True) - temporary(6, derivative=True) > 4 * outputs
 
 
+@pytest.mark.once
 def test_model_state_is_carried_and_seen():
     """A running mean of the inputs, which the outer loss subtracts."""
 
@@ -788,6 +791,7 @@ def test_lambda_without_rates_and_an_episode_in_the_place_of_a_task():
             function(*args, tasks.Episode(*data), *([KEY] if function is a.estimator.estimate else []))
 
 
+@pytest.mark.once
 def test_numbers_and_rates_may_be_arrays_and_schedules():
     data = jax.tree.map(jnp.asarray, DATA)
     predict = lambda params, query: network(params, query["x"])

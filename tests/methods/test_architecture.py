@@ -218,6 +218,7 @@ def test_a_penalty_that_is_no_function_is_refused_at_once():
         search_of(methods.darts, penalty=50.0)
 
 
+@pytest.mark.once
 def test_the_schedules_follow_the_inner_steps_and_noise_is_drawn_apart():
     gumbel = FIRST["gumbel"](decay=0.0)
     minus, beta = FIRST["darts_minus"](), FIRST["beta_darts"]()
@@ -314,6 +315,7 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path):
     np.testing.assert_array_equal(again.hyperparams["cell"], first.hyperparams["cell"])
 
 
+@pytest.mark.once
 def test_settings_tell_searches_apart_and_are_json():
     @dataclasses.dataclass
     class Weighted:

@@ -268,6 +268,7 @@ def test_tasks_without_a_full_budget_and_trials_without_one_are_named():
             ask(trials=[low._replace(outcome=float("nan"), status="RUNNING")])
 
 
+@pytest.mark.once
 def test_tasks_of_one_outcome_say_nothing():
     given = records((0.1,), CELLS[::4])
     constant = [record._replace(task="constant", outcome=1.0) for record in given]

@@ -165,6 +165,7 @@ def test_who_uses_the_query_set_is_found_behind_what_stands_for_absent_classes()
     assert found.transductive == {name: name.startswith("centered") for name in found.scores}
 
 
+@pytest.mark.once
 def test_another_source_changes_no_episode():
     one, two = {"two": lambda key: sample(key, 2)}, {"three": sample, "two": lambda key: sample(key, 2)}
     alone, both = (
@@ -235,6 +236,7 @@ def test_every_user_is_judged_once():
         methods.evaluate_episodes({"last": last}, sample, KEY, each=3, score_fn=lambda outputs, query: 0.0)
 
 
+@pytest.mark.once
 def test_outputs_without_the_axis_of_steps_are_no_steps():
     """Where there are as many query examples as classes, or as targets, the shape alone says nothing."""
     side = {"x": jnp.eye(4), "y": jnp.arange(4), "mask": jnp.ones(4), "class_mask": jnp.ones(4)}
@@ -348,6 +350,7 @@ def test_what_cannot_be_joined():
             methods.join_evaluations(HAND, wrong)
 
 
+@pytest.mark.once
 def test_scores_with_other_arguments_are_other_scores():
     def error(outputs, query, power):
         return (abs(outputs) ** power).mean()

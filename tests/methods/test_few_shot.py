@@ -139,6 +139,7 @@ def test_the_ridge_head_of_regression():
         estimate(a, base.Task({**train, "y": train["y"][:, 0]}, valid))
 
 
+@pytest.mark.once
 def test_imaml_is_the_implicit_derivative_in_closed_form():
     """g = |Xθ − y|²/2N:  θ* = (H + μI)⁻¹ (Xᵀy/N + μλ),  dF/dλ = μ (H + μI)⁻¹ ∇f(θ*)."""
     proximal, start = 0.7, RNG.normal(size=DIM)
@@ -258,6 +259,7 @@ def test_pretraining_on_all_classes_is_a_baseline_for_labels_that_change():
     assert scores["tuned"] > 0.8 and scores["tuned"] > scores["start"] + 0.2
 
 
+@pytest.mark.once
 def test_a_batch_of_tasks_needs_over_tasks():
     """Without it one adaptation to all tasks at once would be another objective, of the right shape."""
     batch = jax.tree.map(lambda x: jnp.stack([x] * 8), to_jax(base.Task(side(6, 2), side(7, 1))))  # as many as rows
@@ -285,6 +287,7 @@ def test_a_batch_of_tasks_needs_over_tasks():
         assert estimate.value.shape == ()
 
 
+@pytest.mark.once
 def test_logits_and_labels_that_do_not_fit():
     batch = {"y": jnp.array([0, 1, 7]), "mask": jnp.array([1.0, 1.0, 0.0]), "class_mask": jnp.ones(2)}
     logits = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]])

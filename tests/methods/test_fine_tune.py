@@ -33,6 +33,7 @@ def test_every_value_is_that_of_the_lambda_visited():
     assert (tuned.step, tuned.value, tuned.hyperparams) == (3, 0.0625, 1.25)
 
 
+@pytest.mark.once
 def test_keeps_the_best_and_not_the_last():
     # The error changes sign and doubles: 1, 4, 16 ...
     tuned = methods.fine_tune(quadratic(), num_steps=3, optimizer=optax.sgd(1.5))(KEY, 2.0, TASK)
@@ -44,6 +45,7 @@ def test_keeps_the_best_and_not_the_last():
     assert (tuned.step, tuned.value, tuned.hyperparams) == (2, 0.0, 1.0)
 
 
+@pytest.mark.once
 def test_never_worse_than_the_start():
     tune = jax.jit(jax.vmap(methods.fine_tune(quadratic(noise=3.0), num_steps=4), (0, 0, None)))
     tuned = tune(jax.random.split(KEY, 50), jnp.linspace(-2, 4, 50), TASK)
@@ -109,6 +111,7 @@ def test_a_rule_that_carries_training_returns_its_last_lambda():
     assert (jnp.abs(tuned.hyperparams["log_penalty"] - 3.0) > 0.1).all()
 
 
+@pytest.mark.once
 def test_the_last_value_counts_only_where_it_ended_a_horizon():
     """Training overfits, so that F is small early in it; the horizon is 4 estimates."""
     estimator = hypergrad.truncated(problems.RIDGE, num_steps=8, truncation_length=2)

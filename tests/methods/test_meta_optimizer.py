@@ -355,6 +355,7 @@ def test_a_label_that_the_space_does_not_have_is_taken_for_none_of_its_labels():
     np.testing.assert_array_equal(machines({"gamma": "scale"}), machines({"gamma": 0.1}))
 
 
+@pytest.mark.once
 def test_candidates_are_what_was_tried():
     records = [({"kind": "c", "x": 0.5}, 0.1), ({"kind": "b", "x": 3.0}, 0.2), ({"kind": "a", "x": "auto"}, 0.3)]
     records += [({"kind": "b", "x": 0.5, "old": 1}, 0.4), ({"x": None}, 0.5)]
@@ -384,6 +385,7 @@ def test_runs_of_other_people_teach_though_they_have_none_or_auto_where_a_number
     assert g.candidates == [{"max_depth": 64}, {"max_depth": 3}]  # which the default stands for
 
 
+@pytest.mark.once
 def test_what_is_wrong_is_said():
     records, features = make_records(np.random.default_rng(4), num_tasks=2)
     named = {"t0": {"nr_inst": 100.0}, "t1": {"nr_inst": 50.0}}

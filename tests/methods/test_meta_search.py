@@ -365,6 +365,7 @@ def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_
     np.testing.assert_array_equal(np.argsort(np.asarray(found))[:2] % 3, [0, 0])  # the first and the last
 
 
+@pytest.mark.once
 def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g, monkeypatch):
     searcher = g.searcher()
     (trial,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
@@ -395,6 +396,7 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g,
     np.testing.assert_allclose(seen, [[0.1, 0.0, 0.4], [0.0, 0.0, 0.4]], atol=1e-9)
 
 
+@pytest.mark.once
 def test_bohb_and_tpe_begin_with_what_g_proposes(g):
     pytest.importorskip("optuna")
     first = g.portfolio(3, [1.2])

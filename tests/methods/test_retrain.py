@@ -33,6 +33,7 @@ def cross_entropy(outputs, y):
 # ---- Dropped edges --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_dropped_edges_by_hand():
     """A cell of one node: what its two edges give comes and goes, of each example, but for what is passed on."""
     edges = [nas.Edge(0, i + 1, (op,)) for i, op in enumerate(("linear", "skip_connect", "identity"))]
@@ -60,6 +61,7 @@ def test_dropped_edges_by_hand():
     np.testing.assert_array_equal(again, dropped)
 
 
+@pytest.mark.once
 def test_every_edge_and_layer_has_its_own_draws():
     cell = nas.Cell(1, (nas.Edge(0, 1, ("linear",)), nas.Edge(0, 2, ("linear",))), (1, 2))
     layers = (nas.Layer("linear", 4), *[nas.Layer("cell", 4)] * 3)  # the last two are one scan
@@ -129,6 +131,7 @@ def test_the_probability_of_dropping_rises_and_augmentations_follow_one_another(
     assert len({float(found) for found, _ in at}) == 3
 
 
+@pytest.mark.once
 def test_training_goes_on_with_its_own_data_and_network_alone(tmp_path):
     """Of other data of the same shapes, another λ, or another network, it says so; and the data are not kept."""
     rows = {"x": jnp.arange(20_000.0), "y": jnp.ones(20_000)}
@@ -289,6 +292,7 @@ def test_training_is_by_real_rows_wherever_they_stand():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.once
 def test_images_of_integers_train_as_the_same_floats():
     image = np.random.default_rng(0).integers(0, 256, (12, 6, 5, 1)).astype(np.uint8)
     space = nas.nas_bench_201_space(3, channels=2, cells_per_stage=1)

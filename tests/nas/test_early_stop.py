@@ -82,6 +82,7 @@ def test_in_the_state_of_an_estimator():
     del alphas
 
 
+@pytest.mark.once
 def test_the_curvature_is_of_the_part_that_is_named():
     """Of λ = {"mine": {"cell", "other"}, "more"}, where f is much more curved in "other"."""
     outer = lambda params, own, batch, context: 3 * (own["cell"] ** 2).sum() + 50 * (own["cell"][0] + own["other"]) ** 2

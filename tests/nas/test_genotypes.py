@@ -247,6 +247,7 @@ def test_a_number_of_edges_that_is_none_is_refused_before_the_search(keep):
 @pytest.mark.parametrize(
     "searcher", [tasks.random_search(first=()), methods.regularized_evolution(population_size=6, sample_size=3)]
 )
+@pytest.mark.once
 def test_searchers_without_a_gradient_stay_in_the_space_of_darts(searcher):
     net = nas.darts_space()
     space = nas.configuration_space(net)

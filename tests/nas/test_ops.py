@@ -176,6 +176,7 @@ def test_skipping_with_a_stride_sees_every_second_position_in_two_halves():
     assert op.init(KEY, (5, 6, 2), 2, 1) == () and (op.apply((), jnp.asarray(X), 2, 1) == X).all()
 
 
+@pytest.mark.once
 def test_attention_is_a_mean_of_values():
     op, x = nas.BLOCKS["attention"], jnp.asarray(X[:, :, 0])  # [2, 5, 2]
     params = op.init(KEY, (5, 2), 3, 1)

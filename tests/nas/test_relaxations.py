@@ -121,6 +121,7 @@ def test_the_dominant_eigenvalue(sign):
     np.testing.assert_allclose(solve(at, 40), exact, rtol=1e-9)  # all of its dimensions
 
 
+@pytest.mark.once
 def test_the_dominant_eigenvalue_where_the_space_is_exhausted():
     at = jnp.zeros(6)
     found = nas.dominant_eigenvalue(lambda x: 3 * (x[:2] ** 2).sum() - x[3] ** 2, at, KEY)

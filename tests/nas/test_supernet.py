@@ -22,6 +22,7 @@ def weights_of(net, seed=0):
     return nas.mixing_weights(nas.softmax(), net, nas.init_alpha(jax.random.key(seed), net, scale=1.0), KEY)
 
 
+@pytest.mark.once
 def test_a_network_by_hand():
     supernet = nas.supernet(TABLE, (3,), ops=nas.BLOCKS)
     params, w = jax.jit(supernet.init)(KEY), weights_of(TABLE)["cell"]
@@ -168,6 +169,7 @@ def test_layers_that_are_alike_are_one_scan_and_still_have_their_own_weights():
     assert abs(second(swapped, {"cell": w, "again": w}, X) - expected).max() > 1e-3
 
 
+@pytest.mark.once
 def test_isomorphic_cells_give_equal_outputs():
     """With the same weights on every edge, cells of one canonical form are one function, and others are not."""
     net = nas.nas_bench_201_space(2, channels=2, cells_per_stage=1)
@@ -243,6 +245,7 @@ def test_a_single_path_refuses_a_mixture_that_it_can_see():
                 jax.eval_shape(lambda params, net=single, w=w: net.apply(params, w, X), params)
 
 
+@pytest.mark.once
 def test_partial_channels():
     """Channels that pass by: the ops see C/K, and the shuffle brings each part of the channels to the front."""
     cell = nas.Cell(1, (nas.Edge(0, 1, ("linear",)),), (1,), preprocess=False)
@@ -272,6 +275,7 @@ def test_partial_channels():
     np.testing.assert_allclose(y, np.stack(pooled).mean(0))
 
 
+@pytest.mark.once
 def test_works_inside_a_loop_as_matrix_products():
     net, shape, ops = image_case("darts")
     supernet = nas.supernet(net, shape, ops=ops)
@@ -280,6 +284,7 @@ def test_works_inside_a_loop_as_matrix_products():
     assert "conv_general_dilated" not in text and "reduce_window" not in text and "scan" in text
 
 
+@pytest.mark.once
 def test_what_does_not_fit_is_refused():
     linear = nas.Op(lambda *a: (), lambda params, x, channels, stride: x)
     cell = nas.complete_cell(1, ("linear",))
@@ -331,6 +336,7 @@ def test_padding_counts_in_no_normalization_and_no_loss(net, single_path):
     assert abs(jax.jit(supernet.apply)(params, w, x)[real] - outputs).max() > 0.1
 
 
+@pytest.mark.once
 def test_labels_that_are_no_classes_give_no_loss():
     outputs = jnp.zeros((3, 2))
     np.testing.assert_allclose(nas.cross_entropy(outputs, {"y": np.array([0, 1, 1])}), np.log(2))
@@ -385,6 +391,7 @@ def test_normalization_by_one_row_is_refused():
     assert nas.normalized(jnp.arange(6.0).reshape(1, 3, 2)).shape == (1, 3, 2)  # one sequence has positions
 
 
+@pytest.mark.once
 def test_integers_are_taken_as_floats():
     for net in (TABLE, SIZES):
         supernet = nas.supernet(net, (3,), ops=nas.BLOCKS)

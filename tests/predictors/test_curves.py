@@ -47,6 +47,7 @@ def dense(surrogate, curves, seen, entries):
     return mean, matrix + np.diag(noise)
 
 
+@pytest.mark.once
 def test_the_posterior_is_that_of_the_process_written_out():
     surrogate = predictors.curve_surrogate(CURVES, X, FIDELITIES)
     seen, entries = [(0, 0), (0, 1), (2, 0), (2, 2)], [(0, 2), (1, 2), (3, 0)]
@@ -67,6 +68,7 @@ def test_without_an_outcome_the_mean_of_the_tasks_is_expected():
     np.testing.assert_allclose(mean, CURVES.mean(0)[:, 2], rtol=1e-12)
 
 
+@pytest.mark.once
 def test_the_loss_is_the_likelihood_under_the_other_tasks():
     surrogate = predictors.curve_surrogate(CURVES, X, FIDELITIES)
     seen, task = [(0, 0), (0, 1), (1, 0), (3, 2)], 1

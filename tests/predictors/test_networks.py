@@ -103,6 +103,7 @@ def test_tasks_batch(name):
 
 
 @pytest.mark.parametrize("what", ["rows", "columns", "classes", "padding"])
+@pytest.mark.once
 def test_the_embedding_does_not_change(what):
     predictor = MAKE["embedding_and_features"]()
     phi = random_weights(predictor)
@@ -133,6 +134,7 @@ def test_the_embedding_does_not_change(what):
     assert np.abs(apply(other)["rate"] - apply(data)["rate"]) > 1e-6
 
 
+@pytest.mark.once
 def test_the_embedding_reads_no_more_than_max_rows():
     predictor = MAKE["dataset_embedding"](max_rows=5)
     phi = random_weights(predictor)

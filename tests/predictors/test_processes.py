@@ -39,6 +39,7 @@ def test_the_last_scale_is_the_likeliest_and_weighs_as_all_units_do():
         np.testing.assert_allclose(found.log_likelihood[k, 2], mean + at_first, atol=0.25)
 
 
+@pytest.mark.once
 def test_one_trial_says_nothing_of_scales_and_equal_outcomes_are_no_reason_for_the_smallest():
     alone = given(MU, COVARIANCE, jnp.array([[0.0, 1.0]]), (Y, np.eye(5)[0]))
     np.testing.assert_allclose(alone.scales[:, 2], 1.0)
@@ -52,6 +53,7 @@ def test_one_trial_says_nothing_of_scales_and_equal_outcomes_are_no_reason_for_t
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
+@pytest.mark.once
 def test_outcomes_in_other_units_are_explained_as_well(factor):
     """Its own scale moves with the units, and so does what it expects."""
     scales = jnp.array([[0.0, 1.0]])

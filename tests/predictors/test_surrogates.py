@@ -24,6 +24,7 @@ def surrogate(num=6, **kwargs):
 
 
 @pytest.mark.parametrize("num", [3, 40], ids=["few coordinates", "many"])
+@pytest.mark.once
 def test_the_kernel_is_its_formula_with_its_gradients(num):
     rng = np.random.default_rng(1)
     kernel = predictors.Kernel(jnp.asarray(rng.normal(size=num) + 1), jnp.array(0.3), jnp.array(-2.0))
@@ -64,6 +65,7 @@ def test_functions_of_fully_seen_tasks_are_their_normalized_outcomes():
     np.testing.assert_allclose(np.exp(found.log_scales[2]), 3 * (y.max() - y.min()))
 
 
+@pytest.mark.once
 def test_one_task_without_closeness_is_a_gaussian_process_with_a_flat_offset():
     """ρ = 0: one process around the mean of all; its formulas are those of universal kriging, solved densely."""
     found = surrogate(closeness=0.0, residual=0.05)

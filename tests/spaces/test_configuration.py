@@ -70,6 +70,7 @@ def test_a_configuration_has_what_is_active_and_active_says_so_too(values, expec
     assert {name.split("[")[0] for name in names} == {name.split("[")[0] for name in found} - {"fixed"}
 
 
+@pytest.mark.once
 def test_configurations_of_samples_come_back():
     draws = jax.jit(jax.vmap(lambda key: spaces.sample(key, SPACE)))(jax.random.split(jax.random.key(0), 10))
     for index in range(10):

@@ -145,6 +145,7 @@ def test_meta_dataset_draws_as_the_slow_version_does(drawn, name):
         assert same_histogram(*shots, np.r_[np.arange(0.5, 30), np.linspace(30, 400, 20)]) > P
 
 
+@pytest.mark.once
 def test_sources_are_drawn_by_their_weights_and_superclasses_uniformly(drawn):
     meta, found = drawn
     assert stats.chisquare(np.bincount(meta.source), [1200, 1200, 900, 300]).pvalue > P
@@ -229,6 +230,7 @@ def test_all_of_a_class_groups_on_both_sides_and_inputs_of_ones_own():
     assert set(sides[0].tolist()) & set(sides[1].tolist())
 
 
+@pytest.mark.once
 def test_examples_and_classes_are_drawn_uniformly(fixed):
     """Of the source without groups: which classes, which of their examples, in which order."""
     mine = fixed.meta.source == 2

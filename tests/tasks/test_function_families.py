@@ -75,6 +75,7 @@ def test_what_is_no_range_is_refused(name, value):
         tasks.sinusoids(**{name: value})
 
 
+@pytest.mark.once
 def test_a_range_may_be_traced():
     key = jax.random.key(0)
     amplitude = lambda high: tasks.sinusoids(amplitude=(0.1, high))(key).meta["amplitude"]

@@ -252,6 +252,7 @@ def average_best(table, numbers=(1, 5, 20)):
 
 
 @needs_data
+@pytest.mark.once
 def test_the_random_forests_of_pmlb_are_those_of_the_published_baseline():
     pytest.importorskip("pandas")
     table = tasks.from_pmlb_results(DATA)

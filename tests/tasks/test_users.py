@@ -32,6 +32,7 @@ def test_the_first_records_are_the_support_and_what_follows_the_query():
     np.testing.assert_array_equal(one.query["y"], [[40]])
 
 
+@pytest.mark.once
 def test_users_with_classes_go_with_heads_that_the_support_set_makes():
     table = TABLE._replace(y=(TIME > 1).astype(np.int32))
     sample = tasks.user_episodes(table, num_support=2)
@@ -43,6 +44,7 @@ def test_users_with_classes_go_with_heads_that_the_support_set_makes():
     np.testing.assert_array_equal(found.scores["p"]["all"], [[0.0], [1.0]])
 
 
+@pytest.mark.once
 def test_windows_and_random_orders():
     sample = jax.jit(jax.vmap(tasks.user_episodes(TABLE, num_support=2, num_query=2, order="window")))
     batch = sample(jax.random.split(jax.random.key(0), 300))
@@ -181,6 +183,7 @@ def test_times_may_be_dates_of_any_kind():
         tasks.from_user_records([[0.0], [1.0]], [0.5, 1.0], [0, 0], time=[days[0], None])
 
 
+@pytest.mark.once
 def test_places_of_users_are_integers_of_any_kind():
     sample = tasks.user_episodes(TABLE, num_support=2)
     for user in (1, np.int8(1), jnp.int32(1)):

@@ -81,6 +81,7 @@ def steps_in(directory) -> list[int]:
 
 
 @pytest.mark.parametrize("what, number", [("sample_tasks", 3), ("evaluate", 3), ("callback", 9), ("callback", 20)])
+@pytest.mark.once
 def test_an_error_leaves_a_checkpoint_and_the_resumed_run_equals_the_unbroken_one(tmp_path, unbroken, what, number):
     functions = {"sample_tasks": small.sample, "evaluate": evaluate, "callback": lambda step, metrics: None}
     with pytest.raises(Interruption):
@@ -116,6 +117,7 @@ def test_refuses_the_checkpoint_of_another_format(tmp_path, monkeypatch):
         fit(tmp_path)
 
 
+@pytest.mark.once
 def test_a_sampler_that_fails_for_good_still_leaves_a_checkpoint(tmp_path, unbroken):
     """With several steps a call, whose last tasks are to be drawn again: the carried ones are kept whole."""
     broken = []
@@ -162,6 +164,7 @@ def test_shapes_that_vary_survive_an_interruption(tmp_path):
         assert same(fit(tmp_path / str(at), **several), unbroken)
 
 
+@pytest.mark.once
 def test_every_kind_of_array_survives(tmp_path):
     estimator = small.quadratic()
 
@@ -270,6 +273,7 @@ RUN = """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.once
 def test_a_process_that_is_killed_can_be_continued(tmp_path, number):
     command = [sys.executable, "-c", textwrap.dedent(RUN), str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent), "JAX_PLATFORMS": "cpu"}

@@ -37,6 +37,7 @@ def test_converges_to_the_closed_form_and_keeps_the_history():
     assert np.isnan(result.best_value) and result.best_hyperparams == result.hyperparams
 
 
+@pytest.mark.once
 def test_equals_the_learners_own_steps_and_draws_only_where_a_slot_is_done():
     drawn = []
 
@@ -58,6 +59,7 @@ def test_equals_the_learners_own_steps_and_draws_only_where_a_slot_is_done():
     assert 1 < len(keys) < 12
 
 
+@pytest.mark.once
 def test_several_steps_a_call_are_single_steps():
     kwargs = {"num_steps": 12, "evaluate": lambda key, h: (h["x"] - 1) ** 2, "eval_every": 7}
     seen = []
@@ -74,6 +76,7 @@ def test_several_steps_a_call_are_single_steps():
         fit(steps_per_call=0)
 
 
+@pytest.mark.once
 def test_an_error_of_the_callback_loses_no_report_of_its_call():
     seen = []
 
@@ -162,6 +165,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best():
     assert (result.stopped, result.best_hyperparams) == ("patience", 7.0) and np.isnan(result.best_value)
 
 
+@pytest.mark.once
 def test_leaves_the_arrays_of_the_caller_intact():
     lam, tasks = jnp.array(7.0), jnp.asarray(TASKS)
     numpy_tasks = np.ones(1024)

@@ -64,6 +64,7 @@ def test_a_fresh_state_starts_from_the_current_hyperparams():
     np.testing.assert_array_equal(new.estimator_state, [state.hyperparams] * 2)
 
 
+@pytest.mark.once
 def test_without_fresh_tasks_done_slots_restart_on_their_task():
     init, step = map(jax.jit, training.learner(small.carried(), optax.sgd(0.1)))
     state = init(KEY, LAM, small.sample(KEY))
@@ -87,6 +88,7 @@ def test_a_tuple_of_batches_is_renewed_batch_by_batch():
         state = new
 
 
+@pytest.mark.once
 def test_tasks_of_another_shape_renew_every_slot():
     init, step = training.learner(small.carried(), optax.sgd(lambda count: 0.1 * (count + 1)))
     state, _ = step(init(KEY, LAM, small.sample(KEY, 4)))
@@ -113,6 +115,7 @@ def test_a_step_without_a_finite_hypergradient_changes_neither_hyperparams_nor_o
     assert small.bits((good.hyperparams, good.opt_state)) == small.bits((expected.hyperparams, expected.opt_state))
 
 
+@pytest.mark.once
 def test_scanned_and_vmapped_steps_equal_the_loop():
     init, step = map(jax.jit, training.learner(small.carried(), optax.adam(0.1)))
     keys = jax.random.split(KEY, 3)
@@ -164,6 +167,7 @@ def young():
     return small.batched(single._replace(init=init))
 
 
+@pytest.mark.once
 def test_staggered_slots_end_one_after_another():
     init, step = map(jax.jit, training.learner(young(), optax.sgd(0.1), stagger=small.HORIZON))
     state, ends = init(KEY, LAM, small.sample(KEY, 6)), []

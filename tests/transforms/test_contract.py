@@ -161,6 +161,7 @@ def test_inject_hyperparams(name):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.once
 def test_trees_of_any_shape(name):
     transform = TRANSFORMS[name]()
     if name in ("per_group", "per_parameter"):
@@ -172,6 +173,7 @@ def test_trees_of_any_shape(name):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.once
 def test_orbax_saves_the_state(name, tmp_path):
     _, state = jax.jit(functools.partial(two_steps, TRANSFORMS[name]()))(like(PARAMS, jnp.float32))
     with ocp.StandardCheckpointer() as checkpointer:

@@ -110,7 +110,22 @@ def test_values_in_lower_precision_are_equal_to_the_bit(name, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(values[0])} == {jnp.dtype(dtype)}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# Those whose second moments are another's.
+ALIKE = (
+    "nadam",
+    "nadamw",
+    "radam",
+    "adamax",
+    "adabelief",
+    "adagrad",
+    "rmsprop_centered",
+    "lars",
+    "yogi",
+    "clipped_adam",
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in OPTIMIZERS])
 @pytest.mark.once
 def test_derivatives_with_dead_entries(name):
     # One program: value and gradient, differentiated forward along λ itself, for two λ at once.
@@ -135,6 +150,7 @@ def test_derivatives_with_dead_entries(name):
 @pytest.mark.parametrize(
     ("name", "dtype"), [("adamw", jnp.float32), ("adafactor", jnp.float32), ("clipped_adam", jnp.bfloat16)]
 )
+@pytest.mark.once
 def test_other_dtypes(name, dtype):
     lam = jax.tree.map(lambda x: x.astype(dtype), LAM)
 
@@ -148,6 +164,7 @@ def test_other_dtypes(name, dtype):
 
 
 @pytest.mark.parametrize(("zero", "expected"), [("exact", -0.1 / 1e-8), ("drop", 0.0)])
+@pytest.mark.once
 def test_the_first_step_of_adam_at_a_zero_gradient(zero, expected):
     def first_step(grad):
         adam = transforms.differentiable(optax.adam(0.1), zero=zero)
@@ -347,6 +364,7 @@ def scanning():
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+@pytest.mark.once
 def test_loops_inside_a_transform():
     safe, plain = transforms.differentiable(scanning()), scanning()
     grads = jnp.array([0.0, 1.0, 2.0])

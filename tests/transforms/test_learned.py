@@ -77,6 +77,7 @@ def one_update(params, grads):
 GRADS = jax.tree.map(lambda p: np.sin(3 * p) + 0.1, PARAMS)
 
 
+@pytest.mark.once
 def test_the_order_of_rows_columns_and_axes_does_not_matter():
     rows, columns = np.array([2, 0, 1]), np.array([1, 3, 0, 2])
 
@@ -159,6 +160,7 @@ def test_the_momenta_are_averages_and_the_factors_those_of_squares():
     assert state.factored["column"].shape == (3, 1, 4) and state.count == 2
 
 
+@pytest.mark.once
 def test_in_a_chain_and_below_float32():
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), PARAMS)
     optimizer = optax.chain(
@@ -175,6 +177,7 @@ def test_in_a_chain_and_below_float32():
     chex.assert_trees_all_close(jax.tree.map(lambda u: u.astype(jnp.float64), updates), decayed, atol=2e-2)
 
 
+@pytest.mark.once
 def test_files_come_back_to_the_bit(tmp_path):
     weights = transforms.init_learned(KEY, hidden=(8,))
     transforms.save_learned(tmp_path / "weights.npz", weights)
@@ -244,6 +247,7 @@ def test_arguments_are_checked():
         transforms.save_learned("never.npz", {})
 
 
+@pytest.mark.once
 def test_the_shipped_weights_train_better_than_fresh_ones_and_than_adam_by_default():
     file = importlib.resources.files("metaopt.transforms") / "learned_small.npz"
     assert len(file.read_bytes()) < 100_000

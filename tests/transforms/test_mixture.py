@@ -124,6 +124,7 @@ def test_a_mixture_of_its_own_in_each_parameter():
 
 
 @pytest.mark.parametrize("make", [dict, nnx.State])
+@pytest.mark.once
 def test_a_tree_in_an_nnx_optimizer(make):
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     kernel = model.kernel[...]
@@ -135,6 +136,7 @@ def test_a_tree_in_an_nnx_optimizer(make):
 
 
 @pytest.mark.parametrize("make", [list, tuple])
+@pytest.mark.once
 def test_lists_of_numbers_are_weights(make):
     members = [optax.sgd(0.1), optax.sign_sgd(1.0)]
 

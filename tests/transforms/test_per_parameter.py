@@ -54,6 +54,7 @@ FACTORIES = {
 
 
 @pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.once
 def test_each_parameter_is_trained_as_if_alone(name):
     factory, others = FACTORIES[name]
     # One hyperparameter by parameter, the others shared or by a prefix.

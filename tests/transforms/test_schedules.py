@@ -13,6 +13,7 @@ from metaopt import hypergrad, inner, transforms
 STEPS = jnp.arange(12)
 
 
+@pytest.mark.once
 def test_the_values_are_those_of_optax():
     # (ours, optax's), at whole steps and beyond the end
     pairs = [
@@ -96,6 +97,7 @@ def values_at(family, numbers):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.once
 def test_derivatives_in_every_number(name):
     at, schedule = values_at(*FAMILIES[name])
     values = jax.jit(jax.vmap(schedule))
@@ -118,6 +120,7 @@ def test_derivatives_are_finite_on_the_kinks():
         assert np.all(np.isfinite(jax.jacrev(schedule)(at)))
 
 
+@pytest.mark.once
 def test_a_schedule_is_learned_through_training():
     loop = inner.loop(
         lambda params, hp, data: jnp.cos(2 * params).sum(),
@@ -132,6 +135,7 @@ def test_a_schedule_is_learned_through_training():
     np.testing.assert_allclose(jax.jit(jax.grad(outer))(at), expected, rtol=1e-6)
 
 
+@pytest.mark.once
 def test_whole_numbers_and_half_precision():
     # Knots at 0, 1.5 and 3, whatever the values' type.
     np.testing.assert_allclose(transforms.knot_schedule([0, 6, 0], num_steps=3)(1), 4.0)

@@ -136,6 +136,7 @@ def valid_loss(params, hp=None, data=None):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("judge", ["train", "valid"])
+@pytest.mark.once
 def test_the_signal_of_adamw_is_that_of_the_estimator(judge, mode):
     lam = jax.tree.map(jnp.asarray, LAM)
     optimizer = transforms.self_tuning(adamw, lam, SPY, rule="additive", mode=mode)
@@ -304,6 +305,7 @@ COMPOSED = {
 
 
 @pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.once
 def test_extra_arguments_come_through(name):
     def run(transform, **extra):
         params = jax.tree.map(jnp.asarray, PARAMS)

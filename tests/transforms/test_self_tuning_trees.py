@@ -153,6 +153,7 @@ class Layer:
     names: list  # static, and without a hash
 
 
+@pytest.mark.once
 def test_what_is_static_in_a_tree_needs_no_hash_and_a_gradient_may_be_a_number():
     params = Layer(jnp.array([0.5, -1.0]), ["a"])
     _, found = run(adam(), params, params)
@@ -166,6 +167,7 @@ def test_what_is_static_in_a_tree_needs_no_hash_and_a_gradient_may_be_a_number()
         np.testing.assert_allclose(found.hyperparams["rate"], 1e-3 * np.exp(0.2), rtol=1e-5)
 
 
+@pytest.mark.once
 def test_a_cosine_for_each_hyperparameter():
     # g, u and λ ∂u/∂λ by hand: u = −rate (g + decay θ).
     def factory(hp):
@@ -225,6 +227,7 @@ def test_a_validation_batch_is_the_gradient_of_its_loss(kwargs):
         transforms.self_tuning(make, start, optax.sgd(0.1), valid_loss_fn=batch, **kwargs)
 
 
+@pytest.mark.once
 def test_a_validation_batch_of_each_step_goes_through_a_chain_and_multi_steps():
     params, batches = jnp.array([0.5, -1.0]), jnp.array([[0.7, -1.0], [3.0, 0.2], [-1.0, 2.0], [0.4, 0.4]])
 
