@@ -74,8 +74,8 @@ def meta_architecture_search(
 
     Args:
       search: for one task; its `estimator` is the rule by which h is learned.
-      predictor: h, `predictor.apply(φ, task)` gives α as `search` takes it, such as `predictors.mlp` of `spaces.real`
-        leaves, one [edges, ops] for each kind.
+      predictor: h, `predictor.apply(φ, task)` gives α as `search` takes it: `predictors.mlp` of a task's features, or
+        `predictors.dataset_embedding` of its rows themselves, of `spaces.real` leaves, one [edges, ops] for each kind.
       num_steps: of fine-tuning, at least 0: each is one step of the weights, from θ_0 on, and then one of α.
       ahead: virtual steps of `hypergrad.lookahead` in fine-tuning; 1 is DARTS's second order, 0 its first.
       optimizer: of α in fine-tuning; `optax.adam(0.05, b1=0.5)` by default.

@@ -7,8 +7,10 @@ Both put out unconstrained coordinates z of a space, as one vector,
 with A and B zero at the start: training begins at one λ for all tasks, z₀, and departs from it as far as tasks tell.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,20 +121,39 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
 
     Args:
       params: by `init_embedding`.
-      data: a dict like `train` of `tasks.to_task`: N rows, D columns, C classes, with masks.
+      data: a dict like `train` of `tasks.to_task`: "x" [N, D] of N rows and D columns, "y" [N] in {0, …, C − 1}, and
+        "class_mask" [C]; "mask" [N] and "feature_mask" [D] say which rows and columns are real, all where they are
+        lacking. What has positions, such as images [N, H, W, c], counts as D = H·W·c columns: where a pixel stands is
+        not looked at.
       max_rows: rows that are read, the first real ones.
 
     Returns:
       [W]. It takes memory O((N + C) D W), and is differentiable in `params` and in "x".
+
+    Raises:
+      ValueError: at trace time, `data` is no such dict.
     """
-    x, y, mask = (jnp.asarray(data[name]) for name in ("x", "y", "mask"))
+    lacks = [name for name in ("x", "y", "class_mask") if not isinstance(data, Mapping) or name not in data]
+    if lacks:
+        raise ValueError(
+            f"A dataset embedding reads a dict of x, y and class_mask, C ones for C classes; it lacks "
+            f"{', '.join(lacks)}. `tasks.to_task` makes one of a table."
+        )
+    x, y = jnp.asarray(data["x"]), jnp.asarray(data["y"])
+    x = x.reshape(len(x), -1)
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(params["entry"]["w"].dtype)
+    mask, feature_mask = (
+        jnp.asarray(data[name]) if name in data else jnp.ones(num, x.dtype)
+        for name, num in zip(("mask", "feature_mask"), x.shape, strict=True)
+    )
+    chex.assert_shape((y, mask, feature_mask), [(len(x),), (len(x),), (x.shape[1],)])
     if len(mask) > max_rows:
         first = jnp.argsort(mask <= 0, stable=True)[:max_rows]  # real rows, wherever they stand
         x, y, mask = x[first], y[first], mask[first]
     entry, pair = params["entry"], params["pair"]
     entries = jax.nn.relu(x[..., None] * entry["w"][None, None] + entry["b"][None, None])  # [N, D, W]
     # Labels of fewer bits would have class 256 be class 0, too.
-    member = jax.nn.one_hot(y.astype(jnp.int32), data["class_mask"].shape[0], dtype=x.dtype) * mask[:, None]  # [N, C]
+    member = jax.nn.one_hot(y.astype(jnp.int32), len(data["class_mask"]), dtype=x.dtype) * mask[:, None]  # [N, C]
     count, total = member.sum(0), mask.sum()
     by_class = jnp.einsum("nc,ndw->cdw", member, entries) / jnp.maximum(count, 1)[:, None, None]
     overall = jnp.einsum("n,ndw->dw", mask, entries) / total
@@ -146,7 +167,7 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
         axis=-1,
     )
     hidden = jax.nn.relu(pairs @ pair["w"] + pair["b"][None, None]) @ params["embedding"]  # [C, D, W]
-    return jnp.einsum("c,d,cdw->w", share, data["feature_mask"] / data["feature_mask"].sum(), hidden)
+    return jnp.einsum("c,d,cdw->w", share, feature_mask / feature_mask.sum(), hidden)
 
 
 def dataset_embedding(
@@ -176,10 +197,11 @@ def dataset_embedding(
       hyperparams: λ to start from, constrained; by default the space's.
 
     Returns:
-      A `Predictor`; `task.train` must be a dict like that of `tasks.to_task`.
+      A `Predictor`; `task.train` must be a dict like that of `tasks.to_task` (`embed_rows` says which parts of it).
 
     Raises:
-      ValueError: a size is out of range; the space has nothing to tune; at trace time, the task's features are not [F].
+      ValueError: a size is out of range; the space has nothing to tune; at trace time, the task's features are not [F],
+        or its `train` is no such dict.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.

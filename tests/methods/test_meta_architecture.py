@@ -198,6 +198,41 @@ def test_what_is_read_from_a_learned_start(learned):
     assert META.genotype(learned, TASKS[0]) == {"cell": kept}
 
 
+def test_h_from_the_rows_of_images_themselves():
+    """An embedding of the data is h's features: of images that are not square, without one mask of `to_task`."""
+
+    def images(scale):
+        x = scale * RNG.normal(size=(6, 3, 2, 1))
+        return {"x": x, "y": np.arange(6) % 2, "class_mask": np.ones(2)}
+
+    cell = nas.complete_cell(1, ("none", "skip_connect", "smooth"), preprocess=False)
+    network = nas.Network({"cell": cell}, (nas.Layer("smooth", 2), nas.Layer("cell", 2)), 2)
+    rule = lambda problem: hypergrad.unrolled(problem, num_steps=2)
+    search = methods.architecture_search(network, (3, 2, 1), rule, ops=OPS, optimizer=lambda _: optax.sgd(0.5))
+    meta = methods.meta_architecture_search(search, predictors.dataset_embedding(SPACE, width=3, num_hidden=2))
+    few, many = (base.Task(images(scale), images(scale)) for scale in (1.0, 3.0))
+    flat, unravel = jax.flatten_util.ravel_pytree(meta.hyperparams(KEY))
+    flat += 0.5 * jax.random.normal(jax.random.key(1), flat.shape)
+    alphas = [meta.alpha(unravel(flat), task)["cell"] for task in (few, many)]
+    assert abs(alphas[0] - alphas[1]).max() > 1e-3
+    turned = few._replace(train={**few.train, "x": few.train["x"][::-1], "y": few.train["y"][::-1]})
+    np.testing.assert_allclose(meta.alpha(unravel(flat), turned)["cell"], alphas[0], rtol=1e-12)
+
+    @jax.jit
+    def estimate(flat):
+        found, _ = meta.estimator.estimate(unravel(flat), few, meta.estimator.init(KEY, unravel(flat), few))
+        return found.value, jax.flatten_util.ravel_pytree(found.hypergrad)[0]
+
+    along = jax.random.normal(jax.random.key(2), flat.shape)
+    slope = (estimate(flat + 1e-5 * along)[0] - estimate(flat - 1e-5 * along)[0]) / 2e-5
+    assert abs(slope) > 1e-3
+    np.testing.assert_allclose(estimate(flat)[1] @ along, slope, rtol=1e-6)
+
+    without = {key: few.train[key] for key in ("x", "y")}
+    with pytest.raises(ValueError, match="it lacks class_mask. `tasks.to_task` makes one"):
+        meta.alpha(unravel(flat), base.Task(without, without))
+
+
 def test_without_a_learned_start_the_weights_are_drawn():
     meta = methods.meta_architecture_search(search_of(), predictors.mlp(SPACE, 2, num_hidden=2))
     assert set(jax.eval_shape(meta.hyperparams, KEY)) == {"h"}
