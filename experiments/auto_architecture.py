@@ -779,6 +779,8 @@ def main(argv=None) -> list[dict[str, Any]]:
     keep = Path(f"{path}_parts.json"), settings, code, args.any_code
     arguments = config, not args.packaged, args.seed
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    # Several calls at once do not all sit on the first ones.
+    cores = cores[os.getpid() % len(cores) :] + cores[: os.getpid() % len(cores)]
     earlier, processes = any(Kept(*keep).before), 0
     if not args.report:
         processes = min(len(config.shapes), len(cores)) if fcntl else 1
@@ -815,7 +817,6 @@ def main(argv=None) -> list[dict[str, Any]]:
         "seed": args.seed,
         "config": dataclasses.asdict(config),
         "data": data,
-        "cores": len(cores),
         "seconds": seconds,
         "processor": processor,
         "this_call": time.perf_counter() - begin,

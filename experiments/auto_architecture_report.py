@@ -4,6 +4,7 @@ No part of a result is made here, so that this file may change and what is finis
 """
 
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -294,7 +295,8 @@ def finish(details: dict[str, Any], path: Path) -> None:
         f"`{'METAOPT_DATA=... ' if details['data'] else ''}{details['command'].strip()}`, seed {details['seed']}, "
         + {0: "", 1: f"{took}, "}.get(details["processes"], f"{took}, with a process for each shape, ")
         + f"all calls together {details['seconds']:.0f} s of their processes ({details['processor']:.0f} processor "
-        f"seconds), each on one core; Python {platform.python_version()}, JAX {jax.__version__}."
+        f"seconds){', each on one core' * hasattr(os, 'sched_setaffinity')}; "
+        f"Python {platform.python_version()}, JAX {jax.__version__}."
         + (f" {other_code} of {details['num_parts']} parts are by other code than the script's." * (other_code > 0))
         + "\n"
     )

@@ -394,7 +394,9 @@ def gaps(runs: dict, table) -> list[str]:
         lines += [
             f"Of {sum('mixed' not in run for run in searched)} of {len(searched)} searches by gradient the accuracies "
             "of the supernet, mixed and discrete, were not kept (unrolled DARTS has no supernet that outlives an "
-            "estimate): their gap is not told.",
+            "estimate): their gap is not told. Searches that "
+            "stopped early are the search of DARTS up to there, whose weights at that epoch are not kept, and "
+            "single-path one-shot has no mixture: of these there is no gap either.",
             "",
         ]
     one_shot = [run for run in runs.get("single-path one-shot", {}).values() if len(run["drawn"]) > 4]

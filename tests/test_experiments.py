@@ -727,6 +727,36 @@ def test_a_shape_that_fails_is_told_whenever_it_ends(tmp_path, monkeypatch, capf
     assert capfd.readouterr().err.count("holds parts of a run with other settings") == 2
 
 
+@pytest.mark.once
+def test_a_shape_that_fails_takes_nothing_from_one_that_ends_later(tmp_path):
+    """Two processes at once, of which one fails while the other has still to keep what it finishes."""
+    (tmp_path / "two.py").write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT / "experiments")!r})
+import auto_architecture as script
+
+
+def run_shape(name, seconds, say, kept):
+    if name == "images":
+        raise ValueError("there are none")
+    time.sleep(seconds)
+    for part in range(3):
+        kept.get(f"tables, fold {{part}}", 7, lambda: {{"scores": part}})
+
+
+script.run_shape = run_shape
+if __name__ == "__main__":
+    folder = script.Path({str(tmp_path)!r})
+    cores = [min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0] * 2
+    script.side_by_side(("images", "tables"), cores, str(folder), (2.0,), (folder / "parts.json", {{}}, "a"))
+""")
+    done = subprocess.run([sys.executable, tmp_path / "two.py"], capture_output=True, text=True)
+    assert done.returncode and "ValueError: there are none" in done.stderr
+    assert "images ended with exit code 1. What is finished is kept: the same call goes on from there." in done.stderr
+    kept = json.loads((tmp_path / "parts.json").read_text())["parts"]
+    assert {name: part["scores"] for name, part in kept.items()} == {f"tables, fold {part}": part for part in range(3)}
+
+
 def test_the_code_of_a_result_is_that_of_its_files_and_of_the_library(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     script = importlib.import_module("script")
