@@ -364,7 +364,7 @@ def rows_of(name: str, found: dict[str, np.ndarray]) -> list[list[str]]:
         means, bar = values.mean(1), BARS[name].get(method)
         told = "" if bar is None else f"{bar} {'reached' if means.mean() >= bar else 'missed'}"
         if told and len(means) > 1:
-            told += f" (reached by {(means >= bar).sum()} of {len(means)} keys)"
+            told = told.replace("missed", "missed; reached") + f" by {(means >= bar).sum()} of {len(means)} keys"
         mean = script.spread(means) if len(means) > 1 else f"{means[0]:.3f}"
         rows.append([method, mean, *(f"{v:.2f}" for v in values.mean(0)), wins, told])
     return rows
@@ -461,6 +461,7 @@ def plot(curves: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    methods_shown = list(dict.fromkeys(method for found in curves.values() for method in found))
     columns = 3
     rows = -(-len(curves) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False)
@@ -469,7 +470,8 @@ def plot(curves: dict, path: Path) -> None:
     for axis, ((name, task), found) in zip(axes.flat, curves.items(), strict=False):
         for method, values in found.items():
             steps, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
-            (line,) = axis.plot(steps, mean, "--" if len(values) == 1 else "-", label=method)
+            color = f"C{methods_shown.index(method)}"
+            (line,) = axis.plot(steps, mean, "--" if len(values) == 1 else "-", color=color, label=method)
             if len(values) > 1:
                 band = 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
                 axis.fill_between(steps, mean - band, mean + band, color=line.get_color(), alpha=0.3)
