@@ -20,6 +20,7 @@ has one fidelity, at which it is TPE.
     python experiments/record_tables.py             writes experiments/results/record_tables.md and .png
     python experiments/record_tables.py --baselines TPE SMAC     more of SMAC3 (extra `smac`; 20 minutes a seed)
     python experiments/record_tables.py --train-seeds 20 --store FOLDER      metaopt trained with 20 keys
+    python experiments/record_tables.py --extra-trees     prints only: what features say of the first trial, by forests
     python experiments/record_tables.py --smoke     seconds; prints only
 
 The tables are read from the folder that METAOPT_DATA names. What is learned in a fold with a key is kept in --store
@@ -492,6 +493,24 @@ def by_family(data: Records) -> np.ndarray:
     return np.array(curves)
 
 
+def by_extra_trees(data: Records, seed: int) -> np.ndarray:
+    """[T] regrets of the first trial, by the regrets that extremely randomized trees predict from a task's features.
+
+    What failed on a task counts as its worst configuration, to learn from; with the task at hand it is no candidate.
+    """
+    from sklearn.ensemble import ExtraTreesRegressor
+
+    regret, features = data.regret, np.nan_to_num(data.features)
+    found = np.zeros(len(regret))
+    for fold in np.unique(data.fold):
+        train, test = data.fold != fold, data.fold == fold
+        trees = ExtraTreesRegressor(300, min_samples_leaf=3, max_features=0.5, random_state=seed)
+        trees.fit(features[train], np.nan_to_num(regret[train], nan=1.0))
+        of_test = np.where(np.isfinite(regret[test]), trees.predict(features[test]), np.inf)
+        found[test] = regret[test][np.arange(test.sum()), of_test.argmin(1)]
+    return found
+
+
 def split(data: Records, fold: int, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """Which tasks are learned from, and which are new."""
     return np.flatnonzero(data.fold != fold), np.flatnonzero(data.fold == fold)[:: options.stride]
@@ -667,6 +686,7 @@ def main() -> None:
     parser.add_argument("--train-seeds", type=int, default=1, help="keys that metaopt is trained with")
     parser.add_argument("--transformer-seeds", type=int, help="keys of transformers; --train-seeds by default")
     parser.add_argument("--ablate", action="store_true", help="also without features, and without adaptation")
+    parser.add_argument("--extra-trees", action="store_true", help="print their regrets of a first trial, and no more")
     parser.add_argument("--store", type=Path, help="a folder that keeps what was learned, to go on with or to share")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--tables", nargs="+", default=["forest", "six", "oboe"])
@@ -684,6 +704,11 @@ def main() -> None:
         "six": lambda: load_pmlb("six algorithms", False),
         "oboe": load_oboe,
     }
+    if options.extra_trees:
+        for name in options.tables:
+            means = [by_extra_trees(load[name](), seed).mean() for seed in range(5)]
+            print(f"{name}: mean regret of the first trial, of 5 seeds: {script.spread(means, 4)}")
+        return
     text, results, counts, families = [], {}, [], []
     for name in options.tables:
         data = load[name]()
