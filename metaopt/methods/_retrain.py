@@ -85,7 +85,7 @@ def retraining(
       loss: `(outputs, batch) -> []`.
 
     Returns:
-      A `Retraining`.
+      A `Retraining`; `search_report`'s example begins at the search, and goes on to its figures.
 
     Raises:
       ValueError: the network has mixing weights left; no layer has a stride for the auxiliary head; a number is out of
@@ -349,7 +349,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     >>> import jax, numpy as np, optax
     >>> from metaopt import base, methods, nas, training
     >>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
-    >>> network = nas.Network({"cell": cell}, (nas.Layer("linear", 8), nas.Layer("cell", 8)), num_outputs=2)
+    >>> network = nas.Network({"cell": cell}, (nas.Layer("cell", 8),), num_outputs=2)
     >>> x = np.random.default_rng(0).normal(size=(64, 3))
     >>> y = (x[:, 0] * x[:, 1] > 0).astype(int)
     >>> task = base.Task({"x": x[:32], "y": y[:32]}, {"x": x[32:], "y": y[32:]})
