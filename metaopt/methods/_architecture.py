@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import base, hypergrad, inner, nas, training
-from metaopt.methods._architecture_checks import check_single, found
+from metaopt.methods._architecture_checks import alpha_beside_init, check_single, found
 from metaopt.methods._settings import of_network, plain, with_settings
 
 
@@ -22,7 +22,7 @@ class Search(NamedTuple):
       hyperparams: `(key) -> λ` to start from: α; with `learn_init`, {"alpha": α, "init": θ_0}. "α" below is this λ.
       alpha: `(λ) -> ` α alone.
       weights: `(α) -> ` mixing weights, kind -> [edges, ops], as genotypes are read from them (`decode`).
-      genotype: `(α) -> Genotype`.
+      genotype: `(α) -> Genotype`; what comes after it, `search_report`'s example shows.
       rule: `(problem, own) -> Estimator`, which made `estimator`; `under_budget` makes another one by it, of a problem
         whose λ is another: `own(λ)` is this search's.
       found: `(training.FitResult) -> α`, what a run has found: α after its last step; RobustDARTS's is an earlier one.
@@ -144,7 +144,8 @@ def architecture_search(
 
     Raises:
       ValueError: the spec and the shapes do not fit; `single_path` with a relaxation that gives weight to several ops;
-        `penalty` is no function; `keep` is no number of edges, at least 1, or None; `keep` for NAS-Bench-101's space.
+        `relaxation` or `decode` is none; `penalty` is no function; `keep` is no number of edges, at least 1, or None;
+        `keep` for NAS-Bench-101's space. Of `weights` and `genotype`: α has other kinds of cells or shapes.
         Of the estimator's `init`: labels of the task, where they are not traced, are no classes, and `loss` is the
         default. (Traced, they make the loss NaN: see `Search.found`.)
 
@@ -175,7 +176,9 @@ def architecture_search(
     ((3, 3), True)
     """
     relax = nas.softmax() if relaxation is None else relaxation
+    nas.check_relaxation("relaxation", relax)
     decode = nas.decoding(relax) if decode is None else decode
+    nas.check_relaxation("decode", decode)
     if penalty is not None and not callable(penalty):
         raise ValueError(f"`penalty` must be `(α, step) -> []`, such as `nas.resource_penalty(...)`; got {penalty!r}.")
     if isinstance(network, nas.Network) and keep != "space":
@@ -191,7 +194,7 @@ def architecture_search(
     if single_path:
         check_single(relax, network, edge_weights)
     loop = _loop(supernet, relax, loss, decay, optimizer, sampler, learn_init)
-    alpha_of = lambda hyperparams: hyperparams["alpha"] if learn_init else hyperparams
+    alpha_of = alpha_beside_init if learn_init else lambda hyperparams: hyperparams
 
     def valid_loss(params, hyperparams, batch, context):
         alpha = alpha_of(hyperparams)
@@ -296,14 +299,18 @@ def unrolled_darts(
       network: a spec.
       in_shape: of one input.
       ops: of the space.
-      num_steps: T.
+      num_steps: T, at least 1.
       remat: as for `hypergrad.unrolled`. "step" keeps the weights, the optimizer's state and the gradients of all T
         steps; "sqrt" those of about 2 √T, for one more gradient a step.
       **options: as for `architecture_search`.
 
     Returns:
       A `Search`, exact.
+
+    Raises:
+      ValueError: `num_steps` is below 1; as for `architecture_search`.
     """
+    base.check_integer("num_steps", num_steps, 1)  # of none, weights would not be trained
     rule = lambda problem: hypergrad.unrolled(problem, num_steps=num_steps, remat=remat)
     return architecture_search(network, in_shape, rule, ops=ops, **options)
 
@@ -349,14 +356,18 @@ def gdas(
       network: a spec.
       in_shape: of one input.
       ops: of the space.
-      num_steps: inner steps over which the temperature falls.
+      num_steps: inner steps over which the temperature falls, at least 1.
       **options: as for `architecture_search`.
 
     Returns:
       A `Search`, of first order unless `order` says otherwise. Only the sampled ops run, and only they have a gradient.
 
+    Raises:
+      ValueError: `num_steps` is below 1; as for `architecture_search`.
+
     Source: Dong & Yang, CVPR 2019, https://arxiv.org/abs/1910.04465
     """
+    base.check_integer("num_steps", num_steps, 1)  # of none, Optax stays at 10
     relaxation = nas.gumbel_softmax(optax.linear_schedule(10.0, 0.1, num_steps), hard=True)
     options = {"relaxation": relaxation, "single_path": True, "order": "first", **options}
     return darts(network, in_shape, ops=ops, **options)
@@ -394,14 +405,18 @@ def darts_minus(
       network: a spec whose edges all have "skip_connect".
       in_shape: of one input.
       ops: of the space.
-      num_steps: inner steps over which it falls.
+      num_steps: inner steps over which it falls, at least 1.
       **options: as for `architecture_search`.
 
     Returns:
       A `Search`, of first order unless `order` says otherwise.
 
+    Raises:
+      ValueError: `num_steps` is below 1; as for `architecture_search`.
+
     Source: Chu et al., ICLR 2021, https://arxiv.org/abs/2009.01027
     """
+    base.check_integer("num_steps", num_steps, 1)  # of none, the skip would stay
     relaxation = nas.auxiliary_skip(nas.softmax(), optax.linear_schedule(1.0, 0.0, num_steps))
     options = {"relaxation": relaxation, "order": "first", **options}
     return darts(network, in_shape, ops=ops, **options)
@@ -424,8 +439,8 @@ def beta_darts(
       network: a spec.
       in_shape: of one input.
       ops: of the space.
-      num_steps: inner steps over which it grows.
-      weight: the weight at the end.
+      num_steps: inner steps over which it grows, at least 1.
+      weight: the weight at the end, positive.
       penalty: another one beside it, as for `architecture_search`.
       **options: as for `architecture_search`.
 
@@ -433,12 +448,14 @@ def beta_darts(
       A `Search`, of first order unless `order` says otherwise.
 
     Raises:
-      ValueError: `penalty` is no function; as for `architecture_search`.
+      ValueError: `num_steps` is below 1; `weight` is not positive; as for `architecture_search`.
 
     Source: Ye et al., CVPR 2022, https://arxiv.org/abs/2203.01665
     """
     if penalty is not None and not callable(penalty):
         raise ValueError(f"`penalty` must be `(α, step) -> []`; got {penalty!r}. The weight of β-DARTS is `weight=`.")
+    base.check_integer("num_steps", num_steps, 1)  # of none, the weight would stay 0
+    base.check_positive("weight", weight)
     grows = optax.linear_schedule(0.0, weight, num_steps)
 
     def decay(alpha, step):
@@ -477,7 +494,7 @@ def under_budget(
       A `Search`.
 
     Raises:
-      ValueError: the budget is not positive.
+      ValueError: the budget is not positive; the table has choices that the space has not.
 
     Source: Platt & Barr, Constrained Differential Optimization, NIPS 1987
 

@@ -1,4 +1,6 @@
-"""What an architecture search refuses: relaxations that mix on a single path, and runs that have found nothing."""
+"""What an architecture search refuses: relaxations that mix on a single path, runs that found nothing, another λ."""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,17 @@ def check_single(relaxation, network, edge_weights) -> None:
             f"`single_path` runs the op with the largest weight alone, and `relaxation` gives weight to several ops of "
             f"an edge of {several[0]!r}: use `nas.gumbel_softmax(..., hard=True)` or `nas.uniform_path()`."
         )
+
+
+def alpha_beside_init(hyperparams: base.HyperParams) -> base.HyperParams:
+    """α of {"alpha": α, "init": θ_0}; ValueError of another λ."""
+    if not isinstance(hyperparams, Mapping) or "alpha" not in hyperparams:
+        got = f"the keys {[*hyperparams]}" if isinstance(hyperparams, Mapping) else type(hyperparams).__name__
+        raise ValueError(
+            'With `learn_init` the search\'s λ is {"alpha": α, "init": θ_0}; got ' + got + ". Of an α alone, such as "
+            'that of `fine_tune`, pass {"alpha": α}: genotypes and weights take no more.'
+        )
+    return hyperparams["alpha"]
 
 
 def found(result: training.FitResult) -> base.HyperParams:

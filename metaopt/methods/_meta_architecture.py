@@ -21,7 +21,7 @@ class FineTunedArchitecture(NamedTuple):
     """What fine-tuning on a new task leaves.
 
     Attributes:
-      alpha: α after the last step.
+      alpha: α after the last step; of a search with `learn_init`, `search.genotype({"alpha": alpha})` reads it.
       params: the supernet's weights there; `search.supernet.inherit` takes those of one network out of them.
       values: [num_steps] the outer loss before every step of α.
     """
@@ -89,16 +89,27 @@ def meta_architecture_search(
 
     Sources: Elsken et al., CVPR 2020 (MetaNAS), https://arxiv.org/abs/1911.11090; Lian et al., ICLR 2020 (T-NAS).
 
-    >>> import jax
-    >>> from metaopt import hypergrad, methods, nas, predictors, spaces
+    >>> import jax, jax.numpy as jnp
+    >>> from metaopt import base, hypergrad, methods, nas, predictors, spaces
     >>> cell = nas.complete_cell(1, ("none", "mlp"))
     >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
     >>> rule = lambda problem: hypergrad.unrolled(problem, num_steps=3)
     >>> search = methods.architecture_search(table, (3,), rule, ops=nas.BLOCKS, learn_init=True)
     >>> h = predictors.mlp({"cell": spaces.real(shape=(1, 2))}, num_features=5)
-    >>> meta = methods.meta_architecture_search(search, h)
-    >>> sorted(meta.hyperparams(jax.random.key(0)))
+    >>> meta = methods.meta_architecture_search(search, h, num_steps=2)
+    >>> learned = meta.hyperparams(jax.random.key(0))  # `training.fit` of `meta.over_tasks()` learns it
+    >>> sorted(learned)
     ['h', 'init']
+
+    A new task, of which h reads the features:
+
+    >>> rows = {"x": jax.random.normal(jax.random.key(1), (16, 3)), "y": jnp.arange(16) % 2}
+    >>> task = base.Task(rows, rows, features=jnp.ones(5))
+    >>> sorted(meta.genotype(learned, task))  # a*, at once: kind -> edges
+    ['cell']
+    >>> tuned = jax.jit(meta.fine_tune)(jax.random.key(2), learned, task)
+    >>> tuned.values.shape, sorted(search.genotype({"alpha": tuned.alpha}))
+    ((2,), ['cell'])
     """
     base.check_integer("num_steps", num_steps, 0)
     optimizer = optax.adam(0.05, b1=0.5) if optimizer is None else optimizer

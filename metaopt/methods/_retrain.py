@@ -85,7 +85,7 @@ def retraining(
       loss: `(outputs, batch) -> []`.
 
     Returns:
-      A `Retraining`.
+      A `Retraining`; `search_report`'s example begins at the search, and goes on to its figures.
 
     Raises:
       ValueError: the network has mixing weights left; no layer has a stride for the auxiliary head; a number is out of
@@ -292,7 +292,7 @@ def batched_accuracy(
 
 
 class ArchitectureScores(NamedTuple):
-    """Accuracies of one architecture, on the same rows.
+    """Accuracies of one architecture, on the same rows, each in [0, 1] and not in %, as `batched_accuracy` gives them.
 
     Attributes:
       name: what it is called.
@@ -312,7 +312,8 @@ class SearchReport(NamedTuple):
     """What `search_report` found.
 
     Attributes:
-      correlation: Spearman's rank correlation of `inherited` with the mean of `retrained`, over architectures.
+      correlation: Spearman's rank correlation of `inherited` with the mean of `retrained`, over architectures; NaN of
+        one alone, and where one side is constant.
       interval: its 95 % interval; NaN of fewer than five architectures.
       discretization_gap: the mean of mixed − inherited, over architectures that were searched for.
       evaluation_gap: the mean of retrained − inherited, over all.
@@ -332,23 +333,71 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
         interval = tanh(artanh ρ ± 1.96 √((1 + ρ²/2) / (n − 3)))
 
     Args:
-      scores: at least two.
+      scores: at least one. Of one alone there are no ranks, and the gaps are what is told.
 
     Returns:
-      A `SearchReport`; ρ is NaN where one side is constant.
+      A `SearchReport`.
 
     Raises:
-      ValueError: there are fewer than two, or one has no `retrained`.
+      ValueError: there is none, one has no `retrained`, or an accuracy is not in [0, 1].
 
     Source: Bonett & Wright, Psychometrika 65, 2000, for the interval; Yu et al., ICLR 2020,
     https://arxiv.org/abs/1902.08142, for the question
+
+    All that comes after a search, of the smallest sizes:
+
+    >>> import jax, numpy as np, optax
+    >>> from metaopt import base, methods, nas, training
+    >>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
+    >>> network = nas.Network({"cell": cell}, (nas.Layer("cell", 8),), num_outputs=2)
+    >>> x = np.random.default_rng(0).normal(size=(64, 3))
+    >>> y = (x[:, 0] * x[:, 1] > 0).astype(int)
+    >>> task = base.Task({"x": x[:32], "y": y[:32]}, {"x": x[32:], "y": y[32:]})
+    >>> search = methods.darts(network, (3,), ops=nas.BLOCKS, order="first")
+    >>> result = training.fit(
+    ...     training.learner(search.estimator, optax.adam(0.1)), lambda key: task, num_steps=10, progress=False,
+    ...     hyperparams=search.hyperparams(jax.random.key(0)), key=jax.random.key(1),
+    ... )
+    >>> alpha = search.found(result)
+    >>> genotype = search.genotype(alpha)  # `nas.genotype_to_json` keeps it
+
+    Trained from scratch (without the auxiliary head, since no layer has a stride):
+
+    >>> small = nas.discrete(network, genotype)
+    >>> alone = methods.retraining(small, (3,), ops=nas.BLOCKS, num_steps=20, batch_size=16, auxiliary=0)
+    >>> state, losses = methods.train(
+    ...     alone.loop, task.train, num_steps=alone.num_steps, key=jax.random.key(2), progress=False
+    ... )
+
+    The three accuracies (a real search judges by rows of a third part, which neither has seen):
+
+    >>> accuracy = lambda apply, at: methods.batched_accuracy(apply)(at, task.valid, jax.random.key(3))
+    >>> shared = result.state.estimator_state.inner.params  # the supernet's weights
+    >>> supernet = lambda weights: accuracy(lambda at, x: search.supernet.apply(*at, x), (shared, weights))
+    >>> found = methods.ArchitectureScores(
+    ...     "found", inherited=supernet(nas.one_hot(network, genotype)),
+    ...     retrained=(accuracy(alone.apply, state.params),), mixed=supernet(search.weights(alpha)),
+    ... )
+    >>> print(methods.search_report([found]).text)  # doctest: +ELLIPSIS
+    |  | supernet, mixed | supernet's weights, discrete | retrained | mixed − discrete | seeds |
+    | --- | --- | --- | --- | --- | --- |
+    | found | ... | ... | ... | ... | 1 |
+    <BLANKLINE>
+    Accuracies in %. Rank correlation (Spearman) ... undefined, one alone has no ranks. Discretization gap ... points.
     """
     scores = list(scores)
-    if len(scores) < 2 or any(not len(score.retrained) for score in scores):
+    if not scores or any(not len(score.retrained) for score in scores):
         raise ValueError(
-            "`scores` must hold at least two architectures, each with at least one `retrained` accuracy; got "
+            "`scores` must hold at least one architecture, each with at least one `retrained` accuracy; got "
             f"{[(score.name, len(score.retrained)) for score in scores]}."
         )
+    for score in scores:
+        for value in (score.inherited, score.mixed, *score.retrained):
+            if value < 0 or value > 1 + 1e-6:  # NaN is none
+                raise ValueError(
+                    f"Accuracies must be in [0, 1], as `batched_accuracy` gives them; got {value} of {score.name!r}. "
+                    "Divide those in % by 100."
+                )
     inherited = np.array([score.inherited for score in scores])
     retrained = np.array([np.mean(score.retrained) for score in scores])
     rho, interval = math.nan, (math.nan, math.nan)
@@ -373,12 +422,14 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
         rows.append(
             [score.name, told(score.mixed), told(score.inherited), told(alone) + spread, gap, f"{len(score.retrained)}"]
         )
-    ranks = "undefined, one side is constant" if math.isnan(rho) else f"{rho:.2f}"
+    why = "one side is constant" if len(scores) > 1 else "one alone has no ranks"
+    ranks = f"undefined, {why}" if math.isnan(rho) else f"{rho:.2f}"
     ranks += "" if math.isnan(interval[0]) else f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
+    num = "architectures" if len(scores) > 1 else "architecture"
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += [
         "",
-        f"Accuracies in %. Rank correlation (Spearman) of discrete with retrained over {len(scores)} architectures: "
+        f"Accuracies in %. Rank correlation (Spearman) of discrete with retrained over {len(scores)} {num}: "
         f"{ranks}. Discretization gap (mixed − discrete, of what was searched for): "
         f"{100 * discretization:.1f} points; retrained − discrete, of all: {100 * evaluation:.1f} points.",
     ]

@@ -11,8 +11,8 @@ from jax.core import Tracer
 
 from metaopt import base
 from metaopt.nas import _genotypes
-from metaopt.nas._costs import CostTable, cost_of, expected_cost
-from metaopt.nas._relaxations import Relaxation, edge_normalized, mixing_weights, softmax
+from metaopt.nas._costs import CostTable, check_table, cost_of, expected_cost
+from metaopt.nas._relaxations import Relaxation, check_relaxation, edge_normalized, mixing_weights, softmax
 from metaopt.nas._specs import Genotype, Network, Space
 
 # ---- Penalties and constraints --------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def resource_penalty(
       `(α, step) -> []`.
 
     Raises:
-      ValueError: a number is out of range, or `form` unknown.
+      ValueError: a number is out of range, or `form` unknown; as for `over_budget`.
 
     Sources: Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs/1812.00332; Bender et al., CVPR 2020,
     https://arxiv.org/abs/2008.06120
@@ -79,11 +79,13 @@ def over_budget(
       `(α, step) -> []`.
 
     Raises:
-      ValueError: the budget is not positive.
+      ValueError: the budget is not positive; the table has choices that the network has not; `relaxation` is none.
     """
     if not isinstance(budget, Tracer):
         base.check_positive("budget", budget)
+    check_table(table, network)
     relax = softmax() if relaxation is None else relaxation
+    check_relaxation("relaxation", relax)
     some_are_kept = isinstance(network, Network) and isinstance(network.keep, numbers.Integral)
 
     def counted(alpha, cell, key, step):

@@ -89,7 +89,7 @@ def cost_table(
       A `CostTable`, for a batch of `batch_size`.
 
     Raises:
-      ValueError: as for `supernet`.
+      ValueError: `measure` is no function; as for `supernet`.
 
     >>> from metaopt import hypergrad, nas
     >>> space = nas.mlp_space(2, widths=(4, 8), depths=(1, 2))
@@ -99,6 +99,10 @@ def cost_table(
     122.0
     """
     base.check_integer("batch_size", batch_size, 1)
+    if not callable(measure):
+        raise ValueError(
+            f"`measure` must be a function, such as `nas.num_params` or `hypergrad.flops`; got {measure!r}."
+        )
     known: dict[Any, float] = {}
     dtype = jnp.zeros(0).dtype
 
@@ -181,6 +185,21 @@ def _elastic_costs(network: ElasticNetwork, in_shape, cost) -> tuple[float, tupl
         else:
             fixed += float(values)
     return fixed, tuple(terms)
+
+
+def check_table(table: CostTable, network: Space) -> None:
+    """ValueError where a table has costs of choices that a network has not: it is of another space."""
+    cells = network.cells
+    for term in table.terms:
+        for (kind, edge), num in zip(term.rows, np.shape(term.values), strict=True):
+            edges = cells[kind].edges if kind in cells else ()
+            there = len(edges[edge].ops) if edge < len(edges) else 0
+            if there != num:
+                has = f"{there} there" if there else f"none there; its kinds are {', '.join(cells)}"
+                raise ValueError(
+                    "`table` must be of the network's space, as `nas.cost_table(network, ...)` is: it has costs of "
+                    f"{num} candidates for the edge {edge} of {kind!r}, and the network has {has}."
+                )
 
 
 def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space | None = None) -> jax.Array:
@@ -281,8 +300,10 @@ def cost_of(table: CostTable, network: Space, genotype: Genotype) -> float:
       The cost, in the table's unit, in double precision.
 
     Raises:
-      ValueError: the genotype is not of this space; an edge that it lacks has no "none" in a table of whole networks.
+      ValueError: the genotype, or the table, is not of this space; an edge that it lacks has no "none" in a table of
+        whole networks.
     """
+    check_table(table, network)
     weights, total = _genotypes.one_hot(network, genotype), table.fixed
     for term in table.terms:
         left = term.values

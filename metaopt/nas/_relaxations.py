@@ -4,6 +4,7 @@ A **relaxation** is a function `(alpha, cell, key, step) -> weights [edges, ops]
 those of `base.Context`, for noise and schedules. Those below are made by functions, and wrap one another.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -54,6 +55,33 @@ def decoding(relaxation: Relaxation) -> Relaxation:
     return relaxation.decode if isinstance(relaxation, Decoded) else relaxation
 
 
+def check_relaxation(name: str, value: Any) -> None:
+    """Refuses what is no relaxation.
+
+    Args:
+      name: what the message calls it.
+      value: what was given.
+
+    Raises:
+      ValueError: it is no function, or one that does not take (alpha, cell, key, step), such as `softmax` itself, which
+        makes one.
+    """
+    takes = callable(value)
+    if takes:
+        try:
+            inspect.signature(value).bind(*[None] * 4)
+        except ValueError:  # of a function that says nothing of its arguments
+            pass
+        except TypeError:
+            takes = False
+    if not takes:
+        made = "; call it, if it makes one" if callable(value) else ""
+        raise ValueError(
+            f"`{name}` must be a function `(alpha, cell, key, step) -> weights [edges, ops]`, such as `nas.softmax()` "
+            f"gives; got {value!r}{made}."
+        )
+
+
 def _at(schedule: Schedule, step) -> Any:
     return schedule(step) if callable(schedule) else schedule
 
@@ -76,7 +104,16 @@ def mixing_weights(
 
     Returns:
       kind -> [edges, ops].
+
+    Raises:
+      ValueError: α has not the network's kinds.
     """
+    if not isinstance(alpha, Mapping) or set(alpha) != set(network.cells):
+        got = f"the kinds {sorted(map(str, alpha))}" if isinstance(alpha, Mapping) else type(alpha).__name__
+        raise ValueError(
+            f"α must have a leaf for each kind of cell of the network, {sorted(network.cells)}; got {got}. It is of "
+            "another search, or not α alone."
+        )
     kinds = network.cells.items()
     return {k: relaxation(alpha[k], cell, jax.random.fold_in(key, i), step) for i, (k, cell) in enumerate(kinds)}
 
@@ -197,8 +234,13 @@ def edge_normalized(relaxation: Relaxation) -> Relaxation:
     Returns:
       A `Relaxation` of {"ops": α [edges, ops], "edges": β [edges]}.
 
+    Raises:
+      ValueError: `relaxation` is none.
+
     Source: Xu et al., ICLR 2020, https://arxiv.org/abs/1907.05737
     """
+
+    check_relaxation("relaxation", relaxation)
 
     def relax(alpha, cell, key, step):
         w, beta = relaxation(alpha["ops"], cell, key, step), alpha["edges"]
@@ -226,10 +268,12 @@ def auxiliary_skip(relaxation: Relaxation, beta: Schedule) -> Relaxation:
       A `Relaxation`.
 
     Raises:
-      ValueError: when called, an edge has no "skip_connect".
+      ValueError: `relaxation` is none; when called, an edge has no "skip_connect".
 
     Source: Chu et al., ICLR 2021, https://arxiv.org/abs/2009.01027
     """
+
+    check_relaxation("relaxation", relaxation)
 
     def relax(alpha, cell, key, step):
         if any(SKIP not in edge.ops for edge in cell.edges):

@@ -136,9 +136,14 @@ def check_network(network: Network) -> None:
 
     Raises:
       ValueError: an edge goes backwards or nowhere, a cell has no output, a kind no layer; `num_outputs` is below 1;
-        `keep` is no such value.
+        `keep` is no such value; cells, layers or candidates have another form.
     """
     base.check_integer("num_outputs", network.num_outputs, 1)
+    if not isinstance(network.cells, Mapping) or not all(isinstance(layer, Layer) for layer in network.layers):
+        raise ValueError(
+            "`cells` must be a dict, kind -> `nas.Cell`, and `layers` a tuple of `nas.Layer`; got "
+            f"{type(network.cells).__name__}, and layers {network.layers!r}."
+        )
     is_number = isinstance(network.keep, (int, np.integer)) and not isinstance(network.keep, bool)
     if network.keep not in (None, "graph") and not (is_number and int(network.keep) >= 1):
         raise ValueError(
@@ -151,6 +156,7 @@ def check_network(network: Network) -> None:
         if cell.num_inputs == 2 and not cell.preprocess:
             raise ValueError(f"The cell {kind!r} has two inputs, of different shapes: it needs `preprocess=True`.")
         for edge in cell.edges:
+            _check_names(f"The candidates of the edge {edge.source} -> {edge.target} of the cell {kind!r}", edge.ops)
             if not 0 <= edge.source < edge.target or edge.target < cell.num_inputs:
                 raise ValueError(
                     f"An edge goes from a node to a later one that is no input; the cell {kind!r} has {edge.source} -> "
@@ -164,6 +170,13 @@ def check_network(network: Network) -> None:
             raise ValueError(f"`output` names nodes that are no inputs; that of {kind!r} is {cell.output}.")
         if kind not in {layer.name for layer in network.layers}:
             raise ValueError(f"No layer is of the kind {kind!r}.")
+
+
+def _check_names(what: str, ops: Any) -> None:
+    """ValueError where what should be names of ops is one text, or something else."""
+    if isinstance(ops, str) or not np.iterable(ops) or not all(isinstance(op, str) for op in ops):
+        one = f"; of one op that is ({ops!r},)" if isinstance(ops, str) else ", and the ops themselves go to `supernet`"
+        raise ValueError(f"{what} must be names, such as ('none', 'mlp'); got {ops!r}{one}.")
 
 
 def to_json(network: Space) -> str:
@@ -310,13 +323,18 @@ def complete_cell(num_nodes: int, ops: Sequence[str], *, num_inputs: int = 1, pr
 
     Args:
       num_nodes: beside the inputs, at least 1.
-      ops: the candidates on every edge.
+      ops: the candidates on every edge, by name.
       num_inputs: 1 or 2.
       preprocess: as for `Cell`.
 
     Returns:
       A `Cell`, its edges ordered by target, then source.
+
+    Raises:
+      ValueError: `num_nodes` is below 1; `ops` is a text, or not of texts.
     """
+    base.check_integer("num_nodes", num_nodes, 1)
+    _check_names("`ops`", ops)
     last = num_inputs + num_nodes
     edges = tuple(Edge(s, t, tuple(ops)) for t in range(num_inputs, last) for s in range(t))
     return Cell(num_inputs, edges, (last - 1,), preprocess)

@@ -120,8 +120,8 @@ def supernet(
       A `Supernet`. Its parameters are a tree of arrays, with stacks of edges and of layers as leading axes.
 
     Raises:
-      ValueError: the spec does not hold together; `in_shape` is a number; an op is unknown, or does not take or give
-        the shape that it should; K does not divide the channels, or is more than 1 where sizes are searched.
+      ValueError: the spec does not hold together; `in_shape` is a number; an op is unknown, no `Op`, or does not take
+        or give the shape that it should; K does not divide the channels, or is more than 1 where sizes are searched.
 
     Sources: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055; for K, Xu et al., ICLR 2020,
     https://arxiv.org/abs/1907.05737
@@ -256,13 +256,34 @@ def init_alpha(key: jax.Array, network: Space, *, scale: float = 1e-3) -> dict[s
 # ---- Shapes ---------------------------------------------------------------------------------------------------------
 
 
+def _check_op(ops: Mapping[str, _ops.Op], name: str) -> None:
+    """ValueError where `ops` has no op of a name."""
+    if not isinstance(ops, Mapping):
+        raise ValueError(f"`ops` must be a dict, name -> `nas.Op`, such as `nas.BLOCKS`; got {type(ops).__name__}.")
+    if name not in ops:
+        none = (
+            f"There is no op {name!r} among {', '.join(map(str, ops))}" if ops else f"`ops` is empty, without {name!r}"
+        )
+        raise ValueError(
+            f"{none}, which the network has: pass the set of its space, such as `nas.BLOCKS` or `nas.DARTS_OPS`, and "
+            "one's own ops beside it, `{**nas.BLOCKS, 'mine': nas.Op(...)}`."
+        )
+    op = ops[name]
+    if not (callable(getattr(op, "init", None)) and callable(getattr(op, "apply", None))):
+        one = "a function; one" if callable(op) else f"{op!r}. An op"
+        raise ValueError(
+            f"`ops[{name!r}]` must be a `nas.Op`, the pair `init(key, in_shape, channels, stride) -> params` and "
+            f"`apply(params, x, channels, stride) -> y`; got {one} without parameters is "
+            "`nas.Op(lambda key, in_shape, channels, stride: (), lambda params, x, channels, stride: ...)`."
+        )
+
+
 def _build(network: Network, in_shape: tuple[int, ...], ops: Mapping[str, _ops.Op], partial: int) -> list[_Run]:
     """What is run, with all shapes, which are checked against what the ops give."""
     checked: dict[tuple, tuple[int, ...]] = {}
 
     def out_shape(name, shape, channels, stride):
-        if name not in ops:
-            raise ValueError(f"There is no op {name!r} among {', '.join(ops)}.")
+        _check_op(ops, name)
         at = (name, shape, channels, stride)
         if at not in checked:
             op, key = ops[name], jax.eval_shape(lambda: jax.random.key(0))

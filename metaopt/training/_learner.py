@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from metaopt import base
@@ -217,13 +218,19 @@ def check_hyperparams(hyperparams: base.HyperParams) -> base.HyperParams:
 
 
 def check_tasks(tasks: base.PyTree) -> base.PyTree:
-    """The tasks as arrays; ValueError where there are none."""
+    """The tasks as arrays; ValueError where there are none, or one is not of numbers."""
     leaves = jax.tree_util.tree_leaves_with_path(tasks)
     if not leaves:
         raise ValueError(f"The tasks are empty: {tasks!r} has no arrays.")
     for path, leaf in leaves:
+        name = f"tasks{jax.tree_util.keystr(path)}"
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if isinstance(dtype, np.dtype) and dtype.kind in "OSUmM":
+            raise ValueError(
+                f"`{name}` is of {dtype}, and JAX has numbers alone. Of labels that are texts, number the classes "
+                "(`np.unique(y, return_inverse=True)[1]`); of numbers as objects take `.astype(float)`."
+            )
         if jnp.shape(leaf)[:1] == (0,):
-            name = f"tasks{jax.tree_util.keystr(path)}"
             raise ValueError(f"`{name}` has shape {jnp.shape(leaf)}: a batch of no tasks, or a task of no data.")
     return _strong(tasks)
 

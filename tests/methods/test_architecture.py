@@ -54,6 +54,7 @@ FIRST = {
     "darts_minus": lambda **o: search_of(methods.darts_minus, num_steps=10, **o),
     "beta_darts": lambda **o: search_of(methods.beta_darts, num_steps=10, weight=2.0, **o),
 }
+SCHEDULED = (methods.gdas, methods.darts_minus, methods.beta_darts, methods.unrolled_darts)
 QUICK = ("darts-0", "darts-1", "darts_minus-1")
 
 
@@ -457,6 +458,49 @@ def test_bad_order():
         methods.darts(NET, (3,), ops=OPS, order="third")
     with pytest.raises(ValueError, match="`difference` must be one of central, forward; got 'backward'"):
         methods.darts(NET, (3,), ops=OPS, difference="backward")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        # Schedules of no steps are none: each of these is another method.
+        *((method, {"num_steps": 0}, "`num_steps` must be at least 1; got 0") for method in SCHEDULED),
+        *((method, {"num_steps": -5}, "`num_steps` must be at least 1; got -5") for method in SCHEDULED),
+        (methods.gdas, {"num_steps": 2.5}, "`num_steps` must be an integer of at least 1; got 2.5"),
+        (methods.beta_darts, {"num_steps": 5, "weight": -1.0}, "`weight` must be positive; got -1.0"),
+        (methods.beta_darts, {"num_steps": 5, "weight": 0}, "`weight` must be positive; got 0"),
+        (methods.darts, {"relaxation": "softmax"}, r"`relaxation` must be a function `\(alpha, .*; got 'softmax'\.$"),
+        (methods.darts, {"relaxation": nas.softmax}, "`relaxation` must be .* such as `nas.softmax.*; call it"),
+        (methods.darts, {"decode": 3}, "`decode` must be a function .*; got 3"),
+    ],
+)
+def test_options_that_make_another_method_or_none_are_refused(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        search_of(method, **options)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        ({"normal": jnp.zeros((3, 3))}, r"each kind of cell .* \['cell'\]; got the kinds \['normal'\]"),
+        ({"cell": jnp.zeros((3, 3)), "reduce": jnp.zeros((3, 3))}, r"got the kinds \['cell', 'reduce'\]"),
+        (jnp.zeros((3, 3)), "each kind of cell .*; got Array"),
+    ],
+)
+def test_an_alpha_of_another_search_is_refused(alpha, message):
+    search = search_of(methods.darts)
+    for read in (search.weights, search.genotype):
+        with pytest.raises(ValueError, match=message):
+            read(alpha)
+
+
+def test_an_alpha_without_a_start_is_read_where_it_is_said():
+    rule = lambda problem: hypergrad.unrolled(problem, num_steps=1)
+    search = methods.architecture_search(NET, (3,), rule, ops=OPS, learn_init=True)
+    alpha = {"cell": jnp.zeros((3, 3))}
+    with pytest.raises(ValueError, match=r"""With `learn_init` .* got the keys \['cell'\]. .* pass {"alpha": α}"""):
+        search.genotype(alpha)
+    assert len(search.genotype({"alpha": alpha})["cell"]) == 3
 
 
 # ---- Padding, and labels --------------------------------------------------------------------------------------------

@@ -361,6 +361,27 @@ def test_the_report():
     assert np.isnan(few.interval).all() and few.correlation == 1.0
     same = methods.search_report([s._replace(inherited=0.1) for s in SCORES])
     assert np.isnan(same.correlation) and "6 architectures: undefined, one side is constant." in same.text
-    for bad in ([], SCORES[:1], [SCORES[0], SCORES[1]._replace(retrained=())]):
-        with pytest.raises(ValueError, match="at least two architectures"):
+    for bad in ([], [SCORES[0]._replace(retrained=())], [SCORES[0], SCORES[1]._replace(retrained=())]):
+        with pytest.raises(ValueError, match="at least one architecture, each with at least one `retrained`"):
             methods.search_report(bad)
+
+
+def test_a_report_of_one_architecture_has_gaps_and_no_ranks():
+    one = methods.search_report(SCORES[:1])
+    assert np.isnan(one.correlation) and np.isnan(one.interval).all()
+    assert one.discretization_gap == pytest.approx(0.15) and one.evaluation_gap == pytest.approx(0.25)
+    told = one.text.splitlines()[-1]
+    assert "over 1 architecture: undefined, one alone has no ranks. Discretization gap" in told
+    assert "15.0 points; retrained − discrete, of all: 25.0 points" in told
+
+
+@pytest.mark.parametrize(
+    "change", [{"inherited": 30.0}, {"mixed": 1.1}, {"retrained": (0.5, 60.0)}, {"retrained": (-0.1,)}]
+)
+def test_accuracies_in_percent_are_refused(change):
+    for others in ([], SCORES[1:]):
+        with pytest.raises(
+            ValueError, match=r"in \[0, 1\], as `batched_accuracy` .* of 'found'. Divide those in % by 100"
+        ):
+            methods.search_report([SCORES[0]._replace(**change), *others])
+    methods.search_report([SCORES[0]._replace(inherited=1 + 1e-7, mixed=float("nan"), retrained=(0.0,))])

@@ -593,3 +593,43 @@ def test_weights_of_another_space_are_refused():
     table = table_of("sizes", "flops")
     with pytest.raises(ValueError, match="The weights of 'conv1.kernel' must have 2 columns; got the shapes"):
         nas.expected_cost(table, {"cell": jnp.ones((6, 5))})
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (
+            nas.CostTerm((("linear.width", 0),), np.ones(2)),
+            "2 candidates for the edge 0 of 'linear.width', .* none there",
+        ),
+        (
+            nas.CostTerm((("cell", 3),), np.ones(3)),
+            "3 candidates for the edge 3 of 'cell', .* none there; its kinds are",
+        ),
+        (
+            nas.CostTerm((("cell", 2),), np.ones(5)),
+            "5 candidates for the edge 2 of 'cell', and the network has 3 there",
+        ),
+        (nas.CostTerm((("cell", 2), ("cell", 0)), np.ones((3, 2))), "2 candidates for the edge 0 of 'cell'"),
+    ],
+)
+def test_a_table_of_another_space_is_refused_where_it_is_given(term, message):
+    cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
+    network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    table, search = nas.CostTable(1.0, (term,)), methods.darts(network, (3,), ops=nas.BLOCKS)
+    genotype = {"cell": ((0, 1, "mlp"), (1, 2, "mlp"))}
+    for build in (
+        lambda: methods.under_budget(search, table, budget=10.0),
+        lambda: nas.resource_penalty(table, network, weight=1.0, target=10.0),
+        lambda: nas.cost_of(table, network, genotype),
+        lambda: nas.within_budget(network, nas.one_hot(network, genotype), table, 10.0),
+    ):
+        with pytest.raises(ValueError, match=f"`table` must be of the network's space, .* costs of {message}"):
+            build()
+
+
+def test_a_measure_and_a_relaxation_that_are_no_functions_are_refused():
+    with pytest.raises(ValueError, match="`measure` must be a function, such as `nas.num_params` .*; got 'flops'"):
+        nas.cost_table(ROWS, (3,), "flops", ops={})
+    with pytest.raises(ValueError, match="`relaxation` must be a function .*; got 'softmax'"):
+        nas.over_budget(row_table(), ROWS, budget=1.0, relaxation="softmax")

@@ -92,6 +92,11 @@ def test_json(net):
         (lambda c: c._replace(edges=(nas.Edge(0, 0, ("none",)),)), "from a node to a later one"),
         (lambda c: c._replace(edges=(nas.Edge(0, 1, ("none",)), nas.Edge(0, 2, ("none", "mlp")))), "same number"),
         (lambda c: c._replace(edges=(nas.Edge(0, 1, ()),)), "at least 1"),
+        (lambda c: c._replace(edges=(nas.Edge(0, 1, "mlp"),)), r"edge 0 -> 1 .* got 'mlp'; of one op .* \('mlp',\)"),
+        (
+            lambda c: c._replace(edges=(nas.Edge(0, 1, (3,)),)),
+            r"edge 0 -> 1 of the cell 'cell' must be names.* got \(3,\)",
+        ),
         (lambda c: c._replace(output=()), "`output` names nodes"),
         (lambda c: c._replace(output=(0,)), "`output` names nodes"),
         (lambda c: c._replace(num_inputs=3), "1 or 2 inputs"),
@@ -105,3 +110,23 @@ def test_cells_that_do_not_hold_together(change, message):
         nas.check_network(net)
     with pytest.raises(ValueError, match="No layer is of the kind 'cell'"):
         nas.check_network(nas.Network({"cell": cell}, (), 2))
+    for cells, layers, got in [
+        (cell, (nas.Layer("cell", 4),), "got Cell, and"),
+        ({"cell": cell}, ("linear", "cell"), r"layers \('linear', 'cell'\)"),
+    ]:
+        with pytest.raises(ValueError, match=f"`cells` must be a dict, kind -> `nas.Cell`, and `layers` .*{got}"):
+            nas.check_network(nas.Network(cells, layers, 2))
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "ops", "message"),
+    [
+        (2, "mlp", r"`ops` must be names, such as \('none', 'mlp'\); got 'mlp'; of one op that is \('mlp',\)"),
+        (2, (nas.BLOCKS["mlp"],), "`ops` must be names.*, and the ops themselves go to `supernet`"),
+        (2, 3, "`ops` must be names.*; got 3"),
+        (0, ("mlp",), "`num_nodes` must be at least 1; got 0"),
+    ],
+)
+def test_complete_cells_of_no_nodes_or_names_are_refused(num_nodes, ops, message):
+    with pytest.raises(ValueError, match=message):
+        nas.complete_cell(num_nodes, ops)

@@ -291,8 +291,21 @@ def test_what_does_not_fit_is_refused():
     net = nas.Network({"cell": cell}, (nas.Layer("cell", 4),), 2)
     with pytest.raises(ValueError, match=r"'own' must turn the shape \(2, 3\) into \(2, 4\) .*; it gave \(2, 3\)"):
         nas.supernet(nas.Network({}, (nas.Layer("own", 4),), 2), (3,), ops={"own": linear})
-    with pytest.raises(ValueError, match="no op 'linear' among stem"):
-        nas.supernet(net, (3,), ops={"stem": nas.BLOCKS["stem"]})
+    for ops, message in [
+        ({"stem": nas.BLOCKS["stem"]}, "no op 'linear' among stem, which the network has: pass the set of its space"),
+        (
+            {},
+            "`ops` is empty, without 'linear', which the network has: pass the set of its space, such as `nas.BLOCKS`",
+        ),
+        (
+            {"linear": lambda x: x},
+            r"`ops\['linear'\]` must be a `nas.Op`, .*; got a function; one without parameters is",
+        ),
+        ({"linear": "linear"}, r"`ops\['linear'\]` must be a `nas.Op`, .*; got 'linear'\. An op without parameters is"),
+        ([nas.BLOCKS["linear"]], "`ops` must be a dict, name -> `nas.Op`, such as `nas.BLOCKS`; got list"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            nas.supernet(net, (3,), ops=ops)
     with pytest.raises(ValueError, match="`partial` must divide the channels; got 3, and 4 channels in 'cell'"):
         nas.supernet(net, (3,), ops=nas.BLOCKS, partial=3)
     with pytest.raises(ValueError, match="`preprocess=False`, and an input of 3, so that what `partial`"):
