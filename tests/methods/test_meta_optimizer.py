@@ -122,6 +122,7 @@ def test_a_second_key_compiles_no_step_again(monkeypatch):
     for name in ("kernel_loss", "attention_loss", "deep_kernel_loss", "transformer_loss"):
         monkeypatch.setattr(predictors, name, counted(name, getattr(predictors, name)))
     kwargs = {"space": SPACE, "num_steps": 1, "num_members": 1, "deep_kernels": 1, "transformers": 1}
+    jax.clear_caches()  # of tests before
     found = []
     for seed in range(2):
         records, features = make_records(np.random.default_rng(seed), num_tasks=3)

@@ -552,7 +552,7 @@ def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
     """Without candidates: the trials of a batch are where each adds to the others."""
     records = [Record(f"t{t}", {"x": float(x)}, (x - t / 4) ** 2) for t in range(5) for x in np.linspace(0, 1, 9)]
     g = methods.train_meta_optimizer(records, space={"x": spaces.interval(0.0, 1.0)}, num_steps=0)
-    searcher = g.searcher()
+    searcher = g.searcher(first=())
     low = [Record("", {"x": x}, 5 + (x - 0.75) ** 2, fidelity=1 / 9, trial=i) for i, x in enumerate((0.0, 0.5, 1.0))]
     start = searcher.init(jax.random.key(0), None)._replace(num_asked=4)
     asked, _ = searcher.ask(searcher.tell(start, low), 1)

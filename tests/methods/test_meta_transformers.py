@@ -72,7 +72,7 @@ def run(searcher, best, num, batch=1, fails=lambda x: False):
 def test_they_predict_from_features_and_adapt_to_trials(g):
     told, blind = [], []
     for best in (0.1, 0.3, 0.7, 0.9):
-        assert abs(g.predict([best])["x"] - best) < 0.15
+        assert abs(g.predict([best])["x"] - best) < 0.2  # without features, 0.4 for the outer two
         tried = run(g.searcher([best], first=()), best, 4)
         assert tried[0].configuration == g.predict([best])
         assert min(record.outcome for record in tried) < 3.0 + 0.01
