@@ -87,7 +87,7 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
     return records
 
 
-def _values(column: "pandas.Series") -> list[Any]:
+def _values(column: Any) -> list[Any]:
     """As plain values; gaps of any kind are NaN, and numbers of a measure are floats, though they may all be whole."""
     if column.name in ("outcome", "fidelity", "cost") and column.dtype.kind in "iuf":
         return column.to_numpy(float, na_value=math.nan).tolist()

@@ -224,7 +224,7 @@ def test_deep_kernels_predict_from_features_and_stand_alone_where_they_have_the_
         methods.train_meta_optimizer(records, deep_share=2, **kwargs)
 
 
-def after_25_trials(kind, seed, num_tasks, *others, **kwargs):
+def regrets_after(num, kind, seed, num_tasks, *others):
     """[S, T] the regrets of searchers that learned from records which say nothing of new tasks, of the same optimizer
     without g, and of others.
 
@@ -233,9 +233,9 @@ def after_25_trials(kind, seed, num_tasks, *others, **kwargs):
     rng = np.random.default_rng(seed)
     useless = make_records(rng, shuffled=True)[0] if kind == "shuffled" else unrelated(rng)
     flat = [base.Record("flat", record.configuration, 1.0 + rng.normal()) for record in useless[:15]]
-    one, without = (methods.train_meta_optimizer(r, space=SPACE, num_steps=60, **kwargs) for r in (useless, flat))
+    one, without = (methods.train_meta_optimizer(r, space=SPACE, num_steps=60) for r in (useless, flat))
     bests = rng.uniform(size=num_tasks)
-    return np.array([[search(s, b, 25)[-1] for b in bests] for s in (one.searcher(), without.searcher(), *others)])
+    return np.array([[search(s, b, num)[-1] for b in bests] for s in (one.searcher(), without.searcher(), *others)])
 
 
 @slow
@@ -243,7 +243,7 @@ def after_25_trials(kind, seed, num_tasks, *others, **kwargs):
 def test_records_that_say_nothing_of_new_tasks_do_no_harm(kind):
     """The mean regret after 25 trials is within one standard error, of paired differences of 48 tasks over six seeds,
     of that of the same optimizer without g: one that was trained on one flat task."""
-    regrets = [after_25_trials(kind, seed, 8, tasks.random_search()) for seed in (2, 11, 12, 13, 14, 15)]
+    regrets = [regrets_after(25, kind, seed, 8, tasks.random_search()) for seed in (2, 11, 12, 13, 14, 15)]
     ours, plain, random = np.concatenate(regrets, axis=1)
     for beside in (plain, random):
         assert (ours - beside).mean() < (ours - beside).std(ddof=1) / np.sqrt(len(ours))
@@ -251,11 +251,11 @@ def test_records_that_say_nothing_of_new_tasks_do_no_harm(kind):
 
 
 @pytest.mark.once
-def test_records_that_say_nothing_of_three_new_tasks_do_little_harm():
-    """As above, of one seed, with slack: .001, where random search is .003 off, and one standard error is about .0002
-    (the strict bar needs more tasks than there is time for here)."""
-    ours, plain = after_25_trials("unrelated", 2, 3)
-    assert (ours - plain).mean() < 1e-3
+def test_records_that_say_nothing_of_two_new_tasks_do_little_harm():
+    """As above, after 15 trials and of one seed, with slack: .001, where random search is off by .02 or more. The bar
+    itself needs more tasks, and more trials, than there is time for here."""
+    ours, plain, random = regrets_after(15, "unrelated", 2, 2, tasks.random_search())
+    assert (ours - plain).mean() < 1e-3 and ours.mean() + 1e-3 < random.mean()
 
 
 @pytest.mark.once

@@ -53,7 +53,7 @@ def listener(*, stop=math.inf):
 
 
 LISTENER = listener()
-G: Any = methods.MetaOptimizer(*[lambda *_: None] * 5, *[None] * 4)
+G: Any = methods.MetaOptimizer._make([lambda *_: None] * len(methods.MetaOptimizer._fields))
 
 
 def without_cost(records):
