@@ -135,7 +135,7 @@ def train_meta_optimizer(
 
     Fine-tuning, with trials of it (`g.suggest` where they are kept elsewhere):
 
-    >>> searcher = g.searcher(new_task, first=())
+    >>> searcher = g.searcher(new_task, first=[configuration])
     >>> state = searcher.init(jax.random.key(0), space)
     >>> (trial,), state = searcher.ask(state, 1)
     >>> trial.configuration == configuration
