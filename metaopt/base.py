@@ -14,6 +14,7 @@ meta-parameters where they are a network's weights) is any pytree of floating-po
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -343,6 +344,27 @@ def check_estimator(estimator: Any, *, or_function: bool = False) -> None:
     raise ValueError(f"`estimator` must be a `base.Estimator`{function}; got {type(estimator).__name__}{instead}.")
 
 
+def as_pandas(name: str, frame: Any) -> Any:
+    """A data frame of pandas, from one of it or from what has a `to_pandas`, as polars' and pyarrow's have.
+
+    Args:
+      name: what the message calls it.
+      frame: what was given.
+
+    Returns:
+      A `pandas.DataFrame`.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    frame = frame.to_pandas() if callable(getattr(frame, "to_pandas", None)) else frame
+    pandas = sys.modules.get("pandas")  # who has a frame of it has loaded it
+    if pandas is None or not isinstance(frame, pandas.DataFrame):
+        of = f"{type(frame).__module__}.{type(frame).__qualname__}"
+        raise ValueError(f"`{name}` must be a data frame of pandas, or have a `to_pandas` that makes one; got {of}.")
+    return frame
+
+
 class Predictor(NamedTuple):
     """g or h: maps a task to λ; its weights φ are meta-parameters.
 
@@ -484,3 +506,24 @@ class Searcher(NamedTuple):
     init: SearcherInitFn
     ask: AskFn
     tell: TellFn
+
+
+def check_searcher(searcher: Any) -> None:
+    """Refuses what is no searcher: no `init`, `ask` and `tell`.
+
+    Args:
+      searcher: what was given.
+
+    Raises:
+      ValueError: it is something else, such as the factory of one, or a `MetaOptimizer`.
+    """
+    if all(callable(getattr(searcher, name, None)) for name in Searcher._fields):
+        return
+    instead = ""
+    if callable(getattr(searcher, "searcher", None)):
+        instead = "; its `.searcher(new_task)` makes one"
+    elif callable(searcher):
+        instead = ", a function: call it, as in `tasks.random_search()`"
+    raise ValueError(
+        f"`searcher` must be a `base.Searcher`; got {getattr(searcher, '__name__', type(searcher).__name__)}{instead}."
+    )

@@ -118,6 +118,30 @@ def train_meta_optimizer(
       Wistuba & Grabocka, ICLR 2021, https://arxiv.org/abs/2101.07667, for `deep_kernels`;
       Müller et al., PFNs4BO, ICML 2023, https://arxiv.org/abs/2305.17535, and Nguyen & Grover, ICML 2022,
       https://arxiv.org/abs/2207.04179, for `transformers`.
+
+    >>> import jax
+    >>> from metaopt import Record, methods, spaces
+    >>> space = {"x": spaces.interval(0.0, 1.0)}
+    >>> bests = {f"task {i}": i / 7 for i in range(8)}  # here a task's feature says where its best is
+    >>> loss = lambda configuration, best: (configuration["x"] - best) ** 2
+    >>> tried = [{"x": i / 10} for i in range(11)]
+    >>> records = [Record(name, c, loss(c, best)) for name, best in bests.items() for c in tried]
+    >>> features = {name: [best] for name, best in bests.items()}
+    >>> g = methods.train_meta_optimizer(records, space=space, features=features, num_members=2, num_steps=60)
+    >>> new_task = [0.8]  # its features, or `base.Task(train, valid, features)`
+    >>> configuration = g.predict(new_task)
+    >>> abs(configuration["x"] - 0.8) < 0.1
+    True
+
+    Fine-tuning, with trials of it (`g.suggest` where they are kept elsewhere):
+
+    >>> searcher = g.searcher(new_task, first=[configuration])
+    >>> state = searcher.init(jax.random.key(0), space)
+    >>> (trial,), state = searcher.ask(state, 1)
+    >>> trial.configuration == configuration
+    True
+    >>> outcome = loss(trial.configuration, 0.8)
+    >>> state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=outcome)])  # and ask again
     """
     base.check_integer("num_members", num_members, 1)
     base.check_integer("num_steps", num_steps, 0)
@@ -196,6 +220,18 @@ def train_meta_searcher(
 
     Raises:
       ValueError: as for `train_meta_optimizer`; or no record is a candidate.
+
+    >>> from metaopt import Record, methods, spaces
+    >>> space = {"model": spaces.choice(["forest", "svm", "linear"])}
+    >>> losses = {"iris": [0.1, 0.3, 0.3], "wine": [0.2, 0.4, 0.4], "digits": [0.5, 0.2, 0.4]}
+    >>> records = [
+    ...     Record(task, {"model": model}, loss)
+    ...     for task, row in losses.items()
+    ...     for model, loss in zip(["forest", "svm", "linear"], row)
+    ... ]
+    >>> h = methods.train_meta_searcher(records, space=space, num_steps=5)
+    >>> h.predict(), h.portfolio(2)
+    ({'model': 'forest'}, [{'model': 'forest'}, {'model': 'svm'}])
     """
     records = as_records(records)
     if candidates is not None:

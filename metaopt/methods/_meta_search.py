@@ -90,7 +90,7 @@ class MakeSearcherFn(Protocol):
 class MetaOptimizer(NamedTuple):
     """What `train_meta_optimizer` and `train_meta_searcher` return. A new task is given as a `base.Task` with its
     `features`, and with its `train` rows where g reads those; as the features themselves [F]; or as None where nothing
-    is known of it.
+    is known of it. A warning says where a Task lacks the features that g reads.
 
     Attributes:
       predict: `(new_task) -> configuration`, as plain values by name.
@@ -178,10 +178,16 @@ def features_of(new_task: Any) -> np.ndarray | None:
     except (TypeError, ValueError):
         array = np.zeros(())
     if array.ndim != 1:
+        of_a_table = (
+            " A table's features are `tasks.apply_scaling(scaling, tasks.metafeatures(table))`, scaled as those of "
+            "earlier tasks (`tasks.fit_scaling`); where g reads rows, `tasks.to_task` makes a Task of what "
+            "`tasks.prepare` returns."
+        )
         raise ValueError(
             "`new_task` must be a `base.Task` with `features`, those features as an array of numbers [F], or None; got "
-            f"{f'shape {np.shape(features)}' if array.ndim else type(features).__name__}. `tasks.to_task` makes a Task "
-            "of a `tasks.Table`."
+            f"{f'shape {np.shape(features)}' if array.ndim else type(features).__name__}."
+            + of_a_table
+            * isinstance(new_task, (tasks.Table, tasks.PreparedTable))
         )
     return array
 
@@ -413,6 +419,13 @@ def meta_optimizer(
             warnings.warn(
                 "The new task's features are not looked at: none were learned from. `train_meta_optimizer(features=)` "
                 "takes those of earlier tasks. None, or a Task without `features`, is a task that is not known.",
+                stacklevel=3,
+            )
+        if features is None and num_features and isinstance(new_task, base.Task):
+            warnings.warn(
+                f"The new task has no `features`, and is predicted as one that is not known: [{num_features}] of each "
+                "were learned from. `tasks.to_task(..., features=)` has a Task hold them; None says that nothing is "
+                "known.",
                 stacklevel=3,
             )
         rows = new_task.train if isinstance(new_task, base.Task) else None

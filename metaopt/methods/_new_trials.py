@@ -16,17 +16,18 @@ _NEAREST = 8  # fidelities above one's own that are compared with it
 
 
 def as_configurations(name: str, given: Any, space: base.PyTree = None) -> Sequence[Mapping[str, Any]]:
-    """Configurations from a list of dicts, or a data frame, whose gaps (NaN) are what a row does not have.
+    """Configurations from a list of dicts, or a data frame, whose gaps are what a row does not have.
 
     Args:
       name: of the argument.
       given: what it is.
-      space: where a choice of it has None as a label, and is active, a gap is None.
+      space: where a choice of it has None as a label, and is active, a gap (NaN, None, NA, NaT) is None.
 
     Raises:
       ValueError: it is something else, such as an array, which does not say what its columns are.
     """
     if hasattr(given, "columns"):
+        given = base.as_pandas(name, given)
         # Gaps of nullable types are NaN, too.
         return _without_gaps(given.astype(object).where(given.notna(), math.nan).to_dict("records"), space)
     if isinstance(given, Mapping):

@@ -46,7 +46,15 @@ def shape_of(prepared: PreparedTable) -> TaskShape:
 
     Returns:
       A `TaskShape`.
+
+    Raises:
+      ValueError: it is no prepared table.
     """
+    if not isinstance(prepared, PreparedTable):
+        raise ValueError(
+            f"`prepared` must be a `PreparedTable`, whose rows are split and encoded; got {type(prepared).__name__}. "
+            "`tasks.prepare(table)` makes one of a `Table`."
+        )
     return TaskShape(len(prepared.train.y), len(prepared.valid.y), prepared.num_features, prepared.num_classes)
 
 
@@ -75,7 +83,8 @@ def to_task(
       A `Task` of NumPy arrays.
 
     Raises:
-      ValueError: the table does not fit, has no row to train on or to validate on, or has a NaN or an infinite value.
+      ValueError: the table is not prepared, does not fit, has no row to train on or to validate on, or has a NaN or an
+        infinite value.
     """
     shape, padded = shape_of(prepared), TaskShape(*rows, num_features, num_classes)
     if any(s > p for s, p in zip(shape, padded, strict=True)):

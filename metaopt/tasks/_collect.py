@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from metaopt import base
 from metaopt.progress import progress_bar
@@ -84,6 +85,8 @@ def collect(
         own), so that only the difference of the two is spent.
       store: a file of records (`append_records`), made where there is none; by default, none. A trial of which it has
         the end is not run again, a failed one neither: where the objective has been corrected since, `retry_failed`.
+        An empty file beside it, which ends in `.lock`, is there while a collection is; what a killed one leaves of it
+        is harmless, and may be deleted.
       study: the collection's name in the store. One is continued by calling again with the same space, searcher,
         `batch_size`, `same_trials`, `resumes` and key; `num_trials` may be larger, tasks may come and go, and
         configurations be enqueued `after` what has been run. One collection of a study at a time: several studies may
@@ -126,7 +129,15 @@ def collect(
     >>> records[0].configuration, records[0].outcome
     ({'x': 0.0}, 0.25)
     """
+    if not callable(objective):
+        raise ValueError(
+            "`objective` must be a function `(trial, task) -> outcome`, which runs a trial; got "
+            f"{type(objective).__name__}."
+        )
     base.check_positive("num_trials", num_trials)
+    _check_key(key)
+    if searcher is not None:
+        base.check_searcher(searcher)
     base.check_integer("batch_size", batch_size, 1, optional=True)
     for name, value in (("time_limit", time_limit), ("memory_limit", memory_limit), ("budget", budget)):
         base.check_positive(name, value, optional=True)
@@ -136,11 +147,7 @@ def collect(
         raise ValueError(f"Isolated trials need a POSIX system; on {os.name!r}, use `isolated=False`.")
     if memory_limit is not None and not memory_is_known():
         raise ValueError("`memory_limit` needs Linux, whose /proc says what a process holds; leave it out.")
-    named = dict(tasks) if isinstance(tasks, Mapping) else {task.name: task for task in tasks}
-    if len(named) < len(tasks):
-        raise ValueError("The names of `tasks` must differ.")
-    if unnamed := [name for name in named if not isinstance(name, str)]:
-        raise ValueError(f"The names of `tasks` must be strings, as records hold them; got {unnamed[0]!r}.")
+    named = _by_name(tasks)
     if batch_size is None:
         batch_size = 1 if searcher is not None else max(1, round(num_trials))
     searcher = random_search() if searcher is None else searcher
@@ -203,6 +210,34 @@ def collect(
         if isolated:
             end_children(owner)
     return [record for records in told.values() for record in records]
+
+
+def _check_key(key: Any) -> None:
+    """Typed keys, and those of `jax.random.PRNGKey`."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not (typed and shape == () or dtype == jnp.uint32 and shape is not None and len(shape) == 1):
+        got = repr(key) if shape is None else f"an array of {dtype}, shape {shape}"
+        raise ValueError(f"`key` must be one key, such as `jax.random.key(0)`; got {got}.")
+
+
+def _by_name(tasks: Any) -> dict[str, Any]:
+    if isinstance(tasks, Mapping):
+        named = dict(tasks)
+    else:
+        what = "`tasks` must be a dict of what the objective is given by name, or a list of what has a `name`, as"
+        if isinstance(tasks, str) or hasattr(tasks, "name") or not hasattr(tasks, "__iter__"):
+            raise ValueError(f"{what} `Table`s do; got {type(tasks).__name__}.")
+        tasks = list(tasks)
+        for i, task in enumerate(tasks):
+            if not hasattr(task, "name"):
+                raise ValueError(f"{what} `Table`s do; `tasks[{i}]` has none, and is {type(task).__name__}.")
+        named = {task.name: task for task in tasks}
+    if len(named) < len(tasks):
+        raise ValueError("The names of `tasks` must differ.")
+    if unnamed := [name for name in named if not isinstance(name, str)]:
+        raise ValueError(f"The names of `tasks` must be strings, as records hold them; got {unnamed[0]!r}.")
+    return named
 
 
 class _Isolated:

@@ -65,8 +65,8 @@ def enqueue(
       A searcher, whose trials are numbered in the order in which they are asked for.
 
     Raises:
-      ValueError: `after` is no integer of at least 0; when a search starts, a configuration does not fit the space, or
-        no space is given.
+      ValueError: `searcher` is none; `after` is no integer of at least 0; when a search starts, a configuration does
+        not fit the space, or no space is given.
 
     >>> import jax
     >>> from metaopt import spaces, tasks
@@ -81,6 +81,7 @@ def enqueue(
     """
     if isinstance(configurations, Mapping):
         raise ValueError("`configurations` must be a list of configurations; got one: put it into a list.")
+    base.check_searcher(searcher)
     base.check_integer("after", after, 0)
 
     def init(key, space):

@@ -1,10 +1,11 @@
 """Records as data frames, and so as Parquet, CSV or what else pandas writes."""
 
 import json
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from metaopt.base import Record
+from metaopt.base import Record, as_pandas
 from metaopt.tasks._records import as_python
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
     """The records of a data frame that `records_to_frame` made, or `pandas.read_parquet` read.
 
     Args:
-      frame: with "task" and "configuration" (JSON, or dicts), and with as many other fields as there are. A missing
-        reason is "".
+      frame: with "task" and "configuration" (JSON, or dicts), and with as many other fields as there are. What is
+        missing (NaN, None, NA) is NaN where it is a number, and "" where it is a reason. A frame of polars, or what
+        else has a `to_pandas`, is converted.
         CSV cannot tell a name from a number, or from nothing ("007", "1e5", "NA"), so that pandas must be told:
 
             texts, gaps = {"task": str, "reason": str}, {"outcome": "", "cost": ""}
@@ -55,15 +57,17 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
       The records, in order.
 
     Raises:
-      ValueError: a column that is needed is missing, a task's name or a reason is no text, or a configuration no JSON.
+      ValueError: it is no data frame, a column that is needed is missing, a task's name or a reason is no text, or a
+        configuration no JSON.
     """
+    frame = as_pandas("frame", frame)
     if missing := {"task", "configuration"} - set(frame.columns):
         raise ValueError(f"The frame has no column {sorted(missing)}; `records_to_frame` makes such frames.")
     columns = [name for name in Record._fields if name in frame.columns]
-    rows = zip(*(frame[name].tolist() for name in columns), strict=True)
+    rows = zip(*(_values(frame[name]) for name in columns), strict=True)
     records = []
     for record in (Record(**dict(zip(columns, row, strict=True))) for row in rows):
-        reason = "" if record.reason is None or record.reason != record.reason else record.reason  # NaN
+        reason = "" if record.reason != record.reason else record.reason  # NaN
         for name, text in (("task", record.task), ("reason", reason)):
             if not isinstance(text, str):
                 raise ValueError(
@@ -81,3 +85,10 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
                 ) from None
         records.append(record._replace(configuration=configuration, reason=reason))
     return records
+
+
+def _values(column: Any) -> list[Any]:
+    """As plain values; gaps of any kind are NaN, and numbers of a measure are floats, though they may all be whole."""
+    if column.name in ("outcome", "fidelity", "cost") and column.dtype.kind in "iuf":
+        return column.to_numpy(float, na_value=math.nan).tolist()
+    return column.astype(object).where(column.notna(), math.nan).tolist()

@@ -8,7 +8,7 @@ for a table (a skewness without numeric columns) is NaN, and `apply_scaling` put
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -382,23 +382,26 @@ class FeatureScaling(NamedTuple):
     log: Sequence[bool]
 
 
-def fit_scaling(features: Sequence[Mapping[str, float]], names: Sequence[str] | None = None) -> FeatureScaling:
+def fit_scaling(features: Iterable[Mapping[str, float]], names: Sequence[str] | None = None) -> FeatureScaling:
     """Learns, on the tables that are learned from, how meta-features are brought to one scale.
 
     A name takes the logarithm where its tails are heavy: its 1 % and 99 % quantiles are more than 5 interquartile
     ranges apart (a normal variable's are 3.4 apart).
 
     Args:
-      features: the meta-features of the tables.
+      features: the meta-features of the tables, one dict each.
       names: which ones, in which order; None: those of the first table, without the ones that never vary.
 
     Returns:
       What `apply_scaling` takes.
 
     Raises:
-      ValueError: there is no table, or one lacks a name.
+      ValueError: there is no table, one lacks a name, or it is one dict.
     """
-    if not len(features):
+    if isinstance(features, Mapping):
+        raise ValueError("`features` must be the meta-features of several tables; got a dict. Give its `.values()`.")
+    features = list(features)
+    if not features:
         raise ValueError("`features` must hold the meta-features of at least one table; it is empty.")
     chosen = list(features[0]) if names is None else list(names)
     table = np.array([_values(f, chosen) for f in features])

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from metaopt import spaces
-from metaopt.base import PyTree, Record, is_full_budget
+from metaopt.base import PyTree, Record, as_pandas, is_full_budget
 from metaopt.tasks._records import as_python
 
 
@@ -396,7 +396,7 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_bett
         of several functions, which are not to be compared.
     """
     if hasattr(rows, "columns"):
-        rows = rows.to_dict("records")  # pyright: ignore[reportAttributeAccessIssue]
+        rows = as_pandas("rows", rows).to_dict("records")
     if len(functions := {row["function"] for row in rows if isinstance(row.get("function"), str)}) > 1:
         raise ValueError(f"All rows must have values of one function; got {sorted(functions)}.")
     losses = [name for name in functions if _LOSS.search(name)]

@@ -225,20 +225,38 @@ def test_deep_kernels_predict_from_features_and_stand_alone_where_they_have_the_
         methods.train_meta_optimizer(records, deep_share=2, **kwargs)
 
 
+def regrets_after(num, kind, seed, num_tasks, *others):
+    """[S, T] the regrets of searchers that learned from records which say nothing of new tasks, of the same optimizer
+    without g, and of others.
+
+    `train_meta_optimizer` takes no empty records: the one without g was trained on one flat task, of noise around 1.
+    """
+    rng = np.random.default_rng(seed)
+    useless = make_records(rng, shuffled=True)[0] if kind == "shuffled" else unrelated(rng)
+    flat = [base.Record("flat", record.configuration, 1.0 + rng.normal()) for record in useless[:15]]
+    one, without = (methods.train_meta_optimizer(r, space=SPACE, num_steps=60) for r in (useless, flat))
+    bests = rng.uniform(size=num_tasks)
+    return np.array([[search(s, b, num)[-1] for b in bests] for s in (one.searcher(), without.searcher(), *others)])
+
+
 @slow
 @pytest.mark.parametrize("kind", ["shuffled", "unrelated"])
 def test_records_that_say_nothing_of_new_tasks_do_no_harm(kind):
-    """After 25 trials, beside random search, and a searcher that learned from one uninformative task."""
-    rng = np.random.default_rng(2)
-    useless = make_records(rng, shuffled=True)[0] if kind == "shuffled" else unrelated(rng)
-    flat = [base.Record("flat", record.configuration, 1.0 + rng.normal()) for record in useless[:15]]
-    one, other = (methods.train_meta_optimizer(r, space=SPACE, num_steps=60) for r in (useless, flat))
-    bests = rng.uniform(size=8)
-    searchers = (one.searcher(), other.searcher(), tasks.random_search())
-    ours, plain, random = (np.array([search(s, b, 25)[-1] for b in bests]) for s in searchers)
+    """The mean regret after 25 trials is within one standard error, of paired differences of 48 tasks over six seeds,
+    of that of the same optimizer without g: one that was trained on one flat task."""
+    regrets = [regrets_after(25, kind, seed, 8, tasks.random_search()) for seed in (2, 11, 12, 13, 14, 15)]
+    ours, plain, random = np.concatenate(regrets, axis=1)
     for beside in (plain, random):
-        assert (ours - beside).mean() < max((ours - beside).std() / np.sqrt(len(bests)), 1e-3)
+        assert (ours - beside).mean() < (ours - beside).std(ddof=1) / np.sqrt(len(ours))
     assert ours.mean() < random.mean()
+
+
+@pytest.mark.once
+def test_records_that_say_nothing_of_two_new_tasks_do_little_harm():
+    """As above, after 15 trials and of one seed, with slack: .001, where random search is off by .02 or more. The bar
+    itself needs more tasks, and more trials, than there is time for here."""
+    ours, plain, random = regrets_after(15, "unrelated", 2, 2, tasks.random_search())
+    assert (ours - plain).mean() < 1e-3 and ours.mean() + 1e-3 < random.mean()
 
 
 @pytest.mark.once
@@ -273,6 +291,31 @@ def test_a_portfolio_has_no_configuration_twice():
     with pytest.raises(ValueError, match=r"A new task has \[2\] features; got shape \(3,\)"):
         features = {f"t{t}": np.array([t, 1.0]) for t in range(1, 4)}
         methods.train_meta_optimizer(records, space=space, features=features, num_steps=2).predict(np.zeros(3))
+
+
+def test_a_portfolio_complements_what_is_good_on_most_tasks():
+    """Six tasks are best at 2, three at 8: the means alone would have a neighbor of 2 stand beside it."""
+    bests = [2] * 6 + [8] * 3
+    pool = [{"n": n} for n in range(1, 10)]
+    records = [base.Record(f"t{t}", c, abs(c["n"] - best) ** 0.5) for t, best in enumerate(bests) for c in pool]
+    g = methods.train_meta_optimizer(records, space={"n": spaces.integer(1, 9)}, candidates=pool, num_steps=0)
+    means = np.mean([[abs(c["n"] - best) ** 0.5 for c in pool] for best in bests], axis=0)
+    assert (1 + np.argsort(means))[:2].tolist() == [2, 3]
+    assert [c["n"] for c in g.portfolio(3)] == [2, 8, 3]
+
+
+def test_a_prediction_in_many_dimensions_is_better_than_any_point_that_its_ascent_starts_from():
+    rng, names = np.random.default_rng(0), "abcde"
+    space = {name: spaces.interval(0.0, 1.0) for name in names}
+    best = np.array([0.2, 0.7, 0.35, 0.8, 0.6])
+    loss = lambda c: float(((np.array([c[name] for name in names]) - best) ** 2).sum())
+    tried = [dict(zip(names, x, strict=True)) for x in rng.uniform(size=(60, 5)).tolist()]
+    records = [base.Record(f"t{t}", c, (1 + t) * loss(c)) for t in range(3) for c in tried]
+    g = methods.train_meta_optimizer(records, space=space, num_steps=20)
+    # The random ones that `predict` has; 20 of its starts would be as good a test.
+    drawn = jax.vmap(lambda key: spaces.sample(key, space))(jax.random.split(jax.random.key(0), 256))
+    starts = [loss({name: drawn[name][i] for name in names}) for i in range(256)]
+    assert loss(g.predict()) < 0.5 * min(*starts, loss(dict.fromkeys(names, 0.5)))
 
 
 @slow
@@ -534,6 +577,13 @@ def test_a_frame_an_array_and_a_column_of_outcomes_at_the_door_of_suggest():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_task_that_lacks_the_features_that_were_learned_of_is_said():
+    records, features = make_records(np.random.default_rng(0), num_tasks=2)
+    g = methods.train_meta_searcher(records, space=SPACE, features=features, num_steps=0, num_members=1)
+    with pytest.warns(UserWarning, match=r"The new task has no `features`, .*: \[2\] of each were learned from"):
+        assert g.predict(base.Task(None, None)) == g.predict()  # None says it, and needs no warning
 
 
 def test_features_that_nothing_was_learned_of_are_not_silently_ignored():

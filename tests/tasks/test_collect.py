@@ -1,5 +1,6 @@
 """Collections: what is found depends on the key alone, and what a trial does ends that trial alone."""
 
+import argparse
 import math
 import multiprocessing
 import os
@@ -8,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import black_boxes
 import jax
 import pytest
 
-from metaopt import base, spaces, tasks
+from metaopt import base, methods, spaces, tasks
 from metaopt.tasks import _collect, _trials
 
 TASKS = {"left": -0.5, "right": 0.5}
@@ -51,6 +53,7 @@ def listener(*, stop=math.inf):
 
 
 LISTENER = listener()
+G: Any = methods.MetaOptimizer._make([lambda *_: None] * len(methods.MetaOptimizer._fields))
 
 
 def without_cost(records):
@@ -446,11 +449,35 @@ def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
         ({"time_limit": 1}, "A limit needs `isolated=True`"),
         ({"on": [black_boxes.tasks.Table("a", "", *[None] * 3)] * 2}, "names of `tasks` must differ"),  # pyright: ignore
         ({"on": {3: 0.0}}, "names of `tasks` must be strings, as records hold them; got 3"),
+        ({"on": "abc"}, "`tasks` must be a dict of .* by name, or a list of what has a `name`, .*; got str"),
+        ({"on": 3}, "`tasks` must be a dict of .*; got int"),
+        ({"on": [1, 2]}, r"`tasks` must be a dict of .*; `tasks\[0\]` has none, and is int"),
+        ({"on": black_boxes.tasks.Table("a", "", *[None] * 3)}, "`tasks` must be a dict of .*; got Table"),  # pyright: ignore
+        ({"searcher": tasks.random_search}, "`searcher` must be a `base.Searcher`; got random_search, a function: cal"),
+        ({"searcher": G}, r"`searcher` must be a `base.Searcher`; got MetaOptimizer; its `.searcher\(new_task\)` m"),
+        ({"searcher": "tpe"}, "`searcher` must be a `base.Searcher`; got str.$"),
+        ({"key": 0}, r"`key` must be one key, such as `jax.random.key\(0\)`; got 0"),
+        ({"key": None}, "`key` must be one key, .*; got None"),
+        ({"key": jax.random.split(KEY)}, r"`key` must be one key, .*; got an array of key<fry>, shape \(2,\)"),
+        ({"objective": None}, r"`objective` must be a function `\(trial, task\) -> outcome`, .*; got NoneType"),
     ],
 )
 def test_arguments_are_checked(kwargs, message):
     with pytest.raises(ValueError, match=message):
         collect(**kwargs)
+
+
+def test_tasks_come_as_any_iterable_and_keys_of_both_kinds():
+    named = [argparse.Namespace(name=name) for name in TASKS]
+    kwargs = {"objective": lambda trial, task: 1.0, "num_trials": 2}
+    one, other = (collect(on=on, **kwargs) for on in (named, iter(named)))
+    assert without_cost(one) == without_cost(other) and {record.task for record in one} == set(TASKS)
+    assert len(collect(key=jax.random.PRNGKey(0), **kwargs)) == 4
+
+
+def test_what_is_enqueued_stands_before_a_searcher_and_not_before_its_factory():
+    with pytest.raises(ValueError, match="`searcher` must be a `base.Searcher`; got random_search, a function"):
+        tasks.enqueue(tasks.random_search, [])  # pyright: ignore[reportArgumentType]
 
 
 def test_the_budget_ends_a_collection_and_the_next_one_goes_on(tmp_path):

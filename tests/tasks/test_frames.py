@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import pytest
 
@@ -25,6 +26,30 @@ def test_records_come_back_with_their_types(tmp_path, through_parquet):
     back = tasks.records_from_frame(frame)
     assert list(map(repr, back)) == list(map(repr, RECORDS))
     assert type(back[0].configuration["num"]) is int and type(back[0].trial) is int
+
+
+def test_gaps_of_nullable_types_are_those_of_others():
+    records = [RECORDS[0]._replace(outcome=1.0, cost=2.0), RECORDS[1], Record("wine", {}, 3.0, trial=2)]
+    frame = tasks.records_to_frame(records)
+    nullable = frame.convert_dtypes()
+    assert nullable["cost"].dtype == nullable["outcome"].dtype == "Int64" and None not in nullable["outcome"].tolist()
+    for given in (frame, nullable, nullable.assign(reason=nullable["reason"].replace("", pd.NA))):
+        back = tasks.records_from_frame(given)
+        assert list(map(repr, back)) == list(map(repr, records))
+        assert all(type(record.trial) is type(record.seed) is int for record in back)
+    texts = frame.assign(reason=pd.array(["", None, "time limit"], "string"), outcome=[None, 0.5, float("nan")])
+    back = tasks.records_from_frame(texts)
+    assert [record.reason for record in back] == ["", "", "time limit"] and repr(back[0].outcome) == "nan"
+
+
+def test_frames_of_other_libraries_are_converted_or_named():
+    frame = tasks.records_to_frame(RECORDS)
+    other = types.SimpleNamespace(columns=list(frame.columns), to_pandas=lambda: frame)  # as polars' frames are
+    assert list(map(repr, tasks.records_from_frame(other))) == list(map(repr, RECORDS))  # pyright: ignore
+    pa = pytest.importorskip("pyarrow")
+    assert list(map(repr, tasks.records_from_frame(pa.Table.from_pandas(frame)))) == list(map(repr, RECORDS))
+    with pytest.raises(ValueError, match="`frame` must be a data frame of pandas, or have .*; got types.SimpleNamesp"):
+        tasks.records_from_frame(types.SimpleNamespace(columns=["task", "configuration"]))  # pyright: ignore
 
 
 @pytest.mark.parametrize(("names", "reason"), [(["007", "1e5"], "12"), (["NA", "7"], "NA"), (["31", "31"], "")])

@@ -178,6 +178,10 @@ def test_scaling_by_hand():
         tasks.apply_scaling(scaling, {"even": 1.0})
     with pytest.raises(ValueError, match="it is empty"):
         tasks.fit_scaling([])
+    by_name = {str(i): of for i, of in enumerate(features)}
+    assert tasks.fit_scaling(by_name.values()) == tasks.fit_scaling(iter(features)) == scaling
+    with pytest.raises(ValueError, match=r"must be the meta-features of several tables; got a dict. Give its `.values"):
+        tasks.fit_scaling(by_name)  # pyright: ignore[reportArgumentType]
     named = tasks.fit_scaling(features, names=["same", "gap"])
     np.testing.assert_array_equal(tasks.apply_scaling(named, {"same": 1.0, "gap": np.nan}), [0, 0])
 
