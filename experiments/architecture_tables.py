@@ -401,7 +401,7 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
         "",
         '"h by digits" is a linear model of the digits of an architecture and of their pairs, "h by cells" a '
         'transformer over the graphs of cells, "h" both (`methods.train_cell_searcher`); all learn from the other '
-        'tasks of the table. No row but "crossed" knows anything of the task that is left out, beside the trials '
+        "tasks of the table. None of them, but crossed, knows anything of the task that is left out, beside the trials "
         "it is told. Crossed, the transformer is told features of it: of TransNAS-Bench-101 "
         f"{len(PROBES)} training-free scores of {PROBED} architectures ({', '.join(PROBES)}; how their ranks go with "
         "operations), of NAS-Bench-Graph the sizes of the graph.",

@@ -521,7 +521,7 @@ def check_searcher(searcher: Any) -> None:
         return
     instead = ""
     if callable(getattr(searcher, "searcher", None)):
-        instead = "; its `.searcher(new_task)` makes one"
+        instead = "; its `.searcher(...)` makes one"
     elif callable(searcher):
         instead = ", a function: call it, as in `tasks.random_search()`"
     raise ValueError(

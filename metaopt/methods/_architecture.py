@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from metaopt import base, hypergrad, inner, nas, training
 from metaopt.methods._architecture_checks import alpha_beside_init, check_single, found
@@ -440,7 +441,7 @@ def beta_darts(
       in_shape: of one input.
       ops: of the space.
       num_steps: inner steps over which it grows, at least 1.
-      weight: the weight at the end, positive.
+      weight: the weight at the end, not negative; with 0 it is `darts`.
       penalty: another one beside it, as for `architecture_search`.
       **options: as for `architecture_search`.
 
@@ -448,14 +449,15 @@ def beta_darts(
       A `Search`, of first order unless `order` says otherwise.
 
     Raises:
-      ValueError: `num_steps` is below 1; `weight` is not positive; as for `architecture_search`.
+      ValueError: `num_steps` is below 1; `weight` is negative; as for `architecture_search`.
 
     Source: Ye et al., CVPR 2022, https://arxiv.org/abs/2203.01665
     """
     if penalty is not None and not callable(penalty):
         raise ValueError(f"`penalty` must be `(α, step) -> []`; got {penalty!r}. The weight of β-DARTS is `weight=`.")
     base.check_integer("num_steps", num_steps, 1)  # of none, the weight would stay 0
-    base.check_positive("weight", weight)
+    if not isinstance(weight, Tracer):
+        base.check_positive("weight", weight, zero=True)
     grows = optax.linear_schedule(0.0, weight, num_steps)
 
     def decay(alpha, step):

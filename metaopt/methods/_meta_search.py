@@ -30,7 +30,8 @@ from metaopt.methods._new_trials import (
 
 # Expected improvement, the same per predicted cost, a confidence bound, Thompson sampling.
 ACQUISITIONS = ("ei", "ei_per_cost", "ucb", "thompson")
-_RANDOM_EVERY = 4  # trials of a search without candidates
+_RANDOM_EVERY = 4  # trials of a search; with candidates, after so many
+_NUM_GREEDY = 20
 _MAX_COSTS = 64  # of which the costs are looked at
 _NUM_RANDOM, _NUM_RESTARTS, _NUM_ASCENTS = 256, 8, 20
 
@@ -62,7 +63,8 @@ class SuggestFn(Protocol):
         """What to try next, given what was tried (NaN: it failed) and what runs: in closed form, without a fit.
 
         Without candidates every fourth one is random, as in the searcher: where as many were tried and run as 3, 7, 11
-        and so on, once there is an outcome. It depends on `key`, and on no trial; with candidates none is.
+        and so on, once there is an outcome. It depends on `key`, and on no trial; with candidates it is one of those
+        that were not tried, from the 24th on.
 
         Configurations are dicts, or the rows of a data frame, whose gaps are what is lacking, or None where that is a
         label; outcomes are [N] or [N, 1]. Names and values that the space does not have are refused (`ValueError`);
@@ -423,9 +425,8 @@ def meta_optimizer(
             )
         if features is None and num_features and isinstance(new_task, base.Task):
             warnings.warn(
-                f"The new task has no `features`, and is predicted as one that is not known: [{num_features}] of each "
-                "were learned from. `tasks.to_task(..., features=)` has a Task hold them; None says that nothing is "
-                "known.",
+                f"The new task has no `features`: [{num_features}] of each were learned from, and count here as not "
+                "known. `tasks.to_task(..., features=)` has a Task hold them; None says that nothing is known.",
                 stacklevel=3,
             )
         rows = new_task.train if isinstance(new_task, base.Task) else None
@@ -482,12 +483,17 @@ def meta_optimizer(
                 if finite is None:
                     return to_configuration(best_after_failures(key, *task, *given))
                 score = np.array(finite_after_failures(*task, *given))
-                score[[name in known for name in finite_keys]] = -np.inf
+                score[~untried(told, pending)] = -np.inf
                 if np.isfinite(score).any():
                     return dict(pool[int(score.argmax())])
             if len(plan) <= len(known):
                 plan[:] = portfolio(len(known) + 8, new_task)
             return next((c for c in plan if encode(c).tobytes() not in known), plan[-1])
+
+        def untried(told, pending):
+            """[candidates] what neither ended nor runs."""
+            before = told.names() | {x.tobytes() for x in pending.values()}
+            return np.array([name not in before for name in finite_keys])
 
         def shown(x, y):
             return shown_to_transformers(x, y, surrogate.max_shown) if share else None
@@ -496,8 +502,11 @@ def meta_optimizer(
             y, seen = told.y, np.isfinite(told.y)
             if not seen.any():
                 return planned(key, told, pending)
-            if finite is None and num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
-                return to_configuration(sample(key[None])[0])  # what the surrogate will not look at
+            if num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:  # what the surrogate will not look at
+                if finite is None:
+                    return to_configuration(sample(key[None])[0])
+                if num_asked >= _NUM_GREEDY and len(left := np.flatnonzero(untried(told, pending))):
+                    return dict(pool[left[int(jax.random.randint(key, (), 0, len(left)))]])
             if (ended := seen & ~told.given_up).any():
                 y = np.where(told.given_up, np.maximum(y, y[ended].min()), y)
             y = from_the_best(y, widest)[0]
@@ -524,8 +533,7 @@ def meta_optimizer(
             if finite is None:
                 return to_configuration(suggest_z(acquisition, key, *task, (trials, running, read), costs))
             score = np.array(acquire_finite(acquisition, key, *task, (trials, running, read), costs, *of_finite))
-            before = told.names() | {x.tobytes() for x in pending.values()}
-            score[[name in before for name in finite_keys]] = -np.inf
+            score[~untried(told, pending)] = -np.inf
             if not np.isfinite(score).any():
                 score = np.asarray(expected_finite(*task, jnp.asarray(finite)))  # all were tried
             return dict(pool[int(score.argmax())])

@@ -191,6 +191,11 @@ def check_table(table: CostTable, network: Space) -> None:
     """ValueError where a table has costs of choices that a network has not: it is of another space."""
     cells = network.cells
     for term in table.terms:
+        if np.ndim(term.values) != len(term.rows):
+            raise ValueError(
+                f"A term of `table` has costs of shape {np.shape(term.values)} for {len(term.rows)} edges; it must "
+                "have one axis for each, of its candidates."
+            )
         for (kind, edge), num in zip(term.rows, np.shape(term.values), strict=True):
             edges = cells[kind].edges if kind in cells else ()
             there = len(edges[edge].ops) if edge < len(edges) else 0

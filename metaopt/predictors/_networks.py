@@ -132,6 +132,7 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
 
     Raises:
       ValueError: at trace time, `data` is no such dict.
+      AssertionError: at trace time, "y" or a mask has another shape.
     """
     lacks = [name for name in ("x", "y", "class_mask") if not isinstance(data, Mapping) or name not in data]
     if lacks:

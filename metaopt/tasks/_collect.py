@@ -22,8 +22,10 @@ import jax.numpy as jnp
 
 from metaopt import base
 from metaopt.progress import progress_bar
+from metaopt.tasks._prepare import PreparedTable
 from metaopt.tasks._random_search import random_search
 from metaopt.tasks._records import append_records, read_records
+from metaopt.tasks._tables import Table
 from metaopt.tasks._trials import ObjectiveFn, end_children, memory_is_known, run_here, run_isolated
 
 _ENDED = ("COMPLETE", "PRUNED", "FAIL")
@@ -226,9 +228,13 @@ def _by_name(tasks: Any) -> dict[str, Any]:
         named = dict(tasks)
     else:
         what = "`tasks` must be a dict of what the objective is given by name, or a list of what has a `name`, as"
-        if isinstance(tasks, str) or hasattr(tasks, "name") or not hasattr(tasks, "__iter__"):
+        try:
+            given = None if isinstance(tasks, (str, Table, PreparedTable)) else list(tasks)
+        except TypeError:  # there is nothing to go through
+            given = None
+        if given is None:
             raise ValueError(f"{what} `Table`s do; got {type(tasks).__name__}.")
-        tasks = list(tasks)
+        tasks = given
         for i, task in enumerate(tasks):
             if not hasattr(task, "name"):
                 raise ValueError(f"{what} `Table`s do; `tasks[{i}]` has none, and is {type(task).__name__}.")

@@ -563,6 +563,27 @@ def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
     assert np.abs(xs[:, None] - xs[None])[np.triu_indices(3, 1)].min() > 0.1
 
 
+@pytest.mark.once
+def test_from_the_24th_trial_on_every_fourth_of_a_finite_set_is_random(g):
+    """What the surrogate holds for no better is tried in the end, though much is left near the best one."""
+    searcher = g.searcher(first=())
+    told = [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL[::2])]
+    state = searcher.tell(searcher.init(jax.random.key(0), None)._replace(num_asked=len(told)), told)
+
+    def asked(num_asked):
+        keyed = (state._replace(num_asked=num_asked, key=jax.random.key(seed)) for seed in range(12))
+        return [searcher.ask(one, 1)[0][0].configuration for one in keyed]
+
+    for num_asked in (19, 22, 24):
+        assert all(c == asked(num_asked)[0] for c in asked(num_asked)[1:])
+    for num_asked in (23, 27):
+        found = asked(num_asked)
+        assert all(c in POOL[1::2] for c in found) and len({tuple(c.items()) for c in found}) > 3
+    y = [loss(c) for c in POOL[::2]]
+    one, other = (g.suggest(POOL[::2] * 3, y * 3, key=jax.random.key(seed))[0] for seed in (0, 2))
+    assert len(y) * 3 % 4 != 3 and one == other
+
+
 # ---- On disk --------------------------------------------------------------------------------------------------------
 
 

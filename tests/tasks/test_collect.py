@@ -454,7 +454,7 @@ def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
         ({"on": [1, 2]}, r"`tasks` must be a dict of .*; `tasks\[0\]` has none, and is int"),
         ({"on": black_boxes.tasks.Table("a", "", *[None] * 3)}, "`tasks` must be a dict of .*; got Table"),  # pyright: ignore
         ({"searcher": tasks.random_search}, "`searcher` must be a `base.Searcher`; got random_search, a function: cal"),
-        ({"searcher": G}, r"`searcher` must be a `base.Searcher`; got MetaOptimizer; its `.searcher\(new_task\)` m"),
+        ({"searcher": G}, r"`searcher` must be a `base.Searcher`; got MetaOptimizer; its `.searcher\(...\)` m"),
         ({"searcher": "tpe"}, "`searcher` must be a `base.Searcher`; got str.$"),
         ({"key": 0}, r"`key` must be one key, such as `jax.random.key\(0\)`; got 0"),
         ({"key": None}, "`key` must be one key, .*; got None"),

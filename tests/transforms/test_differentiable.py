@@ -110,7 +110,7 @@ def test_values_in_lower_precision_are_equal_to_the_bit(name, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(values[0])} == {jnp.dtype(dtype)}
 
 
-# Those whose second moments are another's.
+# Left to the slow tests: a relative of each is among the others.
 ALIKE = (
     "nadam",
     "nadamw",
