@@ -106,9 +106,9 @@ def mixing_weights(
       kind -> [edges, ops].
 
     Raises:
-      ValueError: α lacks one of the network's kinds.
+      ValueError: α has other kinds than the network, or more.
     """
-    if not isinstance(alpha, Mapping) or not set(alpha) >= set(network.cells):
+    if not isinstance(alpha, Mapping) or set(alpha) != set(network.cells):
         got = f"the kinds {sorted(map(str, alpha))}" if isinstance(alpha, Mapping) else type(alpha).__name__
         raise ValueError(
             f"α must have a leaf for each kind of cell of the network, {sorted(network.cells)}; got {got}. It is of "
