@@ -460,6 +460,16 @@ def test_bad_order():
         methods.darts(NET, (3,), ops=OPS, difference="backward")
 
 
+def test_the_weight_of_beta_darts_may_be_traced():
+    def value(weight):
+        search = search_of(methods.beta_darts, num_steps=5, weight=weight)
+        context = base.Context(KEY, jnp.array(5))
+        return search.problem.outer_loss(search.supernet.init(KEY), search.hyperparams(KEY), TASK.valid, context)
+
+    traced, plain, none = (float(found) for found in (jax.jit(value)(2.0), value(2.0), value(0.0)))
+    assert traced == pytest.approx(plain, rel=1e-9) and abs(plain - none) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [

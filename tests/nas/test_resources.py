@@ -628,6 +628,15 @@ def test_a_table_of_another_space_is_refused_where_it_is_given(term, message):
             build()
 
 
+def test_a_term_with_other_axes_than_edges_is_refused():
+    cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
+    network = nas.Network({"cell": cell}, (nas.Layer("cell", 4),), num_outputs=2)
+    for values in (np.ones((1, 3)), np.ones((3, 3)), 1.0):
+        table = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), values),))
+        with pytest.raises(ValueError, match=r"has costs of shape \(.*\) for 1 edges; it must have one axis for each"):
+            nas.resource_penalty(table, network, weight=1.0, target=10.0)
+
+
 def test_a_measure_and_a_relaxation_that_are_no_functions_are_refused():
     with pytest.raises(ValueError, match="`measure` must be a function, such as `nas.num_params` .*; got 'flops'"):
         nas.cost_table(ROWS, (3,), "flops", ops={})

@@ -130,3 +130,7 @@ def test_cells_that_do_not_hold_together(change, message):
 def test_complete_cells_of_no_nodes_or_names_are_refused(num_nodes, ops, message):
     with pytest.raises(ValueError, match=message):
         nas.complete_cell(num_nodes, ops)
+
+
+def test_ops_of_a_complete_cell_may_come_one_by_one():
+    assert nas.complete_cell(2, (op for op in ("none", "mlp"))) == nas.complete_cell(2, ("none", "mlp"))

@@ -470,6 +470,15 @@ def test_arguments_are_checked(kwargs, message):
 def test_tasks_come_as_any_iterable_and_keys_of_both_kinds():
     named = [argparse.Namespace(name=name) for name in TASKS]
     kwargs = {"objective": lambda trial, task: 1.0, "num_trials": 2}
+
+    class Suite(list):
+        name = "a suite"  # of its own, beside those of its tasks
+
+    class Indexed:  # as the data sets of PyTorch are
+        __len__, __getitem__ = named.__len__, named.__getitem__
+
+    for on in (Suite(named), Indexed()):
+        assert without_cost(collect(on=on, **kwargs)) == without_cost(collect(on=named, **kwargs))
     one, other = (collect(on=on, **kwargs) for on in (named, iter(named)))
     assert without_cost(one) == without_cost(other) and {record.task for record in one} == set(TASKS)
     assert len(collect(key=jax.random.PRNGKey(0), **kwargs)) == 4
