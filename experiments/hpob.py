@@ -4,7 +4,8 @@
 (discrete candidates): five configurations are given by `bo-initializations.json`, for each of five seeds; 100 more are
 chosen one by one among those not yet seen; outcomes are accuracies, normalized to the task's worst and best; what
 counts is the best so far. metaopt (`methods.train_meta_optimizer`) learns from `meta-train-dataset.json` of the same
-search space, at most 200 configurations of a data set, and maximizes expected improvement over the candidates.
+search space, at most 200 configurations of a data set, and maximizes expected improvement over the candidates,
+without the random trials that its searcher has from the 24th on.
 
     python experiments/hpob.py                      the published curves: hpob.md, .png and the rank diagrams
     python experiments/hpob.py --tables FOLDER      metaopt, too: FOLDER has the three JSON files of HPO-B v3 named here

@@ -441,7 +441,7 @@ def beta_darts(
       in_shape: of one input.
       ops: of the space.
       num_steps: inner steps over which it grows, at least 1.
-      weight: the weight at the end, not negative; with 0 it is `darts`.
+      weight: the weight at the end, not negative; with 0 it is `darts(order="first")`.
       penalty: another one beside it, as for `architecture_search`.
       **options: as for `architecture_search`.
 

@@ -30,8 +30,8 @@ from metaopt.methods._new_trials import (
 
 # Expected improvement, the same per predicted cost, a confidence bound, Thompson sampling.
 ACQUISITIONS = ("ei", "ei_per_cost", "ucb", "thompson")
-_RANDOM_EVERY = 4  # trials of a search; with candidates, after so many
-_NUM_GREEDY = 20
+_RANDOM_EVERY = 4  # trials of a search
+_NUM_GREEDY = 20  # trials of one with candidates, before which none is random
 _MAX_COSTS = 64  # of which the costs are looked at
 _NUM_RANDOM, _NUM_RESTARTS, _NUM_ASCENTS = 256, 8, 20
 
@@ -63,8 +63,9 @@ class SuggestFn(Protocol):
         """What to try next, given what was tried (NaN: it failed) and what runs: in closed form, without a fit.
 
         Without candidates every fourth one is random, as in the searcher: where as many were tried and run as 3, 7, 11
-        and so on, once there is an outcome. It depends on `key`, and on no trial; with candidates it is one of those
-        that were not tried, from the 24th on.
+        and so on, once there is an outcome. It depends on `key`, and on no trial. With candidates it is one of those
+        that were not tried, where 23, 27 and so on were; the searcher counts what it has asked for. Neither looks at
+        costs.
 
         Configurations are dicts, or the rows of a data frame, whose gaps are what is lacking, or None where that is a
         label; outcomes are [N] or [N, 1]. Names and values that the space does not have are refused (`ValueError`);

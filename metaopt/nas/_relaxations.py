@@ -106,7 +106,7 @@ def mixing_weights(
       kind -> [edges, ops].
 
     Raises:
-      ValueError: α has other kinds than the network, or more.
+      ValueError: the kinds of α are not those of the network.
     """
     if not isinstance(alpha, Mapping) or set(alpha) != set(network.cells):
         got = f"the kinds {sorted(map(str, alpha))}" if isinstance(alpha, Mapping) else type(alpha).__name__

@@ -337,7 +337,7 @@ def complete_cell(num_nodes: int, ops: Sequence[str], *, num_inputs: int = 1, pr
     ops = tuple(ops) if np.iterable(ops) and not isinstance(ops, str) else ops  # also of a generator
     _check_names("`ops`", ops)
     last = num_inputs + num_nodes
-    edges = tuple(Edge(s, t, tuple(ops)) for t in range(num_inputs, last) for s in range(t))
+    edges = tuple(Edge(s, t, ops) for t in range(num_inputs, last) for s in range(t))
     return Cell(num_inputs, edges, (last - 1,), preprocess)
 
 

@@ -22,10 +22,8 @@ import jax.numpy as jnp
 
 from metaopt import base
 from metaopt.progress import progress_bar
-from metaopt.tasks._prepare import PreparedTable
 from metaopt.tasks._random_search import random_search
 from metaopt.tasks._records import append_records, read_records
-from metaopt.tasks._tables import Table
 from metaopt.tasks._trials import ObjectiveFn, end_children, memory_is_known, run_here, run_isolated
 
 _ENDED = ("COMPLETE", "PRUNED", "FAIL")
@@ -229,12 +227,13 @@ def _by_name(tasks: Any) -> dict[str, Any]:
     else:
         what = "`tasks` must be a dict of what the objective is given by name, or a list of what has a `name`, as"
         try:
-            given = None if isinstance(tasks, (str, Table, PreparedTable)) else list(tasks)
+            given = iter(tasks)
         except TypeError:  # there is nothing to go through
             given = None
-        if given is None:
+        one = isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields")  # such as a `Table`
+        if given is None or one:
             raise ValueError(f"{what} `Table`s do; got {type(tasks).__name__}.")
-        tasks = given
+        tasks = list(given)
         for i, task in enumerate(tasks):
             if not hasattr(task, "name"):
                 raise ValueError(f"{what} `Table`s do; `tasks[{i}]` has none, and is {type(task).__name__}.")

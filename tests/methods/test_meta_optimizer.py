@@ -255,9 +255,9 @@ def test_records_that_say_nothing_of_new_tasks_do_no_harm(kind):
 @slow
 @pytest.mark.parametrize("kind", ["shuffled", "unrelated"])
 def test_over_a_finite_set_they_do_no_more_harm_than_having_no_records(kind):
-    """As above. Neither is as good as random search after so few trials: a kind that is held for no better than the
-    other goes untried on some tasks, with and without g, until random trials begin at the 24th."""
-    line = [{"x": float(x), "kind": kind} for x in np.linspace(0, 1, 101) for kind in SPACE["kind"].labels]
+    """As above. A kind that is held for no better than the other goes untried on some tasks, with and without g, until
+    random trials begin at the 24th: random search is not compared with."""
+    line = [{"x": float(x), "kind": label} for x in np.linspace(0, 1, 101) for label in SPACE["kind"].labels]
     regrets = [regrets_after(25, kind, seed, 8, candidates=line) for seed in (2, 11, 12, 13, 14, 15)]
     ours, plain = np.concatenate(regrets, axis=1)
     assert (ours - plain).mean() < (ours - plain).std(ddof=1) / np.sqrt(len(ours))
