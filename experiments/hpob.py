@@ -5,7 +5,7 @@
 chosen one by one among those not yet seen; outcomes are accuracies, normalized to the task's worst and best; what
 counts is the best so far. metaopt (`methods.train_meta_optimizer`) learns from `meta-train-dataset.json` of the same
 search space, at most 200 configurations of a data set, and maximizes expected improvement over the candidates,
-without the random trials that its searcher has from the 24th on.
+without the trial in eight that its searcher spends on what is farthest from all before.
 
     python experiments/hpob.py                      the published curves: hpob.md, .png and the rank diagrams
     python experiments/hpob.py --tables FOLDER      metaopt, too: FOLDER has the three JSON files of HPO-B v3 named here

@@ -59,9 +59,9 @@ def train_meta_optimizer(
     `predict` minimizes the weighted mean outcome by gradient descent over the relaxed space from several starts, or
     over the candidates. The searcher's first trial is the space's default, or with `first=()`, and where candidates do
     not hold the default, what `predict` says; afterwards it maximizes an acquisition function under
-    `predictors.posterior`, in the same way (without candidates every fourth trial is a random one, with them from the
-    24th on, since a choice that is held for no better might never be tried); for a batch, and while trials
-    run, what a trial adds to those that run (`predictors.batch_expected_improvement`). Records of
+    `predictors.posterior`, in the same way (without candidates every fourth trial is a random one, with them every
+    eighth is the one that is farthest from all before: what is held for no better might never be tried); for a batch,
+    and while trials run, what a trial adds to those that run (`predictors.batch_expected_improvement`). Records of
     unrelated tasks lose their weight after a few trials (in the mixture: the share of transformers stays). Outcomes of
     earlier tasks are normalized one task at a time; a new task's are expected on the scales of theirs, and on the scale
     that fits its own trials best, should its units be others. A task whose trials all have one outcome, such as a task

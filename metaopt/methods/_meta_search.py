@@ -21,6 +21,7 @@ from metaopt.methods._new_trials import (
     as_outcomes,
     at_full_budget,
     best_and_latest,
+    farthest,
     from_the_best,
     padded,
     rounded_fidelity,
@@ -30,8 +31,8 @@ from metaopt.methods._new_trials import (
 
 # Expected improvement, the same per predicted cost, a confidence bound, Thompson sampling.
 ACQUISITIONS = ("ei", "ei_per_cost", "ucb", "thompson")
-_RANDOM_EVERY = 4  # trials of a search
-_NUM_GREEDY = 20  # trials of one with candidates, before which none is random
+_RANDOM_EVERY = 4  # trials of a search without candidates
+_FARTHEST_EVERY = 8  # trials of one with candidates
 _MAX_COSTS = 64  # of which the costs are looked at
 _NUM_RANDOM, _NUM_RESTARTS, _NUM_ASCENTS = 256, 8, 20
 
@@ -63,9 +64,9 @@ class SuggestFn(Protocol):
         """What to try next, given what was tried (NaN: it failed) and what runs: in closed form, without a fit.
 
         Without candidates every fourth one is random, as in the searcher: where as many were tried and run as 3, 7, 11
-        and so on, once there is an outcome. It depends on `key`, and on no trial. With candidates it is one of those
-        that were not tried, where 23, 27 and so on were; the searcher counts what it has asked for. Neither looks at
-        costs.
+        and so on, once there is an outcome. It depends on `key`, and on no trial. With candidates every eighth one (7,
+        15, 23 and so on) is the one that is farthest from all that were tried and run; the searcher counts what it has
+        asked for. Neither looks at costs.
 
         Configurations are dicts, or the rows of a data frame, whose gaps are what is lacking, or None where that is a
         label; outcomes are [N] or [N, 1]. Names and values that the space does not have are refused (`ValueError`);
@@ -475,7 +476,7 @@ def meta_optimizer(
         def planned(key, told, pending):
             """As long as there is no outcome: the next configuration of the portfolio, and where trials have failed
             what is expected to be good, and is not like them, nor like those that run."""
-            known = told.names() | {x.tobytes() for x in pending.values()}
+            known = names_of(told, pending)
             if num := len(told.y):
                 ended = np.stack([told.x(i) for i in range(max(num - MAX_TRIALS, 0), num)])
                 failed = np.concatenate([ended, *([x] for x in pending.values())])[-MAX_TRIALS:]
@@ -491,9 +492,13 @@ def meta_optimizer(
                 plan[:] = portfolio(len(known) + 8, new_task)
             return next((c for c in plan if encode(c).tobytes() not in known), plan[-1])
 
+        def names_of(told, pending):
+            """What ended or runs, each configuration once."""
+            return told.names() | {x.tobytes() for x in pending.values()}
+
         def untried(told, pending):
             """[candidates] what neither ended nor runs."""
-            before = told.names() | {x.tobytes() for x in pending.values()}
+            before = names_of(told, pending)
             return np.array([name not in before for name in finite_keys])
 
         def shown(x, y):
@@ -503,11 +508,13 @@ def meta_optimizer(
             y, seen = told.y, np.isfinite(told.y)
             if not seen.any():
                 return planned(key, told, pending)
-            if num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:  # what the surrogate will not look at
-                if finite is None:
-                    return to_configuration(sample(key[None])[0])
-                if num_asked >= _NUM_GREEDY and len(left := np.flatnonzero(untried(told, pending))):
-                    return dict(pool[left[int(jax.random.randint(key, (), 0, len(left)))]])
+            # Now and then, what the surrogate will not look at.
+            if finite is None and num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
+                return to_configuration(sample(key[None])[0])
+            if finite is not None and num_asked % _FARTHEST_EVERY == _FARTHEST_EVERY - 1:
+                if len(left := np.flatnonzero(untried(told, pending))):
+                    known = np.frombuffer(b"".join(names_of(told, pending)), finite.dtype)
+                    return dict(pool[left[farthest(finite[left], known.reshape(-1, finite.shape[1]))]])
             if (ended := seen & ~told.given_up).any():
                 y = np.where(told.given_up, np.maximum(y, y[ended].min()), y)
             y = from_the_best(y, widest)[0]

@@ -209,6 +209,24 @@ def best_and_latest(y: np.ndarray, num: int) -> np.ndarray:
     return np.flatnonzero(chosen)
 
 
+def farthest(x: np.ndarray, tried: np.ndarray) -> int:
+    """Which of P configurations is farthest from the nearest of N others: the next point of a maximin distance design
+    (Johnson, Moore and Ylvisaker 1990, "Minimax and maximin distance designs").
+
+    Args:
+      x: [P, D] encoded configurations.
+      tried: [N, D].
+
+    Returns:
+      Its index, the first one's of several as far. It takes memory O(N), and time O(P N D).
+    """
+    from scipy.spatial.distance import cdist
+
+    parts = np.array_split(x, -(-len(x) // 256))
+    distances = np.concatenate([cdist(part, tried).min(1) for part in parts])
+    return int(distances.astype(np.float32).argmax())  # on a grid, many are as far up to rounding
+
+
 def without_outliers(y: np.ndarray) -> np.ndarray:
     """[N] outcomes, those far beyond three in four of all cut off, as `predictors.normalize` does for earlier tasks.
 

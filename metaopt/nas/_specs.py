@@ -334,10 +334,10 @@ def complete_cell(num_nodes: int, ops: Sequence[str], *, num_inputs: int = 1, pr
       ValueError: `num_nodes` is below 1; `ops` is a text, or not of texts.
     """
     base.check_integer("num_nodes", num_nodes, 1)
-    ops = tuple(ops) if np.iterable(ops) and not isinstance(ops, str) else ops  # also of a generator
-    _check_names("`ops`", ops)
+    given: Any = tuple(ops) if np.iterable(ops) and not isinstance(ops, str) else ops  # also of a generator
+    _check_names("`ops`", given)
     last = num_inputs + num_nodes
-    edges = tuple(Edge(s, t, ops) for t in range(num_inputs, last) for s in range(t))
+    edges = tuple(Edge(s, t, given) for t in range(num_inputs, last) for s in range(t))
     return Cell(num_inputs, edges, (last - 1,), preprocess)
 
 

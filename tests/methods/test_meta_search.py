@@ -563,28 +563,45 @@ def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
     assert np.abs(xs[:, None] - xs[None])[np.triu_indices(3, 1)].min() > 0.1
 
 
-@pytest.mark.once
-def test_from_the_24th_trial_on_every_fourth_of_a_finite_set_is_random(g):
+def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
     """What the surrogate holds for no better is tried in the end, though much is left near the best one."""
     searcher = g.searcher(first=())
-    told = [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL[::2])]
-    state = searcher.tell(searcher.init(jax.random.key(0), None)._replace(num_asked=len(told)), told)
+    told = [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL[:9])]
+    state = searcher.tell(searcher.init(jax.random.key(0), None), told)
+    encode = lambda c: np.asarray(spaces.encode(SPACE, spaces.from_configuration(SPACE, c)))
+    of_pool = np.stack([encode(c) for c in POOL])
 
-    def asked(num_asked):
-        keyed = (state._replace(num_asked=num_asked, key=jax.random.key(seed)) for seed in range(12))
-        return [searcher.ask(one, 1)[0][0].configuration for one in keyed]
+    def farthest(tried):
+        distances = np.linalg.norm(of_pool[:, None] - of_pool[None, tried], axis=2).min(1)
+        return np.flatnonzero(distances > distances.max() - 1e-6).tolist()
 
-    for num_asked in (19, 22, 24):
-        assert all(c == asked(num_asked)[0] for c in asked(num_asked)[1:])
-    for num_asked in (23, 27):
-        found = asked(num_asked)
-        assert all(c in POOL[1::2] for c in found) and len({tuple(c.items()) for c in found}) > 3
-    y = [loss(c) for c in POOL[::2]]
-    for num, most in ((24, 1), (27, 12)):  # that were tried, some of them again
-        tried, outcomes = (POOL[::2] * 3)[:num], (y * 3)[:num]
-        found = [g.suggest(tried, outcomes, key=jax.random.key(seed))[0] for seed in range(12)]
-        assert all(c in POOL[1::2] for c in found)
-        assert min(most, 4) <= len({tuple(c.items()) for c in found}) <= most
+    for num_asked, batch in ((7, 1), (15, 1), (14, 2)):
+        asked = [POOL.index(t.configuration) for t in searcher.ask(state._replace(num_asked=num_asked), batch)[0]]
+        assert asked[-1] in farthest([*range(9), *asked[:-1]])  # those that run count
+    for num_asked in (8, 14, 16):
+        (asked,), _ = searcher.ask(state._replace(num_asked=num_asked), 1)
+        assert POOL.index(asked.configuration) not in farthest([*range(9)])
+    y = [loss(c) for c in POOL[:9]]
+    for num in (6, 7, 8):
+        (found,) = g.suggest(POOL[:num], y[:num])
+        assert (POOL.index(found) in farthest([*range(num)])) == (num == 7)
+    (found,) = g.suggest(POOL[:5], y[:5], pending=POOL[5:7])
+    assert POOL.index(found) in farthest([*range(7)])
+    # All of them were tried.
+    state = searcher.tell(state, [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL)])
+    assert searcher.ask(state._replace(num_asked=23), 1)[0][0].configuration in POOL
+
+
+def test_the_farthest_of_many():
+    rng = np.random.default_rng(0)
+    x, tried = rng.normal(size=(600, 3)), rng.normal(size=(40, 3))
+    for i in (3, 300, 599):  # over all parts
+        moved = x.copy()
+        moved[i] += 100
+        assert _new_trials.farthest(moved, tried) == i
+    line = np.linspace(0, 1, 11, dtype=np.float32)[:, None]
+    assert _new_trials.farthest(line, line[[0, 10]]) == 5
+    assert _new_trials.farthest(line, line[[0, 4, 8]]) in (2, 6, 10)
 
 
 # ---- On disk --------------------------------------------------------------------------------------------------------
