@@ -14,7 +14,6 @@ from metaopt.hypergrad._implicit import (
     ImplicitState,
     implicit,
     implicit_solve,
-    refuse_unanswerable,
     used_leaves,
     warm_implicit,
 )
@@ -78,7 +77,6 @@ __all__ = [
     "partition",
     "persistent_es",
     "recommend",
-    "refuse_unanswerable",
     "reptile",
     "sama",
     "t1t2",

@@ -56,7 +56,7 @@ def _refusal(paths: list[str], condition: str, depends: str) -> str:
     )
 
 
-def refuse_unanswerable(
+def _refuse_unanswerable(
     problem: base.Problem,
     state: base.InnerState,
     hyperparams: base.HyperParams,
@@ -231,7 +231,7 @@ def implicit(
     def init(key, hyperparams, task):
         loop_key, key = jax.random.split(key)
         state = loop.init(loop_key, hyperparams, task.train)
-        refuse_unanswerable(problem, state, hyperparams, task, condition=condition)
+        _refuse_unanswerable(problem, state, hyperparams, task, condition=condition)
         if not warm_start:
             return ImplicitState(None, None, key)
         return ImplicitState(state, optax.tree.zeros_like(_unknown(loop, state, condition)[0]), key)

@@ -225,7 +225,7 @@ def test_deep_kernels_predict_from_features_and_stand_alone_where_they_have_the_
         methods.train_meta_optimizer(records, deep_share=2, **kwargs)
 
 
-def regrets_after(num, kind, seed, num_tasks, *others):
+def regrets_after(num, kind, seed, num_tasks, *others, candidates=None):
     """[S, T] the regrets of searchers that learned from records which say nothing of new tasks, of the same optimizer
     without g, and of others.
 
@@ -234,17 +234,22 @@ def regrets_after(num, kind, seed, num_tasks, *others):
     rng = np.random.default_rng(seed)
     useless = make_records(rng, shuffled=True)[0] if kind == "shuffled" else unrelated(rng)
     flat = [base.Record("flat", record.configuration, 1.0 + rng.normal()) for record in useless[:15]]
-    one, without = (methods.train_meta_optimizer(r, space=SPACE, num_steps=60) for r in (useless, flat))
-    bests = rng.uniform(size=num_tasks)
-    return np.array([[search(s, b, num)[-1] for b in bests] for s in (one.searcher(), without.searcher(), *others)])
+    train = functools.partial(methods.train_meta_optimizer, space=SPACE, num_steps=60, candidates=candidates)
+    searchers, bests = (train(useless).searcher(), train(flat).searcher(), *others), rng.uniform(size=num_tasks)
+    return np.array([[search(s, b, num, 100 * seed + t)[-1] for t, b in enumerate(bests)] for s in searchers])
+
+
+LINE = [{"x": float(x), "kind": kind} for x in np.linspace(0, 1, 101) for kind in SPACE["kind"].labels]
 
 
 @slow
+@pytest.mark.parametrize("candidates", [None, LINE], ids=["space", "finite"])
 @pytest.mark.parametrize("kind", ["shuffled", "unrelated"])
-def test_records_that_say_nothing_of_new_tasks_do_no_harm(kind):
+def test_records_that_say_nothing_of_new_tasks_do_no_harm(kind, candidates):
     """The mean regret after 25 trials is within one standard error, of paired differences of 48 tasks over six seeds,
     of that of the same optimizer without g: one that was trained on one flat task."""
-    regrets = [regrets_after(25, kind, seed, 8, tasks.random_search()) for seed in (2, 11, 12, 13, 14, 15)]
+    search = tasks.random_search()
+    regrets = [regrets_after(25, kind, s, 8, search, candidates=candidates) for s in (2, 11, 12, 13, 14, 15)]
     ours, plain, random = np.concatenate(regrets, axis=1)
     for beside in (plain, random):
         assert (ours - beside).mean() < (ours - beside).std(ddof=1) / np.sqrt(len(ours))
