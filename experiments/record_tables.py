@@ -46,6 +46,7 @@ from scipy.spatial.distance import cdist
 from metaopt import base, methods, predictors, spaces
 
 NUM_TRIALS = 20
+FARTHEST_EVERY = 8  # as the searcher has it
 CURVES = Path(__file__).parent / "results" / "record_tables.npz"  # of the baselines that are run apart
 AT = (1, 5, 20)
 NUM_DEEP = 2  # deep kernels
@@ -148,8 +149,8 @@ def greedy(regret: np.ndarray) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="adaptation_steps")
 def search(surrogate, x, functions, weights, error, start, distances, adaptation_steps=10):
-    """[NUM_TRIALS] configurations: the searcher of `methods` on one task, for all steps in one program. Every eighth
-    is the farthest by these [C, C] distances."""
+    """[NUM_TRIALS] configurations: the searcher of `methods` on one task, for all steps in one program. The
+    farthest is that by these [C, C] distances."""
     open_, share = jnp.isfinite(error), surrogate.transformer_share
     error = jnp.where(open_, error, 0.0)
     typical_scale = jnp.exp(jnp.median(surrogate.log_scales))
@@ -169,7 +170,7 @@ def search(surrogate, x, functions, weights, error, start, distances, adaptation
             binned = predictors.predict_binned(surrogate.transformers, read, x)
             score = share * predictors.binned_improvement(binned, best) + (1 - share) * score
         nearest = jnp.where(mask[:, None] > 0, distances[seen], jnp.inf).min(0)
-        score = jnp.where(i % 8 == 7, nearest, score)
+        score = jnp.where(i % FARTHEST_EVERY == FARTHEST_EVERY - 1, nearest, score)
         new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
         return (seen.at[i].set(new), mask.at[i].set(1.0), tried.at[new].set(True)), None
 

@@ -63,9 +63,9 @@ class SuggestFn(Protocol):
     ) -> list[dict[str, Any]]:
         """What to try next, given what was tried (NaN: it failed) and what runs: in closed form, without a fit.
 
-        Without candidates every fourth one is random, as in the searcher: where as many were tried and run as 3, 7, 11
-        and so on, once there is an outcome. It depends on `key`, and on no trial. With candidates every eighth one (7,
-        15, 23 and so on) is the one that is farthest from all that were tried and run; the searcher counts what it has
+        As in the searcher, once there is an outcome, every fourth one is random: where as many were tried and run as 3,
+        7, 11 and so on. It depends on `key`, and on no trial. With candidates it is every eighth (7, 15, 23 and so on),
+        and is the one of those left that is farthest from all that were tried and run. The searcher counts what it has
         asked for. Neither looks at costs.
 
         Configurations are dicts, or the rows of a data frame, whose gaps are what is lacking, or None where that is a
@@ -84,7 +84,8 @@ class MakeSearcherFn(Protocol):
         first: Sequence[Mapping[str, Any]] | None = None,
     ) -> base.Searcher:
         """A searcher that spends trials on a new task: on the configurations `first`, where what they lack is at its
-        default; on what `predict` says, as long as there is no outcome; and on what an acquisition function asks for.
+        default; on what `predict` says, as long as there is no outcome; and on what an acquisition function asks for,
+        but for every fourth trial, which is random, or with candidates every eighth, the farthest from all before.
         By default the space's default is first, as in other searchers, unless candidates do not hold it; `()` begins
         with what `predict` says. What others have tried, as far as it is told before it is asked for, is not tried
         again."""
@@ -202,7 +203,11 @@ def encoder(space: base.PyTree):
     What is `spaces.foreign` is refused where strict. Otherwise a label lies between all labels, as near to one as to
     another; a number out of bounds is at the bound, and what should be a number at the default.
     """
-    encode, known = jax.jit(_encode_fn(space)), {}
+    encode, known, dtype = (
+        jax.jit(_encode_fn(space)),
+        {},
+        jnp.zeros(()).dtype,
+    )  # for good: rows are known by their bytes
 
     def encoded(configuration, strict=False):
         # A record's label that equals another (1, 1.0, True) is told apart.
@@ -218,7 +223,8 @@ def encoder(space: base.PyTree):
             # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
             whole = spaces.complete(space, configuration, strict=strict)
             others = {} if strict else spaces.foreign(space, configuration)
-            found = known[name] = np.asarray(encode(spaces.from_configuration(space, whole | others, strict=strict)))
+            hyperparams = spaces.from_configuration(space, whole | others, strict=strict)
+            found = known[name] = np.asarray(encode(hyperparams), dtype)
         return found
 
     return encoded
@@ -485,7 +491,7 @@ def meta_optimizer(
                 if finite is None:
                     return to_configuration(best_after_failures(key, *task, *given))
                 score = np.array(finite_after_failures(*task, *given))
-                score[~untried(told, pending)] = -np.inf
+                score[~untried(known)] = -np.inf
                 if np.isfinite(score).any():
                     return dict(pool[int(score.argmax())])
             if len(plan) <= len(known):
@@ -496,10 +502,8 @@ def meta_optimizer(
             """What ended or runs, each configuration once."""
             return told.names() | {x.tobytes() for x in pending.values()}
 
-        def untried(told, pending):
-            """[candidates] what neither ended nor runs."""
-            before = names_of(told, pending)
-            return np.array([name not in before for name in finite_keys])
+        def untried(known):
+            return np.array([name not in known for name in finite_keys])
 
         def shown(x, y):
             return shown_to_transformers(x, y, surrogate.max_shown) if share else None
@@ -509,12 +513,15 @@ def meta_optimizer(
             if not seen.any():
                 return planned(key, told, pending)
             # Now and then, what the surrogate will not look at.
-            if finite is None and num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
-                return to_configuration(sample(key[None])[0])
-            if finite is not None and num_asked % _FARTHEST_EVERY == _FARTHEST_EVERY - 1:
-                if len(left := np.flatnonzero(untried(told, pending))):
-                    known = np.frombuffer(b"".join(names_of(told, pending)), finite.dtype)
-                    return dict(pool[left[farthest(finite[left], known.reshape(-1, finite.shape[1]))]])
+            if finite is None:
+                if num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
+                    return to_configuration(sample(key[None])[0])
+            else:
+                known = names_of(told, pending)
+                left = untried(known)
+                if left.any() and num_asked % _FARTHEST_EVERY == _FARTHEST_EVERY - 1:
+                    before = np.frombuffer(b"".join(known), finite.dtype).reshape(len(known), -1)
+                    return dict(pool[np.flatnonzero(left)[farthest(finite[left], before)]])
             if (ended := seen & ~told.given_up).any():
                 y = np.where(told.given_up, np.maximum(y, y[ended].min()), y)
             y = from_the_best(y, widest)[0]
@@ -535,13 +542,13 @@ def meta_optimizer(
                     trials = padded(np.concatenate([x, waiting]), np.concatenate([y, believed]))
                     running = None
             if acquisition == "ei_per_cost":
-                known = keep[np.isfinite(told.log_cost[keep])][-_MAX_COSTS:]
-                if len(known):
-                    costs = padded(np.stack([told.x(i) for i in known]), told.log_cost[known])
+                of_cost = keep[np.isfinite(told.log_cost[keep])][-_MAX_COSTS:]
+                if len(of_cost):
+                    costs = padded(np.stack([told.x(i) for i in of_cost]), told.log_cost[of_cost])
             if finite is None:
                 return to_configuration(suggest_z(acquisition, key, *task, (trials, running, read), costs))
             score = np.array(acquire_finite(acquisition, key, *task, (trials, running, read), costs, *of_finite))
-            score[~untried(told, pending)] = -np.inf
+            score[~left] = -np.inf
             if not np.isfinite(score).any():
                 score = np.asarray(expected_finite(*task, jnp.asarray(finite)))  # all were tried
             return dict(pool[int(score.argmax())])

@@ -1,4 +1,5 @@
-"""The trials of a new task, as the arrays that a surrogate reads: few of many, outcomes of one scale, padded."""
+"""The trials of a new task as arrays, and those that a surrogate reads of them: few of many, outcomes of one scale,
+padded."""
 
 import functools
 import math
@@ -218,13 +219,13 @@ def farthest(x: np.ndarray, tried: np.ndarray) -> int:
       tried: [N, D].
 
     Returns:
-      Its index, the first one's of several as far. It takes memory O(N), and time O(P N D).
+      Its index, the first of those that are as far in float32. It takes memory O(P + N D), and time O(P N D).
     """
     from scipy.spatial.distance import cdist
 
     parts = np.array_split(x, -(-len(x) // 256))
     distances = np.concatenate([cdist(part, tried).min(1) for part in parts])
-    return int(distances.astype(np.float32).argmax())  # on a grid, many are as far up to rounding
+    return int(distances.astype(np.float32).argmax())
 
 
 def without_outliers(y: np.ndarray) -> np.ndarray:

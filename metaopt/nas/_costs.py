@@ -188,8 +188,8 @@ def _elastic_costs(network: ElasticNetwork, in_shape, cost) -> tuple[float, tupl
 
 
 def check_table(table: CostTable, network: Space) -> None:
-    """ValueError where a table has costs of choices that a network has not, being of another space, or of other axes
-    than its terms have edges."""
+    """ValueError where a table is of another space, whose choices a network does not have, or where a term's costs have
+    not one axis for each of its edges."""
     cells = network.cells
     for term in table.terms:
         if np.ndim(term.values) != len(term.rows):

@@ -226,20 +226,18 @@ def _by_name(tasks: Any) -> dict[str, Any]:
         named = dict(tasks)
     else:
         what = "`tasks` must be a dict of what the objective is given by name, or a list of what has a `name`, as"
-        try:
-            given = iter(tasks)
-        except TypeError:  # there is nothing to go through
-            given = None
         one = isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields")  # such as a `Table`
-        if given is None or one:
-            raise ValueError(f"{what} `Table`s do; got {type(tasks).__name__}.")
-        tasks = list(given)
+        if one or not (hasattr(tasks, "__iter__") or hasattr(tasks, "__getitem__")):
+            of_one = " `[table]` is a list of one." * hasattr(tasks, "name")
+            raise ValueError(f"{what} `Table`s do; got {type(tasks).__name__}.{of_one}")
+        tasks = list(tasks)
         for i, task in enumerate(tasks):
             if not hasattr(task, "name"):
                 raise ValueError(f"{what} `Table`s do; `tasks[{i}]` has none, and is {type(task).__name__}.")
         named = {task.name: task for task in tasks}
     if len(named) < len(tasks):
-        raise ValueError("The names of `tasks` must differ.")
+        names = [task.name for task in tasks]
+        raise ValueError(f"The names of `tasks` must differ; {max(names, key=names.count)!r} is there twice or more.")
     if unnamed := [name for name in named if not isinstance(name, str)]:
         raise ValueError(f"The names of `tasks` must be strings, as records hold them; got {unnamed[0]!r}.")
     return named

@@ -47,7 +47,7 @@ def objective(trial):
 @pytest.mark.once
 def test_it_samples_what_the_searcher_would_ask_for(g):
     study = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=3))
-    study.optimize(objective, n_trials=6)
+    study.optimize(objective, n_trials=9)
     searcher, told = g.searcher(first=()), []
     state = searcher.init(jax.random.key(3), None)
     for trial in study.trials:

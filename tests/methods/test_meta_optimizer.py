@@ -248,8 +248,8 @@ LINE = [{"x": float(x), "kind": kind} for x in np.linspace(0, 1, 101) for kind i
 def test_records_that_say_nothing_of_new_tasks_do_no_harm(kind, candidates):
     """The mean regret after 25 trials is within one standard error, of paired differences of 48 tasks over six seeds,
     of that of the same optimizer without g: one that was trained on one flat task."""
-    search = tasks.random_search()
-    regrets = [regrets_after(25, kind, s, 8, search, candidates=candidates) for s in (2, 11, 12, 13, 14, 15)]
+    at_random = tasks.random_search()
+    regrets = [regrets_after(25, kind, s, 8, at_random, candidates=candidates) for s in (2, 11, 12, 13, 14, 15)]
     ours, plain, random = np.concatenate(regrets, axis=1)
     for beside in (plain, random):
         assert (ours - beside).mean() < (ours - beside).std(ddof=1) / np.sqrt(len(ours))

@@ -565,31 +565,45 @@ def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
 
 def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
     """What the surrogate holds for no better is tried in the end, though much is left near the best one."""
-    searcher = g.searcher(first=())
-    told = [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL[:9])]
-    state = searcher.tell(searcher.init(jax.random.key(0), None), told)
     encode = lambda c: np.asarray(spaces.encode(SPACE, spaces.from_configuration(SPACE, c)))
-    of_pool = np.stack([encode(c) for c in POOL])
+    of_pool, y = np.stack([encode(c) for c in POOL]), [loss(c) for c in POOL]
 
-    def farthest(tried):
-        distances = np.linalg.norm(of_pool[:, None] - of_pool[None, tried], axis=2).min(1)
-        return np.flatnonzero(distances > distances.max() - 1e-6).tolist()
+    def farthest(*tried):
+        distances = np.linalg.norm(of_pool[:, None] - np.stack([encode(c) for c in tried])[None], axis=2).min(1)
+        return [c for c, distance in zip(POOL, distances, strict=True) if distance > distances.max() - 1e-6]
 
-    for num_asked, batch in ((7, 1), (15, 1), (14, 2)):
-        asked = [POOL.index(t.configuration) for t in searcher.ask(state._replace(num_asked=num_asked), batch)[0]]
-        assert asked[-1] in farthest([*range(9), *asked[:-1]])  # those that run count
-    for num_asked in (8, 14, 16):
+    searcher = g.searcher(first=())
+    of_nine = [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL[:9])]
+    state = searcher.tell(searcher.init(jax.random.key(0), None), of_nine)
+    for num_asked in (7, 8, 14, 15, 16, 23):
         (asked,), _ = searcher.ask(state._replace(num_asked=num_asked), 1)
-        assert POOL.index(asked.configuration) not in farthest([*range(9)])
-    y = [loss(c) for c in POOL[:9]]
+        assert (asked.configuration in farthest(*POOL[:9])) == (num_asked % 8 == 7)
     for num in (6, 7, 8):
         (found,) = g.suggest(POOL[:num], y[:num])
-        assert (POOL.index(found) in farthest([*range(num)])) == (num == 7)
-    (found,) = g.suggest(POOL[:5], y[:5], pending=POOL[5:7])
-    assert POOL.index(found) in farthest([*range(7)])
-    # All of them were tried.
+        assert (found in farthest(*POOL[:num])) == (num == 7)
+    # What runs counts, what failed, what was tried long ago, and what is not of the set.
+    one = farthest(*POOL[:6])[0]
+    another = farthest(*POOL[:6], one)
+    assert not any(c in another for c in farthest(*POOL[:6]))
+    foreign = one | {"only_b": 0.9 * one["only_b"]}
+    assert farthest(*POOL[:6], foreign) == another
+    assert g.suggest(POOL[:6], y[:6], pending=[one])[0] in another
+    assert g.suggest([*POOL[:6], one], [*y[:6], np.nan])[0] in another
+    assert g.suggest([*POOL[:6], foreign], [*y[:6], 1.0])[0] in another
+    long = [one, *POOL[:6], *POOL[:6], *POOL[:2]]
+    assert len(long) == 15 and g.suggest(long, [loss(c) for c in long])[0] in another
+    running, _ = searcher.ask(state._replace(num_asked=7, pending={6: encode(one)}), 1)
+    assert running[0].configuration in farthest(*POOL[:9], one) and one in farthest(*POOL[:9])
+    # All were tried.
     state = searcher.tell(state, [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL)])
-    assert searcher.ask(state._replace(num_asked=23), 1)[0][0].configuration in POOL
+    assert searcher.ask(state._replace(num_asked=23), 1)[0][0].configuration == g.predict()
+    # What is told in the other precision.
+    with jax.enable_x64(False):
+        six = [
+            Record("", c, loss(c), trial=i) for i, c in enumerate([*POOL[:6], one | {"only_b": 0.8 * one["only_b"]}])
+        ]
+        state = searcher.tell(searcher.init(jax.random.key(0), None)._replace(num_asked=7), six)
+        assert searcher.ask(state, 1)[0][0].configuration in another
 
 
 def test_the_farthest_of_many():
@@ -599,9 +613,9 @@ def test_the_farthest_of_many():
         moved = x.copy()
         moved[i] += 100
         assert _new_trials.farthest(moved, tried) == i
-    line = np.linspace(0, 1, 11, dtype=np.float32)[:, None]
+    line = np.linspace(0, 1, 11)[:, None]
     assert _new_trials.farthest(line, line[[0, 10]]) == 5
-    assert _new_trials.farthest(line, line[[0, 4, 8]]) in (2, 6, 10)
+    assert _new_trials.farthest(line, line[[0, 4, 8]]) == 2  # of 2, 6 and 10
 
 
 # ---- On disk --------------------------------------------------------------------------------------------------------

@@ -447,12 +447,15 @@ def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
         ({"batch_size": 0}, "`batch_size` must be at least 1, or None; got 0"),
         ({"time_limit": 0, "isolated": True}, "`time_limit` must be positive, or None; got 0"),
         ({"time_limit": 1}, "A limit needs `isolated=True`"),
-        ({"on": [black_boxes.tasks.Table("a", "", *[None] * 3)] * 2}, "names of `tasks` must differ"),  # pyright: ignore
+        ({"on": [black_boxes.tasks.Table("a", "", *[None] * 3)] * 2}, "must differ; 'a' is there twice or"),  # pyright: ignore
         ({"on": {3: 0.0}}, "names of `tasks` must be strings, as records hold them; got 3"),
         ({"on": "abc"}, "`tasks` must be a dict of .* by name, or a list of what has a `name`, .*; got str"),
         ({"on": 3}, "`tasks` must be a dict of .*; got int"),
         ({"on": [1, 2]}, r"`tasks` must be a dict of .*; `tasks\[0\]` has none, and is int"),
-        ({"on": black_boxes.tasks.Table("a", "", *[None] * 3)}, "`tasks` must be a dict of .*; got Table"),  # pyright: ignore
+        (
+            {"on": black_boxes.tasks.Table("a", "", *[None] * 3)},
+            r"be a dict of .*; got Table. `\[table\]` is a list of one",
+        ),  # pyright: ignore
         ({"searcher": tasks.random_search}, "`searcher` must be a `base.Searcher`; got random_search, a function: cal"),
         ({"searcher": G}, r"`searcher` must be a `base.Searcher`; got MetaOptimizer; its `.searcher\(...\)` m"),
         ({"searcher": "tpe"}, "`searcher` must be a `base.Searcher`; got str.$"),
