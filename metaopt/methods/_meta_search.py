@@ -513,15 +513,13 @@ def meta_optimizer(
             if not seen.any():
                 return planned(key, told, pending)
             # Now and then, what the surrogate will not look at.
-            if finite is None:
-                if num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
-                    return to_configuration(sample(key[None])[0])
-            else:
-                known = names_of(told, pending)
-                left = untried(known)
-                if left.any() and num_asked % _FARTHEST_EVERY == _FARTHEST_EVERY - 1:
-                    before = np.frombuffer(b"".join(known), finite.dtype).reshape(len(known), -1)
-                    return dict(pool[np.flatnonzero(left)[farthest(finite[left], before)]])
+            if finite is None and num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
+                return to_configuration(sample(key[None])[0])
+            known = set() if finite is None else names_of(told, pending)
+            left = untried(known)
+            if finite is not None and left.any() and num_asked % _FARTHEST_EVERY == _FARTHEST_EVERY - 1:
+                before = np.frombuffer(b"".join(known), finite.dtype).reshape(len(known), -1)
+                return dict(pool[np.flatnonzero(left)[farthest(finite[left], before)]])
             if (ended := seen & ~told.given_up).any():
                 y = np.where(told.given_up, np.maximum(y, y[ended].min()), y)
             y = from_the_best(y, widest)[0]
