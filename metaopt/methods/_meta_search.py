@@ -203,11 +203,8 @@ def encoder(space: base.PyTree):
     What is `spaces.foreign` is refused where strict. Otherwise a label lies between all labels, as near to one as to
     another; a number out of bounds is at the bound, and what should be a number at the default.
     """
-    encode, known, dtype = (
-        jax.jit(_encode_fn(space)),
-        {},
-        jnp.zeros(()).dtype,
-    )  # for good: rows are known by their bytes
+    encode, known = jax.jit(_encode_fn(space)), {}
+    dtype = jnp.zeros(()).dtype  # for good: what was tried is known by its bytes
 
     def encoded(configuration, strict=False):
         # A record's label that equals another (1, 1.0, True) is told apart.

@@ -226,11 +226,15 @@ def _by_name(tasks: Any) -> dict[str, Any]:
         named = dict(tasks)
     else:
         what = "`tasks` must be a dict of what the objective is given by name, or a list of what has a `name`, as"
-        one = isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields")  # such as a `Table`
-        if one or not (hasattr(tasks, "__iter__") or hasattr(tasks, "__getitem__")):
-            of_one = " `[table]` is a list of one." * hasattr(tasks, "name")
-            raise ValueError(f"{what} `Table`s do; got {type(tasks).__name__}.{of_one}")
-        tasks = list(tasks)
+        of_one = " `[table]` is a list of one." * hasattr(tasks, "name")
+        refusal = ValueError(f"{what} `Table`s do; got {type(tasks).__name__}.{of_one}")
+        if isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields"):  # one, such as a `Table`
+            raise refusal
+        try:
+            given = iter(tasks)
+        except TypeError as error:
+            raise refusal from error
+        tasks = list(given)
         for i, task in enumerate(tasks):
             if not hasattr(task, "name"):
                 raise ValueError(f"{what} `Table`s do; `tasks[{i}]` has none, and is {type(task).__name__}.")
