@@ -149,8 +149,8 @@ def greedy(regret: np.ndarray) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="adaptation_steps")
 def search(surrogate, x, functions, weights, error, start, distances, adaptation_steps=10):
-    """[NUM_TRIALS] configurations: the searcher of `methods` on one task, for all steps in one program. The
-    farthest is that by these [C, C] distances."""
+    """[NUM_TRIALS] configurations: the searcher of `methods` on one task, for all steps in one program.
+    `distances` [C, C] say which configuration is the farthest."""
     open_, share = jnp.isfinite(error), surrogate.transformer_share
     error = jnp.where(open_, error, 0.0)
     typical_scale = jnp.exp(jnp.median(surrogate.log_scales))

@@ -3,10 +3,10 @@
 g is learned from 100 earlier tasks with 50 trials each of a random forest's seven parameters (made up: it is the cost
 that is measured), at up to 512 reference configurations. Without candidates, a suggestion is a gradient ascent over
 the relaxed space from 8 starts; with candidates, a look at 1,000 configurations. Trials that are random, or the
-farthest from all before, are not among those that are timed. "running" counts trials that have been asked for and have
-not ended (`predictors.batch_expected_improvement`). All are of g's searcher, which is told each trial once, but for
-those of `suggest(X, y)`, which is given all of them anew every time, and "under Optuna", where g is the sampler of a
-study (`integrations.optuna_sampler`).
+farthest from all before, are not among those that are timed, but under Optuna. "running" counts trials that have been
+asked for and have not ended (`predictors.batch_expected_improvement`). All are of g's searcher, which is told each
+trial once, but for those of `suggest(X, y)`, which is given all of them anew every time, and "under Optuna", where g is
+the sampler of a study (`integrations.optuna_sampler`).
 
     python experiments/benchmarks/suggest.py           # writes experiments/results/suggest.md
     python experiments/benchmarks/suggest.py --smoke   # seconds; prints only

@@ -200,11 +200,12 @@ def features_of(new_task: Any) -> np.ndarray | None:
 def encoder(space: base.PyTree):
     """`(configuration, strict) -> [D]`, each configuration computed once; what is not active is at its default.
 
-    What is `spaces.foreign` is refused where strict. Otherwise a label lies between all labels, as near to one as to
-    another; a number out of bounds is at the bound, and what should be a number at the default.
+    All are in the precision that holds when this is called. What is `spaces.foreign` is refused where strict. Otherwise
+    a label lies between all labels, as near to one as to another; a number out of bounds is at the bound, and what
+    should be a number at the default.
     """
     encode, known = jax.jit(_encode_fn(space)), {}
-    dtype = jnp.zeros(()).dtype  # for good: what was tried is known by its bytes
+    x64 = bool(jax.config.jax_enable_x64)  # for good: what was tried is known by its bytes
 
     def encoded(configuration, strict=False):
         # A record's label that equals another (1, 1.0, True) is told apart.
@@ -220,8 +221,9 @@ def encoder(space: base.PyTree):
             # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
             whole = spaces.complete(space, configuration, strict=strict)
             others = {} if strict else spaces.foreign(space, configuration)
-            hyperparams = spaces.from_configuration(space, whole | others, strict=strict)
-            found = known[name] = np.asarray(encode(hyperparams), dtype)
+            with jax.enable_x64(x64):
+                hyperparams = spaces.from_configuration(space, whole | others, strict=strict)
+                found = known[name] = np.asarray(encode(hyperparams))
         return found
 
     return encoded

@@ -590,20 +590,30 @@ def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
     assert g.suggest(POOL[:6], y[:6], pending=[one])[0] in another
     assert g.suggest([*POOL[:6], one], [*y[:6], np.nan])[0] in another
     assert g.suggest([*POOL[:6], foreign], [*y[:6], 1.0])[0] in another
-    long = [one, *POOL[:6], *POOL[:6], *POOL[:2]]
-    assert len(long) == 15 and g.suggest(long, [loss(c) for c in long])[0] in another
+    long = [one, *45 * POOL[:6]]  # more than the surrogate looks at
+    assert len(long) % 8 == 7 and g.suggest(long, [loss(c) for c in long])[0] in another
     running, _ = searcher.ask(state._replace(num_asked=7, pending={6: encode(one)}), 1)
     assert running[0].configuration in farthest(*POOL[:9], one) and one in farthest(*POOL[:9])
     # All were tried.
     state = searcher.tell(state, [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL)])
     assert searcher.ask(state._replace(num_asked=23), 1)[0][0].configuration == g.predict()
-    # What is told in the other precision.
+    # What is told in the other precision is encoded in that of g.
     with jax.enable_x64(False):
         six = [
             Record("", c, loss(c), trial=i) for i, c in enumerate([*POOL[:6], one | {"only_b": 0.8 * one["only_b"]}])
         ]
         state = searcher.tell(searcher.init(jax.random.key(0), None)._replace(num_asked=7), six)
         assert searcher.ask(state, 1)[0][0].configuration in another
+
+
+def test_a_configuration_has_one_encoding_in_both_precisions():
+    encoders = _meta_search.encoder(SPACE), _meta_search.encoder(SPACE)
+    expected = encoders[0](POOL[1])
+    with jax.enable_x64(False):
+        found = encoders[1](POOL[1])
+        single = _meta_search.encoder(SPACE)(POOL[1])
+    assert found.dtype == np.float64 and found.tobytes() == expected.tobytes() != single.tobytes()
+    assert single.dtype == np.float32
 
 
 def test_the_farthest_of_many():
@@ -615,7 +625,7 @@ def test_the_farthest_of_many():
         assert _new_trials.farthest(moved, tried) == i
     line = np.linspace(0, 1, 11)[:, None]
     assert _new_trials.farthest(line, line[[0, 10]]) == 5
-    assert _new_trials.farthest(line, line[[0, 4, 8]]) == 2  # of 2, 6 and 10
+    assert _new_trials.farthest(line[::-1], line[[0, 4, 8]]) == 0  # of 0, 4 and 8, which are the same up to rounding
 
 
 # ---- On disk --------------------------------------------------------------------------------------------------------

@@ -455,7 +455,7 @@ def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
         (
             {"on": black_boxes.tasks.Table("a", "", *[None] * 3)},
             r"be a dict of .*; got Table. `\[table\]` is a list of one",
-        ),  # pyright: ignore
+        ),
         ({"searcher": tasks.random_search}, "`searcher` must be a `base.Searcher`; got random_search, a function: cal"),
         ({"searcher": G}, r"`searcher` must be a `base.Searcher`; got MetaOptimizer; its `.searcher\(...\)` m"),
         ({"searcher": "tpe"}, "`searcher` must be a `base.Searcher`; got str.$"),
@@ -485,6 +485,14 @@ def test_tasks_come_as_any_iterable_and_keys_of_both_kinds():
     one, other = (collect(on=on, **kwargs) for on in (named, iter(named)))
     assert without_cost(one) == without_cost(other) and {record.task for record in one} == set(TASKS)
     assert len(collect(key=jax.random.PRNGKey(0), **kwargs)) == 4
+
+    class Failing:
+        def __iter__(self):
+            raise TypeError("the archive is closed")
+
+    with pytest.raises(ValueError, match="`tasks` must be .*; got Failing") as refusal:
+        collect(on=Failing(), **kwargs)
+    assert "the archive is closed" in str(refusal.value.__cause__)
 
 
 def test_what_is_enqueued_stands_before_a_searcher_and_not_before_its_factory():
