@@ -202,8 +202,9 @@ def optuna_sampler(
     - A pruned trial counts with its last intermediate value, moved by the mean difference between that step and the end
       in the trials that have both; one that has none counts as failed. Steps of one trial that are the same to six
       digits (there are some beyond a million) are one, with the last value.
-    - A trial that fails before it has asked for all of its parameters counts with those that it would have been given;
-      one that has asked for none does not count, however it ended.
+    - A trial that ends or fails before it has asked for all of its parameters counts with those that it would have been
+      given, as far as this process has drawn them, else at their defaults; one that has asked for none does not count,
+      however it ended.
     - What a trial draws depends on `seed`, its number, and the trials that have ended, or run, when it begins. Each
       process of a distributed study makes a sampler of its own: this one is not pickled.
 
@@ -327,11 +328,12 @@ def _fitting(value: Any, distribution: Any) -> list[Any]:
 def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
     """A trial of Optuna as a searcher hears of it: its value, and those of its steps, each at a fidelity below 1.
 
-    One that failed may not have asked yet for all that was drawn; one that ended has no use for the rest.
+    One that failed may not have asked yet for all that was drawn, and one that ended may never do so. Either is what
+    was drawn: by what it asked for alone it would be another one, and the same would be drawn again and again.
     """
     if not trial.params:
         return []  # it asked for nothing: whatever came of it says nothing of any configuration
-    record = base.Record("", dict(trial.params), seed=1, trial=trial.number)  # trial 0 is numbered, too
+    record = base.Record("", drawn | trial.params, seed=1, trial=trial.number)  # trial 0 is numbered, too
     told = [
         record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1, to six digits
         for step, value in sorted(trial.intermediate_values.items())
@@ -341,5 +343,5 @@ def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
         seconds = trial.duration.total_seconds() if trial.duration is not None else math.nan
         told.append(record._replace(outcome=sign * trial.value, cost=seconds))
     elif trial.state.name == "FAIL" or not told:
-        told = [record._replace(configuration=drawn | record.configuration, status="FAIL")]
+        told = [record._replace(status="FAIL")]
     return told

@@ -247,7 +247,16 @@ def test_pruned_failed_enqueued_and_foreign_trials(g):
     assert study.trials[-1].params["x"] >= 2.0
     # Optuna takes an infinite value as one; here it is a failure.
     study.optimize(lambda trial: np.inf + trial.suggest_float("x", 0.0, 1.0), n_trials=2)
-    assert len({trial.params["x"] for trial in study.trials[-2:]}) == 2
+    assert [trial.value for trial in study.trials[-2:]] == [np.inf, np.inf]
+
+
+@pytest.mark.parametrize("value", [0.0, np.inf])
+def test_what_an_objective_does_not_ask_for_is_not_drawn_again_and_again(g, value):
+    """Of the three configurations with the same x, each is drawn at most once."""
+    study = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=1))
+    study.optimize(lambda trial: value + abs(trial.suggest_float("x", 0.0, 1.0) - 1), n_trials=12)
+    xs = [trial.params["x"] for trial in study.trials]
+    assert max(map(xs.count, xs)) <= 3 and len(set(xs)) >= 4
 
 
 @pytest.mark.parametrize("number", [0, 5])
