@@ -203,10 +203,11 @@ def optuna_sampler(
       in the trials that have both; one that has none counts as failed. Steps of one trial that are the same to six
       digits (there are some beyond a million) are one, with the last value.
     - A trial that ends or fails before it has asked for all of its parameters counts with those that it would have been
-      given, as far as this process has drawn them, else at their defaults; one that has asked for none does not count,
-      however it ended.
-    - What a trial draws depends on `seed`, its number, and the trials that have ended, or run, when it begins. Each
-      process of a distributed study makes a sampler of its own: this one is not pickled.
+      given, as far as this sampler has drawn them for it, else at their defaults; one that has asked for none does not
+      count, however it ended. What it asks for without the parent that its condition reads counts where it holds there.
+    - What a trial draws depends on `seed`, its number, and the trials that have ended, or run, when it begins (where an
+      objective does not ask for all, on which of them this sampler has drawn, too). Each process of a distributed study
+      makes a sampler of its own: this one is not pickled.
 
     Args:
       meta_optimizer: by `methods.train_meta_optimizer`; its records may come from earlier studies

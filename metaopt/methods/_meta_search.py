@@ -218,10 +218,10 @@ def encoder(space: base.PyTree):
             gaps = {k: math.nan for k, v in configuration.items() if isinstance(v, float) and v != v}
             if any(configuration[key] is not math.nan for key in gaps):  # equals nothing: computed each time
                 return encoded({**configuration, **gaps}, strict)
-            # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
-            whole = spaces.complete(space, configuration, strict=strict)
-            others = {} if strict else spaces.foreign(space, configuration)
             with jax.enable_x64(x64):
+                # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
+                whole = spaces.complete(space, configuration, strict=strict)
+                others = {} if strict else spaces.foreign(space, configuration)
                 hyperparams = spaces.from_configuration(space, whole | others, strict=strict)
                 found = known[name] = np.asarray(encode(hyperparams))
         return found

@@ -606,12 +606,14 @@ def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
         assert searcher.ask(state, 1)[0][0].configuration in another
 
 
-def test_a_configuration_has_one_encoding_in_both_precisions():
-    encoders = _meta_search.encoder(SPACE), _meta_search.encoder(SPACE)
-    expected = encoders[0](POOL[1])
+@pytest.mark.parametrize("configuration", [{"rate": 0.3, "x": 1 / 11}, {}], ids=["given", "lacking"])
+def test_a_configuration_has_one_encoding_in_both_precisions(configuration):
+    space = {"x": spaces.interval(0.0, 1.0), "rate": spaces.interval(1e-4, 1.0, log=True, default=0.1)}
+    encoders = _meta_search.encoder(space), _meta_search.encoder(space)
     with jax.enable_x64(False):
-        found = encoders[1](POOL[1])
-        single = _meta_search.encoder(SPACE)(POOL[1])
+        found = encoders[0](configuration)
+        single = _meta_search.encoder(space)(configuration)
+    expected = encoders[1](configuration)
     assert found.dtype == np.float64 and found.tobytes() == expected.tobytes() != single.tobytes()
     assert single.dtype == np.float32
 
