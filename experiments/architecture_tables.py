@@ -513,7 +513,7 @@ def main() -> None:
             f" Of the tasks that were left out, {kept.num_before} of {len(kept.tasks)} are from earlier calls, "
             f"{kept.num_other_code()} by other code than the script's."
         )
-    script.publish(__file__, "Architectures from tables", text, options)
+    script.publish(__file__, "Architectures from tables", text, options, picture="Regret over trainings")
     if not options.smoke:
         plot(curves, options.out / "architecture_tables.png")
 

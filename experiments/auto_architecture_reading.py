@@ -95,7 +95,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
-        len(results), 3, figsize=(19, 6.5 * len(results)), squeeze=False, width_ratios=[1, 1, 1.1]
+        len(results), 3, figsize=(22, 6.5 * len(results)), squeeze=False, width_ratios=[1, 1.7, 1.1]
     )
     for (left, middle, right), result in zip(axes, results, strict=True):
         rows = report({k: np.array(x) for k, x in result["scores"].items()}, result["families"], A_STAR)
@@ -118,6 +118,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             shown = x[at].T
             strongest = result["features"][int(np.abs(direction).argmax())]
             middle.set_xlabel(f"held-out tasks, fold by fold along the features' main direction (mostly {strongest!r})")
+            middle.set_xticks(range(len(at)), np.array(result["tasks"])[at], rotation=90, fontsize=6)
             ends = np.cumsum(result["sizes"])
         else:
             shown = np.stack([x[(folds == f) & (families == family)].mean(0) for f, family in names], 1)
@@ -142,5 +143,5 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         )
         figure.colorbar(image, ax=right, fraction=0.03)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -254,7 +254,9 @@ def finish(details: dict[str, Any], path: Path) -> None:
     most = 20 if 20 in config["trials"] else max(config["trials"])
     best, other_code = RANDOM.format(most), details["num_other_code"]
     each, took = lambda tell: " and ".join(map(tell, results)), f"{details['this_call']:.0f} s"
-    text = f"# auto_architecture, {details['preset']}\n\n" + "\n".join(to_markdown(r) for r in results)
+    text = f"# auto_architecture, {details['preset']}\n\n"
+    text += f"![Differences, and what h chose for which task]({path.name}.png)\n\n"
+    text += "\n".join(to_markdown(r) for r in results)
     text += "\n### Over all of them\n\n" + bars(results, most)
     text += "\n### DARTS's variants, over all of them\n\n" + darts_text(results) + "\n"
     text += "\n### Supernets, discrete and trained alone\n\n" + gaps_text(results)

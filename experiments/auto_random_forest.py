@@ -677,9 +677,14 @@ def main() -> None:
         + f"The whole run took {time.perf_counter() - begin:.0f} s."
     )
     page = "auto_random_forest_rows" if options.rows else "auto_random_forest"
-    if not options.smoke:
-        text = f"![Differences in test log loss]({page}.png)\n\n" + text
-    script.publish(__file__, "A random forest, from records of earlier tables", text, options, name=page)
+    script.publish(
+        __file__,
+        "A random forest, from records of earlier tables",
+        text,
+        options,
+        name=page,
+        picture="Differences in test log loss",
+    )
     if not options.smoke:
         plot(differences, options.out / f"{page}.png")
 

@@ -297,7 +297,13 @@ def main() -> None:
             mixed = judge(super_["weights"]) if name == searched else float("nan")
             scores.append(methods.ArchitectureScores(name, judge(nas.one_hot(spec, one)), alone[name], mixed))
         reports[searched] = methods.search_report(scores)
-    script.publish(__file__, "DARTS on CIFAR-10", text_of(genotypes, reports, scale, len(parts["train"]["y"])), options)
+    script.publish(
+        __file__,
+        "DARTS on CIFAR-10",
+        text_of(genotypes, reports, scale, len(parts["train"]["y"])),
+        options,
+        picture="The cells that were found",
+    )
     if not options.smoke:
         draw(genotypes, network, options.out / "darts_cifar.png")
 

@@ -422,9 +422,9 @@ def main() -> None:
         ]
     )
     name = f"learning_curves_{options.table}"
-    if not options.smoke:
-        text = f"![Regret, and calibration]({name}.png)\n\n{text}"
-    script.publish(__file__, f"Learning curves: {data.name}", text, options, name=name)
+    script.publish(
+        __file__, f"Learning curves: {data.name}", text, options, name=name, picture="Regret, and calibration"
+    )
     if not options.smoke:
         plot(data, curves, found, options.out / f"{name}.png")
 

@@ -480,7 +480,10 @@ def correlations(seeds: dict, table, data) -> list[str]:
 
 
 def plot(runs: dict, table, path: Path) -> None:
-    """What the argmax of α says over time: how many skips, and how good the cell is."""
+    """What the argmax of α says over time: how many skips, and how good the cell is.
+
+    Cells are recorded before a step; the one that was found, after the last step, is beside the last of them.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -490,10 +493,10 @@ def plot(runs: dict, table, path: Path) -> None:
     for name, seeds in runs.items():
         if not all("rows" in run and "weights" in run for run in seeds.values()):
             continue
-        rows = np.array([run["rows"] for run in seeds.values()])
-        time_ = np.arange(1, rows.shape[1] + 1) / rows.shape[1]
-        axes[0].plot(time_, (table.encodings[rows] == SKIP).sum(-1).mean(0), label=name)
-        axes[1].plot(time_, (100 - table.test[rows, 0]).mean(0), label=name)
+        rows = np.array([[*run["rows"], run["row"]] for run in seeds.values()])
+        time_ = np.arange(1, rows.shape[1]) / (rows.shape[1] - 1)
+        axes[0].plot([*time_, 1], (table.encodings[rows] == SKIP).sum(-1).mean(0), label=name)
+        axes[1].plot([*time_, 1], (100 - table.test[rows, 0]).mean(0), label=name)
         curvatures = [[np.nan if c is None else c for c in run["curvatures"]] for run in seeds.values()]
         if np.isfinite(curvatures).any():
             for seed, values in zip(seeds, curvatures, strict=True):
@@ -505,7 +508,9 @@ def plot(runs: dict, table, path: Path) -> None:
     axes[1].set(xlabel="share of the search", ylabel="CIFAR-10 test accuracy (%), mean over seeds")
     axes[2].set(xlabel="share of the search", ylabel="dominant eigenvalue of the Hessian in α")
     axes[0].legend(fontsize=7, ncols=2, loc="upper right")
-    axes[2].legend(fontsize=7)
+    axes[1].legend(*([of[-1]] for of in axes[1].get_legend_handles_labels()), fontsize=7, loc="lower right")
+    axes[2].margins(y=0.3)
+    axes[2].legend(fontsize=7, ncols=2, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -562,7 +567,14 @@ def main() -> None:
     runs = {job: dict(sorted(seeds.items(), key=lambda item: int(item[0]))) for job, seeds in runs.items() if seeds}
     with np.load(path.parent / "nasbench201.npz") as data:
         text = report(runs, table, data, config, options)
-    script.publish(__file__, "NAS-Bench-201 from supernets", text, options, name=name)
+    script.publish(
+        __file__,
+        "NAS-Bench-201 from supernets",
+        text,
+        options,
+        name=name,
+        picture="Skips, accuracies and eigenvalues over the searches",
+    )
     if not options.smoke:
         plot(runs, table, options.out / f"{name}.png")
 

@@ -765,9 +765,8 @@ def main() -> None:
         + ("" if any(count.startswith("SMAC") for count in counts) else " SMAC3 (`--baselines SMAC`) was not run.")
         + " The curves of baselines are kept beside the results, and only what lacks of them is run."
     )
-    if not options.smoke:
-        text = ["![Mean normalized regret over trials](record_tables.png)", "", *text]
-    script.publish(__file__, "Records of earlier tasks", "\n".join(text), options)
+    picture = "Mean normalized regret over trials"
+    script.publish(__file__, "Records of earlier tasks", "\n".join(text), options, picture=picture)
     if not options.smoke:
         plot(results, options.out / "record_tables.png")
 

@@ -305,7 +305,9 @@ def main() -> None:
     )
     text += "its own split, initial weights and order; ± is the standard deviation over seeds.\n\n"
     text += gap(config, grid, found, scores, splits)
-    script.publish(__file__, "Searching within a budget of FLOPs", text, options)
+    script.publish(
+        __file__, "Searching within a budget of FLOPs", text, options, picture="Test errors against operations"
+    )
     if not options.smoke:
         draw(grid, chosen, shared, options)
 

@@ -102,11 +102,14 @@ def listed(found: Mapping[str, Sequence]) -> str:
     return "; ".join(f"{name} ({', '.join(map(str, where))})" for name, where in found.items() if len(where)) or "none"
 
 
-def publish(file: str, title: str, text: str, options: argparse.Namespace, *, name: str | None = None) -> None:
+def publish(
+    file: str, title: str, text: str, options: argparse.Namespace, *, name: str | None = None, picture: str = ""
+) -> None:
     """Prints a result and the line that says what made it, and writes both as Markdown, but for a smoke run.
 
-    `name` is that of the result, where it is not the script's.
+    `name` is that of the result, where it is not the script's; `picture` says what is seen in the one beside it.
     """
+    name = name or Path(file).stem
     command = shlex.join(["python", f"experiments/{Path(file).name}", *sys.argv[1:]])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     text += (
@@ -117,4 +120,5 @@ def publish(file: str, title: str, text: str, options: argparse.Namespace, *, na
     print(text)
     if not options.smoke:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"{name or Path(file).stem}.md").write_text(f"# {title}\n\n{text}")
+        shown = f"![{picture}]({name}.png)\n\n" if picture else ""
+        (options.out / f"{name}.md").write_text(f"# {title}\n\n{shown}{text}")

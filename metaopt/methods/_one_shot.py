@@ -62,11 +62,12 @@ def single_path_one_shot(
       A `OneShot`. Rows that are padding by "mask" [N] count in no loss and no normalization.
 
     Raises:
-      ValueError: the spec and the shapes do not fit; `train` and `score`, of data whose labels are no classes, where
-        `loss` is the default.
+      ValueError: the spec and the shapes do not fit; `num_steps` is no integer of at least 1; `train` and `score`, of
+        data whose labels are no classes, where `loss` is the default.
 
     Source: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420
     """
+    base.check_integer("num_steps", num_steps, 1)
     supernet = nas.supernet(network, in_shape, ops=ops, single_path=True)
     loop = _loop(supernet, nas.uniform_path(), loss, decay, optimizer, sampler)
     run = inner.run(loop, num_steps)

@@ -88,9 +88,9 @@ def retraining(
       A `Retraining`; `search_report`'s example begins at the search, and goes on to its figures.
 
     Raises:
-      ValueError: the network has mixing weights left; no layer has a stride for the auxiliary head; a number is out of
-        range; a cell has one edge alone, and `drop_path` is not 0; of the loop, of data that are not traced, labels are
-        no classes, where `loss` is the default.
+      ValueError: the network has mixing weights left, or is one of sizes (`nas.conv_net_space`); no layer has a stride
+        for the auxiliary head; a number is out of range; a cell has one edge alone, and `drop_path` is not 0; of the
+        loop, of data that are not traced, labels are no classes, where `loss` is the default.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, and its code
     """

@@ -82,6 +82,12 @@ def check_relaxation(name: str, value: Any) -> None:
         )
 
 
+def _check_temperature(temperature: Schedule) -> None:
+    """Of a number that is known: what a schedule or a traced one gives is known where it runs."""
+    if not callable(temperature) and not isinstance(temperature, Tracer):
+        base.check_positive("temperature", temperature)
+
+
 def _at(schedule: Schedule, step) -> Any:
     return schedule(step) if callable(schedule) else schedule
 
@@ -162,7 +168,11 @@ def softmax(temperature: Schedule = 1.0) -> Relaxation:
 
     Returns:
       A `Relaxation`.
+
+    Raises:
+      ValueError: `temperature` is a number that is not positive.
     """
+    _check_temperature(temperature)
     relax = lambda alpha, cell, key, step: jax.nn.softmax(alpha / _at(temperature, step), -1)
     return Decoded(relax, softmax()) if callable(temperature) else relax
 
@@ -193,9 +203,13 @@ def gumbel_softmax(temperature: Schedule, *, hard: bool) -> Relaxation:
     Returns:
       A `Relaxation`.
 
+    Raises:
+      ValueError: `temperature` is a number that is not positive.
+
     Sources: Xie et al., ICLR 2019, https://arxiv.org/abs/1812.09926; Dong & Yang, CVPR 2019,
     https://arxiv.org/abs/1910.04465
     """
+    _check_temperature(temperature)
 
     def relax(alpha, cell, key, step):
         noise = jax.random.gumbel(key, alpha.shape, alpha.dtype)

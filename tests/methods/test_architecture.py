@@ -538,6 +538,12 @@ def test_padding_counts_in_no_search():
     np.testing.assert_allclose(*scores, rtol=1e-10)
 
 
+@pytest.mark.parametrize("num_steps", [0, -1, 2.5])
+def test_one_shot_search_trains_some_steps(num_steps):
+    with pytest.raises(ValueError, match="`num_steps` must be"):
+        methods.single_path_one_shot(ONE, (3,), ops=OPS, num_steps=num_steps)
+
+
 @pytest.mark.parametrize("shift", [1, -1])
 def test_labels_that_are_no_classes_are_refused_where_they_are_seen(shift):
     wrong = {**TASK.train, "y": TASK.train["y"] + shift}

@@ -323,6 +323,8 @@ def test_recipes_that_cannot_be():
             recipe(**options)
     with pytest.raises(ValueError, match="one op on every edge"):
         methods.retraining(SPACE, (6, 2), ops=nas.BLOCKS, num_steps=1)
+    with pytest.raises(ValueError, match="one of sizes has no edges .* Train it by `inner.loop`"):
+        methods.retraining(nas.conv_net_space(10), (28, 28, 1), ops={}, num_steps=1)  # pyright: ignore[reportArgumentType]
     one = nas.Network({"cell": nas.complete_cell(1, ("linear",))}, (nas.Layer("cell", 2),), 3)
     options = {"ops": nas.BLOCKS, "num_steps": 1, "auxiliary": 0.0}
     with pytest.raises(ValueError, match="'cell' has one alone, and got 0.2. Pass `drop_path=0`"):

@@ -40,6 +40,13 @@ def test_hard_gumbel_samples_the_softmax_and_has_the_soft_ones_gradient():
     assert abs(soft_grad).max() > 0.01
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), "hot"])
+def test_temperatures_that_are_not_positive(temperature):
+    for make in (nas.softmax, lambda tau: nas.gumbel_softmax(tau, hard=True)):
+        with pytest.raises(ValueError, match="`temperature` must be positive"):
+            make(temperature)
+
+
 def test_uniform_paths():
     draw = jax.jit(jax.vmap(lambda key: nas.uniform_path()(ALPHA, CELL, key, 0)))
     draws = np.asarray(draw(jax.random.split(KEY, 3_000)))
