@@ -623,7 +623,9 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="*", default=[], choices=["TPE", "BOHB", "SMAC"], help="run these anew")
     parser.add_argument("--optimizer-seeds", type=int, help="of these; --seeds by default")
     parser.add_argument("--train-seeds", type=int, default=1, help="keys that g is trained with")
-    parser.add_argument("--work", type=Path, help="a folder that keeps what g chose, to go on with or to share")
+    parser.add_argument(
+        "--work", type=Path, help="a folder that keeps what g of this code chose, to go on with or to share"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trials at a time")
     options = parser.parse_args()
     if options.work is not None:

@@ -694,7 +694,9 @@ def main() -> None:
     parser.add_argument("--transformer-seeds", type=int, help="keys of transformers; --train-seeds by default")
     parser.add_argument("--ablate", action="store_true", help="also without features, and without adaptation")
     parser.add_argument("--extra-trees", action="store_true", help="print their regrets of a first trial, and no more")
-    parser.add_argument("--store", type=Path, help="a folder that keeps what was learned, to go on with or to share")
+    parser.add_argument(
+        "--store", type=Path, help="a folder that keeps what this code learned, to go on with or to share"
+    )
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--tables", nargs="+", default=["forest", "six", "oboe"])
     parser.add_argument("--transformers", nargs="*", default=["forest"], help="tables on which they are trained, too")

@@ -10,6 +10,7 @@ the sampler of a study (`integrations.optuna_sampler`).
 
     python experiments/benchmarks/suggest.py           # writes experiments/results/suggest.md
     python experiments/benchmarks/suggest.py --smoke   # seconds; prints only
+    python experiments/benchmarks/suggest.py --candidates 11000   # of so large a set, the farthest too; prints only
 
 `OPENBLAS_NUM_THREADS=1 taskset -c 0 python ...` keeps all on one thread: on a machine that does other things, threads
 that wait for one another take most of the time.
@@ -54,7 +55,10 @@ def learn(space, drawn, num_tasks: int, num_trials: int):
 
 
 def ours(g, acquisition: str, drawn, num: int, running: int, repetitions: int) -> list[str]:
-    searcher, rng = g.searcher(acquisition=acquisition), np.random.default_rng(0)
+    """Of the acquisition; "farthest" is every eighth trial of a finite set, the first of which is after seven."""
+    far = acquisition == "farthest"
+    searcher, rng = g.searcher(acquisition="ei" if far else acquisition), np.random.default_rng(0)
+    num_asked = 4 * num + 7 * far
     told = [
         base.Record("", c, loss(c) + rng.normal() / 100, cost=1.0 + i % 3, trial=i, seed=i // len(drawn))
         for i, c in ((i, drawn[i % len(drawn)]) for i in range(num))
@@ -62,14 +66,14 @@ def ours(g, acquisition: str, drawn, num: int, running: int, repetitions: int) -
     state = searcher.tell(searcher.init(jax.random.key(0), None), told[:1_000])  # g keeps what it has encoded
     state = state._replace(tried={})
     tracemalloc.start()
-    state = searcher.tell(state, told)._replace(num_asked=4 * num)
+    state = searcher.tell(state, told)._replace(num_asked=num_asked)
     held = tracemalloc.get_traced_memory()[0] / 2**20
     tracemalloc.stop()
     _, state = searcher.ask(state, running)
     times = []
     for i in range(repetitions + 3):  # the first ones are compiled
         begin, cpu = time.perf_counter(), time.process_time()
-        searcher.ask(state._replace(num_asked=4 * num, key=jax.random.key(i)), 1)
+        searcher.ask(state._replace(num_asked=num_asked, key=jax.random.key(i)), 1)
         times.append((1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - cpu)))
     return row(times[3:]) + [f"{held:.1f}"]
 
@@ -114,15 +118,23 @@ def row(times) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a suggestion costs.")
     parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
+    parser.add_argument("--candidates", type=int, metavar="N", help="of a finite set of N alone; writes no result")
     options = parser.parse_args()
     space = integrations.sklearn_model("random_forest_classifier").space
     searcher = tasks.random_search()
-    asked, _ = searcher.ask(searcher.init(jax.random.key(0), space), 20 if options.smoke else 1_000)
+    asked, _ = searcher.ask(
+        searcher.init(jax.random.key(0), space), options.candidates or (20 if options.smoke else 1_000)
+    )
     drawn = [record.configuration for record in asked]
     free, finite, free_deep, finite_deep = learn(space, drawn, *((3, 5) if options.smoke else (100, 50)))
     repetitions, nums = (1, [10]) if options.smoke else (15, [10, 1_000, 10_000])
     rows = []
     cases = [("candidates", finite, "ei", 0), ("gradient", free, "ei", 0)]
+    if options.candidates:
+        for num in nums:
+            for acquisition in ("ei", "farthest") if num < len(drawn) else ("ei",):  # the set has more than were tried
+                print(f"| {acquisition} | {num} | {ours(finite, acquisition, drawn, num, 0, repetitions)}", flush=True)
+        return
     if not options.smoke:
         cases += [("gradient", free, name, 0) for name in ("ei_per_cost", "ucb")]
         cases += [

@@ -204,7 +204,10 @@ def optuna_sampler(
       digits (there are some beyond a million) are one, with the last value.
     - A trial that ends or fails before it has asked for all of its parameters counts with those that it would have been
       given, as far as this sampler has drawn them for it, else at their defaults; one that has asked for none does not
-      count, however it ended. What it asks for without the parent that its condition reads counts where it holds there.
+      count, however it ended. A conditional parameter that it asks for without its parent counts where
+      the parent that was drawn makes it active.
+    - Of a finite set (`candidates`), a trial that takes a label or number of its own instead of what was drawn counts
+      as what it took: what was drawn is then untried, and may be drawn again. Ask for the set's.
     - What a trial draws depends on `seed`, its number, and the trials that have ended, or run, when it begins (where an
       objective does not ask for all, on which of them this sampler has drawn, too). Each process of a distributed study
       makes a sampler of its own: this one is not pickled.

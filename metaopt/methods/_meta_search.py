@@ -1,8 +1,9 @@
 """What is done with a surrogate of earlier tasks: predictions, portfolios, and trials on a new task."""
 
+import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -242,6 +243,18 @@ def _encode_fn(space: base.PyTree):
     return encode
 
 
+def _in_precision(x64: bool, function: Callable) -> Any:
+    """The same function under `jax.enable_x64(x64)`, whatever holds where it is called: networks and what was tried are
+    in the precision in which g was made."""
+
+    @functools.wraps(function)
+    def within(*args, **kwargs):
+        with jax.enable_x64(x64):
+            return function(*args, **kwargs)
+
+    return within
+
+
 def _repeat_of(repeats: dict[tuple, int], name: tuple[bytes, float], outcome: float) -> int:
     """Which repeat of a configuration an outcome at a fidelity is; it is added to them, and replaces a failure."""
     if not np.isfinite(outcome):
@@ -260,6 +273,7 @@ def meta_optimizer(
 ) -> MetaOptimizer:
     """The functions over what was learned."""
     encode, encode_relaxed = encoder(space), _encode_fn(space)
+    in_precision = functools.partial(_in_precision, bool(jax.config.jax_enable_x64))
     pool = [dict(candidate) for candidate in candidates or ()]
     finite = np.stack([encode(candidate, True) for candidate in pool]) if pool else None  # [P, D]
     finite_keys = [] if finite is None else [row.tobytes() for row in finite]
@@ -428,13 +442,13 @@ def meta_optimizer(
             warnings.warn(
                 "The new task's features are not looked at: none were learned from. `train_meta_optimizer(features=)` "
                 "takes those of earlier tasks. None, or a Task without `features`, is a task that is not known.",
-                stacklevel=3,
+                stacklevel=4,
             )
         if features is None and num_features and isinstance(new_task, base.Task):
             warnings.warn(
                 f"The new task has no `features`: [{num_features}] of each were learned from, and count here as not "
                 "known. `tasks.to_task(..., features=)` has a Task hold them; None says that nothing is known.",
-                stacklevel=3,
+                stacklevel=4,
             )
         rows = new_task.train if isinstance(new_task, base.Task) else None
         if rows is not None and surrogate.embedding is not None:
@@ -620,7 +634,7 @@ def meta_optimizer(
             first = tasks.untried(state.first, records, state.num_asked)
             return state._replace(pending=pending, tried=tried, first=first, repeats=repeats)
 
-        return base.Searcher(init, ask, tell)
+        return base.Searcher(init, in_precision(ask), in_precision(tell))
 
     def suggest(
         configurations: Sequence[Mapping[str, Any]],
@@ -654,5 +668,13 @@ def meta_optimizer(
 
     outcomes_at = outcomes_fn(surrogate, space, encode, seen_from, with_failed, widest)
     return MetaOptimizer(
-        predict, portfolio, suggest, searcher, outcomes_at, surrogate, cost_surrogate, space, pool or None
+        predict=in_precision(predict),
+        portfolio=in_precision(portfolio),
+        suggest=in_precision(suggest),
+        searcher=in_precision(searcher),
+        outcomes=in_precision(outcomes_at),
+        surrogate=surrogate,
+        cost_surrogate=cost_surrogate,
+        space=space,
+        candidates=pool or None,
     )

@@ -215,8 +215,8 @@ def farthest(x: np.ndarray, tried: np.ndarray) -> int:
     (Johnson, Moore and Ylvisaker 1990, "Minimax and maximin distance designs").
 
     Args:
-      x: [P, D] encoded configurations.
-      tried: [N, D].
+      x: [P, D] encoded configurations, finite.
+      tried: [N, D], at least one.
 
     Returns:
       Its index, the first of those that are as far in float32. It takes memory O(P + N D), and time O(P N D).

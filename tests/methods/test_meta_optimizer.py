@@ -236,8 +236,7 @@ def regrets_after(num, kind, seed, num_tasks, *others, candidates=None):
     flat = [base.Record("flat", record.configuration, 1.0 + rng.normal()) for record in useless[:15]]
     train = functools.partial(methods.train_meta_optimizer, space=SPACE, num_steps=60, candidates=candidates)
     searchers, bests = (train(useless).searcher(), train(flat).searcher(), *others), rng.uniform(size=num_tasks)
-    key = lambda t: 100 * seed + t if candidates else 0
-    return np.array([[search(s, b, num, key(t))[-1] for t, b in enumerate(bests)] for s in searchers])
+    return np.array([[search(s, b, num, 100 * seed + t)[-1] for t, b in enumerate(bests)] for s in searchers])
 
 
 LINE = [{"x": float(x), "kind": kind} for x in np.linspace(0, 1, 101) for kind in SPACE["kind"].labels]

@@ -606,6 +606,30 @@ def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
         assert searcher.ask(state, 1)[0][0].configuration in another
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(("made", "transformers"), [(False, 1), (True, 0)], ids=["float32", "float64"])
+def test_what_was_made_in_one_precision_is_asked_in_the_other(made, transformers):
+    """To the same answers; a warning of what is truncated would be an error here."""
+    with jax.enable_x64(made):
+        options = {"candidates": POOL[:9], "num_steps": 1, "transformers": transformers}
+        g = methods.train_meta_optimizer(make_records(2), space=SPACE, **options)
+    searcher = g.searcher(first=())
+    tried = [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL[:4])]
+
+    def answers():
+        state = searcher.tell(searcher.init(jax.random.key(0), None)._replace(num_asked=4), tried)
+        (asked,), _ = searcher.ask(state, 1)
+        suggested = g.suggest(POOL[:4], [record.outcome for record in tried])
+        return (asked.configuration, suggested, g.predict(), g.portfolio(2)), g.outcomes(POOL[:3])
+
+    with jax.enable_x64(made):
+        expected, believed = answers()
+    with jax.enable_x64(not made):
+        found, again = answers()
+    assert found == expected
+    jax.tree.map(np.testing.assert_array_equal, again, believed)
+
+
 @pytest.mark.parametrize("configuration", [{"rate": 0.3, "x": 1 / 11}, {}], ids=["given", "lacking"])
 def test_a_configuration_has_one_encoding_in_both_precisions(configuration):
     space = {"x": spaces.interval(0.0, 1.0), "rate": spaces.interval(1e-4, 1.0, log=True, default=0.1)}
