@@ -78,7 +78,7 @@ def load_taskset(options: argparse.Namespace) -> Curves:
         values[name] = 1 - values[name]
     configurations = [{n: float(v[i]) for n, v in values.items()} for i in range(len(configurations))]
     space = {n: spaces.interval(float(v.min()), float(v.max()), log=True) for n, v in values.items()}
-    num_tasks = 3 if options.smoke else len(y)
+    num_tasks = 4 if options.smoke else len(y)
     return Curves(
         "TaskSet",
         y[:num_tasks, kept],

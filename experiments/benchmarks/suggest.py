@@ -133,7 +133,8 @@ def main() -> None:
     if options.candidates:
         for num in nums:
             for acquisition in ("ei", "farthest") if num < len(drawn) else ("ei",):  # the set has more than were tried
-                print(f"| {acquisition} | {num} | {ours(finite, acquisition, drawn, num, 0, repetitions)}", flush=True)
+                found = ours(finite, acquisition, drawn, num, 0, repetitions)
+                print(f"| {' | '.join([acquisition, str(num), *found])} |", flush=True)
         return
     if not options.smoke:
         cases += [("gradient", free, name, 0) for name in ("ei_per_cost", "ucb")]

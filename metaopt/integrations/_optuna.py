@@ -207,7 +207,8 @@ def optuna_sampler(
       count, however it ended. A conditional parameter that it asks for without its parent counts where
       the parent that was drawn makes it active.
     - Of a finite set (`candidates`), a trial that takes a label or number of its own instead of what was drawn counts
-      as what it took: what was drawn is then untried, and may be drawn again. Ask for the set's.
+      as what it took: what was drawn is then untried, and may be drawn again. Ask for the labels and
+      numbers of the set.
     - What a trial draws depends on `seed`, its number, and the trials that have ended, or run, when it begins (where an
       objective does not ask for all, on which of them this sampler has drawn, too). Each process of a distributed study
       makes a sampler of its own: this one is not pickled.

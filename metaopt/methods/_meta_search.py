@@ -96,7 +96,8 @@ class MakeSearcherFn(Protocol):
 class MetaOptimizer(NamedTuple):
     """What `train_meta_optimizer` and `train_meta_searcher` return. A new task is given as a `base.Task` with its
     `features`, and with its `train` rows where g reads those; as the features themselves [F]; or as None where nothing
-    is known of it. A warning says where a Task lacks the features that g reads.
+    is known of it. A warning says where a Task lacks the features that g reads. All is computed in the precision of JAX
+    (`jax_enable_x64`) in which g was trained, or loaded, whatever holds where it is asked.
 
     Attributes:
       predict: `(new_task) -> configuration`, as plain values by name.
@@ -432,8 +433,9 @@ def meta_optimizer(
     possible = jax.jit(outcomes_of)
     to_configuration = lambda z: spaces.configuration(space, spaces.to_constrained(space, unravel(z)))
 
-    def seen_from(new_task):
-        """What tells tasks apart: the weights of earlier ones, and the networks with the task's features."""
+    def seen_from(new_task, stacklevel=4):
+        """What tells tasks apart: the weights of earlier ones, and the networks with the task's features. Warnings are
+        of the line that calls what calls this, `_in_precision` between."""
         features = features_of(new_task)
         num_features = len(surrogate.sorted_features)
         if features is not None and num_features and np.shape(features) != (num_features,):
@@ -442,30 +444,29 @@ def meta_optimizer(
             warnings.warn(
                 "The new task's features are not looked at: none were learned from. `train_meta_optimizer(features=)` "
                 "takes those of earlier tasks. None, or a Task without `features`, is a task that is not known.",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
         if features is None and num_features and isinstance(new_task, base.Task):
             warnings.warn(
                 f"The new task has no `features`: [{num_features}] of each were learned from, and count here as not "
                 "known. `tasks.to_task(..., features=)` has a Task hold them; None says that nothing is known.",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
         rows = new_task.train if isinstance(new_task, base.Task) else None
         if rows is not None and surrogate.embedding is not None:
             check_rows("The new task's `train`", rows)
+            rows = jax.tree.map(np.asarray, rows)  # an array of JAX would keep another precision
         of = features, rows
         seen = predictors.at_task(surrogate, *of)
         return predictors.task_weights(surrogate, *of), (seen.deep, seen.transformers)
 
-    def predict(new_task: Any = None) -> dict[str, Any]:
-        task = seen_from(new_task)
+    def best_for(task) -> dict[str, Any]:
         if finite is not None:
             return dict(pool[int(jnp.argmax(expected_finite(*task, jnp.asarray(finite))))])
         return to_configuration(best_expected(jax.random.key(0), *task))
 
-    def portfolio(num: int, new_task: Any = None) -> list[dict[str, Any]]:
-        base.check_integer("num", num, 1)
-        task, chosen = seen_from(new_task), [predict(new_task)]
+    def complementary(num: int, task) -> list[dict[str, Any]]:
+        chosen = [best_for(task)]
         if pool:
             among = pool
         else:
@@ -482,6 +483,13 @@ def meta_optimizer(
             best = np.minimum(best, curves[left.argmin()])
         return chosen
 
+    def predict(new_task: Any = None) -> dict[str, Any]:
+        return best_for(seen_from(new_task))
+
+    def portfolio(num: int, new_task: Any = None) -> list[dict[str, Any]]:
+        base.check_integer("num", num, 1)
+        return complementary(num, seen_from(new_task))
+
     def chooser(new_task: Any, acquisition: str):
         """`(key, told, pending, num_asked)` -> the next configuration, given all that was told and what runs [D] by
         number."""
@@ -489,7 +497,7 @@ def meta_optimizer(
             raise ValueError(f"`acquisition` must be one of {', '.join(map(repr, ACQUISITIONS))}; got {acquisition!r}.")
         if acquisition == "ei_per_cost" and cost_surrogate is None:
             raise ValueError("'ei_per_cost' needs `train_meta_optimizer(..., costs=True)`, and records with costs.")
-        task = seen_from(new_task)
+        task = seen_from(new_task, stacklevel=5)
         plan: list[dict[str, Any]] = []  # what to try while there is no outcome
 
         def planned(key, told, pending):
@@ -508,7 +516,7 @@ def meta_optimizer(
                 if np.isfinite(score).any():
                     return dict(pool[int(score.argmax())])
             if len(plan) <= len(known):
-                plan[:] = portfolio(len(known) + 8, new_task)
+                plan[:] = complementary(len(known) + 8, task)
             return next((c for c in plan if encode(c).tobytes() not in known), plan[-1])
 
         def names_of(told, pending):

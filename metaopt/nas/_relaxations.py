@@ -85,6 +85,8 @@ def check_relaxation(name: str, value: Any) -> None:
 def _check_temperature(temperature: Schedule) -> None:
     """Of a number that is known: what a schedule or a traced one gives is known where it runs."""
     if not callable(temperature) and not isinstance(temperature, Tracer):
+        if np.ndim(temperature):
+            raise ValueError(f"`temperature` must be one number; got shape {np.shape(temperature)}.")
         base.check_positive("temperature", temperature)
 
 

@@ -2,9 +2,11 @@
 
 import collections
 import functools
+import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -208,6 +210,21 @@ def test_one_task_of_another_family_among_many_is_in_every_step():
     )
     assert all(jax.tree.leaves(jax.tree.map(lambda x: bool(np.isfinite(x).all()), g.surrogate.embedding.params)))
     assert np.isfinite(predictors.task_weights(g.surrogate, None, table() | masks)).all()
+
+
+@pytest.mark.once
+def test_rows_of_a_new_task_in_another_precision():
+    rng = np.random.default_rng(0)
+    masks = {"mask": np.ones(8), "feature_mask": np.ones(2), "class_mask": np.ones(2)}
+    rows = [{"x": rng.normal(size=(8, 2)), "y": np.arange(8) % 2, **masks} for _ in range(3)]
+    records = [base.Record(f"t{t}", {"x": x}, (x - t / 2) ** 2) for t in range(2) for x in (0.2, 0.6)]
+    options = {"space": {"x": SPACE["x"]}, "candidates": [{"x": 0.2}, {"x": 0.6}], "num_steps": 0, "num_members": 1}
+    with jax.enable_x64(False):
+        g = methods.train_meta_optimizer(records, datasets={"t0": rows[0], "t1": rows[1]}, **options)
+    of_jax = jax.tree.map(jnp.asarray, rows[2])
+    assert of_jax["x"].dtype == jnp.float64  # which would be truncated with a warning, an error here
+    found, expected = (g.outcomes([{"x": 0.3}], base.Task(of, None)) for of in (of_jax, rows[2]))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @slow
@@ -586,9 +603,24 @@ def test_a_frame_an_array_and_a_column_of_outcomes_at_the_door_of_suggest():
 
 def test_a_task_that_lacks_the_features_that_were_learned_of_is_said():
     records, features = make_records(np.random.default_rng(0), num_tasks=2)
-    g = methods.train_meta_searcher(records, space=SPACE, features=features, num_steps=0, num_members=1)
-    with pytest.warns(UserWarning, match=r"The new task has no `features`: \[2\] of each were learned from"):
-        assert g.predict(base.Task(None, None)) == g.predict()  # None says it, and needs no warning
+    line = [{"x": x, "kind": "a"} for x in (0.1, 0.5, 0.9)]
+    options = {"candidates": line, "num_steps": 0, "num_members": 1}
+    g = methods.train_meta_searcher(records, space=SPACE, features=features, **options)
+    asked = (
+        g.predict,
+        lambda t=None: g.portfolio(2, t),
+        lambda t=None: g.suggest([], [], t),
+        lambda t=None: g.outcomes(line, t).mean.tolist(),
+        lambda t=None: g.searcher(t) and None,
+    )
+    for ask in asked:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = ask(base.Task(None, None))
+        assert found == ask()  # None says it, and needs no warning
+        (warning,) = said
+        assert str(warning.message).startswith("The new task has no `features`: [2] of each were learned from")
+        assert warning.filename == __file__
 
 
 def test_features_that_nothing_was_learned_of_are_not_silently_ignored():

@@ -45,6 +45,8 @@ def test_temperatures_that_are_not_positive(temperature):
     for make in (nas.softmax, lambda tau: nas.gumbel_softmax(tau, hard=True)):
         with pytest.raises(ValueError, match="`temperature` must be positive"):
             make(temperature)
+        with pytest.raises(ValueError, match=r"`temperature` must be one number; got shape \(2,\)"):
+            make(np.array([1.0, 2.0]))
 
 
 def test_uniform_paths():
