@@ -369,8 +369,8 @@ def report(runs: dict, table, data, config: Config, options) -> str:
         "with compilation where it was not kept. Searches in the table look at the validation accuracy of the "
         "task's own cells after 12 epochs, and evolution has a population of 10 and samples of 3; all others see "
         "CIFAR-10 images alone, and their cell is looked up on all three. The best of 100 by a score are of the same "
-        "100 random cells a seed. Lines of the picture end with the cell that was found, a step of α after the last "
-        "one that was recorded.",
+        "100 random cells a seed. Skips and accuracies in the picture end with the cell that was found, a step of α "
+        "after the last one that was recorded.",
         "",
     ]
     lines += gaps(runs, table)

@@ -455,7 +455,7 @@ def meta_optimizer(
         rows = new_task.train if isinstance(new_task, base.Task) else None
         if rows is not None and surrogate.embedding is not None:
             check_rows("The new task's `train`", rows)
-            rows = jax.tree.map(np.asarray, rows)  # an array of JAX would keep another precision
+            rows = {name: np.asarray(rows[name]) for name in ROWS}  # arrays of JAX would keep another precision
         of = features, rows
         seen = predictors.at_task(surrogate, *of)
         return predictors.task_weights(surrogate, *of), (seen.deep, seen.transformers)

@@ -172,7 +172,7 @@ def softmax(temperature: Schedule = 1.0) -> Relaxation:
       A `Relaxation`.
 
     Raises:
-      ValueError: `temperature` is a number that is not positive.
+      ValueError: `temperature` is neither a schedule nor one positive number.
     """
     _check_temperature(temperature)
     relax = lambda alpha, cell, key, step: jax.nn.softmax(alpha / _at(temperature, step), -1)
@@ -206,7 +206,7 @@ def gumbel_softmax(temperature: Schedule, *, hard: bool) -> Relaxation:
       A `Relaxation`.
 
     Raises:
-      ValueError: `temperature` is a number that is not positive.
+      ValueError: `temperature` is neither a schedule nor one positive number.
 
     Sources: Xie et al., ICLR 2019, https://arxiv.org/abs/1812.09926; Dong & Yang, CVPR 2019,
     https://arxiv.org/abs/1910.04465

@@ -45,6 +45,10 @@ def test_temperatures_that_are_not_positive(temperature):
     for make in (nas.softmax, lambda tau: nas.gumbel_softmax(tau, hard=True)):
         with pytest.raises(ValueError, match="`temperature` must be positive"):
             make(temperature)
+
+
+def test_a_temperature_is_one_number():
+    for make in (nas.softmax, lambda tau: nas.gumbel_softmax(tau, hard=False)):
         with pytest.raises(ValueError, match=r"`temperature` must be one number; got shape \(2,\)"):
             make(np.array([1.0, 2.0]))
 
