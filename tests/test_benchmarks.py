@@ -59,7 +59,7 @@ def test_smoke_of_anil():
     programs = ("by hand: features first", "metaopt", "at every step")
     assert list(found) == [(model, program) for model in ("dense", "conv4") for program in programs]
     assert all(float(row[5]) == 1 for (_, program), row in found.items() if program.startswith("by hand"))
-    assert all(float(row[8]) < 1e-3 for row in found.values()) and "all below 0.001" in printed
+    assert all(float(row[8]) < 1e-3 for row in found.values()) and "; all below 0.001" in printed
 
 
 def test_the_table_goes_between_the_markers_of_the_readme(tmp_path, monkeypatch):

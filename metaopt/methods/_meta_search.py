@@ -202,12 +202,10 @@ def features_of(new_task: Any) -> np.ndarray | None:
 def encoder(space: base.PyTree):
     """`(configuration, strict) -> [D]`, each configuration computed once; what is not active is at its default.
 
-    All are in the precision that holds when this is called. What is `spaces.foreign` is refused where strict. Otherwise
-    a label lies between all labels, as near to one as to another; a number out of bounds is at the bound, and what
-    should be a number at the default.
+    What is `spaces.foreign` is refused where strict. Otherwise a label lies between all labels, as near to one as to
+    another; a number out of bounds is at the bound, and what should be a number at the default.
     """
     encode, known = jax.jit(_encode_fn(space)), {}
-    x64 = bool(jax.config.jax_enable_x64)  # for good: what was tried is known by its bytes
 
     def encoded(configuration, strict=False):
         # A record's label that equals another (1, 1.0, True) is told apart.
@@ -220,12 +218,11 @@ def encoder(space: base.PyTree):
             gaps = {k: math.nan for k, v in configuration.items() if isinstance(v, float) and v != v}
             if any(configuration[key] is not math.nan for key in gaps):  # equals nothing: computed each time
                 return encoded({**configuration, **gaps}, strict)
-            with jax.enable_x64(x64):
-                # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
-                whole = spaces.complete(space, configuration, strict=strict)
-                others = {} if strict else spaces.foreign(space, configuration)
-                hyperparams = spaces.from_configuration(space, whole | others, strict=strict)
-                found = known[name] = np.asarray(encode(hyperparams))
+            # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
+            whole = spaces.complete(space, configuration, strict=strict)
+            others = {} if strict else spaces.foreign(space, configuration)
+            hyperparams = spaces.from_configuration(space, whole | others, strict=strict)
+            found = known[name] = np.asarray(encode(hyperparams))
         return found
 
     return encoded
@@ -245,8 +242,8 @@ def _encode_fn(space: base.PyTree):
 
 
 def _in_precision(x64: bool, function: Callable) -> Any:
-    """The same function under `jax.enable_x64(x64)`, whatever holds where it is called: networks and what was tried are
-    in the precision in which g was made."""
+    """The same function under `jax.enable_x64(x64)`, whatever holds where it is called: networks are in the precision
+    in which g was made, and so are configurations, where what was tried is known by its bytes."""
 
     @functools.wraps(function)
     def within(*args, **kwargs):

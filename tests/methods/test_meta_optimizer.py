@@ -223,6 +223,7 @@ def test_rows_of_a_new_task_in_another_precision():
         g = methods.train_meta_optimizer(records, datasets={"t0": rows[0], "t1": rows[1]}, **options)
     of_jax = jax.tree.map(jnp.asarray, rows[2])
     assert of_jax["x"].dtype == jnp.float64  # which would be truncated with a warning, an error here
+    of_jax["key"] = jax.random.key(0)  # what else a Task holds is not read
     found, expected = (g.outcomes([{"x": 0.3}], base.Task(of, None)) for of in (of_jax, rows[2]))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 

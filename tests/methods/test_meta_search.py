@@ -630,16 +630,24 @@ def test_what_was_made_in_one_precision_is_asked_in_the_other(made, transformers
     jax.tree.map(np.testing.assert_array_equal, again, believed)
 
 
-@pytest.mark.parametrize("configuration", [{"rate": 0.3, "x": 1 / 11}, {}], ids=["given", "lacking"])
+@pytest.mark.parametrize("configuration", [{"x": 1 / 11}, {}], ids=["given", "lacking"])
 def test_a_configuration_has_one_encoding_in_both_precisions(configuration):
-    space = {"x": spaces.interval(0.0, 1.0), "rate": spaces.interval(1e-4, 1.0, log=True, default=0.1)}
-    encoders = _meta_search.encoder(space), _meta_search.encoder(space)
+    """That of g, whichever asks first: there are two g of each precision."""
+    space = {"x": spaces.interval(1e-4, 1.0, log=True, default=0.1)}
+    records = [Record("t", {"x": x}, x) for x in (0.1, 0.5)]
+    make = lambda: methods.train_meta_searcher(records, space=space, candidates=[{"x": 0.3}], num_steps=0)
+
+    def name(g, x64):
+        with jax.enable_x64(x64):
+            searcher = g.searcher(first=())
+            (key,) = searcher.tell(searcher.init(jax.random.key(0), None), [Record("", configuration, 1.0)]).tried
+        return key[2]
+
     with jax.enable_x64(False):
-        found = encoders[0](configuration)
-        single = _meta_search.encoder(space)(configuration)
-    expected = encoders[1](configuration)
-    assert found.dtype == np.float64 and found.tobytes() == expected.tobytes() != single.tobytes()
-    assert single.dtype == np.float32
+        single = make(), make()
+    double = make(), make()
+    for of_g, size in ((single, 4), (double, 8)):
+        assert name(of_g[0], False) == name(of_g[1], True) and len(name(of_g[0], False)) == size
 
 
 def test_the_farthest_of_many():
