@@ -1,0 +1,317 @@
+"""A mutation campaign: small faults at places drawn at random, and whether the tests detect them.
+
+    python tests/mutation/campaign.py draw --seed 0 --num 150      # writes mutants.json
+    python tests/mutation/campaign.py run --workers 2              # hours; continues where it was stopped
+    python tests/mutation/campaign.py report                       # writes mutants.md
+
+`draw` parses every file of `metaopt`, lists all places where an operator applies, and draws from them: rooms take
+turns, and within a room operators take turns, so that neither a large room nor a frequent operator dominates. `run`
+applies one mutant at a time to a copy of the repository and runs the tests of its file, then those of its room, then,
+with `--everything`, the whole suite. A mutant is detected if a test fails or the tests run ten minutes.
+
+A mutant that survives is either equivalent (no input gives another result; `equivalent.json` says why) or shows a
+missing test.
+"""
+
+import argparse
+import ast
+import json
+import os
+import pathlib
+import queue
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[2]
+HERE = pathlib.Path(__file__).parent
+TIMEOUT = 600  # seconds of one stage of tests
+
+
+class Mutant(NamedTuple):
+    """One small fault.
+
+    Attributes:
+      operator: its kind.
+      file: relative to the repository.
+      line: counted from 1.
+      start: offset of the replaced bytes in the file.
+      end: where they end.
+      text: what replaces them.
+      was: what they were.
+    """
+
+    operator: str
+    file: str
+    line: int
+    start: int
+    end: int
+    text: str
+    was: str
+
+
+# ---- Operators: syntax node -> (name, replaced node, new text) ----------------------------------------------------
+
+
+def _name(node: ast.AST) -> str:
+    return ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Name)) else ""
+
+
+def _is_mask(node: ast.AST) -> bool:
+    return "mask" in _name(node).lower()
+
+
+def _is_text(node: ast.AST) -> bool:
+    """Whether an operand is text or a list: a sum of them has no sign."""
+    is_constant = isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes))
+    is_sum = isinstance(node, ast.BinOp) and (_is_text(node.left) or _is_text(node.right))
+    return is_constant or is_sum or isinstance(node, (ast.JoinedStr, ast.List, ast.ListComp, ast.Tuple))
+
+
+def faults(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
+    """The faults that one node of the syntax tree can have."""
+    text = ast.unparse
+    if isinstance(node, ast.BinOp) and not (_is_text(node.left) or _is_text(node.right)):
+        left, right = text(node.left), text(node.right)
+        if isinstance(node.op, (ast.Add, ast.Sub)):
+            other = "-" if isinstance(node.op, ast.Add) else "+"
+            yield "sign", node, f"(({left}) {other} ({right}))"
+            yield "dropped term", node, f"({left})"
+        if isinstance(node.op, ast.Mult):
+            if _is_mask(node.left) or _is_mask(node.right):
+                yield "missing mask", node, f"({right if _is_mask(node.left) else left})"
+            else:
+                yield "dropped term", node, f"({left})"
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
+        yield "sign", node, f"({text(node.operand)})"
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        swapped = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}.get(type(node.ops[0]))
+        if swapped:
+            yield "off by one", node, f"({text(node.left)} {swapped} {text(node.comparators[0])})"
+    if isinstance(node, ast.Call):
+        yield from _faulty_calls(node)
+    if isinstance(node, ast.Attribute) and node.attr in ("train", "valid") and isinstance(node.ctx, ast.Load):
+        yield "swapped train and valid", node, f"{text(node.value)}.{'valid' if node.attr == 'train' else 'train'}"
+    if (
+        isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and _name(node.value.func).endswith("random.split")
+    ):
+        target = node.targets[0]
+        names = [text(e) for e in target.elts if isinstance(e, ast.Name)] if isinstance(target, ast.Tuple) else []
+        if len(names) >= 2:
+            yield "reused key", node, f"{text(node)}; {names[1]} = {names[0]}"
+
+
+def _faulty_calls(node: ast.Call) -> Iterator[tuple[str, ast.AST, str]]:
+    text, name = ast.unparse, _name(node.func)
+    if name.endswith("stop_gradient") and len(node.args) == 1:
+        yield "removed stop_gradient", node, f"({text(node.args[0])})"
+    if name.endswith("random.fold_in") and len(node.args) == 2:
+        yield "reused key", node, f"({text(node.args[0])})"
+    if name in ("jnp.where", "np.where") and len(node.args) == 3:
+        yield "missing mask", node, f"({text(node.args[1])})"
+    if name in ("range", "jnp.arange", "np.arange") and len(node.args) == 1:
+        yield "off by one", node, f"{name}({text(node.args[0])} - 1)"
+    for keyword in node.keywords:
+        if keyword.arg == "axis" and isinstance(keyword.value, (ast.Constant, ast.UnaryOp)):
+            axis = ast.literal_eval(keyword.value)
+            if isinstance(axis, int):
+                yield "wrong axis", keyword.value, {0: "-1", 1: "0", -1: "0"}.get(axis, "0")
+        if keyword.arg in ("where", "mask"):
+            yield "missing mask", keyword.value, "None" if keyword.arg == "mask" else "True"
+
+
+# ---- Drawing ------------------------------------------------------------------------------------------------------
+
+
+def places(file: pathlib.Path) -> list[Mutant]:
+    """All mutants of one file, leaving out annotations, decorators, docstrings and the text of errors."""
+    source = file.read_bytes()
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    mutants: list[Mutant] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, (ast.Raise, ast.JoinedStr, ast.Assert)):
+            return
+        for operator, part, new in faults(node):
+            start = starts[part.lineno - 1] + part.col_offset
+            end = starts[part.end_lineno - 1] + part.end_col_offset
+            was = source[start:end].decode()
+            mutants.append(Mutant(operator, str(file.relative_to(ROOT)), part.lineno, start, end, new, was))
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns", "decorator_list", "type_params"):
+                continue
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    visit(child)
+
+    visit(ast.parse(source))
+    return mutants
+
+
+def room_of(file: str) -> str:
+    parts = pathlib.Path(file).parts
+    return parts[1] if len(parts) > 2 else "top level"
+
+
+def draw(seed: int, num: int) -> list[Mutant]:
+    """`num` mutants: rooms take turns, within a room operators do, and the place is uniform."""
+    rng = random.Random(seed)
+    by_room: dict[str, dict[str, list[Mutant]]] = {}
+    for file in sorted((ROOT / "metaopt").rglob("*.py")):
+        for mutant in places(file):
+            by_room.setdefault(room_of(mutant.file), {}).setdefault(mutant.operator, []).append(mutant)
+    drawn: list[Mutant] = []
+    turns = {room: rng.sample(sorted(operators), len(operators)) for room, operators in by_room.items()}
+    while len(drawn) < num and any(turns.values()):
+        for room in sorted(turns):
+            if len(drawn) == num or not turns[room]:
+                continue
+            operator = turns[room].pop(0)
+            mutants = by_room[room][operator]
+            drawn.append(mutants.pop(rng.randrange(len(mutants))))
+            if mutants:
+                turns[room].append(operator)
+    return drawn
+
+
+# ---- Running ------------------------------------------------------------------------------------------------------
+
+
+def mutated(source: bytes, mutant: Mutant) -> bytes:
+    """The file with the fault; its text at the place must be what was drawn."""
+    was = source[mutant.start : mutant.end].decode()
+    if was != mutant.was:
+        raise ValueError(f"{mutant.file}:{mutant.line} has changed since the draw: {was!r} was {mutant.was!r}.")
+    return source[: mutant.start] + mutant.text.encode() + source[mutant.end :]
+
+
+def stages(mutant: Mutant, everything: bool) -> list[list[str]]:
+    """What pytest is asked for, nearest first."""
+    file = pathlib.Path(mutant.file)
+    stem, room = file.stem.strip("_"), ROOT / "tests" / room_of(mutant.file)
+    pattern = re.compile(rf"test_{stem}(_.*)?\.py")
+    folder = room if room.is_dir() else ROOT / "tests"
+    near = sorted(str(f.relative_to(ROOT)) for f in folder.glob("test_*.py") if pattern.fullmatch(f.name))
+    result = [[mutant.file, *near]]
+    if room.is_dir():
+        result.append([str(room.relative_to(ROOT))])
+    return [*result, *([["tests", "metaopt"]] if everything else [])]
+
+
+def outcome(copy: pathlib.Path, mutant: Mutant, everything: bool) -> tuple[str, str]:
+    """("detected" or "survived", the first failing test or "")."""
+    path = copy / mutant.file
+    source = path.read_bytes()
+    path.write_bytes(mutated(source, mutant))
+    try:
+        for targets in stages(mutant, everything):
+            command = [sys.executable, "-m", "pytest", "-x", "-q", *targets]
+            env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+            try:
+                ran = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+            except subprocess.TimeoutExpired:
+                return "detected", f"{targets[0]}: ran more than {TIMEOUT} s"
+            if ran.returncode not in (0, 5):  # 5: no tests there
+                failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", ran.stdout, re.MULTILINE)
+                return "detected", failed[0] if failed else ran.stdout[-200:] + ran.stderr[-200:]
+        return "survived", ""
+    finally:
+        path.write_bytes(source)
+
+
+def run(workers: int, everything: bool) -> None:
+    """Runs the mutants that have no result yet; every result is written at once."""
+    mutants = [Mutant(**fields) for fields in json.loads((HERE / "mutants.json").read_text())]
+    results_file = HERE / "results.json"
+    results = json.loads(results_file.read_text()) if results_file.exists() else {}
+    waiting: queue.Queue[int] = queue.Queue()
+    for i in range(len(mutants)):
+        known = results.get(str(i))
+        if known is None or everything and known["outcome"] == "survived" and not known["everything"]:
+            waiting.put(i)
+    lock = threading.Lock()
+
+    def work(folder: pathlib.Path) -> None:
+        while True:
+            try:
+                i = waiting.get_nowait()
+            except queue.Empty:
+                return
+            verdict, test = outcome(folder, mutants[i], everything)
+            with lock:
+                results[str(i)] = {"outcome": verdict, "test": test, "everything": everything}
+                results_file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+                print(
+                    f"{i:4d} {verdict:9s} {mutants[i].operator:24s} {mutants[i].file}:{mutants[i].line} {test}",
+                    flush=True,
+                )
+
+    with tempfile.TemporaryDirectory() as work_dir:
+        threads = []
+        for worker in range(workers):
+            folder = pathlib.Path(work_dir) / str(worker) / "metaopt"
+            ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__")
+            shutil.copytree(ROOT, folder, ignore=ignored)
+            threads.append(threading.Thread(target=work, args=(folder,)))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+
+
+def report() -> str:
+    """The list of mutants with their outcome, as Markdown."""
+    mutants = [Mutant(**fields) for fields in json.loads((HERE / "mutants.json").read_text())]
+    results = json.loads((HERE / "results.json").read_text())
+    equivalent = json.loads((HERE / "equivalent.json").read_text()) if (HERE / "equivalent.json").exists() else {}
+    rows, counts = [], {"detected": 0, "survived": 0, "equivalent": 0}
+    for i, mutant in enumerate(mutants):
+        result = results[str(i)]
+        kind = "equivalent" if str(i) in equivalent else result["outcome"]
+        counts[kind] += 1
+        reason = equivalent.get(str(i), result["test"])
+        was, text = (" ".join(x.split()).replace("|", "\\|")[:60] for x in (mutant.was, mutant.text))
+        rows.append(
+            f"| {i} | {mutant.operator} | {mutant.file}:{mutant.line} | `{was}` → `{text}` | {kind} | {reason} |"
+        )
+    share = counts["detected"] / max(1, counts["detected"] + counts["survived"])
+    head = (
+        f"# Mutation campaign\n\n{len(mutants)} mutants: {counts['detected']} detected, {counts['survived']} survived, "
+        f"{counts['equivalent']} equivalent. Detected among those that are not equivalent: {share:.1%}.\n\n"
+        "`tests/mutation/campaign.py` draws, runs and reports them.\n\n"
+        "| | operator | place | change | outcome | detected by, or why it is equivalent |\n|---|---|---|---|---|---|\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    drawing = commands.add_parser("draw", help="draw mutants and write mutants.json")
+    drawing.add_argument("--seed", type=int, default=0)
+    drawing.add_argument("--num", type=int, default=150)
+    running = commands.add_parser("run", help="run the tests on every mutant without a result")
+    running.add_argument("--workers", type=int, default=2)
+    running.add_argument("--everything", action="store_true", help="run the whole suite on those that survive")
+    commands.add_parser("report", help="write mutants.md")
+    options = parser.parse_args()
+    if options.command == "draw":
+        drawn = [mutant._asdict() for mutant in draw(options.seed, options.num)]
+        (HERE / "mutants.json").write_text(json.dumps(drawn, indent=1, ensure_ascii=False) + "\n")
+    elif options.command == "run":
+        run(options.workers, options.everything)
+    else:
+        (HERE / "mutants.md").write_text(report())
+
+
+if __name__ == "__main__":
+    main()
