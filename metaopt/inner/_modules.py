@@ -7,7 +7,7 @@ one switch for each. `Model.apply` takes both under flax's names, and `train` se
 |---|---|---|
 | layer | BatchNorm | dropout |
 | False | normalizes by the batch, and updates the running statistics | drops units at random |
-| True | normalizes by the running statistics, and leaves them alone | drops nothing |
+| True | normalizes by the running statistics, and keeps them unchanged | drops nothing |
 | default | `not train` | `not train` |
 
 The inner loss usually takes `train=True`, and returns the new model state next to its value. For the outer loss there
@@ -83,8 +83,7 @@ def _is_float(leaf: Any) -> bool:
 
 def _check_not_stopped(stopped: list[tuple[str, str]], adapter: str) -> None:
     if stopped:
-        leaves = ", ".join(dict.fromkeys(leaf for leaf, _ in stopped))
-        arguments = ", ".join(dict.fromkeys(argument for _, argument in stopped))
+        leaves, arguments = (_first_three(paths) for paths in zip(*stopped, strict=True))
         raise ValueError(
             f"The module applies `stop_gradient` to its new model state {leaves}, which depends on {arguments}: a "
             "hypergradient through this state would be wrong. Remove the `stop_gradient` from the module; or, if no "
@@ -92,21 +91,26 @@ def _check_not_stopped(stopped: list[tuple[str, str]], adapter: str) -> None:
         )
 
 
+def _first_three(paths: Sequence[str]) -> str:
+    unique = list(dict.fromkeys(paths))
+    return ", ".join(unique[:3]) + (f" and {len(unique) - 3} more" if len(unique) > 3 else "")
+
+
 def from_nnx(make: Callable[[Any], Any], *, allow_stopped_state: bool = False) -> Model:
     """A Flax NNX module as a `Model`.
 
-    `nnx.Param` variables are θ; everything else (batch statistics, rng counts) is the model state. Each call merges
-    fresh copies, so a traced step leaves the caller's module alone.
+    `nnx.Param` variables are θ; everything else (batch statistics, rng counts) is the model state. Each call
+    creates a new module from these, so a traced step does not change the caller's module.
 
-    flax's `nnx.BatchNorm` stops the gradient of its running statistics. In the copies it does not: they update the
-    statistics by flax's own formula, and keep the gradient. Other layers with a stopped state (`nnx.SpectralNorm`, a
-    subclass of `nnx.BatchNorm` with its own `__call__`) raise.
+    flax's `nnx.BatchNorm` stops the gradient of its running statistics. Here the layer updates them by flax's own
+    formula and keeps the gradient. Other layers that stop the gradient of their state raise: `nnx.SpectralNorm`, for
+    example, or a subclass of `nnx.BatchNorm` with its own `__call__`.
 
     Args:
       make: `(nnx.Rngs) -> nnx.Module`, such as `lambda rngs: Net(rngs=rngs)`. It may be called several times.
-      allow_stopped_state: accept a module that stops the gradient of its new model state. Hypergradients then lack the
-        path through this state, so set it only if the outer loss and later inner steps do not read the state, or if
-        nothing differentiates through training.
+      allow_stopped_state: accept a module that stops the gradient of its new model state. A hypergradient then omits
+        the path through this state. That is right only if neither the outer loss nor a later inner step reads the
+        state, or if nothing differentiates through training.
 
     Returns:
       A `Model`; its switches set the attributes of the same names, as `module.train()` and `module.eval()` do, and
@@ -140,7 +144,8 @@ def from_nnx(make: Callable[[Any], Any], *, allow_stopped_state: bool = False) -
         accepted = inspect.signature(module).parameters
         options = {**{name: switch for name, switch in switches.items() if name in accepted}, **options}
         outputs = module(*inputs, **options)
-        return outputs, nnx.to_pure_dict(split(module)[2])
+        _, _, rest = split(module)
+        return outputs, nnx.to_pure_dict(rest)
 
     return _model(init, call, adapter="from_nnx", allow_stopped_state=allow_stopped_state)
 
@@ -190,17 +195,18 @@ def from_linen(
     Args:
       module: a `flax.linen.Module`.
       example: the inputs to initialize with: an array (or a tuple of arrays), or `data -> inputs`.
-      train_argument: the keyword of the module's `__call__` that switches to training, or several of them, or None if
-        there is none. The keywords "use_running_average" and "deterministic" get the switch of that name; any other
-        keyword gets `train`. With `("use_running_average", "deterministic")`, BatchNorm and dropout are switched apart.
+      train_argument: the keyword of the module's `__call__` that switches to training, a tuple of several keywords, or
+        None. The keywords "use_running_average" and "deterministic" get the switch of that name; any other keyword gets
+        `train`. A call can set both switches separately with `("use_running_average", "deterministic")`.
       allow_stopped_state: as in `from_nnx`.
 
     Returns:
       A `Model`.
 
     Raises:
-      ValueError: at trace time, if the module has no keyword `train_argument`, if a call sets a switch apart that
-        `train_argument` does not name, or if the module stops the gradient of its new model state.
+      ValueError: at trace time, if the module has no keyword `train_argument`.
+      ValueError: at trace time, if a switch differs from `not train` and `train_argument` does not name it.
+      ValueError: at trace time, if the module stops the gradient of its new model state.
     """
     keywords = (train_argument,) if isinstance(train_argument, str) else tuple(train_argument or ())
 

@@ -66,7 +66,7 @@ TWO_SWITCHES = {
 
 
 def parts(name, params, stats):
-    """What the pure network needs, from either form."""
+    """The layers' parameters and statistics, in the form that the pure network takes."""
     if name == "nnx":
         first, norm, last, stats = params["first"], params["norm"], params["last"], stats["norm"]
     else:
@@ -200,7 +200,7 @@ def test_a_linen_module_without_the_train_argument():
 
 # ---- Hypergradients through running statistics -----------------------------------------------------------------------
 
-GAIN, STEPS, RATE = 1.4, 6, 0.1
+GAIN, STEPS, RATE = 0.7, 6, 0.1
 
 
 def in_float64(tree):
@@ -231,7 +231,7 @@ def exact_hypergradient(model, start):
 
 
 def central_difference(forward, start):
-    """dF/d(gain) from a Python loop of gradient descent; `forward` is `(params, state, x, train) -> (outputs, state)`."""
+    """dF/d(gain) from a Python loop; `forward` is `(params, state, x, train) -> (outputs, state)`."""
 
     def loss(params, state, x, train):
         predicted, state = forward(params, state, x, train)
@@ -297,7 +297,9 @@ class Transformed(nnx.Module):
 def test_running_statistics_within_transforms_of_flax():
     model = inner.from_nnx(Transformed)
     start = in_float64(model.init(KEY, None, DATA))
-    forward = lambda params, state, x, train: model.apply(params, base.Context(KEY, 0, state), x, train=train)
+    forward = lambda params, state, x, train: model.apply(
+        params, base.Context(KEY, jnp.int32(0), state), x, train=train
+    )
     expected = central_difference(forward, start)
     assert abs(expected) > 1e-2
     np.testing.assert_allclose(exact_hypergradient(model, start), expected, rtol=1e-6)
@@ -366,7 +368,7 @@ def straight_through(mean, x):
 
 
 def by_counts(mean, x):
-    """What has no derivative needs none: how often each unit is the largest."""
+    """How often each unit is the largest: a count, which has no derivative."""
     return 0.9 * mean + 0.1 * jax.nn.one_hot(x.argmax(-1), H).mean(0) + 0 * x.mean(0)
 
 
