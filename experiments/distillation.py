@@ -123,8 +123,6 @@ def distill(config, seed: int, fixed: bool, learner, judge, real, valid):
         evaluate=lambda key, z: -judge(z, keys, start_key, valid).mean(),
         eval_every=max(1, config.outer_steps // 10),
     )
-    if result.stopped == "signal":
-        sys.exit("stopped by a signal")
     return result.best_hyperparams, -result.best_value
 
 
