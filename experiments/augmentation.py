@@ -27,7 +27,6 @@ learned strengths, and the strengths add little to them in so short a training, 
 """
 
 import math
-import sys
 import time
 from pathlib import Path
 

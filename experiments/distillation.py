@@ -19,7 +19,6 @@ Iterates and rates are chosen on validation rows; the test rows are read once.
 Needs mnist.npz in the folder that the environment variable METAOPT_DATA names.
 """
 
-import sys
 import time
 from pathlib import Path
 

@@ -21,7 +21,6 @@ Needs tiny_shakespeare.txt.gz in the folder that the environment variable METAOP
 
 import gzip
 import math
-import sys
 import time
 from pathlib import Path
 

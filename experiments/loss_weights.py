@@ -16,7 +16,6 @@ them on the same validation rows. The test rows are read once.
 Needs spoken_digits.npz in the folder that the environment variable METAOPT_DATA names.
 """
 
-import sys
 import time
 from pathlib import Path
 

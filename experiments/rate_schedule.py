@@ -20,7 +20,6 @@ rows. The schedules found are then trained anew, from several fresh initializati
 Needs mnist.npz in the folder that the environment variable METAOPT_DATA names.
 """
 
-import sys
 import time
 from pathlib import Path
 
