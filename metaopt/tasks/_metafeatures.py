@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metaopt import base
 from metaopt.tasks._prepare import PreparedTable
 from metaopt.tasks._tables import Table
 
