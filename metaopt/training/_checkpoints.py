@@ -1,4 +1,4 @@
-"""Checkpoints of a run: arrays by orbax, with what identifies the run beside them, renamed into place at once.
+"""Checkpoints of a run: arrays written by orbax, next to a file that identifies the run; each appears at once.
 
 A checkpoint is a directory named after its step. It holds the arrays in a flat dictionary, by their path in the tree,
 with a checksum each, and a JSON file; nothing is pickled. PRNG keys are saved as their data.
@@ -21,7 +21,7 @@ FORMAT = 2
 
 
 class Saved(NamedTuple):
-    """What a checkpoint held.
+    """The content of a checkpoint.
 
     Attributes:
       step: whose checkpoint it is.
@@ -124,7 +124,7 @@ class Checkpoints:
         self.newest = step
 
     def restore(self) -> Saved | None:
-        """The newest checkpoint that can be read, or None where there is none.
+        """The newest checkpoint that can be read, or None if there is none.
 
         One that cannot be read is moved aside, with a warning.
 
@@ -149,14 +149,14 @@ class Checkpoints:
             if unreadable:
                 raise ValueError(
                     f"No checkpoint in {self.directory} can be read (steps {unreadable}); remove the directory to "
-                    "start anew."
+                    "start again."
                 )
             return None
         if run["settings"].get("format") != FORMAT:
             raise ValueError(
                 f"{self.directory} holds a checkpoint of the format {run['settings'].get('format')}, of another "
                 f"version of metaopt; this one has the format {FORMAT}. Continue with the version that began the run, "
-                "or remove the directory to start anew."
+                "or remove the directory to start again."
             )
         for name in {**self._settings, **run["settings"]}:
             here, there = self._settings.get(name), run["settings"].get(name)
@@ -226,7 +226,7 @@ def _claimed(directory: str) -> Iterator[None]:
 
 
 def checksum(array: np.ndarray) -> int:
-    """Of the bits, whatever the dtype."""
+    """The CRC-32 of the bits, for any dtype."""
     return zlib.crc32(np.ascontiguousarray(array).tobytes())
 
 

@@ -73,9 +73,9 @@ def fit(
     """Takes `num_steps` outer steps from `hyperparams`, or continues from the newest checkpoint.
 
     Everything random follows from `key` and the step: the tasks drawn for step t are `sample_tasks(fold_in(k, t))`,
-    and every evaluation is `evaluate(k', λ)`, with k and k' split from `key`. So a run that was killed, and is started
-    again with the same arguments, ends in the same bits as a run that was not killed: history, best λ and patience
-    included. It may also be continued to a larger `num_steps`.
+    and every evaluation is `evaluate(k', λ)`, with k and k' split from `key`. If a run was killed, the same call
+    continues it, and ends in the same bits as a run that was not killed: history, best λ and patience included. It may
+    also be continued to a larger `num_steps`.
 
     A checkpoint is rejected if the key, the initial λ, the tasks drawn last, `eval_every`, `settings` or the program of
     the outer step differ. The program is what JAX traces: a changed loss, number of inner steps, outer rate, optimizer
@@ -85,19 +85,19 @@ def fit(
     tracing.
     A checkpoint does not hold tasks that can be drawn again.
 
-    The first SIGINT (Ctrl-C) or SIGTERM ends the run after the current step, or before the first step while that is
-    compiled; then a checkpoint is written, and the exception carries the partial `FitResult` as its `result`. A second
-    SIGINT raises `KeyboardInterrupt` at once, without a result. Signals are handled only in the main thread. An error
-    in one of the functions passes through, after a checkpoint was written.
+    The first SIGINT (Ctrl-C) or SIGTERM ends the run after the current step. If it arrives while a step is compiled,
+    that step is not taken. Then `fit` writes a checkpoint and raises an exception that carries the partial `FitResult`
+    as its `result`. A second SIGINT raises `KeyboardInterrupt` at once, without a result. Signals are handled only in
+    the main thread. An error in one of the functions passes through, after a checkpoint was written.
 
     The step is compiled once for each shape of tasks (for all calls of `fit` with one learner), and its state is
     donated: memory holds one state, besides the tasks drawn last. The metrics are read at every step, in one transfer.
 
     Args:
       learner: see `learner`.
-      sample_tasks: `(key) -> tasks`, on the host, without a memory of its own: an array or tree of arrays, of numpy
-        or JAX, as the estimator wants them. It is called before the first step, and whenever a slot is done.
-        Shapes may differ from one call to the next, if all slots end together.
+      sample_tasks: `(key) -> tasks`, on the host: an array or tree of arrays, of numpy or JAX, as the estimator wants
+        them. It depends on the key alone, and is called before the first step and whenever a slot is done. Shapes may
+        differ from one call to the next, if all slots end together.
       hyperparams: the initial λ; kept intact.
       num_steps: outer steps in all, those of earlier, interrupted runs included; at least 0.
       key: what everything random follows from.
@@ -127,9 +127,9 @@ def fit(
       KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
-      ValueError: if an argument is out of range; if λ has an integer leaf or one that is not finite; if the tasks are
-        empty, or have labels outside their classes; if tasks of other shapes were drawn while some slots were not done;
-        if `checkpoint_dir` is in use, cannot be written to, or holds another run.
+      ValueError: if an argument is out of range; if λ has an integer leaf or one that is not finite.
+        If the tasks are empty, or have labels outside their classes; if tasks of other shapes were drawn while some
+        slots were not done. If `checkpoint_dir` is in use, cannot be written to, or holds another run.
 
     Example:
       >>> import optax
@@ -206,7 +206,7 @@ class _Steps:
 
     def __init__(self, learner, sample_tasks, keys, hyperparams, steps_per_call):
         init_key, self.sample_key = keys
-        # A `Partial` is an argument of the program: arrays that it holds (`tasks.episodes`) are no constants in it.
+        # A `Partial` is an argument of the program, so that its arrays (`tasks.episodes`) are not compiled into it.
         self.sampler = sample_tasks if isinstance(sample_tasks, Partial) else Partial(sample_tasks)
         self.start = init_key, hyperparams
         self.init = jax.jit(learner.init)
@@ -273,7 +273,7 @@ def _several_steps(learner: Learner, sample_key: jax.Array, steps_per_call: int)
 
     @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
     def several(state, start, num, sample_tasks):
-        # Slots that are not done ignore what is drawn for them.
+        # Slots that are not done ignore the tasks drawn for them.
         def body(state, step):
             with _explained(steps_per_call):
                 tasks = _draw(sample_tasks, sample_key, step)
@@ -296,7 +296,7 @@ def _resumed(saved: Saved, steps: _Steps, num_steps: int, allow_changed_program:
     if saved.step > num_steps:
         raise ValueError(
             f"`num_steps` is {num_steps}, and {saved.directory} holds a run of {saved.step} steps; ask for at least as "
-            "many, or give this run a directory of its own."
+            "many, or give this run another directory."
         )
     # The tasks drawn last have the shapes of the carried tasks.
     tasks = steps.draw(saved.extra["drawn"])
@@ -330,7 +330,7 @@ def _progress(start: int, num_steps: int, show: bool | None) -> contextlib.Abstr
     return progress_bar(num_steps, show, text, start=start, value=math.nan, norm=math.nan)
 
 
-def _advanced(run: Run, state: LearnerState, metrics: Sequence[Mapping[str, Any]], drawn: int) -> Run:
+def _advanced(run: Run, state: LearnerState, metrics: Sequence[dict[str, Any]], drawn: int) -> Run:
     """The run after a call; adds the metrics of its steps to the history."""
     for i, of_step in enumerate(metrics):
         _record(run.history, run.step + i, of_step)
@@ -352,7 +352,7 @@ def _result(run: Run, evaluate: EvaluateFn | None, stopped: str) -> FitResult:
 
 
 def _ended(number: int, run: Run, num_steps: int, checkpoints: Checkpoints | None) -> str:
-    """What the exception for a signal says."""
+    """The message of the exception for a signal."""
     kept = "They are not in a checkpoint; `result` of this exception has them."
     if checkpoints is not None:
         kept = f"The checkpoint in {checkpoints.directory} has them: the same call continues from there."
@@ -360,7 +360,7 @@ def _ended(number: int, run: Run, num_steps: int, checkpoints: Checkpoints | Non
 
 
 def _no_finite_steps(run: Run, checkpoints: Checkpoints | None) -> str:
-    """What the exception for non-finite steps says."""
+    """The message of the exception for steps that are not finite."""
     kept = "" if checkpoints is None else f" The checkpoint of step {run.step} is in {checkpoints.directory}."
     return (
         f"The last {_num_non_finite(run)} steps, up to step {run.step}, had no finite outer loss or hypergradient. "
@@ -375,17 +375,20 @@ def _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, 
         base.check_integer(name, value, 1)
     base.check_integer("patience", patience, 1, optional=True)
     if patience is not None and evaluate is None:
-        raise ValueError("`patience` counts evaluations, and there are none: give `evaluate`, or no `patience`.")
+        raise ValueError("`patience` counts evaluations: give `evaluate` too, or leave `patience` out.")
 
 
 def _each(metrics: dict[str, np.ndarray], num: int) -> list[dict[str, Any]]:
-    """The metrics of each step of a call: floats, and arrays where they are no scalars."""
+    """The metrics of each step of a call: scalars as floats, others as arrays."""
     each = [metrics] if num == 1 else [{name: x[i] for name, x in metrics.items()} for i in range(num)]
     return [{name: float(x) if x.ndim == 0 else x for name, x in one.items()} for one in each]
 
 
 def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, Any]]) -> bool:
-    """Whether a callback said stop, of every step; then raises the first error: a resumed run goes on after them."""
+    """Calls the callback for every step of a call; returns whether it asked to stop.
+
+    Its first error is raised after the last step, because a resumed run continues after all of them.
+    """
     errors, ended = [], False
     for i, metrics in enumerate(several_metrics):
         try:
@@ -399,7 +402,7 @@ def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, An
 
 @contextlib.contextmanager
 def _explained(steps_per_call: int) -> Iterator[None]:
-    """Says what several steps a call ask of `sample_tasks`, where they cannot be traced."""
+    """Explains an error of a `sample_tasks` that cannot be traced."""
     try:
         yield
     except jax.errors.JAXTypeError as error:

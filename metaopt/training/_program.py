@@ -1,9 +1,9 @@
 """Descriptions of compiled programs that two processes can compare.
 
 A description of a program is plain data (JSON). Its digest is a hash of the traced program: every operation is hashed
-with its parameters and the hashes of its operands, from the inputs to the outputs (a Merkle tree). So the digest does
-not depend on the names of variables and functions, on source lines, on memory addresses, or on the order in which
-independent operations were traced. Constants are hashed by their content.
+with its parameters and the hashes of its operands, from the inputs to the outputs. So the digest does not depend on the
+names of variables and functions, on source lines, on memory addresses, or on the order in which independent operations
+were traced. Constants are hashed by their content.
 
 The other entries count numbers, constants, loops and operations, so that `differences` can name what changed.
 """
@@ -49,7 +49,7 @@ def describe(closed: Any) -> dict[str, Any]:
     digest = hasher.program(closed)
     equations = list(rewrite.equations(closed.jaxpr))
     operands = [v for equation in equations for v in equation.invars]
-    literals = [v for v in operands if isinstance(v, core.Literal) and _is_number(v.aval)]
+    literals: list[Any] = [v for v in operands if isinstance(v, core.Literal) and _is_number(v.aval)]
     return {
         "digest": digest,
         "numbers": Counter(hasher.numbers) + Counter(_number(v.val, v.aval.dtype) for v in literals),
@@ -90,7 +90,7 @@ class _Hasher:
         self.constants: set[str] = set()
 
     def program(self, jaxpr: Any) -> str:
-        """Of a jaxpr, open or closed."""
+        """The digest of a jaxpr, which may be open or closed."""
         if id(jaxpr) not in self.digests:
             self.kept.append(jaxpr)
             self.digests[id(jaxpr)] = self._program(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", None))
@@ -128,7 +128,7 @@ class _Hasher:
         """What of an operation's parameter is the same in every process: its value, or at least its type."""
         if x is None or isinstance(x, (bool, int, float, complex, str, bytes)):
             return repr(x)
-        if isinstance(x, (core.Jaxpr, core.ClosedJaxpr)):
+        if isinstance(getattr(x, "jaxpr", x), core.Jaxpr):
             return self.program(x)
         if isinstance(x, enum.Enum):
             return f"{type(x).__name__}.{x.name}"

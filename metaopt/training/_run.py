@@ -1,4 +1,4 @@
-"""What the outer loop knows between two steps, and how a checkpoint keeps it."""
+"""The state of the outer loop between two steps, and how a checkpoint keeps it."""
 
 import json
 import logging
