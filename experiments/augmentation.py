@@ -27,7 +27,6 @@ learned strengths, and the strengths add little to them in so short a training, 
 """
 
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -198,8 +197,6 @@ def run_seed(data: str, seed: int, config, judge, rules, say) -> tuple[dict, dic
             progress=False,
             callback=lambda step, metrics, clock=clock: clock.append(time.process_time()),
         )
-        if result.stopped == "signal":
-            sys.exit("stopped by a signal")
         chosen[name] = spaces.to_constrained(SPACE, result.hyperparams)
         seconds[name] = (clock[-1] - clock[1]) * times * runs / max(times * runs - 1, 1)
     before = time.process_time()

@@ -717,8 +717,6 @@ def meta_train(learners, predictor, start_z, sample_tasks, key, config: Config, 
             checkpoint_dir=checkpoints / name if checkpoints else None,
             checkpoint_every=20,
         )
-        if result.stopped == "signal":
-            sys.exit("stopped by a signal")
         return result
 
     first = fit(0, "global", jax.random.fold_in(key, 0), start_z, config.global_steps)

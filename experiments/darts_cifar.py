@@ -151,8 +151,6 @@ def search(seed: int, data: dict, scale: Scale, settings: dict, options) -> tupl
         checkpoint_every=scale.every,
         settings={**settings, **found.settings},
     )
-    if result.stopped == "signal":
-        sys.exit("stopped by a signal")
     alpha, params = result.hyperparams, result.state.estimator_state.inner.params
     weights = {kind: np.asarray(w) for kind, w in found.weights(alpha).items()}
     return found.genotype(alpha), {"net": found.supernet, "params": params, "weights": weights}

@@ -21,7 +21,6 @@ Needs tiny_shakespeare.txt.gz in the folder that the environment variable METAOP
 
 import gzip
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -196,8 +195,6 @@ def run_seed(seed: int, config, judge, learners, say):
             evaluate=lambda key, z: validate(z),
             eval_every=max(1, steps // 5),
         )
-        if result.stopped == "signal":
-            sys.exit("stopped by a signal")
         chosen[name] = result.best_hyperparams
         say(f"{name}: validation {np.round(result.evaluations, 4)}")
 

@@ -249,16 +249,29 @@ def equations_inside(equation: Any) -> Iterator[Any]:
     """The operations inside of one, of a loop's body, say.
 
     Args:
-      equation: of a `jax.core.Jaxpr`.
+      equation: an equation of a `jax.core.Jaxpr`.
 
     Returns:
       An iterator over equations.
     """
+    for jaxpr in inner_jaxprs(equation):
+        yield from equations(jaxpr)
+
+
+def inner_jaxprs(equation: Any) -> Iterator[Any]:
+    """The jaxprs that an operation holds: the body of a loop, the branches of a condition, what a call computes.
+
+    Args:
+      equation: an equation of a `jax.core.Jaxpr`.
+
+    Returns:
+      An iterator over jaxprs, without their constants.
+    """
     for value in equation.params.values():
         for leaf in value if isinstance(value, (tuple, list)) else (value,):
-            jaxpr = getattr(leaf, "jaxpr", leaf)  # of a closed one
+            jaxpr = getattr(leaf, "jaxpr", leaf)  # a closed jaxpr holds an open one
             if isinstance(jaxpr, core.Jaxpr):
-                yield from equations(jaxpr)
+                yield jaxpr
 
 
 def _holds(equation: Any, wanted: Callable[[Any], Any]) -> bool:

@@ -171,39 +171,43 @@ def train(
     checkpoint_every: int = 1_000,
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[base.InnerState, np.ndarray]:
-    """Training alone, step by step on the host: what `inner.run` is for runs of hours, which are stopped and continued.
+    """Trains an inner loop step by step on the host: `inner.run` for runs of hours, which are stopped and continued.
 
-    It is `training.fit` of a rule whose λ nothing depends on: progress and checkpoints are those of `fit`. A signal
-    (Ctrl-C, SIGTERM) ends the training after the step, leaves a checkpoint where there is a `checkpoint_dir`, and
-    raises `KeyboardInterrupt`: what is trained by half is not taken for the whole, and a loop over architectures ends,
-    too. After one in the last step the training is whole, and returned. The numbers are those of `inner.run`, to
-    rounding, with `jax.random.split(key)`'s first key.
+    This is `training.fit` of a rule whose λ has no effect, and progress, checkpoints and signals are those of `fit`:
+    Ctrl-C or SIGTERM ends the training after the current step. Half-trained parameters are never returned, and a loop
+    over architectures ends too. The numbers are those of `inner.run`, to rounding, with `jax.random.split(key)`'s first
+    key.
 
     Args:
       loop: the inner loop.
       data: its training data.
-      num_steps: in all, those before an interruption included.
+      num_steps: steps in all, those before an interruption included.
       key: what everything random follows from.
-      hyperparams: λ, constant, a tree of arrays; None where the loop has none.
-      callback: `(step, metrics) -> stop`, with the metric "loss", of training. Where it is not finite training goes on,
-        as it does in `inner.run`: stop it here.
-      progress: draw a bar; None draws one in a terminal or notebook.
-      checkpoint_dir: where checkpoints are kept, one directory for each training; None keeps none.
-      checkpoint_every: steps between them. They hold no data.
-      settings: as for `training.fit`, such as `{"genotype": nas.genotype_to_json(genotype)}`: networks whose arrays
-        have equal shapes are told apart by this alone.
+      hyperparams: λ, constant, a tree of arrays; None if the loop has none.
+      callback: `(step, metrics) -> stop`, with the metric "loss", the training loss. Training goes on if it is not
+        finite, as in `inner.run`: stop it here.
+      progress: draw a bar; None draws one only in a terminal or notebook.
+      checkpoint_dir: the folder for checkpoints, one for each training; None keeps none.
+      checkpoint_every: steps between checkpoints. They hold no data.
+      settings: as for `training.fit`, such as `{"genotype": nas.genotype_to_json(genotype)}`.
 
     Returns:
-      The inner state, and [steps] training losses: fewer than `num_steps` where `callback` stopped it.
+      The inner state, and [steps] training losses: fewer than `num_steps` if `callback` stopped it.
 
     Raises:
-      KeyboardInterrupt: a signal stopped it; with `checkpoint_dir` the same call goes on from there.
-      ValueError: a count is out of range; `checkpoint_dir` holds another run: of another key, other data, another λ,
-        or other `settings`.
+      KeyboardInterrupt: if SIGINT arrived; with `checkpoint_dir`, the same call continues. The exception's `result` is
+        the partial `FitResult`, whose `state.estimator_state` is the inner state.
+      SystemExit: likewise for SIGTERM, with status 143.
+      ValueError: if a count is out of range; if the loop's `init` rejects the data, such as labels that are not classes
+        of a `retraining`; if `checkpoint_dir` is in use, cannot be written to, or holds another run: of another key,
+        other data, another λ, another program or other `settings`.
     """
     init_key, fit_key = jax.random.split(key)
+    # `fit` traces the data, and the values of traced labels cannot be checked: let `init` see the arrays once.
+    arrays = jax.tree.map(jnp.asarray, (hyperparams, data))
+    jax.eval_shape(lambda key: loop.init(key, *arrays), init_key)
 
-    # The loop's λ comes with the data; the rule's own is a number without an effect.
+    # The loop's λ comes with the data; the rule's own λ is a number without an effect.
     def init(key, hyperparams, task):
         return loop.init(init_key, task["hyperparams"], task["data"])
 
@@ -212,7 +216,7 @@ def train(
         loss = jax.value_and_grad(loop.loss, has_aux=True)
         (value, model_state), grads = loss(loop.params(state), task["hyperparams"], batch, context)
         state = loop.update(state, grads, model_state, task["hyperparams"])
-        # A value that is not finite would end the task, and training would begin anew.
+        # A value that is not finite would end the task, and training would start again.
         finite = jnp.where(jnp.isfinite(value), value, jnp.finfo(value.dtype).max)
         return base.Estimate(finite, jnp.zeros_like(hyperparams), jnp.array(False), {"loss": value}), state
 
@@ -229,14 +233,7 @@ def train(
         checkpoint_every=checkpoint_every,
         settings=settings,
     )
-    losses = result.history.get("loss", np.zeros(0))
-    if result.stopped == "signal":
-        kept = "are not kept, since there is no `checkpoint_dir`"
-        kept = kept if checkpoint_dir is None else f"are in {os.fspath(checkpoint_dir)}: the same call goes on"
-        raise KeyboardInterrupt(
-            f"A signal stopped the training after {len(losses)} of {num_steps} steps, which {kept}."
-        )
-    return result.state.estimator_state, losses
+    return result.state.estimator_state, result.history.get("loss", np.zeros(0))
 
 
 def batched_accuracy(

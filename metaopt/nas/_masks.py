@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from metaopt import base, rewrite
 from metaopt.nas._ops import NORMALIZATION
@@ -30,14 +29,16 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
         "mask" [N], or shaped as y; and "class_mask" [C].
 
     Returns:
-      [], in nats. NaN, with its gradient, where the label of a real row is no class, below 0 or from C on, or where no
-      row is real.
+      [], in nats. In a traced program it is NaN, with its gradient, if the label of a real row is not a class; likewise
+      if no row is real.
 
     Raises:
-      ValueError: there are no labels, or no integers; one of the three has another shape.
+      ValueError: if there are no labels, or they are not integers; if one of the three has another shape; if labels
+        that are not traced are not classes.
     """
     num = outputs.shape[-1]
     _check_form(batch, num, outputs.shape[:-1])
+    check_labels(batch, num)
     y = jnp.asarray(batch["y"])
     y = y.astype(jnp.int32) if y.dtype.itemsize < 4 else y  # `uint8 >= 256` would be `>= 0`
     if batch.get("class_mask") is not None:
@@ -125,40 +126,25 @@ def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
 
 
 def check_labels(batch: Any, num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
-    """ValueError where labels of real rows are no classes: of traced ones where their type and shape tell it.
+    """Raises ValueError if labels of real rows are not classes. Of traced labels it checks only type and shape.
 
     Args:
-      batch: with "y", and "x", "mask" and "class_mask" where they are there. What is no dict, or has no "y", passes.
+      batch: with "y", and optionally "x", "mask" and "class_mask". What is not a mapping, or has no "y", passes.
       num_outputs: C.
-      shape: that labels must have, [N, positions...]; None does not check it.
+      shape: the shape that labels must have, [N, positions...]; None does not check it.
 
     Raises:
-      ValueError: labels are no integers (or truth values), not as many as rows of "x", or have another shape;
-        "class_mask" is not [C]; a label is below 0 or from C on, or of a class that "class_mask" leaves out.
+      ValueError: if labels are not integers (or truth values), are not as many as rows of "x", or have another shape;
+        if "class_mask" is not [C]; if a label is below 0 or above C - 1, or of a class that "class_mask" leaves out.
     """
     if not isinstance(batch, Mapping) or batch.get("y") is None:
         return
     _check_form(batch, num_outputs, shape)
-    kept = [batch.get(name) for name in ("y", "mask", "class_mask")]
-    if any(isinstance(leaf, Tracer) for leaf in kept):
-        return
-    y, mask, classes = (None if leaf is None else np.asarray(leaf) for leaf in kept)
-    assert y is not None
-    y = y.astype(int) if y.dtype == bool else y
-    if mask is not None and mask.shape in (y.shape, y.shape[:1]):
-        y = y[mask > 0]
-    wrong = (y < 0) | (y >= num_outputs)
-    if wrong.any():
-        raise ValueError(
-            f'The labels "y" must be in 0..{num_outputs - 1}, since the network has {num_outputs} outputs; got labels '
-            f"from {y.min()} to {y.max()}, {int(wrong.sum())} of {wrong.size} outside. Number the classes from 0 "
-            "(`np.unique(y, return_inverse=True)[1]`), or give the network more outputs."
-        )
-    if classes is not None and not (classes[y] > 0).all():
-        raise ValueError(
-            f'"class_mask" leaves out classes that rows have: {sorted(set(y[classes[y] <= 0].tolist()))}. It is 1 for '
-            "every class of the task."
-        )
+    y, mask = batch["y"], batch.get("mask")
+    if mask is not None and np.shape(mask) not in (np.shape(y), np.shape(y)[:1]):
+        mask = None  # of something else than rows
+    name = f'The labels "y" of a network with {num_outputs} outputs'
+    base.check_labels(name, y, num_outputs, mask=mask, class_mask=batch.get("class_mask"))
 
 
 def over_real_rows(fn: Callable[[jax.Array], base.PyTree], x: jax.Array, mask: jax.Array | None) -> base.PyTree:

@@ -148,6 +148,7 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
         for name, num in zip(("mask", "feature_mask"), x.shape, strict=True)
     )
     chex.assert_shape((y, mask, feature_mask), [(len(x),), (len(x),), (x.shape[1],)])
+    base.check_labels('The labels "y"', y, len(data["class_mask"]), mask=mask)
     if len(mask) > max_rows:
         first = jnp.argsort(mask <= 0, stable=True)[:max_rows]  # real rows, wherever they stand
         x, y, mask = x[first], y[first], mask[first]

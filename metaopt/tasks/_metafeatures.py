@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metaopt import base
 from metaopt.tasks._prepare import PreparedTable
 from metaopt.tasks._tables import Table
 
@@ -115,7 +116,7 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
       `fit_scaling` makes numbers of one size of them.
 
     Raises:
-      ValueError: the shapes do not fit.
+      ValueError: if the shapes do not fit, or a label is negative.
 
     >>> import numpy as np
     >>> from metaopt import tasks
@@ -129,6 +130,7 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
             "`images` must be [N, height, width, channels] and `labels` [N], at least one; got the shapes "
             f"{np.shape(images)} and {np.shape(labels)}."
         )
+    base.check_labels("`labels`", labels, int(np.max(labels)) + 1)
     x, half = np.asarray(images).mean(-1), np.shape(images)[2] // 2
     centered = x - x.mean(0)
     power = float((centered**2).mean())

@@ -176,14 +176,23 @@ def test_a_signal_leaves_nothing_that_looks_trained(kept, tmp_path):
     options = {"num_steps": 6, "key": KEY, "progress": False, "checkpoint_dir": tmp_path if kept else None}
     run = lambda **more: methods.train(loop, {"x": jnp.ones(3)}, **options, **more)
     interrupt = lambda step, metrics: step == 2 and signal.raise_signal(signal.SIGTERM)  # SIGINT may be ignored
-    with pytest.raises(KeyboardInterrupt, match=r"after 2 of 6 steps, .* goes on" if kept else "are not kept"):
+    with pytest.raises(SystemExit, match="after 2 of 6 steps.* continues" if kept else "not in a checkpoint") as error:
         run(callback=interrupt)
+    assert error.value.code == 143
+    np.testing.assert_allclose(error.value.result.state.estimator_state.params, 1 - 0.8**2, rtol=1e-12)
     if kept:
         steps = []
         state, losses = run(callback=lambda step, metrics: steps.append(step))
         assert steps == [3, 4, 5, 6]
         np.testing.assert_allclose(losses, 0.8 ** (2 * np.arange(6)), rtol=1e-12)
         np.testing.assert_allclose(state.params, 1 - 0.8**6, rtol=1e-12)
+
+
+def test_labels_that_are_not_classes_are_an_error_before_the_first_step():
+    loop = recipe(auxiliary=0.0).loop
+    for data in ({**DATA, "y": DATA["y"] + 1}, {"x": np.asarray(X), "y": np.asarray(DATA["y"]) + 1}):
+        with pytest.raises(ValueError, match=r"must be in 0\.\.2; got labels from 1 to 3"):
+            methods.train(loop, data, num_steps=1, key=KEY)
 
 
 @pytest.mark.slow
