@@ -16,8 +16,13 @@ the coordinate in [0, 1] in which that distribution is uniform.
 The functions are pure in everything but the space; `jax.jit`, `jax.vmap` and differentiation in
 either mode work on all but the space, which is static: close over it, or use `functools.partial`.
 
-Values outside a leaf's range never raise, because a traced value cannot: they are clipped into the interior.
-What does not fit the space in structure or shape raises a `ValueError` while tracing.
+λ is in **natural units** everywhere: what `fit(space=...)` takes and returns, what losses read, what is printed.
+Unconstrained coordinates z are marked, as `Unconstrained`: `to_unconstrained` returns them, and `to_constrained` and the
+problems that `constrain` returns take nothing else. λ in place of z, or z in place of λ, is an error.
+
+A λ that does not fit the space in structure or shape raises a `ValueError` while tracing. `to_unconstrained` raises for
+values outside the range of their leaf; traced values cannot raise, and have NaN as their coordinate. `encode` and
+`discretize` take such values, as of records of another space, for the nearest bound.
 
 What is tuned without a gradient runs with a **configuration**: `configuration` writes λ as plain values by name,
 integers rounded, choices as their labels, and leaves out what is not active (`active_if`); `from_configuration` reads
@@ -63,6 +68,7 @@ from metaopt.spaces._tree import (
     to_constrained,
     to_unconstrained,
 )
+from metaopt.spaces._unconstrained import Unconstrained
 
 __all__ = [
     "Choice",
@@ -73,6 +79,7 @@ __all__ = [
     "Positive",
     "Real",
     "Simplex",
+    "Unconstrained",
     "active",
     "active_if",
     "at_bounds",
