@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import base
+from metaopt import base, spaces
 from metaopt.progress import progress_bar
 from metaopt.training import _learner
 from metaopt.training._checkpoints import Checkpoints, Saved, checksum
@@ -34,12 +34,13 @@ class FitResult(NamedTuple):
     """What came of an outer loop.
 
     Attributes:
-      hyperparams: λ after the last step.
-      state: the learner's, to go on from.
+      hyperparams: λ after the last step, in natural units where `fit` was given `space`.
+      state: the learner's, to continue from. It keeps the coordinates that the learner works in: with `space`, its
+        `hyperparams` are `spaces.Unconstrained`.
       history: name -> [steps] float64, the scalar metrics of every step; NaN where a step had no such metric.
       evaluations: [1 + steps // eval_every] float64, the held-out losses at steps 0, eval_every, 2 eval_every ...;
         empty without `evaluate`.
-      best_hyperparams: λ with the smallest held-out loss; the last λ, without `evaluate`.
+      best_hyperparams: λ with the smallest held-out loss, in the units of `hyperparams`; the last λ, without `evaluate`.
       best_value: that loss; NaN without `evaluate`, or where no loss was below infinity.
       stopped: why: "num_steps", "patience", "callback" or "signal".
     """
@@ -71,6 +72,7 @@ def fit(
     hyperparams: base.HyperParams,
     num_steps: int,
     key: jax.Array,
+    space: base.PyTree | None = None,
     evaluate: EvaluateFn | None = None,
     eval_every: int = 100,
     patience: int | None = None,
@@ -105,9 +107,12 @@ def fit(
       sample_tasks: `(key) -> tasks`, on the host, without a memory of its own: an array or tree of arrays, of numpy
         or JAX, as the estimator wants them. It is called before the first step and where a slot is done.
         Shapes may differ from one call to the next, if all slots end together.
-      hyperparams: the initial λ; kept intact.
+      hyperparams: the initial λ, in natural units where `space` is given; kept intact.
       num_steps: outer steps in all, those of earlier, interrupted runs included; at least 0.
       key: what everything random follows from.
+      space: of λ, for a learner whose estimator was made for `spaces.constrain(problem, space)`. The initial λ is
+        converted to unconstrained coordinates, in which the outer optimizer works; `evaluate` and the result have λ in
+        natural units. (An initial λ that is already `spaces.Unconstrained`, as a predictor's, is taken as it is.)
       evaluate: `(key, λ) -> []`, a loss on held-out tasks, smaller is better; called with the same key each time, so
         that every λ is judged on the same draws. Compile it yourself.
       eval_every: steps between evaluations; the first judges the initial λ.
@@ -133,7 +138,9 @@ def fit(
     Raises:
       ValueError: an argument is out of range; λ has an integer leaf, or one that is not finite; the tasks are empty;
         tasks of other shapes were drawn while some slots were not done; `checkpoint_dir` holds another run; `settings`
-        is not made of what JSON has.
+        is not made of what JSON has; λ does not fit `space` or lies outside it; the estimator works in unconstrained
+        coordinates, and `space` is missing.
+      TypeError: `space` is given, and the estimator was made for a problem in natural units.
 
     Example:
       >>> import optax
@@ -152,7 +159,8 @@ def fit(
     _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, checkpoint_every)
     if not isinstance(learner, _learner.Learner):
         raise ValueError(f"`learner` must be made by `training.learner`; got {type(learner).__name__}.")
-    hyperparams = _owned(_learner.check_hyperparams(hyperparams))
+    hyperparams = _owned(_learner.check_hyperparams(_to_coordinates(space, hyperparams)))
+    evaluate = _in_natural_units(space, evaluate)
     for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams):
         if not jnp.isfinite(leaf).all():
             raise ValueError(f"The initial `hyperparams{jax.tree_util.keystr(path)}` is not finite: {leaf}.")
@@ -253,12 +261,13 @@ def fit(
             "refuses them), for labels outside of 0..W-1 and for a diverging inner loop (`hypergrad.diagnose`)"
         )
     best = _best(run.evaluations)
+    best_hyperparams = run.state.hyperparams if evaluate is None else run.best_hyperparams
     return FitResult(
-        hyperparams=run.state.hyperparams,
+        hyperparams=_to_natural_units(space, run.state.hyperparams),
         state=run.state,
         history=_columns(run),
         evaluations=np.array(run.evaluations, np.float64),
-        best_hyperparams=run.state.hyperparams if evaluate is None else run.best_hyperparams,
+        best_hyperparams=_to_natural_units(space, best_hyperparams),
         best_value=math.nan if best is None else run.evaluations[best],
         stopped=stopped,
     )
@@ -272,6 +281,25 @@ def _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, 
     base.check_integer("patience", patience, 1, optional=True)
     if patience is not None and evaluate is None:
         raise ValueError("`patience` counts evaluations, and there are none: give `evaluate`, or no `patience`.")
+
+
+def _to_coordinates(space: base.PyTree | None, hyperparams: base.HyperParams) -> base.HyperParams:
+    """The λ that the learner starts from: unconstrained coordinates, if there is a space."""
+    if space is None or isinstance(hyperparams, spaces.Unconstrained):
+        return hyperparams
+    return spaces.to_unconstrained(space, hyperparams)
+
+
+def _to_natural_units(space: base.PyTree | None, hyperparams: base.HyperParams) -> base.HyperParams:
+    """The λ that the caller sees: the inverse of `_to_coordinates`."""
+    return hyperparams if space is None else spaces.to_constrained(space, hyperparams)
+
+
+def _in_natural_units(space: base.PyTree | None, evaluate: EvaluateFn | None) -> EvaluateFn | None:
+    """`evaluate` as a function of what the learner carries."""
+    if space is None or evaluate is None:
+        return evaluate
+    return lambda key, coordinates: evaluate(key, spaces.to_constrained(space, coordinates))
 
 
 def _each(metrics: dict[str, np.ndarray], num: int) -> list[dict[str, Any]]:
