@@ -13,7 +13,7 @@ CHECK = """
 import json
 spread = float(np.ptp(np.log(predicted["rate"])))
 finite = all(bool(jnp.isfinite(loss).all()) for loss in losses.values())
-found = {"values": values.tolist(), "steps": len(result.history["value"]), "spread": spread, "finite": finite}
+found = {"values": tuned.evaluations.tolist(), "steps": len(result.history["value"]), "spread": spread, "finite": finite}
 print(json.dumps(found))
 """
 
