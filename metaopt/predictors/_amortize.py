@@ -20,8 +20,8 @@ def amortize(estimator: base.Estimator, predictor: base.Predictor) -> base.Estim
       An `Estimator` of the same kind for one task, whose `hyperparams` are φ and whose state is the inner estimator's.
 
     Raises:
-      TypeError: at trace time, if the predictor returns `Unconstrained` and the problem takes λ in natural units.
-      ValueError: at trace time, if the predictor returns λ in natural units and the problem is constrained.
+      ValueError: at trace time, if the predictor returns `Unconstrained` and the problem takes λ in natural units, or
+        the predictor returns λ in natural units and the problem is constrained.
     """
 
     def init(key, hyperparams, task):

@@ -156,7 +156,9 @@ class Positive(_Gaussian):
 
     def contains(self, value):
         # λ is computed at its limits as the exponential of a large number, which has few correct digits.
-        low, high = (limit + margin for limit, margin in zip(_log_limits(value.dtype), (-_MARGIN, _MARGIN), strict=True))
+        low, high = (
+            limit + margin for limit, margin in zip(_log_limits(value.dtype), (-_MARGIN, _MARGIN), strict=True)
+        )
         return (value >= math.exp(low)) & (value <= math.exp(high))
 
 

@@ -37,7 +37,9 @@ class Unconstrained:
     coordinates: base.PyTree
 
     def __getitem__(self, key: Any) -> Any:
-        raise TypeError(f"These are unconstrained coordinates and not λ: they have no entry {key!r}. {_HOW_TO_CONVERT}")
+        raise ValueError(
+            f"These are unconstrained coordinates and not λ: they have no entry {key!r}. {_HOW_TO_CONVERT}"
+        )
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(

@@ -139,8 +139,8 @@ def fit(
       ValueError: an argument is out of range; λ has an integer leaf, or one that is not finite; the tasks are empty;
         tasks of other shapes were drawn while some slots were not done; `checkpoint_dir` holds another run; `settings`
         is not made of what JSON has; λ does not fit `space` or lies outside it; the estimator works in unconstrained
-        coordinates, and `space` is missing.
-      TypeError: `space` is given, and the estimator was made for a problem in natural units.
+        coordinates, and `space` is missing; `space` is given, and the estimator was made for a problem in natural
+        units.
 
     Example:
       >>> import optax

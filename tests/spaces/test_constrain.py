@@ -35,9 +35,7 @@ PROBLEM = base.Problem(
     outer_loss=lambda params, hyperparams, batch, context: 0.5 * (params - batch) ** 2 + hyperparams["decay"] ** 2,
     outer_batch=lambda key, task: task.valid,
 )
-Z = spaces.Unconstrained(
-    {"rate": jnp.array(0.3), "start": jnp.array(-0.4), "decay": jnp.array(0.2), "curvature": None}
-)
+Z = spaces.Unconstrained({"rate": jnp.array(0.3), "start": jnp.array(-0.4), "decay": jnp.array(0.2), "curvature": None})
 
 
 def outer(problem, hyperparams, num_steps=3):
