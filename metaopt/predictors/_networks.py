@@ -200,7 +200,8 @@ def dataset_embedding(
       hyperparams: λ to start from, in natural units; by default the space's.
 
     Returns:
-      A `Predictor` of `Unconstrained` coordinates; `task.train` must be a dict like that of `tasks.to_task` (`embed_rows` says which parts of it).
+      A `Predictor` of `Unconstrained` coordinates; `task.train` must be a dict like that of `tasks.to_task`
+      (`embed_rows` says which parts of it).
 
     Raises:
       ValueError: a size is out of range; the space has nothing to tune; at trace time, the task's features are not [F],

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from metaopt import base
 from metaopt.spaces._leaves import Leaf
@@ -94,10 +95,10 @@ def to_constrained(space: base.PyTree, unconstrained: Unconstrained) -> base.Hyp
 def to_unconstrained(space: base.PyTree, hyperparams: base.HyperParams) -> Unconstrained:
     """Unconstrained coordinates from λ, the inverse of `to_constrained`.
 
-    A value at a bound has no finite coordinate. It is moved inside, by 0.001 of the (log) range, where the derivative of
-    λ in z is 0.001 of the range: a gradient that points inward can move it away from the bound. A weight of zero, of a
-    simplex of n, becomes 0.001/n. Values count as at a bound within the type's eps of the range; all others are kept.
-    A simplex comes back centered.
+    A value at a bound (within the type's eps of the range) has no finite coordinate. It is moved inside, by 0.001 of
+    the (log) range. There the derivative of λ in z is 0.001 of the range, so a gradient that points inward can move λ
+    away from the bound. A zero weight in a simplex of n weights becomes 0.001/n. All other values are kept. The
+    coordinates of a simplex are centered.
 
     Args:
       space: a tree of leaves.
@@ -265,9 +266,9 @@ def _coordinate(leaf: Leaf, value: jax.Array) -> jax.Array | None:
 
 
 def _check_range(matched, values) -> None:
-    """Raises where one of the values, which belong to the matched leaves, is known and outside the range of its leaf."""
+    """Raises ValueError if a value that is not traced lies outside the range of its leaf."""
     for (path, leaf, _), value in zip(matched, values, strict=True):
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             continue
         with jax.ensure_compile_time_eval():
             array = jnp.asarray(value)

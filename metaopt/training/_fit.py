@@ -40,7 +40,8 @@ class FitResult(NamedTuple):
       history: name -> [steps] float64, the scalar metrics of every step; NaN where a step had no such metric.
       evaluations: [1 + steps // eval_every] float64, the held-out losses at steps 0, eval_every, 2 eval_every ...;
         empty without `evaluate`.
-      best_hyperparams: λ with the smallest held-out loss, in the units of `hyperparams`; the last λ, without `evaluate`.
+      best_hyperparams: λ with the smallest held-out loss, in the units of `hyperparams`; the last λ, without
+        `evaluate`.
       best_value: that loss; NaN without `evaluate`, or where no loss was below infinity.
       stopped: why: "num_steps", "patience", "callback" or "signal".
     """

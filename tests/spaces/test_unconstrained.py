@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import chex
 import jax
@@ -25,7 +26,8 @@ IN_Z = spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE)
 CONSTRAINED = hypergrad.unrolled(IN_Z, num_steps=1)
 EVOLUTION = hypergrad.evolution(IN_Z, num_steps=1, sigma={"penalty": 0.1}, num_pairs=1)
 PENALTY = spaces.default(problems.SPACE)
-COORDINATES = spaces.to_unconstrained(problems.SPACE, PENALTY)
+COORDINATES: Any = spaces.to_unconstrained(problems.SPACE, PENALTY)
+SCALAR: Any = 1.0
 NATURAL = "λ is in natural units here .*Pass `space=` to `training.fit` or `methods.fine_tune`, or convert λ by"
 UNCONSTRAINED = "λ is expected in natural units, and these are unconstrained coordinates"
 NO_ENTRY = "These are unconstrained coordinates and not λ: they have no .*spaces.to_constrained.*spaces.constrain"
@@ -48,7 +50,7 @@ def amortized(estimator, predicted):
 WRONG = {
     "constrained_problem": (lambda: estimate(CONSTRAINED, PENALTY), ValueError, NATURAL),
     "to_constrained": (lambda: spaces.to_constrained(SPACE, LAM), ValueError, NATURAL),
-    "one_array": (lambda: spaces.to_constrained(spaces.real(), 1.0), ValueError, "natural units here .got float"),
+    "one_array": (lambda: spaces.to_constrained(spaces.real(), SCALAR), ValueError, "natural units here .got float"),
     "raw_coordinates": (lambda: spaces.to_constrained(SPACE, Z.coordinates), ValueError, "marked by `spaces.Unc"),
     "prediction_in_natural_units": (lambda: amortized(CONSTRAINED, PENALTY), ValueError, NATURAL),
     "to_unconstrained": (lambda: spaces.to_unconstrained(SPACE, Z), ValueError, UNCONSTRAINED),
@@ -103,7 +105,7 @@ def test_any_tree_is_flattened_and_put_together_again(inside):
 
 @pytest.mark.once
 def test_transformations_and_optimizers_work_through_it():
-    z = spaces.Unconstrained({"penalty": jnp.array([0.1, -0.2, 0.3, 0.0])})
+    z: Any = spaces.Unconstrained({"penalty": jnp.array([0.1, -0.2, 0.3, 0.0])})
     loss = lambda z: (spaces.to_constrained(problems.SPACE, z)["penalty"] ** 2).sum()
     grads = jax.jit(jax.grad(loss))(z)
     # d/dz (c exp z)² = 2 (c exp z)²
@@ -112,7 +114,7 @@ def test_transformations_and_optimizers_work_through_it():
     )
     optimizer = optax.adam(0.1)
     updates, _ = optimizer.update(grads, optimizer.init(z), z)
-    moved = optax.apply_updates(z, updates)
+    moved: Any = optax.apply_updates(z, updates)
     np.testing.assert_allclose(moved.coordinates["penalty"], z.coordinates["penalty"] - 0.1, atol=1e-7)
     many = jax.vmap(lambda shift: jax.tree.map(lambda x: x + shift, z))(jnp.arange(3.0))
     assert many.coordinates["penalty"].shape == (3, 4)
@@ -125,7 +127,7 @@ def test_copies_and_repr():
     for again in (copy.deepcopy(Z), pickle.loads(pickle.dumps(spaces.Unconstrained({"a": 1.0})))):
         assert isinstance(again, spaces.Unconstrained)
     with pytest.raises(AttributeError):
-        Z.coordinates = {}
+        COORDINATES.coordinates = {}
 
 
 OUTSIDE = {
