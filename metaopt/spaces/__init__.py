@@ -17,9 +17,9 @@ The functions are pure in everything but the space; `jax.jit`, `jax.vmap` and di
 either mode work on all but the space, which is static: close over it, or use `functools.partial`.
 
 λ is in **natural units**: `training.fit(space=...)` and `methods.fine_tune(space=...)` take and return λ, and losses
-read λ. Unconstrained coordinates z have a type of their own, `Unconstrained`. `to_unconstrained` and the predictors of a
-space return it; `to_constrained` and the problems that `constrain` returns accept nothing else. λ in place of z, or z in
-place of λ, is an error.
+read λ. Unconstrained coordinates z have a type of their own, `Unconstrained`. `to_unconstrained` and the predictors of
+a space return it; `to_constrained` and the problems that `constrain` returns accept nothing else. λ in place of z, or z
+in place of λ, is an error.
 
 A λ that does not fit the space in structure or shape raises a `ValueError` while tracing. `to_unconstrained` raises a
 `ValueError` for a value outside the range of its leaf. A traced value cannot raise: its coordinate is NaN. `encode` and
