@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import base
+from metaopt import base, spaces
 from metaopt.progress import progress_bar
 from metaopt.training import _learner, _program, _run, _stopping
 from metaopt.training._checkpoints import Checkpoints, Saved
@@ -32,12 +32,14 @@ class FitResult(NamedTuple):
     """The result of an outer loop.
 
     Attributes:
-      hyperparams: λ after the last step.
-      state: the learner's state, from which more steps can be taken.
+      hyperparams: λ after the last step, in natural units if `fit` was given `space`.
+      state: the learner's state, from which more steps can be taken. With `space`, its `hyperparams` are
+        `spaces.Unconstrained`.
       history: name -> [steps] float64, the scalar metrics of every step; NaN where a step had no such metric.
       evaluations: [1 + steps // eval_every] float64, the held-out losses at steps 0, eval_every, 2 eval_every ...;
         empty without `evaluate`.
-      best_hyperparams: λ with the smallest held-out loss; the last λ, without `evaluate`.
+      best_hyperparams: λ with the smallest held-out loss, in the units of `hyperparams`; the last λ, without
+        `evaluate`.
       best_value: that loss; NaN without `evaluate`, or if no loss was below infinity.
       stopped: why the run ended: "num_steps", "patience" or "callback". In the partial result that an exception
         carries also "interrupted" or "non-finite".
@@ -59,6 +61,7 @@ def fit(
     hyperparams: base.HyperParams,
     num_steps: int,
     key: jax.Array,
+    space: base.PyTree | None = None,
     evaluate: EvaluateFn | None = None,
     eval_every: int = 100,
     patience: int | None = None,
@@ -98,9 +101,12 @@ def fit(
       sample_tasks: `(key) -> tasks`, on the host: an array or tree of arrays, of numpy or JAX, as the estimator wants
         them. It depends on the key alone, and is called before the first step and whenever a slot is done. Shapes may
         differ from one call to the next, if all slots end together.
-      hyperparams: the initial λ; kept intact.
+      hyperparams: the initial λ, in natural units if `space` is given; kept intact.
       num_steps: outer steps in all, those of earlier, interrupted runs included; at least 0.
       key: what everything random follows from.
+      space: of λ, if the estimator was made for `spaces.constrain(problem, space)`. The initial λ is converted to
+        unconstrained coordinates, in which the outer optimizer works; `evaluate` and the result have λ in natural
+        units. An initial λ that is `spaces.Unconstrained` already, as a predictor's, is not converted.
       evaluate: `(key, λ) -> []`, a loss on held-out tasks, smaller is better. It is called with the same key each time,
         so that every λ is judged on the same draws. Compile it yourself.
       eval_every: steps between evaluations; the first one judges the initial λ.
@@ -127,9 +133,10 @@ def fit(
       KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
-      ValueError: if an argument is out of range; if λ has an integer leaf or one that is not finite.
-        If the tasks are empty, or have labels outside their classes; if tasks of other shapes were drawn while some
-        slots were not done. If `checkpoint_dir` is in use, cannot be written to, or holds another run.
+      ValueError: if an argument is out of range; if λ has an integer leaf or one that is not finite, does not fit
+        `space`, or lies outside it. If the estimator works in unconstrained coordinates and `space` is missing, or the
+        other way round. If the tasks are empty, or have labels outside their classes; if tasks of other shapes were
+        drawn while some slots were not done. If `checkpoint_dir` is in use, cannot be written to, or holds another run.
 
     Example:
       >>> import optax
@@ -148,7 +155,8 @@ def fit(
     _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, checkpoint_every)
     if not isinstance(learner, _learner.Learner):
         raise ValueError(f"`learner` must be made by `training.learner`; got {type(learner).__name__}.")
-    hyperparams = _initial(hyperparams)
+    hyperparams = _initial(_to_coordinates(space, hyperparams))
+    evaluate = _in_natural_units(space, evaluate)
     init_key, sample_key, eval_key = jax.random.split(key, 3)
     steps = _Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call)
     with contextlib.ExitStack() as stack:
@@ -190,7 +198,7 @@ def fit(
             stopped = ""
         finally:
             _save(checkpoints, run, steps)
-    result = _result(run, evaluate, stopped or "interrupted")
+    result = _result(run, evaluate, space, stopped or "interrupted")
     if received:
         raise _stopping.signal_error(received[0], _ended(received[0], run, num_steps, checkpoints), result)
     if stopped == "non-finite":
@@ -338,14 +346,15 @@ def _advanced(run: Run, state: LearnerState, metrics: Sequence[dict[str, Any]], 
     return run._replace(state=state, step=run.step + len(metrics), drawn=drawn, any_done=any_done)
 
 
-def _result(run: Run, evaluate: EvaluateFn | None, stopped: str) -> FitResult:
+def _result(run: Run, evaluate: EvaluateFn | None, space: base.PyTree | None, stopped: str) -> FitResult:
     best = _best(run.evaluations)
+    best_hyperparams = run.state.hyperparams if evaluate is None else run.best_hyperparams
     return FitResult(
-        hyperparams=run.state.hyperparams,
+        hyperparams=_to_natural_units(space, run.state.hyperparams),
         state=run.state,
         history=_run.columns(run),
         evaluations=np.array(run.evaluations, np.float64),
-        best_hyperparams=run.state.hyperparams if evaluate is None else run.best_hyperparams,
+        best_hyperparams=_to_natural_units(space, best_hyperparams),
         best_value=math.nan if best is None else run.evaluations[best],
         stopped=stopped,
     )
@@ -376,6 +385,25 @@ def _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, 
     base.check_integer("patience", patience, 1, optional=True)
     if patience is not None and evaluate is None:
         raise ValueError("`patience` counts evaluations: give `evaluate` too, or leave `patience` out.")
+
+
+def _to_coordinates(space: base.PyTree | None, hyperparams: base.HyperParams) -> base.HyperParams:
+    """The λ that the learner starts from: unconstrained coordinates, if there is a space."""
+    if space is None or isinstance(hyperparams, spaces.Unconstrained):
+        return hyperparams
+    return spaces.to_unconstrained(space, hyperparams)
+
+
+def _to_natural_units(space: base.PyTree | None, hyperparams: base.HyperParams) -> base.HyperParams:
+    """The λ that the caller sees: the inverse of `_to_coordinates`."""
+    return hyperparams if space is None else spaces.to_constrained(space, hyperparams)
+
+
+def _in_natural_units(space: base.PyTree | None, evaluate: EvaluateFn | None) -> EvaluateFn | None:
+    """`evaluate` as a function of what the learner carries."""
+    if space is None or evaluate is None:
+        return evaluate
+    return lambda key, coordinates: evaluate(key, spaces.to_constrained(space, coordinates))
 
 
 def _each(metrics: dict[str, np.ndarray], num: int) -> list[dict[str, Any]]:
