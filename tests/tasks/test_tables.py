@@ -16,7 +16,7 @@ needs_data = pytest.mark.skipif(
 
 
 def table(name, family, rows=120, columns=4, classes=2):
-    x = np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
+    x = np.random.default_rng(list(family.encode())).normal(size=(rows, columns)).astype(np.float32)
     y = (np.arange(rows) % classes).astype(np.int32)
     return tasks.Table(name, family, x, y, np.zeros(columns, bool))
 
