@@ -170,6 +170,23 @@ def as_float32(values: Sequence[int | float], unit: int = 1) -> tuple[np.ndarray
     return plain, False, (f"has {num_values} different numbers, which float32 rounds to {left}",)
 
 
+def merged_values(x: np.ndarray) -> dict[int, int]:
+    """Counts the values that float32 merges, in columns with numbers above 2^24.
+
+    Args:
+      x: [n, d] numbers.
+
+    Returns:
+      Column -> how many of its different values are lost; only columns that lose some.
+    """
+    if x.dtype == np.float32:
+        return {}
+    large = np.flatnonzero((np.abs(x) > 2**24).any(axis=0))
+    with np.errstate(over="ignore"):
+        lost = {int(j): len(np.unique(x[:, j])) - len(np.unique(x[:, j].astype(np.float32))) for j in large}
+    return {j: num for j, num in lost.items() if num}
+
+
 def looks_like_id(values: Sequence[int | float]) -> bool:
     """Returns whether numbers look like the names of rows: whole, hardly any repeated, and dense or of equal length.
 
