@@ -103,8 +103,8 @@ def prepare(
       A `PreparedTable`, with its rows in random order.
 
     Raises:
-      ValueError: if an argument is out of range; if the table's arrays do not fit together, are not real numbers, or are
-        infinite in float32; or if there are fewer than 2 classes, no column that varies, or no validation row.
+      ValueError: if an argument is out of range; if the table's arrays do not fit together, or are not real numbers that
+        are finite in float32; or if there are fewer than 2 classes, no column that varies, or no validation row.
 
     Source: quantile transform, Gorishniy et al., NeurIPS 2021, https://arxiv.org/abs/2106.11959; soft clipping,
       Holzmüller et al., NeurIPS 2024, https://arxiv.org/abs/2407.04491

@@ -382,9 +382,7 @@ def _read_fields(file: Path) -> tuple[list[str], list[list[str]], list[int], str
     return header, rows, lines, separator
 
 
-def _class_labels(
-    texts: list[str], lines: list[int], target: str, max_classes: int, decimal_comma: bool
-) -> list[str]:
+def _class_labels(texts: list[str], lines: list[int], target: str, max_classes: int, decimal_comma: bool) -> list[str]:
     """The classes as strings: equal numbers are one class, and whole ones are exact. Rejects regression targets."""
     dotted = [text.replace(",", ".") for text in texts] if decimal_comma else texts
     numbers = [number(text) for text in dotted]

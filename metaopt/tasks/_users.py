@@ -83,8 +83,8 @@ def from_user_records(
         raise ValueError(f"`user` says whose record it is, of every record; row {row} has none.")
     for j, num_lost in merged_values(wide).items():
         _log.warning(
-            "float32 merges %d values of the column %r of `x`; remove it if it is an id, otherwise subtract its smallest "
-            "value",
+            "float32 merges %d values of the column %r of `x`; remove it if it is an id, otherwise subtract its "
+            "smallest value",
             num_lost,
             names[j],
         )
