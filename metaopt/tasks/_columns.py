@@ -38,7 +38,7 @@ class Column(NamedTuple):
     Attributes:
       values: [n] float32; NaN where missing; the codes 0..L-1 of a categorical column.
       categorical: whether the values are codes.
-      notes: what was changed or may be unexpected, for the log. Each note completes "the column 'x' ...".
+      notes: changes and surprises, for the log. Each note completes "the column 'x' ...".
     """
 
     values: np.ndarray
@@ -47,7 +47,7 @@ class Column(NamedTuple):
 
 
 class _Numbers(NamedTuple):
-    """What the texts of a column stand for: `values` / `unit`, where whole values are integers."""
+    """The numbers of a column: `values` / `unit`, where whole values are integers."""
 
     values: list[int | float]
     unit: int = 1
@@ -152,7 +152,7 @@ def as_float32(values: Sequence[int | float], unit: int = 1) -> tuple[np.ndarray
 
     Args:
       values: integers, compared exactly, or floats.
-      unit: what the values are divided by.
+      unit: the divisor of all values.
 
     Returns:
       The float32 numbers, whether they are as different as they have to be, and notes about what changed.
@@ -160,14 +160,15 @@ def as_float32(values: Sequence[int | float], unit: int = 1) -> tuple[np.ndarray
     if not len(values):
         return np.zeros(0, np.float32), True, ()
     num_values, lowest = len(set(values)), min(values)
-    least = num_values if _are_whole(values) else 0.9 * num_values
-    plain, shifted = (np.array([(v - offset) / unit for v in values]).astype(np.float32) for offset in (0, lowest))
-    if len(np.unique(plain)) >= least:
+    min_values = num_values if _are_whole(values) else 0.9 * num_values
+    plain = np.array([value / unit for value in values]).astype(np.float32)
+    num_left = len(np.unique(plain))
+    if num_left >= min_values:
         return plain, True, ()
-    if len(np.unique(shifted)) >= least:
+    shifted = np.array([(value - lowest) / unit for value in values]).astype(np.float32)
+    if len(np.unique(shifted)) >= min_values:
         return shifted, True, ("has numbers that float32 cannot tell apart; the smallest is subtracted from all",)
-    left = len(np.unique(plain))
-    return plain, False, (f"has {num_values} different numbers, which float32 rounds to {left}",)
+    return plain, False, (f"has {num_values} different numbers, which float32 rounds to {num_left}",)
 
 
 def merged_values(x: np.ndarray) -> dict[int, int]:
@@ -220,7 +221,7 @@ def _readings(texts: list[str], decimal_comma: bool) -> Iterator[_Numbers]:
 
 
 def _all_or_none(values: Iterable[_T | None]) -> list[_T] | None:
-    """The values, or None if one of them is None."""
+    """Returns the values, or None if any value is None."""
     kept = []
     for value in values:
         if value is None:

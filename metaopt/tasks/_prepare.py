@@ -103,8 +103,8 @@ def prepare(
       A `PreparedTable`, with its rows in random order.
 
     Raises:
-      ValueError: if an argument is out of range; if the table's arrays do not fit together, or are not real numbers that
-        are finite in float32; or if there are fewer than 2 classes, no column that varies, or no validation row.
+      ValueError: if an argument is out of range, if the arrays of the table do not fit together, if `x` is not real or
+        not finite in float32, or if there are fewer than 2 classes, no varying column or no validation row.
 
     Source: quantile transform, Gorishniy et al., NeurIPS 2021, https://arxiv.org/abs/2106.11959; soft clipping,
       Holzmüller et al., NeurIPS 2024, https://arxiv.org/abs/2407.04491
@@ -201,8 +201,8 @@ def _checked(table: Table) -> tuple[Table, np.ndarray]:
         )
     if x.dtype.kind not in "biuf":
         raise ValueError(
-            f"table {table.name}: `x` must be real numbers, NaN where missing; got {x.dtype}. Number what is text, and "
-            "make two columns of a complex one."
+            f"table {table.name}: `x` must be real numbers, NaN where missing; got {x.dtype}. Number the values "
+            "of text columns, and split complex columns into two."
         )
     highest = np.iinfo(np.int32).max
     if y.dtype.kind not in "iu" or np.min(y, initial=0) < 0 or np.max(y, initial=0) > highest:

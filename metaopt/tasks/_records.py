@@ -96,8 +96,8 @@ def read_records(
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, of something else, or of a later version of metaopt; a row is broken, which the
-        message names; `status` is unknown.
+      ValueError: if the file is damaged, of something else, or of a later version of metaopt; if a row is broken (the
+        message has its number); or if `status` is unknown.
     """
     if unknown := set(_listed(status or ())) - set(STATUSES):
         raise ValueError(f"`status` must be of {', '.join(STATUSES)}; got {sorted(unknown)}.")
@@ -194,7 +194,7 @@ def _insert(file, rows):
 
 @contextlib.contextmanager
 def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqlite3.Connection]:
-    """A connection to a file of records; SQLite's errors become those that say what to do."""
+    """A connection to a file of records; SQLite's errors are replaced by errors that name the file and a remedy."""
     path = Path(file)
     if not create and not path.is_file():
         raise FileNotFoundError(f"There is no file of records at {file}.")
@@ -206,7 +206,7 @@ def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqli
 
 
 def _connect(path: Path, create: bool, stack: contextlib.ExitStack) -> sqlite3.Connection:
-    """A connection that `stack` closes; for reading, the file may be in a folder that is read-only."""
+    """A connection that `stack` closes. To read a file, its folder need not be writable."""
 
     def connect(name, uri=False):
         connection = sqlite3.connect(name, isolation_level=None, uri=uri)  # transactions are begun by hand
@@ -220,7 +220,7 @@ def _connect(path: Path, create: bool, stack: contextlib.ExitStack) -> sqlite3.C
     except sqlite3.OperationalError as error:
         if create or not _error_name(error).startswith(_NOT_WRITABLE):
             raise
-    # SQLite cannot make `-shm` next to the file. A `-wal` has rows that the file does not have yet.
+    # SQLite cannot create `-shm` next to the file. A `-wal` file holds rows that are not in the file yet.
     wal = Path(f"{path}-wal")
     if not wal.is_file() or not wal.stat().st_size:
         return connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)

@@ -1,7 +1,7 @@
 """Which tables hold the same rows, even if the rows are in another order, or the columns in another order or renamed.
 
-A row is hashed from its values without the class. Rows of few, frequent values coincide by chance, so the number of
-common rows is compared with the number that is left after the columns of one table were shuffled one by one.
+A row is hashed from its values without the class. Rows with few, frequent values coincide by chance. Therefore the
+columns of one table are shuffled one by one, and the number of common rows before and after is compared.
 """
 
 import collections
@@ -18,16 +18,18 @@ if TYPE_CHECKING:
 
 _MIN_ROWS, _MIN_SHARE = 5, 0.1  # common rows, also as a share of the different rows of the smaller table
 _MIN_RATIO = 4  # common rows / common rows after shuffling
-_MIN_VALUES = 10  # of a column that tells on its own that the rows are the same
+_MIN_VALUES = 10  # different values of a numeric column; with fewer, columns may be equal by chance
 
 
 def pairs_with_shared_rows(tables: Sequence["Table"]) -> list[tuple[int, int]]:
     """Finds tables that hold the same rows.
 
-    Two rows are the same if all columns have the same values, in the same order or in any order, or if the numeric
-    columns have (the codes of the others change if a level is missing). Two tables of equal length also hold the same
-    rows if their columns have the same values in any order of rows: all columns, or half of the narrower table's
-    columns, with at least 10 different values in each. (So a copy with an additional column is found.)
+    Two rows are the same if they have the same values, in any order of the columns. It is enough if this is true of
+    the numeric columns, because the codes of the others change if a level is missing.
+
+    Two tables with equally many rows also hold the same rows if their columns hold the same values, in any order of the
+    rows. It is enough if this is true of numeric columns with at least 10 different values, as many as half of the
+    columns of the narrower table. This finds copies with an additional column.
 
     Args:
       tables: any number.
@@ -35,6 +37,8 @@ def pairs_with_shared_rows(tables: Sequence["Table"]) -> list[tuple[int, int]]:
     Returns:
       Places (i, j) with i < j, sorted.
     """
+    if len(tables) < 2:
+        return []
     inputs = [_informative(table) for table in tables]
     pairs = set()
     for kind in ("ordered", "unordered", "numeric"):
@@ -56,8 +60,9 @@ def pairs_with_shared_rows(tables: Sequence["Table"]) -> list[tuple[int, int]]:
 
 
 def _informative(table: "Table") -> tuple[np.ndarray, np.ndarray]:
-    """x [n, d] float32 without columns that look like ids, unless there are no others, and categorical [d]."""
-    x = np.asarray(table.x).astype(np.float32) + np.float32(0)  # no -0.0
+    """Returns x [n, d] float32 and categorical [d], without columns that look like ids if other columns remain."""
+    with np.errstate(over="ignore"):  # `prepare` rejects such values
+        x = np.asarray(table.x).astype(np.float32) + np.float32(0)  # no -0.0
     x[np.isnan(x)] = np.nan  # one bit pattern
     categorical = np.asarray(table.categorical, bool)
     kept = np.array([is_category or not _is_id(v) for is_category, v in zip(categorical, x.T, strict=True)], bool)
@@ -70,12 +75,12 @@ def _is_id(column: np.ndarray) -> bool:
 
 
 def _row_hashes(x: np.ndarray, categorical: np.ndarray, kind: str) -> np.ndarray:
-    """[n] uint64; sums of hashed values, which do not depend on the order of the columns unless it is hashed, too."""
+    """Returns [n] uint64, sums over hashed values; "ordered" hashes the place of a value with it."""
     cells = x.view(np.uint32).astype(np.uint64)
     if kind == "ordered":
         cells += np.arange(x.shape[1], dtype=np.uint64) << np.uint64(32)
     if kind == "numeric":
-        if not categorical.any() or categorical.all():  # nothing else than "unordered", or nothing at all
+        if not categorical.any() or categorical.all():  # the same as "unordered", or no column
             return np.zeros(0, np.uint64)
         cells = cells[:, ~categorical]
     return _mixed(cells).sum(axis=1, dtype=np.uint64)
@@ -90,7 +95,7 @@ def _mixed(cells: np.ndarray) -> np.ndarray:
 
 
 def _count_shared(hashes: list[np.ndarray]) -> collections.Counter[tuple[int, int]]:
-    """How many hashes each pair of tables shares; pairs that share none are left out."""
+    """Counts the hashes that each pair of tables shares; pairs that share none are omitted."""
     owners = np.repeat(np.arange(len(hashes)), [len(values) for values in hashes])
     values, place, counts = np.unique(np.concatenate(hashes), return_inverse=True, return_counts=True)
     repeated = np.flatnonzero(counts[place] > 1)
@@ -103,28 +108,28 @@ def _count_shared(hashes: list[np.ndarray]) -> collections.Counter[tuple[int, in
 
 
 class _Columns(NamedTuple):
-    """What a table's columns hold in any order of rows. `d` columns.
+    """Hashes of columns that do not depend on the order of the rows. `d` columns.
 
     Attributes:
-      hashes: [d] uint64, of the values of a numeric column, and of how often the levels of a categorical one occur.
-      telling: [d] bool, the numeric columns with many different values.
+      hashes: [d] uint64; of the values of a numeric column, and of the counts of the levels of a categorical one.
+      distinctive: [d] bool; the numeric columns with many different values.
     """
 
     hashes: np.ndarray
-    telling: np.ndarray
+    distinctive: np.ndarray
 
 
 def _columns(x: np.ndarray, categorical: np.ndarray) -> _Columns:
-    hashes, telling = [], []
+    hashes, distinctive = [], []
     for column, is_categorical in zip(x.T, categorical, strict=True):
         values, counts = np.unique(column, return_counts=True)
         cells = counts if is_categorical else np.ascontiguousarray(column).view(np.uint32)
         hashes.append(_mixed(cells.astype(np.uint64)).sum(dtype=np.uint64))
-        telling.append(not is_categorical and len(values) >= _MIN_VALUES)
-    return _Columns(np.array(hashes, np.uint64), np.array(telling, bool))
+        distinctive.append(not is_categorical and len(values) >= _MIN_VALUES)
+    return _Columns(np.array(hashes, np.uint64), np.array(distinctive, bool))
 
 
 def _share_columns(a: _Columns, b: _Columns) -> bool:
-    common = np.intersect1d(a.hashes[a.telling], b.hashes[b.telling])
+    common = np.intersect1d(a.hashes[a.distinctive], b.hashes[b.distinctive])
     same = len(a.hashes) == len(b.hashes) and (np.sort(a.hashes) == np.sort(b.hashes)).all()
     return bool(same or 2 * len(common) >= max(1, min(len(a.hashes), len(b.hashes))))

@@ -325,26 +325,31 @@ def _read_csv(file: Path, target: str, min_rows: int, max_classes: int) -> Table
     decimal_comma = separator == ";"
     labels = _class_labels([rows[i][target_column] for i in kept], kept_lines, target, max_classes, decimal_comma)
     columns: list[Column] = []
-    for j in (j for j in range(len(header)) if j != target_column):
-        dropped = "numbers the rows and is dropped" if counts_rows([row[j] for row in rows]) else None
+    for j, column_name in enumerate(header):
+        if j == target_column:
+            continue
+        if counts_rows([row[j] for row in rows]):
+            _warn_of_column(file, column_name, "numbers the rows and is dropped")
+            continue
         texts = [rows[i][j] for i in kept]
-        column = None if dropped else read_column(header[j], texts, kept_lines, decimal_comma=decimal_comma)
-        if column is not None:
-            num_values = len(np.unique(column.values))  # NaN is one of them
-            if num_values < 2:
-                dropped = "is constant and dropped"
-            elif column.categorical and num_values == len(kept):
-                dropped = "is dropped, because it is text and no value repeats"
-        for note in () if column is None else column.notes:
-            _log.warning("%s: the column %r %s", file.name, header[j], note)
-        if dropped or column is None:
-            _log.warning("%s: the column %r %s", file.name, header[j], dropped)
+        column = read_column(column_name, texts, kept_lines, decimal_comma=decimal_comma)
+        for note in column.notes:
+            _warn_of_column(file, column_name, note)
+        num_values = len(np.unique(column.values))  # NaN is one of them
+        if num_values < 2:
+            _warn_of_column(file, column_name, "is constant and dropped")
+        elif column.categorical and num_values == len(kept):
+            _warn_of_column(file, column_name, "is dropped, because it is text and no value repeats")
         else:
             columns.append(column)
     if not columns:
         raise ValueError("line 1: no column is left but the target.")
     name = re.sub(r"\.csv(\.gz)?$", "", file.name, flags=re.IGNORECASE)
     return _table(name, family_name(name), columns, labels, file.name)
+
+
+def _warn_of_column(file: Path, column: str, note: str) -> None:
+    _log.warning("%s: the column %r %s", file.name, column, note)
 
 
 def _read_fields(file: Path) -> tuple[list[str], list[list[str]], list[int], str]:
@@ -389,7 +394,7 @@ def _class_labels(texts: list[str], lines: list[int], target: str, max_classes: 
     if all(value is not None for value in numbers):
         for text, line, value in zip(texts, lines, numbers, strict=True):
             if value is not None and math.isinf(value):
-                raise ValueError(f"line {line}: {target!r} is {text}, beyond float32.")
+                raise ValueError(f"line {line}: {target!r} is {text}, which cannot be a class among numbers.")
         whole = all(isinstance(value, int) for value in numbers)
         most = max_classes if whole else min(20, max_classes)
         if len(set(numbers)) > most:
@@ -417,7 +422,7 @@ def _from_columns(
     target: list[str],
     source: str,
 ) -> Table:
-    """A table of which the source says which columns are nominal; those are coded, unless they are over 10 numbers."""
+    """A table whose source names the nominal columns; these are coded, except those with more than 10 numbers."""
     kept = []
     for texts, is_nominal in zip(columns, nominal, strict=True):
         rows = [i for i, text in enumerate(texts) if text not in MISSING]

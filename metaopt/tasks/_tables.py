@@ -125,13 +125,14 @@ def family_name(name: str) -> str:
 
 
 def join_families(tables: Sequence[Table]) -> list[Table]:
-    """Gives tables that hold the same rows one family, that of the first of them, together with their siblings.
+    """Joins the families of tables that hold the same rows.
 
     Args:
-      tables: with the families that their names or sources tell.
+      tables: any number; their families come from their names or sources.
 
     Returns:
-      The same tables in the same order; the log names pairs of tables whose families were joined.
+      The tables in the same order. A joined family has the name of the family of the first table with shared rows. The
+      log names each pair of tables whose families were joined.
     """
     joined = {table.family: table.family for table in tables}  # family -> its name after joining
     for i, j in pairs_with_shared_rows(tables):
@@ -149,18 +150,18 @@ def join_families(tables: Sequence[Table]) -> list[Table]:
 
 
 def deduplicate(*sources: Sequence[Table]) -> list[Table]:
-    """Joins the tables of several sources, without those that an earlier source has, judged by family and shape.
+    """Joins the tables of several sources, and omits a table if an earlier source has one of its family and shape.
 
-    Families are joined first: tables that hold the same rows (in any order, with columns in any order and of any name)
-    have the family of the first of them, within a source, too.
+    First, tables that hold the same rows get one family, within a source as well as between sources. The rows and the
+    columns may be in any order, and the columns may have any names.
 
-    Shapes count as the same if rows differ by at most 25 %, columns by at most 10 % or 2, and classes by at most
-    20 % (sources drop rows with gaps, constant columns and the rarest classes). `yeast1`, which has two classes, stays
-    next to `yeast`, which has nine; their family keeps them in one fold. No table is left out because of another one of
-    its own source: one patient's columns may come with several targets.
+    Shapes count as equal if rows differ by at most 25 %, columns by at most 10 % or 2, and classes by at most 20 %,
+    because sources drop rows with gaps, constant columns and the rarest classes. `yeast1`, which has two classes, stays
+    next to `yeast`, which has nine; their family keeps them in one fold. Tables of the same source are never omitted,
+    because the columns of one patient may come with several targets.
 
     Args:
-      *sources: lists of tables, in the order of preference.
+      *sources: lists of tables, the preferred source first.
 
     Returns:
       The remaining tables in the same order, with unique names: a later one of the same name gets a number, "glass-2".

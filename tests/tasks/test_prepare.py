@@ -171,7 +171,10 @@ def test_whole_numbers_that_float32_merges_are_reported(caplog):
         (lambda t: t._replace(x=t.x + 1j), "`x` must be real numbers, NaN where missing; got complex64"),
         (lambda t: t._replace(x=t.x.astype(str)), "`x` must be real numbers, NaN where missing; got <U"),
         (lambda t: t._replace(x=t.x.astype(object)), "`x` must be real numbers, NaN where missing; got object"),
-        (lambda t: t._replace(y=t.y.astype(np.int64) + 2**40), "`y` must be classes as integers from 0 on; got int64, such as .10995"),
+        (
+            lambda t: t._replace(y=t.y.astype(np.int64) + 2**40),
+            "`y` must be classes as integers from 0 on; got int64, such as .10995",
+        ),
         (lambda t: t._replace(y=t.y.astype(complex)), "`y` must be classes as integers"),
         (lambda t: t._replace(x=t.x[:3], y=t.y[:3] * 0 + [0, 1, 2]), "`valid_fraction` 0.2 of 3 rows leaves no valid"),
     ],

@@ -228,8 +228,8 @@ def open_folder():
 WRITER_THAT_DIES = """
 import os, sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-connection.execute("INSERT INTO records SELECT id + 10, study, task, configuration, outcome, fidelity, cost, seed, status,"
-                   " trial + 10, reason FROM records")
+columns = "study, task, configuration, outcome, fidelity, cost, seed, status, trial"
+connection.execute(f"INSERT INTO records SELECT id + 10, {columns} + 10, reason FROM records")
 os._exit(0)
 """
 
@@ -257,7 +257,9 @@ def test_a_store_in_a_read_only_folder_is_read(store_of_another_user, mode, requ
     read = tasks.read_records(file)
     assert same(read[:3], RECORDS) and len(read) == num_records
     for path in (file, file.with_name("new.db"), file.parent / "nowhere" / "new.db"):
-        with pytest.raises(OSError, match=rf"{re.escape(str(path))} cannot be written.*the folder here is {path.parent}"):
+        with pytest.raises(
+            OSError, match=rf"{re.escape(str(path))} cannot be written.*the folder here is {path.parent}"
+        ):
             tasks.append_records(path, RECORDS)
 
 
@@ -292,7 +294,9 @@ def test_a_broken_row_is_named_and_the_others_are_recovered(tmp_path, change, me
         connection.execute(f"UPDATE records SET {change} WHERE id = 2")
     connection.close()
     for history in (False, True):
-        with pytest.raises(ValueError, match=rf"records.db: row 2 of the table `records` is broken\. .*{message}.*recov"):
+        with pytest.raises(
+            ValueError, match=rf"records.db: row 2 of the table `records` is broken\. .*{message}.*recov"
+        ):
             tasks.read_records(file, history=history)
     assert tasks.recover_records(file, new) == 2
     assert same(tasks.read_records(new), [RECORDS[0], RECORDS[2]])

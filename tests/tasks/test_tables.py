@@ -397,3 +397,4 @@ def test_a_joined_family_includes_the_siblings_of_both_tables():
     assert [t.name for t in kept] == ["a", "b", "copy", "c", "sibling"]
     assert [t.family for t in kept] == ["two", "two", "two", "three", "two"]
     assert [t.name for t in tasks.deduplicate([b], [copy])] == ["b"]  # of different families before
+    assert tasks.deduplicate([], []) == [] == tasks.deduplicate()
