@@ -60,7 +60,8 @@ def metafeatures(
       One float a name; the names depend on `groups` alone.
 
     Raises:
-      ValueError: an unknown group, fewer than 2 rows, no column, arrays that do not fit together, infinite values.
+      ValueError: an unknown group, fewer than 2 rows, no column, arrays that do not fit together, infinite or complex
+        values.
       ImportError: landmarking without scikit-learn.
     """
     unknown = set(groups) - set(GROUPS)
@@ -72,6 +73,8 @@ def metafeatures(
         x, y, categorical = table.x, table.y, table.categorical
     else:
         x, y, categorical = table
+    if np.iscomplexobj(x):
+        raise ValueError(f"meta-features need real numbers; got {np.asarray(x).dtype}. Make two columns of each.")
     x, categorical = np.array(x, np.float64), np.asarray(categorical, bool)
     y = np.unique(np.asarray(y), return_inverse=True)[1]
     if len(x) < 2:
