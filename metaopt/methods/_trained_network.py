@@ -81,10 +81,13 @@ class TrainedNetwork(NamedTuple):
           ValueError: if x and y have different numbers of rows, y has another type or shape, "mask" is not [N] or has
             no real row, "class_mask" is not [C], or a label is not a class.
         """
-        x, y = np.asarray(data["x"]), np.asarray(data["y"])
         rows = _real_rows(data)
-        if not len(rows):
-            raise ValueError('"mask" must be 1 for at least one row; it has no real row.')
+        x, y = np.asarray(data["x"]), np.asarray(data["y"])
+        if not len(rows) or (data.get("mask") is not None and np.shape(data["mask"]) != x.shape[:1]):
+            raise ValueError(
+                f'"mask" must be [N] = {x.shape[:1]}, 1 for a real row and 0 for padding, with at least one real row; '
+                f"got shape {np.shape(data['mask'])} and {len(rows)} real rows."
+            )
         outputs = self.outputs(x[rows])
         nas.check_labels(data, outputs.shape[-1], (len(x), *outputs.shape[1:-1]))
         if data.get("class_mask") is not None:
