@@ -140,6 +140,7 @@ def few_shot(head, normalization):
 FEW_SHOT = {
     f"conv4, {kind}": functools.partial(few_shot, "prototypical_networks", kind) for kind in methods.NORMALIZATIONS
 }
+FEW_SHOT |= {"conv4, features by hand": features_by_hand}
 FEW_SHOT |= {name: functools.partial(few_shot, name, "support") for name in HEADS if name != "prototypical_networks"}
 
 # ---- Flax modules ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -191,7 +192,7 @@ def test_arguments_that_are_rejected():
         LINEAR, (3,), ops={**nas.BLOCKS, "norm_relu": nas.Op(lambda *_: (), lambda params, x, *_: looped(x))}
     )
     for call, message in [
-        (lambda: methods.trained_network(SUPERNET, PARAMS, X), 'must be a dict with the inputs as "x"'),
+        (lambda: methods.trained_network(SUPERNET, PARAMS, cast(Any, X)), 'must be a dict with the inputs as "x"'),
         (lambda: methods.trained_network(SUPERNET, PARAMS, {"x": X[:1]}), "at least two real rows .* got 1"),
         (lambda: methods.trained_network(SUPERNET, PARAMS, {"x": X}, num_rows=1), "`num_rows` must be at least 2"),
         (lambda: methods.trained_network(path, path.init(KEY), {"x": X}, weights=equal), "pass one-hot weights"),
@@ -247,4 +248,4 @@ def test_accuracy_rejects_labels_that_do_not_fit():
         with pytest.raises(ValueError, match=message):
             above.accuracy({"x": x, "y": y, **bad})
     with pytest.raises(ValueError, match='must be a dict with the inputs as "x".*got tuple'):
-        above.accuracy((x, y))
+        above.accuracy(cast(Any, (x, y)))
