@@ -125,6 +125,8 @@ def test_files_hold_the_whole_network(name, tmp_path):
     if mixed and not supernet.single_path:
         weights = jax.tree.map(lambda w: 0.3 + w / 2, weights)
     trained = methods.trained_network(supernet, supernet.init(KEY), {"x": X}, weights=weights)
+    # All training rows as one batch are normalized by the same statistics.
+    np.testing.assert_allclose(trained.outputs(X), supernet.apply(trained.params, weights, X), rtol=1e-8, atol=1e-10)
     methods.save_trained_network(tmp_path / "network.npz", trained)
     loaded = methods.load_trained_network(tmp_path / "network.npz", ops=ops)
     np.testing.assert_array_equal(loaded.outputs(X), trained.outputs(X))
