@@ -22,7 +22,8 @@ class FineTunedArchitecture(NamedTuple):
 
     Attributes:
       alpha: α after the last step; of a search with `learn_init`, `search.genotype({"alpha": alpha})` reads it.
-      params: the supernet's weights there; `search.supernet.inherit` takes those of one network out of them.
+      params: the supernet's weights there; `search.supernet.inherit` takes those of one network out of them, and
+        `trained_network(search.supernet, params, task.train, weights=search.weights(alpha))` predicts with them.
       values: [num_steps] the outer loss before every step of α.
     """
 

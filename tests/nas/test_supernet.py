@@ -400,7 +400,7 @@ def test_labels_and_masks_of_other_forms_are_refused(batch, message):
 
 def test_normalization_by_one_row_is_refused():
     supernet = nas.supernet(TABLE, (3,), ops=nas.BLOCKS)
-    with pytest.raises(ValueError, match=r"normalizes by the batch, and got one row without positions.*\(1, 4\)"):
+    with pytest.raises(ValueError, match=r"has one row, and an op normalizes it without positions.*\(1, 4\)"):
         jax.eval_shape(lambda: supernet.apply(supernet.init(KEY), None, jnp.zeros((1, 3))))
     assert nas.normalized(jnp.arange(6.0).reshape(1, 3, 2)).shape == (1, 3, 2)  # one sequence has positions
 
