@@ -165,10 +165,13 @@ def load_split(path: str | os.PathLike[str]) -> Split:
       The split.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it holds something else.
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is not JSON, or not a split.
     """
-    split = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        split = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of the JSON, with its line, or of the encoding
+        raise ValueError(f"{path} is not JSON: {error}. `save_split` writes such files.") from error
     _check_split(split, str(path))
     return split
 
