@@ -323,6 +323,9 @@ def _judge(
             return "inconclusive", f"F has a kink at λ: its slope is {slope.left:.3g} before and {slope.right:.3g} after"
         if slope.rounding > slope.uncertainty / 2:
             return "inconclusive", f"rounding hides the slope, which is {size / max(abs(point.value), 1e-300):.1g} of F"
+        noise = _slopes.noise(tried) / max(abs(point.value), 1e-300)
+        if noise > 0:
+            return "inconclusive", f"F has noise of {noise:.0e} of its value, since something amplifies rounding errors"
         return "inconclusive", "F is too rough at every step tried"
     if 3 * standard_error > size:
         return "inconclusive", "three standard errors exceed the slope"

@@ -68,7 +68,7 @@ def dropout(h, stats, key):
 
 def convolution():
     def apply(params, stats, batch, key):
-        x, kernel = batch["x"], params["kernel"]
+        x, kernel = batch["x"].astype(params["kernel"].dtype), params["kernel"]
         h = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         h = nn.max_pool(jax.nn.relu(h + params["bias"][None, None, None]), (2, 2), strides=(2, 2))
         return h.reshape(len(x), -1) @ params["out"], stats
@@ -86,7 +86,7 @@ def embedding():
 class Linen(nn.Module):
     @nn.compact
     def __call__(self, x, train):
-        x = nn.Dense(4)(x.reshape(len(x), -1))
+        x = nn.Dense(4, use_bias=False)(x.reshape(len(x), -1))
         return nn.Dense(CLASSES)(nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.7)(x)))
 
 
