@@ -329,7 +329,8 @@ def _wide_param(value: Any, wide_jaxpr: Callable) -> Any:
     jaxpr = getattr(value, "jaxpr", value)
     if not isinstance(jaxpr, core.Jaxpr):
         return value
-    inputs = [jax.ShapeDtypeStruct(v.aval.shape, _wide_type(v.aval.dtype)) for v in jaxpr.invars]
+    avals: list[Any] = [v.aval for v in jaxpr.invars]
+    inputs = [jax.ShapeDtypeStruct(a.shape, _wide_type(a.dtype)) for a in avals]
     closed = jax.make_jaxpr(wide_jaxpr(value))(*inputs)
     return closed if isinstance(value, type(closed)) else closed.jaxpr
 

@@ -1,11 +1,11 @@
 """Is a hypergradient right? Finite differences of F in float64, on the user's own problem.
 
-Nothing here trusts a derivative: F is only evaluated, at λ + t d for several t, with the estimator's own randomness held
-fixed, and its slope is compared with the hypergradient along d.
+Nothing here trusts a derivative: F is only evaluated, at λ + t d for several t, with the estimator's own randomness
+held fixed, and its slope is compared with the hypergradient along d.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,8 @@ class LeafCheck(NamedTuple):
       uncertainty: how far `finite_difference` may be from the true slope: truncation, rounding and kinks.
       relative_error: the part of |hypergrad − finite_difference| above `uncertainty`, divided by the larger slope.
       standard_error: of a stochastic rule's mean slope; 0 for other rules.
-      status: "right", "wrong", "zero" (the hypergradient is zero, and F is flat), "dead" (the hypergradient is zero, and
-        F is not flat), "inconclusive" (finite differences cannot decide) or "not finite".
+      status: "right", "wrong", "zero" (the hypergradient is zero, and F is flat), "dead" (the hypergradient is zero,
+        and F is not flat), "inconclusive" (finite differences cannot decide) or "not finite".
       note: why the leaf is inconclusive, or that a kink of F was avoided; else "".
     """
 
@@ -116,10 +116,10 @@ def check(
     narrower floating-point type is replaced. Operations for which that is impossible (callbacks, foreign kernels) are
     listed in `float32_operations`; then ε and `rtol` are at least 1e-2.
 
-    Slopes of F along d come from differences at the distances ε, ε/2 and ε/4, combined so that their error is O(ε⁴). How
-    much the three disagree, and by how much the slopes to the left and to the right of λ differ, gives the
-    uncertainty. If it is too large, smaller steps (down to 1e-5 ε: F may have a kink nearby) and larger ones (up to
-    1e3 ε: F may be rounded) are tried, and then another direction. A leaf is
+    Slopes of F along d come from differences at the distances ε, ε/2 and ε/4, combined so that their error is O(ε⁴).
+    Their uncertainty is how much the three disagree, and how much the slopes to the left and to the right of λ differ.
+    If it is too large, smaller steps (down to 1e-5 ε, since F may have a kink nearby), larger ones (up to 1e3 ε, since
+    rounding may hide the slope) and another direction are tried. A leaf is
 
     * "right" if its slope is known to `rtol` and the hypergradient agrees to `rtol`;
     * "wrong" if they disagree by more than `rtol` and the uncertainty together;
@@ -132,9 +132,9 @@ def check(
       `num_estimates`. The hypergradient must point uphill (cosine > 0), and no leaf may be dead. The errors of the
       leaves say how large the bias is. If the rule is exact in a limit, check it there as an exact one:
       `check(estimator._replace(kind="exact"), ...)`.
-    * "unbiased": the mean over the estimates of such a run, and over `num_samples` runs with different keys, is compared
-      with the mean of the values with the same keys. Slopes must agree within 3 standard errors (or `rtol`); a leaf
-      whose 3 standard errors exceed its slope is inconclusive.
+    * "unbiased": the mean over the estimates of such a run, and over `num_samples` runs with different keys, is
+      compared with the mean of the values with the same keys. Slopes must agree within 3 standard errors (or `rtol`);
+      a leaf whose 3 standard errors exceed its slope is inconclusive.
     * "pseudo": the hypergradient must be finite; the cosine is reported.
 
     Args:
@@ -179,9 +179,7 @@ def check(
         cosine, uphill, metasmoothness = _check_directions(point, rng, num_directions, radius)
     verdict = _verdict(estimator.kind, checks, uphill)
     message = _advice(estimator.kind, checks, uphill, metasmoothness, sorted(narrow), point.rtol)
-    return Check(
-        estimator.kind, verdict, point.value, checks, cosine, metasmoothness, sorted(narrow), message
-    )  # fmt: skip
+    return Check(estimator.kind, verdict, point.value, checks, cosine, metasmoothness, sorted(narrow), message)
 
 
 def _samples(estimator: base.Estimator, num_estimates: int) -> Callable:
@@ -210,7 +208,7 @@ def _samples(estimator: base.Estimator, num_estimates: int) -> Callable:
     def samples(hyperparams, task, state, keys):
         if estimator.kind == "exact":
             estimate, _ = estimator.estimate(hyperparams, task, state)
-            return jax.tree.map(lambda x: x[None], (estimate.value, estimate.hypergrad))
+            return jax.tree.map(lambda x: jnp.asarray(x)[None], (estimate.value, estimate.hypergrad))
         return jax.lax.map(lambda key: whole_run(hyperparams, task, key), keys)
 
     return samples
@@ -319,19 +317,25 @@ def _judge(
     if norm != 0 and gap > max(point.rtol * size, 3 * standard_error):
         return "wrong", ""
     if norm == 0 or slope.uncertainty > max(point.rtol * size, standard_error):
-        if slope.kinked:
-            return "inconclusive", f"F has a kink at λ: its slope is {slope.left:.3g} before and {slope.right:.3g} after"
-        if slope.rounding > slope.uncertainty / 2:
-            return "inconclusive", f"rounding hides the slope, which is {size / max(abs(point.value), 1e-300):.1g} of F"
-        noise = _slopes.noise(tried) / max(abs(point.value), 1e-300)
-        if noise > 0:
-            return "inconclusive", f"F has noise of {noise:.0e} of its value, since something amplifies rounding errors"
-        return "inconclusive", "F is too rough at every step tried"
+        return "inconclusive", _cause(point, size, slope, tried)
     if 3 * standard_error > size:
         return "inconclusive", "three standard errors exceed the slope"
-    if any(s.kinked and s.step > slope.step for s in tried):
-        return "right", f"F has a kink within {tried[0].step:.1g}; the step is {slope.step:.1g}"
+    if slope.step < tried[0].step:
+        return "right", f"F has a kink or a sharp bend within {tried[0].step:.1g}; the step is {slope.step:.1g}"
     return "right", ""
+
+
+def _cause(point: _Point, size: float, slope: _slopes.Slope, tried: list[_slopes.Slope]) -> str:
+    """Why finite differences do not decide."""
+    value = max(abs(point.value), 1e-300)
+    if slope.rounding > slope.uncertainty / 2:
+        return f"rounding hides a slope that is {size / value:.1g} of F"
+    noise = _slopes.noise(tried)
+    if noise > 0:
+        return f"F has noise of {noise / value:.1g} of its value, since something amplifies rounding errors"
+    if slope.kinked:
+        return f"F has a kink at λ: its slope is {slope.left:.3g} on the left and {slope.right:.3g} on the right"
+    return "F is too rough at every step"
 
 
 def _check_directions(
@@ -387,7 +391,9 @@ def _advice(
     if "wrong" in paths and kind in ("exact", "unbiased"):
         words.append(f"It is not the derivative of F: {paths['wrong']}.")
     if kind == "biased" and uphill != "yes" and set(paths) != {"zero"}:
-        words.append("It does not point uphill." if uphill == "no" else "F is too rough to say whether it points uphill.")
+        words.append(
+            "It does not point uphill." if uphill == "no" else "F is too rough to say whether it points uphill."
+        )
     words += [_inconclusive(leaf) for leaf in leaves if leaf.status == "inconclusive"]
     words += [f"{leaf.path}: {leaf.note}." for leaf in leaves if leaf.status == "right" and leaf.note]
     if metasmoothness < 0.5:

@@ -67,15 +67,15 @@ def at_best_step(
 ) -> tuple[Slope, list[Slope]]:
     """The slope at 0 at the step that gives it best: `step` first, then smaller and larger ones.
 
-    The search ends at a slope that is known to a tenth of `rtol` and equals `expected` to `rtol`, or at two steps that
-    both know the slope that well and agree. So an `expected` that is wrong is compared at two steps at least.
+    The search ends when a slope has an uncertainty below a tenth of `rtol` and equals `expected` to `rtol`, or when two
+    such slopes at different steps agree with each other. So a wrong `expected` is compared at two steps at least.
 
     Args:
       function: φ.
       center: φ(0).
       step: the step to begin with.
       noise: the relative rounding error of one value of φ.
-      expected: what the slope should be.
+      expected: the slope that the caller expects.
       rtol: the relative accuracy that is needed.
 
     Returns:

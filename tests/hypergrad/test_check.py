@@ -70,7 +70,8 @@ def test_parameters_held_in_float32_are_checked_in_float64():
     target = np.linspace(0, 1, problems.NUM_FEATURES, dtype=np.float32)
 
     def loss(params, hyperparams, batch):
-        return ((params["wide"] - target) ** 2 * jnp.exp(hyperparams)).sum() + (params["narrow"] ** 2).sum().astype(float)
+        narrow = (params["narrow"] ** 2).sum().astype(float)
+        return ((params["wide"] - target) ** 2 * jnp.exp(hyperparams)).sum() + narrow
 
     def init(key, hyperparams, data):
         return {"wide": jnp.zeros(problems.NUM_FEATURES), "narrow": jnp.ones(2, jnp.float32)}
@@ -181,6 +182,62 @@ def test_a_callback_in_float32_is_named_and_judged_by_its_rounding():
     report = CHECK(estimator, jnp.array([0.3, 0.7]), problems.TASK)
     assert report.passed and "pure_callback" in report.float32_operations[0] and "pure_callback" in report.message
     assert CHECK(broken(estimator, lambda h: 1.02 * h), jnp.array([0.3, 0.7]), problems.TASK).verdict == "failed"
+
+
+def of_function(fn, grad=None):
+    """An exact estimator of a function of λ, with `grad` as its hypergradient."""
+
+    def estimate(hyperparams, task, state):
+        value, slope = jax.value_and_grad(fn)(hyperparams)
+        return base.Estimate(value, slope if grad is None else grad(hyperparams), jnp.array(True), {}), state
+
+    return base.Estimator(lambda key, hyperparams, task: key, estimate, "exact")
+
+
+@pytest.mark.parametrize(("lam", "unit"), [(2.4e-7, 1.0), (0.0, 1.0), (1e-12, 1.0), (-1e-5, 1e-5)])
+def test_a_leaf_near_zero_moves_by_a_step_that_shows(lam, unit):
+    fn = lambda h: 3.0 + 0.01 * jnp.sin(h)
+    report = CHECK(of_function(fn), jnp.array(lam), problems.TASK)
+    assert report.passed and report.leaves[0].status == "right"
+    np.testing.assert_allclose(abs(report.leaves[0].finite_difference), 0.01 * unit, rtol=1e-4)
+    wrong = CHECK(of_function(fn, lambda h: 0.0102 * jnp.cos(h)), jnp.array(lam), problems.TASK)
+    assert wrong.verdict == "failed" and wrong.leaves[0].status == "wrong"
+
+
+def test_a_kink_near_lambda_is_avoided_and_reported():
+    report = CHECK(of_function(lambda h: h + 5 * jax.nn.relu(h - 1.00001)), jnp.array(1.0), problems.TASK)
+    assert report.passed and "kink or a sharp bend within 0.0001" in report.leaves[0].note and "kink" in report.message
+    np.testing.assert_allclose(report.leaves[0].finite_difference, report.leaves[0].hypergrad, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("slope", "status"), [(0.5, "inconclusive"), (2.0, "inconclusive"), (4.5, "wrong")])
+def test_a_kink_at_lambda_is_inconclusive_unless_the_slope_is_on_neither_side(slope, status):
+    # The slopes are 0 on the left and 2 on the right.
+    report = CHECK(of_function(lambda h: jnp.abs(h - 1) + h, lambda h: slope), jnp.array(1.0), problems.TASK)
+    assert report.leaves[0].status == status
+    if status == "inconclusive":
+        assert report.verdict == "inconclusive" and not report.passed and str(report).startswith("INCONCLUSIVE")
+        assert "kink at λ" in report.message and "another λ" in report.message
+
+
+def test_noise_in_the_loss_is_inconclusive_and_measured():
+    def noisy(h):
+        return h + 1e-4 * jax.lax.stop_gradient(jnp.sin(1e15 * h))
+
+    report = CHECK(of_function(noisy), jnp.array(0.7), problems.TASK)
+    assert report.verdict == "inconclusive" and "noise of" in report.message and "hidden" in report.message
+    amplitude = float(report.leaves[0].note.split("noise of ")[1].split(" ")[0])
+    assert 1e-5 < amplitude < 1e-3
+    # An error beyond the noise is found all the same.
+    assert CHECK(of_function(noisy, lambda h: -h), jnp.array(0.7), problems.TASK).verdict == "failed"
+    biased = of_function(noisy)._replace(kind="biased")
+    assert CHECK(biased, jnp.array(0.7), problems.TASK).passed  # uphill it is, whatever the noise
+
+
+def test_a_biased_rule_whose_direction_is_hidden_by_noise_is_inconclusive():
+    rough = of_function(lambda h: jnp.sin(1e15 * h) + 1e-9 * h, lambda h: jnp.ones_like(h))._replace(kind="biased")
+    report = CHECK(rough, jnp.array(0.7), problems.TASK)
+    assert report.verdict == "inconclusive" and "too rough to say" in report.message
 
 
 def test_metasmoothness_falls_where_the_slope_does_not_last():
