@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import base
+from metaopt import base, hypergrad
 from metaopt.progress import progress_bar
 from metaopt.training import _learner
 from metaopt.training._checkpoints import Checkpoints, Saved, checksum
@@ -203,6 +203,7 @@ def fit(
         show = stack.enter_context(bar)
         any_done = bool(_learner.num_true(run.state.done))
         ended = False  # by the callback
+        warned = False  # of an implicit rule far from rest
 
         def last_drawn(run: _Run) -> base.PyTree:
             """The tasks of step `run.drawn`; None where the sampler fails, whose error has ended the run."""
@@ -240,6 +241,7 @@ def fit(
                 any_done = several_metrics[-1]["num_done"] > 0
                 run = run._replace(state=state, step=run.step + num, drawn=drawn)
                 show(run.step, value=several_metrics[-1]["value"], norm=several_metrics[-1]["hypergrad_norm"])
+                warned = warned or _warned_of_rest(run, num, num_steps)
                 if callback is not None:
                     ended |= _report(callback, run.step - num + 1, several_metrics)
         finally:
@@ -291,6 +293,17 @@ def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, An
     if errors:
         raise errors[0]
     return ended
+
+
+def _warned_of_rest(run: _Run, num: int, num_steps: int) -> bool:
+    """Whether it has just logged that an implicit rule runs far from rest: looks every 100 steps, and at the end."""
+    if run.step // 100 == (run.step - num) // 100 and run.step < num_steps:
+        return False
+    recent = {name: float(np.mean(column[-20:])) for name, column in run.history.items()}
+    message = hypergrad.rest_warning(recent)
+    if message:
+        _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, message)
+    return bool(message)
 
 
 @contextlib.contextmanager
