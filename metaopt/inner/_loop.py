@@ -302,14 +302,14 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
 
         if trace_fn is None:
             result = jax.lax.fori_loop(0, num_steps, lambda _, s: next_state(s), state)
-            return rewrite.refuse_derivative(result, (inputs, start), _NO_DERIVATIVE)
-        look = trace_fn  # not None
+        else:
+            look = trace_fn  # not None
 
-        def traced(state, _):
-            state = next_state(state)
-            return state, look(state)
+            def traced(state, _):
+                state = next_state(state)
+                return state, look(state)
 
-        result = jax.lax.scan(traced, state, length=num_steps)
+            result = jax.lax.scan(traced, state, length=num_steps)
         return rewrite.refuse_derivative(result, (inputs, start), _NO_DERIVATIVE)
 
     return train
