@@ -157,12 +157,6 @@ def test_the_embedding_of_labels_of_few_bits_beside_more_classes_than_they_hold(
     chex.assert_trees_all_equal(a, b)
 
 
-@pytest.mark.parametrize("kind", base.ESTIMATOR_KINDS)
-def test_amortize_keeps_the_kind(kind):
-    estimator = hypergrad.unrolled(problems.RIDGE, num_steps=1)._replace(kind=kind)
-    assert predictors.amortize(estimator, predictors.mlp({"x": spaces.real(0.0)}, 2)).kind == kind
-
-
 @pytest.mark.parametrize("num_hidden", [0, 3])
 @pytest.mark.once
 def test_amortize_is_the_chain_rule(num_hidden):
