@@ -113,8 +113,8 @@ def explained_schedules(name: str) -> Iterator[None]:
         jax.errors.TracerIntegerConversionError,
     ) as error:
         raise ValueError(
-            f"`{name}` asks a hyperparameter for its value, by `if`, `float`, `int` or NumPy, and it has none while JAX "
-            "traces it. Schedules of optax do this to some arguments, such as `peak_value` of "
+            f"`{name}` asks a hyperparameter for its value, by `if`, `float`, `int` or NumPy, and it has none while "
+            "JAX traces it. Schedules of optax do this to some arguments, such as `peak_value` of "
             "`optax.warmup_cosine_decay_schedule`: use `transforms.cosine_schedule` (or `wsd_schedule`, "
             "`polynomial_schedule`, `knot_schedule`), which is differentiable in all of its numbers. In your own code "
             f"use `jnp.where` instead of `if`. JAX: {str(error).splitlines()[0]}"

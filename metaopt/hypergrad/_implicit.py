@@ -277,7 +277,8 @@ def implicit(
 _REST_TOLERANCE = 0.3  # of ‖∇θ g‖ / ‖∂f/∂θ‖
 REST_ADVICE = (
     "Take more inner steps per estimate (`num_steps`) or a better inner optimizer, or use `hypergrad.unrolled`, which "
-    "needs no stationary point. The noise of a minibatch counts too; an implicit rule with `batch=\"full\"` leaves it out."
+    "needs no stationary point. The noise of a minibatch counts too: an implicit rule with `batch='full'` leaves it "
+    "out."
 )
 
 

@@ -127,31 +127,33 @@ def loop(
     zero: str = "drop",
     im2col: bool | None = None,
 ) -> base.InnerLoop:
-    """Lifts a loss and an optax factory into an `InnerLoop`.
+    """Makes an `InnerLoop` of a loss and an optax factory.
 
-    One step is u, s = optimizer(λ).update(∇θ g(θ, λ), s, θ); θ ← θ + u, differentiable in everything, with finite
+    One step is u, s = optimizer(λ).update(∇θ ℓ(θ, λ), s, θ); θ ← θ + u. It is differentiable in everything, with finite
     derivatives where gradients are exactly zero (`transforms.differentiable`).
 
     Args:
-      loss: g, `(params, hyperparams, batch) -> []`. With `with_context`, `(params, hyperparams, batch, context) -> []`
-        or `-> ([], model_state)`: `base.Context` has a fresh key, the step's number and the model state.
+      loss: ℓ, `(params, hyperparams, batch) -> []`. With `with_context`, `(params, hyperparams, batch, context) -> []`
+        or `-> ([], model_state)`: `base.Context` has a fresh key, the number of the step and the model state.
       optimizer: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["lr"])`. Its state
-        must keep its structure, whatever λ. (`optax.inject_hyperparams` freezes λ into the state: not here.)
-      init: `(key, hyperparams, data) -> params`; may take θ out of λ (MAML), or ignore its arguments. With
+        must keep its structure for every λ. It must not ask λ for its value, as some schedules of optax do; those of
+        `transforms`, such as `cosine_schedule`, do not. (`optax.inject_hyperparams` freezes λ into the state; do not
+        use it here.)
+      init: `(key, hyperparams, data) -> params`. It may take θ from λ (MAML), and may ignore its arguments. With
         `with_context`, `-> (params, model_state)`.
-      sampler: which rows a step sees: `inner.full_batch()` (default), `inner.minibatch(64)`.
-      with_context: the loss and `init` are in their full form.
+      sampler: which rows a step sees: `inner.full_batch()` (default) or `inner.minibatch(64)`.
+      with_context: whether the loss and `init` have their full form.
       zero: the derivative of the optimizer at zero gradients, "drop" or "exact" (see `transforms.differentiable`).
-      im2col: whether the convolutions and the pooling of the loss become matrix products and slices (`inner.im2col`);
-        by default where the default backend is a CPU, whose convolutions in loops are slow.
+      im2col: whether the convolutions and the pooling of the loss become matrix products and slices (`inner.im2col`).
+        None does so if the default backend is a CPU, whose convolutions in loops are slow.
 
     Returns:
       An `InnerLoop`.
 
     Raises:
-      ValueError: `loss` is no function, or `optimizer` no factory; at trace time: the loss is no scalar, `init` gives
-        no pair where it should, the parameters are not floating-point, the optimizer or the model changes its state's
-        structure.
+      ValueError: if `loss` is not a function, or `optimizer` not a factory; at trace time, if the loss is not a scalar,
+        `init` does not return the pair that `with_context` needs, the parameters are not floating-point, the optimizer
+        asks a traced hyperparameter for its value, or the optimizer or the model changes the structure of its state.
 
     >>> import jax, optax
     >>> from metaopt import inner

@@ -441,9 +441,9 @@ def adaptation(
 
 
 _NO_DERIVATIVE = (
-    "The outputs of `methods.adapted` have no derivative: it adapts without storing what a derivative needs, so that the "
-    "gradient would be 0 and wrong. Use `hypergrad.unroll(adaptation.unrolling.loop, num_steps=...)` to differentiate "
-    "through the steps, or `adaptation.estimator` for the hypergradient."
+    "The outputs of `methods.adapted` have no derivative: it adapts without storing what a derivative needs, so that "
+    "the gradient would be 0 and wrong. Use `hypergrad.unroll(adaptation.unrolling.loop, num_steps=...)` to "
+    "differentiate through the steps, or `adaptation.estimator` for the hypergradient."
 )
 
 
