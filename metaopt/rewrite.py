@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
-from jax.interpreters import partial_eval
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 _CALLS = ("pjit", "jit", "closed_call")  # nested calls, of jnp functions among others
 _CHECKPOINTS = ("checkpoint", "remat", "remat2")
@@ -439,6 +440,57 @@ def used_leaves(function: Callable, hyperparams: Any, *args: Any) -> list[bool]:
     closed = jax.make_jaxpr(function)(hyperparams, *args)
     _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     return list(used[: len(jax.tree.leaves(hyperparams))])
+
+
+def _raise(*operands: Any, message: str, **_: Any) -> Any:
+    raise ValueError(message)
+
+
+# The identity on a tangent. It raises as soon as someone needs its value, or the cotangent of its operand.
+_refused = core.Primitive("refused_derivative")
+_refused.def_impl(_raise)
+_refused.def_abstract_eval(lambda tangent, *, message: tangent)
+ad.deflinear2(_refused, _raise)
+batching.defvectorized(_refused)
+mlir.register_lowering(_refused, _raise)
+
+
+def refuse_derivative(outputs: Any, inputs: Any, message: str) -> Any:
+    """`outputs`; raises if someone asks for their derivative with regard to anything that moves `inputs` or them.
+
+    Use it instead of `jax.lax.stop_gradient` where the true derivative is not zero. Reverse mode raises at trace time,
+    and only if a cotangent arrives here: outputs that end in metrics, in auxiliary outputs or in a `stop_gradient` stay
+    usable within a differentiated function. Forward mode raises whenever the inputs have a tangent: at trace time, and
+    under `jit` when the program is lowered. Works under jit, vmap, scan and checkpoint. Costs nothing at run time.
+
+    Args:
+      outputs: any tree of arrays; leaves without a derivative (integers, keys) stay as they are.
+      inputs: the trees of arrays that the outputs depend on.
+      message: of the `ValueError`.
+
+    Returns:
+      `outputs`.
+    """
+    leaves, structure = jax.tree.flatten(outputs)
+    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    moves = [leaf for leaf in jax.tree.leaves(inputs) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+
+    @jax.custom_jvp
+    def identity(outputs, inputs):
+        return outputs
+
+    def rule(primals, tangents):
+        moving = [t for t in jax.tree.leaves(tangents) if type(t) is not SymbolicZero]
+        if not moving:
+            return primals[0], tangents[0]
+        total = jnp.stack([jnp.real(t).astype(jnp.float32).sum() for t in moving]).sum()
+        of_leaf = lambda x: _refused.bind(jnp.broadcast_to(total.astype(x.dtype), x.shape), message=message)
+        return primals[0], [of_leaf(x) for x in primals[0]]
+
+    identity.defjvp(rule, symbolic_zeros=True)
+    for place, leaf in zip(places, identity([leaves[i] for i in places], moves), strict=True):
+        leaves[place] = leaf
+    return structure.unflatten(leaves)
 
 
 @contextlib.contextmanager

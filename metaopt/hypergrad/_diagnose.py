@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from metaopt import base, inner, spaces
+from metaopt.hypergrad import _implicit
 
 
 class Finding(NamedTuple):
@@ -226,6 +227,8 @@ def _of_estimator(estimator, key, hyperparams, task, num_estimates) -> list[Find
                     "Is it used? `hypergrad.check` reports whether the outer loss depends on it.",
                 )
             )
+    last = {name: values[-1] for name, values in estimates.metrics.items() if values.ndim == 1}
+    findings += [Finding(sentence, _implicit.REST_ADVICE) for sentence in _implicit.far_from_rest(last)]
     for name, values in estimates.metrics.items():
         if not name.endswith("residual"):
             continue
