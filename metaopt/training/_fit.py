@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import base, spaces
+from metaopt import base, hypergrad, spaces
 from metaopt.progress import progress_bar
 from metaopt.training import _learner, _program, _run, _stopping
 from metaopt.training._checkpoints import Checkpoints, Saved
@@ -172,7 +172,7 @@ def fit(
             steps.describe(run.state)  # traces the step: a step that cannot be traced leaves no checkpoint
         show = stack.enter_context(_progress(run.step, num_steps, progress))
         every = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
-        first_step, ended_by_callback = run.step, False
+        first_step, ended_by_callback, warned = run.step, False, False
         try:
             while True:
                 if evaluate is not None and run.step == len(run.evaluations) * eval_every:
@@ -191,6 +191,7 @@ def fit(
                 metrics = _each(jax.device_get(metrics), num)
                 run = _advanced(run, state, metrics, drawn)
                 show(run.step, value=metrics[-1]["value"], norm=metrics[-1]["hypergrad_norm"])
+                warned = warned or _warned_of_rest(run, num, num_steps)
                 if callback is not None:
                     ended_by_callback = _report(callback, run.step - num + 1, metrics)
         except (_stopping.Interrupted, _stopping.Terminated) as error:
@@ -426,6 +427,21 @@ def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, An
     if errors:
         raise errors[0]
     return ended
+
+
+def _warned_of_rest(run: Run, num: int, num_steps: int) -> bool:
+    """Logs a warning if an implicit rule runs far from rest; looks every 100 steps, and at the end.
+
+    Returns:
+      Whether it logged the warning.
+    """
+    if run.step // 100 == (run.step - num) // 100 and run.step < num_steps:
+        return False
+    recent = {name: float(np.mean(column[-20:])) for name, column in run.history.items()}
+    message = hypergrad.rest_warning(recent)
+    if message:
+        _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, message)
+    return bool(message)
 
 
 @contextlib.contextmanager

@@ -217,6 +217,23 @@ def test_attention_leaves_the_family_out_and_learns_what_matters():
     assert (np.asarray(weights)[same] == 0).all()
 
 
+def test_the_attention_loss_is_the_regret_of_choosing_by_tasks_of_other_families():
+    rng = np.random.default_rng(4)
+    features, curves, family = rng.normal(size=(5, 2)), rng.uniform(size=(5, 3)), np.array([0, 0, 1, 1, 2])
+    rates, share, weights = np.array([0.7, 1.5]), 0.6, np.array([0.1, 0.3, 0.2, 0.1, 0.3])
+    expected = 0.2 * rates.sum()
+    for t in range(5):
+        others = [s for s in range(5) if family[s] != family[t]]
+        near = np.exp([-(((features[t] - features[s]) * rates) ** 2).sum() / 2 for s in others])
+        mixed = (share * near / near.sum() + (1 - share) / len(others)) @ curves[others]
+        chosen = np.exp(-mixed / 0.5)
+        expected += weights[t] * (chosen / chosen.sum()) @ curves[t] / curves.std()
+    attention = {"log_rates": jnp.log(rates)[None], "logit_share": jnp.log(jnp.array([share / (1 - share)]))}
+    data = {"features": features, "curves": curves, "same_family": family[:, None] == family, "weights": weights[None]}
+    loss = predictors.attention_loss(attention, jax.tree.map(jnp.asarray, data), temperature=0.5, penalty=0.2)
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+
+
 def test_features_become_ranks_whatever_their_units():
     features = np.array([[1.0, 5.0], [10.0, np.nan], [1e6, 7.0], [2.0, 6.0]])
     ranked = predictors.rank_features(np.sort(features, 0).T, features, 4)

@@ -10,7 +10,7 @@ import optax
 import pytest
 import small_estimators as small
 
-from metaopt import hypergrad, training
+from metaopt import base, hypergrad, training
 
 KEY = jax.random.key(0)
 QUADRATIC = training.learner(small.quadratic(), optax.sgd(0.1))
@@ -246,6 +246,27 @@ def test_refuses_bad_arguments(kwargs, message):
 def test_refuses_an_estimator_for_a_learner():
     with pytest.raises(ValueError, match="`learner` must be made by `training.learner`; got Estimator"):
         fit(small.quadratic())
+
+
+def test_an_implicit_rule_far_from_a_stationary_point_is_reported_once(caplog):
+    norms = {"far": (1.0, 2.0), "at rest": (0.1, 2.0), "another rule": (1.0, None)}
+
+    def estimator(inner_norm, outer_norm):
+        metrics = {"inner_grad_norm": jnp.array(inner_norm)}
+        metrics |= {} if outer_norm is None else {"outer_grad_norm": jnp.array(outer_norm)}
+
+        def estimate(hyperparams, task, state):
+            return base.Estimate(hyperparams, hyperparams, jnp.array(False), metrics), state
+
+        return base.Estimator(lambda key, hyperparams, task: jnp.zeros(1), estimate, kind="biased")
+
+    for name, pair in norms.items():
+        for num_steps in (3, 250):
+            caplog.clear()
+            rule = training.learner(estimator(*pair), optax.sgd(0.1))
+            training.fit(rule, lambda key: 1.0, hyperparams=3.0, num_steps=num_steps, key=jax.random.key(0))
+            times = caplog.text.count("far from a stationary point")
+            assert times == (1 if name == "far" else 0), (name, num_steps)
 
 
 def test_a_short_run_without_a_finite_hypergradient_says_so(caplog):
