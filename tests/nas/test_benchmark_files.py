@@ -118,9 +118,9 @@ def test_nas_bench_101_that_is_damaged(tmp_path):
         with pytest.raises(ValueError, match=message):
             nas.read_nas_bench_101(file, **options)
 
-    refused(whole[:-7], "cut off in its last record")
-    refused(whole + b"abc", "is no TFRecord file, or is damaged at byte")
-    refused(b"[1, 2]" * 10, "is no TFRecord file, or is damaged at byte 0")
+    refused(whole[:-7], "truncated in its last record")
+    refused(whole + b"abc", "is not a TFRecord file, or is damaged at byte")
+    refused(b"[1, 2]" * 10, "is not a TFRecord file, or is damaged at byte 0")
     at = whole.index(b'"a"')
     refused(whole[:at] + b'"A' + whole[at + 2 :], "does not match its checksum", verify=True)
     refused(framed(b"{}"), "holds no rows of NAS-Bench-101")
