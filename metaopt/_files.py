@@ -56,16 +56,16 @@ def reading(path: str | os.PathLike[str], fault: str) -> Iterator[None]:
       fault: what is then true of the file, such as "is not a predictor that `predictors.save` wrote".
 
     Raises:
-      ValueError: "{path} {fault}: {reason}". A `ValueError` that starts with the path passes as it is.
-      OSError: if the operating system cannot open or read the file.
+      ValueError: "{path} {fault}: {reason}".
+      OSError: if the operating system cannot open or read the file. (It names the file; errors of compressed data,
+        which are an `OSError` as well, do not.) Errors whose message begins with the path pass as they are, too.
     """
     name = os.fspath(path)
     try:
         yield
     except (*_DAMAGE, OSError) as error:
-        # An error of the operating system has a file name; damage in compressed data does not.
-        if (isinstance(error, OSError) and error.filename is not None) or (
-            isinstance(error, ValueError) and str(error).startswith(name)
+        if isinstance(error, ValueError | OSError) and (
+            str(error).startswith(name) or getattr(error, "filename", None) is not None
         ):
             raise
         reason = str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
