@@ -4,7 +4,6 @@ Every source returns a list of `Table`. One that cannot be read is named in one 
 """
 
 import csv
-import gzip
 import importlib.util
 import io
 import logging
@@ -72,13 +71,13 @@ def from_data_folder(path: str | os.PathLike[str] | None = None) -> list[Table]:
         if not file.is_file():
             raise FileNotFoundError(f"the data folder {folder} has no {file.name}.")
     tables = []
-    with open(index, newline="", encoding="utf-8") as lines, np.load(arrays, allow_pickle=False) as data:
+    with open(index, newline="", encoding="utf-8") as lines, _files.open_npz(arrays) as data:
         for row in csv.DictReader(lines):
             name = row["name"]
             try:
                 x = np.array(data[f"X__{name}"], np.float32)
                 categorical = np.asarray(data[f"cat__{name}"]).astype(bool)
-                if f"miss__{name}" in data.files:
+                if f"miss__{name}" in data:
                     missing = np.unpackbits(data[f"miss__{name}"], axis=1)[:, : x.shape[1]].astype(bool)
                     x[missing & ~categorical] = np.nan
                 y = np.asarray(data[f"y__{name}"], np.int32)
@@ -293,7 +292,7 @@ def from_csv_folder(
 
 
 def _read_csv(file: Path, target: str, min_rows: int, max_classes: int) -> Table:
-    content = gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()
+    content = _files.read_compressed(file)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
