@@ -27,7 +27,6 @@ learned strengths, and the strengths add little to them in so short a training, 
 """
 
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -185,22 +184,20 @@ def run_seed(data: str, seed: int, config, judge, rules, say) -> tuple[dict, dic
     task, test = load(data, seed, config.num_rows)
     test = jax.tree.map(lambda x: x[: config.num_test], test)
     select_key, learn_key, search_key, test_key = jax.random.split(jax.random.key(seed), 4)
-    start = spaces.to_unconstrained(SPACE, spaces.default(SPACE))
     chosen, seconds = {"no augmentation": None, "set by hand": {n: jnp.float32(s[3]) for n, s in STRENGTHS.items()}}, {}
     for name, (learner, times, runs) in rules.items():
         clock = [time.process_time()]  # what follows the first step is without compilation
         result = training.fit(
             learner,
             lambda key: task,
-            hyperparams=start,
+            hyperparams=spaces.default(SPACE),
+            space=SPACE,
             num_steps=times * runs,
             key=learn_key,
             progress=False,
             callback=lambda step, metrics, clock=clock: clock.append(time.process_time()),
         )
-        if result.stopped == "signal":
-            sys.exit("stopped by a signal")
-        chosen[name] = spaces.to_constrained(SPACE, result.hyperparams)
+        chosen[name] = result.hyperparams
         seconds[name] = (clock[-1] - clock[1]) * times * runs / max(times * runs - 1, 1)
     before = time.process_time()
     candidates = [spaces.sample(key, SPACE) for key in jax.random.split(search_key, config.trials)]

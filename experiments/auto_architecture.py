@@ -168,7 +168,7 @@ def gradient_features(shape: Shape, key, batch: base.Task) -> tuple[np.ndarray, 
 # ---- The meta-searcher ----------------------------------------------------------------------------------------------
 
 
-def sampled(predictor: base.Predictor, temperature: float) -> base.Predictor:
+def sampled(predictor: base.Predictor, space: base.PyTree, temperature: float) -> base.Predictor:
     """α = (h(0) + trust · (h(t) − h(0)) + G) / τ: with Gumbel noise G, softmax(α) is nearly a discrete architecture.
 
     Features are 0 of the average task. The noise is one for a whole training run, and comes with the task, as what h is
@@ -177,7 +177,8 @@ def sampled(predictor: base.Predictor, temperature: float) -> base.Predictor:
 
     def apply(meta_params, task):
         values, trust = task.features["values"], task.features["trust"]
-        average, own = (predictor.apply(meta_params, task._replace(features=x)) for x in (0 * values, values))
+        predict = lambda x: spaces.to_constrained(space, predictor.apply(meta_params, task._replace(features=x)))
+        average, own = predict(0 * values), predict(values)
         return jax.tree.map(
             lambda a, b, noise: (a + trust * (b - a) + noise) / temperature, average, own, task.features["noise"]
         )
@@ -234,7 +235,7 @@ class Meta:
     def __init__(self, shape: Shape, num_features: int):
         config, self.num_features = shape.config, num_features
         predictor = predictors.mlp(shape.space(), num_features, num_hidden=config.num_hidden)
-        h = sampled(predictor, config.temperature)
+        h = sampled(predictor, shape.space(), config.temperature)
         self.search = methods.meta_architecture_search(shape.search, h)
         self.learner = make_learner(self.search, config)
         self.hyperparams = jax.jit(self.search.hyperparams)

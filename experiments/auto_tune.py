@@ -352,33 +352,32 @@ def make_sampler(buckets: list[Bucket], rows: list[np.ndarray], meta_batch: int)
 class Trials:
     """Runs training on many units, each with its own λ, and counts what that took."""
 
-    def __init__(self, problem, scores, space, buckets, config):
+    def __init__(self, problem, scores, buckets, config):
         self.buckets, self.config = buckets, config
         self.units = np.concatenate([b.units for b in buckets])
         train = inner.run(problem.loop, config.num_steps)
 
-        def trial(key, z, task, test):
-            hyperparams = spaces.to_constrained(space, z)
+        def trial(key, hyperparams, task, test):
             params = problem.loop.params(train(key, hyperparams, task.train))
             valid_loss, _ = scores(params, hyperparams, task.valid)
             return valid_loss, *scores(params, hyperparams, test)
 
-        def batch(keys, z, task, test):
-            return jax.lax.map(lambda args: trial(*args), (keys, z, task, test), batch_size=config.chunk)
+        def batch(keys, hyperparams, task, test):
+            return jax.lax.map(lambda args: trial(*args), (keys, hyperparams, task, test), batch_size=config.chunk)
 
         self._batch = jax.jit(batch)
 
-    def compile(self, z_of_unit) -> float:
+    def compile(self, hyperparams) -> float:
         start = time.perf_counter()
-        self(jax.random.key(0), z_of_unit)
+        self(jax.random.key(0), hyperparams)
         return time.perf_counter() - start
 
-    def __call__(self, key, z) -> np.ndarray:
-        """z: a tree with a leading axis over `self.units`. [units, 3]: validation loss, test loss, test error."""
+    def __call__(self, key, hyperparams) -> np.ndarray:
+        """λ with a leading axis over `self.units` -> [units, 3]: validation loss, test loss, test error."""
         outputs, start = [], 0
         for k, b in enumerate(self.buckets):
             n = len(b.units)
-            part = jax.tree.map(lambda x, s=start, n=n: x[s : s + n], z)
+            part = jax.tree.map(lambda x, s=start, n=n: x[s : s + n], hyperparams)
             keys = jax.random.split(jax.random.fold_in(key, k), n)
             outputs.append(np.stack(self._batch(keys, part, b.task, b.test), axis=1))
             start += n
@@ -393,8 +392,7 @@ def random_search(key, trials: Trials, space, num: int, progress) -> np.ndarray:
     for i in range(num):
         sample_key, run_key = jax.random.split(jax.random.fold_in(key, i))
         keys = jax.random.split(sample_key, len(trials.units))
-        z = jax.vmap(lambda k: spaces.to_unconstrained(space, spaces.sample(k, space)))(keys)
-        outcomes.append(trials(run_key, z))
+        outcomes.append(trials(run_key, jax.vmap(lambda k: spaces.sample(k, space))(keys)))
         progress.advance(progress.task_ids[-1])
     return np.stack(outcomes)
 
@@ -412,9 +410,8 @@ def tpe_search(key, trials: Trials, space, num: int, progress) -> np.ndarray:
     outcomes = []
     for i in range(num):
         asked = [study.ask(distributions) for study in studies]
-        hyperparams = {name: np.array([t.params[name] for t in asked], np.float32) for name in space}
-        z = jax.vmap(lambda hp: spaces.to_unconstrained(space, hp))(jax.tree.map(jnp.asarray, hyperparams))
-        outcome = trials(jax.random.fold_in(key, i), z)
+        hyperparams = {name: jnp.asarray([t.params[name] for t in asked], jnp.float32) for name in space}
+        outcome = trials(jax.random.fold_in(key, i), hyperparams)
         for study, trial, row in zip(studies, asked, outcome, strict=True):
             study.tell(trial, float(row[0]) if np.isfinite(row[0]) else 1e6)
         outcomes.append(outcome)
@@ -704,25 +701,24 @@ def make_learners(estimator: base.Estimator, predictor: base.Predictor, config: 
     return first, second
 
 
-def meta_train(learners, predictor, start_z, sample_tasks, key, config: Config, checkpoints: Path | None):
+def meta_train(learners, predictor, space, sample_tasks, key, config: Config, checkpoints: Path | None):
     """One λ for all tasks, then the members of g on top of it: (λ, φ, the two histories of validation losses)."""
 
-    def fit(which, name, key, hyperparams, num_steps):
+    def fit(which, name, key, hyperparams, num_steps, space=None):
         result = training.fit(
             learners[which],
             sample_tasks,
             hyperparams=hyperparams,
+            space=space,
             num_steps=num_steps,
             key=key,
             checkpoint_dir=checkpoints / name if checkpoints else None,
             checkpoint_every=20,
         )
-        if result.stopped == "signal":
-            sys.exit("stopped by a signal")
         return result
 
-    first = fit(0, "global", jax.random.fold_in(key, 0), start_z, config.global_steps)
-    center = jax.flatten_util.ravel_pytree(first.hyperparams)[0]
+    first = fit(0, "global", jax.random.fold_in(key, 0), spaces.default(space), config.global_steps, space)
+    center = jax.flatten_util.ravel_pytree(first.state.hyperparams)[0]  # in the coordinates that g predicts
     members, histories = [], []
     for m in range(config.num_predictors):
         init_key, fit_key = jax.random.split(jax.random.fold_in(key, 1 + m))
@@ -734,18 +730,19 @@ def meta_train(learners, predictor, start_z, sample_tasks, key, config: Config, 
     return first.hyperparams, phi, (first.history["value"], np.mean(histories, axis=0))
 
 
-def fine_tune(estimator: base.Estimator, num_steps: int, key, z, buckets: list[Bucket], config: Config):
-    """λ of every unit after `num_steps` hypergradient steps from `z`, and the seconds for all, without compilation."""
-    tune = methods.fine_tune(
-        estimator, num_steps=num_steps, optimizer=outer_optimizer(config.fine_tune_rate, num_steps + 1)
-    )
+def fine_tune(estimator: base.Estimator, space, num_steps: int, key, starts, buckets: list[Bucket], config: Config):
+    """λ of every unit after `num_steps` hypergradient steps, and the seconds for all, without compilation."""
+    optimizer = outer_optimizer(config.fine_tune_rate, num_steps + 1)
+    tune = methods.fine_tune(estimator, num_steps=num_steps, optimizer=optimizer, space=space)
     batch = jax.jit(
-        lambda keys, z, task: jax.lax.map(lambda a: tune(*a).hyperparams, (keys, z, task), batch_size=config.chunk)
+        lambda keys, start, task: jax.lax.map(
+            lambda args: tune(*args).hyperparams, (keys, start, task), batch_size=config.chunk
+        )
     )
     arguments, at = [], 0
     for k, b in enumerate(buckets):
         n = len(b.units)
-        part = jax.tree.map(lambda x, at=at, n=n: x[at : at + n], z)
+        part = jax.tree.map(lambda x, at=at, n=n: x[at : at + n], starts)
         arguments.append((jax.random.split(jax.random.fold_in(key, k), n), part, b.task))
         at += n
     compiled = [batch.lower(*a).compile() for a in arguments]
@@ -793,14 +790,14 @@ def main(argv=None) -> list[dict]:
     space = make_space()
     problem, scores_fn = make_problem(config)
     estimator = hypergrad.unrolled(spaces.constrain(problem, space), num_steps=config.num_steps, remat="step")
-    default_z = spaces.to_unconstrained(space, spaces.default(space))
+    default = spaces.default(space)
     predictor = predictors.mlp(space, len(FEATURES))
     g = predictors.ensemble(predictor, config.num_predictors)
     learners = make_learners(estimator, predictor, config)
     scaled = np.zeros((len(units), len(FEATURES)), np.float32)
     # Buckets are formed once, over all units, so that every fold runs the same programs.
     all_buckets = stack_buckets(units, scaled, np.arange(len(units)), config)
-    z_global, z_predicted, z_alone, histories = {}, {}, {}, {}
+    one_for_all, by_ensemble, by_member, histories = {}, {}, {}, {}  # λ by fold
     for fold in config.folds:
         train_units = np.flatnonzero(unit_fold != fold)
         # Scaling is fitted on the training tables of the fold alone.
@@ -809,10 +806,10 @@ def main(argv=None) -> list[dict]:
         buckets = [b._replace(task=b.task._replace(features=jnp.asarray(features[b.units]))) for b in all_buckets]
         rows = [np.flatnonzero(np.isin(b.units, train_units)) for b in buckets]
         start = time.perf_counter()
-        z_global[fold], phi, histories[fold] = meta_train(
+        one_for_all[fold], phi, histories[fold] = meta_train(
             learners,
             predictor,
-            default_z,
+            space,
             make_sampler(buckets, rows, config.meta_batch),
             jax.random.fold_in(jax.random.key(args.seed), fold),
             config,
@@ -820,11 +817,11 @@ def main(argv=None) -> list[dict]:
         )
         clock[f"meta-training, fold {fold}"] = time.perf_counter() - start
         for which, kept, weights in (
-            (g, z_predicted, phi),
-            (predictor, z_alone, jax.tree.map(lambda x: x[0], phi)),
+            (g, by_ensemble, phi),
+            (predictor, by_member, jax.tree.map(lambda x: x[0], phi)),
         ):
-            apply = jax.jit(jax.vmap(lambda w, f, g=which: g.apply(w, base.Task(None, None, f)), in_axes=(None, 0)))
-            kept[fold] = apply(weights, jnp.asarray(features))
+            predict = lambda w, f, g=which: spaces.to_constrained(space, g.apply(w, base.Task(None, None, f)))
+            kept[fold] = jax.jit(jax.vmap(predict, in_axes=(None, 0)))(weights, jnp.asarray(features))
         predictors.save(out / f"auto_tune_fold{fold}.npz", g, phi, scaling=scaling_to_json(scaling))
         tail = max(1, config.meta_steps // 5)
         one_history, g_history = histories[fold]
@@ -841,46 +838,46 @@ def main(argv=None) -> list[dict]:
         if len(keep):
             take = lambda x, keep=keep: x[keep]
             held_out.append(Bucket(b.units[keep], jax.tree.map(take, b.task), jax.tree.map(take, b.test)))
-    trials = Trials(problem, scores_fn, space, held_out, config)
+    trials = Trials(problem, scores_fn, held_out, config)
     order = trials.units
     num = len(order)
 
-    def broadcast(z):
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *x.shape)), z)
+    defaults = jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *x.shape)), default)
 
     def by_fold(trees, indexed):
         rows = [jax.tree.map(lambda x, u=u: x[u] if indexed else x, trees[unit_fold[u]]) for u in order]
         return jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
 
-    z_g = by_fold(z_predicted, True)
-    clock["compile trials"] = trials.compile(broadcast(default_z))
+    predicted = by_fold(by_ensemble, True)
+    clock["compile trials"] = trials.compile(defaults)
     scores, costs = {}, {}
     keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(args.seed), 10_000), 16))
     reference = "g(t'), no trial"
-    for label, z, extra in (
-        ("defaults", broadcast(default_z), 0.0),
-        ("one global λ", by_fold(z_global, False), 0.0),
-        (reference, z_g, clock["metafeatures"]),
+    for label, hyperparams, extra in (
+        ("defaults", defaults, 0.0),
+        ("one global λ", by_fold(one_for_all, False), 0.0),
+        (reference, predicted, clock["metafeatures"]),
     ):
         start = time.perf_counter()
-        scores[label] = trials(next(keys), z)[:, 1:]
+        scores[label] = trials(next(keys), hyperparams)[:, 1:]
         costs[label] = (1.0, (time.perf_counter() - start) / num + extra)
-    alone = trials(next(keys), by_fold(z_alone, True))[:, 1].mean() if config.num_predictors > 1 else None
+    alone = trials(next(keys), by_fold(by_member, True))[:, 1].mean() if config.num_predictors > 1 else None
     say("predicted λ for held-out tables and trained with it")
 
     # 4. Fine-tuning. What a hypergradient costs, in the operations of plain training with its validation:
     one = jax.tree.map(lambda x: x[0], held_out[0].task)
-    plain = hypergrad.flops(lambda z: train_and_validate(problem, space, config, z, one), default_z)
+    plain = hypergrad.flops(lambda hyperparams: train_and_validate(problem, config, hyperparams, one), default)
     with_gradient = hypergrad.flops(
-        lambda z: estimator.estimate(z, one, estimator.init(jax.random.key(0), z, one))[0].hypergrad, default_z
+        lambda z: estimator.estimate(z, one, estimator.init(jax.random.key(0), z, one))[0].hypergrad,
+        spaces.to_unconstrained(space, default),
     )
     ratio = with_gradient / plain
     for steps in config.fine_tune_steps:
         tune_key, run_key = jax.random.split(next(keys))
-        z_tuned, seconds = fine_tune(estimator, steps, tune_key, z_g, held_out, config)
+        tuned, seconds = fine_tune(estimator, space, steps, tune_key, predicted, held_out, config)
         start = time.perf_counter()
         label = f"g(t') + {steps} hypergradient steps"
-        scores[label] = trials(run_key, z_tuned)[:, 1:]
+        scores[label] = trials(run_key, tuned)[:, 1:]
         seconds = (seconds + time.perf_counter() - start) / num + clock["metafeatures"]
         costs[label] = (steps * ratio + 2, seconds)
         say(f"fine-tuned by {steps} steps; one hypergradient costs {ratio:.2f} plain training runs")
@@ -896,7 +893,7 @@ def main(argv=None) -> list[dict]:
     for label, (values, cost) in others:
         scores[label], costs[label] = values, cost
 
-    z_axis = jax.vmap(lambda z: spaces.encode(space, spaces.to_constrained(space, z)))(z_g)
+    encoded = jax.vmap(lambda hyperparams: spaces.encode(space, hyperparams))(predicted)
     larger = os.environ.get("METAOPT_DATA") and not args.csv and not args.packaged
     details = {
         "command": ("METAOPT_DATA=... " if larger else "")
@@ -917,7 +914,7 @@ def main(argv=None) -> list[dict]:
         "seeds": [units[u].seed for u in order],
         "scores": {n: s.tolist() for n, s in scores.items()},
         "costs": costs,
-        "predicted": dict(zip(spaces.names(space), np.asarray(z_axis).T.tolist(), strict=True)),
+        "predicted": dict(zip(spaces.names(space), np.asarray(encoded).T.tolist(), strict=True)),
         "histories": {str(fold): [h.tolist() for h in pair] for fold, pair in histories.items()},
     }
     rows = finish([details], out)
@@ -1019,9 +1016,8 @@ def finish(parts: list[dict], out: Path) -> list[dict]:
     return rows
 
 
-def train_and_validate(problem, space, config, z, task):
+def train_and_validate(problem, config, hyperparams, task):
     """One plain training run with its validation, as a scan, so that its products can be counted."""
-    hyperparams = spaces.to_constrained(space, z)
     train = inner.run(problem.loop, config.num_steps, trace_fn=lambda state: ())
     state, _ = train(jax.random.key(0), hyperparams, task.train)
     return problem.outer_loss(problem.loop.params(state), hyperparams, task.valid, problem.loop.context(state))

@@ -122,7 +122,6 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
     """name -> the scores of every seed; name -> what is plotted of the first seed."""
     num_rows, final_steps = options.num_rows, 20 if options.smoke else 100
     space = {"weight": spaces.unit_interval(shape=(num_rows,))}
-    start = spaces.to_unconstrained(space, spaces.default(space))
     plain = make_problem()
     problem = spaces.constrain(plain, space)
     rules = make_rules(problem, options.smoke)
@@ -147,12 +146,13 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
             result = training.fit(
                 learners[name],
                 lambda key, task=task: task,
-                hyperparams=start,
+                hyperparams=spaces.default(space),
+                space=space,
                 num_steps=num_steps,
                 key=jax.random.key(seed),
                 callback=lambda step, metrics, clock=clock: clock.append(time.process_time()),
             )
-            weight = np.asarray(spaces.to_constrained(space, result.hyperparams)["weight"])
+            weight = np.asarray(result.hyperparams["weight"])
             judged = judge(weight, corrupted, train, task, test)
             add(name, **judged, seconds=float(np.median(np.diff(clock))), total=clock[-1] - clock[0])
             if seed == 0:

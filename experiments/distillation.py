@@ -19,7 +19,6 @@ Iterates and rates are chosen on validation rows; the test rows are read once.
 Needs mnist.npz in the folder that the environment variable METAOPT_DATA names.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -85,7 +84,7 @@ def make_problem(config, fixed: bool) -> base.Problem:
     loop = inner.loop(loss, lambda hp: optax.sgd(hp["rates"]), init=init)
     problem = inner.problem(loop, lambda params, hyperparams, rows: mean_loss(params, rows))
     windows = {"images": 0, "rates": config.num_steps}  # a rate for each step
-    return spaces.constrain(inner.piecewise(problem, windows, num_steps=config.num_steps), space(config))
+    return inner.piecewise(problem, windows, num_steps=config.num_steps)
 
 
 def space(config):
@@ -96,35 +95,33 @@ def space(config):
 
 
 def make_judge(config, fixed: bool):
-    """`(z, keys, first weights' key, rows) -> [n]`: the accuracy in % of a network trained on z, for each key."""
+    """`(λ, keys, first weights' key, rows) -> [n]`: the accuracy in % of a network trained with λ, for each key."""
     train = inner.run(make_problem(config, fixed).loop, config.num_steps)
 
     @jax.jit
-    def judge(z, keys, start_key, rows):
+    def judge(hyperparams, keys, start_key, rows):
         data = {"y": jnp.arange(10), "key": start_key}
-        return jax.lax.map(lambda key: accuracy(train(key, z, data).params, rows), keys)
+        return jax.lax.map(lambda key: accuracy(train(key, hyperparams, data).params, rows), keys)
 
     return judge
 
 
 def distill(config, seed: int, fixed: bool, learner, judge, real, valid):
-    """The best z by validation accuracy, and that accuracy."""
+    """The best λ by validation accuracy, and that accuracy."""
     start_key, image_key, fit_key, valid_key = jax.random.split(jax.random.key(seed), 4)
     data = {"y": jnp.arange(10), "key": start_key}
     sample = jax.jit(lambda key: inner.minibatch(config.outer_batch, replace=True)(key, 0, real))
-    defaults = spaces.to_unconstrained(space(config), spaces.default(space(config)))
     keys = jax.random.split(valid_key, 1 if fixed else config.num_networks)
     result = training.fit(
         learner,
         lambda key: base.Task(data, sample(key)),  # other real rows at every outer step
-        hyperparams={**defaults, "images": jax.random.normal(image_key, (10, PIXELS))},
+        hyperparams={**spaces.default(space(config)), "images": jax.random.normal(image_key, (10, PIXELS))},
+        space=space(config),
         num_steps=config.outer_steps,
         key=fit_key,
-        evaluate=lambda key, z: -judge(z, keys, start_key, valid).mean(),
+        evaluate=lambda key, hyperparams: -judge(hyperparams, keys, start_key, valid).mean(),
         eval_every=max(1, config.outer_steps // 10),
     )
-    if result.stopped == "signal":
-        sys.exit("stopped by a signal")
     return result.best_hyperparams, -result.best_value
 
 
@@ -159,21 +156,20 @@ def run_seed(seed: int, config, programs, data, say):
     results, images = {}, {}
     for fixed in (True, False):
         name = f"{'fixed' if fixed else 'random'} initialization"
-        z, best = distill(config, seed, fixed, learners[fixed], judges[fixed], real, valid)
+        distilled, best = distill(config, seed, fixed, learners[fixed], judges[fixed], real, valid)
         keys = test_keys[:1] if fixed else test_keys
-        results[f"{name}, 10 distilled images"] = judges[fixed](z, keys, start_key, test)
-        images[name] = spaces.to_constrained(space(config), z)["images"]
+        results[f"{name}, 10 distilled images"] = judges[fixed](distilled, keys, start_key, test)
+        images[name] = distilled["images"]
         say(f"{name}: validation accuracy {best:.2f} %")
         if fixed:
-            results["images of the fixed one, from random ones"] = judges[False](z, test_keys, start_key, test)
+            results["images of the fixed one, from random ones"] = judges[False](distilled, test_keys, start_key, test)
     valid_keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2), config.num_networks)
     for name, chosen in real_images(real, seed).items():
-        lam = {"images": jnp.asarray(chosen)}
         candidates = [
-            spaces.to_unconstrained(space(config), {**lam, "rates": jnp.full(config.num_steps, rate, jnp.float32)})
+            {"images": jnp.asarray(chosen), "rates": jnp.full(config.num_steps, rate, jnp.float32)}
             for rate in np.geomspace(1e-3, 1, config.grid)
         ]
-        best = max(candidates, key=lambda z: float(judges[False](z, valid_keys, start_key, valid).mean()))
+        best = max(candidates, key=lambda lam: float(judges[False](lam, valid_keys, start_key, valid).mean()))
         results[f"random initialization, {name}"] = judges[False](best, test_keys, start_key, test)
         images[name] = chosen
     results["all 50,000 images, trained as usual"] = accuracy(everything(test_keys[0], real), test)[None]
@@ -212,7 +208,8 @@ def main() -> None:
     data = load(*((100, 100) if small else (2000, 10000)))
     learners, judges = {}, {fixed: make_judge(config, fixed) for fixed in (True, False)}
     for fixed in (True, False):
-        estimator = hypergrad.unrolled(make_problem(config, fixed), num_steps=config.num_steps)
+        problem = spaces.constrain(make_problem(config, fixed), space(config))
+        estimator = hypergrad.unrolled(problem, num_steps=config.num_steps)
         if not fixed:
             estimator = hypergrad.over_seeds(estimator, config.inits)
         decay = optax.cosine_decay_schedule(0.05, config.outer_steps)

@@ -150,12 +150,13 @@ def run(options: argparse.Namespace) -> tuple[dict, list[float]]:
             result = training.fit(
                 learners[name],
                 lambda key, task=task: task,
-                hyperparams=spaces.to_unconstrained(space[which], spaces.default(space[which])),
+                hyperparams=spaces.default(space[which]),
+                space=space[which],
                 num_steps=num_steps,
                 key=jax.random.key(seed),
                 callback=lambda step, metrics, clock=clock: clock.append(time.process_time()),
             )
-            found = judge(train, spaces.to_constrained(space[which], result.hyperparams), data)
+            found = judge(train, result.hyperparams, data)
             add(name, **found, seconds=float(np.median(np.diff(clock))), total=clock[-1] - clock[0])
     return scores, plain_seconds
 

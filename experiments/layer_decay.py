@@ -21,7 +21,6 @@ Needs tiny_shakespeare.txt.gz in the folder that the environment variable METAOP
 
 import gzip
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -120,17 +119,16 @@ def make_problem(config) -> base.Problem:
 
 
 def make_judge(config):
-    """`(keys, a batch of z, task, test) -> [n, 2]`: validation and test loss of one training for each key and z."""
-    loop = spaces.constrain(make_problem(config), SPACE).loop
-    train = inner.run(loop, config.num_steps)
+    """`(keys, a batch of λ, task, test) -> [n, 2]`: validation and test loss of one training for each key and λ."""
+    train = inner.run(make_problem(config).loop, config.num_steps)
 
     @jax.jit
-    def judge(keys, z, task, test):
+    def judge(keys, hyperparams, task, test):
         def one(args):
             params = train(*args, task.train).params
             return jnp.stack([mean_loss(params, None, rows) for rows in (task.valid, test)])
 
-        return jax.lax.map(one, (keys, z))
+        return jax.lax.map(one, (keys, hyperparams))
 
     return judge
 
@@ -156,7 +154,8 @@ def make_learners(config) -> dict:
 
 def relative_cost(config, task) -> float:
     """What an unrolled hypergradient costs, in training runs with their validation, by operations."""
-    problem, z, key = spaces.constrain(make_problem(config), SPACE), start(), jax.random.key(0)
+    problem, key = spaces.constrain(make_problem(config), SPACE), jax.random.key(0)
+    z = spaces.to_unconstrained(SPACE, spaces.default(SPACE))
     estimator = hypergrad.unrolled(problem, num_steps=config.num_steps, remat="step")
 
     def plain(z):
@@ -167,12 +166,8 @@ def relative_cost(config, task) -> float:
     return with_gradient / hypergrad.flops(plain, z)
 
 
-def start():
-    return spaces.to_unconstrained(SPACE, spaces.default(SPACE))
-
-
-def repeated(z, num: int):
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *jnp.shape(x))), z)
+def repeated(hyperparams, num: int):
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *jnp.shape(x))), hyperparams)
 
 
 def run_seed(seed: int, config, judge, learners, say):
@@ -180,41 +175,41 @@ def run_seed(seed: int, config, judge, learners, say):
     task, test = load(seed, config)
     select_key, learn_key, test_key = jax.random.split(jax.random.key(seed), 3)
     select_keys = jax.random.split(select_key, config.repeats)
-    chosen = {"the start": start()}
+    chosen = {"the start": spaces.default(SPACE)}
 
-    def validate(z):
+    def validate(hyperparams):
         """The mean validation loss of a few trainings; test rows stay out."""
-        return judge(select_keys, repeated(z, config.repeats), task, task.valid)[:, 0].mean()
+        return judge(select_keys, repeated(hyperparams, config.repeats), task, task.valid)[:, 0].mean()
 
     for name, (learner, steps) in learners.items():
         result = training.fit(
             learner,
             lambda key: task,
-            hyperparams=start(),
+            hyperparams=spaces.default(SPACE),
+            space=SPACE,
             num_steps=steps,
             key=learn_key,
-            evaluate=lambda key, z: validate(z),
+            evaluate=lambda key, hyperparams: validate(hyperparams),
             eval_every=max(1, steps // 5),
         )
-        if result.stopped == "signal":
-            sys.exit("stopped by a signal")
         chosen[name] = result.best_hyperparams
         say(f"{name}: validation {np.round(result.evaluations, 4)}")
 
     fractions = np.linspace(0.05, 0.95, config.side)
     points = np.array([(a, b) for a in fractions for b in fractions], np.float32)
-    z = np.log(points / (1 - points))  # of a fraction of the log range
-    grid = {"rate": jnp.asarray(z[:, 0]), "decay": {group: jnp.asarray(z[:, 1]) for group in GROUPS}}
+    of_log_range = lambda leaf, fraction: jnp.asarray(leaf.low * (leaf.high / leaf.low) ** fraction)
+    decays = {group: of_log_range(leaf, points[:, 1]) for group, leaf in SPACE["decay"].items()}
+    grid = {"rate": of_log_range(SPACE["rate"], points[:, 0]), "decay": decays}
     values = judge(jax.random.split(select_key, len(points)), grid, task, task.valid)[:, 0]
     # The best few are judged again: the best of many single trainings is partly luck.
     best = np.argsort(np.nan_to_num(np.asarray(values), nan=np.inf))[: config.finalists]
     finalists = [jax.tree.map(lambda x, i=i: x[i], grid) for i in best]
-    chosen[GRID] = min(finalists, key=lambda z: float(validate(z)))
+    chosen[GRID] = min(finalists, key=lambda hyperparams: float(validate(hyperparams)))
     say(f"grid: validation {float(validate(chosen[GRID])):.4f}")
 
     keys = jax.random.split(test_key, config.test_repeats)
-    losses = {n: np.asarray(judge(keys, repeated(z, len(keys)), task, test)).mean(0) for n, z in chosen.items()}
-    return losses, {name: spaces.to_constrained(SPACE, z) for name, z in chosen.items()}
+    losses = {n: np.asarray(judge(keys, repeated(h, len(keys)), task, test)).mean(0) for n, h in chosen.items()}
+    return losses, chosen
 
 
 def plot(runs, path: Path) -> None:

@@ -269,8 +269,6 @@ def meta_train(pools, config, say):
             checkpoint_every=config.look_every,
             settings={"rule": config.rule},
         )
-        if result.stopped == "signal":
-            sys.exit("stopped by a signal")
         weights = result.hyperparams
     return unravel(weights)
 

@@ -16,7 +16,6 @@ them on the same validation rows. The test rows are read once.
 Needs spoken_digits.npz in the folder that the environment variable METAOPT_DATA names.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -150,15 +149,14 @@ def run_seed(seed: int, config, judge, learner, say):
     result = training.fit(
         learner,
         lambda key: task,
-        hyperparams=spaces.to_unconstrained(SPACE, spaces.default(SPACE)),
+        hyperparams=spaces.default(SPACE),
+        space=SPACE,
         num_steps=config.outer_steps,
         key=learn_key,
-        evaluate=lambda key, z: judge(select_keys, stack([spaces.to_constrained(SPACE, z)]), task, task.valid)[0, 0],
+        evaluate=lambda key, hyperparams: judge(select_keys, stack([hyperparams]), task, task.valid)[0, 0],
         eval_every=5,
     )
-    if result.stopped == "signal":
-        sys.exit("stopped by a signal")
-    chosen["a weight a task, hypergradient"] = spaces.to_constrained(SPACE, result.best_hyperparams)
+    chosen["a weight a task, hypergradient"] = result.best_hyperparams
     say(f"hypergradient: validation {np.round(result.evaluations, 4)}")
     results = np.asarray(judge(test_keys, stack(list(chosen.values())), task, test))
     return dict(zip(chosen, results, strict=True)), chosen

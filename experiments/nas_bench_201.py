@@ -159,8 +159,8 @@ def recording(search: methods.Search) -> base.Estimator:
     return search.estimator._replace(estimate=estimate)
 
 
-def supernet_accuracies(search, result, valid) -> dict[str, float]:
-    """On validation images, of the supernet as it was trained and of its cell with the same weights."""
+def supernet_accuracies(search, result, train, valid) -> dict[str, float]:
+    """On validation images, of the supernet and of its cell with the same weights, normalized by training images."""
     state, found = result.state.estimator_state, search.weights(result.hyperparams)
     inner_state = getattr(getattr(state, "estimator", state), "inner", None)
     if inner_state is None:  # unrolled: every estimate trains anew
@@ -169,9 +169,8 @@ def supernet_accuracies(search, result, valid) -> dict[str, float]:
     dense = {"ops": nas.NAS_BENCH_201_OPS, "partial": search.settings["partial"]}
     net = nas.supernet(search.supernet.network, search.supernet.in_shape, **dense)
     params = search.problem.loop.params(inner_state)
-    accuracy = methods.batched_accuracy(lambda weights, x: net.apply(params, weights, x))
     one_hot = nas.one_hot(net.network, search.genotype(result.hyperparams))
-    judge = lambda weights: round(accuracy(weights, valid, jax.random.key(0)), 4)
+    judge = lambda weights: round(methods.trained_network(net, params, train, weights=weights).accuracy(valid), 4)
     return {"mixed": judge(found), "inherited": judge(one_hot)}
 
 
@@ -199,8 +198,6 @@ def run_search(search, optimizer, steps_each, task, valid, config, seed, folder:
         checkpoint_every=every * max(config.num_epochs // 4, 1),
         settings=search.settings,
     )
-    if result.stopped == "signal":
-        sys.exit("Stopped; the same command goes on from here.")
     weights = np.asarray(search.weights(result.hyperparams)["cell"])
     rows, values, curvatures = zip(*(cells[step] for step in sorted(cells)), strict=True)
     return {
@@ -209,7 +206,7 @@ def run_search(search, optimizer, steps_each, task, valid, config, seed, folder:
         "values": [round(v, 4) for v in values],
         "curvatures": [round(c, 6) if np.isfinite(c) else None for c in curvatures],
         "weights": np.round(weights, 4).tolist(),
-        **supernet_accuracies(search, result, valid),
+        **supernet_accuracies(search, result, task.train, valid),
     }
 
 

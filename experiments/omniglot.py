@@ -270,8 +270,6 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
         checkpoint_every=every,
         settings={"inner_steps": scale.inner_steps, "shots": trained_shots, "head": row.head, "context": row.context},
     )
-    if result.stopped == "signal":
-        sys.exit(f"Stopped by a signal; the same command goes on with {name}, {ways} ways, {shots} shots.")
     best, curve = result.best_hyperparams, {i * every: float(1 - x) for i, x in enumerate(result.evaluations)}
     test_steps = {k: int(right(best, batch).argmax()) for k, batch in drawn.items()}
     over_steps = method(best, scale.over_steps) if most else None

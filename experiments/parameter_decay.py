@@ -190,13 +190,14 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
                 result = training.fit(
                     learner,
                     lambda key, task=task: task,
-                    hyperparams=spaces.to_unconstrained(space, spaces.default(space)),
+                    hyperparams=spaces.default(space),
+                    space=space,
                     num_steps=outer_steps,
                     key=fit_key,
                     callback=lambda step, metrics, clock=clock: clock.append(time.process_time()),
                 )
                 along = plain.loop.params(result.state.estimator_state.inner)
-                again = train(other_key, spaces.to_constrained(space, result.hyperparams), task.train)
+                again = train(other_key, result.hyperparams, task.train)
                 found = {**rate(along, task, test), **rate(again, task, test, ", again")}
                 add((num_valid, which, rule), **found, seconds=float(np.median(np.diff(clock))))
                 if seed == 0:

@@ -20,7 +20,6 @@ rows. The schedules found are then trained anew, from several fresh initializati
 Needs mnist.npz in the folder that the environment variable METAOPT_DATA names.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -182,25 +181,19 @@ def run_seed(seed: int, config, programs, say) -> tuple[dict, dict]:
     pick("best constant rate of a grid", jnp.stack([jnp.full(steps, rate) for rate in grid]), grid)
     pick("best cosine of a grid", jnp.stack([cosine(rate, steps) for rate in grid]), grid)
 
-    windows = space((config.windows,))
-
-    def rates_of(z):
-        return spaces.to_constrained(windows, z)["rate"]
-
-    best = {}
+    windows, best = space((config.windows,)), {}
     for outer_rate, learner in learners.items():
         result = training.fit(
             learner,
             lambda key: task,
-            hyperparams=start(windows),
+            hyperparams=spaces.default(windows),
+            space=windows,
             num_steps=config.outer_steps,
             key=learn_key,
-            evaluate=lambda key, z: judge(select_keys, per_step(rates_of(z), steps)[None], task, task.valid)[0, 0],
+            evaluate=lambda key, hp: judge(select_keys, per_step(hp["rate"], steps)[None], task, task.valid)[0, 0],
             eval_every=5,
         )
-        if result.stopped == "signal":
-            sys.exit("stopped by a signal")
-        best[result.best_value] = per_step(rates_of(result.best_hyperparams), steps)
+        best[result.best_value] = per_step(result.best_hyperparams["rate"], steps)
         say(f"{config.windows} windows, outer rate {outer_rate}: validation {np.round(result.evaluations, 4)}")
     found[f"{config.windows} windows, whole horizon"] = best[min(best)]
 
@@ -236,7 +229,7 @@ def compare_modes(config) -> list[list[str]]:
                 found[name] = jax.block_until_ready(call(z, key))
                 times.append(time.process_time() - begin)
             seconds[name] = min(times)
-        a, b = (np.asarray(found[name]["rate"]) for name in estimators)
+        a, b = (np.asarray(found[name].coordinates["rate"]) for name in estimators)
         for name, call in calls.items():
             rows.append(
                 [

@@ -133,8 +133,6 @@ def train(row: Row, seed: int, config) -> tuple[methods.Adaptation, dict]:
         steps_per_call=config.steps_per_call,
         progress=False,
     )
-    if result.stopped == "signal":
-        sys.exit("Stopped by a signal; the same command begins anew with the training that it ended.")
     return adaptation, result.hyperparams
 
 

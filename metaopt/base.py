@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 PyTree = Any
 Params = PyTree  # θ
@@ -111,6 +113,77 @@ def check_hyperparams(hyperparams: HyperParams) -> None:
                 f"`{name}` has dtype {dtype}, and only floating-point leaves have a gradient; write it as a float if "
                 "it is to be tuned (1.0, not 1), and keep it out of λ, for instance in a closure, if it is not."
             )
+
+
+def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class_mask: Any = None) -> None:
+    """Raises ValueError if the label of a real row is not a class. Traced arrays pass: a program cannot raise.
+
+    Args:
+      name: what the message calls the labels.
+      y: [..., N, ...] labels, integers in 0..C-1 or truth values.
+      num_classes: C.
+      mask: [..., N], a prefix of the axes of y, or shaped as y: positive for a real row; None: all rows are real.
+      class_mask: [..., C], where the axes in front are the first ones of y: positive for a class of the task; None:
+        every class is one.
+
+    Raises:
+      ValueError: if a label of a real row is below 0 or above C - 1, or `class_mask` leaves its class out.
+    """
+    if any(isinstance(x, Tracer) for x in (y, mask, class_mask)):
+        return
+    y = np.asarray(y)
+    y = y.astype(int) if y.dtype == bool else y
+    real = np.ones(y.shape, bool)
+    if mask is not None:
+        mask = np.asarray(mask)
+        real = np.broadcast_to((mask > 0).reshape(mask.shape + (1,) * (y.ndim - mask.ndim)), y.shape)
+    inside = (y >= 0) & (y < num_classes)
+    if (real & ~inside).any():
+        raise ValueError(
+            f"{name} must be in 0..{num_classes - 1}; got labels from {y[real].min()} to {y[real].max()}, "
+            f"{int((real & ~inside).sum())} of {int(real.sum())} outside. Number the classes from 0 "
+            "(`np.unique(y, return_inverse=True)[1]`)."
+        )
+    if class_mask is None:
+        return
+    class_mask = np.asarray(class_mask)
+    place = np.where(inside, y, 0).astype(int).reshape(*class_mask.shape[:-1], -1)
+    known = (np.take_along_axis(class_mask, place, axis=-1) > 0).reshape(y.shape)
+    if (real & ~known).any():
+        raise ValueError(
+            f'{name} have classes that "class_mask" leaves out: {np.unique(y[real & ~known]).tolist()}. It must be 1 '
+            "for every class of the task."
+        )
+
+
+def check_task_labels(name: str, tasks: PyTree) -> None:
+    """Raises ValueError if a part of a task has integer labels "y" that its "class_mask" does not allow.
+
+    Args:
+      name: what the message calls the tasks.
+      tasks: a task, an episode or a batch of them. Mappings inside it with "y" [..., N] and "class_mask" [..., C] are
+        checked, among the rows with a positive "mask" [..., N].
+
+    Raises:
+      ValueError: as `check_labels`.
+    """
+
+    def is_part(x: Any) -> bool:
+        return isinstance(x, Mapping) and "y" in x and "class_mask" in x
+
+    for path, part in jax.tree_util.tree_leaves_with_path(tasks, is_leaf=is_part):
+        if not is_part(part) or any(isinstance(part.get(leaf), Tracer) for leaf in ("y", "mask", "class_mask")):
+            continue
+        shape, classes = np.shape(part["y"]), np.shape(part["class_mask"])
+        fits = classes and shape[: len(classes) - 1] == classes[:-1] and len(shape) >= len(classes)
+        mask = part.get("mask")
+        dtype = getattr(part["y"], "dtype", None) or np.asarray(part["y"]).dtype
+        if not fits or not jnp.issubdtype(dtype, jnp.integer):
+            continue
+        if mask is not None and np.shape(mask) != shape[: np.ndim(mask)]:
+            continue  # the mask is not one of rows
+        labels = f"The labels `{name}{jax.tree_util.keystr(path)}['y']`"
+        check_labels(labels, part["y"], classes[-1], mask=mask, class_mask=part["class_mask"])
 
 
 class Task(NamedTuple):

@@ -1,16 +1,19 @@
-"""Traced functions: evaluated with some of their operations replaced, wherever they are; cut in two; asked what they
-depend on."""
+"""Traced functions: evaluate them with some of their operations replaced, cut them in two, find what they depend on."""
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend import core
 from jax.interpreters import partial_eval
 
 _CALLS = ("pjit", "jit", "closed_call")  # nested calls, of jnp functions among others
+_CHECKPOINTS = ("checkpoint", "remat", "remat2")
 _DEAR = ("dot_general", "ragged_dot_general", "conv_general_dilated", "cpu_convolution", "cpu_depthwise")
 
 
@@ -50,7 +53,7 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
                 outputs = primitive.bind(*operands, **primitive.get_bind_params(params))
             elif name in _CALLS:
                 outputs = closed(params.get("jaxpr", params.get("call_jaxpr")))(*operands)
-            elif name in ("checkpoint", "remat", "remat2"):
+            elif name in _CHECKPOINTS:
                 inner = lambda *operands, jaxpr=params["jaxpr"]: evaluate(jaxpr, (), operands, replace)
                 outputs = jax.checkpoint(inner, prevent_cse=params["prevent_cse"], policy=params["policy"])(*operands)
             elif name == "cond":
@@ -59,7 +62,8 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
             elif name == "scan":
                 body = retraced(params["jaxpr"])
                 if any(isinstance(const, Tracer) for const in body.consts):
-                    outputs = _scan(equation, operands, closed(params["jaxpr"]))
+                    run = closed(params["jaxpr"])
+                    outputs, _ = _scan(equation, operands, lambda _, *operands, run=run: (run(*operands), None), None)
                 else:
                     outputs = primitive.bind(*operands, **{**params, "jaxpr": body})
             elif name == "while":
@@ -78,7 +82,8 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
 # A replacement may hold traced values of its own, which an equation of a loop cannot: the loop is then made anew.
 
 
-def _scan(equation: Any, operands: Sequence, run: Callable) -> list:
+def _scan(equation: Any, operands: Sequence, run: Callable, given: Any) -> tuple[list, Any]:
+    """Outputs and stacked values of a scan whose body is `run(given of the step, *operands) -> (outputs, values)`."""
     params, body = equation.params, equation.params["jaxpr"]
     # Carries and constants are as the body has them; what is scanned has one more axis.
     num_ys = sum(v.aval.ndim > a.ndim for v, a in zip(equation.outvars, body.out_avals, strict=True))
@@ -86,13 +91,14 @@ def _scan(equation: Any, operands: Sequence, run: Callable) -> list:
     num_carry, end = len(equation.outvars) - num_ys, len(operands) - num_xs
     fixed, carry, xs = operands[: end - num_carry], operands[end - num_carry : end], operands[end:]
 
-    def step(carry, x):
-        outputs = run(*fixed, *carry, *x)
-        return outputs[:num_carry], outputs[num_carry:]
+    def step(carry, scanned):
+        x, given = scanned
+        outputs, values = run(given, *fixed, *carry, *x)
+        return outputs[:num_carry], (outputs[num_carry:], values)
 
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = jax.lax.scan(step, list(carry), list(xs), **options)
-    return [*carry, *ys]
+    carry, (ys, values) = jax.lax.scan(step, list(carry), (list(xs), given), **options)
+    return [*carry, *ys], values
 
 
 def _while(params: Any, operands: Sequence, goes_on: Callable, run: Callable) -> list:
@@ -100,6 +106,91 @@ def _while(params: Any, operands: Sequence, goes_on: Callable, run: Callable) ->
     last = first + params["body_nconsts"]
     condition = lambda carry: goes_on(*operands[:first], *carry)[0]
     return jax.lax.while_loop(condition, lambda carry: run(*operands[first:last], *carry), list(operands[last:]))
+
+
+def exchange(
+    jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[Any], Callable | None], given: list | None = None
+) -> tuple[list, list]:
+    """Evaluates a jaxpr whose replaced operations also read and return a value, wherever they are.
+
+    The values form one flat list in program order. A value inside of a scan has the steps of the scan as its leading
+    axis. Values of branches follow one another; those of a branch that is not taken are NaN.
+
+    Args:
+      jaxpr: of `jax.make_jaxpr`, with its constants apart.
+      consts: its constants.
+      args: its arguments.
+      replace: `(equation) -> None`, or a function `(value, *operands) -> (output, value)` that takes its place. The
+        output is that of an operation with one result; the value a tree of floating-point arrays.
+      given: the values to read, as this function returns them; with None each replaced operation gets None.
+
+    Returns:
+      The outputs, flat, and the list of values.
+
+    Raises:
+      ValueError: a replaced operation is inside of something else than a call, a checkpoint, a branch or a scan.
+    """
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, args, strict=True))
+    returned, used = [], 0
+    for equation in jaxpr.eqns:
+        operands = [v.val if isinstance(v, core.Literal) else values[v] for v in equation.invars]
+        num = _num_replaced(equation, replace)
+        own = None if given is None else given[used : used + num]
+        used += num
+        with _context(equation):
+            if num:
+                outputs, new = _exchange_inside(equation, operands, replace, own)
+                returned += new
+            else:
+                outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
+                outputs = outputs if equation.primitive.multiple_results else [outputs]
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [v.val if isinstance(v, core.Literal) else values[v] for v in jaxpr.outvars], returned
+
+
+def _num_replaced(equation: Any, replace: Callable) -> int:
+    if replace(equation) is not None:
+        return 1
+    return sum(replace(inner) is not None for inner in equations_inside(equation))
+
+
+def _exchange_inside(equation: Any, operands: list, replace: Callable, given: list | None) -> tuple[list, list]:
+    """The outputs of one equation that is replaced, or holds equations that are, and their values."""
+    name, params, replacement = equation.primitive.name, equation.params, replace(equation)
+    if replacement is not None:
+        output, value = replacement(None if given is None else given[0], *operands)
+        return [output], [value]
+    closed = lambda inner: lambda given, *operands: exchange(inner.jaxpr, inner.consts, operands, replace, given)
+    if name in _CALLS:
+        return closed(params.get("jaxpr", params.get("call_jaxpr")))(given, *operands)
+    if name in _CHECKPOINTS:
+        inner = lambda given, *operands: exchange(params["jaxpr"], (), operands, replace, given)
+        return jax.checkpoint(inner, prevent_cse=params["prevent_cse"], policy=params["policy"])(given, *operands)
+    if name == "scan":
+        return _scan(equation, operands, closed(params["jaxpr"]), given)
+    if name == "cond":
+        return _exchange_branches(operands, params["branches"], closed, replace, given)
+    raise ValueError(f"The operation is inside of {name!r}, in which it cannot be replaced.")
+
+
+def _exchange_branches(
+    operands: list, branches: Sequence, closed: Callable, replace: Callable, given: list | None
+) -> tuple[list, list]:
+    index, *rest = operands
+    nums = [sum(replace(e) is not None for e in equations(branch.jaxpr)) for branch in branches]
+    ends = list(itertools.accumulate(nums))
+    own = [None if given is None else given[end - num : end] for num, end in zip(nums, ends, strict=True)]
+    runs = [lambda *rest, i=i: closed(branches[i])(own[i], *rest) for i in range(len(branches))]
+    shapes = [jax.eval_shape(lambda *rest, run=run: run(*rest)[1], *rest) for run in runs]
+    missing = lambda tree: jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), tree)
+
+    def padded(*rest, i):
+        outputs, values = runs[i](*rest)
+        return outputs, [values if j == i else missing(shapes[j]) for j in range(len(branches))]
+
+    outputs, values = jax.lax.switch(index, [functools.partial(padded, i=i) for i in range(len(branches))], *rest)
+    return outputs, [value for of_branch in values for value in of_branch]
 
 
 class Halves(NamedTuple):
@@ -249,16 +340,29 @@ def equations_inside(equation: Any) -> Iterator[Any]:
     """The operations inside of one, of a loop's body, say.
 
     Args:
-      equation: of a `jax.core.Jaxpr`.
+      equation: an equation of a `jax.core.Jaxpr`.
 
     Returns:
       An iterator over equations.
     """
+    for jaxpr in inner_jaxprs(equation):
+        yield from equations(jaxpr)
+
+
+def inner_jaxprs(equation: Any) -> Iterator[Any]:
+    """The jaxprs that an operation holds: the body of a loop, the branches of a condition, what a call computes.
+
+    Args:
+      equation: an equation of a `jax.core.Jaxpr`.
+
+    Returns:
+      An iterator over jaxprs, without their constants.
+    """
     for value in equation.params.values():
         for leaf in value if isinstance(value, (tuple, list)) else (value,):
-            jaxpr = getattr(leaf, "jaxpr", leaf)  # of a closed one
+            jaxpr = getattr(leaf, "jaxpr", leaf)  # a closed jaxpr holds an open one
             if isinstance(jaxpr, core.Jaxpr):
-                yield from equations(jaxpr)
+                yield jaxpr
 
 
 def _holds(equation: Any, wanted: Callable[[Any], Any]) -> bool:

@@ -62,16 +62,6 @@ def test_smoke_of_anil():
     assert all(float(row[8]) < 1e-3 for row in found.values()) and "; all below 0.001" in printed
 
 
-def test_the_table_goes_between_the_markers_of_the_readme(tmp_path, monkeypatch):
-    script = load("unroll", monkeypatch)
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- benchmark:start -->\nold\n<!-- benchmark:end -->\nafter\n")
-    for _ in range(2):
-        script.put_into_readme(r"new \1")
-        assert readme.read_text() == ("before\n<!-- benchmark:start -->\nnew \\1\n<!-- benchmark:end -->\nafter\n")
-
-
 @pytest.mark.slow
 def test_smoke_of_rules():
     # This environment has no torch: the table says why there are no numbers of other libraries.

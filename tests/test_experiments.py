@@ -443,7 +443,8 @@ def test_a_mixture_of_nas_bench_201_is_judged_with_all_ops():
     mixture = nas.supernet(network, (4, 4, 3), ops=nas.NAS_BENCH_201_OPS).apply
     y = jax.jit(mixture)(params, search.weights(alpha), x).argmax(-1)
     state = SimpleNamespace(estimator_state=SimpleNamespace(inner=SimpleNamespace(params=params)))
-    found = script.supernet_accuracies(search, SimpleNamespace(state=state, hyperparams=alpha), {"x": x, "y": y})
+    result = SimpleNamespace(state=state, hyperparams=alpha)
+    found = script.supernet_accuracies(search, result, {"x": x}, {"x": x, "y": y})
     assert found["mixed"] > 0.95 and found["inherited"] < 0.5
 
 

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"_files", "base", "progress", "rewrite", "tfrecord"},
+    {"_files", "_locks", "base", "progress", "rewrite", "tfrecord"},
     {"spaces", "transforms"},
     {"tasks", "inner", "nas"},
     {"hypergrad", "predictors"},
@@ -164,24 +164,38 @@ def test_importing_metaopt_loads_no_extra_and_nothing_slow():
     )
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments" / "README.md"]
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
 @pytest.mark.once
-def test_the_python_blocks_of_the_readme_run(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 3
-    # What compiles for a minute, every rule on one problem, here with two of them (`test_recommend` has all).
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
+def test_the_python_blocks_of_a_page_run(page, tmp_path):
+    # Every rule on one problem would compile for a minute: two of them here (`test_recommend` has all).
     few = (
         "import itertools\nfrom metaopt.hypergrad import _recommend\nevery = _recommend.candidates\n"
         "_recommend.candidates = lambda *args: dict(itertools.islice(every(*args).items(), 2))\n"
     )
-    code = few + "\n".join(blocks)
+    code = few + "\n".join(python_blocks(page))
     printed = run_python(code, cwd=tmp_path, env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
-    assert re.search(r'^\* unrolled, remat="none" +exact', printed, re.M)
-    assert "'rate': Array(" in printed and "nan" not in printed
+    assert printed and "nan" not in printed
+    if page.stem == "README":
+        assert re.search(r'^\* unrolled, remat="none" +exact', printed, re.M)
+        assert "'rate': Array(" in printed
 
 
-def test_the_readme_has_the_places_that_others_fill():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_the_readme_has_the_two_commands():
     text = (ROOT / "README.md").read_text()
-    for name in ("run", "test", "auto_tune", "benchmark"):
+    for name in ("run", "test"):
         start, end = (f"<!-- {name}:{edge} -->" for edge in ("start", "end"))
         assert text.count(start) == text.count(end) == 1 and text.index(start) < text.index(end)
 
@@ -217,7 +231,7 @@ def faults_of_text(text):
 
 
 def text_files():
-    for folder in ("metaopt", "tests", "experiments", "colab", ".ci", "."):
+    for folder in ("metaopt", "tests", "experiments", "docs", "colab", ".ci", "."):
         pattern = "*" if folder == "." else "**/*"
         for file in sorted((ROOT / folder).glob(pattern)):
             if file.is_file() and file.suffix in {"", ".py", ".md", ".toml", ".ipynb", ".csv", ".json", ".sh"}:

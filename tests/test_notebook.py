@@ -13,7 +13,8 @@ CHECK = """
 import json
 spread = float(np.ptp(np.log(predicted["rate"])))
 finite = all(bool(jnp.isfinite(loss).all()) for loss in losses.values())
-found = {"values": values.tolist(), "steps": len(result.history["value"]), "spread": spread, "finite": finite}
+values, steps = tuned.evaluations.tolist(), len(result.history["value"])
+found = {"values": values, "steps": steps, "spread": spread, "finite": finite}
 print(json.dumps(found))
 """
 

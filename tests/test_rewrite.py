@@ -107,3 +107,70 @@ def test_keys_and_integers_are_kept_as_they_are():
     assert [k.dtype for k in kept] == [args[2].dtype, jnp.int32]
     jax.tree.map(np.testing.assert_array_equal, cut.rest(args, kept), function(*args))
     assert abs(function(*args)[0] - args[0][0]).max() > 0.1  # drawn
+
+
+# ---- Values that replaced operations return and read ----------------------------------------------------------------
+
+
+@jax.jit
+def marked(x):
+    return x + 100.0
+
+
+def of_marked(program, x, given=None):
+    """The program with `x - value` in place of `marked(x)`; the value is the mean of x, or what is given."""
+
+    def shifted(value, x):
+        value = x.mean() if value is None else value
+        return x - value, value
+
+    closed = jax.make_jaxpr(program)(x)
+    replace = lambda equation: shifted if equation.params.get("name") == "marked" else None
+    outputs, values = rewrite.exchange(closed.jaxpr, closed.consts, [x], replace, given)
+    return outputs[0], values
+
+
+def nested(x):
+    x = jax.jit(lambda x: 2 * marked(x))(x)
+    body = lambda x, w: (jax.checkpoint(lambda x: jnp.sin(marked(w * x)) + 1.5)(x), None)
+    x, _ = jax.lax.scan(body, x, jnp.array([1.0, 2.0, 3.0]))
+    taken = lambda x: marked(marked(x) ** 2)
+    return marked(jax.lax.switch(jnp.int32(x[0] > -9), [lambda x: marked(x), taken], x) ** 2)
+
+
+def by_hand(x):
+    means = []
+
+    def shifted(x):
+        means.append(x.mean())
+        return x - x.mean()
+
+    x = 2 * shifted(x)
+    for w in (1.0, 2.0, 3.0):
+        x = np.sin(shifted(w * x)) + 1.5
+    return shifted(shifted(shifted(x) ** 2) ** 2), means
+
+
+def test_values_come_in_the_order_of_the_program_and_go_back_to_their_places():
+    x, other = np.array([0.3, 1.0, 4.0]), np.array([2.0, -1.0, 0.5])
+    (expected, means), run = by_hand(x), jax.jit(lambda x, given=None: of_marked(nested, x, given))
+    outputs, values = run(x)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-12)
+    first, loop, untaken, *last = values
+    np.testing.assert_allclose(loop, means[1:4], rtol=1e-12)
+    np.testing.assert_allclose([first, *last], [means[0], *means[4:]], rtol=1e-12)
+    assert np.isnan(untaken)
+    np.testing.assert_allclose(run(x, values)[0], expected, rtol=1e-12)
+    # Given values count, and not those of the argument; also for many arguments at once, and derivatives.
+    both = jax.vmap(lambda x: of_marked(nested, x, values)[0])(jnp.stack([x, other]))
+    np.testing.assert_allclose(both[0], expected, rtol=1e-12)
+    assert abs(both[1] - by_hand(other)[0]).max() > 1e-2
+    slope = jax.grad(lambda x: of_marked(nested, x)[0][0])(x)
+    numeric = [(by_hand(x + h)[0][0] - by_hand(x - h)[0][0]) / 2e-6 for h in 1e-6 * np.eye(3)]
+    np.testing.assert_allclose(slope, numeric, rtol=1e-6, atol=1e-7)
+
+
+def test_a_value_inside_of_a_while_loop_cannot_be_exchanged():
+    loop = lambda x: jax.lax.while_loop(lambda x: x[0] < 1, lambda x: marked(x), x)
+    with pytest.raises(ValueError, match="inside of 'while', in which it cannot be replaced"):
+        of_marked(loop, np.ones(2))

@@ -10,12 +10,10 @@ every number of inner steps T and every checkpoint policy:
 And tasks per second: `hypergrad.over_tasks`, all at once and in chunks, against a Python loop over one compiled task.
 
     python experiments/benchmarks/unroll.py            # minutes; writes experiments/results/unroll.md
-    python experiments/benchmarks/unroll.py --readme   # and puts the tables into README.md
     python experiments/benchmarks/unroll.py --smoke    # seconds; prints only
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -158,25 +156,14 @@ def report(options: argparse.Namespace) -> str:
     )
 
 
-def put_into_readme(text: str) -> None:
-    """Replaces what is between the benchmark's markers in README.md."""
-    readme = ROOT / "README.md"
-    start, end = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
-    pattern = re.compile(f"{re.escape(start)}.*{re.escape(end)}", re.DOTALL)
-    readme.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", readme.read_text(), count=1))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="small sizes, one repetition; writes no result")
-    parser.add_argument("--readme", action="store_true", help="put the tables into README.md as well")
     parser.add_argument("--repetitions", type=int, default=None, help="of every measurement; 9 by default")
     options = parser.parse_args()
-    if options.smoke and options.readme:
-        parser.error("--readme is for the full run, not for --smoke.")
     if options.repetitions is not None and options.repetitions < 1:
         parser.error(f"--repetitions must be at least 1; got {options.repetitions}.")
-    options.flags = "".join(f" {argument}" for argument in sys.argv[1:] if argument != "--readme")
+    options.flags = "".join(f" {argument}" for argument in sys.argv[1:])
     sizes = (8, (16,), 4, 4, 1) if options.smoke else (64, (16, 256, 1024), 16, 100, 9)
     options.width, options.num_steps, options.num_tasks, options.task_steps, default = sizes
     options.repetitions = options.repetitions or default
@@ -185,8 +172,6 @@ def main() -> None:
     if not options.smoke:
         RESULT.parent.mkdir(parents=True, exist_ok=True)
         RESULT.write_text(f"# What a hypergradient costs\n\n{text}\n")
-    if options.readme:
-        put_into_readme(text)
 
 
 if __name__ == "__main__":

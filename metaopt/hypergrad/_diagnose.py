@@ -64,11 +64,11 @@ def diagnose(
 
     Args:
       problem: what is tuned. Its inner loss must be differentiable in forward mode.
-      hyperparams: λ as the problem takes it (unconstrained, after `spaces.constrain`).
+      hyperparams: λ as the problem takes it: in natural units, or `spaces.Unconstrained` after `spaces.constrain`.
       task: one task.
       num_steps: T, at least 2.
       key: a fixed one by default.
-      space: the space that λ was constrained by: leaves at a bound are named.
+      space: of λ; leaves at a bound are named.
       estimator: a rule for this problem: what it reports of residuals and hypergradients is looked at too.
       num_estimates: estimates of that rule at λ.
 
@@ -76,7 +76,7 @@ def diagnose(
       A `Diagnosis`; print it.
 
     Raises:
-      ValueError: `num_steps` is below 2.
+      ValueError: if `num_steps` is below 2, or λ does not fit `space`.
 
     Source: chaos and its cure by smaller steps: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180.
     """
@@ -182,8 +182,9 @@ def diagnose(
                 )
             )
     if space is not None:
-        at = spaces.at_bounds(space, spaces.to_constrained(space, hyperparams))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(at):
+        is_unconstrained = isinstance(hyperparams, spaces.Unconstrained)
+        natural = spaces.to_constrained(space, hyperparams) if is_unconstrained else hyperparams
+        for path, leaf in jax.tree_util.tree_leaves_with_path(spaces.at_bounds(space, natural)):
             if np.any(leaf):
                 findings.append(
                     Finding(

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax.interpreters import partial_eval
 
+from metaopt import rewrite
+
 
 def flops(function: Callable, *args: Any, products_only: bool = False) -> float:
     """Floating-point operations of one call, counted in the program's jaxpr with the lengths of its scans.
@@ -47,13 +49,9 @@ def _count(jaxpr: Any, products_only: bool) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params, outputs = equation.primitive.name, equation.params, sum(map(_size, equation.outvars))
-        inner_jaxprs = [
-            getattr(part, "jaxpr", part)
-            # Of a linear solve, the solver alone runs; its products and its transpose are for derivatives.
-            for value in ([params["jaxprs"].solve] if name == "custom_linear_solve" else params.values())
-            for part in (value if isinstance(value, (list, tuple)) else [value])
-            if hasattr(getattr(part, "jaxpr", part), "eqns")
-        ]
+        # A linear solve runs only its solver; its products and its transpose are for derivatives.
+        is_solve = name == "custom_linear_solve"
+        inner_jaxprs = [params["jaxprs"].solve.jaxpr] if is_solve else list(rewrite.inner_jaxprs(equation))
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             total += 2 * outputs * math.prod(equation.invars[0].aval.shape[d] for d in contracted)

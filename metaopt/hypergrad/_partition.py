@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metaopt import base
+from metaopt import base, spaces
 
 
 class PartitionState(NamedTuple):
@@ -33,7 +33,7 @@ def partition(
     of all estimators together: each has a training run of its own.
 
     Args:
-      problem: in all of λ; where λ is constrained, in unconstrained coordinates.
+      problem: in all of λ, or in unconstrained coordinates (`spaces.constrain`).
       estimators: by label, `problem -> Estimator` for one task, such as
         `lambda problem: hypergrad.unrolled(problem, num_steps=100)`. They are called while an estimate is traced.
       labels: whose leaf it is: a tree of labels, a prefix of λ; or `path -> label`, where the path is written as
@@ -77,7 +77,8 @@ def partition(
         if callable(labels):
             found = [labels(jax.tree_util.keystr(path, simple=True, separator="/")) for path in paths]
         else:
-            tree = jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), labels, hyperparams)
+            unmarked = hyperparams.coordinates if isinstance(hyperparams, spaces.Unconstrained) else hyperparams
+            tree = jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), labels, unmarked)
             found = jax.tree.leaves(tree)
         if set(found) != set(estimators):
             raise ValueError(

@@ -68,10 +68,15 @@ from metaopt.methods._retrain import (
     ArchitectureScores,
     Retraining,
     SearchReport,
-    batched_accuracy,
     retraining,
     search_report,
     train,
+)
+from metaopt.methods._trained_network import (
+    TrainedNetwork,
+    load_trained_network,
+    save_trained_network,
+    trained_network,
 )
 from metaopt.methods._training_free import ScreenedState, screened_random_search, training_free_scores
 
@@ -99,6 +104,7 @@ __all__ = [
     "ScreenedState",
     "Search",
     "SearchReport",
+    "TrainedNetwork",
     "TriedConfiguration",
     "accuracy",
     "adaptation",
@@ -107,7 +113,6 @@ __all__ = [
     "architecture_search",
     "asha",
     "average_ranks",
-    "batched_accuracy",
     "beta_darts",
     "bohb",
     "boil",
@@ -131,6 +136,7 @@ __all__ = [
     "load_evaluation",
     "load_meta_architecture",
     "load_meta_optimizer",
+    "load_trained_network",
     "maml",
     "maml_plus_plus",
     "mean_absolute_error",
@@ -152,6 +158,7 @@ __all__ = [
     "save_evaluation",
     "save_meta_architecture",
     "save_meta_optimizer",
+    "save_trained_network",
     "screened_random_search",
     "search_report",
     "single_path_one_shot",
@@ -161,6 +168,7 @@ __all__ = [
     "train_curve_searcher",
     "train_meta_optimizer",
     "train_meta_searcher",
+    "trained_network",
     "training_free_scores",
     "under_budget",
     "unrolled_darts",

@@ -145,8 +145,8 @@ def adaptation(
       remat: as for `hypergrad.unrolled`.
       sampler: which rows of the support set a step sees; all by default.
       keep_support: f and predictions find the support set's "x" and "mask" in `params["support"]` (`params` are then a
-        dict): for statistics that are of the support set alone, as in `conv4(normalization="support")`. A network of
-        one's own that normalizes by the batch it is given does so by the query set's, with or without this option.
+        dict): for statistics of the support set only, as in `conv4(normalization="support")`. Your own network that
+        normalizes by its batch uses the query set's statistics, with or without this option.
       with_context: losses and `init` are in their full form: dropout keys, batch statistics, the number of the step.
 
     Returns:
@@ -448,21 +448,25 @@ def adapted(
     num_steps: int | None = None,
     with_context: bool = False,
 ) -> AdaptFn:
-    """What an adaptation does at test, as `evaluate_episodes` wants it.
+    """How an adaptation predicts at test: the function that `evaluate_episodes` takes.
+
+    The outputs for a query row depend on the other query rows if, and only if, `predict` makes them: a network that
+    normalizes by its batch (`conv4(normalization="batch")`) gives a single row other outputs than a whole query set.
+    With `conv4(normalization="support")`, or statistics in the model state, a query set may have any number of rows.
 
     Args:
       adaptation: how it adapts.
       hyperparams: λ, learned.
       predict: `(params, query) -> outputs` [Q, ...], where `params` are all leaves of the model; with `with_context`,
-        `(params, query, context)`: for batch statistics.
+        `(params, query, context)`, whose `context.model_state` holds the statistics of a batch normalization.
       num_steps: T at test; `test_steps` by default.
-      with_context: `predict` is in its full form.
+      with_context: whether `predict` is in its full form.
 
     Returns:
       `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps; it passes no derivative on.
 
     Raises:
-      ValueError: `num_steps` is no integer, or negative.
+      ValueError: if `num_steps` is not an integer or is negative.
     """
     loop = adaptation.unrolling.loop
     base.check_integer("num_steps", num_steps, 0, optional=True)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from metaopt import tasks
+from metaopt import base, tasks
 
 
 def check_pattern(name: str, pattern: Any) -> None:
@@ -49,9 +49,13 @@ def check_hyperparams(hyperparams: Any, *names: str) -> None:
 
 
 def check_one_task(data: Any) -> None:
-    """ValueError where a support set has an axis of tasks: all would be one task, which is another objective."""
+    """Raises ValueError if a support set has an axis of tasks, or (unless traced) labels that are not its classes.
+
+    With an axis of tasks, all tasks would be one, which is another objective.
+    """
     if not isinstance(data, Mapping):
         return
+    base.check_task_labels("data", data)
     mask, y = (np.shape(data.get(name, ())) for name in ("mask", "y"))
     # Episodes have one "num_rows". Without it, labels tell a batch from masks of parts of rows, such as tokens.
     batch = np.ndim(data["num_rows"]) > 0 if "num_rows" in data else len(mask) == 2 and y[:2] == mask

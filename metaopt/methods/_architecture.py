@@ -19,7 +19,7 @@ class Search(NamedTuple):
     Attributes:
       estimator: of dF/dα.
       problem: what it estimates for.
-      supernet: what is trained.
+      supernet: the network that is trained. `trained_network(supernet, params, train, weights=weights(α))` predicts.
       hyperparams: `(key) -> λ` to start from: α; with `learn_init`, {"alpha": α, "init": θ_0}. "α" below is this λ.
       alpha: `(λ) -> ` α alone.
       weights: `(α) -> ` mixing weights, kind -> [edges, ops], as genotypes are read from them (`decode`).

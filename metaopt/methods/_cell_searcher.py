@@ -235,7 +235,6 @@ def train_cell_searcher(
         num_steps=num_steps,
         key=fit_key,
         progress=progress,
-        handle_signals=False,
     )
 
     @jax.jit

@@ -1,8 +1,8 @@
-"""The network of the few-shot literature, with what it is normalized by as an explicit choice.
+"""The network of the few-shot literature, with an explicit choice of the statistics that normalize it.
 
-Statistics of a batch make an example's features depend on the others. Whose they are decides what is measured: those
-of the query set tell a method about its labels (all classes are there, in equal shares), and a result with them is
-*transductive*, which `evaluate_episodes` finds out and reports apart.
+Statistics of a batch make the features of an example depend on the other examples. If they are those of the query set,
+they reveal something about its labels (all classes are present, in equal shares), and a result is *transductive*:
+`evaluate_episodes` detects and reports it. A transductive network cannot predict for one example.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,21 +46,26 @@ def conv4(
 
     | normalization | the examples | inductive | |
     |---|---|---|---|
-    | "batch" | of the set at hand: the query set's own, too | no | what MAML's results have |
+    | "batch" | of the batch: for a query set, the query set | no | used by MAML's published results |
     | "support" | of the support set, for both sets | yes | |
-    | "tasknorm" | of the support set, mixed with one example's own | yes | Bronskill et al., ICML 2020 |
-    | "group" | none: one example's, over 8 filters at a time | yes | Wu & He, ECCV 2018 |
-    | "layer" | none: one example's, over all filters | yes | |
-    | "none" | no normalization, a shift alone | yes | |
+    | "tasknorm" | of the support set, mixed with the example itself | yes | Bronskill et al., ICML 2020 |
+    | "group" | the example itself, over 8 filters at a time | yes | Wu & He, ECCV 2018 |
+    | "layer" | the example itself, over all filters | yes | |
+    | "none" | no normalization, only a shift | yes | |
 
     TaskNorm's moments are those of the mixture of both, with weights α and 1 − α, α = sigmoid(a |support| + b) and a, b
     learned in each block. Padded rows enter no statistics. With a batch of 28 × 28, D = `num_filters`.
 
-    "support" and "tasknorm" need the support set where the query set is seen: `adaptation(keep_support=True)` puts it
-    into `params["support"]`, and the methods with `features` do. Without it the statistics are of the batch itself, as
-    they should be in the inner loss and in pre-training; where f or `adapted` see a query set so, it is refused: the
-    method would be transductive. (`features` that are jitted or called by hand, and losses under `jax.jit` or
-    `jax.checkpoint`, are not told what they see.)
+    **With "batch", the default, a prediction depends on all rows of its batch**: one query image alone, or images of
+    one class, get other answers than in a whole query set. This reproduces published results. To predict for single
+    images, take another normalization.
+
+    "support" and "tasknorm" need the support set when they see the query set. `adaptation(keep_support=True)` puts it
+    into `params["support"]`, and the methods that take `features` do so themselves. Without it the statistics are those
+    of the batch, as they should be in the inner loss and in pre-training; f and `adapted` raise a ValueError, because
+    the method would be transductive. `features` cannot raise it if they are jitted or called directly, or if the loss
+    is under `jax.jit` or `jax.checkpoint`: then put the rows to normalize by into the parameters yourself,
+    `network.features({**params, "support": {"x": ..., "mask": ...}}, batch)`.
 
     Args:
       normalization: one of the table.

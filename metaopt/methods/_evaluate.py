@@ -240,8 +240,7 @@ def _of_source(
         start = min(done, num_episodes - chunk_size)
         chunk, new = slice(start, start + chunk_size), slice(done - start, None)
         support, query, told = draw(sample, draw_keys[chunk], order_keys[chunk], jnp.arange(num_episodes)[chunk])
-        _check_labels(support, "support")
-        _check_labels(query, "query")
+        base.check_task_labels("episode", {"support": support, "query": query})
         for place, (name, run) in enumerate(jitted.items()):
             score, outputs = run(method_keys[chunk], support, query)
             scores[name].append(np.asarray(score)[new])
@@ -304,23 +303,6 @@ def _check_episode(episode: tasks.Episode) -> None:
                 'A sampler must give one episode, whose "mask" is [N], a number for each row, and "y" [N, ...]; in the '
                 f"{name} set they are {shapes}. (Batches are for training: take the sampler that they are made of.)"
             )
-
-
-def _check_labels(part: Mapping[str, jax.Array], name: str) -> None:
-    """ValueError where a real row of a chunk is labelled with none of its episode's classes: all would be wrong."""
-    if "class_mask" not in part or part["y"].shape != part["mask"].shape:
-        return
-    y, real, classes = (np.asarray(part[leaf]) for leaf in ("y", "mask", "class_mask"))
-    inside = (y >= 0) & (y < classes.shape[-1])
-    place = np.where(inside, y, 0).astype(int)
-    wrong = (real > 0) & ~(inside & (place == y) & (np.take_along_axis(classes, place, axis=-1) > 0))
-    if wrong.any():
-        episode, row = np.argwhere(wrong)[0]
-        raise ValueError(
-            f'Labels must be classes of their episode, numbers in 0..{classes.shape[-1] - 1} at which "class_mask" is '
-            f"1; got {y[episode, row]} in row {row} of a {name} set, whose classes are "
-            f"{np.flatnonzero(classes[episode]).tolist()}."
-        )
 
 
 def _of_rows(function: Callable, name: str, tree: base.PyTree, size: int, axis: int = 0) -> base.PyTree:

@@ -371,10 +371,11 @@ def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arra
       batch: with "y" [N], "mask" [N] and "class_mask" [W], as episodes have them.
 
     Returns:
-      [], in nats; NaN where the label of a real row is not in 0..W-1: inside a program nothing can be raised.
+      [], in nats. In a traced program it is NaN if the label of a real row is not in 0..W-1.
 
     Raises:
-      ValueError: logits are shaped otherwise, as those of a head for another number of classes are.
+      ValueError: if logits have another shape, such as those of a head for another number of classes; if labels that
+        are not traced are not in 0..W-1.
     """
     if logits.ndim != 2:
         raise ValueError(
@@ -393,6 +394,7 @@ def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arra
 
 def _one_hot(batch: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
     """[N, W], zeros in rows that are padding."""
+    base.check_labels('The labels "y"', batch["y"], len(batch["class_mask"]), mask=batch["mask"])
     y = jnp.asarray(batch["y"], jnp.int32)  # of fewer bits, class 256 would be class 0, too
     return jax.nn.one_hot(y, len(batch["class_mask"]), dtype=dtype) * batch["mask"][:, None]
 

@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base, training
+from metaopt import base, spaces, training
 
 
 class FineTuned(NamedTuple):
-    """What fine-tuning found.
+    """The result of fine-tuning.
 
     Attributes:
-      hyperparams: the λ with the smallest outer loss of all that were visited, the start among them.
+      hyperparams: the visited λ with the smallest outer loss, the start included; in natural units if `fine_tune` was
+        given `space`, else in those of the start.
       value: [] its outer loss.
-      step: [] int32, the outer step at which it was met; 0 is the start.
+      step: [] int32, the outer step at which it was visited; 0 is the start.
       values: [num_steps + 1] the outer loss at every λ visited; NaN where no horizon ended.
     """
 
@@ -31,35 +32,42 @@ def fine_tune(
     *,
     num_steps: int = 5,
     optimizer: optax.GradientTransformation | None = None,
+    space: base.PyTree | None = None,
 ) -> Callable[[jax.Array, base.HyperParams, base.Task], FineTuned]:
     """A few hypergradient steps on one task, keeping the best λ by validation.
 
         λ_{k+1} = λ_k + optimizer(dF/dλ(λ_k)),    λ* = argmin_{k ≤ K} F(λ_k)
 
-    Start it at g(t') (`predictor.apply`). It costs K hypergradients and one more training run for F(λ_K). Pure: jit it,
-    and vmap it over tasks that each have their own λ. F is a sample (a fresh key at every step), so the smallest of
-    K + 1 values is optimistic as an estimate of the outer loss: judge on data that took no part.
+    Start it at λ in natural units or at a prediction, g(t') = `predictor.apply(meta_params, task)`, which is
+    `spaces.Unconstrained`. It costs K hypergradients and one more training run for F(λ_K). The returned function is
+    pure: jit it, and vmap it over tasks that each have their own λ. F is a sample (a new key at every step), so the
+    smallest of K + 1 values is optimistic as an estimate of the outer loss: evaluate on data that took no part.
 
-    Fine-tuning here is of λ. A pre-trained model θ is fine-tuned to a few-shot task by `methods.pretrained`.
+    This tunes λ. A pre-trained model θ is fine-tuned to a few-shot task by `methods.pretrained`.
 
     Args:
-      estimator: for one task, in unconstrained coordinates (`spaces.constrain`), so that λ stays inside its space. Of
-        rules that carry training from estimate to estimate only those values are compared that ended a horizon: before,
-        F falls because θ is trained, and not because λ is better. Where none did, the last λ is returned.
+      estimator: for one task, of `spaces.constrain(problem, space)`, so that λ stays inside its space. A rule that
+        carries training between estimates has comparable values only where a horizon ended: before, F falls because θ
+        is trained, and not because λ is better. If no horizon ended, the last λ is returned.
       num_steps: K, at least 0; 0 returns the start.
       optimizer: any optax transform; `optax.adam(0.1)` by default.
+      space: of λ. A start in natural units is converted to the estimator's coordinates, and the result is in natural
+        units. Without it, the start must be what the estimator takes, and the result is of the same kind.
 
     Returns:
       `(key, hyperparams, task) -> FineTuned`. A λ whose F is not finite is never the best, unless all are.
 
     Raises:
-      ValueError: `num_steps` is negative.
+      ValueError: if `num_steps` is negative; at trace time, if the start does not fit `space`, or if `space` is missing
+        and a start in natural units meets an estimator in unconstrained coordinates.
     """
     base.check_integer("num_steps", num_steps, 0)
     learner = training.learner(estimator, optax.adam(0.1) if optimizer is None else optimizer)
 
     def tune(key, hyperparams, task):
         init_key, last_key = jax.random.split(key)
+        if space is not None and not isinstance(hyperparams, spaces.Unconstrained):
+            hyperparams = spaces.to_unconstrained(space, hyperparams)
 
         def step(state, _):
             visited = state.hyperparams
@@ -76,6 +84,8 @@ def fine_tune(
         visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), visited, last)
         values = jnp.append(values, last_value)
         best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf)).astype(jnp.int32)
-        return FineTuned(jax.tree.map(lambda x: x[best], visited), values[best], best, values)
+        tuned = jax.tree.map(lambda x: x[best], visited)
+        tuned = tuned if space is None else spaces.to_constrained(space, tuned)
+        return FineTuned(tuned, values[best], best, values)
 
     return tune

@@ -170,7 +170,6 @@ def _fit_noise(key, surrogate, curves, num_steps: int, *, num_tasks: int = 4, nu
         num_steps=num_steps,
         key=key,
         progress=False,
-        handle_signals=False,
     )
     return fitted.hyperparams
 

@@ -12,7 +12,7 @@ import jax
 import optax
 from jax.tree_util import tree_leaves_with_path
 
-from metaopt import base, hypergrad, nas, predictors, training
+from metaopt import base, hypergrad, nas, predictors, spaces, training
 from metaopt.methods._architecture import Search
 from metaopt.methods._settings import plain
 
@@ -22,7 +22,8 @@ class FineTunedArchitecture(NamedTuple):
 
     Attributes:
       alpha: α after the last step; of a search with `learn_init`, `search.genotype({"alpha": alpha})` reads it.
-      params: the supernet's weights there; `search.supernet.inherit` takes those of one network out of them.
+      params: the supernet's weights there; `search.supernet.inherit` takes those of one network out of them, and
+        `trained_network(search.supernet, params, task.train, weights=search.weights(alpha))` predicts with them.
       values: [num_steps] the outer loss before every step of α.
     """
 
@@ -74,8 +75,9 @@ def meta_architecture_search(
 
     Args:
       search: for one task; its `estimator` is the rule by which h is learned.
-      predictor: h, `predictor.apply(φ, task)` gives α as `search` takes it: `predictors.mlp` of a task's features, or
+      predictor: h, whose prediction is α as `search` takes it: `predictors.mlp` of a task's features, or
         `predictors.dataset_embedding` of its rows themselves, of `spaces.real` leaves, one [edges, ops] for each kind.
+        `spaces.Unconstrained` predictions are converted by the space in `predictor.config`.
       num_steps: of fine-tuning, at least 0: each is one step of the weights, from θ_0 on, and then one of α.
       ahead: virtual steps of `hypergrad.lookahead` in fine-tuning; 1 is DARTS's second order, 0 its first.
       optimizer: of α in fine-tuning; `optax.adam(0.05, b1=0.5)` by default.
@@ -84,8 +86,9 @@ def meta_architecture_search(
       A `MetaArchitecture`; its estimator is of the same kind as the search's.
 
     Raises:
-      ValueError: `num_steps` is negative; the search has more λ than α and a start, such as that of `under_budget`; of
-        all that is given λ and a task, h gives α of other kinds or shapes than the search has.
+      ValueError: if `num_steps` is negative, or the search has more λ than α and a start, such as that of
+        `under_budget`; at trace time, if h predicts α of other kinds or shapes than the search has, or `Unconstrained`
+        coordinates without a space in its `config`.
 
     Sources: Elsken et al., CVPR 2020 (MetaNAS), https://arxiv.org/abs/1911.11090; Lian et al., ICLR 2020 (T-NAS).
 
@@ -132,7 +135,7 @@ def meta_architecture_search(
     wanted = jax.eval_shape(search.alpha, made)
 
     def alpha(meta_params, task):
-        given = predictor.apply(meta_params["h"], task)
+        given = _in_natural_units(predictor, predictor.apply(meta_params["h"], task))
         told = lambda tree: {jax.tree_util.keystr(p) or "α": x.shape for p, x in tree_leaves_with_path(tree)}
         if jax.tree.structure(given) != jax.tree.structure(wanted) or told(given) != told(wanted):
             raise ValueError(
@@ -171,3 +174,15 @@ def meta_architecture_search(
     genotype = lambda meta_params, task: search.genotype(apply(meta_params, task))
     settings = {"search": search.settings, "h": plain(predictor.config, depth=20)}
     return MetaArchitecture(estimator, hyperparams, alpha, genotype, fine_tune, over_tasks, settings)
+
+
+def _in_natural_units(predictor: base.Predictor, predicted: base.HyperParams) -> base.HyperParams:
+    """What a predictor of a space predicts, as λ; what another one predicts, as it is."""
+    if not isinstance(predicted, spaces.Unconstrained):
+        return predicted
+    if "space" not in predictor.config:
+        raise ValueError(
+            "`predictor` returns unconstrained coordinates (`spaces.Unconstrained`), and its `config` has no space to "
+            'convert them: give `config={"space": spaces.to_json(space)}`, or return α itself.'
+        )
+    return spaces.to_constrained(spaces.from_json(predictor.config["space"]), predicted)

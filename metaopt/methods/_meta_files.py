@@ -29,6 +29,7 @@ _READERS = {
     _ARCHITECTURE_FORMAT: "`methods.load_meta_architecture`",
     _EVALUATION_FORMAT: "`methods.load_evaluation`",
     "metaopt.predictor": "`predictors.load`",
+    "metaopt.trained_network": "`methods.load_trained_network`",
 }
 # What arrays of a surrogate were added: since which version, and what they are in files of before.
 _ADDED = {"deep_share": (2, 0.0), "transformer_share": (3, 0.0), "max_shown": (4, predictors.MAX_SHOWN)}

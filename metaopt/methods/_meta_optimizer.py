@@ -332,9 +332,7 @@ def _fit(make_learner, sample_tasks, start, num_steps: int, key, *settings):
     """What the learner makes of `start`."""
     leaves, structure = jax.tree.flatten((start, sample_tasks(key)))
     learner = make_learner((structure, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)), *settings)
-    fitted = training.fit(
-        learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=key, progress=False, handle_signals=False
-    )
+    fitted = training.fit(learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=key, progress=False)
     return fitted.hyperparams
 
 

@@ -16,7 +16,9 @@ class OneShot(NamedTuple):
 
     Attributes:
       train: `(key, data) -> params`.
-      score: `(params, genotype, batch) -> []`, the loss of a genotype with the shared weights, smaller is better.
+      score: `(params, genotype, batch) -> []`, the loss of a genotype with the shared weights, smaller is better. It
+        normalizes by the batch, so compare genotypes on the same batch of many rows. To predict with one of them:
+        `trained_network(supernet, params, train, weights=nas.one_hot(network, genotype))`.
       supernet: what is trained.
       loop: the training itself, for runs that are stopped and go on, with checkpoints and a bar: `methods.train(loop,
         data, num_steps=..., key=key, hyperparams=hyperparams, checkpoint_dir=...)[0].params`.

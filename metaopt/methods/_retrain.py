@@ -1,6 +1,7 @@
-"""What a search found, trained from scratch, and how far the search's own figures are from that.
+"""The result of a search, trained from scratch, and how far the search's own figures are from that.
 
-    α --`Search.genotype`--> genotype --`nas.discrete`--> network --`retraining`--> a loop --`train`--> parameters
+    α --`Search.genotype`--> genotype --`nas.discrete`--> network --`retraining`--> a loop --`train`--> a state
+      --`Retraining.finish`--> a `TrainedNetwork`, which predicts
 
 Three accuracies belong to every searched architecture: of the supernet with the mixing weights that it was read from,
 of the architecture with the supernet's weights (one-hot mixing weights), and of the architecture trained alone.
@@ -19,6 +20,7 @@ import optax
 
 from metaopt import base, inner, nas, training
 from metaopt.methods._architecture import check_data
+from metaopt.methods._trained_network import TrainedNetwork, trained_network
 
 Augmentation = Callable[[jax.Array, jax.Array], jax.Array]  # key, x -> x
 
@@ -28,13 +30,14 @@ class Retraining(NamedTuple):
 
     Attributes:
       loop: without hyperparameters (λ is None): `inner.run(loop, num_steps)`, or `train`, which can be continued.
-      apply: `(params, x, mask=None) -> [N, num_outputs]`, without dropped edges or the auxiliary head; `mask` [N] as
-        for `nas.Supernet`.
-      num_steps: that the schedules are made for.
+      finish: `(state, data) -> TrainedNetwork` of a state of the loop and its training data: the network that predicts,
+        normalized by statistics of training rows, without dropped edges or the auxiliary head. `save_trained_network`
+        writes it.
+      num_steps: the number of steps that the schedules are made for.
     """
 
     loop: base.InnerLoop
-    apply: Callable[[base.Params, jax.Array], jax.Array]
+    finish: Callable[[base.InnerState, base.Data], TrainedNetwork]
     num_steps: int
 
 
@@ -61,36 +64,35 @@ def retraining(
         SGD with momentum on g's gradient, clipped by its norm, plus decay · θ; rate_t = rate (1 + cos(π t / T)) / 2
         an edge is dropped with probability drop_path · t / T, of each example
 
-    The auxiliary head sees the last layer that has a stride. Otherwise than the published code, which goes by epochs,
-    schedules go by steps; and normalization is by the batch at hand, without scale, shift or running averages, in
-    training and after: judge batches that are drawn at random (`batched_accuracy`), and expect somewhat less than
-    published numbers.
+    The auxiliary head reads the last layer that has a stride. Two things differ from the published code: schedules
+    count steps and not epochs, and normalization has no scale and shift, so expect slightly less than published
+    numbers. Training normalizes by the batch; `finish` fixes statistics of training rows to predict with.
 
     Args:
       network: a discrete network (`nas.discrete`).
-      in_shape: of one input.
-      ops: of the space.
+      in_shape: shape of one input.
+      ops: the ops of the space.
       num_steps: T.
-      batch_size: of rows of data {"x": [N, *in_shape], "y": [N]}, and "mask" [N] where there is padding, which is not
-        drawn. Integers as "x" are the same numbers as floats: scale images of 0..255 yourself.
-      augment: of a batch's x, floats, one after the other, `(key, x) -> x`; published are `nas.crop_and_flip(4)` and
-        `nas.cutout(16)` for 32 × 32.
-      drop_path: the probability at the end, in [0, 1). 0 where a cell has but one edge, as NAS-Bench-Macro's.
-      auxiliary: weight of the auxiliary head; 0 is none.
+      batch_size: rows of data {"x": [N, *in_shape], "y": [N]} in a batch. With "mask" [N] padding is not drawn.
+        Integers as "x" are the same numbers as floats: scale images of 0..255 yourself.
+      augment: functions `(key, x) -> x` of a batch's x (floats), applied in order; the published ones are
+        `nas.crop_and_flip(4)` and `nas.cutout(16)` for 32 × 32. Predictions do not apply them.
+      drop_path: the probability at the end, in [0, 1). 0 if a cell has only one edge, as those of NAS-Bench-Macro.
+      auxiliary: weight of the auxiliary head; 0 leaves it out.
       auxiliary_widths: as for `nas.auxiliary_head`.
       rate: at the start.
       momentum: of SGD.
       decay: of the weights.
-      clip: of the gradient's norm.
+      clip: largest norm of the gradient.
       loss: `(outputs, batch) -> []`.
 
     Returns:
-      A `Retraining`; `search_report`'s example begins at the search, and goes on to its figures.
+      A `Retraining`. The example of `search_report` goes from the search to predictions.
 
     Raises:
-      ValueError: the network has mixing weights left, or is one of sizes (`nas.conv_net_space`); no layer has a stride
-        for the auxiliary head; a number is out of range; a cell has one edge alone, and `drop_path` is not 0; of the
-        loop, of data that are not traced, labels are no classes, where `loss` is the default.
+      ValueError: if the network has mixing weights left or is one of sizes (`nas.conv_net_space`), no layer has a
+        stride for the auxiliary head, a number is out of range, or a cell has only one edge and `drop_path` is not 0.
+        The loop raises it if labels that are not traced are not classes and `loss` is the default.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, and its code
     """
@@ -111,22 +113,22 @@ def retraining(
         raise ValueError("`network` must have one op on every edge: pass `nas.discrete(network, genotype)`.")
     if drop_path and (single := [kind for kind, cell in network.cells.items() if len(cell.edges) == 1]):
         raise ValueError(
-            f"`drop_path` leaves out edges at random, and is for cells of several; {single[0]!r} has one alone, and "
-            f"got {drop_path}. Pass `drop_path=0`."
+            f"`drop_path` leaves out edges at random and needs cells with several; {single[0]!r} has only one, and "
+            f"`drop_path` is {drop_path}. Pass `drop_path=0`."
         )
     supernet = nas.supernet(network, in_shape, ops=ops)
     strided = [i for i, layer in enumerate(network.layers) if layer.stride > 1]
     if auxiliary and not strided:
         raise ValueError("The auxiliary head sees the last layer with a stride; there is none: pass `auxiliary=0`.")
-    at = strided[-1] if auxiliary else None
+    auxiliary_layer = strided[-1] if auxiliary else None
     head = nas.auxiliary_head(network.num_outputs, widths=auxiliary_widths)
 
     def init(key, hyperparams, data):
         check_data(loss, network, data)
         params = {"network": supernet.init(key)}
-        if at is not None:
+        if auxiliary_layer is not None:
             x = jax.ShapeDtypeStruct((2, *in_shape), jnp.zeros(0).dtype)
-            shape = jax.eval_shape(supernet.features, params["network"], None, x)[at].shape[1:]
+            shape = jax.eval_shape(supernet.features, params["network"], None, x)[auxiliary_layer].shape[1:]
             params["auxiliary"] = head.init(jax.random.fold_in(key, 1), shape, network.num_outputs, 1)
         return params, None
 
@@ -137,13 +139,13 @@ def retraining(
         for change, key in zip(augment, keys, strict=True):
             x = change(key, x)
         edges = (drop_key, drop_path * context.step / num_steps) if drop_path else None
-        if at is None:
+        if auxiliary_layer is None:
             return loss(supernet.apply(params["network"], None, x, edges, mask), batch)
         features = supernet.features(params["network"], None, x, edges, mask)
         outputs = supernet.head(params["network"], features[-1])
         auxiliary_outputs = lambda x: head.apply(params["auxiliary"], x, network.num_outputs, 1)
-        beside = nas.over_real_rows(auxiliary_outputs, features[at], mask)
-        return loss(outputs, batch) + auxiliary * loss(beside, batch)
+        early_outputs = nas.over_real_rows(auxiliary_outputs, features[auxiliary_layer], mask)
+        return loss(outputs, batch) + auxiliary * loss(early_outputs, batch)
 
     def optimizer(hyperparams):
         return optax.chain(
@@ -154,8 +156,8 @@ def retraining(
 
     sampler = inner.minibatch(batch_size)
     loop = inner.loop(train_loss, optimizer, init=init, sampler=sampler, with_context=True)
-    apply = lambda params, x, mask=None: supernet.apply(params["network"], None, x, None, mask)
-    return Retraining(loop, apply, num_steps)
+    finish = lambda state, data: trained_network(supernet, loop.params(state)["network"], data)
+    return Retraining(loop, finish, num_steps)
 
 
 def train(
@@ -171,39 +173,43 @@ def train(
     checkpoint_every: int = 1_000,
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[base.InnerState, np.ndarray]:
-    """Training alone, step by step on the host: what `inner.run` is for runs of hours, which are stopped and continued.
+    """Trains an inner loop step by step on the host: `inner.run` for runs of hours, which are stopped and continued.
 
-    It is `training.fit` of a rule whose λ nothing depends on: progress and checkpoints are those of `fit`. A signal
-    (Ctrl-C, SIGTERM) ends the training after the step, leaves a checkpoint where there is a `checkpoint_dir`, and
-    raises `KeyboardInterrupt`: what is trained by half is not taken for the whole, and a loop over architectures ends,
-    too. After one in the last step the training is whole, and returned. The numbers are those of `inner.run`, to
-    rounding, with `jax.random.split(key)`'s first key.
+    This is `training.fit` of a rule whose λ has no effect, and progress, checkpoints and signals are those of `fit`:
+    Ctrl-C or SIGTERM ends the training after the current step. Half-trained parameters are never returned, and a loop
+    over architectures ends too. The numbers are those of `inner.run`, to rounding, with `jax.random.split(key)`'s first
+    key.
 
     Args:
       loop: the inner loop.
       data: its training data.
-      num_steps: in all, those before an interruption included.
+      num_steps: steps in all, those before an interruption included.
       key: what everything random follows from.
-      hyperparams: λ, constant, a tree of arrays; None where the loop has none.
-      callback: `(step, metrics) -> stop`, with the metric "loss", of training. Where it is not finite training goes on,
-        as it does in `inner.run`: stop it here.
-      progress: draw a bar; None draws one in a terminal or notebook.
-      checkpoint_dir: where checkpoints are kept, one directory for each training; None keeps none.
-      checkpoint_every: steps between them. They hold no data.
-      settings: as for `training.fit`, such as `{"genotype": nas.genotype_to_json(genotype)}`: networks whose arrays
-        have equal shapes are told apart by this alone.
+      hyperparams: λ, constant, a tree of arrays; None if the loop has none.
+      callback: `(step, metrics) -> stop`, with the metric "loss", the training loss. Training goes on if it is not
+        finite, as in `inner.run`: stop it here.
+      progress: draw a bar; None draws one only in a terminal or notebook.
+      checkpoint_dir: the folder for checkpoints, one for each training; None keeps none.
+      checkpoint_every: steps between checkpoints. They hold no data.
+      settings: as for `training.fit`, such as `{"genotype": nas.genotype_to_json(genotype)}`.
 
     Returns:
-      The inner state, and [steps] training losses: fewer than `num_steps` where `callback` stopped it.
+      The inner state, and [steps] training losses: fewer than `num_steps` if `callback` stopped it.
 
     Raises:
-      KeyboardInterrupt: a signal stopped it; with `checkpoint_dir` the same call goes on from there.
-      ValueError: a count is out of range; `checkpoint_dir` holds another run: of another key, other data, another λ,
-        or other `settings`.
+      KeyboardInterrupt: if SIGINT arrived; with `checkpoint_dir`, the same call continues. The exception's `result` is
+        the partial `FitResult`, whose `state.estimator_state` is the inner state.
+      SystemExit: likewise for SIGTERM, with status 143.
+      ValueError: if a count is out of range; if the loop's `init` rejects the data, such as labels that are not classes
+        of a `retraining`; if `checkpoint_dir` is in use, cannot be written to, or holds another run: of another key,
+        other data, another λ, another program or other `settings`.
     """
     init_key, fit_key = jax.random.split(key)
+    # `fit` traces the data, and the values of traced labels cannot be checked: let `init` see the arrays once.
+    arrays = jax.tree.map(jnp.asarray, (hyperparams, data))
+    jax.eval_shape(lambda key: loop.init(key, *arrays), init_key)
 
-    # The loop's λ comes with the data; the rule's own is a number without an effect.
+    # The loop's λ comes with the data; the rule's own λ is a number without an effect.
     def init(key, hyperparams, task):
         return loop.init(init_key, task["hyperparams"], task["data"])
 
@@ -212,7 +218,7 @@ def train(
         loss = jax.value_and_grad(loop.loss, has_aux=True)
         (value, model_state), grads = loss(loop.params(state), task["hyperparams"], batch, context)
         state = loop.update(state, grads, model_state, task["hyperparams"])
-        # A value that is not finite would end the task, and training would begin anew.
+        # A value that is not finite would end the task, and training would start again.
         finite = jnp.where(jnp.isfinite(value), value, jnp.finfo(value.dtype).max)
         return base.Estimate(finite, jnp.zeros_like(hyperparams), jnp.array(False), {"loss": value}), state
 
@@ -229,70 +235,14 @@ def train(
         checkpoint_every=checkpoint_every,
         settings=settings,
     )
-    losses = result.history.get("loss", np.zeros(0))
-    if result.stopped == "signal":
-        kept = "are not kept, since there is no `checkpoint_dir`"
-        kept = kept if checkpoint_dir is None else f"are in {os.fspath(checkpoint_dir)}: the same call goes on"
-        raise KeyboardInterrupt(
-            f"A signal stopped the training after {len(losses)} of {num_steps} steps, which {kept}."
-        )
-    return result.state.estimator_state, losses
-
-
-def batched_accuracy(
-    apply: Callable[[Any, jax.Array], jax.Array], *, batch_size: int = 256
-) -> Callable[[Any, Mapping[str, Any], jax.Array], float]:
-    """Accuracy in random batches of one size, for networks that normalize by the batch at hand.
-
-    Args:
-      apply: `(params, x) -> [N, num_outputs]`; for a supernet,
-        `lambda at, x: supernet.apply(*at, x)` with `at = (params, weights)`.
-      batch_size: the last batch is filled up with rows that are not counted again. At most the number of rows is taken.
-
-    Returns:
-      `(params, data, key) -> accuracy` in [0, 1], of data {"x", "y"}, labels as integers or truth values, shaped as the
-      outputs without their last axis; the key says which rows are together. Of data with "mask" [N] of the real rows
-      alone, which are together with one another; with "class_mask" [C] among the real classes. A row with a NaN among
-      its outputs counts as wrong.
-
-    Raises:
-      ValueError: `batch_size` is below 1; x and y are not as many, or y has another type or shape; "mask" is not [N],
-        or leaves no row; "class_mask" is not [C]; a label is no class.
-    """
-    base.check_integer("batch_size", batch_size, 1)
-    outputs = jax.jit(inner.im2col(apply, only_on_cpu=True))
-
-    def accuracy(params, data, key):
-        nas.row_mask(data)  # a dict with "x"
-        x, y = np.asarray(data["x"]), np.asarray(data["y"])
-        real = np.ones(len(x), bool) if data.get("mask") is None else np.asarray(data["mask"]) > 0
-        if real.shape != x.shape[:1] or not real.any():
-            raise ValueError(
-                f'"mask" must be [N] = {x.shape[:1]}, 1 for a real row and 0 for padding, with a real one; got '
-                f"shape {real.shape}, {int(real.sum())} real."
-            )
-        num = int(real.sum())
-        size = min(batch_size, num)
-        order = np.flatnonzero(real)[np.asarray(jax.random.permutation(key, num))]
-        rows = np.resize(order, -(-num // size) * size)  # from the start again
-        right = []
-        for some in rows.reshape(-1, size):
-            found = np.asarray(outputs(params, x[some]))
-            if not right:
-                nas.check_labels(data, found.shape[-1], (len(x), *found.shape[1:-1]))
-            if data.get("class_mask") is not None:
-                found = np.where(np.asarray(data["class_mask"]) > 0, found, -np.inf)
-            right.append((found.argmax(-1) == y[some]) & ~np.isnan(found).any(-1))
-        return float(np.concatenate(right)[:num].mean())
-
-    return accuracy
+    return result.state.estimator_state, result.history.get("loss", np.zeros(0))
 
 
 # ---- Search time against stand-alone --------------------------------------------------------------------------------
 
 
 class ArchitectureScores(NamedTuple):
-    """Accuracies of one architecture, on the same rows, each in [0, 1] and not in %, as `batched_accuracy` gives them.
+    """Accuracies of one architecture, on the same rows, each in [0, 1] and not in %, as `TrainedNetwork.accuracy`.
 
     Attributes:
       name: what it is called.
@@ -369,14 +319,17 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     ...     alone.loop, task.train, num_steps=alone.num_steps, key=jax.random.key(2), progress=False
     ... )
 
+    >>> trained = alone.finish(state, task.train)  # `methods.save_trained_network` writes it
+    >>> trained.predict(x[:1]).shape
+    (1,)
+
     The three accuracies (a real search judges by rows of a third part, which neither has seen):
 
-    >>> accuracy = lambda apply, at: methods.batched_accuracy(apply)(at, task.valid, jax.random.key(3))
     >>> shared = result.state.estimator_state.inner.params  # the supernet's weights
-    >>> supernet = lambda weights: accuracy(lambda at, x: search.supernet.apply(*at, x), (shared, weights))
+    >>> supernet = lambda weights: methods.trained_network(search.supernet, shared, task.train, weights=weights)
     >>> found = methods.ArchitectureScores(
-    ...     "found", inherited=supernet(nas.one_hot(network, genotype)),
-    ...     retrained=(accuracy(alone.apply, state.params),), mixed=supernet(search.weights(alpha)),
+    ...     "found", inherited=supernet(nas.one_hot(network, genotype)).accuracy(task.valid),
+    ...     retrained=(trained.accuracy(task.valid),), mixed=supernet(search.weights(alpha)).accuracy(task.valid),
     ... )
     >>> print(methods.search_report([found]).text)  # doctest: +ELLIPSIS
     |  | supernet, mixed | supernet's weights, discrete | retrained | mixed − discrete | seeds |
@@ -395,7 +348,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
         for value in (score.inherited, score.mixed, *score.retrained):
             if value < 0 or value > 1 + 1e-6:  # NaN is none
                 raise ValueError(
-                    f"Accuracies must be in [0, 1], as `batched_accuracy` gives them; got {value} of {score.name!r}. "
+                    f"Accuracies must be in [0, 1], as `TrainedNetwork.accuracy`; got {value} of {score.name!r}. "
                     "Divide those in % by 100."
                 )
     inherited = np.array([score.inherited for score in scores])

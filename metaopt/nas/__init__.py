@@ -79,7 +79,7 @@ from metaopt.nas._genotypes import (
     to_nas_bench_201,
 )
 from metaopt.nas._graph_ops import TOKEN_OPS, graph_ops
-from metaopt.nas._masks import check_labels, cross_entropy, over_real_rows, row_mask
+from metaopt.nas._masks import check_labels, cross_entropy, row_mask
 from metaopt.nas._nas_bench_101 import (
     discretize_graph,
     genotype_graph,
@@ -90,6 +90,7 @@ from metaopt.nas._nas_bench_101 import (
     nas_bench_101_network,
     nas_bench_101_space,
 )
+from metaopt.nas._normalization import over_real_rows
 from metaopt.nas._ops import (
     BLOCKS,
     DARTS_OPS,

@@ -1,24 +1,21 @@
-"""Rows that are padding, and labels that are no classes: what a loss, a score and normalization leave out or refuse.
+"""Rows that are padding, and labels that are not classes: losses and scores leave out the first, and reject the second.
 
 A batch's "mask" [N] is 1 for a real row and 0 for padding, wherever it stands; its "class_mask" [C] likewise, as
 `tasks.to_task` writes them:
 
     L = Σ_n mask_n ℓ(y_n, f(x)_n + log class_mask) / Σ_n mask_n
-    mean = Σ_{n, positions} mask_n x / (positions · Σ_n mask_n), and the variance likewise, in every `nas.normalized`
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
-from metaopt import base, rewrite
-from metaopt.nas._ops import NORMALIZATION
+from metaopt import base
 
 
 def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -125,105 +122,22 @@ def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
 
 
 def check_labels(batch: Any, num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
-    """ValueError where labels of real rows are no classes: of traced ones where their type and shape tell it.
+    """Raises ValueError if labels of real rows are not classes. Of traced labels it checks only type and shape.
 
     Args:
-      batch: with "y", and "x", "mask" and "class_mask" where they are there. What is no dict, or has no "y", passes.
+      batch: with "y", and optionally "x", "mask" and "class_mask". What is not a mapping, or has no "y", passes.
       num_outputs: C.
-      shape: that labels must have, [N, positions...]; None does not check it.
+      shape: the shape that labels must have, [N, positions...]; None does not check it.
 
     Raises:
-      ValueError: labels are no integers (or truth values), not as many as rows of "x", or have another shape;
-        "class_mask" is not [C]; a label is below 0 or from C on, or of a class that "class_mask" leaves out.
+      ValueError: if labels are not integers (or truth values), are not as many as rows of "x", or have another shape;
+        if "class_mask" is not [C]; if a label is below 0 or above C - 1, or of a class that "class_mask" leaves out.
     """
     if not isinstance(batch, Mapping) or batch.get("y") is None:
         return
     _check_form(batch, num_outputs, shape)
-    kept = [batch.get(name) for name in ("y", "mask", "class_mask")]
-    if any(isinstance(leaf, Tracer) for leaf in kept):
-        return
-    y, mask, classes = (None if leaf is None else np.asarray(leaf) for leaf in kept)
-    assert y is not None
-    y = y.astype(int) if y.dtype == bool else y
-    if mask is not None and mask.shape in (y.shape, y.shape[:1]):
-        y = y[mask > 0]
-    wrong = (y < 0) | (y >= num_outputs)
-    if wrong.any():
-        raise ValueError(
-            f'The labels "y" must be in 0..{num_outputs - 1}, since the network has {num_outputs} outputs; got labels '
-            f"from {y.min()} to {y.max()}, {int(wrong.sum())} of {wrong.size} outside. Number the classes from 0 "
-            "(`np.unique(y, return_inverse=True)[1]`), or give the network more outputs."
-        )
-    if classes is not None and not (classes[y] > 0).all():
-        raise ValueError(
-            f'"class_mask" leaves out classes that rows have: {sorted(set(y[classes[y] <= 0].tolist()))}. It is 1 for '
-            "every class of the task."
-        )
-
-
-def over_real_rows(fn: Callable[[jax.Array], base.PyTree], x: jax.Array, mask: jax.Array | None) -> base.PyTree:
-    """`fn(x)`, where every `normalized` takes its mean and variance over the real rows, and gives 0 in the others.
-
-    Calls are found by their name in the traced function, inside of loops and branches, too: what an op computes over
-    the batch in another way counts padding.
-
-    Args:
-      fn: of arrays with the rows as their first axis.
-      x: [N, ...].
-      mask: [N], 1 for a real row, 0 for padding; it may be traced. None: all are real, and this is `fn(x)`.
-
-    Returns:
-      What `fn` gives.
-
-    Raises:
-      ValueError: the mask is not [N]; what is normalized has another first axis, or is inside a function with a
-        derivative of its own.
-    """
-    if mask is None:
-        return fn(x)
-    if jnp.shape(mask) != x.shape[:1]:
-        raise ValueError(f"`mask` must be [N] = {x.shape[:1]}, a number for each row of x; got {jnp.shape(mask)}.")
-    real = jnp.asarray(mask) > 0
-    closed, shape = jax.make_jaxpr(fn, return_shape=True)(x)
-    for equation in rewrite.equations(closed.jaxpr):
-        if equation.primitive.name.startswith("custom_") and any(map(_normalizes, rewrite.equations_inside(equation))):
-            raise ValueError(
-                "The batch has a mask, and an op normalizes inside a function with a derivative of its own "
-                "(`jax.custom_vjp`), which the mask does not reach: leave padding out of the batch "
-                "(`inner.minibatch`), or normalize outside of that function."
-            )
-
-    def masked(x, epsilon):
-        return _normalized_real(x, real, epsilon)
-
-    replace = lambda equation: masked if _normalizes(equation) else None
-    return jax.tree.unflatten(jax.tree.structure(shape), rewrite.evaluate(closed.jaxpr, closed.consts, [x], replace))
-
-
-def check_one_row(fn: Callable[[jax.Array], base.PyTree], x: jax.Array) -> None:
-    """ValueError where `fn` normalizes one row [1, ...] by the batch without positions: that is 0, whatever it is."""
-    for equation in rewrite.equations(jax.make_jaxpr(fn)(x).jaxpr):
-        if _normalizes(equation) and math.prod((shape := equation.invars[0].aval.shape)[:-1]) == 1:
-            raise ValueError(
-                f"An op normalizes by the batch, and got one row without positions, of the shape {shape}: its mean is "
-                "the row itself, so that all rows would give the same outputs. Give the network batches of many rows, "
-                "such as those it was trained in (`methods.batched_accuracy` makes them)."
-            )
-
-
-def _normalizes(equation: Any) -> bool:
-    return equation.params.get("name") == NORMALIZATION
-
-
-def _normalized_real(x: jax.Array, real: jax.Array, epsilon: jax.Array) -> jax.Array:
-    """`nas.normalized` over real rows [N], zeros in the others."""
-    if x.shape[0] != real.shape[0]:
-        raise ValueError(
-            f"The batch has a mask of {real.shape[0]} rows, and an op normalizes an array of the shape {x.shape}, "
-            "whose first axis is another: leave padding out of the batch (`inner.minibatch` draws real rows alone)."
-        )
-    axes, inside = tuple(range(x.ndim - 1)), real.reshape(-1, *[1] * (x.ndim - 1))
-    num = real.sum().astype(x.dtype) * math.prod(x.shape[1:-1])
-    mean = jnp.where(inside, x, 0).sum(axes, keepdims=True) / num
-    centered = jnp.where(inside, x - mean, 0)
-    return centered * jax.lax.rsqrt((centered**2).sum(axes, keepdims=True) / num + epsilon)
+    y, mask = batch["y"], batch.get("mask")
+    if mask is not None and np.shape(mask) not in (np.shape(y), np.shape(y)[:1]):
+        mask = None  # of something else than rows
+    name = f'The labels "y" of a network with {num_outputs} outputs'
+    base.check_labels(name, y, num_outputs, mask=mask, class_mask=batch.get("class_mask"))

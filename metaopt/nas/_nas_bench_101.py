@@ -129,7 +129,8 @@ def nas_bench_101_network(
 ) -> tuple[Network, dict[str, _ops.Op]]:
     """The network that NAS-Bench-101 trains for a cell: stacks of it, with pooling and twice the channels between them.
 
-    As published, but for normalization, which is by the batch at hand without scale and shift.
+    As published, except that normalization has no scale and shift. In training it is by the batch, to predict by
+    training rows (`methods.trained_network`).
 
     Args:
       graph: it is pruned first.

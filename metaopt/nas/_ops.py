@@ -3,11 +3,12 @@
 Arrays are [N, spatial..., C]: images [N, H, W, C], sequences [N, L, C], rows of a table [N, C]. A shape written
 `in_shape` has no N. With a stride s every op gives ⌈n / s⌉ positions along every spatial axis.
 
-Normalization is by the mean and variance of the batch at hand, of each channel over all else, without scale, shift or
-running averages: what architecture search uses, since weights that are shared by many networks have no one average. So
-an output depends on the whole batch, at validation too. Rows of padding are left out where `Supernet.apply` is given
-their mask, as searches give it; only in `nas.normalized`, though: what an own op computes over the batch otherwise, it
-computes over padding, too.
+In search and training, normalization uses the mean and variance of the batch, of each channel over all else, without
+scale and shift: weights that many networks share have no one average. So an output depends on the whole batch. To
+predict, a trained network normalizes by statistics of training rows instead, which are computed once
+(`Supernet.statistics`, `methods.trained_network`). Rows of padding are left out if `Supernet.apply` gets their mask, as
+it does in searches. Masks and statistics reach `nas.normalized` only: an own op that computes over the batch in another
+way keeps doing so.
 
 A set of ops is a dict from names to `Op`s. Each named space has its own, since names mean different things in them:
 DARTS's `avg_pool_3x3` is normalized, NAS-Bench-201's is not. One's own go in as `{**nas.BLOCKS, "mine": nas.Op(...)}`.
@@ -50,15 +51,15 @@ class Op(NamedTuple):
 def normalized(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
     """(x − mean) / √(var + ε), of each channel over the batch and all positions; zeros stay zeros.
 
-    Of one row without positions that is 0, whatever x is; supernets refuse such a batch.
-    Where one is applied with a `mask` of rows, over the real ones, and 0 in the others.
+    In a supernet `apply(..., mask=)` takes the moments over the real rows, and `apply(..., statistics=)` uses given
+    ones. Of one row without positions the result is 0, whatever x is; supernets reject such a batch.
 
     Args:
       x: [N, spatial..., C].
       epsilon: ε.
 
     Returns:
-      As x.
+      An array like x.
     """
     return _normalize_channels(x, epsilon)
 
@@ -70,7 +71,7 @@ def _normalize_channels(x, epsilon):
     return centered * jax.lax.rsqrt((centered**2).mean(axes, keepdims=True) + epsilon)
 
 
-# A call of its own in every program, by whose name `synflow` and the masks of rows find it, its operands x and ε.
+# A call of its own in every program: `synflow`, masks and statistics find it by this name. Its operands are x and ε.
 NORMALIZATION = "_normalize_channels"
 
 

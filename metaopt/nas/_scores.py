@@ -309,17 +309,8 @@ def _is_relu(equation: Any, num_rows: int) -> bool:
     return equation.primitive.name == "max" and bool(zeros) and len(shape) > 1 and shape[0] == num_rows
 
 
-def _inner_jaxprs(equation: Any) -> list[Any]:
-    leaves = [
-        leaf for value in equation.params.values() for leaf in (value if isinstance(value, (tuple, list)) else (value,))
-    ]
-    return [j for leaf in leaves if isinstance(j := getattr(leaf, "jaxpr", leaf), core.Jaxpr)]
-
-
 def _holds_relu(jaxpr: Any, num_rows: int) -> bool:
-    return any(
-        _is_relu(e, num_rows) or any(_holds_relu(inner, num_rows) for inner in _inner_jaxprs(e)) for e in jaxpr.eqns
-    )
+    return any(_is_relu(equation, num_rows) for equation in rewrite.equations(jaxpr))
 
 
 def _agreements(jaxpr: Any, consts: Any, args: Any, num_rows: int) -> tuple[list, jax.Array]:
@@ -332,7 +323,7 @@ def _agreements(jaxpr: Any, consts: Any, args: Any, num_rows: int) -> tuple[list
     for equation in jaxpr.eqns:
         operands = [read(v) for v in equation.invars]
         name, params, more = equation.primitive.name, equation.params, 0.0
-        if not any(_holds_relu(inner, num_rows) for inner in _inner_jaxprs(equation)):
+        if not any(_is_relu(inner, num_rows) for inner in rewrite.equations_inside(equation)):
             outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
             outputs = outputs if equation.primitive.multiple_results else [outputs]
             if _is_relu(equation, num_rows):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import base
-from metaopt.nas import _elastic, _genotypes, _masks, _ops
+from metaopt.nas import _elastic, _genotypes, _normalization, _ops
 from metaopt.nas._specs import (
     Cell,
     Edge,
@@ -35,23 +35,30 @@ class Supernet(NamedTuple):
 
     Attributes:
       init: `(key) -> params`.
-      apply: `(params, weights, x, drop_path=None, mask=None) -> [N, num_outputs]` (and all positions between, where the
-        spec is not `pooled`), of x [N, *in_shape]; weights None counts every op once (all sizes of an `ElasticNetwork`
-        are then the largest). Integers as x are the same numbers as floats: of images of uint8, 0..255, which networks
-        that do not normalize first learn worse from than from x / 255. With `drop_path=(key, rate)` each edge is left
-        out of each example with that probability, but for those whose op returns its input as it is, and what stays
-        counts 1 / (1 − rate); sizes have no edges to leave out. With `mask` [N], 1 for a real row and 0 for padding,
-        outputs of real rows are, to rounding, those of a batch of real rows alone: `nas.normalized` leaves padding out.
-        (Own ops that compute over the batch otherwise do not.) A ValueError of a single row that is normalized by the
-        batch without positions: all outputs would be alike.
-      features: as `apply`, the outputs of all layers in the place of the network's, in their order: what an auxiliary
-        head sees.
+      apply: `(params, weights, x, drop_path=None, mask=None, statistics=None) -> [N, num_outputs]` (and all positions
+        between, if the spec is not `pooled`), of x [N, *in_shape]. With weights None every op counts once (all sizes of
+        an `ElasticNetwork` are then the largest). Integers as x are the same numbers as floats: images of uint8 are
+        0..255; networks that do not normalize first learn worse from them than from x / 255.
+        **Without `statistics` it is the network in training and search**: it normalizes by the batch, so the outputs
+        of a row depend on the other rows, and a single row without positions raises a ValueError. With `statistics`
+        (from `statistics` below) the outputs of a row depend on this row only: predict in this way.
+        With `drop_path=(key, rate)` each edge is left out of each example with that probability, except where its op
+        returns its input as it is, and the edges that stay count 1 / (1 − rate); sizes have no edges to leave out.
+        With `mask` [N], 1 for a real row and 0 for padding, outputs of real rows are, to rounding, those of a batch of
+        the real rows only: `nas.normalized` leaves padding out. (An own op that computes over the batch in another way
+        uses all rows, with `mask` and with `statistics`.)
+      features: as `apply`, the outputs of all layers in place of the network's, in their order, as an auxiliary head
+        reads them.
       head: `(params, features of the last layer) -> [N, num_outputs]`.
       inherit: `(params, genotype) -> params` of the genotype's discrete network, with the supernet's weights; raises as
         `discrete` does.
+      statistics: `(params, weights, x, mask=None) -> statistics`, a list with mean and variance of every normalization
+        over the real rows x, all as one batch. They hold for these `params` and `weights` only.
+        `methods.trained_network` computes them from training rows.
       network: the spec.
       in_shape: the shape of one input.
       single_path: whether one op an edge runs, that with the largest weight.
+      partial: K, the share of the channels that ops see is 1/K.
     """
 
     init: Callable[[jax.Array], base.Params]
@@ -59,9 +66,11 @@ class Supernet(NamedTuple):
     features: Callable[..., list[jax.Array]]
     head: Callable[[base.Params, jax.Array], jax.Array]
     inherit: Callable[[base.Params, Genotype], base.Params]
+    statistics: Callable[..., list[_normalization.Statistics]]
     network: Space
     in_shape: tuple[int, ...]
     single_path: bool = False
+    partial: int = 1
 
 
 class _Group(NamedTuple):
@@ -147,8 +156,8 @@ def supernet(
         made = _elastic.elastic_functions(network, in_shape, single_path=single_path, remat=remat_edges)
         inherit = lambda params, genotype: made[-1](params, _genotypes.discrete(network, genotype))
         init, apply, all_features, outputs_of = made[:-1]
-        apply, all_features = _with_mask(apply), _with_mask(all_features)
-        return Supernet(init, apply, all_features, outputs_of, inherit, network, in_shape, single_path)
+        rows = _over_rows(apply), _over_rows(all_features), outputs_of, inherit, _statistics_fn(apply)
+        return Supernet(init, *rows, network, in_shape, single_path)
     check_network(network)
     runs = _build(network, in_shape, ops, partial)
     features = runs[-1].out_shape[-1]
@@ -215,20 +224,36 @@ def supernet(
         layers = _stacked(whole, _build(small, in_shape, ops, partial), small)
         return {"layers": layers, "head": params["head"]}
 
-    apply, all_features = _with_mask(apply), _with_mask(all_features)
-    return Supernet(init, apply, all_features, outputs_of, inherit, network, in_shape, single_path)
+    rows = _over_rows(apply), _over_rows(all_features), outputs_of, inherit, _statistics_fn(apply)
+    return Supernet(init, *rows, network, in_shape, single_path, partial)
 
 
-def _with_mask(fn: Callable) -> Callable:
-    """`apply` or `features`, of integers, too, and with a mask of rows as one more argument."""
+def _over_rows(fn: Callable) -> Callable:
+    """`apply` or `features`, also for integers, with a mask of rows, and with statistics to normalize by."""
 
-    def with_mask(params, weights, x, drop_path=None, mask=None):
+    def over_rows(params, weights, x, drop_path=None, mask=None, statistics=None):
         x = jnp.asarray(x, jnp.result_type(x, float))
+        run = lambda x: fn(params, weights, x, drop_path)
+        if statistics is not None:
+            return _normalization.at_statistics(run, x, statistics)
         if jnp.shape(x)[:1] == (1,):
-            _masks.check_one_row(lambda x: fn(params, weights, x, drop_path), x)
-        return _masks.over_real_rows(lambda x: fn(params, weights, x, drop_path), x, mask)
+            _normalization.check_one_row(run, x)
+        return _normalization.over_real_rows(run, x, mask)
 
-    return with_mask
+    return over_rows
+
+
+def _statistics_fn(apply: Callable) -> Callable:
+    """`Supernet.statistics`."""
+
+    def statistics(params, weights, x, mask=None):
+        x = jnp.asarray(x, jnp.result_type(x, float))
+        run = lambda x: apply(params, weights, x)
+        if jnp.shape(x)[:1] == (1,):
+            _normalization.check_one_row(run, x)
+        return _normalization.statistics_of(run, x, mask)
+
+    return statistics
 
 
 def head(network: Network, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:

@@ -12,12 +12,16 @@ def amortize(estimator: base.Estimator, predictor: base.Predictor) -> base.Estim
     is exact and costs one reverse pass of the predictor. Wrap it in `hypergrad.over_tasks` to learn φ over many tasks.
 
     Args:
-      estimator: for one task; where λ is constrained, for the problem in unconstrained coordinates
-        (`spaces.constrain`), which is what predictors put out.
+      estimator: for one task, of `spaces.constrain(problem, space)`: predictors of a space return `Unconstrained`
+        coordinates. For a predictor of one's own, of the problem in the λ that it returns.
       predictor: g.
 
     Returns:
       An `Estimator` of the same kind for one task, whose `hyperparams` are φ and whose state is the inner estimator's.
+
+    Raises:
+      ValueError: at trace time, if the predictor returns `Unconstrained` and the problem takes λ in natural units, or
+        the predictor returns λ in natural units and the problem is constrained.
     """
 
     def init(key, hyperparams, task):

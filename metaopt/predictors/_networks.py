@@ -1,10 +1,10 @@
 """Networks that map a task to λ: from its meta-features, or from the data themselves.
 
-Both put out unconstrained coordinates z of a space, as one vector,
+Both return unconstrained coordinates z of a space (`spaces.Unconstrained`), computed as one vector,
 
     z = z₀ + A h + B tanh(C h + b),    h the task's features or its embedding,
 
-with A and B zero at the start: training begins at one λ for all tasks, z₀, and departs from it as far as tasks tell.
+with A and B zero at the start: training begins at one λ for all tasks, z₀. `spaces.to_constrained(space, z)` is λ.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from metaopt import base, spaces
 
 
 def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
-    """z₀ as a vector, and the way back from a vector to the unconstrained tree."""
+    """z₀ as a vector, and the function from a vector to `Unconstrained`."""
     if spaces.num_dims(space) == 0:
         raise ValueError(f"`space` must have a leaf that is tuned; got {space}.")
     hyperparams = spaces.default(space) if hyperparams is None else hyperparams
@@ -67,13 +67,15 @@ def mlp(
       space: of λ; its unconstrained coordinates are predicted.
       num_features: F; `task.features` must be [F], standardized (`tasks.apply_scaling`).
       num_hidden: tanh units; 0 leaves the linear map.
-      hyperparams: λ to start from, constrained; by default the space's.
+      hyperparams: λ to start from, in natural units; by default the space's.
 
     Returns:
-      A `Predictor` whose φ is a dict: "center" [Z], "linear" [F, Z], "hidden" [F, H], "bias" [H], "out" [H, Z].
+      A `Predictor` of `Unconstrained` coordinates, whose φ is a dict: "center" [Z], "linear" [F, Z], "hidden" [F, H],
+      "bias" [H], "out" [H, Z].
 
     Raises:
-      ValueError: a size is negative; the space has nothing to tune; at trace time, the task's features are not [F].
+      ValueError: if a size is negative, the space has nothing to tune, or `hyperparams` do not fit the space; at trace
+        time, if the task's features are not [F].
     """
     if num_features < 0 or num_hidden < 0:
         raise ValueError(f"`num_features` and `num_hidden` must not be negative; got {num_features}, {num_hidden}.")
@@ -148,6 +150,7 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
         for name, num in zip(("mask", "feature_mask"), x.shape, strict=True)
     )
     chex.assert_shape((y, mask, feature_mask), [(len(x),), (len(x),), (x.shape[1],)])
+    base.check_labels('The labels "y"', y, len(data["class_mask"]), mask=mask)
     if len(mask) > max_rows:
         first = jnp.argsort(mask <= 0, stable=True)[:max_rows]  # real rows, wherever they stand
         x, y, mask = x[first], y[first], mask[first]
@@ -195,10 +198,11 @@ def dataset_embedding(
       width: of the embedding.
       num_hidden: tanh units of the head.
       max_rows: rows that are read, the first real ones (rows of prepared tables are in random order).
-      hyperparams: λ to start from, constrained; by default the space's.
+      hyperparams: λ to start from, in natural units; by default the space's.
 
     Returns:
-      A `Predictor`; `task.train` must be a dict like that of `tasks.to_task` (`embed_rows` says which parts of it).
+      A `Predictor` of `Unconstrained` coordinates; `task.train` must be a dict like that of `tasks.to_task`
+      (`embed_rows` says which parts of it).
 
     Raises:
       ValueError: a size is out of range; the space has nothing to tune; at trace time, the task's features are not [F],

@@ -16,8 +16,14 @@ the coordinate in [0, 1] in which that distribution is uniform.
 The functions are pure in everything but the space; `jax.jit`, `jax.vmap` and differentiation in
 either mode work on all but the space, which is static: close over it, or use `functools.partial`.
 
-Values outside a leaf's range never raise, because a traced value cannot: they are clipped into the interior.
-What does not fit the space in structure or shape raises a `ValueError` while tracing.
+λ is in **natural units**: `training.fit(space=...)` and `methods.fine_tune(space=...)` take and return λ, and losses
+read λ. Unconstrained coordinates z have a type of their own, `Unconstrained`. `to_unconstrained` and the predictors of
+a space return it; `to_constrained` and the problems that `constrain` returns accept nothing else. λ in place of z, or z
+in place of λ, is an error.
+
+A λ that does not fit the space in structure or shape raises a `ValueError` while tracing. `to_unconstrained` raises a
+`ValueError` for a value outside the range of its leaf. A traced value cannot raise: its coordinate is NaN. `encode` and
+`discretize` replace such a value, as in a record of another space, by the nearest bound.
 
 What is tuned without a gradient runs with a **configuration**: `configuration` writes λ as plain values by name,
 integers rounded, choices as their labels, and leaves out what is not active (`active_if`); `from_configuration` reads
@@ -63,6 +69,7 @@ from metaopt.spaces._tree import (
     to_constrained,
     to_unconstrained,
 )
+from metaopt.spaces._unconstrained import Unconstrained
 
 __all__ = [
     "Choice",
@@ -73,6 +80,7 @@ __all__ = [
     "Positive",
     "Real",
     "Simplex",
+    "Unconstrained",
     "active",
     "active_if",
     "at_bounds",

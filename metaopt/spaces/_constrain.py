@@ -16,10 +16,13 @@ def constrain(problem: base.Problem, space: base.PyTree) -> base.Problem:
       space: a tree of leaves, structured like λ.
 
     Returns:
-      A problem in z; start from `to_unconstrained(space, default(space))`, read λ by `to_constrained(space, z)`.
+      A problem in z, which takes coordinates marked as `Unconstrained` and nothing else. `training.fit` and
+      `methods.fine_tune` convert λ to z and back where they have `space`; elsewhere, `to_unconstrained(space, λ)` and
+      `to_constrained(space, z)` do.
 
     Raises:
-      ValueError: the space has a leaf of another kind, or nothing to tune; later, while tracing, z does not fit it.
+      ValueError: if the space has a leaf of another kind, or nothing to tune; at trace time, if it is given λ in
+        natural units, or z does not fit the space.
 
     >>> import jax
     >>> from metaopt import base, spaces
@@ -33,7 +36,7 @@ def constrain(problem: base.Problem, space: base.PyTree) -> base.Problem:
     ... )
     >>> problem = base.Problem(loop, lambda params, hyperparams, batch, context: params, lambda key, task: task.valid)
     >>> problem = spaces.constrain(problem, {"rate": spaces.positive(0.5)})
-    >>> float(problem.loop.update(1.0, 1.0, None, {"rate": 0.0}))
+    >>> float(problem.loop.update(1.0, 1.0, None, spaces.Unconstrained({"rate": 0.0})))
     0.5
     """
     if num_dims(space) == 0:

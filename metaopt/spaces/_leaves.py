@@ -20,6 +20,7 @@ import numpy as np
 Numbers = float | tuple
 
 _FLOAT32_EPS = float(np.finfo(np.float32).eps)
+_MARGIN = 1e-3  # of the range: how far inside a value at a bound is moved, where its coordinate is finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,16 @@ class Leaf(abc.ABC):
 
     @abc.abstractmethod
     def to_unconstrained(self, value: jax.Array) -> jax.Array:
-        """Unconstrained coordinates from λ; finite for every finite λ."""
+        """Unconstrained coordinates from λ; finite for every finite λ, also where `contains` is false."""
+
+    @property
+    def range(self) -> str:
+        """The range of λ, in words, for error messages."""
+        return "finite"
+
+    def contains(self, value: jax.Array) -> jax.Array:
+        """[*value_shape] bool, whether λ is in the range of the leaf, up to a few rounding errors."""
+        return jnp.isfinite(value)
 
     @abc.abstractmethod
     def encode(self, value: jax.Array) -> jax.Array:
@@ -140,6 +150,17 @@ class Positive(_Gaussian):
         log_value = jnp.log(jnp.clip(value, math.exp(low), math.exp(high)))
         return (log_value - jnp.asarray(np.log(self.default), value.dtype)) / self.scale
 
+    @property
+    def range(self):
+        return "positive (float32 has 7e-35 to 5e34)"
+
+    def contains(self, value):
+        # λ is computed at its limits as the exponential of a large number, which has few correct digits.
+        low, high = (
+            limit + margin for limit, margin in zip(_log_limits(value.dtype), (-_MARGIN, _MARGIN), strict=True)
+        )
+        return (value >= math.exp(low)) & (value <= math.exp(high))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Bounded(Leaf):
@@ -164,9 +185,12 @@ class _Bounded(Leaf):
     def from_plain(self, value, strict):
         value = super().from_plain(value, strict)
         rounding = 0.0 if _is_integer(value) else 1e-6  # of float32
-        if strict and not math.isclose(value, min(max(value, self.low), self.high), rel_tol=rounding):
+        if not strict:
+            return value
+        inside = min(max(value, self.low), self.high)
+        if not math.isclose(value, inside, rel_tol=rounding):
             raise ValueError(f"between {self.low} and {self.high}")
-        return value
+        return inside
 
     def sample(self, key):
         above = jax.random.uniform(key, self.shape, _default_float())
@@ -177,7 +201,20 @@ class _Bounded(Leaf):
 
     def to_unconstrained(self, value):
         eps = float(jnp.finfo(value.dtype).eps)
-        return jax.scipy.special.logit(jnp.clip(_fraction(value, *self.edges, self.log), eps, 1.0 - eps))
+        fraction = _fraction(value, *self.edges, self.log)
+        fraction = jnp.where(fraction < eps, _MARGIN, jnp.where(fraction > 1.0 - eps, 1.0 - _MARGIN, fraction))
+        return jax.scipy.special.logit(fraction)
+
+    @property
+    def range(self):
+        low, high = self.edges
+        return f"between {low} and {high}"
+
+    def contains(self, value):
+        low, high = self.edges
+        scales = (low, high) if self.log else (max(abs(low), abs(high)),) * 2  # λ is a sum of parts of both
+        rounding = 4 * float(jnp.finfo(value.dtype).eps)
+        return (value >= low - rounding * scales[0]) & (value <= high + rounding * scales[1])
 
     def encode(self, value):
         return _fraction(value, *self.edges, self.log)
@@ -252,8 +289,18 @@ class _Weights(Leaf):
         return jax.nn.softmax(z, axis=-1)
 
     def to_unconstrained(self, value):
-        logits = jnp.log(jnp.maximum(value, float(jnp.finfo(value.dtype).eps)))
+        smallest = float(jnp.finfo(value.dtype).eps) / self.num_weights
+        logits = jnp.log(jnp.where(value < smallest, _MARGIN / self.num_weights, value))
         return logits - jnp.mean(logits, axis=-1, keepdims=True)
+
+    @property
+    def range(self):
+        return f"{self.num_weights} nonnegative weights that sum to one"
+
+    def contains(self, value):
+        rounding = max(1e-5, self.num_weights * float(jnp.finfo(value.dtype).eps))
+        sums_to_one = jnp.abs(jnp.sum(value, axis=-1, keepdims=True) - 1.0) <= rounding
+        return jnp.broadcast_to(sums_to_one & jnp.all(value >= -rounding, axis=-1, keepdims=True), value.shape)
 
     def encode(self, value):
         return jnp.clip(value, 0.0, 1.0)
@@ -355,6 +402,15 @@ class Fixed(Leaf):
     def to_unconstrained(self, value):
         raise TypeError("A fixed leaf has no unconstrained coordinates.")
 
+    @property
+    def range(self):
+        return f"the value that the space fixes, {self.value.tolist()}"
+
+    def contains(self, value):
+        floating = [x.dtype for x in (value, self.value) if jnp.issubdtype(x.dtype, jnp.floating)]
+        rounding = 4 * max((float(jnp.finfo(dtype).eps) for dtype in floating), default=0.0)
+        return jnp.isclose(jnp.asarray(value), jnp.asarray(self.value), rtol=rounding, atol=0.0, equal_nan=True)
+
     def encode(self, value):
         raise TypeError("A fixed leaf has no dimension of the encoding.")
 
@@ -408,8 +464,7 @@ def interval(low: float, high: float, *, log: bool = False, default: Any = None,
     """A number between two bounds: λ = low + (high − low)·σ(z), or the same for log λ; z = 0 is the middle.
 
     In floating point λ reaches the bounds (beyond |z| = 17 in float32) and the gradient in z is zero there.
-    `to_unconstrained` therefore clips λ into the interior, by the type's eps of the (log) range: |z| is at most
-    16 in float32 and 37 in float64.
+    `to_unconstrained` therefore moves a value at a bound inside, by 0.001 of the (log) range, where |z| = 6.9.
 
     Args:
       low: lower bound; positive where `log` is true.
@@ -503,7 +558,7 @@ def simplex(num: int, *, default: Any = None, shape: Sequence[int] = ()) -> Simp
     """`num` nonnegative weights that sum to one on the last axis: λ = softmax(z).
 
     z has one coordinate more than λ has degrees of freedom. `to_unconstrained` returns the centered logarithms, which
-    sum to zero, of λ clipped to at least the type's eps: any λ is normalized, and a one-hot λ has finite z.
+    sum to zero. A weight of zero has no logarithm and counts as 0.001 of a uniform weight, so a one-hot λ has finite z.
 
     Args:
       num: number of weights, at least 2.

@@ -1,7 +1,7 @@
-"""What a space does as a whole: one function a verb, over every leaf of the tree.
+"""Functions of a whole space: one verb each, applied to every leaf of the tree.
 
-Unconstrained coordinates have the structure of the space with None in place of fixed leaves. Whatever tree comes in is
-matched with the space first, so that an error names the entry, what was expected there and what came.
+Unconstrained coordinates are marked by `Unconstrained` and have the structure of the space, with None for fixed leaves.
+Every tree is matched with the space first, so that an error names the entry, what was expected and what came.
 """
 
 from typing import Any
@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from metaopt import base
 from metaopt.spaces._leaves import Leaf
+from metaopt.spaces._unconstrained import Unconstrained
 
 
 def sample(key: jax.Array, space: base.PyTree) -> base.HyperParams:
@@ -61,7 +63,7 @@ def default(space: base.PyTree) -> base.HyperParams:
     return treedef.unflatten([leaf.default_value() for _, leaf in leaves])
 
 
-def to_constrained(space: base.PyTree, unconstrained: base.HyperParams) -> base.HyperParams:
+def to_constrained(space: base.PyTree, unconstrained: Unconstrained) -> base.HyperParams:
     """λ from unconstrained coordinates: the bijection of every leaf, applied entry by entry.
 
     Differentiable in both modes, to any order; a saturated coordinate has a zero gradient, never NaN.
@@ -71,45 +73,54 @@ def to_constrained(space: base.PyTree, unconstrained: base.HyperParams) -> base.
       unconstrained: z, structured like the space with None for fixed leaves; a leaf is [*value_shape].
 
     Returns:
-      λ, structured like the space, of the types of z; fixed leaves are their value.
+      λ in natural units, structured like the space, of the types of z; fixed leaves are their value.
 
     Raises:
-      ValueError: z does not fit the space.
+      ValueError: if z is not marked as `Unconstrained` (λ in natural units is not), or does not fit the space.
 
     >>> import jax
     >>> from metaopt import spaces
     >>> space = {"rate": spaces.positive(0.1), "dropout": spaces.unit_interval(), "epochs": spaces.fixed(3)}
     >>> z = spaces.to_unconstrained(space, spaces.default(space))
-    >>> {name: value if value is None else float(value) for name, value in z.items()}
+    >>> {name: value if value is None else float(value) for name, value in z.coordinates.items()}
     {'dropout': 0.0, 'epochs': None, 'rate': 0.0}
     >>> grads = jax.grad(lambda z: spaces.to_constrained(space, z)["dropout"])(z)
-    >>> float(grads["dropout"]), grads["epochs"]
+    >>> float(grads.coordinates["dropout"]), grads.coordinates["epochs"]
     (0.25, None)
     """
     matched, treedef = _match(space, unconstrained, constrained=False)
     return treedef.unflatten([leaf.to_constrained(z) for _, leaf, z in matched])
 
 
-def to_unconstrained(space: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParams:
+def to_unconstrained(space: base.PyTree, hyperparams: base.HyperParams) -> Unconstrained:
     """Unconstrained coordinates from λ, the inverse of `to_constrained`.
 
-    Values at a bound or outside are clipped into the interior (by the type's eps of the range), and so have finite
-    coordinates. A simplex comes back centered. The values of fixed leaves are not looked at, only their shapes.
+    A value at a bound (within the type's eps of the range) has no finite coordinate. It is moved inside, by 0.001 of
+    the (log) range. There the derivative of λ in z is 0.001 of the range, so a gradient that points inward can move λ
+    away from the bound. A zero weight in a simplex of n weights becomes 0.001/n. All other values are kept. The
+    coordinates of a simplex are centered.
 
     Args:
       space: a tree of leaves.
-      hyperparams: λ, structured like the space; integers may be relaxed or not.
+      hyperparams: λ in natural units, structured like the space; integers may be relaxed or not.
 
     Returns:
-      z, structured like the space with None for fixed leaves, of the types of λ where they are floating-point.
+      z, structured like the space with None for fixed leaves, of the types of λ where they are floating-point. A
+      traced value outside the range of its leaf cannot raise: its coordinate is NaN.
 
     Raises:
-      ValueError: λ does not fit the space.
+      ValueError: if λ does not fit the space, or is already `Unconstrained`; if a value that is not traced lies outside
+        the range of its leaf, or differs from the value of a fixed leaf (by more than a few rounding errors).
+
+    >>> from metaopt import spaces
+    >>> spaces.to_unconstrained({"momentum": spaces.unit_interval()}, {"momentum": 2.0})
+    Traceback (most recent call last):
+      ...
+    ValueError: λ lies outside the space at `momentum`: it must be between 0.0 and 1.0; got 2.0. ...
     """
     matched, treedef = _match(space, hyperparams)
-    return treedef.unflatten(
-        [leaf.to_unconstrained(_floating(value)) if leaf.tuned else None for _, leaf, value in matched]
-    )
+    _check_range(matched, jax.tree.leaves(hyperparams))
+    return Unconstrained(treedef.unflatten([_coordinate(leaf, value) for _, leaf, value in matched]))
 
 
 def discretize(space: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParams:
@@ -138,10 +149,11 @@ def discretize(space: base.PyTree, hyperparams: base.HyperParams) -> base.HyperP
 
 
 def encode(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
-    """λ as one vector in the unit cube, in the coordinates that `sample` is uniform in: what surrogates look at.
+    """λ as one vector in the unit cube, in the coordinates that `sample` is uniform in: the inputs of surrogates.
 
     Intervals are their fraction of the (log) range; `real` and `positive` are Φ(z), the normal cumulative distribution;
-    a simplex is its weights. Integers may be relaxed or rounded. Fixed leaves are left out.
+    a simplex is its weights. Integers may be relaxed or rounded. Fixed leaves are left out. A value outside the range,
+    as in a record of another space, is encoded as the nearest bound.
 
     Args:
       space: a tree of leaves.
@@ -245,19 +257,57 @@ def _flatten(space):
     return leaves, treedef
 
 
+def _coordinate(leaf: Leaf, value: jax.Array) -> jax.Array | None:
+    """z of one leaf, NaN where the value is outside its range; None of a fixed leaf."""
+    if not leaf.tuned:
+        return None
+    value = _floating(value)
+    return jnp.where(leaf.contains(value), leaf.to_unconstrained(value), jnp.nan)
+
+
+def _check_range(matched, values) -> None:
+    """Raises ValueError if a value that is not traced lies outside the range of its leaf."""
+    for (path, leaf, _), value in zip(matched, values, strict=True):
+        if isinstance(value, Tracer):
+            continue
+        with jax.ensure_compile_time_eval():
+            array = jnp.asarray(value)
+            array = np.asarray(_floating(array) if leaf.tuned else array)
+            inside = np.asarray(leaf.contains(array))
+        if not np.all(inside):
+            index = tuple(np.argwhere(~inside)[0][: len(leaf.shape)])
+            raise ValueError(
+                f"λ lies outside the space at `{_name(path)}`: it must be {leaf.range}; got {array[index].tolist()}. "
+                "Change the value, or the leaf of the space."
+            )
+
+
 def _match(space, tree, *, constrained: bool = True):
     """[(path, leaf, array or None)] and the structure of the space; raises where `tree` does not fit.
 
-    Unconstrained trees have None for fixed leaves.
+    Unconstrained trees are marked, and have None for fixed leaves.
     """
     leaves, treedef = _flatten(space)
+    if constrained and isinstance(tree, Unconstrained):
+        raise ValueError(
+            "λ is expected in natural units, and these are unconstrained coordinates (`spaces.Unconstrained`). "
+            "`spaces.to_constrained(space, z)` converts them."
+        )
+    if not constrained:
+        if not isinstance(tree, Unconstrained):
+            raise ValueError(
+                f"λ is in natural units here (got {_describe(tree)}), and unconstrained coordinates are expected. Pass "
+                "`space=` to `training.fit` or `methods.fine_tune`, or convert λ by "
+                "`spaces.to_unconstrained(space, hyperparams)`. Coordinates are marked by `spaces.Unconstrained`."
+            )
+        tree = tree.coordinates
     expected = space if constrained else jax.tree.map(lambda leaf: leaf if leaf.tuned else None, space)
     if jax.tree.structure(tree) != jax.tree.structure(expected):
         subject = "λ" if constrained else "The unconstrained λ"
-        found = _difference(space, expected, tree, ())
-        if found is None:
-            found = ((), f"expected {jax.tree.structure(expected)}, got {jax.tree.structure(tree)}")
-        path, text = found
+        difference = _difference(space, expected, tree, ())
+        if difference is None:
+            difference = ((), f"expected {jax.tree.structure(expected)}, got {jax.tree.structure(tree)}")
+        path, text = difference
         source = "default(space)" if constrained else "to_unconstrained(space, default(space))"
         raise ValueError(
             f"{subject} does not fit the space at `{_name(path)}`: {text}. "

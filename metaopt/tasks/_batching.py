@@ -116,7 +116,7 @@ def to_task(
         }
 
     task = base.Task(pad(prepared.train, rows[0]), pad(prepared.valid, rows[1]), features)
-    _check_finite(task, prepared.name)
+    _check_values(task, prepared.name)
     return task
 
 
@@ -183,7 +183,8 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
       A `Task` of JAX arrays [T, ...].
 
     Raises:
-      ValueError: there is no task; structures, shapes or types differ; or a leaf has a NaN or an infinite value.
+      ValueError: if there is no task; if structures, shapes or types differ; if a leaf has a NaN or an infinite value;
+        if a label is not a class that "class_mask" allows.
     """
     if not len(tasks):
         raise ValueError("`tasks` must hold at least one task; it is empty.")
@@ -213,6 +214,7 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
                     "make them one type."
                 )
             _check_leaf(path, leaf, name)
+        base.check_task_labels(name, task)
         rows.append(leaves)
     return jax.tree.unflatten(structure, [jnp.asarray(np.stack(leaf)) for leaf in zip(*rows, strict=True)])
 
@@ -279,9 +281,11 @@ def resplit(key: jax.Array, task: base.Task) -> base.Task:
     return task._replace(train=take(train, 0), valid=take(valid, num_real(train)))
 
 
-def _check_finite(task: base.Task, name: str) -> None:
+def _check_values(task: base.Task, name: str) -> None:
+    """ValueError if a padded task has a value that is not finite, or a label that is not a class."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(task)[0]:
         _check_leaf("task" + jax.tree_util.keystr(path), np.asarray(leaf), f"task {name}")
+    base.check_task_labels(f"task {name}", task)
 
 
 def _check_leaf(path: str, leaf: np.ndarray, name: str) -> None:

@@ -70,7 +70,7 @@ def from_arrays(
         numbers, or not finite; a label is missing (NaN, None) or no class: a number that is not whole; a group or
         superclass is missing.
     """
-    x, given, y = np.asarray(x), y, np.asarray(y)
+    x, given, y = np.asarray(x), y, exact_array(y)
     y = y.astype(np.float32) if y.dtype.kind == "V" else y  # bfloat16, for one
     if not x.ndim or not len(x):
         raise ValueError(f"Source {name!r} is empty: `x` must have at least one example; got shape {x.shape}.")
@@ -108,9 +108,9 @@ def from_arrays(
                 f"Source {name!r}: `superclass` must have one entry for each of the {len(labels)} classes; got shape "
                 f"{np.shape(superclass)}."
             )
-        superclass = np.unique(np.asarray(superclass), return_inverse=True)[1].astype(np.int32)
+        superclass = np.unique(exact_array(superclass), return_inverse=True)[1].astype(np.int32)
     if group is not None:
-        group = np.unique(np.asarray(group), return_inverse=True)[1].astype(np.int32)
+        group = np.unique(exact_array(group), return_inverse=True)[1].astype(np.int32)
         group = group if group.max() > 0 else None
     if ontology is not None:
         ontology = {str(node): tuple(map(str, children)) for node, children in ontology.items()}
@@ -128,6 +128,21 @@ def _check_labels(name: str, given: Any, y: np.ndarray) -> None:
                 f"Source {name!r}: `y` must be classes, integers or strings; got {label} for example {row}. Bin what "
                 "is measured, and leave out examples without a label."
             )
+
+
+def exact_array(values: Any) -> np.ndarray:
+    """Makes an array in which integers keep their values: NumPy makes floats of [2**63, -1], which merge others.
+
+    Args:
+      values: an array, or a sequence.
+
+    Returns:
+      The array; of Python objects if float64 cannot hold every integer.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind == "f" and not isinstance(values, np.ndarray) and (np.abs(array) >= 2**53).any():
+        return np.asarray(values, object)
+    return array
 
 
 def first_missing(values: Any) -> int | None:

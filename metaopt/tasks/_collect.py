@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metaopt import base
+from metaopt import _locks, base
 from metaopt.progress import progress_bar
 from metaopt.tasks._random_search import random_search
 from metaopt.tasks._records import append_records, read_records
@@ -85,8 +85,8 @@ def collect(
         own), so that only the difference of the two is spent.
       store: a file of records (`append_records`), made where there is none; by default, none. A trial of which it has
         the end is not run again, a failed one neither: where the objective has been corrected since, `retry_failed`.
-        An empty file beside it, which ends in `.lock`, is there while a collection is; what a killed one leaves of it
-        is harmless, and may be deleted.
+        While a collection runs, a small file next to it, which ends in `.lock`, holds the process id. A killed
+        collection leaves that file behind, which is harmless.
       study: the collection's name in the store. One is continued by calling again with the same space, searcher,
         `batch_size`, `same_trials`, `resumes` and key; `num_trials` may be larger, tasks may come and go, and
         configurations be enqueued `after` what has been run. One collection of a study at a time: several studies may
@@ -268,38 +268,28 @@ def _identity(record: base.Record) -> tuple:
 
 @contextlib.contextmanager
 def _alone(store, study: str) -> Iterator[None]:
-    """Refuses a second collection of a study: it would run the same trials, and hear of other outcomes.
+    """Raises ValueError if another collection of the study is running: both would run the same trials.
 
-    The lock is the system's, on an empty file beside the store: it ends with the process, however that ends, and with
-    what the process has forked (joblib's "multiprocessing"; not its threads, loky, or the children of trials).
+    The lock file lies next to the store. Forked workers (joblib's "multiprocessing") hold the lock too; threads, loky
+    and the processes of trials do not.
     """
     path = "" if store is None else os.path.realpath(store)  # through every link, it is the same file
     if store is not None and not os.path.isdir(os.path.dirname(path)):
         raise FileNotFoundError(
             f"The store {os.fspath(store)} cannot be made: there is no folder of it. Make that first."
         )
-    if store is None or os.name != "posix":
+    if store is None:
         yield
         return
-    import fcntl
-
-    path = f"{path}-{zlib.crc32(study.encode()):08x}.lock"
-    while True:
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"Another collection of the study {study!r} in {store} is under way, and runs the same trials. "
-                    "`num_workers` runs more of them at a time; another search needs another `study`."
-                ) from None
-            if os.fstat(file.fileno()).st_nlink == 0:  # who had it has ended in between, and removed it
-                continue
-            try:
-                yield
-            finally:
-                os.unlink(path)
-            return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_locks.exclusive(f"{path}-{zlib.crc32(study.encode()):08x}.lock"))
+        except _locks.Locked:
+            raise ValueError(
+                f"Another collection of the study {study!r} in {store} is under way, and runs the same trials. "
+                "`num_workers` runs more of them at a time; another search needs another `study`."
+            ) from None
+        yield
 
 
 def _read_ended(store, study, named, retry_failed) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:

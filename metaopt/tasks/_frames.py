@@ -57,8 +57,8 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
       The records, in order.
 
     Raises:
-      ValueError: it is no data frame, a column that is needed is missing, a task's name or a reason is no text, or a
-        configuration no JSON.
+      ValueError: if it is not a data frame, or a required column is missing, or a task or reason is not text, or a
+        configuration is neither JSON of a dict nor a dict; the message names the row, from 0.
     """
     frame = as_pandas("frame", frame)
     if missing := {"task", "configuration"} - set(frame.columns):
@@ -66,23 +66,26 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
     columns = [name for name in Record._fields if name in frame.columns]
     rows = zip(*(_values(frame[name]) for name in columns), strict=True)
     records = []
-    for record in (Record(**dict(zip(columns, row, strict=True))) for row in rows):
+    for number, row in enumerate(rows):
+        record = Record(**dict(zip(columns, row, strict=True)))
         reason = "" if record.reason != record.reason else record.reason  # NaN
         for name, text in (("task", record.task), ("reason", reason)):
             if not isinstance(text, str):
                 raise ValueError(
-                    f"The column {name!r} must hold texts; got {text!r}, which may have been another text in a file of "
-                    "CSV: `records_from_frame` says how pandas reads one."
+                    f"The column {name!r} must hold texts; got {text!r} in row {number}, which may have been another "
+                    "text in a CSV file: the docstring of `records_from_frame` says how pandas reads one."
                 )
         configuration = record.configuration
         if not isinstance(configuration, dict):
             try:
                 configuration = json.loads(configuration)
             except (TypeError, ValueError):
-                raise ValueError(
-                    f'The column "configuration" must hold JSON or dicts; got {configuration!r}. `records_to_frame` '
-                    "makes such frames."
-                ) from None
+                configuration = None
+        if not isinstance(configuration, dict):
+            raise ValueError(
+                f'The column "configuration" must hold dicts, or JSON of dicts; got {record.configuration!r} in row '
+                f"{number}. `records_to_frame` makes such frames."
+            )
         records.append(record._replace(configuration=configuration, reason=reason))
     return records
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metaopt import base
 from metaopt.tasks._prepare import PreparedTable
 from metaopt.tasks._tables import Table
 
@@ -59,7 +60,8 @@ def metafeatures(
       One float a name; the names depend on `groups` alone.
 
     Raises:
-      ValueError: an unknown group, fewer than 2 rows, no column, arrays that do not fit together, infinite values.
+      ValueError: an unknown group, fewer than 2 rows, no column, arrays that do not fit together, infinite or complex
+        values.
       ImportError: landmarking without scikit-learn.
     """
     unknown = set(groups) - set(GROUPS)
@@ -71,6 +73,8 @@ def metafeatures(
         x, y, categorical = table.x, table.y, table.categorical
     else:
         x, y, categorical = table
+    if np.iscomplexobj(x):
+        raise ValueError(f"meta-features need real numbers; got {np.asarray(x).dtype}. Make two columns of each.")
     x, categorical = np.array(x, np.float64), np.asarray(categorical, bool)
     y = np.unique(np.asarray(y), return_inverse=True)[1]
     if len(x) < 2:
@@ -115,7 +119,7 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
       `fit_scaling` makes numbers of one size of them.
 
     Raises:
-      ValueError: the shapes do not fit.
+      ValueError: if the shapes do not fit, or a label is negative.
 
     >>> import numpy as np
     >>> from metaopt import tasks
@@ -129,6 +133,7 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
             "`images` must be [N, height, width, channels] and `labels` [N], at least one; got the shapes "
             f"{np.shape(images)} and {np.shape(labels)}."
         )
+    base.check_labels("`labels`", labels, int(np.max(labels)) + 1)
     x, half = np.asarray(images).mean(-1), np.shape(images)[2] // 2
     centered = x - x.mean(0)
     power = float((centered**2).mean())

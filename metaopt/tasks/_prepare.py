@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metaopt.tasks._columns import merged_values
 from metaopt.tasks._tables import Table
 
 _log = logging.getLogger(__name__)
@@ -102,8 +103,8 @@ def prepare(
       A `PreparedTable`, with its rows in random order.
 
     Raises:
-      ValueError: an argument is out of its range; the table's arrays do not fit together; or fewer than 2 classes
-        or no column can be learned from.
+      ValueError: if an argument is out of range, if the arrays of the table do not fit together, if `x` is not real or
+        not finite in float32, or if there are fewer than 2 classes, no varying column or no validation row.
 
     Source: quantile transform, Gorishniy et al., NeurIPS 2021, https://arxiv.org/abs/2106.11959; soft clipping,
       Holzmüller et al., NeurIPS 2024, https://arxiv.org/abs/2407.04491
@@ -123,25 +124,13 @@ def prepare(
     ):
         if value < least:
             raise ValueError(f"`{name}` must be at least {least}; got {value}.")
-    num_rows, num_columns = np.shape(table.x) if np.ndim(table.x) == 2 else (None, None)
-    if num_rows is None or np.shape(table.y) != (num_rows,) or np.shape(table.categorical) != (num_columns,):
-        raise ValueError(
-            f"table {table.name}: `x` must be [rows, columns], `y` [rows] and `categorical` [columns]; got "
-            f"{np.shape(table.x)}, {np.shape(table.y)} and {np.shape(table.categorical)}."
-        )
-    if not np.issubdtype(np.asarray(table.y).dtype, np.integer) or np.min(table.y, initial=0) < 0:
-        raise ValueError(
-            f"table {table.name}: `y` must be classes as integers from 0 on; got {np.asarray(table.y).dtype}, such as "
-            f"{np.asarray(table.y).ravel()[:3].tolist()}. `np.unique(y, return_inverse=True)[1]` makes them so."
-        )
-    if np.isinf(table.x).any():
-        raise ValueError(f"table {table.name} has infinite values; missing ones are NaN.")
+    table, raw = _checked(table)
 
     rng = np.random.default_rng(seed)
     index = np.arange(len(table.y))
-    counts = np.bincount(table.y)
-    if max_classes is not None and (counts > 0).sum() > max_classes:
-        frequent = np.argsort(-counts, kind="stable")[:max_classes]
+    labels, counts = np.unique(table.y, return_counts=True)
+    if max_classes is not None and len(labels) > max_classes:
+        frequent = labels[np.argsort(-counts, kind="stable")[:max_classes]]
         index = index[np.isin(table.y, frequent)]
         _log.warning("table %s: only its %d most frequent classes are kept", table.name, max_classes)
     if len(index) > max_rows:
@@ -150,14 +139,19 @@ def prepare(
     classes = np.unique(table.y[train])
     if len(classes) < 2:
         raise ValueError(f"table {table.name} has fewer than 2 classes.")
-    lost = np.setdiff1d(np.flatnonzero(counts), classes)
+    lost = np.setdiff1d(labels, classes)
     if len(lost):
         _log.warning("table %s: classes %s have no training row and are dropped", table.name, lost.tolist())
         valid, test = (rows[np.isin(table.y[rows], classes)] for rows in (valid, test))
+    for name, fraction, rows in (("valid", valid_fraction, valid), ("test", test_fraction, test)):
+        if fraction > 0 and not len(rows):
+            raise ValueError(
+                f"table {table.name}: `{name}_fraction` {fraction} of {len(index)} rows leaves no {name} row, because "
+                "each class keeps a row to train on. Take a larger fraction or a larger table."
+            )
 
     fit_y = np.searchsorted(classes, table.y[train])
     blocks = []
-    raw = np.array(table.x, np.float32)
     used = np.concatenate([train, valid, test])
     for j, is_categorical in enumerate(table.categorical):
         column = table.x[:, j].astype(np.float64)
@@ -195,6 +189,49 @@ def prepare(
         classes=classes.astype(np.int32),
         categorical=table.categorical,
     )
+
+
+def _checked(table: Table) -> tuple[Table, np.ndarray]:
+    """The table as arrays, and its `x` in float32; raises ValueError if an array has a wrong shape, type or value."""
+    x, y, categorical = np.asarray(table.x), np.asarray(table.y), np.asarray(table.categorical, bool)
+    if x.ndim != 2 or y.shape != x.shape[:1] or categorical.shape != x.shape[1:]:
+        raise ValueError(
+            f"table {table.name}: `x` must be [rows, columns], `y` [rows] and `categorical` [columns]; got "
+            f"{x.shape}, {y.shape} and {categorical.shape}."
+        )
+    if x.dtype.kind not in "biuf":
+        raise ValueError(
+            f"table {table.name}: `x` must be real numbers, NaN where missing; got {x.dtype}. Number the values "
+            "of text columns, and split complex columns into two."
+        )
+    highest = np.iinfo(np.int32).max
+    if y.dtype.kind not in "iu" or np.min(y, initial=0) < 0 or np.max(y, initial=0) > highest:
+        raise ValueError(
+            f"table {table.name}: `y` must be classes as integers from 0 on; got {y.dtype}, such as "
+            f"{y[:3].tolist()}. `np.unique(y, return_inverse=True)[1]` makes them so."
+        )
+    with np.errstate(over="ignore"):  # checked below
+        narrow = x.astype(np.float32)
+    if np.isinf(narrow).any():
+        row, column = np.argwhere(np.isinf(narrow))[0]
+        raise ValueError(
+            f"table {table.name} has infinite values in float32: column {column} of `x` has {x[row, column]} in row "
+            f"{row}. Rescale it, or write missing values as NaN."
+        )
+    for j, num_lost in merged_values(x).items():
+        if categorical[j]:
+            raise ValueError(
+                f"table {table.name}: float32 merges {num_lost} of the codes in the categorical column {j} of `x`. "
+                "Number the levels 0, 1, 2 ... with `np.unique(column, return_inverse=True)[1]`."
+            )
+        _log.warning(
+            "table %s: float32 merges %d values of column %d of `x`; remove the column if it is an id, otherwise "
+            "subtract its smallest value",
+            table.name,
+            num_lost,
+            j,
+        )
+    return table._replace(x=x, y=y, categorical=categorical), narrow
 
 
 def _split(y: np.ndarray, index: np.ndarray, fractions: tuple[float, ...], rng) -> list[np.ndarray]:

@@ -41,7 +41,8 @@ _TIMEOUT = 300  # seconds that a writer waits for others
 _APPLICATION = 0x6D657461  # "meta", in the header of the file
 _COLUMNS = ", ".join(Record._fields)
 _BEGUN = ("WAITING", "RUNNING")
-_NOT_ITS_FAULT = ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")
+_NOT_ITS_FAULT = ("SQLITE_BUSY", "SQLITE_FULL")
+_NOT_WRITABLE = ("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")
 _SCHEMA = f"""
 CREATE TABLE records (
   id INTEGER PRIMARY KEY, study TEXT NOT NULL, task TEXT NOT NULL, configuration TEXT NOT NULL, outcome REAL,
@@ -67,6 +68,7 @@ def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, s
       ValueError: a record cannot be written (its status is unknown, its fidelity not in (0, 1], its outcome or cost no
         number, its configuration no plain data, its task or reason no text, its seed or trial no integer of 64 bits),
         or the file is damaged, of something else, or of a later version of metaopt.
+      OSError: if the file or its folder cannot be written.
     """
     _insert(file, [(study, *_to_row(record)) for record in records])
 
@@ -83,7 +85,7 @@ def read_records(
     numbers each different outcome.
 
     Args:
-      file: its path.
+      file: its path; the file and its folder may be read-only.
       study: of one study only; by default, of all.
       task: of one task, or of several.
       status: of one status, or of several, such as `("COMPLETE", "PRUNED")`.
@@ -94,11 +96,12 @@ def read_records(
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, of something else, or of a later version of metaopt; `status` is unknown.
+      ValueError: if the file is damaged, of something else, or of a later version of metaopt; if a row is broken (the
+        message has its number); or if `status` is unknown.
     """
     if unknown := set(_listed(status or ())) - set(STATUSES):
         raise ValueError(f"`status` must be of {', '.join(STATUSES)}; got {sorted(unknown)}.")
-    query, values = f"SELECT study, {_COLUMNS} FROM records WHERE 1", []
+    query, values = f"SELECT id, study, {_COLUMNS} FROM records WHERE 1", []
     # A trial's status is known once all of its rows are.
     for column, wanted in (("study", study), ("task", task), ("status", status if history else None)):
         if wanted is not None:  # one variable, whose number SQLite limits
@@ -107,19 +110,19 @@ def read_records(
     with _open(file) as connection:
         rows = connection.execute(f"{query} ORDER BY id", values)
         if history:
-            return [_from_row(row[1:]) for row in rows]
-        records = _of_each_trial(rows)
+            return [_read_row(file, row) for row in rows]
+        records = _of_each_trial(file, rows)
     return [record for record in records if status is None or record.status in _listed(status)]
 
 
-def _of_each_trial(rows) -> list[Record]:
+def _of_each_trial(file, rows) -> list[Record]:
     """What counts of each trial, of rows in the order in which they were appended."""
     names: dict[str, str] = {}  # of configurations, by their text
     trials: dict[tuple, dict[Any, tuple[int, Record]]] = {}  # by how they ended, and the place at which they are listed
-    for place, (study, *row) in enumerate(rows):
-        record = _from_row(row)
-        if (name := names.get(row[1])) is None:
-            name = names[row[1]] = json.dumps(record.configuration, sort_keys=True)
+    for place, row in enumerate(rows):
+        record, study, text = _read_row(file, row), row[1], row[3]
+        if (name := names.get(text)) is None:
+            name = names[text] = json.dumps(record.configuration, sort_keys=True)
         of = trials.setdefault((study, record.task, record.trial, name, record.fidelity, record.seed), {})
         if record.status in _BEGUN:
             if not of or _BEGUN in of:
@@ -141,7 +144,7 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
       to: the path of a file that does not exist yet.
 
     Returns:
-      How many rows were copied. Those on pages of the file that cannot be read are lost.
+      How many rows were copied. Broken rows, and those on pages of the file that cannot be read, are lost.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -191,42 +194,83 @@ def _insert(file, rows):
 
 @contextlib.contextmanager
 def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqlite3.Connection]:
-    """A connection to a file of records; SQLite's errors become those that say what to do."""
+    """A connection to a file of records; SQLite's errors are replaced by errors that name the file and a remedy."""
     path = Path(file)
     if not create and not path.is_file():
         raise FileNotFoundError(f"There is no file of records at {file}.")
-    # Transactions are begun by hand.
-    connection = sqlite3.connect(path, isolation_level=None)
+    with contextlib.ExitStack() as stack:
+        try:
+            yield _connect(path, create, stack)
+        except sqlite3.DatabaseError as error:
+            raise _explained(error, path, create, recover) from error
+
+
+def _connect(path: Path, create: bool, stack: contextlib.ExitStack) -> sqlite3.Connection:
+    """A connection that `stack` closes. To read a file, its folder need not be writable."""
+
+    def connect(name, uri=False):
+        connection = sqlite3.connect(name, isolation_level=None, uri=uri)  # transactions are begun by hand
+        stack.callback(connection.close)
+        connection.text_factory = _decoded
+        _check(connection, path, create)
+        return connection
+
     try:
-        _check(connection, file)
-        yield connection
-    except sqlite3.DatabaseError as error:
-        if (error.sqlite_errorname or "").startswith(_NOT_ITS_FAULT):
-            raise OSError(f"{file}: {error}.") from error
-        if "no such table" in str(error) or "no such column" in str(error) or "has no column" in str(error):
-            raise ValueError(
-                f"{file} says that it is a file of records, and lacks what they are in ({error}): it is damaged where "
-                "the tables are listed, or another program has changed it. `tasks.recover_records` needs them, too; "
-                "what SQLite's own shell can still find, `sqlite3 FILE .recover` prints."
-            ) from error
-        # The row or the query is wrong, and not the file.
-        if (error.sqlite_errorname or "").startswith(("SQLITE_CONSTRAINT", "SQLITE_ERROR")):
-            raise ValueError(f"{file} does not take this: {error}.") from error
-        hint = "" if recover else " `tasks.recover_records` copies what can still be read to a new file."
-        raise ValueError(f"{file} is damaged, or is no file of records: {error}.{hint}") from error
-    finally:
-        connection.close()
+        return connect(path)
+    except sqlite3.OperationalError as error:
+        if create or not _error_name(error).startswith(_NOT_WRITABLE):
+            raise
+    # SQLite cannot create `-shm` next to the file. A `-wal` file holds rows that are not in the file yet.
+    wal = Path(f"{path}-wal")
+    if not wal.is_file() or not wal.stat().st_size:
+        return connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    for part in (path, wal):
+        shutil.copyfile(part, folder / part.name)
+    return connect(folder / path.name)
 
 
-def _check(connection, file):
-    application, version = _header_of_made(connection)
+def _explained(error: sqlite3.DatabaseError, path: Path, create: bool, recover: bool) -> Exception:
+    name, text = _error_name(error), str(error)
+    if name.startswith(_NOT_WRITABLE):
+        if create:
+            return OSError(
+                f"{path} cannot be written ({error}). SQLite writes to the file, and keeps others next to it: give a "
+                f"path in a folder that exists and can be written; the folder here is {path.absolute().parent}."
+            )
+        return OSError(f"{path} cannot be read ({error}). Check the permissions of the file and its folder.")
+    if name.startswith(_NOT_ITS_FAULT):
+        return OSError(f"{path}: {error}.")
+    if "no such table" in text or "no such column" in text or "has no column" in text:
+        return ValueError(
+            f"{path} says that it is a file of records, and lacks what they are in ({error}): it is damaged where "
+            "the tables are listed, or another program has changed it. `tasks.recover_records` needs them, too; "
+            "what SQLite's own shell can still find, `sqlite3 FILE .recover` prints."
+        )
+    if name.startswith(("SQLITE_CONSTRAINT", "SQLITE_ERROR")):  # the row or the query is wrong, and not the file
+        return ValueError(f"{path} does not take this: {error}.")
+    hint = "" if recover else " `tasks.recover_records` copies what can still be read to a new file."
+    return ValueError(f"{path} is damaged, or is no file of records: {error}.{hint}")
+
+
+def _error_name(error: sqlite3.Error) -> str:
+    return getattr(error, "sqlite_errorname", None) or ""  # Python's own errors have none
+
+
+def _decoded(text: bytes) -> str:
+    """Text that is not UTF-8 gets surrogates, which `_from_row` rejects."""
+    return text.decode(errors="surrogateescape")
+
+
+def _check(connection, file, create):
+    application, version = _header_of_made(connection, create)
     if application != _APPLICATION:
         raise ValueError(f"{file} is an SQLite file, but none of records.")
     if version > VERSION:
         raise ValueError(f"{file} has version {version}; this metaopt reads version {VERSION}. Use a later metaopt.")
 
 
-def _header_of_made(connection) -> list[int]:
+def _header_of_made(connection, create: bool) -> list[int]:
     """The application and the version in the header, once the file is made: by this process, or by another."""
     header = lambda: [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
     deadline = time.monotonic() + _TIMEOUT
@@ -239,6 +283,7 @@ def _header_of_made(connection) -> list[int]:
                     if not connection.execute("SELECT * FROM sqlite_master").fetchone():
                         for statement in _SCHEMA.split(";")[:-1]:
                             connection.execute(statement)
+            if create:
                 connection.execute("PRAGMA journal_mode = WAL")  # stays with the file
             found = header()
             connection.execute(f"PRAGMA busy_timeout = {1000 * _TIMEOUT}")
@@ -253,10 +298,8 @@ def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
     if not isinstance(record.reason, str):
         raise ValueError(f'A record\'s reason must be a text, "" where there is none; got {record.reason!r}.')
     for name, text in (("task", record.task), ("reason", record.reason)):
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # from the name of a file, which may be any bytes
-            raise ValueError(f"A record's {name} must be a text in Unicode; got {text!r}.") from None
+        if not _is_unicode(text):  # from the name of a file, which may be any bytes
+            raise ValueError(f"A record's {name} must be a text in Unicode; got {text!r}.")
     try:
         configuration = json.dumps(record.configuration, allow_nan=False, default=as_python)
     except (TypeError, ValueError) as error:
@@ -277,10 +320,44 @@ def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
     )
 
 
+def _read_row(file, row) -> Record:
+    """The record of a row (id, study, fields of a record ...); raises ValueError with the file and the row."""
+    try:
+        return _from_row(row[2:])
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: row {row[0]} of the table `records` is broken. {error} `tasks.recover_records` copies the other "
+            "rows to a new file."
+        ) from error
+
+
 def _from_row(row) -> Record:
+    """The record of a row; raises ValueError if it holds something else."""
     record = Record(*row)
+    for name, text in (("task", record.task), ("configuration", record.configuration), ("reason", record.reason)):
+        if not isinstance(text, str):
+            raise ValueError(f"Its {name} must be a text; got {text!r}.")
+        if not _is_unicode(text):
+            raise ValueError(f"Its {name} must be a text in UTF-8; got {text!r}.")
+    try:
+        configuration = json.loads(str(record.configuration))
+    except ValueError as error:
+        raise ValueError(f"Its configuration must be JSON; got {record.configuration!r} ({error}).") from None
     outcome, cost = (math.nan if value is None else value for value in (record.outcome, record.cost))
-    return record._replace(configuration=json.loads(row[1]), outcome=outcome, cost=cost)
+    seed, trial = _integer("seed", record.seed), _integer("trial", record.trial)
+    if not isinstance(record.fidelity, int | float):
+        raise ValueError(f"Its fidelity must be a number; got {record.fidelity!r}.")
+    record = record._replace(configuration=configuration, outcome=outcome, cost=cost, seed=seed, trial=trial)
+    check_record(record._replace(fidelity=1.0))  # earlier versions had other fidelities
+    return record
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _number_or_null(value: float) -> float | None:

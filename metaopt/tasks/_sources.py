@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import io
 import logging
+import math
 import os
 import re
 import zlib
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from metaopt.tasks._tables import Table, family_name
+from metaopt import _files
+from metaopt.tasks._columns import MISSING, Column, as_float32, code, counts_rows, number, read_column
+from metaopt.tasks._tables import Table, family_name, join_families
 
 _log = logging.getLogger(__name__)
 
 _EXTRA = 'install it with `pip install "metaopt-jax[examples]"`.'
-_MISSING = frozenset({"", "?", "na", "n/a", "nan", "null", "<null>", "none", "<na>", "#n/a"})
 
 
 def from_sklearn() -> list[Table]:
@@ -193,7 +195,7 @@ def _read_packaged(folder: Path, max_rows: int, max_columns: int) -> Table:
     if len(fields[0]) > max_columns:
         raise ValueError(f"{len(fields[0])} columns")
     rare = {c for c in set(target) if target.count(c) < 5}
-    kept = [i for i, c in enumerate(target) if c not in rare and c.lower() not in _MISSING]
+    kept = [i for i, c in enumerate(target) if c not in rare and c not in MISSING]
     columns = [[fields[i][j] for i in kept] for j in range(len(nominal))]
     plain = re.sub("_", "-", name.lower())
     stem = next((s for s in sorted(_STEMS, key=len, reverse=True) if re.match(rf"{s}(\d|-|$)", plain)), plain)
@@ -253,26 +255,41 @@ def from_csv_folder(
     min_rows: int = 50,
     max_classes: int = 100,
 ) -> list[Table]:
-    """Every `*.csv` and `*.csv.gz` of a folder, read as a classification table.
+    """Reads every `*.csv` and `*.csv.gz` of a folder as a classification table.
 
-    The first line names the columns. Fields are separated by commas, semicolons or tabs (whichever the first line
-    has most of), and may be quoted. Blank, NA, N/A, #N/A, <NA>, NaN, null, None and ? are missing. A column whose
-    values are all numbers is numeric (decimal commas are read where semicolons separate); every other one is
-    categorical, coded in the order of the sorted strings. Constant columns, row numbers and strings that never
-    repeat are dropped. The family is `family_name` of the file's name.
+    The first line names the columns. Fields are separated by commas, semicolons or tabs (the most frequent one in the
+    first line), and may be quoted. These fields are missing: blank, ?, NA, na, N/A, n/a, #N/A, <NA>, NaN, nan, NAN,
+    null, NULL and <null>. The text "None" is a class, or a level of a categorical column; among numbers it is missing.
+
+    A column is numeric if all of its values are one of these:
+
+    * numbers: 3, -.5, 1e3;
+    * numbers with thousands separators: 1,065 and 1,065.50 are 1065 and 1065.5. Where semicolons separate the fields,
+      the comma is the decimal mark: 1,065 is 1.065, and 1.065,50 is 1065.5;
+    * dates, which become days since 1970, with fractions if there are times: 2020-12-31, 2020/12/31 10:00,
+      2020-12-31T10:00:00Z, 31/12/2020, 12-31-2020, 31.12.2020. Day and month have one order in the whole column. If
+      both orders are possible, the month is first, or the day if dots separate.
+
+    Otherwise it is categorical, coded in the order of the sorted strings. If float32 cannot tell whole numbers apart,
+    the smallest is subtracted from all of them; if that does not help and they repeat, they are categories.
+
+    Constant columns, row numbers and strings that never repeat are dropped. A column of whole numbers that looks like a
+    shuffled id stays, with a warning. The family is `family_name` of the file's name. Files with rows in common have
+    the family of the first of them, even if their rows or columns are in another order or renamed.
 
     Args:
       folder: where the files are.
-      target: the column of the class, in every file; strings, or few different numbers.
+      target: the name of the class column, which is the same in every file; strings, or few different numbers.
       min_rows: files with fewer usable rows are left out; at least 2.
       max_classes: files with more classes are left out; numbers that are not whole may take 20 values at most.
 
     Returns:
-      One table a usable file, in the order of their names. The log says why a file, a row or a column was left out.
+      One table per usable file, sorted by file name. The log reports every file, row or column that was left out, and
+      every column whose values were changed.
 
     Raises:
-      FileNotFoundError: there is no such folder, or no CSV file in it.
-      ValueError: no file was usable; it gives every reason, with line numbers.
+      FileNotFoundError: if there is no such folder, or it has no CSV file.
+      ValueError: if no file is usable; the message has every reason, with line numbers.
     """
     if min_rows < 2:
         raise ValueError(f"`min_rows` must be at least 2; got {min_rows}.")
@@ -288,10 +305,55 @@ def from_csv_folder(
             _log.warning("%s is left out: %s", file.name, error)
     if not tables:
         raise ValueError("no file could be used.\n" + "\n".join(reasons))
-    return tables
+    return join_families(tables)
 
 
 def _read_csv(file: Path, target: str, min_rows: int, max_classes: int) -> Table:
+    header, rows, lines, separator = _read_fields(file)
+    if target not in header:
+        raise ValueError(f"line 1: there is no column {target!r}; there are {', '.join(map(repr, header))}.")
+    target_column = header.index(target)
+    missing = {row[target_column] for row in rows} & MISSING
+    kept = [i for i, row in enumerate(rows) if row[target_column] not in missing]
+    if missing:
+        shown = ", ".join(map(repr, sorted(missing)))
+        _log.warning("%s: %d rows without %r are dropped (%s)", file.name, len(rows) - len(kept), target, shown)
+    kept_lines = [lines[i] for i in kept]
+    if len(kept) < min_rows:
+        last = kept_lines[-1] if kept else 1
+        raise ValueError(f"line {last}: it ends after {len(kept)} usable rows; {min_rows} are needed.")
+    decimal_comma = separator == ";"
+    labels = _class_labels([rows[i][target_column] for i in kept], kept_lines, target, max_classes, decimal_comma)
+    columns: list[Column] = []
+    for j, column_name in enumerate(header):
+        if j == target_column:
+            continue
+        if counts_rows([row[j] for row in rows]):
+            _warn_of_column(file, column_name, "numbers the rows and is dropped")
+            continue
+        texts = [rows[i][j] for i in kept]
+        column = read_column(column_name, texts, kept_lines, decimal_comma=decimal_comma)
+        for note in column.notes:
+            _warn_of_column(file, column_name, note)
+        num_values = len(np.unique(column.values))  # NaN is one of them
+        if num_values < 2:
+            _warn_of_column(file, column_name, "is constant and dropped")
+        elif column.categorical and num_values == len(kept):
+            _warn_of_column(file, column_name, "is dropped, because it is text and no value repeats")
+        else:
+            columns.append(column)
+    if not columns:
+        raise ValueError("line 1: no column is left but the target.")
+    name = re.sub(r"\.csv(\.gz)?$", "", file.name, flags=re.IGNORECASE)
+    return _table(name, family_name(name), columns, labels, file.name)
+
+
+def _warn_of_column(file: Path, column: str, note: str) -> None:
+    _log.warning("%s: the column %r %s", file.name, column, note)
+
+
+def _read_fields(file: Path) -> tuple[list[str], list[list[str]], list[int], str]:
+    """The header, the rows, the line number where each row ends, and the separator."""
     content = _files.read_compressed(file)
     try:
         text = content.decode("utf-8-sig")
@@ -322,98 +384,34 @@ def _read_csv(file: Path, target: str, min_rows: int, max_classes: int) -> Table
         raise ValueError(f"line {reader.line_num}: {error}.") from error
     if len(set(header)) < len(header):
         raise ValueError(f"line 1: the column {max(header, key=header.count)!r} occurs twice.")
-    if target not in header:
-        raise ValueError(f"line 1: there is no column {target!r}; there are {', '.join(map(repr, header))}.")
-    at = header.index(target)
-    counters = {j for j in range(len(header)) if _counts_rows([row[j] for row in rows])}
-    kept = [i for i, row in enumerate(rows) if row[at].lower() not in _MISSING]
-    if len(kept) < len(rows):
-        _log.warning("%s: %d rows without %r are dropped", file.name, len(rows) - len(kept), target)
-    rows, lines = [rows[i] for i in kept], [lines[i] for i in kept]
-    if len(rows) < min_rows:
-        raise ValueError(
-            f"line {lines[-1] if lines else 1}: it ends after {len(rows)} usable rows; {min_rows} are needed."
-        )
-    if separator == ";":  # decimal commas, in columns that are nothing but such numbers
-        for j in range(len(header)):
-            dotted = [row[j].replace(",", ".", 1) for row in rows]
-            if all(_number(v) is not None or v.lower() in _MISSING for v in dotted):
-                for row, value in zip(rows, dotted, strict=True):
-                    row[j] = value
-    for row, line in zip(rows, lines, strict=True):
-        for value, column in zip(row, header, strict=True):
-            number = _number(value)
-            if number is not None and abs(number) > float(np.finfo(np.float32).max):
-                raise ValueError(f"line {line}: {column!r} is {value}, beyond float32.")
-    labels = _class_labels([row[at] for row in rows], target, max_classes)
-    inputs = [j for j in range(len(header)) if j != at]
-    columns = [[row[j] for row in rows] for j in inputs]
-    nominal = [not all(_number(v) is not None or v.lower() in _MISSING for v in column) for column in columns]
-    for j in np.flatnonzero(nominal):
-        words = [i for i, v in enumerate(columns[j]) if _number(v) is None and v.lower() not in _MISSING]
-        if len(words) < 0.1 * len(rows):
-            _log.warning(
-                "%s: the column %r is categorical, since line %d has %r among numbers",
-                file.name,
-                header[inputs[j]],
-                lines[words[0]],
-                columns[j][words[0]],
-            )
-    useful = []
-    for j, column in enumerate(columns):
-        distinct = set(column)
-        if len(distinct) < 2:
-            _log.warning("%s: the column %r is constant and dropped", file.name, header[inputs[j]])
-        elif inputs[j] in counters:
-            _log.warning("%s: the column %r numbers the rows and is dropped", file.name, header[inputs[j]])
-        elif nominal[j] and len(distinct) == len(rows):
-            _log.warning("%s: no value of the column %r repeats; it is dropped", file.name, header[inputs[j]])
-        else:
-            useful.append(j)
-    if not useful:
-        raise ValueError("line 1: no column is left but the target.")
-    name = re.sub(r"\.csv(\.gz)?$", "", file.name, flags=re.IGNORECASE)
-    return _from_columns(
-        name, family_name(name), [columns[j] for j in useful], [nominal[j] for j in useful], labels, file.name
-    )
+    return header, rows, lines, separator
 
 
-def _counts_rows(values: list[str]) -> bool:
-    """Whether they are k, k + 1, k + 2 ..."""
-    numbers = [_number(v) for v in values]
-    return len(numbers) > 1 and all(n is not None and n - i == numbers[0] for i, n in enumerate(numbers))
-
-
-def _class_labels(values: list[str], target: str, max_classes: int) -> list[str]:
-    """The classes as strings that sort as they should; refuses what is no classification target."""
-    numbers = [_number(v) for v in values]
-    distinct = set(values)
-    if all(n is not None for n in numbers):
-        distinct = {n for n in numbers if n is not None}
-        whole = all(n == int(n) for n in distinct)
+def _class_labels(texts: list[str], lines: list[int], target: str, max_classes: int, decimal_comma: bool) -> list[str]:
+    """The classes as strings: equal numbers are one class, and whole ones are exact. Rejects regression targets."""
+    dotted = [text.replace(",", ".") for text in texts] if decimal_comma else texts
+    numbers = [number(text) for text in dotted]
+    if all(value is not None for value in numbers):
+        for text, line, value in zip(texts, lines, numbers, strict=True):
+            if value is not None and math.isinf(value):
+                raise ValueError(f"line {line}: {target!r} is {text}, which cannot be a class among numbers.")
+        whole = all(isinstance(value, int) for value in numbers)
         most = max_classes if whole else min(20, max_classes)
-        if len(distinct) > most:
+        if len(set(numbers)) > most:
             raise ValueError(
-                f"the target {target!r} takes {len(distinct)} different numbers: this is regression; only classes "
+                f"the target {target!r} takes {len(set(numbers))} different numbers: this is regression; only classes "
                 f"({most} at most) are handled here. Bin it first."
             )
-        values = [str(int(n)) if whole else repr(n) for n in numbers if n is not None]
-    if len(distinct) > max_classes:
-        raise ValueError(f"the target {target!r} has {len(distinct)} classes; {max_classes} are allowed.")
-    if len(distinct) < 2:
+        texts = [str(value) if whole else repr(float(value)) for value in numbers if value is not None]
+    num_classes = len(set(texts))
+    if num_classes > max_classes:
+        raise ValueError(f"the target {target!r} has {num_classes} classes; {max_classes} are allowed.")
+    if num_classes < 2:
         raise ValueError(f"the target {target!r} has one class only.")
-    return values
+    return texts
 
 
 # --- columns of strings ----------------------------------------------------------------------------------------------
-
-
-def _number(value: str) -> float | None:
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return None if "_" in value or number != number else number
 
 
 def _from_columns(
@@ -424,31 +422,38 @@ def _from_columns(
     target: list[str],
     source: str,
 ) -> Table:
-    """Strings to numbers: numeric columns parsed, nominal ones coded, unless they are over 10 numbers."""
-    x, categorical = [], []
-    for values, is_nominal in zip(columns, nominal, strict=True):
-        present = [v for v in values if v.lower() not in _MISSING]
-        levels = sorted(set(present))
-        numeric = all(_number(v) is not None for v in levels)
-        if is_nominal and numeric and len(levels) <= 10 or not numeric:
-            code = {level: float(i) for i, level in enumerate(levels)}
-            column, is_categorical = [code.get(v, np.nan) for v in values], True
+    """A table whose source names the nominal columns; these are coded, except those with more than 10 numbers."""
+    kept = []
+    for texts, is_nominal in zip(columns, nominal, strict=True):
+        rows = [i for i, text in enumerate(texts) if text not in MISSING]
+        present = [texts[i] for i in rows]
+        numbers = [value for value in map(number, present) if value is not None]
+        levels = len(set(present))
+        categorical = len(numbers) < len(present) or (is_nominal and levels <= 10)
+        if categorical:
+            values = code(present, rows, len(texts))
         else:
-            column = [np.nan if (n := _number(v)) is None else n for v in values]
-            is_categorical = False
-        column = np.array(column, np.float32)
-        if len(levels) > 1 or (levels and np.isnan(column).any()):
-            x.append(column)
-            categorical.append(is_categorical)
-    if not x:
+            values = np.full(len(texts), np.nan, np.float32)
+            values[rows] = as_float32(numbers)[0]
+        if levels > 1 or (levels and len(rows) < len(texts)):
+            kept.append(Column(values, categorical, ()))
+    if not kept:
         raise ValueError("no column varies")
+    return _table(name, family, kept, target, source)
 
-    def order(c):
-        return (_number(c) is None, _number(c) or 0.0, c)
 
-    classes = sorted(set(target), key=order)
+def _table(name: str, family: str, columns: Sequence[Column], labels: list[str], source: str) -> Table:
+    """Classes are sorted: numbers first, by their values, then words."""
+
+    def order(label):
+        value = number(label)
+        return (value is None, 0 if value is None else value, label)
+
+    classes = sorted(set(labels), key=order)
     if len(classes) < 2:
         raise ValueError("one class only")
     index = {c: i for i, c in enumerate(classes)}
-    y = np.array([index[c] for c in target], np.int32)
-    return Table(name, family, np.stack(x, axis=1), y, np.array(categorical), tuple(classes), source)
+    x = np.stack([column.values for column in columns], axis=1)
+    categorical = np.array([column.categorical for column in columns])
+    y = np.array([index[label] for label in labels], np.int32)
+    return Table(name, family, x, y, categorical, tuple(classes), source)

@@ -166,8 +166,8 @@ def load_split(path: str | os.PathLike[str]) -> Split:
       The split.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it holds something else.
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is not JSON, or not a split.
     """
     with _files.reading(path, "is not JSON that `save_split` wrote"):
         split = _files.read_json(path)

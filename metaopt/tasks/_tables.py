@@ -5,12 +5,15 @@ scikit-learn's `digits` and UCI's `optdigits`. What is learned on a table and ju
 has seen, so every split over tables is a split over families.
 """
 
+import itertools
 import logging
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from metaopt.tasks._shared_rows import pairs_with_shared_rows
 
 _log = logging.getLogger(__name__)
 
@@ -121,26 +124,54 @@ def family_name(name: str) -> str:
     return FAMILY_ALIASES.get(plain, plain)
 
 
-def deduplicate(*sources: Sequence[Table]) -> list[Table]:
-    """Joins the tables of several sources, without those that an earlier source has, judged by family and shape.
-
-    Shapes count as the same where rows differ by at most 25 %, columns by at most 10 % or 2, and classes by at most
-    20 % (sources drop rows with gaps, constant columns and the rarest classes). `yeast1`, which has two classes, stays
-    beside `yeast`, which has nine; their family keeps them in one fold. Tables of one source are not compared with each
-    other: one patient's columns may come with several targets.
+def join_families(tables: Sequence[Table]) -> list[Table]:
+    """Joins the families of tables that hold the same rows.
 
     Args:
-      *sources: lists of tables, in the order of preference.
+      tables: any number; their families come from their names or sources.
 
     Returns:
-      The tables that stay, in the same order, with unique names: a later one of the same name
-      gets its number, "glass-2".
+      The tables in the same order. A joined family has the name of the family of the first table with shared rows. The
+      log names each pair of tables whose families were joined.
     """
+    joined = {table.family: table.family for table in tables}  # family -> its name after joining
+    for i, j in pairs_with_shared_rows(tables):
+        first, second = joined[tables[i].family], joined[tables[j].family]
+        if first != second:
+            _log.warning(
+                "tables %s and %s hold the same rows; their families %s and %s are one now",
+                tables[i].name,
+                tables[j].name,
+                first,
+                second,
+            )
+            joined = {family: first if name == second else name for family, name in joined.items()}
+    return [table._replace(family=joined[table.family]) for table in tables]
+
+
+def deduplicate(*sources: Sequence[Table]) -> list[Table]:
+    """Joins the tables of several sources, and omits a table if an earlier source has one of its family and shape.
+
+    First, tables that hold the same rows get one family, within a source as well as between sources. The rows and the
+    columns may be in any order, and the columns may have any names.
+
+    Shapes count as equal if rows differ by at most 25 %, columns by at most 10 % or 2, and classes by at most 20 %,
+    because sources drop rows with gaps, constant columns and the rarest classes. `yeast1`, which has two classes, stays
+    next to `yeast`, which has nine; their family keeps them in one fold. Tables of the same source are never omitted,
+    because the columns of one patient may come with several targets.
+
+    Args:
+      *sources: lists of tables, the preferred source first.
+
+    Returns:
+      The remaining tables in the same order, with unique names: a later one of the same name gets a number, "glass-2".
+    """
+    joined = iter(join_families([table for source in sources for table in source]))
     kept: list[Table] = []
     names: set[str] = set()
     for source in sources:
         earlier = tuple(kept)
-        for table in source:
+        for table in itertools.islice(joined, len(source)):
             twin = next((other for other in earlier if _same(other, table)), None)
             if twin is not None:
                 _log.info("table %s is left out: %s is the same table", table.name, twin.name)

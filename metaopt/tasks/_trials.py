@@ -73,6 +73,8 @@ def run_here(objective: ObjectiveFn, task: Any, trial: Record) -> Record:
         except Exception:
             reason = _text(pruned.args[0])
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+            raise  # `training.fit` in the objective passes on that this process shall end
         status, reason = "FAIL", f"{type(error).__name__}: {_text(error)}"
     if status == "COMPLETE" and not math.isfinite(outcome):
         outcome, status, reason = math.nan, "FAIL", f"the outcome is {outcome}"

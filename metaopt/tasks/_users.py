@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,9 +13,12 @@ import numpy as np
 from jax.core import Tracer
 
 from metaopt import base
-from metaopt.tasks._class_sources import first_missing
+from metaopt.tasks._class_sources import exact_array, first_missing
+from metaopt.tasks._columns import merged_values
 from metaopt.tasks._episodes import Episode
 from metaopt.tasks._image_sources import data_file
+
+_log = logging.getLogger(__name__)
 
 ORDERS = ("time", "window", "random")
 
@@ -64,8 +68,9 @@ def from_user_records(
       ValueError: there is no record, lengths differ, something is text, integer labels are not 0..C-1, an entry of `x`
         is infinite, or one of `y`, `user` or `time` is missing (NaN, NaT) or infinite.
     """
+    wide, y = _numbers("x", x), _numbers("y", y)
     with np.errstate(over="ignore"):  # infinite, which is refused below
-        x, y = _numbers("x", x, np.float32), _numbers("y", y)
+        x = wide.astype(np.float32)
     if x.ndim != 2 or not x.size:
         raise ValueError(f"`x` must be [records, columns], at least one of each; got shape {x.shape}.")
     for name, array in (("y", y), ("user", user), ("time", time)):
@@ -76,8 +81,14 @@ def from_user_records(
         raise ValueError(f"`feature_names` must be {x.shape[1]} names; got {len(names)}.")
     if (row := first_missing(user)) is not None:
         raise ValueError(f"`user` says whose record it is, of every record; row {row} has none.")
-    user = np.asarray(user)
-    users, user = np.unique(user, return_inverse=True)
+    for j, num_lost in merged_values(wide).items():
+        _log.warning(
+            "float32 merges %d values of the column %r of `x`; remove it if it is an id, otherwise subtract its "
+            "smallest value",
+            num_lost,
+            names[j],
+        )
+    users, user = np.unique(exact_array(user), return_inverse=True)
     classes = np.issubdtype(y.dtype, np.integer) or y.dtype == bool
     labels = np.unique(y)
     if classes and (labels[0] != 0 or labels[-1] != len(labels) - 1):
@@ -88,16 +99,16 @@ def from_user_records(
     with np.errstate(over="ignore"):
         y = y.astype(np.int32 if classes else np.float32)
     if time is not None:
-        given = _numbers("time", time)
-        time = given.astype(np.float64)  # seconds since 1970 do not fit float32
-        if given.dtype.kind in "mM":
-            time[np.isnat(given)] = np.nan  # as a number it would be the first
+        times = _numbers("time", time)
+        time = times.astype(np.float64)  # seconds since 1970 do not fit float32
+        if times.dtype.kind in "mM":
+            time[np.isnat(times)] = np.nan  # as a number it would be the first
     table = UserTable(x, y, user.astype(np.int32), time, tuple(map(str, users)), names)
     _check_finite(table)
     return table
 
 
-def _numbers(name: str, values: Any, dtype: Any = None) -> np.ndarray:
+def _numbers(name: str, values: Any) -> np.ndarray:
     """An array of numbers, or of times; a `ValueError` where there is text."""
     array = np.asarray(values)
     try:
@@ -116,7 +127,7 @@ def _numbers(name: str, values: Any, dtype: Any = None) -> np.ndarray:
         hint = {"x": "columns of text become one of 0 and 1 for each value", "time": "ISO 8601 is read as dates"}
         also = hint.get(name, "number the classes, `np.unique(y, return_inverse=True)[1]`")
         raise ValueError(f"`{name}` must be numbers; got {array.dtype}, {array.ravel()[:3].tolist()}: {also}.")
-    return array if dtype is None else array.astype(dtype)
+    return array
 
 
 def _check_finite(table: UserTable) -> None:

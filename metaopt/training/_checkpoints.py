@@ -1,25 +1,27 @@
-"""Checkpoints of a run: arrays by orbax, with what identifies the run beside them, renamed into place at once.
+"""Checkpoints of a run: arrays written by orbax, next to a file that identifies the run; each appears at once.
 
 A checkpoint is a directory named after its step. It holds the arrays in a flat dictionary, by their path in the tree,
 with a checksum each, and a JSON file; nothing is pickled. PRNG keys are saved as their data.
 """
 
+import contextlib
 import os
 import warnings
 import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base
+from metaopt import _locks, base
 
 FORMAT = 2
 
 
 class Saved(NamedTuple):
-    """What a checkpoint held.
+    """The content of a checkpoint.
 
     Attributes:
       step: whose checkpoint it is.
@@ -65,27 +67,39 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The newest two checkpoints of one run, in one directory.
+    """The newest two checkpoints of one run, in one folder, which is locked until `close`.
 
     Args:
-      directory: made where it is missing; one run each.
-      settings: plain values that the run depends on; a checkpoint made under others is refused.
+      directory: made if it does not exist; each run needs its own.
+      settings: plain values that the run depends on. A checkpoint with other settings is rejected.
+
+    Attributes:
+      directory: the folder, as an absolute path.
+      newest: the step of the newest checkpoint, once `restore` or `save` knows it.
+
+    Raises:
+      ValueError: if `directory` is a file, cannot be written to, or is in use by another run.
     """
 
     def __init__(self, directory: str | os.PathLike, settings: dict[str, Any]):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        self._directory = os.path.abspath(directory)
+        self.directory = os.path.abspath(directory)
         self._settings = {"format": FORMAT, **settings}
-        self._manager = self._open()
+        self.newest: int | None = None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_claimed(self.directory))
+            self._manager = self._open()
+            stack.callback(lambda: self._manager.close())
+            self._stack = stack.pop_all()
 
     def _open(self):
         options = self._ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        return self._ocp.CheckpointManager(self._directory, options=options)
+        return self._ocp.CheckpointManager(self.directory, options=options)
 
     def close(self) -> None:
-        self._manager.close()
+        self._stack.close()
 
     def save(self, step: int, tree: base.PyTree, extra: dict[str, Any]) -> None:
         """Writes a checkpoint; when this returns it is on disk, and an interrupted one leaves the former intact."""
@@ -106,10 +120,11 @@ class Checkpoints:
         full = {str(i): x for i, x in enumerate(arrays.values()) if x.size}
         saved = args.Composite(arrays=args.StandardSave(full), run=args.JsonSave(run))
         if not self._manager.save(step, args=saved, force=True):
-            raise RuntimeError(f"orbax did not save the checkpoint of step {step} in {self._directory}.")
+            raise RuntimeError(f"orbax did not save the checkpoint of step {step} in {self.directory}.")
+        self.newest = step
 
     def restore(self) -> Saved | None:
-        """The newest checkpoint that can be read, or None where there is none.
+        """The newest checkpoint that can be read, or None if there is none.
 
         One that cannot be read is moved aside, with a warning.
 
@@ -125,7 +140,7 @@ class Checkpoints:
                 unreadable.append(step)
                 reason = f"{type(error).__name__}: {str(error)[:200]}"
                 warnings.warn(
-                    f"The checkpoint of step {step} in {self._directory} cannot be read and is moved aside ({reason})",
+                    f"The checkpoint of step {step} in {self.directory} cannot be read and is moved aside ({reason})",
                     stacklevel=2,
                 )
                 continue
@@ -133,23 +148,24 @@ class Checkpoints:
         else:
             if unreadable:
                 raise ValueError(
-                    f"No checkpoint in {self._directory} can be read (steps {unreadable}); remove the directory to "
-                    "start anew."
+                    f"No checkpoint in {self.directory} can be read (steps {unreadable}); remove the directory to "
+                    "start again."
                 )
             return None
         if run["settings"].get("format") != FORMAT:
             raise ValueError(
-                f"{self._directory} holds a checkpoint of the format {run['settings'].get('format')}, of another "
+                f"{self.directory} holds a checkpoint of the format {run['settings'].get('format')}, of another "
                 f"version of metaopt; this one has the format {FORMAT}. Continue with the version that began the run, "
-                "or remove the directory to start anew."
+                "or remove the directory to start again."
             )
         for name in {**self._settings, **run["settings"]}:
             here, there = self._settings.get(name), run["settings"].get(name)
             if here != there:
                 raise ValueError(
-                    _refusal(self._directory, step, f"`{name}` is {there} in the checkpoint and {here} in this run")
+                    _refusal(self.directory, step, f"`{name}` is {there} in the checkpoint and {here} in this run")
                 )
         self._move_aside(unreadable)
+        self.newest = saved.step
         return saved
 
     def _read(self, step: int, item: str, args: Any) -> Any:
@@ -164,7 +180,7 @@ class Checkpoints:
         for name, array in arrays.items():
             if checksum(array) != described[name]["crc32"]:
                 raise ValueError(f"the checksum of `{name}` does not match")
-        return Saved(step, run["extra"], arrays, run["impls"], self._directory)
+        return Saved(step, run["extra"], arrays, run["impls"], self.directory)
 
     def _move_aside(self, steps: list[int]) -> None:
         # Orbax silently skips saving a step that is not newer than every other.
@@ -172,14 +188,45 @@ class Checkpoints:
             return
         self._manager.close()
         for step in steps:
-            source = os.path.join(self._directory, str(step))
+            source = os.path.join(self.directory, str(step))
             target = next(name for i in range(1000) if not os.path.exists(name := f"{source}.unreadable{i or ''}"))
             os.rename(source, target)
         self._manager = self._open()
 
 
+@contextlib.contextmanager
+def _claimed(directory: str) -> Iterator[None]:
+    """Locks a folder for this run, and so finds out early whether it can be written to.
+
+    Of several processes that JAX runs together (`jax.distributed`), the first one locks the folder for all.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            os.makedirs(directory, exist_ok=True)
+            stack.enter_context(_locks.exclusive(os.path.join(directory, ".lock")))
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"`checkpoint_dir` must be a folder; {directory} is, or lies in, a file.") from error
+        except _locks.Locked as error:
+            owner = "another run" if error.process is None else f"a run of process {error.process}"
+            if error.process == os.getpid():
+                owner = "another run of this process"
+            raise ValueError(
+                f"`checkpoint_dir` {directory} is in use by {owner}: two runs would delete each other's checkpoints. "
+                "Wait until that run has ended, or give this one a folder of its own."
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"`checkpoint_dir` {directory} cannot be written to ({error.strerror}). Give a folder in which this "
+                "process may make files."
+            ) from error
+        yield
+
+
 def checksum(array: np.ndarray) -> int:
-    """Of the bits, whatever the dtype."""
+    """The CRC-32 of the bits, for any dtype."""
     return zlib.crc32(np.ascontiguousarray(array).tobytes())
 
 

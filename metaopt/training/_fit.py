@@ -1,15 +1,12 @@
-"""The outer loop: draws tasks, steps, judges, stops, and can be interrupted at any point and continued."""
+"""The outer loop: draws tasks, takes steps, evaluates, and can be interrupted at any point and continued."""
 
 import contextlib
 import functools
-import json
 import logging
 import math
 import os
 import signal
-import threading
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import base
+from metaopt import base, spaces
 from metaopt.progress import progress_bar
-from metaopt.training import _learner
-from metaopt.training._checkpoints import Checkpoints, Saved, checksum
+from metaopt.training import _learner, _program, _run, _stopping
+from metaopt.training._checkpoints import Checkpoints, Saved
 from metaopt.training._learner import Learner, LearnerState
+from metaopt.training._run import Run, owned
 
 _log = logging.getLogger(__name__)
 
@@ -31,17 +29,20 @@ CallbackFn = Callable[[int, dict[str, Any]], Any]  # step, metrics -> True to st
 
 
 class FitResult(NamedTuple):
-    """What came of an outer loop.
+    """The result of an outer loop.
 
     Attributes:
-      hyperparams: λ after the last step.
-      state: the learner's, to go on from.
+      hyperparams: λ after the last step, in natural units if `fit` was given `space`.
+      state: the learner's state, from which more steps can be taken. With `space`, its `hyperparams` are
+        `spaces.Unconstrained`.
       history: name -> [steps] float64, the scalar metrics of every step; NaN where a step had no such metric.
       evaluations: [1 + steps // eval_every] float64, the held-out losses at steps 0, eval_every, 2 eval_every ...;
         empty without `evaluate`.
-      best_hyperparams: λ with the smallest held-out loss; the last λ, without `evaluate`.
-      best_value: that loss; NaN without `evaluate`, or where no loss was below infinity.
-      stopped: why: "num_steps", "patience", "callback" or "signal".
+      best_hyperparams: λ with the smallest held-out loss, in the units of `hyperparams`; the last λ, without
+        `evaluate`.
+      best_value: that loss; NaN without `evaluate`, or if no loss was below infinity.
+      stopped: why the run ended: "num_steps", "patience" or "callback". In the partial result that an exception
+        carries also "interrupted" or "non-finite".
     """
 
     hyperparams: base.HyperParams
@@ -53,17 +54,6 @@ class FitResult(NamedTuple):
     stopped: str
 
 
-class _Run(NamedTuple):
-    """All that the loop knows between two steps; with it, a continued run is the unbroken one."""
-
-    state: LearnerState
-    best_hyperparams: base.HyperParams
-    history: dict[str, list[float]]
-    evaluations: list[float]
-    step: int  # `state.step`, on the host
-    drawn: int  # the step that tasks were last drawn for
-
-
 def fit(
     learner: Learner,
     sample_tasks: SampleTasksFn,
@@ -71,6 +61,7 @@ def fit(
     hyperparams: base.HyperParams,
     num_steps: int,
     key: jax.Array,
+    space: base.PyTree | None = None,
     evaluate: EvaluateFn | None = None,
     eval_every: int = 100,
     patience: int | None = None,
@@ -80,60 +71,72 @@ def fit(
     checkpoint_dir: str | os.PathLike | None = None,
     checkpoint_every: int = 100,
     settings: Mapping[str, Any] | None = None,
-    handle_signals: bool = True,
+    allow_changed_program: bool = False,
 ) -> FitResult:
-    """Takes `num_steps` outer steps from `hyperparams`, or continues where a checkpoint left off.
+    """Takes `num_steps` outer steps from `hyperparams`, or continues from the newest checkpoint.
 
-    Everything random follows from `key` and the step alone: the tasks drawn for step t are
-    `sample_tasks(fold_in(k, t))`, and every evaluation is `evaluate(k', λ)`, with k and k' split from `key`. So a run
-    that was killed and is started again with the same arguments ends in the same bits as one that was not, history,
-    best λ and patience included; it may also be continued to a larger `num_steps`. A checkpoint is refused where the
-    key, the initial λ, the tasks drawn last, `eval_every` or `settings` differ. What functions compute cannot be
-    compared: a changed loss, network or optimizer is noticed where it changes an array's shape or name, or where
-    `settings` names it. Tasks that a draw gives again (a data set that all steps share) are not in the checkpoint.
+    Everything random follows from `key` and the step: the tasks drawn for step t are `sample_tasks(fold_in(k, t))`,
+    and every evaluation is `evaluate(k', λ)`, with k and k' split from `key`. If a run was killed, the same call
+    continues it, and ends in the same bits as a run that was not killed: history, best λ and patience included. It may
+    also be continued to a larger `num_steps`.
 
-    The first SIGINT or SIGTERM ends the run after the current step: a checkpoint is left, and what there is comes
-    back with `stopped="signal"`. A second SIGINT raises `KeyboardInterrupt`. An error in one of the functions
-    given passes through, and leaves a checkpoint too. (Signals are handled in the main thread only.)
+    A checkpoint is rejected if the key, the initial λ, the tasks drawn last, `eval_every`, `settings` or the program of
+    the outer step differ. The program is what JAX traces: a changed loss, number of inner steps, outer rate, optimizer
+    or captured array changes it, and the error names the difference. Functions that run on the host (`evaluate`,
+    `callback`, `jax.pure_callback`) are not part of it. Programs are compared only under the same version of JAX, on
+    the same platform with as many devices; otherwise there is a warning. To compare takes about a tenth of the time of
+    tracing.
+    A checkpoint does not hold tasks that can be drawn again.
 
-    The step is compiled once for each shape of tasks (of one learner, for all calls of `fit`), and the state that it
-    is given is donated: memory holds one state, beside the tasks drawn last. The metrics are read at every step, in one
-    transfer.
+    The first SIGINT (Ctrl-C) or SIGTERM ends the run after the current step. If it arrives while a step is compiled,
+    that step is not taken. Then `fit` writes a checkpoint and raises an exception that carries the partial `FitResult`
+    as its `result`. A second SIGINT raises `KeyboardInterrupt` at once, without a result. Signals are handled only in
+    the main thread. An error in one of the functions passes through, after a checkpoint was written.
+
+    The step is compiled once for each shape of tasks (for all calls of `fit` with one learner), and its state is
+    donated: memory holds one state, besides the tasks drawn last. The metrics are read at every step, in one transfer.
 
     Args:
       learner: see `learner`.
-      sample_tasks: `(key) -> tasks`, on the host, without a memory of its own: an array or tree of arrays, of numpy
-        or JAX, as the estimator wants them. It is called before the first step and where a slot is done.
-        Shapes may differ from one call to the next, if all slots end together.
-      hyperparams: the initial λ; kept intact.
+      sample_tasks: `(key) -> tasks`, on the host: an array or tree of arrays, of numpy or JAX, as the estimator wants
+        them. It depends on the key alone, and is called before the first step and whenever a slot is done. Shapes may
+        differ from one call to the next, if all slots end together.
+      hyperparams: the initial λ, in natural units if `space` is given; kept intact.
       num_steps: outer steps in all, those of earlier, interrupted runs included; at least 0.
       key: what everything random follows from.
-      evaluate: `(key, λ) -> []`, a loss on held-out tasks, smaller is better; called with the same key each time, so
-        that every λ is judged on the same draws. Compile it yourself.
-      eval_every: steps between evaluations; the first judges the initial λ.
-      patience: stop after so many evaluations in a row without a new best; None never does.
-      steps_per_call: outer steps that are compiled into one program; for steps of a millisecond, where calls, draws and
+      space: of λ, if the estimator was made for `spaces.constrain(problem, space)`. The initial λ is converted to
+        unconstrained coordinates, in which the outer optimizer works; `evaluate` and the result have λ in natural
+        units. An initial λ that is `spaces.Unconstrained` already, as a predictor's, is not converted.
+      evaluate: `(key, λ) -> []`, a loss on held-out tasks, smaller is better. It is called with the same key each time,
+        so that every λ is judged on the same draws. Compile it yourself.
+      eval_every: steps between evaluations; the first one judges the initial λ.
+      patience: stop after this many consecutive evaluations without a new best; None never does.
+      steps_per_call: outer steps that are compiled into one program, for steps of a millisecond, where calls, draws and
         metrics take as long as they do. `sample_tasks` is then traced, and draws tasks of one shape. Evaluations and
         checkpoints keep their places, and cut a call short; signals wait for its end. The results are those of single
         steps, to rounding.
-      callback: `(step, metrics) -> stop`, after every step, counted from 1; metrics are floats, and numpy arrays
-        where they are no scalars. Where it returns something true the run ends (after the call, with `steps_per_call`).
-        An error that it raises ends the run, once it was called for the other steps of the same call. After a resume,
-        steps since the checkpoint are reported again.
-      progress: draw a progress bar; None draws one in a terminal or notebook only.
-      checkpoint_dir: where the newest two checkpoints are kept, one directory for each run; None keeps none.
+      callback: `(step, metrics) -> stop`, after every step, counted from 1. Scalar metrics are floats, others numpy
+        arrays. If it returns something true, the run ends (after the call, with `steps_per_call`). An error that it
+        raises ends the run, after it was called for the other steps of the same call. After a resume, steps since the
+        checkpoint are reported again.
+      progress: draw a progress bar; None draws one only in a terminal or notebook.
+      checkpoint_dir: the folder for the newest two checkpoints, one for each run, which is locked during the run; None
+        keeps none.
       checkpoint_every: steps between checkpoints; the end of the run leaves one too.
-      settings: what else says which run this is, as JSON has it, such as the text of an architecture or a rate.
-      handle_signals: False leaves SIGINT and SIGTERM as they are (`KeyboardInterrupt`, the end of the process): for a
-        training within a function whose caller would take what is trained by half for the whole.
+      settings: more values that identify the run, as JSON has them, such as the text of an architecture or a rate.
+      allow_changed_program: continue from a checkpoint although the program of the outer step differs.
 
     Returns:
       A `FitResult`.
 
     Raises:
-      ValueError: an argument is out of range; λ has an integer leaf, or one that is not finite; the tasks are empty;
-        tasks of other shapes were drawn while some slots were not done; `checkpoint_dir` holds another run; `settings`
-        is not made of what JSON has.
+      KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
+      SystemExit: if SIGTERM arrived, with status 143 and a `result`.
+      FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
+      ValueError: if an argument is out of range; if λ has an integer leaf or one that is not finite, does not fit
+        `space`, or lies outside it. If the estimator works in unconstrained coordinates and `space` is missing, or the
+        other way round. If the tasks are empty, or have labels outside their classes; if tasks of other shapes were
+        drawn while some slots were not done. If `checkpoint_dir` is in use, cannot be written to, or holds another run.
 
     Example:
       >>> import optax
@@ -152,115 +155,225 @@ def fit(
     _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, checkpoint_every)
     if not isinstance(learner, _learner.Learner):
         raise ValueError(f"`learner` must be made by `training.learner`; got {type(learner).__name__}.")
-    hyperparams = _owned(_learner.check_hyperparams(hyperparams))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams):
-        if not jnp.isfinite(leaf).all():
-            raise ValueError(f"The initial `hyperparams{jax.tree_util.keystr(path)}` is not finite: {leaf}.")
+    hyperparams = _initial(_to_coordinates(space, hyperparams))
+    evaluate = _in_natural_units(space, evaluate)
     init_key, sample_key, eval_key = jax.random.split(key, 3)
-    init, step = jax.jit(learner.init), jax.jit(learner.step, donate_argnums=0)
-
-    def draw(at: Any, sample_tasks: SampleTasksFn = sample_tasks) -> base.PyTree:
-        return _learner.check_tasks(sample_tasks(jax.random.fold_in(sample_key, at)))
-
-    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-    def several(state, start, num, sample_tasks):
-        # Slots that are not done ignore what is drawn for them.
-        def body(state, at):
-            with _explained(steps_per_call):
-                tasks = draw(at, sample_tasks)
-            return learner.step(state, tasks)
-
-        return jax.lax.scan(body, state, start + jnp.arange(num))
-
-    # An argument of the program: the data that it holds, if it says which (`tasks.episodes`), are no constants in it.
-    sampler = sample_tasks if isinstance(sample_tasks, Partial) else Partial(sample_tasks)
-
+    steps = _Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call)
     with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(_signals()) if handle_signals else []
+        received = stack.enter_context(_stopping.signals())
         checkpoints = saved = None
         if checkpoint_dir is not None:
-            every = None if evaluate is None else eval_every
-            checkpoints = Checkpoints(checkpoint_dir, _settings(key, hyperparams, every, settings))
+            identity = _run.identity(key, hyperparams, None if evaluate is None else eval_every, settings)
+            checkpoints = Checkpoints(checkpoint_dir, identity)
             stack.callback(checkpoints.close)
             saved = checkpoints.restore()
-        if saved is None:
-            tasks = draw(0)
-            state = _owned(init(init_key, hyperparams, tasks))
-            run = _Run(state, hyperparams, {}, [], step=0, drawn=0)
-        else:
-            if saved.step > num_steps:
-                raise ValueError(
-                    f"`num_steps` is {num_steps}, and {checkpoint_dir} holds a run of {saved.step} steps; ask for at "
-                    "least as many, or give this run a directory of its own."
-                )
-            # The same draw again has the carried tasks' shapes, and goes where none is done.
-            tasks = draw(saved.extra["drawn"])
-            run = _resumed(saved, jax.eval_shape(init, init_key, hyperparams, tasks), hyperparams, tasks)
-        saved_step = None if saved is None else saved.step
-        held = run.drawn  # the step that `tasks` are of
-        text, unknown = "value {task.fields[value]:.4g}  hypergrad norm {task.fields[norm]:.3g}", math.nan
-        bar = progress_bar(num_steps, progress, text, start=run.step, value=unknown, norm=unknown)
-        show = stack.enter_context(bar)
-        any_done = bool(_learner.num_true(run.state.done))
-        ended = False  # by the callback
-
-        def last_drawn(run: _Run) -> base.PyTree:
-            """The tasks of step `run.drawn`; None where the sampler fails, whose error has ended the run."""
-            with contextlib.suppress(Exception):
-                return tasks if held == run.drawn else draw(run.drawn)
-            return None
-
+        run = steps.first() if saved is None else _resumed(saved, steps, num_steps, allow_changed_program)
+        if checkpoints is not None:
+            steps.describe(run.state)  # traces the step: a step that cannot be traced leaves no checkpoint
+        show = stack.enter_context(_progress(run.step, num_steps, progress))
+        every = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
+        first_step, ended_by_callback = run.step, False
         try:
             while True:
                 if evaluate is not None and run.step == len(run.evaluations) * eval_every:
                     run = _evaluated(run, evaluate, eval_key)
-                if checkpoints and run.step > 0 and run.step % checkpoint_every == 0 and run.step != saved_step:
-                    _save(checkpoints, run, last_drawn(run))
-                    saved_step = run.step
-                stopped = _why_stop(run, num_steps, patience, signals) or ("callback" if ended else "")
-                if stopped:
+                if run.step > 0 and run.step % checkpoint_every == 0:
+                    _save(checkpoints, run, steps)
+                moved = run.step > first_step
+                stopped = _why_stop(run, num_steps, patience, ended=ended_by_callback, moved=moved)
+                if stopped or received:
                     break
-                stops = [num_steps, *([eval_every] if evaluate else []), *([checkpoint_every] if checkpoints else [])]
-                num = min(steps_per_call, *(every - run.step % every for every in stops))
-                state, drawn = run.state, run.drawn
-                if num > 1:
-                    state, metrics = several(state, run.step, num, sampler)
-                    drawn = run.step + num - 1  # inside the program
-                else:
-                    if any_done:
-                        tasks = draw(run.step)
-                        held = drawn = run.step
-                        if not _learner.same_types(tasks, state.tasks):
-                            _check_all_done(state, tasks)
-                            state = _owned(_learner.restart(init, state, tasks))
-                    state, metrics = step(state, tasks)
-                several_metrics = _each(jax.device_get(metrics), num)
-                for i, metrics in enumerate(several_metrics):
-                    _record(run.history, run.step + i, metrics)
-                any_done = several_metrics[-1]["num_done"] > 0
-                run = run._replace(state=state, step=run.step + num, drawn=drawn)
-                show(run.step, value=several_metrics[-1]["value"], norm=several_metrics[-1]["hypergrad_norm"])
+                num = min(steps_per_call, *(n - run.step % n for n in [num_steps, *every]))
+                program, args, drawn = steps.next_call(run, num)
+                if steps.compile(program, args, num, received):
+                    continue  # a signal may have arrived meanwhile
+                state, metrics = program(*args)
+                metrics = _each(jax.device_get(metrics), num)
+                run = _advanced(run, state, metrics, drawn)
+                show(run.step, value=metrics[-1]["value"], norm=metrics[-1]["hypergrad_norm"])
                 if callback is not None:
-                    ended |= _report(callback, run.step - num + 1, several_metrics)
+                    ended_by_callback = _report(callback, run.step - num + 1, metrics)
+        except (_stopping.Interrupted, _stopping.Terminated) as error:
+            received.append(error.number)  # in a `fit` that `evaluate` or `callback` called
+            stopped = ""
         finally:
-            # An error inside the step itself leaves nothing to save: the state was donated.
-            if checkpoints and run.step != saved_step and _intact(run.state):
-                _save(checkpoints, run, last_drawn(run))
-
+            _save(checkpoints, run, steps)
+    result = _result(run, evaluate, space, stopped or "interrupted")
+    if received:
+        raise _stopping.signal_error(received[0], _ended(received[0], run, num_steps, checkpoints), result)
+    if stopped == "non-finite":
+        raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
     if run.step and np.all(run.history.get("skipped", [0.0])):
-        _log.warning(
-            "no step had a finite hypergradient, and λ is where it started: look for NaN in the tasks (`tasks.stack` "
-            "refuses them), for labels outside of 0..W-1 and for a diverging inner loop (`hypergrad.diagnose`)"
+        cause = _stopping.likely_cause(run.state.tasks)
+        _log.warning(f"No step had a finite hypergradient, and λ is where it started. {cause}")
+    return result
+
+
+class _Steps:
+    """Draws tasks, and holds the compiled programs of a run: for the initial state, one step, and several steps."""
+
+    def __init__(self, learner, sample_tasks, keys, hyperparams, steps_per_call):
+        init_key, self.sample_key = keys
+        # A `Partial` is an argument of the program, so that its arrays (`tasks.episodes`) are not compiled into it.
+        self.sampler = sample_tasks if isinstance(sample_tasks, Partial) else Partial(sample_tasks)
+        self.start = init_key, hyperparams
+        self.init = jax.jit(learner.init)
+        self.step = jax.jit(learner.step, donate_argnums=0)
+        self.several = _several_steps(learner, self.sample_key, steps_per_call)
+        self.drawn: int | None = None  # the step that `tasks` were drawn for
+        self.tasks: base.PyTree = None
+        self.types: tuple = ()  # of `tasks`
+        self.compiled: set = set()
+        self.descriptions: dict = {}
+
+    def draw(self, step: int) -> base.PyTree:
+        """The tasks of a step; those drawn last are not drawn again."""
+        if step != self.drawn:
+            self.tasks = _draw(self.sampler, self.sample_key, step)
+            self.drawn, self.types = step, _types(self.tasks)
+        return self.tasks
+
+    def first(self) -> Run:
+        """The run before its first step."""
+        args = (*self.start, self.draw(0))
+        _compile(self.init, args, [])
+        state = owned(self.init(*args))
+        return Run(state, self.start[1], {}, [], step=0, drawn=0, any_done=_any(state.done))
+
+    def next_call(self, run: Run, num: int) -> tuple[Callable, tuple, int]:
+        """The program that takes the next `num` steps, its arguments, and the step that tasks were drawn last for."""
+        state, drawn = run.state, run.drawn
+        if num > 1:
+            return self.several, (state, run.step, num, self.sampler), run.step + num - 1
+        if run.any_done:
+            tasks, drawn = self.draw(run.step), run.step
+            if not _learner.same_types(tasks, state.tasks):
+                _check_all_done(state, tasks)
+                state = owned(_learner.restart(self.init, state, tasks))
+        return self.step, (state, self.tasks), drawn
+
+    def compile(self, program: Callable, args: tuple, num: int, received: Sequence[int]) -> bool:
+        """Compiles a program for arguments of new shapes; returns False if it is compiled already."""
+        kind = (num, self.types)
+        if kind in self.compiled:
+            return False
+        _compile(program, args, received)
+        self.compiled.add(kind)
+        return True
+
+    def describe(self, state: LearnerState) -> dict[str, Any]:
+        """Describes the programs for tasks of the shapes that the state carries. JAX traces them only once."""
+        types = _types(state.tasks)
+        if types not in self.descriptions:
+            traced = {"init": self.init.trace(*self.start, state.tasks), "step": self.step.trace(state, state.tasks)}
+            programs = {name: _program.describe(program.jaxpr) for name, program in traced.items()}
+            self.descriptions[types] = {"environment": _program.environment(), **programs}
+        return self.descriptions[types]
+
+
+def _draw(sample_tasks: SampleTasksFn, key: jax.Array, step: Any) -> base.PyTree:
+    return _learner.check_tasks(sample_tasks(jax.random.fold_in(key, step)))
+
+
+def _several_steps(learner: Learner, sample_key: jax.Array, steps_per_call: int) -> Any:
+    """`(state, start, num, sample_tasks) -> state, metrics [num]`, a program of `num` steps from step `start` on."""
+    step_fn = jax.jit(learner.step, inline=True)  # shares its trace with the program of one step
+
+    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+    def several(state, start, num, sample_tasks):
+        # Slots that are not done ignore the tasks drawn for them.
+        def body(state, step):
+            with _explained(steps_per_call):
+                tasks = _draw(sample_tasks, sample_key, step)
+            return step_fn(state, tasks)
+
+        return jax.lax.scan(body, state, start + jnp.arange(num))
+
+    return several
+
+
+def _compile(program: Any, args: tuple, received: Sequence[int]) -> None:
+    """Traces and compiles, unless a signal arrives in between. JAX keeps the result for the call that follows."""
+    traced = program.trace(*args)
+    if not received:
+        traced.lower().compile()
+
+
+def _resumed(saved: Saved, steps: _Steps, num_steps: int, allow_changed_program: bool) -> Run:
+    """The run of a checkpoint, after all comparisons."""
+    if saved.step > num_steps:
+        raise ValueError(
+            f"`num_steps` is {num_steps}, and {saved.directory} holds a run of {saved.step} steps; ask for at least as "
+            "many, or give this run another directory."
         )
+    # The tasks drawn last have the shapes of the carried tasks.
+    tasks = steps.draw(saved.extra["drawn"])
+    run = _run.resumed(saved, jax.eval_shape(steps.init, *steps.start, tasks), steps.start[1], tasks)
+    _run.check_program(saved, steps.describe(run.state), allow_changed=allow_changed_program)
+    return run
+
+
+def _save(checkpoints: Checkpoints | None, run: Run, steps: _Steps) -> None:
+    """Writes a checkpoint of a run, unless there is one of this step."""
+    # An error inside the compiled step leaves nothing to save: the state was donated to it.
+    if checkpoints is None or run.step == checkpoints.newest or not _intact(run.state):
+        return
+    tasks = None
+    with contextlib.suppress(Exception):  # an error of the sampler has ended the run
+        tasks = steps.draw(run.drawn)
+    _run.save(checkpoints, run, tasks, steps.describe(run.state))
+
+
+def _initial(hyperparams: base.HyperParams) -> base.HyperParams:
+    """A copy of λ as arrays; ValueError if it is not finite."""
+    hyperparams = owned(_learner.check_hyperparams(hyperparams))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams):
+        if not jnp.isfinite(leaf).all():
+            raise ValueError(f"The initial `hyperparams{jax.tree_util.keystr(path)}` is not finite: {leaf}.")
+    return hyperparams
+
+
+def _progress(start: int, num_steps: int, show: bool | None) -> contextlib.AbstractContextManager:
+    text = "value {task.fields[value]:.4g}  hypergrad norm {task.fields[norm]:.3g}"
+    return progress_bar(num_steps, show, text, start=start, value=math.nan, norm=math.nan)
+
+
+def _advanced(run: Run, state: LearnerState, metrics: Sequence[dict[str, Any]], drawn: int) -> Run:
+    """The run after a call; adds the metrics of its steps to the history."""
+    for i, of_step in enumerate(metrics):
+        _record(run.history, run.step + i, of_step)
+    any_done = metrics[-1]["num_done"] > 0
+    return run._replace(state=state, step=run.step + len(metrics), drawn=drawn, any_done=any_done)
+
+
+def _result(run: Run, evaluate: EvaluateFn | None, space: base.PyTree | None, stopped: str) -> FitResult:
     best = _best(run.evaluations)
+    best_hyperparams = run.state.hyperparams if evaluate is None else run.best_hyperparams
     return FitResult(
-        hyperparams=run.state.hyperparams,
+        hyperparams=_to_natural_units(space, run.state.hyperparams),
         state=run.state,
-        history=_columns(run),
+        history=_run.columns(run),
         evaluations=np.array(run.evaluations, np.float64),
-        best_hyperparams=run.state.hyperparams if evaluate is None else run.best_hyperparams,
+        best_hyperparams=_to_natural_units(space, best_hyperparams),
         best_value=math.nan if best is None else run.evaluations[best],
         stopped=stopped,
+    )
+
+
+def _ended(number: int, run: Run, num_steps: int, checkpoints: Checkpoints | None) -> str:
+    """The message of the exception for a signal."""
+    kept = "They are not in a checkpoint; `result` of this exception has them."
+    if checkpoints is not None:
+        kept = f"The checkpoint in {checkpoints.directory} has them: the same call continues from there."
+    return f"{signal.Signals(number).name} ended the run after {run.step} of {num_steps} steps. {kept}"
+
+
+def _no_finite_steps(run: Run, checkpoints: Checkpoints | None) -> str:
+    """The message of the exception for steps that are not finite."""
+    kept = "" if checkpoints is None else f" The checkpoint of step {run.step} is in {checkpoints.directory}."
+    return (
+        f"The last {_num_non_finite(run)} steps, up to step {run.step}, had no finite outer loss or hypergradient. "
+        f"{_stopping.likely_cause(run.state.tasks)}{kept}"
     )
 
 
@@ -271,17 +384,39 @@ def _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, 
         base.check_integer(name, value, 1)
     base.check_integer("patience", patience, 1, optional=True)
     if patience is not None and evaluate is None:
-        raise ValueError("`patience` counts evaluations, and there are none: give `evaluate`, or no `patience`.")
+        raise ValueError("`patience` counts evaluations: give `evaluate` too, or leave `patience` out.")
+
+
+def _to_coordinates(space: base.PyTree | None, hyperparams: base.HyperParams) -> base.HyperParams:
+    """The λ that the learner starts from: unconstrained coordinates, if there is a space."""
+    if space is None or isinstance(hyperparams, spaces.Unconstrained):
+        return hyperparams
+    return spaces.to_unconstrained(space, hyperparams)
+
+
+def _to_natural_units(space: base.PyTree | None, hyperparams: base.HyperParams) -> base.HyperParams:
+    """The λ that the caller sees: the inverse of `_to_coordinates`."""
+    return hyperparams if space is None else spaces.to_constrained(space, hyperparams)
+
+
+def _in_natural_units(space: base.PyTree | None, evaluate: EvaluateFn | None) -> EvaluateFn | None:
+    """`evaluate` as a function of what the learner carries."""
+    if space is None or evaluate is None:
+        return evaluate
+    return lambda key, coordinates: evaluate(key, spaces.to_constrained(space, coordinates))
 
 
 def _each(metrics: dict[str, np.ndarray], num: int) -> list[dict[str, Any]]:
-    """The metrics of each step of a call: floats, and arrays where they are no scalars."""
+    """The metrics of each step of a call: scalars as floats, others as arrays."""
     each = [metrics] if num == 1 else [{name: x[i] for name, x in metrics.items()} for i in range(num)]
     return [{name: float(x) if x.ndim == 0 else x for name, x in one.items()} for one in each]
 
 
 def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, Any]]) -> bool:
-    """Whether a callback said stop, of every step; then raises the first error: a resumed run goes on after them."""
+    """Calls the callback for every step of a call; returns whether it asked to stop.
+
+    Its first error is raised after the last step, because a resumed run continues after all of them.
+    """
     errors, ended = [], False
     for i, metrics in enumerate(several_metrics):
         try:
@@ -295,7 +430,7 @@ def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, An
 
 @contextlib.contextmanager
 def _explained(steps_per_call: int) -> Iterator[None]:
-    """Says what several steps a call ask of `sample_tasks`, where they cannot be traced."""
+    """Explains an error of a `sample_tasks` that cannot be traced."""
     try:
         yield
     except jax.errors.JAXTypeError as error:
@@ -317,21 +452,41 @@ def _check_all_done(state: LearnerState, tasks: base.PyTree) -> None:
         )
 
 
-def _owned(tree: base.PyTree) -> base.PyTree:
-    """A copy that shares no buffer with the caller, nor between leaves: it can be donated."""
-    return jax.tree.map(jnp.copy, tree)
-
-
 def _intact(tree: base.PyTree) -> bool:
     return not any(x.is_deleted() for x in jax.tree.leaves(tree))
 
 
-def _why_stop(run: _Run, num_steps: int, patience: int | None, signals: list[int]) -> str:
+def _any(done: base.PyTree) -> bool:
+    return any(bool(np.any(x)) for x in jax.tree.leaves(done))
+
+
+def _types(tasks: base.PyTree) -> tuple:
+    """The structure, shapes and dtypes of tasks."""
+    leaves, structure = jax.tree.flatten(tasks)
+    return structure, *((x.shape, x.dtype) for x in leaves)
+
+
+def _why_stop(run: Run, num_steps: int, patience: int | None, *, ended: bool, moved: bool) -> str:
+    """Why the run ends here; "" if it goes on.
+
+    Args:
+      run: after its last step.
+      num_steps: of the whole run.
+      patience: evaluations without a new best.
+      ended: whether the callback ended it.
+      moved: whether this call of `fit` took a step. A run that continues after non-finite steps gets another chance.
+    """
+    if moved and not ended and _num_non_finite(run) >= _stopping.MAX_NON_FINITE:
+        return "non-finite"
     if patience is not None and len(run.evaluations) - 1 - (_best(run.evaluations) or 0) >= patience:
         return "patience"
     if run.step >= num_steps:
         return "num_steps"
-    return "signal" if signals else ""
+    return "callback" if ended else ""
+
+
+def _num_non_finite(run: Run) -> int:
+    return _stopping.num_non_finite(run.history.get("value", []), run.history.get("skipped", []))
 
 
 def _best(losses: list[float]) -> int | None:
@@ -340,13 +495,13 @@ def _best(losses: list[float]) -> int | None:
     return losses.index(best) if best < math.inf else None
 
 
-def _evaluated(run: _Run, evaluate: EvaluateFn, key: jax.Array) -> _Run:
-    loss = evaluate(key, _owned(run.state.hyperparams))
+def _evaluated(run: Run, evaluate: EvaluateFn, key: jax.Array) -> Run:
+    loss = evaluate(key, owned(run.state.hyperparams))
     if jnp.shape(loss) != ():
         raise ValueError(f"`evaluate` must return a scalar; got shape {jnp.shape(loss)}.")
     evaluations = [*run.evaluations, float(loss)]
     is_best = _best(evaluations) == len(evaluations) - 1
-    best_hyperparams = _owned(run.state.hyperparams) if is_best else run.best_hyperparams
+    best_hyperparams = owned(run.state.hyperparams) if is_best else run.best_hyperparams
     return run._replace(evaluations=evaluations, best_hyperparams=best_hyperparams)
 
 
@@ -356,106 +511,3 @@ def _record(history: dict[str, list[float]], step: int, metrics: dict[str, Any])
             column = history.setdefault(name, [])
             column.extend([math.nan] * (step - len(column)))
             column.append(float(value))
-
-
-def _columns(run: _Run) -> dict[str, np.ndarray]:
-    columns = {}
-    for name, column in run.history.items():
-        columns[name] = np.full(run.step, math.nan)
-        columns[name][: len(column)] = column
-    return columns
-
-
-def _settings(
-    key: jax.Array, hyperparams: base.HyperParams, eval_every: int | None, own: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What a run's bits depend on and can be compared."""
-    try:
-        named = json.loads(json.dumps(dict(own or {}), allow_nan=False))  # tuples are lists there
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"`settings` must map names to what JSON has: numbers, texts, lists of them ({error})."
-        ) from error
-    leaves = [np.asarray(x) for x in jax.tree.leaves(hyperparams)]
-    total = 0
-    for leaf in leaves:
-        total = zlib.crc32(leaf.tobytes(), total)
-    return {
-        "key": _plain(key).tolist(),
-        "initial hyperparams": f"{len(leaves)} arrays of {sum(x.size for x in leaves)} entries, checksum {total}",
-        "eval_every": eval_every,
-        **{f"settings[{name!r}]": value for name, value in named.items()},
-    }
-
-
-def _plain(leaf: jax.Array) -> np.ndarray:
-    """A leaf on the host, a key as its data."""
-    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
-
-
-def _described(tasks: base.PyTree) -> dict[str, str]:
-    """What can be compared of tasks, by name: types, shapes, and checksums."""
-    described = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
-        name = f"tasks{jax.tree_util.keystr(path)}"
-        described[name] = f"{leaf.dtype}{list(leaf.shape)} with checksum {checksum(_plain(leaf))}"
-    return described
-
-
-def _save(checkpoints: Checkpoints, run: _Run, tasks: base.PyTree) -> None:
-    """Writes a checkpoint, without the tasks where those of step `run.drawn`, which are given, are what is carried."""
-    lists = {"history": _columns(run), "evaluations": np.array(run.evaluations, np.float64)}
-    described = None if tasks is None else _described(tasks)
-    again = described == _described(run.state.tasks)
-    extra = {"drawn": run.drawn, "metrics": list(run.history), "num_evaluations": len(run.evaluations)}
-    extra |= {"tasks": described, "tasks again": again}
-    state = run.state._replace(tasks=()) if again else run.state
-    checkpoints.save(run.step, (state, run.best_hyperparams, lists), extra)
-
-
-def _resumed(saved: Saved, state: LearnerState, hyperparams: base.HyperParams, tasks: base.PyTree) -> _Run:
-    """The run of a checkpoint; `tasks` are those of the step that it drew last, and must be what they were."""
-    here = _described(tasks)
-    there = here if saved.extra["tasks"] is None else saved.extra["tasks"]
-    for name in {**there, **here}:
-        if here.get(name) != there.get(name):
-            raise ValueError(
-                saved.refusal(
-                    f"`{name}`, drawn for step {saved.extra['drawn']}, is {there.get(name, 'missing')} in the "
-                    f"checkpoint and {here.get(name, 'missing')} in this run (other data, another sampler, or the last "
-                    "bits of another device or version of JAX)"
-                )
-            )
-    history = {name: np.empty(saved.step) for name in saved.extra["metrics"]}
-    lists = {"history": history, "evaluations": np.empty(saved.extra["num_evaluations"])}
-    again = saved.extra["tasks again"]
-    state, best_hyperparams, lists = saved.tree((state._replace(tasks=()) if again else state, hyperparams, lists))
-    if again:
-        state = state._replace(tasks=_owned(tasks))
-    history = {name: column.tolist() for name, column in lists["history"].items()}
-    evaluations = lists["evaluations"].tolist()
-    return _Run(state, best_hyperparams, history, evaluations, saved.step, saved.extra["drawn"])
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Yields the list of SIGINT and SIGTERM received; a second SIGINT raises KeyboardInterrupt."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def receive(number, frame):
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    former = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:  # ignored on purpose: a job in the background
-                former[number] = signal.signal(number, receive)
-        yield received
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

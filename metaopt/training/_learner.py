@@ -218,7 +218,7 @@ def check_hyperparams(hyperparams: base.HyperParams) -> base.HyperParams:
 
 
 def check_tasks(tasks: base.PyTree) -> base.PyTree:
-    """The tasks as arrays; ValueError where there are none, or one is not of numbers."""
+    """The tasks as arrays; ValueError if there are none, or if they are not numbers or have labels without a class."""
     leaves = jax.tree_util.tree_leaves_with_path(tasks)
     if not leaves:
         raise ValueError(f"The tasks are empty: {tasks!r} has no arrays.")
@@ -232,6 +232,7 @@ def check_tasks(tasks: base.PyTree) -> base.PyTree:
             )
         if jnp.shape(leaf)[:1] == (0,):
             raise ValueError(f"`{name}` has shape {jnp.shape(leaf)}: a batch of no tasks, or a task of no data.")
+    base.check_task_labels("tasks", tasks)
     return _strong(tasks)
 
 

@@ -70,7 +70,7 @@ def test_through_a_change_of_coordinates(name):
         penalty = spaces.to_constrained(problems.SPACE, unconstrained)["penalty"]
         return problems.closed_form({"log_penalty": jnp.log(penalty)})
 
-    unconstrained = {"penalty": jnp.array([2.0, -1.0, 1.5, 0.5])}
+    unconstrained = spaces.Unconstrained({"penalty": jnp.array([2.0, -1.0, 1.5, 0.5])})
     estimator = ESTIMATORS[name](spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE))
     estimate = converged(estimator, unconstrained, problems.TASK)
     check(estimate, jax.value_and_grad(closed_form)(unconstrained))
@@ -79,14 +79,17 @@ def test_through_a_change_of_coordinates(name):
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.once
 def test_predicted_for_a_batch_of_tasks(name):
-    predictor = predictors.mlp({"log_penalty": spaces.real(-1.0, shape=(problems.NUM_FEATURES,))}, 2, num_hidden=3)
+    space = {"log_penalty": spaces.real(-1.0, shape=(problems.NUM_FEATURES,))}
+    predictor = predictors.mlp(space, 2, num_hidden=3)
     phi = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(KEY, x.shape), predictor.init(KEY))
     tasks = [problems.regression_task(seed) for seed in range(3)]
 
     def closed_form(phi):
-        return sum(problems.closed_form(predictor.apply(phi, task), task) for task in tasks) / len(tasks)
+        lam = [spaces.to_constrained(space, predictor.apply(phi, task)) for task in tasks]
+        return sum(map(problems.closed_form, lam, tasks)) / len(tasks)
 
-    estimator = hypergrad.over_tasks(predictors.amortize(ESTIMATORS[name](problems.RIDGE), predictor))
+    problem = spaces.constrain(problems.RIDGE, space)
+    estimator = hypergrad.over_tasks(predictors.amortize(ESTIMATORS[name](problem), predictor))
     estimate = converged(estimator, phi, problems.stack(tasks))
     check(estimate, jax.value_and_grad(closed_form)(phi))
     assert estimate.done.shape == (3,)

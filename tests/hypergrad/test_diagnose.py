@@ -63,9 +63,11 @@ def test_an_unconverged_inner_loop():
 def test_lambda_at_a_bound():
     space = spaces.interval(1e-3, 1.0, log=True)
     for start, found in ((0.9999, True), (0.1, False)):
-        lam = spaces.to_unconstrained(space, jnp.array(start))
-        diagnosis = hypergrad.diagnose(quadratic(0.2), lam, problems.TASK, num_steps=30, space=space)
-        assert ("sits at a bound" in words(diagnosis)) == found
+        natural = quadratic(0.2), jnp.array(start)
+        in_coordinates = spaces.constrain(natural[0], space), spaces.to_unconstrained(space, natural[1])
+        for problem, lam in (natural, in_coordinates):
+            diagnosis = hypergrad.diagnose(problem, lam, problems.TASK, num_steps=30, space=space)
+            assert ("sits at a bound" in words(diagnosis)) == found
 
 
 @pytest.mark.once

@@ -279,7 +279,7 @@ def test_tasks_differ_in_their_perturbations_and_the_state_keeps_its_types(name)
 
 @pytest.mark.once
 def test_perturbs_in_unconstrained_coordinates():
-    unconstrained = {"penalty": jnp.array([2.0, -1.0, 1.5, 0.5])}
+    unconstrained = spaces.Unconstrained({"penalty": jnp.array([2.0, -1.0, 1.5, 0.5])})
 
     def by_hand(z):
         return spaces.to_constrained(problems.SPACE, z)
@@ -289,7 +289,7 @@ def test_perturbs_in_unconstrained_coordinates():
     expected = inner.problem(loop, lambda params, z, batch: problems.mean_squares(params, batch))
     results = []
     for problem in (spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE), expected):
-        estimator = RULES["es_single"](problem, sigma={"penalty": 0.5}, num_pairs=2)
+        estimator = RULES["es_single"](problem, sigma=spaces.Unconstrained({"penalty": 0.5}), num_pairs=2)
         results.append(first(estimator, unconstrained, problems.TASK, KEY))
     assert optax.tree.norm(results[0].hypergrad) > 1e-4
     chex.assert_trees_all_close(results[0].hypergrad, results[1].hypergrad, rtol=1e-12)

@@ -387,8 +387,9 @@ def test_answers_for_the_inner_and_the_outer_loss():
     estimator = implicit(spaces.constrain(problem(), space))
     unconstrained = spaces.to_unconstrained(space, LAM)
     estimate, _ = estimator.estimate(unconstrained, problems.TASK, estimator.init(KEY, unconstrained, problems.TASK))
-    np.testing.assert_allclose(estimate.hypergrad["outer"], estimate.value, rtol=1e-12)  # F = exp(z) · mean squares
-    assert optax.tree.norm(estimate.hypergrad["penalty"]) > 0
+    slopes = estimate.hypergrad.coordinates
+    np.testing.assert_allclose(slopes["outer"], estimate.value, rtol=1e-12)  # F = exp(z) · mean squares
+    assert optax.tree.norm(slopes["penalty"]) > 0
 
 
 def test_refuses_what_a_predictor_puts_out():

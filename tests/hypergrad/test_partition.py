@@ -85,6 +85,11 @@ def test_a_wrapped_partition_is_a_partition_of_the_wrapped():
     found = estimate(split)
     chex.assert_trees_all_close(found.hypergrad, expected.hypergrad, rtol=1e-9, atol=1e-13)
     assert found.done.all()
+    # Labels as a tree are structured like λ, without the mark of coordinates.
+    by_tree = hypergrad.partition(problem, rules, {"rate": "a", "penalty": "b", "extra": "b"})
+    z = spaces.to_unconstrained(space, spaces.default(space))
+    shapes = [jax.eval_shape(rule.init, KEY, z, problems.TASK) for rule in (by_tree, split)]
+    assert jax.tree.map(jnp.shape, shapes[0]) == jax.tree.map(jnp.shape, shapes[1])
 
 
 @pytest.mark.once

@@ -1,4 +1,4 @@
-"""Flax and equinox modules at the door, against the same network written as a pure function."""
+"""Flax and equinox modules, against the same network written as a pure function."""
 
 import chex
 import flax.linen as linen
@@ -41,6 +41,14 @@ class LinenNet(linen.Module):
         return linen.Dense(1)(linen.Dropout(self.rate, deterministic=not train)(x))
 
 
+class LinenNetOfTwoSwitches(linen.Module):
+    @linen.compact
+    def __call__(self, x, use_running_average, deterministic):
+        x = linen.Dense(H)(x)
+        x = jnp.tanh(linen.BatchNorm(use_running_average=use_running_average, momentum=0.8)(x))
+        return linen.Dense(1)(linen.Dropout(DROP, deterministic=deterministic)(x))
+
+
 def nnx_model(rate=DROP):
     return inner.from_nnx(lambda rngs: NnxNet(rngs=rngs, rate=rate))
 
@@ -50,10 +58,15 @@ def linen_model(rate=DROP):
 
 
 MODELS = {"nnx": nnx_model, "linen": linen_model}
+SWITCHES = ("use_running_average", "deterministic")
+TWO_SWITCHES = {
+    "nnx": nnx_model,
+    "linen": lambda: inner.from_linen(LinenNetOfTwoSwitches(), lambda data: data["x"], train_argument=SWITCHES),
+}
 
 
 def parts(name, params, stats):
-    """What the pure network needs, from either form."""
+    """The layers' parameters and statistics, in the form that the pure network takes."""
     if name == "nnx":
         first, norm, last, stats = params["first"], params["norm"], params["last"], stats["norm"]
     else:
@@ -131,8 +144,7 @@ def test_trains_within_scan_vmap_and_grad(name):
 
     def outer(lam, key):
         state = solve(key, lam, DATA)
-        # `nnx.BatchNorm` stops the gradient of its running statistics: there the batch's are taken.
-        predicted, after = model.apply(loop.params(state), loop.context(state), DATA["x"], train=name == "nnx")
+        predicted, after = model.apply(loop.params(state), loop.context(state), DATA["x"])
         assert jax.tree.structure(after) == jax.tree.structure(state.model_state)
         return ((predicted - DATA["y"]) ** 2).mean(), state
 
@@ -184,6 +196,260 @@ def test_a_linen_module_without_the_train_argument():
     message = r"takes no argument `train`: .*Give `train_argument` of `from_linen` .*, or None"
     with pytest.raises(ValueError, match=message):
         model.init(KEY, None, None)
+
+
+# ---- Hypergradients through running statistics -----------------------------------------------------------------------
+
+GAIN, STEPS, RATE = 0.7, 6, 0.1
+
+
+def in_float64(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
+
+
+DATA64 = in_float64(DATA)
+
+
+def exact_hypergradient(model, start):
+    """dF/d(gain) by `hypergrad.unroll`: the inner loss sees the inputs times the gain, the outer loss evaluates."""
+
+    def loss(params, gain, batch, context):
+        predicted, state = model.apply(
+            params, context, batch["x"] * gain, train=True, use_running_average=False, deterministic=True
+        )
+        return ((predicted - batch["y"]) ** 2).mean(), state
+
+    loop = inner.loop(loss, lambda gain: optax.sgd(RATE), init=lambda key, gain, data: start, with_context=True)
+    solve = hypergrad.unroll(loop, num_steps=STEPS)
+
+    def outer(gain):
+        state = solve(KEY, gain, DATA64)
+        predicted, _ = model.apply(loop.params(state), loop.context(state), DATA64["x"])
+        return ((predicted - DATA64["y"]) ** 2).mean()
+
+    return jax.jit(jax.grad(outer))(jnp.float64(GAIN))
+
+
+def central_difference(forward, start):
+    """dF/d(gain) from a Python loop; `forward` is `(params, state, x, train) -> (outputs, state)`."""
+
+    def loss(params, state, x, train):
+        predicted, state = forward(params, state, x, train)
+        return ((predicted - DATA64["y"]) ** 2).mean(), state
+
+    gradient = jax.jit(jax.grad(lambda params, state, x: loss(params, state, x, True), has_aux=True))
+
+    def outer(gain):
+        params, state = start
+        for _ in range(STEPS):
+            grads, state = gradient(params, state, DATA64["x"] * gain)
+            params = jax.tree.map(lambda p, g: p - RATE * g, params, grads)
+        return loss(params, state, DATA64["x"], False)[0]
+
+    eps = 1e-5
+    return (outer(GAIN + eps) - outer(GAIN - eps)) / (2 * eps)
+
+
+@pytest.mark.parametrize("name", TWO_SWITCHES)
+def test_the_hypergradient_through_running_statistics_is_that_of_finite_differences(name):
+    model = TWO_SWITCHES[name]()
+    start = in_float64(model.init(KEY, None, DATA))
+
+    def forward(params, state, x, train):
+        predicted, stats = pure(name, params, state, x, train)
+        return predicted, {"norm": stats} if name == "nnx" else {"batch_stats": {"BatchNorm_0": stats}}
+
+    expected = central_difference(forward, start)
+    assert abs(expected) > 1e-2
+    np.testing.assert_allclose(exact_hypergradient(model, start), expected, rtol=1e-6)
+
+
+def test_nnx_and_linen_have_the_same_hypergradient():
+    params, stats = in_float64(TWO_SWITCHES["linen"]().init(KEY, None, DATA))
+    of_nnx = {"first": params["Dense_0"], "norm": params["BatchNorm_0"], "last": params["Dense_1"]}
+    state = {**nnx_model().init(KEY, None, DATA)[1], "norm": stats["batch_stats"]["BatchNorm_0"]}
+    expected = exact_hypergradient(TWO_SWITCHES["linen"](), (params, stats))
+    np.testing.assert_allclose(exact_hypergradient(nnx_model(), (of_nnx, state)), expected, rtol=1e-10)
+
+
+class Transformed(nnx.Module):
+    """BatchNorm within `nnx.scan` and `nnx.remat`, and one layer that is called twice in a step."""
+
+    def __init__(self, rngs):
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make(key):
+            return nnx.BatchNorm(D, momentum=0.7, rngs=nnx.Rngs(key))
+
+        self.layers = make(jax.random.split(KEY, 2))
+        self.shared = nnx.BatchNorm(D, momentum=0.6, use_bias=False, rngs=rngs)
+        self.last = nnx.Linear(D, 1, rngs=rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        @nnx.remat
+        def stacked(layer, x):
+            return jnp.sin(layer(x))
+
+        x = self.shared(jnp.tanh(self.shared(x)))
+        return self.last(stacked(self.layers, x))
+
+
+def test_running_statistics_within_transforms_of_flax():
+    model = inner.from_nnx(Transformed)
+    start = in_float64(model.init(KEY, None, DATA))
+    forward = lambda params, state, x, train: model.apply(
+        params, base.Context(KEY, jnp.int32(0), state), x, train=train
+    )
+    expected = central_difference(forward, start)
+    assert abs(expected) > 1e-2
+    np.testing.assert_allclose(exact_hypergradient(model, start), expected, rtol=1e-6)
+
+
+def stopped_mean(mean, x):
+    return jax.lax.stop_gradient(0.9 * mean + 0.1 * x.mean(0))
+
+
+class NnxCentered(nnx.Module):
+    """A layer of a user's own, with a running mean; `update` has the stop."""
+
+    def __init__(self, rngs, update=stopped_mean):
+        self.first = nnx.Linear(D, H, rngs=rngs)
+        self.mean = nnx.BatchStat(jnp.zeros(H))
+        self.use_running_average = False
+        self.update = update
+
+    def __call__(self, x):
+        x = self.first(x)
+        if self.use_running_average:
+            return x - self.mean[...][None]
+        self.mean[...] = self.update(self.mean[...], x)
+        return x - x.mean(0)[None]
+
+
+class LinenCentered(linen.Module):
+    @linen.compact
+    def __call__(self, x, train):
+        x = linen.Dense(H)(x)
+        mean = self.variable("averages", "mean", jnp.zeros, (H,))
+        if not train:
+            return x - mean.value[None]
+        mean.value = stopped_mean(mean.value, x)
+        return x - x.mean(0)[None]
+
+
+class OwnCall(nnx.BatchNorm):
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+class LinenSpectral(linen.Module):
+    @linen.compact
+    def __call__(self, x, train):
+        return linen.SpectralNorm(linen.Dense(H))(x, update_stats=train)
+
+
+def in_a_loop(mean, x):
+    """The stop is within a scan, a checkpoint and a branch."""
+
+    def body(mean, row):
+        update = jax.checkpoint(lambda mean: jax.lax.stop_gradient(0.9 * mean + 0.1 * row))
+        return jax.lax.cond(row[0] > 0, update, lambda mean: jax.lax.stop_gradient(mean + row), mean), None
+
+    return jax.lax.scan(body, mean, x)[0]
+
+
+def in_a_call(mean, x):
+    return 0.9 * mean + jax.jit(lambda x: 0.1 * jax.lax.stop_gradient(x.mean(0)))(x)
+
+
+def straight_through(mean, x):
+    rounded = x + jax.lax.stop_gradient(jnp.round(x) - x)
+    return 0.9 * mean + 0.1 * jax.nn.softmax(rounded).mean(0)  # softmax subtracts a stopped maximum
+
+
+def by_counts(mean, x):
+    """How often each unit is the largest: a count, which has no derivative."""
+    return 0.9 * mean + 0.1 * jax.nn.one_hot(x.argmax(-1), H).mean(0) + 0 * x.mean(0)
+
+
+STOPPED = {
+    "the same stop": (lambda **kw: inner.from_nnx(NnxCentered, **kw), r"\['mean'\].*\['first'\]\['kernel'\]"),
+    "in a loop": (lambda **kw: inner.from_nnx(lambda rngs: NnxCentered(rngs, in_a_loop), **kw), r"\['mean'\]"),
+    "of the input alone": (lambda **kw: inner.from_nnx(lambda rngs: NnxCentered(rngs, in_a_call), **kw), "inputs"),
+    "a subclass of BatchNorm": (lambda **kw: inner.from_nnx(lambda rngs: OwnCall(D, rngs=rngs), **kw), r"\['var'\]"),
+    "SpectralNorm of nnx": (
+        lambda **kw: inner.from_nnx(lambda rngs: nnx.SpectralNorm(nnx.Linear(D, H, rngs=rngs), rngs=rngs), **kw),
+        "batch_stats.*kernel",
+    ),
+    "a collection of linen": (lambda **kw: inner.from_linen(LinenCentered(), DATA["x"], **kw), "averages.*kernel"),
+    "SpectralNorm of linen": (lambda **kw: inner.from_linen(LinenSpectral(), DATA["x"], **kw), "batch_stats.*kernel"),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_stopped_state_is_rejected_when_traced(name):
+    make, message = STOPPED[name]
+    model = make()
+    params, state = model.init(KEY, None, DATA)
+    context = base.Context(KEY, jnp.int32(0), state)
+    call = lambda model, params, train: model.apply(params, context, DATA["x"], train=train)
+    with pytest.raises(ValueError, match=f"`stop_gradient` to its new model state .*{message}"):
+        jax.eval_shape(lambda params: call(model, params, True), params)
+    jax.eval_shape(lambda params: call(model, params, False), params)  # evaluation stores nothing
+    jax.eval_shape(lambda params: call(make(allow_stopped_state=True), params, True), params)
+
+
+@pytest.mark.parametrize("update", [straight_through, by_counts])
+def test_stops_that_hide_no_path_are_accepted(update):
+    model = inner.from_nnx(lambda rngs: NnxCentered(rngs, update))
+    params, state = model.init(KEY, None, DATA)
+    _, after = model.apply(params, base.Context(KEY, jnp.int32(0), state), DATA["x"], train=True)
+    x = DATA["x"] @ params["first"]["kernel"] + params["first"]["bias"][None]
+    np.testing.assert_allclose(after["mean"], update(state["mean"], x), rtol=1e-5)
+
+
+# ---- Switches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TWO_SWITCHES)
+@pytest.mark.parametrize("use_running_average", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_batch_statistics_and_dropout_are_switched_apart(name, use_running_average, deterministic):
+    model = TWO_SWITCHES[name]()
+    params, state = model.init(KEY, None, DATA)
+    context = base.Context(KEY, jnp.int32(0), state)
+    expected, expected_stats = pure(name, params, state, DATA["x"], train=not use_running_average)
+    for train in (False, True):
+        switches = {"use_running_average": use_running_average, "deterministic": deterministic}
+        # What `train` says by itself need not be said again.
+        switches = {name: switch for name, switch in switches.items() if switch == train}
+        output, after = model.apply(params, context, DATA["x"], train=train, **switches)
+        stats = parts(name, params, after)[3]
+        for key in ("mean", "var"):
+            np.testing.assert_allclose(stats[key], expected_stats[key], rtol=1e-5, atol=1e-6)
+        assert bool(np.abs(output - expected).max() < 1e-4) == deterministic
+
+
+def test_a_switch_without_a_keyword_is_rejected():
+    params, state = linen_model().init(KEY, None, DATA)
+    context = base.Context(KEY, jnp.int32(0), state)
+    with pytest.raises(ValueError, match=r"`deterministic=True` with `train=True` needs a keyword `deterministic`"):
+        linen_model().apply(params, context, DATA["x"], train=True, deterministic=True)
+
+
+class NnxKeyword(nnx.Module):
+    def __init__(self, rngs):
+        self.dropout = nnx.Dropout(DROP, deterministic=None, rngs=rngs)
+
+    def __call__(self, x, *, deterministic):
+        return self.dropout(x, deterministic=deterministic)
+
+
+def test_an_nnx_module_with_a_keyword_gets_the_switch():
+    model = inner.from_nnx(NnxKeyword)
+    context = base.Context(KEY, jnp.int32(0), model.init(KEY, None, None)[1])
+    assert (model.apply({}, context, jnp.ones((4, D)), train=True)[0] == 0).any()
+    assert not (model.apply({}, context, jnp.ones((4, D)), train=True, deterministic=True)[0] == 0).any()
 
 
 @pytest.mark.once

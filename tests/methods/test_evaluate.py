@@ -383,10 +383,12 @@ def test_labels_that_are_no_class_of_the_episode_are_refused(part, label):
     if label == 3:
         assert judge(wrong).scores["zero"]["episodes"].shape == (2, 1)
         absent = lambda key: jax.tree.map(lambda x: jnp.where(x == 3, 2, x) if x.dtype == jnp.int64 else x, wrong(key))
-        with pytest.raises(ValueError, match=r"got 2 in row \d of a support set, whose classes are \[0, 1, 3\]"):
+        with pytest.raises(ValueError, match=r"labels `episode\['query'\]\['y'\]` have classes .*: \[2\]"):
             judge(absent)
     else:
-        with pytest.raises(ValueError, match=rf"got {label} in row \d of a {part} set"):
+        with pytest.raises(
+            ValueError, match=rf"labels `episode\['{part}'\]\['y'\]` must be in 0\.\.3; got labels from .*{label}"
+        ):
             judge(wrong)
 
 

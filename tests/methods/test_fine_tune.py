@@ -87,6 +87,25 @@ def test_in_its_space_over_tasks_and_better():
     assert batched.step.dtype == jnp.int32
 
 
+@pytest.mark.once
+def test_with_its_space_it_takes_and_returns_natural_units():
+    problem = spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE)
+    estimator = hypergrad.unrolled(problem, num_steps=5)
+    start = {"penalty": jnp.array([0.1, 0.5, 1.0, 2.0])}
+    coordinates = spaces.to_unconstrained(problems.SPACE, start)
+    expected = jax.jit(methods.fine_tune(estimator, num_steps=2))(KEY, coordinates, problems.TASK)
+    tune = jax.jit(methods.fine_tune(estimator, num_steps=2, space=problems.SPACE))
+    for given in (start, coordinates):  # λ, or what a predictor returns
+        tuned = tune(KEY, given, problems.TASK)
+        penalty = 0.3 * np.exp(expected.hyperparams.coordinates["penalty"])  # λ = default · exp(z)
+        np.testing.assert_allclose(tuned.hyperparams["penalty"], penalty, rtol=1e-12)
+        np.testing.assert_allclose(tuned.values, expected.values, rtol=1e-12)
+    assert (tuned.hyperparams["penalty"] != start["penalty"]).any()
+    # A traced λ outside its space cannot raise: nothing is finite.
+    outside = tune(KEY, {"penalty": -start["penalty"]}, problems.TASK)
+    assert np.isnan(outside.hyperparams["penalty"]).all() and np.isnan(outside.values).all()
+
+
 def test_float32_stays_float32():
     with jax.enable_x64(False):
         tuned = jax.jit(methods.fine_tune(quadratic(), num_steps=2))(

@@ -133,6 +133,20 @@ def test_a_constant_h_is_a_shared_alpha(learned):
     assert np.abs(center).max() > 1e-3
 
 
+def test_h_of_a_space_in_other_units_gives_alpha_in_natural_units():
+    """α = default + scale · z, and z is what the predictor's network computes."""
+    space = {"cell": spaces.real([[1.0, -2.0, 0.5]], 3.0, shape=(1, 3))}
+    scaled = methods.meta_architecture_search(search_of(), predictors.mlp(space, 0, num_hidden=0))
+    task = TASKS[0]._replace(features=jnp.zeros(0))
+    weights = scaled.hyperparams(KEY)
+    weights["h"]["center"] = jnp.array([0.1, 0.2, 0.3])
+    np.testing.assert_allclose(scaled.alpha(weights, task)["cell"], [[1.3, -1.4, 1.4]], rtol=1e-12)
+    of_own = base.Predictor(lambda key: (), lambda phi, task: spaces.Unconstrained({"cell": jnp.zeros((1, 3))}), {})
+    unknown = methods.meta_architecture_search(search_of(), of_own)
+    with pytest.raises(ValueError, match="its `config` has no space to convert them"):
+        unknown.alpha({"h": ()}, task)
+
+
 def test_fine_tuning_starts_from_what_was_learned(learned):
     """Two alternations are two of DARTS's from α = h(t') and θ_0: written out by the inner steps."""
     loop, task = SEARCH.problem.loop, TASKS[1]

@@ -85,9 +85,9 @@ def test_a_step_by_hand():
     def run():
         state = made.loop.init(KEY, None, DATA)
         states = [state := inner.step(made.loop, state, None, DATA) for _ in range(2)]
-        return made.loop.init(KEY, None, DATA).params, [s.params for s in states], made.apply(states[0].params, X)
+        return made.loop.init(KEY, None, DATA).params, [s.params for s in states], states[0]
 
-    start, found, outputs = run()
+    start, found, first = run()
 
     def loss(params):
         features = supernet.features(params["network"], None, X)
@@ -107,6 +107,8 @@ def test_a_step_by_hand():
         rate = 0.2 * (1 + np.cos(np.pi * t / 8)) / 2
         params = jax.tree.map(lambda p, m, r=rate: p - r * m, params, trace)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10), found[t], params)
+    # By statistics of all training rows, these rows are normalized as one batch.
+    outputs = made.finish(first, DATA).outputs(X)
     np.testing.assert_allclose(outputs, supernet.apply(found[0]["network"], None, X), rtol=1e-9)
 
 
@@ -176,14 +178,23 @@ def test_a_signal_leaves_nothing_that_looks_trained(kept, tmp_path):
     options = {"num_steps": 6, "key": KEY, "progress": False, "checkpoint_dir": tmp_path if kept else None}
     run = lambda **more: methods.train(loop, {"x": jnp.ones(3)}, **options, **more)
     interrupt = lambda step, metrics: step == 2 and signal.raise_signal(signal.SIGTERM)  # SIGINT may be ignored
-    with pytest.raises(KeyboardInterrupt, match=r"after 2 of 6 steps, .* goes on" if kept else "are not kept"):
+    with pytest.raises(SystemExit, match="after 2 of 6 steps.* continues" if kept else "not in a checkpoint") as error:
         run(callback=interrupt)
+    assert error.value.code == 143
+    np.testing.assert_allclose(error.value.result.state.estimator_state.params, 1 - 0.8**2, rtol=1e-12)
     if kept:
         steps = []
         state, losses = run(callback=lambda step, metrics: steps.append(step))
         assert steps == [3, 4, 5, 6]
         np.testing.assert_allclose(losses, 0.8 ** (2 * np.arange(6)), rtol=1e-12)
         np.testing.assert_allclose(state.params, 1 - 0.8**6, rtol=1e-12)
+
+
+def test_labels_that_are_not_classes_are_an_error_before_the_first_step():
+    loop = recipe(auxiliary=0.0).loop
+    for data in ({**DATA, "y": DATA["y"] + 1}, {"x": np.asarray(X), "y": np.asarray(DATA["y"]) + 1}):
+        with pytest.raises(ValueError, match=r"must be in 0\.\.2; got labels from 1 to 3"):
+            methods.train(loop, data, num_steps=1, key=KEY)
 
 
 @pytest.mark.slow
@@ -202,65 +213,6 @@ def test_training_that_is_stopped_goes_on_to_the_same_numbers(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), other.params, whole.params)
 
 
-def test_accuracy_counts_every_row_once():
-    data = {"x": np.arange(11.0)[:, None], "y": np.array([0, 1] * 5 + [0])}
-    seen = []
-
-    def apply(params, x):
-        seen.append(x.shape)
-        return jnp.stack([params - x[:, 0], x[:, 0] - params], 1)  # 1 where x is above params
-
-    accuracy = methods.batched_accuracy(apply, batch_size=4)
-    assert accuracy(4.5, data, KEY) == pytest.approx(6 / 11) and set(seen) == {(4, 1)}  # 0, 2, 4; 5, 7, 9
-    assert methods.batched_accuracy(apply)(4.5, data, KEY) == pytest.approx(6 / 11) and seen[-1] == (11, 1)
-    # A network that looks at its batch: rows above the mean, which is 5 of all of them.
-    batch_mean = methods.batched_accuracy(lambda p, x: jnp.stack([x[:, 0] <= x.mean(), x[:, 0] > x.mean()], 1) * 1.0)
-    assert batch_mean(None, data, KEY) == pytest.approx(5 / 11)
-
-
-def test_accuracy_is_of_real_rows_which_are_together_with_one_another():
-    x = np.array([0.0, 1, 2, 3, 100, 100])[:, None]
-    data = {"x": x, "y": np.array([0, 0, 1, 1, 0, 0]), "mask": np.array([1, 1, 1, 1, 0, 0.0])}
-    batch_mean = methods.batched_accuracy(lambda p, x: jnp.stack([x[:, 0] <= x.mean(), x[:, 0] > x.mean()], 1) * 1.0)
-    assert batch_mean(None, data, KEY) == 1.0
-    assert batch_mean(None, {**data, "mask": np.ones(6)}, KEY) == pytest.approx(2 / 6)
-    # A class that the task has not is no answer, and NaN is none.
-    constant = methods.batched_accuracy(lambda p, x: jnp.full((len(x), 3), p) + jnp.arange(3.0)[None])
-    assert constant(0.0, data, KEY) == 0 and constant(jnp.nan, data, KEY) == 0
-    assert constant(0.0, {**data, "class_mask": np.array([1, 1, 0.0])}, KEY) == 0.5
-    for bad, message in [
-        ({**data, "y": data["y"] + 2}, r"must be in 0\.\.2.*got labels from 2 to 3, 2 of 4 outside"),
-        ({**data, "y": data["y"] - 1}, "got labels from -1 to 0"),
-        ({**data, "mask": np.zeros(6)}, "with a real one; got shape .6,., 0 real"),
-        ((data["x"], data["y"]), 'must be a dict with the inputs as "x".*got tuple'),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            constant(0.0, bad, KEY)
-
-
-def test_accuracy_of_what_are_no_labels_of_the_rows_is_refused():
-    x = np.arange(8.0)[:, None]
-    y = (x[:, 0] > 3).astype(np.int32)
-    above = methods.batched_accuracy(lambda p, x: jnp.stack([3.5 - x[:, 0], x[:, 0] - 3.5], 1), batch_size=4)
-    for good in (y, y > 0, y.astype(np.uint8), y.tolist()):
-        assert above(None, {"x": x, "y": good}, KEY) == 1.0
-    each = methods.batched_accuracy(lambda p, x: jnp.stack([0 * x, x], -1), batch_size=4)  # [N, positions, C]
-    assert each(None, {"x": x + 1, "y": np.ones((8, 1), int)}, KEY) == 1.0
-    for bad, message in [
-        ({"y": y[:, None]}, r'The labels "y" must have the shape \(8,\), .*got \(8, 1\)'),
-        ({"y": np.eye(2, dtype=int)[y]}, r"must have the shape \(8,\).*got \(8, 2\)"),
-        ({"y": np.array(["a", "b"])[y]}, r"must be integers.*got <U1"),
-        ({"y": y + 5.0}, "must be integers.*got float64"),
-        ({"y": y[:6]}, r'"x" and "y" must have a row for each other; got 8 and 6'),
-        ({"x": x[:6]}, "must have a row for each other; got 6 and 8"),
-        ({"class_mask": np.array([1, 0, 1])}, r'"class_mask" must be \[C\] = \(2,\).*got shape \(3,\)'),
-        ({"class_mask": np.ones((8, 2))}, r"must be \[C\] = \(2,\).*got shape \(8, 2\)"),
-        ({"mask": np.ones((8, 1))}, r'"mask" must be \[N\] = \(8,\)'),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            above(None, {"x": x, "y": y, **bad}, KEY)
-
-
 @pytest.mark.once
 @pytest.mark.parametrize("auxiliary", [0.4, 0.0])
 def test_padding_trains_nothing(auxiliary):
@@ -273,8 +225,9 @@ def test_padding_trains_nothing(auxiliary):
     loss = jax.jit(lambda params, batch: made.loop.loss(params, None, batch, made.loop.context(context))[0])
     alone = loss(params, jax.tree.map(lambda a: a[mask > 0], DATA))
     np.testing.assert_allclose(loss(params, padded), alone, rtol=1e-9)
-    outputs = jax.jit(made.apply)(params, padded["x"], mask)[mask > 0]
-    np.testing.assert_allclose(outputs, jax.jit(made.apply)(params, X[mask > 0]), rtol=1e-9)
+    state = context._replace(params=params)
+    outputs = made.finish(state, padded).outputs(X)
+    np.testing.assert_allclose(outputs, made.finish(state, {"x": X[mask > 0]}).outputs(X), rtol=1e-9)
 
 
 @pytest.mark.slow
@@ -303,13 +256,12 @@ def test_images_of_integers_train_as_the_same_floats():
     shift = lambda key, x: x + 200  # of uint8 this would be modulo 256
     options = {"num_steps": 2, "batch_size": 4, "auxiliary": 0.0, "augment": (shift,), "drop_path": 0.5}
     made = methods.retraining(net, (6, 5, 1), ops=nas.NAS_BENCH_201_OPS, **options)
-    run = jax.jit(lambda data: inner.run(made.loop, 2)(KEY, None, data).params)
+    run = jax.jit(lambda data: inner.run(made.loop, 2)(KEY, None, data))
     found, floats = (run({"x": x, "y": DATA["y"]}) for x in (image, image.astype(float)))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(floats), strict=True):
+    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(floats.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-    rows = {"x": image, "y": DATA["y"]}
-    accuracy = methods.batched_accuracy(made.apply, batch_size=6)
-    assert accuracy(found, rows, KEY) == accuracy(found, {**rows, "x": image.astype(float)}, KEY)
+    whole, of_floats = (made.finish(found, {"x": x}).outputs(x) for x in (image, image.astype(float)))
+    np.testing.assert_allclose(whole, of_floats, rtol=1e-9)
 
 
 def test_recipes_that_cannot_be():
@@ -327,7 +279,7 @@ def test_recipes_that_cannot_be():
         methods.retraining(nas.conv_net_space(10), (28, 28, 1), ops={}, num_steps=1)  # pyright: ignore[reportArgumentType]
     one = nas.Network({"cell": nas.complete_cell(1, ("linear",))}, (nas.Layer("cell", 2),), 3)
     options = {"ops": nas.BLOCKS, "num_steps": 1, "auxiliary": 0.0}
-    with pytest.raises(ValueError, match="'cell' has one alone, and got 0.2. Pass `drop_path=0`"):
+    with pytest.raises(ValueError, match="'cell' has only one, and `drop_path` is 0.2. Pass `drop_path=0`"):
         methods.retraining(one, (3,), **options)
     methods.retraining(one, (3,), **options, drop_path=0.0)
     flat = NET._replace(layers=NET.layers[:2])
@@ -383,7 +335,7 @@ def test_a_report_of_one_architecture_has_gaps_and_no_ranks():
 def test_accuracies_in_percent_are_refused(change):
     for others in ([], SCORES[1:]):
         with pytest.raises(
-            ValueError, match=r"in \[0, 1\], as `batched_accuracy` .* of 'found'. Divide those in % by 100"
+            ValueError, match=r"in \[0, 1\], as `TrainedNetwork.accuracy`; .* of 'found'. Divide those in % by 100"
         ):
             methods.search_report([SCORES[0]._replace(**change), *others])
     methods.search_report([SCORES[0]._replace(inherited=1 + 1e-7, mixed=float("nan"), retrained=(0.0,))])

@@ -161,7 +161,8 @@ def test_in_float32_numbers_are_those_that_were_given_and_stay_within_their_boun
             assert hyperparams["rate"].dtype == np.float32
             found = spaces.configuration(space, hyperparams)
             assert found == {"rate": rate, "scale": 0.1, "momentum": pytest.approx(0.9)}
-        ends = [spaces.to_constrained(space, {"rate": z, "scale": 0.0, "momentum": None}) for z in (-99.0, 99.0)]
+        coordinates = ({"rate": z, "scale": 0.0, "momentum": None} for z in (-99.0, 99.0))
+        ends = [spaces.to_constrained(space, spaces.Unconstrained(z)) for z in coordinates]
         low, high = (spaces.configuration(space, hyperparams)["rate"] for hyperparams in ends)
     assert 1e-4 <= low < 1.001e-4 and 0.0999 < high <= 0.1
 

@@ -35,7 +35,7 @@ PROBLEM = base.Problem(
     outer_loss=lambda params, hyperparams, batch, context: 0.5 * (params - batch) ** 2 + hyperparams["decay"] ** 2,
     outer_batch=lambda key, task: task.valid,
 )
-Z = {"rate": jnp.array(0.3), "start": jnp.array(-0.4), "decay": jnp.array(0.2), "curvature": None}
+Z = spaces.Unconstrained({"rate": jnp.array(0.3), "start": jnp.array(-0.4), "decay": jnp.array(0.2), "curvature": None})
 
 
 def outer(problem, hyperparams, num_steps=3):
@@ -60,7 +60,7 @@ def by_hand(z, num_steps=3):
 
 def test_value_is_that_of_the_problem_by_hand():
     constrained = spaces.constrain(PROBLEM, SPACE)
-    z = {name: float(value) for name, value in Z.items() if value is not None}
+    z = {name: float(value) for name, value in Z.coordinates.items() if value is not None}
     value = jax.jit(lambda z: outer(constrained, z))(Z)
     assert float(value) == pytest.approx(by_hand(z), rel=1e-12)
     assert float(value) == pytest.approx(float(outer(PROBLEM, spaces.to_constrained(SPACE, Z))), rel=1e-12)
@@ -79,7 +79,7 @@ def test_gradient_obeys_the_chain_rule():
         "decay": direct["decay"] * value["decay"],
         "curvature": None,
     }
-    chex.assert_trees_all_close(gradient, expected, rtol=1e-10)
+    chex.assert_trees_all_close(gradient, spaces.Unconstrained(expected), rtol=1e-10)
     assert min(abs(float(leaf)) for leaf in jax.tree.leaves(gradient)) > 1e-3
     check_grads(lambda z: outer(constrained, z), (Z,), order=1, rtol=1e-6)
 
@@ -110,7 +110,7 @@ def test_perturbations_stay_in_the_range():
     rates = []
     problem = PROBLEM._replace(outer_loss=lambda params, hyperparams, batch, context: hyperparams["rate"])
     for step in (-1e3, -3.0, 3.0, 1e3):
-        z = Z | {"rate": Z["rate"] + step}
+        z = spaces.Unconstrained(Z.coordinates | {"rate": Z.coordinates["rate"] + step})
         rates.append(float(spaces.constrain(problem, SPACE).outer_loss(0.0, z, 0.0, CONTEXT)))
     assert rates == sorted(rates) and 1e-2 <= rates[0] and rates[-1] <= 1.0
 
@@ -122,4 +122,4 @@ def test_refusals():
         spaces.constrain(PROBLEM, {"rate": 0.1})
     constrained = spaces.constrain(PROBLEM, SPACE)
     with pytest.raises(ValueError, match="The unconstrained λ does not fit the space at `curvature`: expected None"):
-        jax.jit(lambda z: outer(constrained, z))(Z | {"curvature": 0.7})
+        jax.jit(lambda z: outer(constrained, z))(spaces.Unconstrained(Z.coordinates | {"curvature": 0.7}))

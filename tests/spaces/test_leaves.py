@@ -67,6 +67,16 @@ DISTRIBUTIONS = {
 }
 
 
+def to_constrained(leaf, z):
+    """λ of one leaf from its array of coordinates."""
+    return spaces.to_constrained(leaf, spaces.Unconstrained(z))
+
+
+def to_unconstrained(leaf, value):
+    """The array of coordinates of one leaf."""
+    return spaces.to_unconstrained(leaf, value).coordinates
+
+
 def coordinates(name, scale=1.5, dtype=float):
     return scale * jax.random.normal(jax.random.key(7), LEAVES[name].value_shape, dtype)
 
@@ -79,7 +89,7 @@ def samples(name, num=4_000):
 @ALL
 def test_to_constrained_is_the_formula(name):
     z = coordinates(name)
-    chex.assert_trees_all_close(spaces.to_constrained(LEAVES[name], z), FORMULAS[name](np.asarray(z)), rtol=1e-12)
+    chex.assert_trees_all_close(to_constrained(LEAVES[name], z), FORMULAS[name](np.asarray(z)), rtol=1e-12)
 
 
 @ALL
@@ -87,14 +97,14 @@ def test_to_constrained_is_the_formula(name):
 def test_round_trips_both_ways_and_keeps_the_type(name, dtype):
     leaf, z = LEAVES[name], coordinates(name, dtype=dtype)
     tolerance = 1e-4 if dtype == jnp.float32 else 1e-11
-    value = spaces.to_constrained(leaf, z)
-    back = spaces.to_unconstrained(leaf, value)
+    value = to_constrained(leaf, z)
+    back = to_unconstrained(leaf, value)
     if name in SIMPLEX:
         z = z - z.mean(-1, keepdims=True)
     assert value.dtype == back.dtype == dtype
     assert value.shape == back.shape == leaf.value_shape
     chex.assert_trees_all_close(back, z, rtol=tolerance, atol=tolerance)
-    chex.assert_trees_all_close(spaces.to_constrained(leaf, back), value, rtol=tolerance)
+    chex.assert_trees_all_close(to_constrained(leaf, back), value, rtol=tolerance)
     assert np.ptp(np.append(np.asarray(z), 0.0)) > 0.1  # something to come back from
 
 
@@ -102,8 +112,8 @@ def test_round_trips_both_ways_and_keeps_the_type(name, dtype):
 def test_default_survives_the_round_trip_and_is_z_zero_where_promised(name):
     leaf = LEAVES[name]
     value = spaces.default(leaf)
-    z = spaces.to_unconstrained(leaf, value)
-    chex.assert_trees_all_close(spaces.to_constrained(leaf, z), value, rtol=1e-12)
+    z = to_unconstrained(leaf, value)
+    chex.assert_trees_all_close(to_constrained(leaf, z), value, rtol=1e-12)
     if name in ("real", "real_array", "positive", "positive_array", "interval", "interval_log", "simplex"):
         chex.assert_trees_all_close(z, jnp.zeros(leaf.value_shape), atol=1e-12)
 
@@ -146,14 +156,19 @@ def test_samples_and_defaults_lie_in_the_range_and_have_the_default_type(name, x
 
 
 @ALL
-@pytest.mark.parametrize("fn", [spaces.to_constrained, spaces.to_unconstrained, spaces.encode])
+@pytest.mark.parametrize("fn", [to_constrained, to_unconstrained, spaces.encode])
 @pytest.mark.once
 def test_derivatives_equal_finite_differences(name, fn):
     leaf, at = LEAVES[name], coordinates(name)
-    if fn is not spaces.to_constrained:
-        at = spaces.to_constrained(leaf, at)
-    at_scale = jnp.maximum(jnp.abs(at), 1e-3)
-    check_grads(lambda t: fn(leaf, at + at_scale * t), (jnp.zeros_like(at),), order=2, rtol=1e-4)
+    if fn is not to_constrained:
+        at = to_constrained(leaf, at)
+
+    def moved(t):
+        if fn is to_unconstrained and name in SIMPLEX:  # weights that sum to one
+            return at * jnp.exp(t) / jnp.sum(at * jnp.exp(t), axis=-1, keepdims=True)
+        return at + jnp.maximum(jnp.abs(at), 1e-3) * t
+
+    check_grads(lambda t: fn(leaf, moved(t)), (jnp.zeros_like(at),), order=2, rtol=1e-4)
     jacobian = jax.jacobian(lambda at: fn(leaf, at))(at)
     assert np.abs(np.asarray(jacobian)).max() > 1e-3 or name == "interval_log"
 
@@ -167,10 +182,10 @@ def test_extreme_coordinates_are_finite_with_finite_derivatives_in_float32(name,
     z = z.at[..., 0].set(at) if z.ndim else z + at
 
     def there(z):
-        return spaces.to_constrained(leaf, z)
+        return to_constrained(leaf, z)
 
     def back(z):
-        return spaces.to_unconstrained(leaf, there(z))
+        return to_unconstrained(leaf, there(z))
 
     def code(z):
         return spaces.encode(leaf, there(z))
@@ -183,21 +198,127 @@ def test_extreme_coordinates_are_finite_with_finite_derivatives_in_float32(name,
     chex.assert_tree_all_finite(jax.hessian(lambda z: there(z).sum())(z))
     if name in BOUNDED:
         low, high = np.float32(leaf.edges)
-        value = np.asarray(spaces.to_constrained(leaf, z))
+        value = np.asarray(to_constrained(leaf, z))
         assert low <= value.min() and value.max() <= high
+
+
+# Values that do not belong to a leaf; every leaf refuses NaN.
+OUTSIDE = {
+    "real": (np.inf,),
+    "positive": (0.0, -1.0, np.inf),
+    "interval": (-1.001, 3.001, -np.inf),
+    "interval_log": (0.0, -1e-3, 0.99e-5, 0.1001),
+    "interval_array": (0.49, 0.76),
+    "unit_interval": (-1e-3, 1.001),
+    "integer": (-2.6, 5.6),
+    "integer_log": (0.0, 0.49, 64.6),
+    "simplex": (0.0, 0.26, -0.25),
+    "choice": (0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, values in OUTSIDE.items() for v in (*values, np.nan)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_value_outside_the_range_raises_or_has_no_coordinate_if_it_is_traced(name, value, dtype):
+    leaf = LEAVES[name]
+    value = np.full(leaf.value_shape, value, dtype)
+    with pytest.raises(ValueError, match="^λ lies outside the space at `hyperparams`: it must be .*; got "):
+        to_unconstrained(leaf, value)
+    with pytest.raises(ValueError, match="^λ lies outside the space"):  # known while tracing
+        jax.jit(lambda: to_unconstrained(leaf, value))()
+    z, tangent = jax.jvp(jax.jit(lambda x: to_unconstrained(leaf, x)), (value,), (np.ones_like(value),))
+    assert np.isnan(z).all() and z.dtype == dtype and tangent.shape == value.shape
 
 
 @ALL
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.once
-def test_values_outside_of_the_range_have_finite_coordinates(name, dtype):
+def test_any_finite_value_has_a_finite_encoding(name, dtype):
     leaf = LEAVES[name]
     for value in (0.0, 1.0, -1.0, 1e6, float(jnp.finfo(dtype).tiny), *getattr(leaf, "edges", ())):
         value = jnp.full(leaf.value_shape, value, dtype)
-        for fn in (spaces.to_unconstrained, spaces.encode):
-            out, tangent = jax.jvp(lambda x, fn=fn: fn(leaf, x), (value,), (jnp.ones_like(value),))
-            gradient = jax.grad(lambda x, fn=fn: fn(leaf, x).sum())(value)
-            chex.assert_tree_all_finite((out, tangent, gradient))
+        out, tangent = jax.jvp(lambda x: spaces.encode(leaf, x), (value,), (jnp.ones_like(value),))
+        gradient = jax.grad(lambda x: spaces.encode(leaf, x).sum())(value)
+        chex.assert_tree_all_finite((out, tangent, gradient))
+
+
+ROUNDED = {
+    "high": (spaces.interval(1e-4, 1.0, log=True), 1.0),
+    "high_rounded_up": (spaces.interval(1e-4, 0.1, log=True), 0.1),  # in float32, above 0.1
+    "low_rounded_down": (spaces.interval(1e-4, 0.1, log=True), 1e-4),  # in float32, below 1e-4
+    "few_ulps_above": (spaces.interval(-1.0, 3.0), 3.0 * (1 + 2e-7)),
+    "negative_zero": (spaces.unit_interval(), -1e-9),
+    "edge_of_integers": (spaces.integer(1, 8), 8.5),
+    "one_hot": (spaces.simplex(3), [0.0, 1.0, 0.0]),
+    "sum_rounded": (spaces.simplex(3), [0.2, 0.3, 0.500001]),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_values_at_a_bound_in_float32_are_accepted_with_finite_coordinates(name):
+    leaf, value = ROUNDED[name]
+    assert np.isfinite(to_unconstrained(leaf, np.float32(value))).all()
+    assert np.isfinite(jax.jit(lambda x: to_unconstrained(leaf, x))(np.float32(value))).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("leaf", [spaces.interval(-1.0, 3.0), spaces.interval(1e-5, 1e-1, log=True)])
+def test_a_value_at_a_bound_moves_inside_by_a_thousandth_of_the_range(leaf, dtype):
+    for bound, expected in ((leaf.low, np.log(1e-3 / 0.999)), (leaf.high, np.log(0.999 / 1e-3))):
+        z = to_unconstrained(leaf, dtype(bound))
+        np.testing.assert_allclose(z, expected, rtol=1e-5)
+        slope = jax.grad(lambda z, leaf=leaf: to_constrained(leaf, z))(z)
+        span = leaf.high - leaf.low
+        if leaf.log:
+            span = np.log(leaf.high / leaf.low) * bound * np.exp(np.sign(z) * -1e-3 * np.log(leaf.high / leaf.low))
+        np.testing.assert_allclose(slope, 1e-3 * 0.999 * span, rtol=1e-4)
+
+
+def test_weights_of_zero_count_as_a_thousandth_of_a_uniform_weight():
+    z = to_unconstrained(spaces.simplex(4), np.array([0.0, 0.5, 0.5, 0.0]))
+    logits = np.log([2.5e-4, 0.5, 0.5, 2.5e-4])
+    np.testing.assert_allclose(z, logits - logits.mean(), rtol=1e-12)
+
+
+def test_values_inside_keep_their_coordinates_however_near_a_bound():
+    for fraction in (1e-7, 1e-4, 0.5, 0.9999):
+        z = to_unconstrained(spaces.interval(0.0, 1.0), fraction)
+        np.testing.assert_allclose(z, np.log(fraction / (1 - fraction)), rtol=1e-12)
+    weights = np.array([1e-9, 1e-4, 1 - 1e-4 - 1e-9])
+    np.testing.assert_allclose(np.diff(to_unconstrained(spaces.simplex(3), weights)), np.diff(np.log(weights)))
+
+
+# z from λ in NumPy: the inverses of FORMULAS, derived by hand.
+def log_odds(p):
+    return np.log(p) - np.log1p(-p)
+
+
+def centered(logits):
+    return logits - logits.mean(-1, keepdims=True)
+
+
+INVERSES = {
+    "real": lambda x: (x - 2) / 3,
+    "real_array": lambda x: (x - np.array([1.0, -2.0])) / 0.5,
+    "positive": lambda x: np.log(x / 0.1) / 1.5,
+    "positive_array": lambda x: np.log(x / np.array([[1.0, 2.0, 3.0]])),
+    "interval": lambda x: log_odds((x + 1) / 4),
+    "interval_log": lambda x: log_odds((np.log10(x) + 5) / 4),
+    "interval_array": lambda x: log_odds((x - 0.5) / 0.25),
+    "unit_interval": log_odds,
+    "integer": lambda x: log_odds((x + 2.5) / 8),
+    "integer_log": lambda x: log_odds(np.log(x / 0.5) / np.log(129)),
+    "simplex": lambda x: centered(np.log(x)),
+    "simplex_array": lambda x: centered(np.log(x)),
+    "choice": lambda x: centered(np.log(x)),
+}
+
+
+@ALL
+def test_to_unconstrained_is_the_inverse_formula(name):
+    value = FORMULAS[name](np.asarray(coordinates(name)))
+    expected = INVERSES[name](value)
+    chex.assert_trees_all_close(to_unconstrained(LEAVES[name], value), expected, rtol=1e-10, atol=1e-12)
 
 
 @ALL
@@ -212,7 +333,7 @@ def test_encoding_is_in_the_unit_interval_and_uniform_over_samples(name):
 
 @ALL
 def test_encoding_is_the_cumulative_distribution(name):
-    value = spaces.to_constrained(LEAVES[name], coordinates(name))
+    value = to_constrained(LEAVES[name], coordinates(name))
     expected = np.asarray(value) if name in SIMPLEX else None
     if expected is None:
         law = DISTRIBUTIONS[name]
@@ -265,10 +386,10 @@ def test_at_bounds(name):
     if name in SIMPLEX:
         extreme = extreme.at[..., 1:].set(0.0)
     expected = name in SIMPLEX or name in BOUNDED
-    assert np.all(at(spaces.to_constrained(leaf, extreme)) == expected)
+    assert np.all(at(to_constrained(leaf, extreme)) == expected)
     if name in BOUNDED:
         assert np.all(at(jnp.full(leaf.shape, leaf.low)))
-        assert not np.any(at(spaces.to_constrained(leaf, jnp.full(leaf.shape, 0.5))))
+        assert not np.any(at(to_constrained(leaf, jnp.full(leaf.shape, 0.5))))
         near = leaf.low * (leaf.high / leaf.low) ** 0.05 if leaf.log else leaf.low + 0.05 * (leaf.high - leaf.low)
         assert not np.any(at(jnp.full(leaf.shape, near)))
         assert np.all(spaces.at_bounds(leaf, jnp.full(leaf.shape, near), tol=0.06))
@@ -296,7 +417,7 @@ def test_leaves_are_hashable_compare_by_value_and_are_no_pytree_nodes(name):
 def test_vmap_and_jit_equal_one_at_a_time(name):
     leaf = LEAVES[name]
     z = jax.random.normal(jax.random.key(3), (5, *leaf.value_shape))
-    for fn in (spaces.to_constrained, lambda leaf, z: spaces.encode(leaf, spaces.to_constrained(leaf, z))):
+    for fn in (to_constrained, lambda leaf, z: spaces.encode(leaf, to_constrained(leaf, z))):
         many = jax.jit(jax.vmap(lambda z, fn=fn: fn(leaf, z)))(z)
         chex.assert_trees_all_close(many, jnp.stack([fn(leaf, one) for one in z]), rtol=1e-12)
 
@@ -305,7 +426,7 @@ def test_vmap_and_jit_equal_one_at_a_time(name):
 def test_a_wrong_shape_is_refused_while_tracing(name):
     leaf = LEAVES[name]
     wrong = jnp.zeros((7, *leaf.value_shape))
-    for fn in (spaces.to_constrained, spaces.to_unconstrained, spaces.discretize, spaces.encode, spaces.at_bounds):
+    for fn in (to_constrained, to_unconstrained, spaces.discretize, spaces.encode, spaces.at_bounds):
         with pytest.raises(ValueError, match=r"at `hyperparams`: expected .* got shape \(7,.*jax.vmap"):
             jax.jit(lambda value, fn=fn: fn(leaf, value))(wrong)
 
@@ -314,7 +435,10 @@ def test_a_wrong_shape_is_refused_while_tracing(name):
 def test_python_numbers_and_integers_become_the_default_float(name):
     leaf = LEAVES[name]
     ones = np.ones(leaf.value_shape, np.int32)
-    for fn in (spaces.to_constrained, spaces.to_unconstrained, spaces.encode):
+    fns = [to_constrained, spaces.encode]
+    if name in ("real", "positive", "interval", "integer"):  # of which 1 is a value
+        fns.append(to_unconstrained)
+    for fn in fns:
         chex.assert_trees_all_equal(fn(leaf, ones), fn(leaf, jnp.asarray(ones, float)))
         assert fn(leaf, ones.tolist() if ones.ndim == 0 else ones).dtype == jnp.float64
 
@@ -396,5 +520,5 @@ def test_fixed_keeps_its_type_and_cannot_be_changed_from_outside():
 def test_rounding_does_not_leave_the_range():
     # In float32, exp(log 1000) is above 1000.
     for high in (30.0, 100.0, 1000.0):
-        value = spaces.to_constrained(spaces.interval(1e-6, high, log=True), jnp.float32(100.0))
+        value = to_constrained(spaces.interval(1e-6, high, log=True), jnp.float32(100.0))
         assert 0.999 * high < value <= np.float32(high)

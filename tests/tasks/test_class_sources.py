@@ -100,6 +100,16 @@ def test_whole_numbers_and_strings_are_classes():
         assert tasks.from_arrays(X, y).num_classes == 2
 
 
+def test_large_labels_stay_different():
+    for labels in ([2**63, 2**63 + 1, -1], [2**53, 2**53 + 1, 5], np.array([2**63, 2**63 + 1, 5], np.uint64)):
+        source = tasks.from_arrays(np.arange(6), [*labels, *labels], group=[*labels, *labels], superclass=labels)
+        order = np.argsort(np.array([int(label) for label in labels], object))
+        assert source.class_names == tuple(str(labels[i]) for i in order)
+        np.testing.assert_array_equal(source.y, np.tile(np.argsort(order), 2))
+        np.testing.assert_array_equal(source.group, source.y)
+        assert source.superclass.tolist() != [0, 0, 0] and len(set(source.superclass.tolist())) == 3
+
+
 def test_a_folder_of_images(tmp_path):
     for k, name in enumerate(("greek/alpha", "greek/beta", "latin/a")):
         (tmp_path / name).mkdir(parents=True)

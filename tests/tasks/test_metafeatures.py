@@ -160,6 +160,11 @@ def test_names_are_the_same_for_every_table(iris, found):
         tasks.metafeatures(iris, groups=["model_based"])
 
 
+def test_complex_numbers_are_rejected():
+    with pytest.raises(ValueError, match="meta-features need real numbers; got complex128"):
+        tasks.metafeatures((np.ones((9, 2)) * 1j, np.arange(9) % 2, np.zeros(2, bool)), groups=["simple"])
+
+
 def test_scaling_by_hand():
     features = [{"even": float(v), "heavy": float(10.0**v), "same": 1.0, "gap": np.nan} for v in range(11)]
     scaling = tasks.fit_scaling(features)

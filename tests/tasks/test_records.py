@@ -3,9 +3,11 @@
 import concurrent.futures
 import math
 import os
+import re
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -200,6 +202,104 @@ def test_a_file_of_something_else_and_a_later_version_are_refused(tmp_path):
     connection.close()
     with pytest.raises(ValueError, match="has version 9; this metaopt reads version 1"):
         tasks.read_records(file)
+
+
+@pytest.fixture
+def not_root():
+    """Root may write everywhere; a test of permissions runs as another user."""
+    if not hasattr(os, "seteuid"):
+        pytest.skip("there are no users to switch to")
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that every user may read, which `tmp_path` is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+        os.chmod(folder, 0o755)
+
+
+WRITER_THAT_DIES = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+columns = "study, task, configuration, outcome, fidelity, cost, seed, status, trial"
+connection.execute(f"INSERT INTO records SELECT id + 10, {columns} + 10, reason FROM records")
+os._exit(0)
+"""
+
+
+@pytest.fixture(params=["closed", "killed"])
+def store_of_another_user(request, open_folder):
+    """A store in a folder that is read-only; a writer that was killed has left rows in the `-wal` file."""
+    file = open_folder / "records?.db"
+    tasks.append_records(file, RECORDS)
+    if request.param == "killed":
+        subprocess.run([sys.executable, "-c", WRITER_THAT_DIES, str(file)], check=True)
+        assert (open_folder / "records?.db-wal").stat().st_size
+        os.remove(open_folder / "records?.db-shm")
+    before = sorted(open_folder.iterdir())
+    os.chmod(open_folder, 0o555)
+    yield file, 6 if request.param == "killed" else 3
+    assert sorted(open_folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("mode", [0o444, 0o666])
+def test_a_store_in_a_read_only_folder_is_read(store_of_another_user, mode, request):
+    file, num_records = store_of_another_user
+    os.chmod(file, mode)
+    request.getfixturevalue("not_root")
+    read = tasks.read_records(file)
+    assert same(read[:3], RECORDS) and len(read) == num_records
+    for path in (file, file.with_name("new.db"), file.parent / "nowhere" / "new.db"):
+        with pytest.raises(
+            OSError, match=rf"{re.escape(str(path))} cannot be written.*the folder here is {path.parent}"
+        ):
+            tasks.append_records(path, RECORDS)
+
+
+def test_a_store_that_must_not_be_read_is_named(open_folder, request):
+    file = open_folder / "records.db"
+    tasks.append_records(file, RECORDS)
+    os.chmod(file, 0)
+    request.getfixturevalue("not_root")
+    with pytest.raises(OSError, match=f"{file} cannot be read .*Check the permissions"):
+        tasks.read_records(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("configuration = '{\"x\": '", "Its configuration must be JSON; got '{\"x\": '"),
+        ("configuration = '[1]'", r"configuration must be a dict of values by name; got \[1\]"),
+        ("configuration = x'00'", "Its configuration must be a text; got b'.x00'"),
+        ("status = 'DONE'", "status must be one of WAITING.*got 'DONE'"),
+        ("outcome = 'good'", "outcome must be a number, NaN where there is none; got 'good'"),
+        ("fidelity = 'full'", "Its fidelity must be a number; got 'full'"),
+        ("seed = 'x'", "seed must be an integer of 64 bits; got 'x'"),
+        ("trial = 0.5", "trial must be an integer of 64 bits; got 0.5"),
+        ("task = cast(x'ff41' as text)", "Its task must be a text in UTF-8; got '.udcffA'"),
+        ("reason = x'41'", "Its reason must be a text; got b'A'"),
+    ],
+)
+def test_a_broken_row_is_named_and_the_others_are_recovered(tmp_path, change, message):
+    file, new = tmp_path / "records.db", tmp_path / "new.db"
+    tasks.append_records(file, RECORDS)
+    with sqlite3.connect(file) as connection:
+        connection.execute(f"UPDATE records SET {change} WHERE id = 2")
+    connection.close()
+    for history in (False, True):
+        with pytest.raises(
+            ValueError, match=rf"records.db: row 2 of the table `records` is broken\. .*{message}.*recov"
+        ):
+            tasks.read_records(file, history=history)
+    assert tasks.recover_records(file, new) == 2
+    assert same(tasks.read_records(new), [RECORDS[0], RECORDS[2]])
 
 
 def damaged(file, how, num=2_000):

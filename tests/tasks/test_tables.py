@@ -1,5 +1,6 @@
 """Tables and their sources: families, deduplication, folds, packages, the data folder, CSV files."""
 
+import csv
 import gzip
 import logging
 import os
@@ -16,7 +17,7 @@ needs_data = pytest.mark.skipif(
 
 
 def table(name, family, rows=120, columns=4, classes=2):
-    x = np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
+    x = np.random.default_rng(list(family.encode())).normal(size=(rows, columns)).astype(np.float32)
     y = (np.arange(rows) % classes).astype(np.int32)
     return tasks.Table(name, family, x, y, np.zeros(columns, bool))
 
@@ -219,3 +220,181 @@ def test_only_line_ends_end_a_line_and_a_word_among_numbers_is_said(tmp_path, ca
 def test_no_csv(tmp_path):
     with pytest.raises(FileNotFoundError, match="no \\*.csv"):
         tasks.from_csv_folder(tmp_path, "kind")
+
+
+NAN = float("nan")
+BIG = 2**53  # float64 merges 2^53 and 2^53 + 1
+NUMERIC, CATEGORICAL = False, True
+
+# The fields of one column (";" first: semicolons separate the fields), what it becomes, and a part of the log.
+COLUMNS = {
+    "numbers": (["3", "-.5", "1e3", "+2.0"], NUMERIC, [3, -0.5, 1000, 2], ""),
+    "gaps": (["1", "", "?", "NA", "na", "N/A", "#N/A", "<NA>", "NaN", "nan", "null", "NULL", "2"], NUMERIC,
+             [1, *[NAN] * 11, 2], ""),
+    "none_is_a_level": (["None", "low", "none", "low"], CATEGORICAL, [0, 1, 2, 1], ""),
+    "none_among_numbers": (["1", "None", "2", "none"], NUMERIC, [1, NAN, 2, NAN], "'None' among numbers (line 3)"),
+    "sodium": (["Na", "Cl", "Na", "NA"], CATEGORICAL, [1, 0, 1, NAN], ""),
+    "infinity_is_a_word": (["Infinity", "Nikon", "Nikon", "Leica"], CATEGORICAL, [0, 2, 2, 1], ""),
+    "thousands": (["1,065", "950", "-2,310,400.5", ""], NUMERIC, [1065, 950, -2310400.5, NAN], "'1,065' is 1065"),
+    "lists_are_not_thousands": (["1,5", "1,065", "2,5", "1,5"], CATEGORICAL, [1, 0, 2, 1], ""),
+    "no_thousands_after_a_zero": (["0,500", "1,065", "0,500", "2,000"], CATEGORICAL, [0, 1, 0, 2], ""),
+    "decimal_commas": ([";", "1,5", "1,065", "2", "0,25"], NUMERIC, [1.5, 1.065, 2, 0.25], ""),
+    "decimal_commas_or_thousands": ([";", "1,065", "2,310", "2", "3"], NUMERIC, [1.065, 2.31, 2, 3],
+                                    "'1,065' is 1.065"),
+    "thousands_with_dots": ([";", "1.065,5", "950", "2.310.000", "0,5"], NUMERIC, [1065.5, 950, 2310000, 0.5],
+                            "'1.065,5' is 1065.5"),
+    "thousands_with_semicolons": ([";", "1,065,000", "950", "2", "3.5"], NUMERIC, [1065000, 950, 2, 3.5], "is 1065000"),
+    "iso_dates": (["1970-01-01", "2020-12-31", "1969-12-31", "NA"], NUMERIC, [0, 18627, -1, NAN], "days since 1970"),
+    "times": (["1970-01-01 12:00", "1970-01-02T06:00:00", "1970-01-03", "1970-01-02 18:00:00.0"], NUMERIC,
+              [0.5, 1.25, 2, 1.75], "days since 1970"),
+    "time_zones": (["1970-01-01T12:00Z", "1970-01-02T00:00:00+06:00", "1970-01-01 12:00Z", "1970-01-01T00:00Z"],
+                   NUMERIC, [0.5, 0.75, 0.5, 0], "days since 1970"),
+    "some_time_zones": (["1970-01-01T12:00Z", "1970-01-02", "1970-01-02", "1970-01-01T12:00Z"], CATEGORICAL,
+                        [0, 1, 1, 0], "its dates do not exist, or"),
+    "day_first": (["31/12/2020", "01/02/2020", "2/2/2020", "01/02/2020"], NUMERIC, [18627, 18293, 18294, 18293],
+                  "'31/12/2020' is read as day-month-year"),
+    "month_first": (["12-31-2020", "02-01-2020", "2-2-2020", "02-01-2020"], NUMERIC, [18627, 18293, 18294, 18293],
+                    "'12-31-2020' is read as month-day-year"),
+    "month_or_day_first": (["01/02/2020", "02/02/2020", "03/02/2020", "03/02/2020"], NUMERIC,
+                           [18263, 18294, 18323, 18323], "No date tells the day from the month"),
+    "dots_have_the_day_first": (["01.02.2020", "02.02.2020", "03.02.2020", "03.02.2020"], NUMERIC,
+                                [18293, 18294, 18295, 18295], "No date tells the day from the month"),
+    "both_orders": (["31/12/2020", "12/31/2020", "31/12/2020", "1/1/2020"], CATEGORICAL, [2, 1, 2, 0],
+                    "different orders of day, month and year"),
+    "no_such_day": (["2021-02-29", "2021-02-28", "2021-02-28", "2021-02-27"], CATEGORICAL, [2, 1, 1, 0],
+                    "its dates do not exist"),
+    "minutes_of_2020": (["2020-01-01 00:01", "2020-01-01 00:02", "2020-01-01 00:00", "2020-01-01 12:00"], NUMERIC,
+                        [1 / 1440, 2 / 1440, 0, 0.5], "the smallest is subtracted"),
+    "whole_numbers_that_float32_merges": ([f"{2**24}", f"{2**24 + 1}", f"{2**24 + 9}.0", "16777217"], NUMERIC,
+                                          [0, 1, 9, 1], "the smallest is subtracted"),
+    "whole_numbers_that_float64_merges": ([f"{BIG + 1}", f"{BIG}", f"{BIG + 1}", f"{BIG + 3}"], NUMERIC, [1, 0, 1, 3],
+                                          "the smallest is subtracted"),
+    "ids_that_repeat": ([f"{BIG + 1}", "7", f"{BIG}", "7", f"{BIG + 1}", f"{BIG}"], CATEGORICAL, [2, 0, 1, 0, 2, 1],
+                        "like ids; it is categorical"),
+    "numbers_beyond_float32": ([f"{BIG + 1}", "7", f"{BIG}", "8"], NUMERIC, [BIG, 7, BIG, 8],
+                               "4 different numbers, which float32 rounds to 3"),
+    "words_as_ids": ([f"c{BIG}", f"c{BIG + 1}", f"c{BIG}", "c7"], CATEGORICAL, [1, 2, 1, 0], ""),
+}  # fmt: skip
+
+
+def write(file, columns, separator=","):
+    """Columns by name, of fields that are quoted where they have to be."""
+    with open(file, "w", newline="", encoding="utf-8") as lines:
+        writer = csv.writer(lines, delimiter=separator)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_column_becomes_exactly(name, tmp_path, caplog):
+    fields, categorical, expected, note = COLUMNS[name]
+    separator, fields = (";", fields[1:]) if fields[0] == ";" else (",", fields)
+    kind = ["yes" if i % 2 else "no" for i in range(len(fields))]
+    write(tmp_path / "a.csv", {"x": fields, "other": kind, "kind": kind}, separator)
+    (one,) = tasks.from_csv_folder(tmp_path, "kind", min_rows=2)
+    np.testing.assert_array_equal(one.x[:, 0], np.array(expected, np.float32))
+    assert one.categorical[0] == categorical and one.x.shape == (len(fields), 2)
+    assert note in caplog.text and ("the column 'x'" in caplog.text) == bool(note)
+
+
+@pytest.mark.parametrize(
+    ("fields", "classes", "y"),
+    [
+        (["None", "a", "none", "a"], ("None", "a", "none"), [0, 1, 2, 1]),
+        (["none", "1", "2", "none"], ("1", "2", "none"), [2, 0, 1, 2]),
+        ([f"{BIG}", f"{BIG + 1}", f"{BIG + 2}", "5"], ("5", f"{BIG}", f"{BIG + 1}", f"{BIG + 2}"), [1, 2, 3, 0]),
+        ([f"{10**16}", f"{10**16 - 1}"], (f"{10**16 - 1}", f"{10**16}"), [1, 0]),  # sorted as numbers
+        (["1", "1.0", "01", "2"], ("1", "2"), [0, 0, 0, 1]),
+        (["0.5", ".50", "1", "1e0"], ("0.5", "1.0"), [0, 0, 1, 1]),
+        (["Na", "NA", "Cl", "null"], ("Cl", "Na"), [1, 0]),
+    ],
+)
+def test_classes_are_exact(fields, classes, y, tmp_path):
+    write(tmp_path / "a.csv", {"x": [f"{'pq'[i % 2]}" for i in range(2 * len(fields))], "kind": fields[::-1] + fields})
+    (one,) = tasks.from_csv_folder(tmp_path, "kind", min_rows=2)
+    assert one.class_names == classes
+    np.testing.assert_array_equal(one.y[len(one.y) // 2 :], y)
+
+
+def test_ids_are_named_and_measurements_are_not(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    columns = {
+        "shuffled": rng.permutation(60) + 1,
+        "with_holes": rng.permutation(90)[:60],
+        "six_digits": rng.choice(np.arange(100_000, 1_000_000), 60, replace=False),
+        "long": rng.choice(2**40, 60),
+        "age": rng.integers(18, 90, 60),
+        "size": rng.normal(size=60).round(3),
+        "income": rng.integers(0, 99_999, 60),
+        "kind": rng.choice(["yes", "no"], 60),
+    }
+    write(tmp_path / "a.csv", columns)
+    (one,) = tasks.from_csv_folder(tmp_path, "kind")
+    assert one.x.shape[1] == 7  # they stay
+    named = {name for name in columns if f"the column {name!r} looks like an id" in caplog.text}
+    assert named == {"shuffled", "with_holes", "six_digits", "long"}
+
+
+def original(seed, rows=120, levels="xyz"):
+    rng = np.random.default_rng(seed)
+    return {
+        "a": rng.normal(size=rows).round(2),
+        "b": rng.normal(size=rows).round(2),
+        "c": rng.integers(0, 9, rows),
+        "d": rng.choice(list(levels), rows),
+        "kind": rng.choice(["p", "q"], rows),
+    }
+
+
+def rearranged(columns, rows):
+    return {name: np.asarray(values)[rows] for name, values in columns.items()}
+
+
+def copies(columns):
+    """Tables that hold rows of `columns`."""
+    rng = np.random.default_rng(1)
+    rows = len(columns["kind"])
+    names = ["kind", "d", "b", "a", "c"]
+    return {
+        "same": columns,
+        "shuffled": rearranged(columns, rng.permutation(rows)),
+        "half": rearranged(columns, rng.permutation(rows)[: rows // 2]),
+        "other_order_of_columns": {name: columns[name] for name in names},
+        "renamed": {f"{name}2" if name != "kind" else name: columns[name] for name in names},
+        "other_classes": columns | {"kind": np.where(columns["kind"] == "p", "1", "0")},
+        "another_level": rearranged(columns, rng.permutation(np.flatnonzero(columns["d"] != "x"))),
+        "fewer_columns": {name: columns[name] for name in ("a", "b", "kind")},
+        "with_an_id": rearranged(columns | {"id": np.arange(rows)}, rng.permutation(rows)),
+        "with_two_columns_more": columns | {"e": rng.normal(size=rows).round(2), "f": rng.choice(["u", "v"], rows)},
+    }
+
+
+@pytest.mark.parametrize("how", copies(original(0)))
+def test_files_that_hold_the_same_rows_are_one_family(how, tmp_path, caplog):
+    write(tmp_path / "first.csv", original(0))
+    write(tmp_path / "second.csv", copies(original(0))[how])
+    write(tmp_path / "third.csv", original(3))  # from the same distribution
+    families = [t.family for t in tasks.from_csv_folder(tmp_path, "kind")]
+    assert families == ["first", "first", "third"]
+    assert "tables first and second hold the same rows" in caplog.text
+
+
+def test_rows_that_coincide_by_chance_do_not_join_families(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):  # 4 columns with 3 values each: nearly all of the 81 rows are in each file
+        columns = {name: rng.integers(0, 3, 400 + i) for name in "abcd"}
+        write(tmp_path / f"small{i}.csv", columns | {"kind": rng.choice(["p", "q"], 400 + i)})
+        binary = {f"x{j}": (rng.random(300 + i) < 0.3).astype(int) for j in range(12)}
+        write(tmp_path / f"binary{i}.csv", binary | {"kind": rng.choice(["p", "q"], 300 + i)})
+    assert len({t.family for t in tasks.from_csv_folder(tmp_path, "kind")}) == 6
+
+
+def test_a_joined_family_includes_the_siblings_of_both_tables():
+    a, b, c = table("a", "one"), table("b", "two"), table("c", "three")
+    sibling = table("sibling", "two", rows=40)
+    copy = b._replace(name="copy", family="one", x=b.x[::-1], y=1 - b.y[::-1])
+    kept = tasks.deduplicate([a, b, copy], [c, sibling])
+    assert [t.name for t in kept] == ["a", "b", "copy", "c", "sibling"]
+    assert [t.family for t in kept] == ["two", "two", "two", "three", "two"]
+    assert [t.name for t in tasks.deduplicate([b], [copy])] == ["b"]  # of different families before
+    assert tasks.deduplicate([], []) == [] == tasks.deduplicate()

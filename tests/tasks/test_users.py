@@ -173,6 +173,15 @@ def test_entries_that_say_nothing_are_refused(changed, message):
         tasks.from_user_records(**records | changed)
 
 
+def test_large_names_of_users_stay_different_and_merged_values_are_reported(caplog):
+    users = [2**63 + 1, 2**63, -1, 2**63]
+    x = np.array([[2**24 + 1, 0], [2**24, 1], [2**24 + 2, 2], [7, 3]])
+    table = tasks.from_user_records(x, np.zeros(4), users, feature_names=["id", "size"])
+    assert table.user_names == ("-1", str(2**63), str(2**63 + 1))
+    np.testing.assert_array_equal(table.user, [2, 1, 0, 1])
+    assert "float32 merges 1 values of the column 'id'" in caplog.text and "'size'" not in caplog.text
+
+
 def test_times_may_be_dates_of_any_kind():
     days = [datetime.datetime(2026, 1, 2), datetime.datetime(2026, 1, 1)]
     for time in (days, [str(day) for day in days], ["2026-01-02", "2026-01-01"], [2.5, 1]):

@@ -1,5 +1,6 @@
 """A run that was interrupted, anywhere and in any way, and continued, ends in the bits of one that was not."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -12,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import problems
 import pytest
 import small_estimators as small
 
-from metaopt import training
-from metaopt.training import _checkpoints
+from metaopt import base, hypergrad, inner, training
+from metaopt.training import _checkpoints, _program
 
 LEARNER = training.learner(small.carried(), optax.adam(0.1))
 NUM_STEPS = 23
@@ -115,6 +117,14 @@ def test_refuses_the_checkpoint_of_another_format(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="holds a checkpoint of the format 1, of another version of metaopt"):
         fit(tmp_path)
+
+
+def test_a_signal_leaves_a_checkpoint_and_the_resumed_run_equals_the_unbroken_one(tmp_path, unbroken):
+    message = rf"after 7 of 23 steps\. The checkpoint in {tmp_path} has them: the same call continues"
+    with pytest.raises(SystemExit, match=message):
+        fit(tmp_path, callback=lambda step, metrics: step == 7 and signal.raise_signal(signal.SIGTERM))
+    assert steps_in(tmp_path)[-1] == 7
+    assert same(fit(tmp_path), unbroken)
 
 
 @pytest.mark.once
@@ -218,6 +228,195 @@ def test_refuses_the_checkpoint_of_another_run(tmp_path, other, message):
     assert steps_in(tmp_path) == [5, 6]
 
 
+# ---- Another program -------------------------------------------------------------------------------------------------
+
+
+TARGET = np.ones(3)
+
+
+def ridge(inner_steps=3, scale=None, optimizer=None, target=TARGET, stagger=1):
+    """Each argument changes the program, but not the shapes of the state."""
+
+    def outer_loss(params, hyperparams, batch):
+        loss = ((params - target) ** 2).sum()
+        return loss if scale is None else scale * loss
+
+    train_loss = lambda params, hyperparams, batch: ((params - batch) ** 2).sum() + hyperparams * (params**2).sum()
+    loop = inner.loop(train_loss, lambda hyperparams: optax.sgd(0.1), init=lambda key, hyperparams, data: jnp.zeros(3))
+    estimator = hypergrad.over_tasks(hypergrad.unrolled(inner.problem(loop, outer_loss), num_steps=inner_steps))
+    return training.learner(estimator, optax.adam(0.1) if optimizer is None else optimizer, stagger=stagger)
+
+
+def fit_ridge(checkpoint_dir, changes=None, num_steps=3, **options):
+    """Three steps, in the program that `changes` make."""
+    sample_tasks = lambda key: base.Task(jax.random.normal(key, (2, 3)), jnp.zeros(2))
+    arguments = {"hyperparams": 0.5, "num_steps": num_steps, "key": jax.random.key(0), "checkpoint_dir": checkpoint_dir}
+    return training.fit(ridge(**changes or {}), sample_tasks, **arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def ridge_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ridge")
+    fit_ridge(directory, num_steps=2)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optimizer": optax.adam(0.01)},
+            r"outer step differs: .* checkpoint has the number -0.1 .* run has .* -0.01 ",
+        ),
+        (
+            {"optimizer": optax.adam(0.1, b1=0.5)},
+            r"outer step .* checkpoint has .* 0.9 .* this run has .* 0.5 ",
+        ),
+        ({"optimizer": optax.adamax(0.1)}, "outer step .* this run has .*operation max "),
+        ({"scale": 10.0}, r"outer step .* only this run has .*the number 10.0 \(float64\)"),
+        ({"inner_steps": 4}, r"outer step .* checkpoint has a loop of 2 steps.* this run has .*a loop of 3 steps"),
+        (
+            {"target": np.array([1, 1, 2.0])},
+            r"outer step .* checkpoint has the constant float64\[3\] \w+; only this run",
+        ),
+        ({"stagger": 2}, "initial state differs: only this run has "),
+    ],
+)
+def test_refuses_another_program(ridge_dir, changes, message):
+    with pytest.raises(ValueError, match=f"of another run: the program of the {message}.*allow_changed_program=True"):
+        fit_ridge(ridge_dir, changes)
+    assert steps_in(ridge_dir) == [2]
+
+
+def test_refuses_another_rate_in_the_state_of_the_optimizer(tmp_path):
+    """The checkpoint's rate would silently be used."""
+    injected = lambda rate: {"optimizer": optax.inject_hyperparams(optax.sgd)(rate)}
+    fit_ridge(tmp_path, injected(0.1))
+    with pytest.raises(ValueError, match=r"initial state differs: .* checkpoint has the number 0.1 .* 0.2 \(float"):
+        fit_ridge(tmp_path, injected(0.2))
+
+
+@pytest.fixture
+def ridge_copy(ridge_dir, tmp_path):
+    return shutil.copytree(ridge_dir, tmp_path / "copy")
+
+
+def test_a_changed_program_can_be_allowed(ridge_copy, caplog):
+    changes = {"target": np.array([1, 1, 2.0])}
+    result = fit_ridge(ridge_copy, changes, allow_changed_program=True)
+    assert result.state.step == 3 and "changed after step 2: only the checkpoint has the constant" in caplog.text
+    fit_ridge(ridge_copy, changes, num_steps=4)  # the newest checkpoint is of the changed program
+
+
+@pytest.mark.parametrize(("name", "value"), [("version of JAX", "0.1"), ("platform", "tpu"), ("devices", 99)])
+def test_another_environment_warns_and_compares_nothing(ridge_copy, monkeypatch, name, value):
+    environment = {**_program.environment(), name: value}
+    monkeypatch.setattr(_program, "environment", lambda: environment)
+    with pytest.warns(UserWarning, match=rf"was made with another {name} \S+ \(now {value}\), so that its program"):
+        assert fit_ridge(ridge_copy, {"target": np.zeros(3)}).state.step == 3
+
+
+def described():
+    """A program of loops, minibatches, dropout, batch statistics, branches and an implicit solve."""
+    two = jax.tree.map(lambda x: jnp.stack([x, x]), problems.TASK)
+    everything = hypergrad.over_tasks(hypergrad.unrolled(problems.EVERYTHING, num_steps=1))
+    implicit = hypergrad.over_tasks(hypergrad.implicit(problems.RIDGE, num_steps=2))
+    programs = []
+    for estimator, hyperparams in ((everything, problems.EVERYTHING_LAM), (implicit, problems.LAM)):
+        learner = training.learner(estimator, optax.adam(0.1))
+        state = jax.eval_shape(learner.init, jax.random.key(0), hyperparams, two)
+        programs.append(_program.describe(jax.jit(learner.step).trace(state, two).jaxpr))
+    return programs
+
+
+@pytest.mark.once
+def test_a_program_is_described_alike_in_another_process():
+    code = """
+        import json, jax
+        jax.config.update("jax_enable_x64", True)
+        import test_checkpoints
+        print(json.dumps(test_checkpoints.described()))
+    """
+    printed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**ENV, "PYTHONHASHSEED": "7"},
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    assert json.loads(printed.stdout) == described()
+
+
+def test_names_order_and_unused_operations_do_not_change_a_digest():
+    def first(x):
+        a, b = jnp.sin(x), jnp.cos(x)
+        return a * b
+
+    def second(other_name):
+        b = jnp.cos(other_name)
+        jnp.tan(other_name)
+        return jnp.sin(other_name) * b
+
+    digest = lambda function, x: _program.describe(jax.jit(function).trace(x).jaxpr)["digest"]
+    assert digest(first, jnp.ones(2)) == digest(second, jnp.zeros(2))
+    others = [lambda x: jnp.cos(x) * jnp.cos(x), lambda x: jnp.cos(x) * jnp.sin(x), lambda x: first(x)[::-1]]
+    assert digest(first, jnp.ones(2)) not in [digest(other, jnp.ones(2)) for other in others]
+    assert digest(first, jnp.ones(2)) != digest(first, jnp.ones(3))
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+def test_comparing_programs_takes_no_further_trace(tmp_path, steps_per_call):
+    estimator, traces = small.quadratic(), []
+
+    def estimate(hyperparams, task, state):
+        traces.append(task.shape)
+        return estimator.estimate(hyperparams, task, state)
+
+    learner = training.learner(estimator._replace(estimate=estimate), optax.sgd(0.1))
+    options = {"learner": learner, "hyperparams": 0.5, "evaluate": None, "steps_per_call": steps_per_call}
+    fit(tmp_path, **options, num_steps=7, checkpoint_every=100)
+    assert traces == [(4,), (4,)]  # by `init`, for the types, and by `step`
+    fit(tmp_path, **options, num_steps=9)
+    assert len(traces) == 2
+
+
+# ---- The folder ------------------------------------------------------------------------------------------------------
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path):
+    def second_run(step, metrics):
+        with pytest.raises(ValueError, match="`checkpoint_dir` .* is in use by another run of this process"):
+            fit(tmp_path)
+
+    first = fit(tmp_path, num_steps=6, callback=second_run)
+    assert first.state.step == 6 and steps_in(tmp_path) == [5, 6]
+    assert fit(tmp_path, num_steps=7).state.step == 7
+
+
+def never(*args):
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("file", "must be a folder; .*file is, or lies in, a file"),
+        ("file/folder", "must be a folder; .*file/folder is, or lies in, a file"),
+        ("/proc", r"/proc cannot be written to \(.*\). Give a folder in which"),
+        ("/proc/none", r"/proc/none cannot be written to \(.*\). Give a folder in which"),
+    ],
+)
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="a folder that nobody can write to")
+def test_a_folder_that_cannot_be_used_is_an_error_before_the_first_draw(tmp_path, folder, message):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=f"`checkpoint_dir` .*{message}"):
+        fit(tmp_path / folder, sample_tasks=never)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------------------
+
+
 def damage_arrays(directory):
     for path in (directory / "arrays").rglob("*"):
         if path.is_file() and path.parent.name == "d":
@@ -267,28 +466,34 @@ RUN = """
         print(step, flush=True)
         time.sleep(0.01)
 
-    result = this.fit(sys.argv[1], num_steps=2_000, checkpoint_every=1, callback=callback)
-    print(result.stopped, result.state.step, len(result.history["value"]), flush=True)
+    this.fit(sys.argv[1], num_steps=2_000, checkpoint_every=1, callback=callback)
+    print("goes on", flush=True)
 """
+ENV = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(map(str, [*pathlib.Path(__file__).parents[:2], os.environ.get("PYTHONPATH", "")])),
+    "JAX_PLATFORMS": "cpu",
+}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 @pytest.mark.once
 def test_a_process_that_is_killed_can_be_continued(tmp_path, number):
     command = [sys.executable, "-c", textwrap.dedent(RUN), str(tmp_path)]
-    env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent), "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.strip() == "8":
-                process.send_signal(number)
                 break
-        rest = process.stdout.read().split("\n")
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+        with pytest.raises(ValueError, match=f"is in use by a run of process {process.pid}: two runs would"):
+            fit(tmp_path)
+        process.send_signal(number)
+        rest, errors = process.communicate()
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 143)
     last = steps_in(tmp_path)[-1]
-    assert 7 <= last < 2_000
+    assert 7 <= last < 2_000 and "goes on" not in rest
     if number == signal.SIGTERM:
-        assert rest[-2] == f"signal {last} {last}"
+        assert f"SIGTERM ended the run after {last} of 2000 steps. The checkpoint in {tmp_path} has them" in errors
     more = {"num_steps": last + 5, "checkpoint_every": 1}
     assert same(fit(tmp_path, **more), fit(**more))
     assert steps_in(tmp_path) == [last + 4, last + 5]

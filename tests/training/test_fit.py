@@ -10,7 +10,7 @@ import optax
 import pytest
 import small_estimators as small
 
-from metaopt import training
+from metaopt import hypergrad, training
 
 KEY = jax.random.key(0)
 QUADRATIC = training.learner(small.quadratic(), optax.sgd(0.1))
@@ -248,12 +248,78 @@ def test_refuses_an_estimator_for_a_learner():
         fit(small.quadratic())
 
 
-def test_a_run_in_which_every_step_was_skipped_says_so(caplog):
+def test_a_short_run_without_a_finite_hypergradient_says_so(caplog):
     result = fit(sample_tasks=lambda key: np.array([np.nan]), num_steps=2)
-    assert result.hyperparams == 7.0 and "no step had a finite hypergradient" in caplog.text
+    assert result.hyperparams == 7.0 and "No step had a finite hypergradient" in caplog.text
     caplog.clear()
     fit(num_steps=1)
     assert not caplog.text
+
+
+def fit_classifier(labels, **kwargs):
+    """λ scales three logits; Optax's loss of a label that is not a class is NaN, but its gradient is finite."""
+
+    def loss(hyperparams, task, key):
+        logits = hyperparams * task["x"]
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, task["y"]).mean()
+
+    task = {"x": np.ones((4, 3)), "y": np.array(labels)}
+    return fit(training.learner(hypergrad.direct(loss), optax.sgd(0.1)), lambda key: task, **kwargs)
+
+
+NON_FINITE = {
+    "NaN in the tasks": (
+        lambda **kwargs: fit(sample_tasks=lambda key: np.array([1, np.nan, np.inf]), **kwargs),
+        "The tasks have NaN or infinite values: 2 of 3 entries of `tasks`",
+    ),
+    "a label that is not a class": (
+        lambda **kwargs: fit_classifier([0, 1, 3, 2], **kwargs),
+        r"labels that are not among the classes 0..C-1 of the loss \(`tasks\['y'\]` has integers from 0 to 3\)",
+    ),
+    "an inner loop that diverges": (
+        lambda **kwargs: fit(training.learner(divergent(), optax.sgd(0.1)), **kwargs),
+        "inner loop that diverges, which `hypergrad.diagnose` examines",
+    ),
+}
+
+
+def divergent():
+    estimator = small.quadratic()
+
+    def estimate(*args):
+        out, state = estimator.estimate(*args)
+        return out._replace(hypergrad=out.hypergrad * jnp.inf), state
+
+    return estimator._replace(estimate=estimate)
+
+
+@pytest.mark.parametrize(("run", "message"), NON_FINITE.values(), ids=NON_FINITE)
+def test_ten_steps_that_are_not_finite_end_the_run(run, message):
+    with pytest.raises(FloatingPointError, match=f"last 10 steps, up to step 10, had no .*{message}") as error:
+        run(num_steps=100)
+    result = error.value.result
+    assert (result.stopped, result.state.step, len(result.history["value"])) == ("non-finite", 10, 10)
+
+
+def fit_with_failures(failures, **kwargs):
+    """The tasks of each of these steps are NaN."""
+    steps = iter(range(1_000))
+    return fit(sample_tasks=lambda key: TASKS * np.where(next(steps) in failures, np.nan, 1.0), **kwargs)
+
+
+def test_fewer_steps_in_a_row_that_are_not_finite_do_not_end_the_run():
+    assert fit_with_failures({*range(9), *range(10, 19)}, num_steps=25).stopped == "num_steps"
+    with pytest.raises(FloatingPointError, match="last 10 steps, up to step 15, had no"):
+        fit_with_failures(set(range(5, 99)), num_steps=25)
+
+
+def test_a_run_that_is_not_finite_leaves_a_checkpoint(tmp_path):
+    run = lambda: fit(sample_tasks=lambda key: TASKS * np.nan, num_steps=20, checkpoint_dir=tmp_path)
+    for steps in (10, 11):  # it continues, in case the cause was outside of the program
+        with pytest.raises(
+            FloatingPointError, match=f"last {steps} steps, up to step {steps}, .*checkpoint of step {steps}"
+        ):
+            run()
 
 
 def test_is_quiet_where_there_is_no_terminal(capfd):
@@ -273,24 +339,63 @@ def interruptible():
     signal.signal(signal.SIGINT, former)
 
 
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_the_step(number):
-    former = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    result = fit(callback=lambda step, metrics: step == 2 and signal.raise_signal(number))
-    assert (result.stopped, result.state.step, len(result.history["value"])) == ("signal", 2, 2)
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == former
+SIGNALS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+
+
+def handlers():
+    return [signal.getsignal(number) for number, _ in SIGNALS]
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_signals_may_be_left_to_the_caller():
-    steps = []
-    with pytest.raises(KeyboardInterrupt):
-        fit(
-            callback=lambda step, metrics: steps.append(step) or step == 2 and signal.raise_signal(signal.SIGINT),
-            handle_signals=False,
-        )
-    assert steps == [1, 2]
+@pytest.mark.parametrize(("number", "kind"), SIGNALS)
+def test_a_signal_ends_the_run_after_the_step_and_raises(number, kind, capfd):
+    former = handlers()
+    with pytest.raises(kind, match=f"{number.name} ended the run after 2 of 5 steps. They are not in a ") as error:
+        fit(callback=lambda step, metrics: step == 2 and signal.raise_signal(number))
+    result = error.value.result
+    assert (result.stopped, result.state.step, len(result.history["value"])) == ("interrupted", 2, 2)
+    np.testing.assert_array_equal(result.hyperparams, fit(num_steps=2).hyperparams)
+    assert handlers() == former
+    if number == signal.SIGTERM:
+        assert error.value.code == 143
+    else:
+        assert "Ctrl-C again ends it at once" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("number", "kind"), SIGNALS)
+def test_a_signal_in_the_last_step_raises_too(number, kind):
+    with pytest.raises(kind, match="after 5 of 5 steps") as error:
+        fit(callback=lambda step, metrics: step == 5 and signal.raise_signal(number))
+    assert error.value.result.stopped == "num_steps"
+    np.testing.assert_array_equal(error.value.result.hyperparams, fit().hyperparams)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("number", "kind"), SIGNALS)
+def test_a_signal_while_the_first_step_is_traced_takes_no_step(number, kind):
+    estimator = small.quadratic()
+    traced = iter([False, True])  # `init` asks for the types of the estimate, and then `step` is traced
+
+    def estimate_once(*args):
+        if next(traced):
+            signal.raise_signal(number)
+        return estimator.estimate(*args)
+
+    learner = training.learner(estimator._replace(estimate=estimate_once), optax.sgd(0.1))
+    with pytest.raises(kind, match="after 0 of 5 steps") as error:
+        fit(learner)
+    assert error.value.result.state.step == 0 and error.value.result.hyperparams == 7.0
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_signal_in_a_run_inside_a_run_ends_both():
+    def evaluate(key, hyperparams):
+        return fit(callback=lambda step, metrics: signal.raise_signal(signal.SIGTERM)).hyperparams
+
+    with pytest.raises(SystemExit, match="after 3 of 9 steps") as error:
+        fit(num_steps=9, evaluate=lambda key, x: evaluate(key, x) if x < 7 else x, eval_every=3)
+    assert error.value.result.state.step == 3 and handlers()[0] is signal.default_int_handler
 
 
 def test_an_ignored_interrupt_stays_ignored():

@@ -1,0 +1,268 @@
+"""A trained network that predicts: its weights, and the statistics of training rows that it normalizes by.
+
+    state, losses = train(made.loop, data, ...)
+    network = made.finish(state, data)         # or `trained_network(supernet, params, data)`
+    network.predict(x)                         # one image, or any number of rows
+    save_trained_network(path, network)        # `load_trained_network(path, ops=...)` reads it
+
+Training normalizes by the batch. A prediction must not: the answer for a row would depend on the other rows of the
+batch. After training the moments of every normalization are therefore computed over training rows, all of them as one
+batch, and kept. These statistics, and not running averages of training, because they are exact after any number of
+steps, because they hold for any mixing weights of a supernet (whose weights have no one running average), and because
+training carries no further state.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base, inner, nas
+from metaopt.methods._meta_files import _arrays, _encode, _read, _write
+
+_FORMAT = "metaopt.trained_network"
+_VERSION = 1
+_BATCH = 256  # rows that are predicted at once
+
+
+class TrainedNetwork(NamedTuple):
+    """A network whose answer for a row depends on this row only; `trained_network` makes it.
+
+    Attributes:
+      supernet: of the network's spec.
+      params: its weights.
+      weights: mixing weights of a supernet, kind -> [edges, ops]; None of a discrete network.
+      statistics: mean and variance of every normalization, over training rows.
+      outputs: `(x) -> [N, num_outputs]`, such as logits, of x [N, *in_shape] with any N, on the host.
+    """
+
+    supernet: nas.Supernet
+    params: base.Params
+    weights: Mapping[str, Any] | None
+    statistics: list[Any]
+    outputs: Callable[[Any], np.ndarray]
+
+    def predict(self, x: Any) -> np.ndarray:
+        """The classes of rows: the index of the largest output.
+
+        Args:
+          x: [N, *in_shape]. Of one image that is `image[None]`.
+
+        Returns:
+          [N] integers; [N, positions...] of a network that is not pooled.
+
+        Raises:
+          ValueError: if x has another shape, or an output is NaN.
+        """
+        outputs = self.outputs(x)
+        wrong = np.isnan(outputs).any(-1)
+        if wrong.any():
+            raise ValueError(
+                f"The outputs of {int(wrong.sum())} of {wrong.size} rows are NaN, so they have no class: `x` has a NaN "
+                "there, or the training diverged (take a smaller rate)."
+            )
+        return outputs.argmax(-1)
+
+    def accuracy(self, data: Mapping[str, Any]) -> float:
+        """The share of rows whose class is right.
+
+        Args:
+          data: {"x" [N, *in_shape], "y"}; labels are integers or booleans, shaped as the outputs without their last
+            axis. With "mask" [N] only real rows count; with "class_mask" [C] the class is the best of the real ones.
+
+        Returns:
+          In [0, 1]. A row with a NaN among its outputs counts as wrong.
+
+        Raises:
+          ValueError: if x and y have different numbers of rows, y has another type or shape, "mask" is not [N] or has
+            no real row, "class_mask" is not [C], or a label is not a class.
+        """
+        rows = _real_rows(data)
+        x, y = np.asarray(data["x"]), np.asarray(data["y"])
+        if not len(rows) or (data.get("mask") is not None and np.shape(data["mask"]) != x.shape[:1]):
+            raise ValueError(
+                f'"mask" must be [N] = {x.shape[:1]}, 1 for a real row and 0 for padding, with at least one real row; '
+                f"got shape {np.shape(data['mask'])} and {len(rows)} real rows."
+            )
+        outputs = self.outputs(x[rows])
+        nas.check_labels(data, outputs.shape[-1], (len(x), *outputs.shape[1:-1]))
+        if data.get("class_mask") is not None:
+            outputs = np.where(np.asarray(data["class_mask"]) > 0, outputs, -np.inf)
+        right = (outputs.argmax(-1) == y[rows]) & ~np.isnan(outputs).any(-1)
+        return float(right.mean())
+
+
+def trained_network(
+    supernet: nas.Supernet,
+    params: base.Params,
+    data: Mapping[str, Any],
+    *,
+    weights: Mapping[str, Any] | None = None,
+    num_rows: int = 1_024,
+) -> TrainedNetwork:
+    """Fixes the statistics that a trained network normalizes by, so that it can predict.
+
+        mean, variance = moments of each normalization's input over training rows, all of them as one batch
+
+    The rows are not augmented, and no edges are dropped. A network without normalization has no statistics.
+
+    Args:
+      supernet: `nas.supernet` of a discrete network or of a space, such as `search.supernet`.
+      params: its trained weights.
+      data: the training data, {"x": [N, *in_shape]}; with "mask" [N] only real rows are used.
+      weights: mixing weights of a supernet: `search.weights(alpha)`, or `nas.one_hot(network, genotype)` for one
+        architecture with the supernet's weights. None of a discrete network.
+      num_rows: R, how many training rows enter the statistics, at least 2. If there are more, R of them are drawn,
+        always the same ones. Their standard error is about 1/√R of a channel's deviation, less if there are positions.
+        Memory is that of one forward pass of R rows.
+
+    Returns:
+      A `TrainedNetwork`.
+
+    Raises:
+      ValueError: if `data` is not a dict with "x", there are fewer than two real rows, `num_rows < 2`, the supernet is
+        `single_path` and `weights` are not one-hot, or an op computes over the batch by itself (instead of by
+        `nas.normalized`), so that the answer for a row still depends on the others.
+
+    Sources: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420 (statistics of each architecture in a supernet);
+      Wu & Johnson, 2021, https://arxiv.org/abs/2105.07576, Sec. 3 (statistics of training rows or running averages)
+
+    >>> import jax, numpy as np
+    >>> from metaopt import methods, nas
+    >>> network = nas.Network({}, (nas.Layer("linear", 4), nas.Layer("norm_relu", 4)), num_outputs=2)
+    >>> supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
+    >>> rows = np.random.default_rng(0).normal(size=(32, 3))
+    >>> trained = methods.trained_network(supernet, supernet.init(jax.random.key(0)), {"x": rows})
+    >>> bool(trained.predict(rows[5:6])[0] == trained.predict(rows)[5])
+    True
+    """
+    base.check_integer("num_rows", num_rows, 2)
+    rows = _real_rows(data)
+    if len(rows) < 2:
+        raise ValueError(f"`data` must have at least two real rows to take statistics of; got {len(rows)}.")
+    if len(rows) > num_rows:
+        rows = np.sort(rows[np.asarray(jax.random.permutation(jax.random.key(0), len(rows))[:num_rows])])
+    x = np.asarray(data["x"])[rows]
+    jax.eval_shape(lambda x: supernet.statistics(params, weights, x), x)  # with mixing weights that can be checked
+    statistics = jax.jit(inner.im2col(supernet.statistics, only_on_cpu=True))(params, weights, x)
+    network = _network(supernet, params, weights, statistics)
+    _check_independent(network, x[:_BATCH])
+    return network
+
+
+def save_trained_network(path: str | os.PathLike[str], network: TrainedNetwork) -> None:
+    """Writes a network with its weights and statistics as one `.npz` file, atomically.
+
+    Args:
+      path: the file.
+      network: from `trained_network`, or `finish` of `retraining`. Its ops are functions and are not in the file.
+
+    Raises:
+      ValueError: if a weight is not finite.
+    """
+    supernet = network.supernet
+    header = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "network": json.loads(nas.to_json(supernet.network)),
+        "in_shape": [int(size) for size in supernet.in_shape],
+        "single_path": bool(supernet.single_path),
+        "partial": int(supernet.partial),
+    }
+    leaves = _arrays("params", network.params) | _arrays("statistics", network.statistics)
+    leaves |= _arrays("weights", network.weights)
+    # The format has no bfloat16; every such number is one of float32.
+    arrays = {k: np.asarray(x, np.float32 if x.dtype == jnp.bfloat16 else None) for k, x in leaves.items()}
+    _check_finite(arrays, "`network` cannot be saved")
+    _write(path, _encode(header, "The network"), arrays)
+
+
+def load_trained_network(path: str | os.PathLike[str], *, ops: Mapping[str, nas.Op]) -> TrainedNetwork:
+    """Reads what `save_trained_network` wrote. Nothing in the file is executed.
+
+    Args:
+      path: the file.
+      ops: the ops that the network was built with, such as `nas.DARTS_OPS`; {} of a network of sizes.
+
+    Returns:
+      A `TrainedNetwork` with the outputs of the one that was saved, to rounding.
+
+    Raises:
+      ValueError: if the file is of another kind or a newer version, `ops` lacks an op of the network, or the arrays do
+        not fit the network and these ops.
+    """
+    header, arrays = _read(path, _FORMAT, _VERSION, "save_trained_network")
+    try:
+        options = {name: header[name] for name in ("single_path", "partial")}
+        network, in_shape = nas.from_json(json.dumps(header["network"])), tuple(header["in_shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} does not describe a network as it should: {error}.") from error
+    supernet = nas.supernet(network, in_shape, ops=ops, **options)
+    params = jax.eval_shape(supernet.init, jax.random.key(0))
+    weights = None
+    if any(name.startswith("weights") for name in arrays):
+        sizes = {kind: (len(cell.edges), len(cell.edges[0].ops)) for kind, cell in network.cells.items()}
+        weights = {kind: jax.ShapeDtypeStruct(size, float) for kind, size in sizes.items()}
+    x = jax.ShapeDtypeStruct((2, *in_shape), float)
+    templates = {"params": params, "weights": weights}
+    templates["statistics"] = jax.eval_shape(supernet.statistics, params, weights, x)
+    expected = {n: leaf.shape for kind, tree in templates.items() for n, leaf in _arrays(kind, tree).items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if shapes != expected or any(array.dtype.kind != "f" for array in arrays.values()):
+        differ = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+        raise ValueError(
+            f"{os.fspath(path)} has arrays that do not fit its network with these `ops`, or are not floating-point: "
+            f"{', '.join(f'{n} {shapes.get(n)} instead of {expected.get(n)}' for n in differ[:3]) or 'their types'}."
+        )
+    _check_finite(arrays, os.fspath(path))
+    read = lambda kind: jax.tree_util.tree_map_with_path(
+        lambda path, _: jnp.asarray(arrays[kind + jax.tree_util.keystr(path)]), templates[kind]
+    )
+    return _network(supernet, read("params"), read("weights"), read("statistics"))
+
+
+def _network(supernet, params, weights, statistics) -> TrainedNetwork:
+    apply = lambda at, x: supernet.apply(at[0], at[1], x, statistics=at[2])
+    run = jax.jit(inner.im2col(apply, only_on_cpu=True))
+
+    def outputs(x):
+        x, parts = np.asarray(x), []
+        for start in range(0, max(len(x), 1), _BATCH):
+            part = x[start : start + _BATCH]
+            # Of few sizes, since every size is compiled.
+            size = 1 << max(len(part) - 1, 0).bit_length()
+            padded = np.concatenate([part, np.zeros((size - len(part), *x.shape[1:]), x.dtype)])
+            parts.append(np.asarray(run((params, weights, statistics), padded))[: len(part)])
+        return np.concatenate(parts)
+
+    return TrainedNetwork(supernet, params, weights, statistics, outputs)
+
+
+def _real_rows(data: Mapping[str, Any]) -> np.ndarray:
+    """Indices of the rows that are not padding."""
+    mask = nas.row_mask(data)
+    return np.arange(len(data["x"])) if mask is None else np.flatnonzero(np.asarray(mask) > 0)
+
+
+def _check_independent(network: TrainedNetwork, x: np.ndarray) -> None:
+    """ValueError if the outputs of every other row change where the rows between are blank."""
+    others = np.arange(len(x)) % 2 == 1
+    blank = np.where(others.reshape(-1, *[1] * (x.ndim - 1)), np.zeros_like(x), x)
+    before, after = (network.outputs(rows)[~others] for rows in (x, blank))
+    if not np.allclose(before, after, rtol=1e-3, atol=1e-3 * np.nanmax(abs(before), initial=0), equal_nan=True):
+        raise ValueError(
+            "The outputs of a row still depend on the other rows of the batch: an own op computes over the batch. "
+            "Let it normalize by `nas.normalized`, for which statistics of training rows are known."
+        )
+
+
+def _check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
+    """ValueError if a weight is not finite or a variance negative. NaN statistics are those of ops that never run."""
+    for name, array in arrays.items():
+        of_training = name.startswith("statistics")
+        if not (of_training or np.isfinite(array).all()) or (name.endswith("variance") and (array < 0).any()):
+            raise ValueError(f"{what}: the array {name} has {'negative' if of_training else 'non-finite'} entries.")

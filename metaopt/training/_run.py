@@ -1,0 +1,169 @@
+"""The state of the outer loop between two steps, and how a checkpoint keeps it."""
+
+import json
+import logging
+import math
+import warnings
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import base
+from metaopt.training import _program
+from metaopt.training._checkpoints import Checkpoints, Saved, checksum
+from metaopt.training._learner import LearnerState
+
+_log = logging.getLogger(__name__)
+
+
+class Run(NamedTuple):
+    """A run between two steps. A run that continues from its checkpoint equals the run that never stopped."""
+
+    state: LearnerState
+    best_hyperparams: base.HyperParams
+    history: dict[str, list[float]]
+    evaluations: list[float]
+    step: int  # `state.step`, on the host
+    drawn: int  # the step for which tasks were drawn last
+    any_done: bool  # whether the next step needs new tasks
+
+
+def owned(tree: base.PyTree) -> base.PyTree:
+    """A copy that shares no buffer with the caller's arrays or between its leaves, so that it can be donated."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def columns(run: Run) -> dict[str, np.ndarray]:
+    """The history as arrays [steps], with NaN where a step had no such metric."""
+    arrays = {}
+    for name, column in run.history.items():
+        arrays[name] = np.full(run.step, math.nan)
+        arrays[name][: len(column)] = column
+    return arrays
+
+
+def identity(
+    key: jax.Array, hyperparams: base.HyperParams, eval_every: int | None, settings: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The arguments that a continued run must repeat, in a form that can be compared."""
+    try:
+        named = json.loads(json.dumps(dict(settings or {}), allow_nan=False))  # turns tuples into lists
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`settings` must map names to what JSON has: numbers, texts, lists of them ({error})."
+        ) from error
+    leaves = [np.asarray(x) for x in jax.tree.leaves(hyperparams)]
+    total = 0
+    for leaf in leaves:
+        total = zlib.crc32(leaf.tobytes(), total)
+    return {
+        "key": _plain(key).tolist(),
+        "initial hyperparams": f"{len(leaves)} arrays of {sum(x.size for x in leaves)} entries, checksum {total}",
+        "eval_every": eval_every,
+        **{f"settings[{name!r}]": value for name, value in named.items()},
+    }
+
+
+def save(checkpoints: Checkpoints, run: Run, tasks: base.PyTree, program: dict[str, Any]) -> None:
+    """Writes a checkpoint.
+
+    Args:
+      checkpoints: where to.
+      run: what to keep.
+      tasks: those drawn for step `run.drawn`, or None if they cannot be drawn again. If the run carries exactly these
+        tasks, the checkpoint does not hold them.
+      program: the description of the compiled programs.
+    """
+    lists = {"history": columns(run), "evaluations": np.array(run.evaluations, np.float64)}
+    described = None if tasks is None else _described(tasks)
+    again = described == _described(run.state.tasks)
+    extra = {"drawn": run.drawn, "metrics": list(run.history), "num_evaluations": len(run.evaluations)}
+    extra |= {"tasks": described, "tasks again": again, "program": program}
+    state = run.state._replace(tasks=()) if again else run.state
+    checkpoints.save(run.step, (state, run.best_hyperparams, lists), extra)
+
+
+def resumed(saved: Saved, state: LearnerState, hyperparams: base.HyperParams, tasks: base.PyTree) -> Run:
+    """The run of a checkpoint.
+
+    Args:
+      saved: the checkpoint.
+      state: shapes and types of the learner's state.
+      hyperparams: the initial λ.
+      tasks: drawn for step `saved.extra["drawn"]`; they must equal the tasks that the saved run drew.
+
+    Raises:
+      ValueError: if the tasks, or shapes or types of the state, differ from those in the checkpoint.
+    """
+    here = _described(tasks)
+    there = here if saved.extra["tasks"] is None else saved.extra["tasks"]
+    for name in {**there, **here}:
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                saved.refusal(
+                    f"`{name}`, drawn for step {saved.extra['drawn']}, is {there.get(name, 'missing')} in the "
+                    f"checkpoint and {here.get(name, 'missing')} in this run (other data, another sampler, or the last "
+                    "bits of another device or version of JAX)"
+                )
+            )
+    history = {name: np.empty(saved.step) for name in saved.extra["metrics"]}
+    lists = {"history": history, "evaluations": np.empty(saved.extra["num_evaluations"])}
+    again = saved.extra["tasks again"]
+    state, best_hyperparams, lists = saved.tree((state._replace(tasks=()) if again else state, hyperparams, lists))
+    if again:
+        state = state._replace(tasks=owned(tasks))
+    history = {name: column.tolist() for name, column in lists["history"].items()}
+    evaluations = lists["evaluations"].tolist()
+    any_done = any(bool(np.any(x)) for x in jax.tree.leaves(state.done))
+    return Run(state, best_hyperparams, history, evaluations, saved.step, saved.extra["drawn"], any_done)
+
+
+def check_program(saved: Saved, program: dict[str, Any], *, allow_changed: bool) -> None:
+    """Compares the programs of a checkpoint with those of this run.
+
+    Raises:
+      ValueError: if they differ and `allow_changed` is false.
+    """
+    there = saved.extra.get("program", {"environment": {}})
+    changed = [
+        f"{name} {there['environment'].get(name, 'unknown')} (now {value})"
+        for name, value in program["environment"].items()
+        if there["environment"].get(name) != value
+    ]
+    if changed:
+        warnings.warn(
+            f"The checkpoint in {saved.directory} was made with another {' and '.join(changed)}, so that its program "
+            "cannot be compared with that of this run. Results may differ in their last bits.",
+            stacklevel=3,
+        )
+        return
+    found = {part: _program.differences(there[part], program[part]) for part in ("step", "init")}
+    if not any(found.values()):
+        return
+    part, difference = next((part, text) for part, text in found.items() if text)
+    which = "outer step" if part == "step" else "initial state"
+    if allow_changed:
+        _log.warning(f"The program of the {which} changed after step {saved.step}: {difference}.")
+        return
+    raise ValueError(
+        saved.refusal(f"the program of the {which} differs: {difference}")
+        + " `allow_changed_program=True` continues with the changed program."
+    )
+
+
+def _described(tasks: base.PyTree) -> dict[str, str]:
+    """Types, shapes and checksums of tasks, by name."""
+    described = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
+        name = f"tasks{jax.tree_util.keystr(path)}"
+        described[name] = f"{leaf.dtype}{list(leaf.shape)} with checksum {checksum(_plain(leaf))}"
+    return described
+
+
+def _plain(leaf: jax.Array) -> np.ndarray:
+    """An array on the host; of a key, its data."""
+    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)

@@ -1,0 +1,66 @@
+"""Labels outside the classes are an error wherever their values are known, and pass where they are padding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import base, hypergrad, methods, nas, predictors, spaces, tasks, training
+
+KEY = jax.random.key(0)
+SPACE = {"rate": spaces.real(0.0)}
+PREDICTOR = predictors.dataset_embedding(SPACE, width=2, num_hidden=2)
+PROTOTYPES = methods.prototypical_networks(lambda params, batch: batch["x"])
+
+
+def part(y, **more):
+    """Rows of two classes out of three; the last row is padding."""
+    rows = {"x": np.ones((4, 2)), "y": np.array(y), "mask": np.array([1.0, 1, 1, 0])}
+    return {**rows, "class_mask": np.array([1.0, 1, 0]), **more}
+
+
+def task(y):
+    return base.Task(part([0, 1, 0, 0]), part(y))
+
+
+def fit(sampled):
+    estimator = hypergrad.direct(lambda hyperparams, task, key: hyperparams**2)
+    learner = training.learner(estimator, optax.sgd(0.1))
+    training.fit(learner, lambda key: sampled, hyperparams=1.0, num_steps=1, key=KEY)
+
+
+def stacked(y):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), task([0, 0, 1, 1]), task(y))
+
+
+CALLS = {
+    "nas.cross_entropy": lambda y: nas.cross_entropy(jnp.zeros((4, 3)), part(y)),
+    "a gradient": lambda y: jax.grad(nas.cross_entropy)(jnp.zeros((4, 3)), part(y)),
+    "methods.cross_entropy": lambda y: methods.cross_entropy(jnp.zeros((4, 3)), part(y)),
+    "nas.check_labels": lambda y: nas.check_labels(part(y), 3),
+    "prototypes": lambda y: PROTOTYPES.problem.loop.init(KEY, PROTOTYPES.hyperparams({}), part(y)),
+    "dataset_embedding": lambda y: PREDICTOR.apply(PREDICTOR.init(KEY), base.Task(part(y), None)),
+    "tasks.stack": lambda y: tasks.stack([task([0, 0, 1, 1]), task(y)]),
+    "fit": lambda y: fit(task(y)),
+    "fit with a batch": lambda y: fit(stacked(y)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_labels_outside_the_classes_are_an_error(call):
+    call([0, 1, 0, 99])  # padding may have any label
+    for wrong, found in (([0, 3, 1, 0], "from 0 to 3, 1 of"), ([-1, -1, 0, 0], "from -1 to ., 2 of")):
+        with pytest.raises(ValueError, match=rf"labels .*y.* must be in 0\.\.2; got labels {found} . outside"):
+            call(wrong)
+
+
+@pytest.mark.parametrize("name", ["nas.cross_entropy", "methods.cross_entropy", "prototypes", "tasks.stack", "fit"])
+def test_classes_that_a_task_does_not_have_are_an_error(name):
+    with pytest.raises(ValueError, match=r'y.* have classes that "class_mask" leaves out: \[2\]'):
+        CALLS[name]([0, 2, 1, 2])
+
+
+def test_the_labels_of_images_start_at_zero():
+    with pytest.raises(ValueError, match=r"`labels` must be in 0\.\.1; got labels from -1 to 1, 1 of 3 outside"):
+        tasks.image_features(np.ones((3, 2, 2, 1)), np.array([0, -1, 1]))

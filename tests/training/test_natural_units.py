@@ -1,0 +1,178 @@
+"""`fit` with a space takes and returns λ in natural units, and in between it is the run in coordinates to the bit."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_estimators as small
+
+from metaopt import base, hypergrad, inner, spaces, training
+
+KEY = jax.random.key(0)
+
+
+class Rates(NamedTuple):
+    inner: Any
+    momentum: Any
+
+
+# f = Σ (θ − valid)² after three steps of a rate, with weights of a choice, a momentum that is fixed, and a shift.
+SPACE = {
+    "rates": Rates(spaces.interval(1e-3, 1.0, log=True, default=0.1), spaces.fixed(0.5)),
+    "mix": spaces.choice(["small", "large"]),
+    "shift": spaces.real(0.5, 2.0, shape=(2,)),
+}
+LOOP = inner.loop(
+    lambda params, hp, data: ((params - data - hp["shift"]) ** 2).sum() * (hp["mix"] @ jnp.array([0.2, 1.0])),
+    lambda hp: optax.sgd(hp["rates"].inner, momentum=hp["rates"].momentum),
+    init=lambda key, hp, data: jnp.zeros(2),
+)
+PROBLEM = inner.problem(LOOP, lambda params, hp, data: ((params - data) ** 2).sum())
+ESTIMATOR = hypergrad.over_tasks(hypergrad.unrolled(spaces.constrain(PROBLEM, SPACE), num_steps=3))
+LEARNER = training.learner(ESTIMATOR, optax.adam(0.1))
+LAM = {
+    "rates": Rates(jnp.array(0.2), jnp.array(0.5)),
+    "mix": jnp.array([0.3, 0.7]),
+    "shift": jnp.array([1.0, -1.0]),
+}
+
+
+def sample_tasks(key):
+    train, valid = jax.random.normal(key, (2, 4, 2))
+    return base.Task(train, valid)
+
+
+def fit(learner=LEARNER, **kwargs):
+    defaults = {"hyperparams": LAM, "num_steps": 4, "key": KEY, "space": SPACE, "progress": False}
+    return training.fit(learner, sample_tasks, **(defaults | kwargs))
+
+
+def by_hand(z):
+    """λ from the coordinates, in NumPy."""
+    z, sigmoid = z.coordinates, lambda x: 1 / (1 + np.exp(-x))
+    weights = np.exp(z["mix"] - np.max(z["mix"]))
+    return {
+        "rates": Rates(10 ** (-3 + 3 * sigmoid(np.asarray(z["rates"].inner))), 0.5),
+        "mix": weights / weights.sum(),
+        "shift": 0.5 + 2.0 * np.asarray(z["shift"]),
+    }
+
+
+def test_natural_units_are_the_manual_conversions_to_the_bit():
+    """A nested space with a choice, a fixed leaf and an array; the held-out loss, the last and the best λ."""
+    judged, judged_z = [], []
+    loss = lambda hp: (hp["shift"] ** 2).sum() + hp["rates"].inner
+    natural = fit(evaluate=lambda key, hp: judged.append(hp) or loss(hp), eval_every=2)
+    manual = fit(
+        space=None,
+        hyperparams=spaces.to_unconstrained(SPACE, LAM),
+        evaluate=lambda key, z: judged_z.append(z) or loss(spaces.to_constrained(SPACE, z)),
+        eval_every=2,
+    )
+    assert small.bits(natural.state) == small.bits(manual.state)
+    assert small.bits((natural.history, natural.evaluations)) == small.bits((manual.history, manual.evaluations))
+    assert isinstance(natural.state.hyperparams, spaces.Unconstrained)
+    for name in ("hyperparams", "best_hyperparams"):
+        expected = spaces.to_constrained(SPACE, getattr(manual, name))
+        assert small.bits(getattr(natural, name)) == small.bits(expected)
+        chex.assert_trees_all_close(getattr(natural, name), by_hand(getattr(manual, name)), rtol=1e-12)
+    assert len(judged) == 3
+    chex.assert_trees_all_close(judged, [by_hand(z) for z in judged_z], rtol=1e-12)
+    chex.assert_trees_all_close(judged[0], LAM, rtol=1e-12)
+    assert not np.allclose(judged[-1]["shift"], LAM["shift"])
+
+
+def test_coordinates_of_a_predictor_are_taken_as_they_are():
+    natural, marked = fit(num_steps=1), fit(num_steps=1, hyperparams=spaces.to_unconstrained(SPACE, LAM))
+    assert small.bits(natural.state) == small.bits(marked.state)
+    chex.assert_trees_all_equal(natural.hyperparams, marked.hyperparams)
+
+
+@pytest.mark.once
+def test_several_steps_a_call():
+    chex.assert_trees_all_close(fit(steps_per_call=2).hyperparams, fit().hyperparams, rtol=1e-12)
+
+
+@pytest.mark.once
+def test_a_continued_run_is_the_unbroken_one(tmp_path):
+    evaluate = lambda key, hp: (hp["shift"] ** 2).sum()
+    unbroken = fit(evaluate=evaluate, eval_every=1)
+    fit(num_steps=2, evaluate=evaluate, eval_every=1, checkpoint_dir=tmp_path)
+    continued = fit(evaluate=evaluate, eval_every=1, checkpoint_dir=tmp_path)
+    assert small.bits(continued) == small.bits(unbroken)
+    assert jax.tree.structure(continued) == jax.tree.structure(unbroken)
+    with pytest.raises(ValueError, match="initial hyperparams"):
+        fit(hyperparams=spaces.default(SPACE), checkpoint_dir=tmp_path)
+
+
+@pytest.mark.once
+def test_over_the_devices_of_a_mesh():
+    learner = training.learner(training.shard(ESTIMATOR, jax.make_mesh((1,), ("tasks",))), optax.adam(0.1))
+    chex.assert_trees_all_close(fit(learner).hyperparams, fit().hyperparams, rtol=1e-10)
+
+
+PLAIN = training.learner(hypergrad.over_tasks(hypergrad.unrolled(PROBLEM, num_steps=1)), optax.sgd(0.1))
+NEGATIVE = {**LAM, "rates": Rates(-0.2, 0.5)}
+WRONG = {
+    "no_space": ({"space": None}, "λ is in natural units here .got dict.*Pass `space=` to `training.fit`"),
+    "plain_problem": ({"learner": PLAIN}, "These are unconstrained coordinates and not λ.*spaces.constrain"),
+    "outside": ({"hyperparams": NEGATIVE}, "at `rates.inner`: it must be between 0.001 and 1.0; got -0.2"),
+    "not_finite": ({"hyperparams": {**LAM, "shift": np.array([0.0, np.nan])}}, "at `shift`: .* got nan"),
+    "other_fixed": (
+        {"hyperparams": {**LAM, "rates": Rates(0.2, 0.9)}},
+        "at `rates.momentum`: it must be the value that the space fixes, 0.5; got 0.9",
+    ),
+    "misfit": ({"hyperparams": {"rates": LAM["rates"]}}, "λ does not fit the space at `mix`"),
+    "not_finite_coordinates": (
+        {"hyperparams": jax.tree.map(lambda x: x * jnp.nan, spaces.to_unconstrained(SPACE, LAM))},
+        r"The initial `hyperparams\['mix'\]` is not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_units_raise(name):
+    kwargs, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        fit(**kwargs)
+
+
+@pytest.mark.parametrize("bound", [1e-3, 1.0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_run_from_a_bound_leaves_it(bound, dtype):
+    """F = (log λ − log 0.03)²: its gradient points inward from either bound."""
+    space = {"rate": spaces.interval(1e-3, 1.0, log=True)}
+
+    def estimate(hyperparams, task, state):
+        loss = lambda z: (jnp.log(spaces.to_constrained(space, z)["rate"]) - np.log(0.03)) ** 2
+        value, hypergrad_ = jax.value_and_grad(loss)(hyperparams)
+        return base.Estimate(value, hypergrad_, jnp.array(True), {}), state
+
+    estimator = base.Estimator(lambda key, hyperparams, task: (), estimate, kind="exact")
+    result = training.fit(
+        training.learner(estimator, optax.adam(0.1)),
+        lambda key: 1.0,
+        hyperparams={"rate": dtype(bound)},
+        space=space,
+        num_steps=60,
+        key=KEY,
+        progress=False,
+    )
+    assert result.hyperparams["rate"].dtype == dtype
+    assert 1.5e-3 < result.hyperparams["rate"] < 0.7  # far from both bounds
+    assert not spaces.at_bounds(space, result.hyperparams)["rate"]
+    # With plain gradient descent the first step already moves λ.
+    first = training.fit(
+        training.learner(estimator, optax.sgd(1.0)),
+        lambda key: 1.0,
+        hyperparams={"rate": dtype(bound)},
+        space=space,
+        num_steps=1,
+        key=KEY,
+        progress=False,
+    )
+    assert abs(np.log(first.hyperparams["rate"] / bound)) > 7e-3
