@@ -189,19 +189,19 @@ def _check_cell_searcher(header: dict[str, Any], specs: Mapping[str, Any]) -> No
     shapes |= {"prior.spread": (len(candidates), specs["prior.spread"].shape[-1])}
     shapes |= {"prior.own": (specs["prior.own"].shape[-1],)}
     shapes |= {name: leaf.shape for name, leaf in _arrays("weights", _cell_weights(encoder, num_members)).items()}
-    _check_shapes(specs, shapes)
+    check_shapes(specs, shapes)
 
 
-def _check_shapes(specs: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(specs: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises a ValueError unless the arrays are floating-point, with these names and shapes."""
     there = {name: spec.shape for name, spec in specs.items()}
     if there != shapes:
         wrong = [name for name in sorted({*there, *shapes}) if there.get(name) != shapes.get(name)]
-        differ = ", ".join(f"{name} {there.get(name)} and not {shapes.get(name)}" for name in wrong[:5])
+        differ = ", ".join(f"{name} {there.get(name)} instead of {shapes.get(name)}" for name in wrong[:5])
         raise ValueError(f"its arrays do not have shapes that fit: {differ}")
     for name, spec in specs.items():
         if not _files.is_float(spec):
-            raise ValueError(f"its arrays must be floating-point; {name} is {spec.dtype}")
+            raise ValueError(f"its array {name} is {spec.dtype}, which is not floating-point")
 
 
 def save_meta_architecture(path: str | os.PathLike[str], meta: MetaArchitecture, hyperparams: base.HyperParams) -> None:
@@ -258,7 +258,7 @@ def load_meta_architecture(path: str | os.PathLike[str], meta: MetaArchitecture)
                     f"{os.fspath(path)} is of another `{name}` than this search: {header.get(name)}, not {value}."
                 )
         with _files.reading(path, fault):
-            _check_shapes(specs, {name: leaf.shape for name, leaf in _arrays("", template).items()})
+            check_shapes(specs, {name: leaf.shape for name, leaf in _arrays("", template).items()})
 
     _, arrays = _read(path, _ARCHITECTURE_FORMAT, _ARCHITECTURE_VERSION, "save_meta_architecture", check=check)
     with _files.reading(path, fault):

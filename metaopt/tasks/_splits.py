@@ -191,7 +191,9 @@ def _is_selection(selection: Any) -> bool:
         return False
     is_row = lambda row: isinstance(row, int | np.integer) and not isinstance(row, bool)
     try:
-        return all(isinstance(name, str) for name in classes or ()) and all(map(is_row, rows if rows is not None else ()))
+        return all(isinstance(name, str) for name in classes or ()) and all(
+            map(is_row, rows if rows is not None else ())
+        )
     except TypeError:
         return False
 

@@ -392,7 +392,7 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
         ({"prior.spread": None}, "does not describe .* 'prior.spread'"),
         ({"prior.spread": np.array(1.0)}, "does not describe a `CellSearcher`"),
         ({"weights['out']": None}, "does not describe .* have shapes"),
-        ({"weights['out']": arrays["weights['out']"].astype(str)}, "must be floating-point"),
+        ({"weights['out']": arrays["weights['out']"].astype(str)}, "is not floating-point"),
     ):
         with pytest.raises(ValueError, match=message):
             change(**changed)
