@@ -27,6 +27,7 @@ _RATIO = 100
 _CHUNK = 2**20
 
 _MAX_HEADER = 10_000  # bytes of the header of an array
+_MAX_MESSAGE = 1_000  # characters that may come from the file
 _HEADER = re.compile(
     rb"\{'descr': ?'([<>|=]?[biufcSU]\d{1,9})', ?'fortran_order': ?(?:True|False), ?"
     rb"'shape': ?\(((?:\d{1,18},? ?)*)\),? ?\}\s*"
@@ -67,10 +68,12 @@ def reading(path: str | os.PathLike[str], fault: str) -> Iterator[None]:
         if isinstance(error, ValueError | OSError) and (
             str(error).startswith(name) or getattr(error, "filename", None) is not None
         ):
+            if isinstance(error, ValueError) and len(str(error)) > _MAX_MESSAGE:
+                raise ValueError(f"{str(error)[:_MAX_MESSAGE]} ...") from error
             raise
         reason = str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
         reason = f"it lacks {error}" if isinstance(error, KeyError) else reason
-        reason = reason if len(reason) < 500 else f"{reason[:500]} ..."
+        reason = reason if len(reason) < _MAX_MESSAGE else f"{reason[:_MAX_MESSAGE]} ..."
         raise ValueError(f"{name} {fault}: {reason.rstrip('.')}.") from error
 
 

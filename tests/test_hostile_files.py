@@ -1,4 +1,4 @@
-"""Damaged and hostile files: every reader raises a clear error or returns a valid object, in bounded time and memory."""
+"""Damaged and hostile files: a reader raises a clear error or returns a valid object, in bounded time and memory."""
 
 import base64
 import bz2
@@ -13,6 +13,7 @@ import struct
 import time
 import tracemalloc
 import zipfile
+import zlib
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metaopt import base, methods, nas, predictors, spaces, tasks, transforms
+from metaopt import _files, base, methods, nas, predictors, spaces, tasks, transforms
 from metaopt.training import _checkpoints
 
 KEY = jax.random.key(0)
@@ -368,7 +369,10 @@ CASES = {
         lambda f: tasks.save_split(f / "split.json", SPLIT), lambda f: tasks.load_split(f / "split.json"), dict
     ),
     "HPO-B": Case(
-        text_file("hpob.json", json.dumps(HPOB)), lambda f: tasks.from_hpob(f / "hpob.json", "5860"), base.Record
+        text_file("hpob.json", json.dumps(HPOB)),
+        lambda f: tasks.from_hpob(f / "hpob.json", "5860"),
+        base.Record,
+        finite=False,  # costs are not known
     ),
     "CSV": Case(write_csv, lambda f: tasks.from_csv_folder(f, "y", min_rows=2), tasks.Table, finite=False),
     "CSV.gz": Case(
@@ -669,3 +673,259 @@ def test_damaged_files_give_a_clear_error_or_a_valid_object(name, valid_files, t
     finally:
         tracemalloc.stop()
     assert errors > 0  # the mutations reach the reader
+
+
+# ---- Bombs: small files that took hours, or gigabytes ---------------------------------------------------------------
+
+
+def cost(call):
+    """The error of a call, its seconds, and the megabytes that it took at most."""
+    tracemalloc.start(1)
+    start = time.perf_counter()
+    try:
+        with pytest.raises(ValueError) as caught:
+            call()
+        return str(caught.value), time.perf_counter() - start, tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def tfds_with(folder, data):
+    write_tfds(folder)
+    (folder / "toy-all_classes.tfrecord-00000-of-00001").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (framed(b"\xff" * 300_000 + b"\x01"), "more than 10 bytes"),  # a tag
+        (
+            framed(field(1, field(1, field(1, b"n") + field(2, field(3, field(1, b"\xff" * 300_000 + b"\x01")))))),
+            "10 bytes",
+        ),
+        (struct.pack("<Q", 2**40) + masked(struct.pack("<Q", 2**40)) + b"few bytes", "is truncated in its last record"),
+        (struct.pack("<Q", 2**64 - 1) + masked(struct.pack("<Q", 2**64 - 1)), "is truncated in its last record"),
+    ],
+    ids=["tag", "packed", "2^40", "2^64"],
+)
+def test_integers_and_records_of_a_tfrecord_end_where_they_must(data, message, tmp_path):
+    tfds_with(tmp_path, data)
+    error, seconds, megabytes = cost(lambda: tasks.from_meta_dataset(tmp_path, part="train", size=2))
+    assert message in error and seconds < 1 and megabytes < 20, (error[:500], seconds, megabytes)
+
+
+NPZ = {
+    "predictor": "g.npz",
+    "meta optimizer": "g.npz",
+    "cell searcher": "h.npz",
+    "meta architecture": "h.npz",
+    "evaluation": "scores.npz",
+    "trained network": "network.npz",
+    "learned optimizer": "w.npz",
+    "benchmark": "b.npz",
+    "omniglot": "omniglot.npz",
+    "OBOE": "oboe_error_matrix.npz",
+    "tables": "tabular_classification.npz",
+    "NAS-Bench-Macro": "nasbenchmacro.npz",
+}
+
+
+def rewritten(file, change):
+    """Changes the arrays of an `.npz`, without a checksum that is wrong."""
+    with np.load(file) as data:
+        content = dict(data)
+    change(content)
+    with open(file, "wb") as stream:
+        np.savez_compressed(stream, **content)
+
+
+@pytest.mark.parametrize("name", NPZ)
+def test_an_array_of_zeros_that_fills_the_memory_is_not_unpacked(name, valid_files, tmp_path):
+    folder = copied(valid_files[name], tmp_path / "bomb")
+    file = folder / NPZ[name]
+
+    def fill(content):
+        array = next(array for array in content if array != "header")
+        content[array] = np.zeros(60 * 2**20, np.uint8)
+
+    rewritten(file, fill)
+    assert file.stat().st_size < 100_000
+    error, seconds, megabytes = cost(lambda: CASES[name].read(folder))
+    assert "its arrays would take" in error and seconds < 2 and megabytes < 20, (error, seconds, megabytes)
+
+
+@pytest.mark.parametrize("name", NPZ)
+def test_an_array_that_states_another_size_than_it_has_is_not_read(name, valid_files, tmp_path):
+    folder = copied(valid_files[name], tmp_path / "liar")
+    with zipfile.ZipFile(folder / NPZ[name]) as archive:
+        members = {member: archive.read(member) for member in archive.namelist()}
+    victim = next(member for member in members if member != "header.npy")
+    members[victim] = re.sub(rb"\([^)]*\)", b"(1, 268435456)", members[victim], count=1)
+    with zipfile.ZipFile(folder / NPZ[name], "w") as archive:
+        for member, content in members.items():
+            start = 10 if member == victim else len(content)
+            header = content[start : content.index(b"\n") + 1]
+            archive.writestr(member, content[: start - 2] + struct.pack("<H", len(header)) + content[start:])
+    error, seconds, megabytes = cost(lambda: CASES[name].read(folder))
+    assert "bytes, which do not fit" in error and seconds < 2 and megabytes < 20, (error, seconds, megabytes)
+
+
+WEIGHTS = ["predictor", "meta optimizer", "cell searcher", "meta architecture", "trained network", "learned optimizer"]
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("fault", ["NaN", "infinite", "float64 only", "integer", "complex", "boolean"])
+def test_weights_are_finite_floating_point_numbers(name, fault, valid_files, tmp_path):
+    folder = copied(valid_files[name], tmp_path / "weights")
+    not_weights = ("header", "max_shown", "sorted_features", "statistics")
+    changed = []
+
+    def change(content):
+        array = next(n for n, x in content.items() if x.size and not any(part in n for part in not_weights))
+        changed.append(array)
+        numbers = {"NaN": math.nan, "infinite": -math.inf, "float64 only": 1e39}
+        if fault in numbers:
+            content[array] = content[array].astype(np.float64)
+            content[array].flat[0] = numbers[fault]
+        else:
+            content[array] = content[array].astype({"integer": int, "complex": complex, "boolean": bool}[fault])
+
+    rewritten(folder / NPZ[name], change)
+    with pytest.raises(ValueError) as caught:
+        CASES[name].read(folder)
+    error = str(caught.value)
+    assert NPZ[name] in error and re.search("finite|floating-point|has shape .* and type", error), error
+    assert changed[0] in error or repr(changed[0])[1:-1] in error or changed[0].split("/")[-1] in error, error
+
+
+def with_pickle(content, suffix):
+    def write(folder):
+        (folder / f"nas{suffix}").write_bytes(content)
+        return lambda: nas.read_nas_bench_201(folder / f"nas{suffix}")
+
+    return write
+
+
+def nested_key(depth):
+    """A dict whose key is a tuple of the same two tuples, and so on: its hash takes 2**depth steps."""
+    pairs = b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(depth))
+    return b"\x80\x04}N" + pairs + b"Ns."
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (with_pickle(b"\x80\x02}r" + struct.pack("<I", 2**24) + b".", ".pth"), "has no results of NAS-Bench-201"),
+        (with_pickle(b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"few", ".pth"), "more than there may be"),
+        (with_pickle(b"\x80\x05\x96" + struct.pack("<Q", 2**27) + b"few", ".pth"), "is not read"),
+        (
+            with_pickle(b"\x80\x02\x8b" + struct.pack("<I", 10_000) + bytes(10_000) + b".", ".pth"),
+            "more than there may",
+        ),
+        (with_pickle(nested_key(20), ".pth"), "A key must be a text or a number"),
+        (with_pickle(bz2.compress(bytes(2**26)), ".pickle.pbz2"), "unpacks to more than"),
+    ],
+    ids=["memo", "text", "bytearray", "integer", "hash", "bz2"],
+)
+def test_pickles_take_memory_in_proportion_to_their_length(write, message, tmp_path):
+    error, seconds, megabytes = cost(write(tmp_path))
+    assert message in error and seconds < 2 and megabytes < 25, (error, seconds, megabytes)
+
+
+def png_of(width, height):
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    size = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [8_500, 20_000])
+def test_images_of_too_many_pixels_are_not_unpacked(side, tmp_path):
+    tfds_with(tmp_path, framed(example(png_of(side, side), 0)))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(png_of(side, side))
+    for read in (
+        lambda: tasks.from_meta_dataset(tmp_path, part="train", size=2),
+        lambda: tasks.from_image_folder(tmp_path, size=2),
+    ):
+        error, seconds, megabytes = cost(read)
+        assert str(tmp_path) in error and "pixels" in error and seconds < 1 and megabytes < 20, error
+
+
+def test_a_compressed_table_of_zeros_is_not_unpacked(tmp_path):
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(bytes(2**26), compresslevel=9))
+    error, seconds, megabytes = cost(lambda: tasks.from_csv_folder(tmp_path, "y"))
+    assert "t.csv.gz" in error and "unpacks to more than" in error and seconds < 2 and megabytes < 40, (
+        seconds,
+        megabytes,
+    )
+
+
+BIG = 10**9
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"type": "real", "default": 0.0, "scale": 1.0, "shape": [BIG]}, "at most 16777216 entries; it has 1000000000"),
+        ({"type": "real", "default": 0.0, "scale": 1.0, "shape": [BIG] * 9}, "at most 16777216 entries"),
+        ({"type": "simplex", "num": BIG, "default": None, "shape": []}, "cannot be read"),
+        ({"type": "simplex", "num": BIG, "shape": []}, "cannot be read"),
+        ({"type": "fixed", "value": 10**400, "dtype": "float32"}, "cannot be read"),
+        (nested(900), "A node must be a container"),
+    ],
+)
+def test_spaces_that_fill_the_memory_are_rejected(document, message):
+    for place in (document, {"type": "list", "items": [document]}):
+        error, seconds, megabytes = cost(lambda place=place: spaces.from_json({"version": 1, "space": place}))
+        assert message in error and len(error) < 1000 and seconds < 1 and megabytes < 20, error
+
+
+@pytest.mark.parametrize("read", [nas.from_json, nas.genotype_from_json, nas.cost_table_from_json])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"version": 1, "fixed": NaN, "unit": "", "terms": []}', "1e999"])
+def test_json_of_networks_is_finite_and_not_too_deep(read, text):
+    with pytest.raises(ValueError, match="not JSON with finite numbers"):
+        read(text)
+
+
+def test_specifications_state_no_more_classes_than_they_name(tmp_path):
+    write_meta_dataset(tmp_path)
+    file = tmp_path / "dataset_spec.json"
+    spec = json.loads(file.read_text())
+    flat = {name: value for name, value in spec.items() if "superclass" not in name}
+    for changed in (
+        spec | {"classes_per_superclass": {"0": BIG, "1": 1}},
+        flat | {"classes_per_split": {"TRAIN": BIG}},
+        flat | {"classes_per_split": {"TRAIN": -1}},
+    ):
+        file.write_text(json.dumps(changed))
+        error, seconds, megabytes = cost(lambda: tasks.from_meta_dataset(tmp_path, part="train", size=2))
+        assert "dataset_spec.json is not a specification" in error and seconds < 1 and megabytes < 20, error
+
+
+def test_a_table_of_nas_bench_101_has_few_numbers_of_epochs(tmp_path):
+    lines = (cell_101(str(i), i + 1, "0100", [], 1.0, 0.5) for i in range(300))
+    (tmp_path / "nasbench.tfrecord").write_bytes(b"".join(framed(line.encode()) for line in lines))
+    with pytest.raises(ValueError, match="more than 10 different numbers of epochs"):
+        nas.read_nas_bench_101(tmp_path / "nasbench.tfrecord")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "w.npz"
+    transforms.save_learned(path, transforms.init_learned(KEY))
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError), _files.replacing(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["w.npz"]
+
+
+def test_arrays_of_another_byte_order_are_read(tmp_path):
+    path = tmp_path / "w.npz"
+    weights = transforms.init_learned(KEY)
+    transforms.save_learned(path, weights)
+    rewritten(
+        path, lambda content: content.update({k: x.astype(x.dtype.newbyteorder(">")) for k, x in content.items()})
+    )
+    for found, expected in zip(*map(jax.tree.leaves, (transforms.load_learned(path), weights)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype.isnative

@@ -73,8 +73,6 @@ def load_benchmark(path: str | os.PathLike) -> Benchmark:
         encodings = data["encodings"]
         if (encodings < 0).any() or (encodings >= data["num_choices"]).any():
             raise ValueError("its encodings are not below `num_choices`")
-        for name in ("valid", "test", "cost"):
-            _files.check_finite(name, data[name], missing=True)
         return make_benchmark(
             str(data["name"]),
             data["tasks"].tolist(),
@@ -167,17 +165,18 @@ def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benc
         for row, (count, *values) in sums[epochs].items():
             means[row, i] = np.array(values) / count
     pairs = [f"{s}->{t}" for s, t in zip(*np.triu_indices(7, 1), strict=True)]
-    return make_benchmark(
-        "NAS-Bench-101",
-        ["cifar10"],
-        [*pairs, *(f"op{i}" for i in range(1, 6))],
-        [2] * 21 + [4] * 5,
-        encodings,
-        1 - means[:, None, :, 1],
-        fidelities=tuple(epochs / lengths[-1] for epochs in lengths),
-        test=1 - means[:, None, -1, 2],
-        cost=means[:, None, :, 0],
-    )
+    with _files.reading(path, "is not a file of NAS-Bench-101"):
+        return make_benchmark(
+            "NAS-Bench-101",
+            ["cifar10"],
+            [*pairs, *(f"op{i}" for i in range(1, 6))],
+            [2] * 21 + [4] * 5,
+            encodings,
+            1 - means[:, None, :, 1],
+            fidelities=tuple(epochs / lengths[-1] for epochs in lengths),
+            test=1 - means[:, None, -1, 2],
+            cost=means[:, None, :, 0],
+        )
 
 
 def _encode_101(bits: str, ops: list[str], name: str) -> list[int]:
@@ -271,17 +270,18 @@ def read_nas_bench_201(path: str | os.PathLike) -> Benchmark:
             encodings.append([NAS_BENCH_201_PRIMITIVES.index(kept.get(edge, "none")) for edge in edges])
         for values, column in zip(zip(*rows, strict=True), (valid, test, cost), strict=True):
             column.append(values)
-    return make_benchmark(
-        "NAS-Bench-201",
-        list(_SETS_201),
-        [f"{s}->{t}" for t in (1, 2, 3) for s in range(t)],
-        [len(NAS_BENCH_201_PRIMITIVES)] * 6,
-        encodings,
-        valid,
-        fidelities=(12 / 200, 1.0),
-        test=test,
-        cost=cost,
-    )
+    with _files.reading(path, "has no results of NAS-Bench-201"):
+        return make_benchmark(
+            "NAS-Bench-201",
+            list(_SETS_201),
+            [f"{s}->{t}" for t in (1, 2, 3) for s in range(t)],
+            [len(NAS_BENCH_201_PRIMITIVES)] * 6,
+            encodings,
+            valid,
+            fidelities=(12 / 200, 1.0),
+            test=test,
+            cost=cost,
+        )
 
 
 def _results_201(short: dict, long: dict, task: str) -> tuple[list[float], float, list[float]]:
@@ -353,16 +353,17 @@ def read_nas_bench_301(path: str | os.PathLike) -> Benchmark:
     dims = [[*(f"{k} inputs{n}" for n in (3, 4, 5)), *(f"{k} op{i}" for i in range(8))] for k in kinds]
     choices = [*(len(pairs) for pairs in _PAIRS_301.values()), *[len(_OPS_301)] * 8]
     valid, test, seconds = means.T
-    return make_benchmark(
-        "NAS-Bench-301",
-        ["cifar10"],
-        [*dims[0], *dims[1]],
-        choices * 2,
-        list(networks),
-        100 - valid[:, None],
-        test=100 - test[:, None],
-        cost=seconds[:, None, None],
-    )
+    with _files.reading(path, "has no results of NAS-Bench-301"):
+        return make_benchmark(
+            "NAS-Bench-301",
+            ["cifar10"],
+            [*dims[0], *dims[1]],
+            choices * 2,
+            list(networks),
+            100 - valid[:, None],
+            test=100 - test[:, None],
+            cost=seconds[:, None, None],
+        )
 
 
 def _encode_301(settings: dict) -> list[int]:

@@ -62,6 +62,9 @@ def make_benchmark(
 ) -> Benchmark:
     tasks, dims = tuple(map(str, tasks)), tuple(dims)
     encodings = np.asarray(encodings, np.int64)
+    for what, values in (("valid", valid), ("test", test), ("cost", cost)):
+        if values is not None:
+            _files.check_finite(what, np.asarray(values), missing=True)
     valid = np.asarray(valid, np.float32)
     valid = valid if valid.ndim == 3 else valid[..., None]
     test = valid[..., -1] if test is None else np.asarray(test, np.float32)

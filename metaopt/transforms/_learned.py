@@ -326,7 +326,7 @@ def _read(file: _files.Npz, path: str) -> base.PyTree:
         )
     fault = _fault(_tree({name: jax.ShapeDtypeStruct(*spec) for name, spec in file.specs.items()}))
     if fault:
-        raise ValueError(f"{path} has no weights of a learned optimizer: {fault}.")
+        raise ValueError(f"it has no weights of a learned optimizer: {fault}")
     return _tree(file.floats({name: spec.shape for name, spec in file.specs.items()}))
 
 
