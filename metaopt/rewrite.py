@@ -377,7 +377,8 @@ def _wide_outputs(equation: Any, operands: list, wide_jaxpr: Callable, narrow: s
         index, *rest = operands
         return jax.lax.switch(index, [wide_jaxpr(branch) for branch in params["branches"]], *rest)
     if name == "scan":
-        return _scan(equation, operands, wide_jaxpr(params["jaxpr"]))
+        body = wide_jaxpr(params["jaxpr"])
+        return _scan(equation, operands, lambda _, *operands: (body(*operands), None), None)[0]
     if name == "while":
         return _while(params, operands, wide_jaxpr(params["cond_jaxpr"]), wide_jaxpr(params["body_jaxpr"]))
     if name == "custom_linear_solve":

@@ -44,68 +44,72 @@ def read_tfrecords(file: str | os.PathLike[str], *, check: bool = False) -> Iter
 
     Args:
       file: its path.
-      check: also the checksums of the data (slow: about a second for 5 MB); those of the lengths are always checked.
+      check: whether the checksums of the data are checked (slow: about a second for 5 MB); those of the lengths always
+        are.
 
     Returns:
       An iterator over the data of the records.
 
     Raises:
-      ValueError: the file is cut off, or a checksum is wrong.
+      ValueError: if the file is truncated, or a checksum is wrong.
     """
     with open(file, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
         while head := stream.read(12):
             length = struct.unpack("<Q", head[:8])[0] if len(head) == 12 else 0
             if len(head) < 12 or struct.unpack("<I", head[8:])[0] != masked_crc(head[:8]):
-                at = stream.tell() - len(head)
                 raise ValueError(
-                    f"{file} is no TFRecord file, or is damaged at byte {at}: a length does not match its checksum."
+                    f"{file} is not a TFRecord file, or is damaged at byte {stream.tell() - len(head)}: a length does "
+                    "not match its checksum."
                 )
-            data, end = stream.read(length), stream.read(4)
-            if len(data) < length or len(end) < 4:
-                raise ValueError(f"{file} is cut off in its last record.")
-            if check and struct.unpack("<I", end)[0] != masked_crc(data):
+            if length + 4 > size - stream.tell():  # before memory is taken for it
+                raise ValueError(f"{file} is truncated in its last record.")
+            data, checksum = stream.read(length), stream.read(4)
+            if check and struct.unpack("<I", checksum)[0] != masked_crc(data):
                 raise ValueError(f"{file} is damaged: a record does not match its checksum.")
             yield data
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The integer that starts at `at`, seven bits a byte, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+_MAX_VARINT = 10  # bytes of 64 bits, seven in each
+
+
+def _varint(data: bytes, start: int) -> tuple[int, int]:
+    """The integer of 64 bits that starts at `start`, seven bits a byte, and where it ends."""
+    value = 0
+    for i, byte in enumerate(data[start : start + _MAX_VARINT]):
+        value |= (byte & 127) << 7 * i
         if byte < 128:
-            return value, at
+            return value & (1 << 64) - 1, start + i + 1
+    raise ValueError(f"An integer is truncated, or has more than {_MAX_VARINT} bytes.")
 
 
 def fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol-buffer message.
+    """The fields of a protocol-buffer message. Takes time in proportion to its length.
 
     Args:
       data: the message.
 
     Returns:
-      An iterator over (number, value): an integer, or the bytes of a float, a string or what is nested.
+      An iterator over (number, value): an integer, or the bytes of a float, a string or a nested message.
 
     Raises:
-      ValueError: a field is cut off, or of an unknown kind.
-      IndexError: an integer is cut off.
+      ValueError: if a field is truncated or of an unknown kind, or an integer has more than 10 bytes.
     """
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
         kind = tag & 7
         if kind == 0:
-            value, at = _varint(data, at)
+            value, position = _varint(data, position)
             yield tag >> 3, value
             continue
         if kind not in (1, 2, 5):
-            raise ValueError(f"this is no protocol buffer of the kind expected: a field is of the unknown kind {kind}.")
-        length, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-        if at + length > len(data):
-            raise ValueError("this is no protocol buffer of the kind expected: a field is cut off.")
-        yield tag >> 3, data[at : at + length]
-        at += length
+            raise ValueError(f"This is not a protocol buffer of the expected form: a field is of the kind {kind}.")
+        length, position = _varint(data, position) if kind == 2 else ({1: 8, 5: 4}[kind], position)
+        if position + length > len(data):
+            raise ValueError("This is not a protocol buffer of the expected form: a field is truncated.")
+        yield tag >> 3, data[position : position + length]
+        position += length
 
 
 def integers(packed: bytes) -> Iterator[int]:
@@ -118,9 +122,9 @@ def integers(packed: bytes) -> Iterator[int]:
       An iterator over them, without sign.
 
     Raises:
-      IndexError: the last one is cut off.
+      ValueError: if an integer is truncated, or has more than 10 bytes.
     """
-    at = 0
-    while at < len(packed):
-        value, at = _varint(packed, at)
+    position = 0
+    while position < len(packed):
+        value, position = _varint(packed, position)
         yield value

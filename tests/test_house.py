@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"_locks", "base", "progress", "rewrite", "tfrecord"},
+    {"_files", "_locks", "base", "progress", "rewrite", "tfrecord"},
     {"spaces", "transforms"},
     {"tasks", "inner", "nas"},
     {"hypergrad", "predictors"},

@@ -2,13 +2,14 @@
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base, predictors, spaces
+from metaopt import _files, base, predictors, spaces
 from metaopt.methods._cell_searcher import CellSearcher, cell_searcher, columns
 from metaopt.methods._evaluations import Evaluation
 from metaopt.methods._meta_architecture import MetaArchitecture
@@ -74,18 +75,25 @@ def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
       floating-point type is the same.
 
     Raises:
-      ValueError: the file is no such file, of a newer version, or its arrays do not fit one another.
+      ValueError: if the file is something else or of a newer version, or its arrays do not fit one another or are not
+        finite floating-point numbers.
     """
-    header, arrays = _read(path, _FORMAT, VERSION, "save_meta_optimizer")
-    try:
+    fault = "does not describe a `MetaOptimizer` as it should"
+
+    def check(header, specs):
+        with _files.reading(path, fault):
+            num_dims, version = spaces.num_dims(spaces.from_json(header["space"])), int(header["version"])
+            for kind in _kinds(specs):
+                _check_surrogate(kind, specs, num_dims, version)
+
+    header, arrays = _read(path, _FORMAT, VERSION, "save_meta_optimizer", check=check)
+    with _files.reading(path, fault):
+        for name, array in arrays.items():
+            if array.dtype.kind == "f":  # a task may lack features
+                _files.check_finite(name, array, missing=name.endswith("sorted_features"))
+        surrogates = {kind: _surrogate(kind, arrays, int(header["version"])) for kind in _kinds(arrays)}
         space, candidates = spaces.from_json(header["space"]), header["candidates"]
-        version, num_dims = int(header["version"]), spaces.num_dims(space)
-        surrogate = _surrogate("outcome", arrays, num_dims, version)
-        has_costs = any(name.startswith("cost") for name in arrays)
-        costs = _surrogate("cost", arrays, num_dims, version) if has_costs else None
-        return meta_optimizer(surrogate, costs, space, candidates)
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)} does not describe a `MetaOptimizer` as it should: {error}.") from error
+        return meta_optimizer(surrogates["outcome"], surrogates.get("cost"), space, candidates)
 
 
 def save_cell_searcher(path: str | os.PathLike[str], searcher: CellSearcher) -> None:
@@ -126,38 +134,74 @@ def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
       the same.
 
     Raises:
-      ValueError: the file is no such file, of a newer version or of version 1, or its arrays do not fit one another.
+      ValueError: if the file is something else, of a newer version or of version 1, or its arrays do not fit one
+        another or are not finite floating-point numbers.
     """
-    header, arrays = _read(path, _CELL_FORMAT, _CELL_VERSION, "save_cell_searcher", oldest=_CELL_VERSION)
-    try:
-        candidates, ops = header["candidates"], tuple(header["ops"])
-        if not candidates or not all(isinstance(candidate, dict) for candidate in candidates):
-            raise ValueError("its candidates are no configurations")
+    fault = "does not describe a `CellSearcher` as it should"
+
+    def check(header, specs):
+        with _files.reading(path, fault):
+            _check_cell_searcher(header, specs)
+
+    header, arrays = _read(path, _CELL_FORMAT, _CELL_VERSION, "save_cell_searcher", oldest=_CELL_VERSION, check=check)
+    with _files.reading(path, fault):
+        for name, array in arrays.items():
+            _files.check_finite(name, array)
+        candidates, encoded = header["candidates"], arrays["encoded"]
+        features = np.concatenate([block for block, _ in columns(candidates, encoded, candidates, encoded)], 1)
+        if arrays["prior.own"].shape != features.shape[1:]:
+            raise ValueError(
+                f"its arrays do not have shapes that fit: prior.own {arrays['prior.own'].shape}, and the candidates "
+                f"have {features.shape[1]} columns"
+            )
         encoder = predictors.cell_encoder(**header["encoder"])
-        if len(ops) != encoder.config["num_ops"]:
-            raise ValueError(f"its encoder reads {encoder.config['num_ops']} ops; there are {len(ops)}")
-        num_members = len(arrays["encoded"])
-        num_features = encoder.config["num_features"]
-        template = jax.eval_shape(jax.vmap(encoder.init), jax.random.split(jax.random.key(0), num_members))
-        shapes = {"encoded": (num_members, len(candidates), encoder.config["width"])}
-        shapes |= {"center": (num_features,), "scale": (num_features,), "units": (2,), "prior.noise": ()}
-        shapes |= {f"prior.{name}": (len(candidates),) for name in ("mean", "alone")}
-        encoded, num_tasks = arrays["encoded"], arrays["prior.spread"].shape[-1]
-        blocks = columns(candidates, encoded, candidates, encoded) if encoded.shape == shapes["encoded"] else []
-        features = np.concatenate([block for block, _ in blocks] or [np.zeros((len(candidates), 0))], 1)
-        shapes |= {"prior.spread": (len(candidates), num_tasks), "prior.own": (features.shape[1],)}
-        shapes |= {name: leaf.shape for name, leaf in _arrays("weights", template).items()}
-        found = {name: array.shape for name, array in arrays.items()}
-        if found != shapes or any(array.dtype.kind != "f" for array in arrays.values()):
-            raise ValueError(f"its arrays have shapes {found}, and should be numbers with {shapes}")
+        template = _cell_weights(encoder, len(encoded))
         named = lambda path, _: jnp.asarray(arrays["weights" + jax.tree_util.keystr(path)])
         meta_params = jax.tree_util.tree_map_with_path(named, template)
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)} does not describe a `CellSearcher` as it should: {error}.") from error
-    told = {name: arrays[f"prior.{name}"] for name in ("mean", "spread", "own", "alone")}
-    prior = predictors.ScorePrior(features, **told, noise=float(arrays["prior.noise"]))
-    center, scale, units = (arrays[name] for name in ("center", "scale", "units"))
-    return cell_searcher(encoded, encoder, meta_params, candidates, ops, center, scale, prior, units)
+        told = {name: arrays[f"prior.{name}"] for name in ("mean", "spread", "own", "alone")}
+        prior = predictors.ScorePrior(features, **told, noise=float(arrays["prior.noise"]))
+        center, scale, units = (arrays[name] for name in ("center", "scale", "units"))
+        ops = tuple(header["ops"])
+        return cell_searcher(encoded, encoder, meta_params, candidates, ops, center, scale, prior, units)
+
+
+def _cell_weights(encoder: predictors.CellEncoder, num_members: int) -> base.PyTree:
+    """Shapes of the weights."""
+    init = lambda key: jax.vmap(encoder.init)(jax.random.split(key, num_members))
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def _check_cell_searcher(header: dict[str, Any], specs: Mapping[str, Any]) -> None:
+    """Raises an error unless the header and the shapes of the arrays fit one another."""
+    candidates, ops = header["candidates"], header["ops"]
+    if not candidates or not all(isinstance(candidate, dict) for candidate in candidates):
+        raise ValueError("its candidates are not configurations")
+    if not isinstance(ops, list) or not all(isinstance(op, str) for op in ops):
+        raise ValueError(f"its ops are not names: {ops}")
+    encoder = predictors.cell_encoder(**header["encoder"])
+    if len(ops) != encoder.config["num_ops"]:
+        raise ValueError(f"its encoder reads {encoder.config['num_ops']} ops; there are {len(ops)}")
+    (num_members, _, _), num_features = specs["encoded"].shape, encoder.config["num_features"]
+    shapes = {"encoded": (num_members, len(candidates), encoder.config["width"])}
+    shapes |= {"center": (num_features,), "scale": (num_features,), "units": (2,), "prior.noise": ()}
+    shapes |= {f"prior.{name}": (len(candidates),) for name in ("mean", "alone")}
+    # The number of earlier tasks, and of columns, which depends on `encoded`.
+    shapes |= {"prior.spread": (len(candidates), specs["prior.spread"].shape[-1])}
+    shapes |= {"prior.own": (specs["prior.own"].shape[-1],)}
+    shapes |= {name: leaf.shape for name, leaf in _arrays("weights", _cell_weights(encoder, num_members)).items()}
+    check_shapes(specs, shapes)
+
+
+def check_shapes(specs: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises a ValueError unless the arrays are floating-point, with these names and shapes."""
+    there = {name: spec.shape for name, spec in specs.items()}
+    if there != shapes:
+        wrong = [name for name in sorted({*there, *shapes}) if there.get(name) != shapes.get(name)]
+        differ = ", ".join(f"{name} {there.get(name)} instead of {shapes.get(name)}" for name in wrong[:5])
+        raise ValueError(f"its arrays do not have shapes that fit: {differ}")
+    for name, spec in specs.items():
+        if not _files.is_float(spec):
+            raise ValueError(f"its array {name} is {spec.dtype}, which is not floating-point")
 
 
 def save_meta_architecture(path: str | os.PathLike[str], meta: MetaArchitecture, hyperparams: base.HyperParams) -> None:
@@ -199,21 +243,29 @@ def load_meta_architecture(path: str | os.PathLike[str], meta: MetaArchitecture)
       λ, for `meta.alpha`, `meta.genotype` and `meta.fine_tune`.
 
     Raises:
-      ValueError: the file is no such file, of a newer version, or of another network or predictor than `meta`.
+      ValueError: if the file is something else, of a newer version, or of another network or predictor than `meta`, or
+        its arrays are not finite floating-point numbers.
     """
-    header, arrays = _read(path, _ARCHITECTURE_FORMAT, _ARCHITECTURE_VERSION, "save_meta_architecture")
-    own = {"network": meta.settings["search"].get("network"), "h": meta.settings["h"]}
-    for name, value in json.loads(json.dumps(own)).items():
-        if header.get(name) != value:
-            raise ValueError(
-                f"{os.fspath(path)} is of another `{name}` than this search: {header.get(name)}, not {value}."
-            )
-    template = _arrays("", jax.eval_shape(meta.hyperparams, jax.random.key(0)))
-    shapes, expected = ({name: np.shape(x) for name, x in each.items()} for each in (arrays, template))
-    if shapes != expected or any(array.dtype.kind != "f" for array in arrays.values()):
-        raise ValueError(f"{os.fspath(path)} has arrays of shapes {shapes}, and should have numbers of {expected}.")
+    template = jax.eval_shape(meta.hyperparams, jax.random.key(0))
+    own = json.loads(json.dumps({"network": meta.settings["search"].get("network"), "h": meta.settings["h"]}))
+
+    fault = "does not have λ of this search"
+
+    def check(header, specs):
+        for name, value in own.items():
+            if header.get(name) != value:
+                raise ValueError(
+                    f"{os.fspath(path)} is of another `{name}` than this search: {header.get(name)}, not {value}."
+                )
+        with _files.reading(path, fault):
+            check_shapes(specs, {name: leaf.shape for name, leaf in _arrays("", template).items()})
+
+    _, arrays = _read(path, _ARCHITECTURE_FORMAT, _ARCHITECTURE_VERSION, "save_meta_architecture", check=check)
+    with _files.reading(path, fault):
+        for name, array in arrays.items():
+            _files.check_finite(name, array)
     named = lambda path, leaf: jnp.asarray(arrays[jax.tree_util.keystr(path)], leaf.dtype)
-    return jax.tree_util.tree_map_with_path(named, jax.eval_shape(meta.hyperparams, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(named, template)
 
 
 def save_evaluation(path: str | os.PathLike[str], evaluation: Evaluation) -> None:
@@ -252,26 +304,43 @@ def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
       An `Evaluation`, as the one that was saved to the bit.
 
     Raises:
-      ValueError: the file is no such file, of a newer version, or its arrays do not fit one another.
+      ValueError: if the file is something else or of a newer version, or its arrays do not fit one another.
     """
-    header, arrays = _read(path, _EVALUATION_FORMAT, _EVALUATION_VERSION, "save_evaluation")
-    try:
-        names, sources = header["methods"], header["sources"]
-        flags = {name: bool(flag) for name, flag in zip(names, header["transductive"], strict=True)}
-        scores = {n: {s: arrays[f"scores {i} {j}"] for j, s in enumerate(sources)} for i, n in enumerate(names)}
-        ways, shots = ({s: arrays[f"{what} {j}"] for j, s in enumerate(sources)} for what in ("ways", "shots"))
-        marks = {s: arrays[f"marks {j}"] for j, s in enumerate(sources) if f"marks {j}" in arrays}
-        for source in sources:
-            num, numbers = len(ways[source]), [of[source] for of in (ways, shots, marks) if source in of]
-            shapes = [x.shape[:1] for x in numbers] + [of[source].shape[:-1] for of in scores.values()]
-            if any(shape != (num,) for shape in shapes):
+    fault = "does not describe an `Evaluation` as it should"
+
+    def check(header, specs):
+        with _files.reading(path, fault):
+            _check_evaluation(header, specs)
+
+    header, arrays = _read(path, _EVALUATION_FORMAT, _EVALUATION_VERSION, "save_evaluation", check=check)
+    names, sources = header["methods"], header["sources"]
+    flags = dict(zip(names, header["transductive"], strict=True))
+    scores = {n: {s: arrays[f"scores {i} {j}"] for j, s in enumerate(sources)} for i, n in enumerate(names)}
+    ways, shots = ({s: arrays[f"{what} {j}"] for j, s in enumerate(sources)} for what in ("ways", "shots"))
+    marks = {s: arrays[f"marks {j}"] for j, s in enumerate(sources) if f"marks {j}" in arrays}
+    # Files of earlier versions do not say which score.
+    return Evaluation(scores, ways, shots, flags, header["higher_is_better"], marks, header.get("score", ""))
+
+
+def _check_evaluation(header: dict[str, Any], specs: Mapping[str, Any]) -> None:
+    """Raises an error unless the header and the shapes of the arrays fit one another."""
+    names, sources, flags = (header[name] for name in ("methods", "sources", "transductive"))
+    is_bool = lambda value: isinstance(value, bool)
+    if not all(isinstance(name, str) for name in [*names, *sources, header.get("score", "")]):
+        raise ValueError("the names of methods, of sources and of the score must be texts")
+    if len(flags) != len(names) or not all(map(is_bool, [*flags, header["higher_is_better"]])):
+        raise ValueError("`transductive` and `higher_is_better` must be true or false")
+    for j, source in enumerate(sources):
+        (num,), expected = specs[f"ways {j}"].shape, {f"scores {i} {j}": 2 for i in range(len(names))}
+        expected |= {
+            f"{what} {j}": 1 for what in ("ways", "shots", "marks") if f"{what} {j}" in specs or what != "marks"
+        }
+        for name, num_axes in expected.items():
+            spec = specs[name]
+            if len(spec.shape) != num_axes or spec.shape[0] != num or 0 in spec.shape[1:]:
                 raise ValueError(f"the arrays of source {source!r} are not all of {num} episodes")
-        # Files of earlier versions do not say which score.
-        return Evaluation(
-            scores, ways, shots, flags, bool(header["higher_is_better"]), marks, str(header.get("score", ""))
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)} does not describe an `Evaluation` as it should: {error}.") from error
+            if spec.dtype.kind not in "iuf":
+                raise ValueError(f"the arrays of source {source!r} must be numbers; {name!r} is {spec.dtype}")
 
 
 def _plain(value: Any) -> Any:
@@ -288,39 +357,48 @@ def _encode(header: dict[str, Any], what: str) -> bytes:
 
 
 def _write(path: str | os.PathLike[str], header: bytes, arrays: dict[str, Any]) -> None:
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # others may write there, too
-    with open(temporary, "wb") as file:
-        np.savez(file, header=np.frombuffer(header, np.uint8), **arrays)
-    os.replace(temporary, path)
+    _files.write_npz(path, {"header": np.frombuffer(header, np.uint8), **arrays})
 
 
 def _read(
-    path: str | os.PathLike[str], format_: str, version: int, writer: str, *, oldest: int = 1
+    path: str | os.PathLike[str],
+    format_: str,
+    version: int,
+    writer: str,
+    *,
+    oldest: int = 1,
+    check: Callable[[dict[str, Any], dict[str, _files.Spec]], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header, of this format and of a version between these two, and the arrays."""
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays.pop("header").tobytes())
+    """The header and the arrays of a file.
+
+    Args:
+      path: of the file.
+      format_: that it must have.
+      version: the newest that is read.
+      writer: the function that writes such files.
+      oldest: version that is read.
+      check: `(header, specs)`, raises an error if the header or the shapes and types of the arrays are not as they
+        should be. It is called before the arrays are read.
+    """
+    with _files.reading(path, f"is not a file that `{writer}` wrote"), _files.open_npz(path) as file:
+        header = file.header()
         found = header["format"], int(header["version"])
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{os.fspath(path)} is nothing that `{writer}` wrote: {error}.") from error
-    if found[0] != format_:
-        reader = f": {_READERS[found[0]]} reads it" if found[0] in _READERS else ""
-        raise ValueError(f"{os.fspath(path)} is of format {found[0]!r}, and `{writer}` writes {format_!r}{reader}.")
-    if found[1] > version:
-        raise ValueError(
-            f"{os.fspath(path)} is of version {found[1]}; this metaopt reads {format_!r} up to version {version}. A "
-            "newer metaopt reads it."
-        )
-    if found[1] < oldest:
-        raise ValueError(
-            f"{os.fspath(path)} is of version {found[1]}, and lacks what {format_!r} has since version {oldest}: "
-            "train and save it anew."
-        )
-    return header, arrays
+        if found[0] != format_:
+            reader = f": {_READERS[found[0]]} reads it" if found[0] in _READERS else ""
+            raise ValueError(f"{os.fspath(path)} is of format {found[0]!r}, and `{writer}` writes {format_!r}{reader}.")
+        if found[1] > version:
+            raise ValueError(
+                f"{os.fspath(path)} is of version {found[1]}; this metaopt reads {format_!r} up to version {version}. "
+                "A newer metaopt reads it."
+            )
+        if found[1] < oldest:
+            raise ValueError(
+                f"{os.fspath(path)} is of version {found[1]}, and lacks what {format_!r} has since version {oldest}: "
+                "train and save it again."
+            )
+        if check is not None:
+            check(header, file.specs)
+        return header, {name: file[name] for name in file.specs}
 
 
 def _arrays(kind: str, tree: Any) -> dict[str, Any]:
@@ -328,26 +406,40 @@ def _arrays(kind: str, tree: Any) -> dict[str, Any]:
     return {kind + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int, version: int) -> predictors.Surrogate:
+def _kinds(arrays: Mapping[str, Any]) -> list[str]:
+    return [kind for kind in ("outcome", "cost") if kind == "outcome" or any(n.startswith(kind) for n in arrays)]
+
+
+def _tree(kind: str, arrays: Mapping[str, Any], version: int) -> predictors.Surrogate:
+    """A `Surrogate` of the arrays, or of their shapes and types, which may have another number of axes."""
     has = lambda part: any(name.startswith(f"{kind}.{part}.") for name in arrays)
-    for name, (since, before) in _ADDED.items():
-        if version < since:
-            arrays.setdefault(f"{kind}.{name}", np.array(before))
+    added = {f"{kind}.{name}": np.array(before) for name, (since, before) in _ADDED.items() if version < since}
     template = _TEMPLATE._replace(deep=_DEEP if has("deep") else None)
     template = template._replace(transformers=_TRANSFORMER if has("transformers") else None)
     template = template._replace(embedding=_EMBEDDING if has("embedding") else None)
+    named = lambda path, _: {**added, **arrays}[kind + jax.tree_util.keystr(path)]
+    return jax.tree_util.tree_map_with_path(named, template)
 
-    def read(path, num_axes):
-        array = arrays[kind + jax.tree_util.keystr(path)]
+
+def _check_surrogate(kind: str, specs: Mapping[str, Any], num_dims: int, version: int) -> None:
+    """Raises an error unless the arrays of a surrogate have shapes and types that fit one another."""
+    found = _tree(kind, specs, version)
+    template = _TEMPLATE._replace(deep=None if found.deep is None else _DEEP)
+    template = template._replace(transformers=None if found.transformers is None else _TRANSFORMER)
+    template = template._replace(embedding=None if found.embedding is None else _EMBEDDING)
+
+    def check(path, num_axes, spec):
         is_count = path[-1] == jax.tree_util.GetAttrKey("max_shown")
-        if array.ndim != num_axes or array.dtype.kind != ("i" if is_count else "f"):
-            raise ValueError(f"{kind}{jax.tree_util.keystr(path)} has shape {array.shape} and type {array.dtype}")
-        return array
+        if len(spec.shape) != num_axes or not (spec.dtype.kind == "i" if is_count else _files.is_float(spec)):
+            raise ValueError(f"{kind}{jax.tree_util.keystr(path)} has shape {spec.shape} and type {spec.dtype}")
 
-    found: predictors.Surrogate = jax.tree_util.tree_map_with_path(read, template)
+    is_spec = lambda node: hasattr(node, "dtype")
+    specs_of = lambda tree: jax.tree.leaves(tree, is_leaf=is_spec)
+    for (path, num_axes), spec in zip(jax.tree_util.tree_leaves_with_path(template), specs_of(found), strict=True):
+        check(path, num_axes, spec)
     num_tasks, num_reference = found.curves.shape
     num_members, num_features = found.attention["log_rates"].shape
-    width = 0 if found.embedding is None else len(found.embedding.center)
+    width = 0 if found.embedding is None else found.embedding.center.shape[0]
     expected = {
         "reference": (num_reference, num_dims),
         "coefficients": (num_reference, 1 + num_tasks),
@@ -355,10 +447,10 @@ def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int, version:
         "sorted_features": (num_features - width, num_tasks),
         "features": (num_tasks, num_features),
     }
-    shapes: dict[str, Any] = {name: np.shape(getattr(found, name)) for name in expected}
+    shapes: dict[str, Any] = {name: getattr(found, name).shape for name in expected}
     shapes |= {"log_lengths": found.kernel.log_lengths.shape, "logit_share": found.attention["logit_share"].shape}
     expected |= {"log_lengths": (num_dims,), "logit_share": (num_members,)}
-    key, sizes = jax.random.key(0), lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]
+    key, sizes = jax.random.key(0), lambda tree: [leaf.shape for leaf in specs_of(tree)]
     if found.embedding is not None:
         shapes["embedding"] = sizes(found.embedding)
         expected["embedding"] = sizes(jax.eval_shape(lambda: predictors.init_embedding(key, width))) + 2 * [(width,)]
@@ -374,8 +466,12 @@ def _surrogate(kind: str, arrays: dict[str, np.ndarray], num_dims: int, version:
         expected["transformers"] = [(num, *size) for size in sizes(jax.eval_shape(init))]
     if shapes != expected:
         raise ValueError(f"its arrays have shapes {shapes}, and should have {expected}")
-    on_device = jax.tree.map(jnp.asarray, found)
-    return on_device._replace(
+
+
+def _surrogate(kind: str, arrays: Mapping[str, np.ndarray], version: int) -> predictors.Surrogate:
+    """The surrogate of arrays that `_check_surrogate` has seen."""
+    found = _tree(kind, arrays, version)
+    return jax.tree.map(jnp.asarray, found)._replace(
         sorted_features=np.asarray(found.sorted_features),
         closeness=float(found.closeness),
         residual=float(found.residual),

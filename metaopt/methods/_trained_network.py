@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base, inner, nas
-from metaopt.methods._meta_files import _arrays, _encode, _read, _write
+from metaopt import _files, base, inner, nas
+from metaopt.methods._meta_files import _arrays, _encode, _read, _write, check_shapes
 
 _FORMAT = "metaopt.trained_network"
 _VERSION = 1
@@ -195,34 +195,36 @@ def load_trained_network(path: str | os.PathLike[str], *, ops: Mapping[str, nas.
       ValueError: if the file is of another kind or a newer version, `ops` lacks an op of the network, or the arrays do
         not fit the network and these ops.
     """
-    header, arrays = _read(path, _FORMAT, _VERSION, "save_trained_network")
-    try:
-        options = {name: header[name] for name in ("single_path", "partial")}
-        network, in_shape = nas.from_json(json.dumps(header["network"])), tuple(header["in_shape"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)} does not describe a network as it should: {error}.") from error
-    supernet = nas.supernet(network, in_shape, ops=ops, **options)
-    params = jax.eval_shape(supernet.init, jax.random.key(0))
-    weights = None
-    if any(name.startswith("weights") for name in arrays):
-        sizes = {kind: (len(cell.edges), len(cell.edges[0].ops)) for kind, cell in network.cells.items()}
-        weights = {kind: jax.ShapeDtypeStruct(size, float) for kind, size in sizes.items()}
-    x = jax.ShapeDtypeStruct((2, *in_shape), float)
-    templates = {"params": params, "weights": weights}
-    templates["statistics"] = jax.eval_shape(supernet.statistics, params, weights, x)
-    expected = {n: leaf.shape for kind, tree in templates.items() for n, leaf in _arrays(kind, tree).items()}
-    shapes = {name: array.shape for name, array in arrays.items()}
-    if shapes != expected or any(array.dtype.kind != "f" for array in arrays.values()):
-        differ = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
-        raise ValueError(
-            f"{os.fspath(path)} has arrays that do not fit its network with these `ops`, or are not floating-point: "
-            f"{', '.join(f'{n} {shapes.get(n)} instead of {expected.get(n)}' for n in differ[:3]) or 'their types'}."
-        )
+    built: list[Any] = []
+
+    def check(header, specs):
+        with _files.reading(path, "does not describe a network with these `ops` as it should"):
+            built.extend(_templates(header, specs, ops))
+
+    _, arrays = _read(path, _FORMAT, _VERSION, "save_trained_network", check=check)
+    supernet, templates = built
     _check_finite(arrays, os.fspath(path))
     read = lambda kind: jax.tree_util.tree_map_with_path(
         lambda path, _: jnp.asarray(arrays[kind + jax.tree_util.keystr(path)]), templates[kind]
     )
     return _network(supernet, read("params"), read("weights"), read("statistics"))
+
+
+def _templates(header: dict[str, Any], specs: Mapping[str, Any], ops: Mapping[str, nas.Op]) -> tuple[nas.Supernet, Any]:
+    """The supernet, and the shapes of its arrays; ValueError unless those of the file have them."""
+    options = {name: header[name] for name in ("single_path", "partial")}
+    network, in_shape = nas.from_json(json.dumps(header["network"])), tuple(header["in_shape"])
+    supernet = nas.supernet(network, in_shape, ops=ops, **options)
+    params = jax.eval_shape(supernet.init, jax.random.key(0))
+    weights = None
+    if any(name.startswith("weights") for name in specs):
+        sizes = {kind: (len(cell.edges), len(cell.edges[0].ops)) for kind, cell in network.cells.items()}
+        weights = {kind: jax.ShapeDtypeStruct(size, float) for kind, size in sizes.items()}
+    x = jax.ShapeDtypeStruct((2, *in_shape), float)
+    statistics = jax.eval_shape(supernet.statistics, params, weights, x)
+    templates = {"params": params, "weights": weights, "statistics": statistics}
+    check_shapes(specs, {n: leaf.shape for kind, tree in templates.items() for n, leaf in _arrays(kind, tree).items()})
+    return supernet, templates
 
 
 def _network(supernet, params, weights, statistics) -> TrainedNetwork:

@@ -9,22 +9,18 @@
 The readers are tested on files in these forms that the tests write, and have not been run on the official files
 themselves, which are of gigabytes.
 
-Each takes minutes: `save_benchmark` keeps the result in a small file that `load_benchmark` opens in a second.
+Each takes minutes, a .pth an hour: `save_benchmark` writes the result to a small file that `load_benchmark` opens in a
+second.
 
-Pickles are programs. They are run here by an unpickler that knows containers, numbers of numpy and the empty shells of
-tensors, and refuses every other name, so that a file can do no more than fill memory. The surrogate models of
-NAS-Bench-301 are pickles of other libraries' classes, and are not read: its training logs are what they were made from.
+Pickles are programs. `_pickles` reads their containers, texts and numbers and rejects everything else. The surrogate
+models of NAS-Bench-301 are pickles of other libraries' classes, and are not read; its training logs are.
 """
 
 import base64
-import bz2
 import collections
-import io
 import itertools
-import json
+import math
 import os
-import pickle
-import re
 import struct
 import zipfile
 from pathlib import Path
@@ -32,9 +28,11 @@ from typing import Any
 
 import numpy as np
 
+from metaopt import _files
 from metaopt.nas._benchmarks import Benchmark, make_benchmark
 from metaopt.nas._configurations import configuration_space, from_configuration
 from metaopt.nas._genotypes import NAS_BENCH_101_PRIMITIVES, from_nas_bench_201
+from metaopt.nas._pickles import read_pickle
 from metaopt.nas._specs import DARTS_PRIMITIVES, NAS_BENCH_201_PRIMITIVES, Genotype, darts_space
 from metaopt.tfrecord import fields, read_tfrecords
 
@@ -46,15 +44,12 @@ def save_benchmark(benchmark: Benchmark, path: str | os.PathLike) -> None:
       benchmark: any.
       path: of the file, by the name that it is to have.
     """
-    fields: dict[str, Any] = {name: np.asarray(x) for name, x in benchmark._asdict().items() if name != "query"}
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # others may write there, too
-    with open(temporary, "wb") as file:  # numpy would add .npz to a name
-        np.savez_compressed(file, **fields)
-    os.replace(temporary, path)
+    fields = {name: np.asarray(x) for name, x in benchmark._asdict().items() if name != "query"}
+    _files.write_npz(path, fields, compress=True)
 
 
 def load_benchmark(path: str | os.PathLike) -> Benchmark:
-    """What `save_benchmark` wrote.
+    """Reads what `save_benchmark` wrote.
 
     Args:
       path: of the file.
@@ -63,38 +58,68 @@ def load_benchmark(path: str | os.PathLike) -> Benchmark:
       A `Benchmark`.
 
     Raises:
-      ValueError: the file holds something else, or is damaged.
+      ValueError: if the file is something else or damaged, or its arrays do not fit one another.
     """
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            data = dict(archive)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever damage raises: numpy, zipfile, zlib; an array is no archive
-        raise ValueError(f"{path} is no benchmark that `save_benchmark` wrote, or is damaged: {error}") from error
-    missing = sorted({*Benchmark._fields} - {"query", *data})
-    if missing:
-        raise ValueError(f"{path} is no benchmark that `save_benchmark` wrote: it lacks {', '.join(missing)}.")
-    return make_benchmark(
-        str(data["name"]),
-        data["tasks"].tolist(),
-        data["dims"].tolist(),
-        data["num_choices"].tolist(),
-        data["encodings"],
-        data["valid"],
-        fidelities=tuple(data["fidelities"].tolist()),
-        test=data["test"],
-        cost=data["cost"],
-    )
+    fault = "is not a benchmark that `save_benchmark` wrote, or is damaged"
+    with _files.reading(path, fault), _files.open_npz(path) as file:
+        missing = sorted({*Benchmark._fields} - {"query", *file.specs})
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        _check_benchmark(file.specs)
+        data = {name: file[name] for name in Benchmark._fields if name != "query"}
+        fidelities = data["fidelities"]
+        if not len(fidelities) or not (np.diff(fidelities, prepend=0) > 0).all() or fidelities[-1] != 1:
+            raise ValueError(f"its fidelities must increase to 1; got {fidelities}")
+        encodings = data["encodings"]
+        if (encodings < 0).any() or (encodings >= data["num_choices"]).any():
+            raise ValueError("its encodings are not below `num_choices`")
+        return make_benchmark(
+            str(data["name"]),
+            data["tasks"].tolist(),
+            data["dims"].tolist(),
+            data["num_choices"].tolist(),
+            encodings,
+            data["valid"],
+            fidelities=tuple(fidelities.tolist()),
+            test=data["test"],
+            cost=data["cost"],
+        )
+
+
+def _check_benchmark(specs: Any) -> None:
+    """Raises a ValueError unless the arrays of a benchmark have shapes and types that fit one another."""
+    size = lambda name: specs[name].shape[-1]
+    num_tasks, num_dims, num_fidelities = (size(name) for name in ("tasks", "dims", "fidelities"))
+    num = specs["encodings"].shape[0]
+    outcomes = (num, num_tasks, num_fidelities)
+    expected = {
+        "name": ((), "U"),
+        "tasks": ((num_tasks,), "U"),
+        "dims": ((num_dims,), "U"),
+        "num_choices": ((num_dims,), "iu"),
+        "encodings": ((num, num_dims), "iu"),
+        "fidelities": ((num_fidelities,), "f"),
+        "valid": (outcomes, "f"),
+        "test": (outcomes[:2], "f"),
+        "cost": (outcomes, "f"),
+    }
+    for name, (shape, kinds) in expected.items():
+        if specs[name].shape != shape or specs[name].dtype.kind not in kinds:
+            raise ValueError(f"{name} has {specs[name]}; its shape should be {shape}")
 
 
 # ---- NAS-Bench-101: TFRecord, JSON, protocol buffers ----------------------------------------------------------------
+
+
+_MAX_LENGTHS_101 = 10  # different numbers of epochs; the benchmark has four
 
 
 def _final_metrics(message: bytes) -> tuple[float, float, float]:
     """(seconds, validation, test accuracy) of the last of a ModelMetrics' evaluations: at 0, half and all epochs."""
     last = dict(fields([value for number, value in fields(message) if number == 1][-1]))
     seconds, valid, test = (struct.unpack("<d", last[number])[0] for number in (2, 4, 5))
+    if not all(map(math.isfinite, (seconds, valid, test))):
+        raise ValueError(f"Accuracies and seconds must be finite; got {seconds}, {valid} and {test}.")
     return seconds, valid, test
 
 
@@ -112,7 +137,7 @@ def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benc
       A `Benchmark` with the digits of `nas_bench_101_table`.
 
     Raises:
-      ValueError: the file is damaged or something else, or a cell has ops or vertices that are not the space's.
+      ValueError: if the file is damaged or something else, or a cell has ops or vertices that are not the space's.
 
     Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
     """
@@ -120,16 +145,18 @@ def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benc
     encodings: list[list[int]] = []
     sums: dict[int, dict[int, np.ndarray]] = collections.defaultdict(dict)  # epochs -> row -> four sums
     for record in read_tfrecords(path, check=verify):
-        try:
-            name, epochs, bits, ops, metrics = json.loads(record)
+        with _files.reading(path, f"has a record that is not of NAS-Bench-101, {record[:100]!r}"):
+            name, epochs, bits, ops, metrics = _files.parse_json(record)
             seconds, valid, test = _final_metrics(base64.b64decode(metrics))
-        except (ValueError, IndexError, KeyError, struct.error) as error:
-            raise ValueError(f"{path} holds no rows of NAS-Bench-101: {record[:100]!r}.") from error
-        if name not in rows:
-            rows[name] = len(encodings)
-            encodings.append(_encode_101(bits, ops.split(","), name))
-        sums[epochs].setdefault(rows[name], np.zeros(4))
-        sums[epochs][rows[name]] += (1.0, seconds, valid, test)
+            if not all(isinstance(text, str) for text in (name, bits, ops)) or type(epochs) is not int or epochs < 1:
+                raise ValueError("a cell must be texts, and its epochs a positive integer")
+            if name not in rows:
+                rows[name] = len(encodings)
+                encodings.append(_encode_101(bits, ops.split(","), name))
+            sums[epochs].setdefault(rows[name], np.zeros(4))
+            sums[epochs][rows[name]] += (1.0, seconds, valid, test)
+            if len(sums) > _MAX_LENGTHS_101:
+                raise ValueError(f"there are more than {_MAX_LENGTHS_101} different numbers of epochs")
     if not rows:
         raise ValueError(f"{path} is empty.")
     lengths = sorted(sums)
@@ -138,23 +165,25 @@ def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benc
         for row, (count, *values) in sums[epochs].items():
             means[row, i] = np.array(values) / count
     pairs = [f"{s}->{t}" for s, t in zip(*np.triu_indices(7, 1), strict=True)]
-    return make_benchmark(
-        "NAS-Bench-101",
-        ["cifar10"],
-        [*pairs, *(f"op{i}" for i in range(1, 6))],
-        [2] * 21 + [4] * 5,
-        encodings,
-        1 - means[:, None, :, 1],
-        fidelities=tuple(epochs / lengths[-1] for epochs in lengths),
-        test=1 - means[:, None, -1, 2],
-        cost=means[:, None, :, 0],
-    )
+    with _files.reading(path, "is not a file of NAS-Bench-101"):
+        return make_benchmark(
+            "NAS-Bench-101",
+            ["cifar10"],
+            [*pairs, *(f"op{i}" for i in range(1, 6))],
+            [2] * 21 + [4] * 5,
+            encodings,
+            1 - means[:, None, :, 1],
+            fidelities=tuple(epochs / lengths[-1] for epochs in lengths),
+            test=1 - means[:, None, -1, 2],
+            cost=means[:, None, :, 0],
+        )
 
 
 def _encode_101(bits: str, ops: list[str], name: str) -> list[int]:
     """The 21 entries above the diagonal of a 7 × 7 matrix, and five ops; the output stays the last of the vertices."""
     size = len(ops)
-    known = size <= 7 and len(bits) == size**2 and set(ops[1:-1]) <= set(NAS_BENCH_101_PRIMITIVES)
+    known = size <= 7 and len(bits) == size**2 and set(bits) <= {"0", "1"}
+    known = known and set(ops[1:-1]) <= set(NAS_BENCH_101_PRIMITIVES)
     if not known or size < 2 or (ops[0], ops[-1]) != ("input", "output"):
         raise ValueError(f"The cell {name!r} is not in the space of NAS-Bench-101: {bits!r}, {ops}.")
     matrix = np.zeros((7, 7), int)
@@ -166,80 +195,26 @@ def _encode_101(bits: str, ops: list[str], name: str) -> list[int]:
 # ---- NAS-Bench-201: pickles -----------------------------------------------------------------------------------------
 
 
-class _Type:
-    """In the place of numpy's dtype, which a file could tell to follow a pointer: what it says is looked at first."""
-
-    def __init__(self, code, *_):
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state):
-        self.order = state[1]
-
-
-def _scalar(dtype, data=b""):
-    known = (
-        isinstance(dtype, _Type)
-        and re.fullmatch("[biuf][1248]", str(dtype.code))
-        and dtype.order in ("<", ">", "|", "=")
-    )
-    if not known:
-        raise ValueError("The file holds a number of a type that is none of numpy's integers and floats.")
-    return np.frombuffer(data, dtype.order + dtype.code)[0].item()
-
-
-def _nothing(*args):
-    """In the place of a tensor and its storage: weights are not read."""
-
-
-_HARMLESS = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
-    ("numpy", "dtype"): _Type,
-    ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),  # how protocol 2 writes bytes
-    **{(module, "scalar"): _scalar for module in ("numpy.core.multiarray", "numpy._core.multiarray")},
-    **{("torch._utils", name): _nothing for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Runs what builds containers and numbers, and nothing else."""
-
-    def find_class(self, module, name):
-        if module == "torch" and name.endswith("Storage"):
-            return lambda *args, **kwargs: None
-        if (module, name) not in _HARMLESS:
-            raise ValueError(f"The file asks for {module}.{name}, which is no container or number: it is not run.")
-        found = _HARMLESS[module, name]
-        if isinstance(found, type):
-            return found
-        return lambda *args: found(*args)  # a function of its own, whose attributes a file may set as it likes
-
-    def persistent_load(self, pid):
-        return None
+_LEGACY_PYTORCH = 0x1950A86A20F9469CFC6C  # followed by pickles of a version, of the system, and of the object
 
 
 def _unpickled(path: Path) -> Any:
-    """What a .pth of PyTorch (old or new form) or a .pickle.pbz2 holds."""
-    try:
+    """The value of a .pth file of PyTorch (old or new form) or of a .pickle.pbz2 file."""
+    with _files.reading(path, "is not a pickle that can be read, or is damaged"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                inside = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-                if len(inside) != 1:
+                members = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
+                if len(members) != 1:
                     raise ValueError("it is a zip archive without one data.pkl, which is where PyTorch keeps objects")
-                return _Unpickler(io.BytesIO(archive.read(inside[0]))).load()
-        with (bz2.open if path.suffix == ".pbz2" else open)(path, "rb") as file:
-            found = _Unpickler(file).load()
-            if found == 0x1950A86A20F9469CFC6C:  # the old form of PyTorch: a number, a version, the system, the object
-                for _ in range(3):
-                    found = _Unpickler(file).load()
-            return found
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever damage raises: pickle, zipfile, zlib, bz2, and what builds numbers
-        raise ValueError(
-            f"{path} is no pickle that can be read, or is damaged: {error or type(error).__name__}"
-        ) from error
+                if members[0].file_size > _files.unpacked_limit(os.path.getsize(path)):
+                    raise ValueError(f"its data.pkl would take {members[0].file_size} bytes")
+                return read_pickle(archive.read(members[0]))[0]
+        data = _files.read_compressed(path)
+        value, end = read_pickle(data)
+        if type(value) is int and value == _LEGACY_PYTORCH:
+            for _ in range(3):
+                value, end = read_pickle(data, end)
+        return value
 
 
 # task -> the training that has a validation set and its name, that with the test set and its name
@@ -253,9 +228,9 @@ _SETS_201 = {
 def read_nas_bench_201(path: str | os.PathLike) -> Benchmark:
     """NAS-Bench-201 from its own files: a .pth (which takes 30 GB of memory), or NATS-Bench's topology space.
 
-    NATS-Bench's directory "…-simple", a small file an architecture, is read with little memory: prefer it. Means over
-    the runs that there are. Errors in %, validation at the end of the schedules of 12 and of 200 epochs, test after 200
-    epochs (on CIFAR-10, trained on all images), seconds of training.
+    Prefer NATS-Bench's directory "…-simple", which has a small file for each architecture and takes little memory.
+    Means are over the available runs. Errors in %, validation at the end of the schedules of 12 and of 200 epochs, test
+    after 200 epochs (on CIFAR-10, trained on all images), seconds of training.
 
     Args:
       path: of NAS-Bench-201-v1_1-096897.pth or NATS-tss-v1_0-3ffb9.pickle.pbz2, or of the directory
@@ -265,7 +240,8 @@ def read_nas_bench_201(path: str | os.PathLike) -> Benchmark:
       A `Benchmark` with the digits of `nas_bench_201_table`, in the order of the file; NaN where it has no result.
 
     Raises:
-      ValueError: it is something else, or asks for code.
+      ValueError: if the file is something else, is damaged, or asks for a class or function that is not a container or
+        a number.
 
     Source: Dong & Yang, ICLR 2020, https://arxiv.org/abs/2001.00326
     """
@@ -278,32 +254,34 @@ def read_nas_bench_201(path: str | os.PathLike) -> Benchmark:
     else:
         whole = _unpickled(path)
         if not isinstance(whole, dict) or not isinstance(whole.get("arch2infos"), dict):
-            raise ValueError(f"{path} holds no results of NAS-Bench-201.")
-        found = (whole["arch2infos"][index] for index in sorted(whole["arch2infos"]))
+            raise ValueError(f"{path} has no results of NAS-Bench-201.")
+        with _files.reading(path, "has no results of NAS-Bench-201"):
+            found = [whole["arch2infos"][index] for index in sorted(whole["arch2infos"])]
     encodings, valid, test, cost = [], [], [], []
     for infos in found:
-        try:
+        with _files.reading(path, "has no results of NAS-Bench-201"):
             short, long = (infos.get(name) or infos[other] for name, other in (("12", "less"), ("200", "full")))
-            (text,) = {short["arch_str"], long["arch_str"]}
+            text = short["arch_str"]
+            if not isinstance(text, str) or long["arch_str"] != text:
+                raise ValueError("its two schedules are of different architectures")
             rows = [_results_201(short, long, task) for task in _SETS_201]
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} holds no results of NAS-Bench-201 ({error!r}).") from error
-        kept = {(s, t): op for s, t, op in from_nas_bench_201(text)["cell"]}
-        edges = [(s, t) for t in (1, 2, 3) for s in range(t)]
-        encodings.append([NAS_BENCH_201_PRIMITIVES.index(kept.get(edge, "none")) for edge in edges])
+            kept = {(s, t): op for s, t, op in from_nas_bench_201(text)["cell"]}
+            edges = [(s, t) for t in (1, 2, 3) for s in range(t)]
+            encodings.append([NAS_BENCH_201_PRIMITIVES.index(kept.get(edge, "none")) for edge in edges])
         for values, column in zip(zip(*rows, strict=True), (valid, test, cost), strict=True):
             column.append(values)
-    return make_benchmark(
-        "NAS-Bench-201",
-        list(_SETS_201),
-        [f"{s}->{t}" for t in (1, 2, 3) for s in range(t)],
-        [len(NAS_BENCH_201_PRIMITIVES)] * 6,
-        encodings,
-        valid,
-        fidelities=(12 / 200, 1.0),
-        test=test,
-        cost=cost,
-    )
+    with _files.reading(path, "has no results of NAS-Bench-201"):
+        return make_benchmark(
+            "NAS-Bench-201",
+            list(_SETS_201),
+            [f"{s}->{t}" for t in (1, 2, 3) for s in range(t)],
+            [len(NAS_BENCH_201_PRIMITIVES)] * 6,
+            encodings,
+            valid,
+            fidelities=(12 / 200, 1.0),
+            test=test,
+            cost=cost,
+        )
 
 
 def _results_201(short: dict, long: dict, task: str) -> tuple[list[float], float, list[float]]:
@@ -312,7 +290,10 @@ def _results_201(short: dict, long: dict, task: str) -> tuple[list[float], float
 
     def mean(of, data, value):
         runs = [run for (name, _), run in of["all_results"].items() if name == data]
-        return float(np.mean([value(run, int(run["epochs"])) for run in runs])) if runs else np.nan
+        values = [float(value(run, int(run["epochs"]))) for run in runs]
+        if any(np.isinf(values)):
+            raise ValueError(f"the results on {data} must be finite; got {values}")
+        return float(np.mean(values)) if values else np.nan
 
     error = lambda name: lambda run, epochs: 100 - run["eval_acc1es"][f"{name}@{epochs - 1}"]
     seconds = lambda run, epochs: sum(run["train_times"].values()) if run["train_times"] else np.nan
@@ -349,8 +330,8 @@ def read_nas_bench_301(path: str | os.PathLike) -> Benchmark:
     """
     found: dict[tuple, dict[tuple, list]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for file in sorted(Path(path).rglob("results_*.json")):
-        try:
-            log = json.loads(file.read_text())
+        with _files.reading(file, "is not a log of NAS-Bench-301"):
+            log = _files.read_json(file)
             settings = log["optimized_hyperparamater_config"]
             scale = tuple(
                 settings.get(name)
@@ -361,9 +342,9 @@ def read_nas_bench_301(path: str | os.PathLike) -> Benchmark:
                 )
             )
             outcome = (float(log["info"][0]["val_accuracy"]), float(log["test_accuracy"]), float(log["runtime"]))
+            if not all(map(math.isfinite, outcome)):
+                raise ValueError(f"its outcomes must be finite; got {outcome}")
             found[scale][tuple(_encode_301(settings))].append(outcome)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(f"{file} is no log of NAS-Bench-301 ({error!r}).") from error
     if not found:
         raise ValueError(f"There are no files results_*.json below {path}.")
     networks = max(found.values(), key=len)
@@ -372,16 +353,17 @@ def read_nas_bench_301(path: str | os.PathLike) -> Benchmark:
     dims = [[*(f"{k} inputs{n}" for n in (3, 4, 5)), *(f"{k} op{i}" for i in range(8))] for k in kinds]
     choices = [*(len(pairs) for pairs in _PAIRS_301.values()), *[len(_OPS_301)] * 8]
     valid, test, seconds = means.T
-    return make_benchmark(
-        "NAS-Bench-301",
-        ["cifar10"],
-        [*dims[0], *dims[1]],
-        choices * 2,
-        list(networks),
-        100 - valid[:, None],
-        test=100 - test[:, None],
-        cost=seconds[:, None, None],
-    )
+    with _files.reading(path, "has no results of NAS-Bench-301"):
+        return make_benchmark(
+            "NAS-Bench-301",
+            ["cifar10"],
+            [*dims[0], *dims[1]],
+            choices * 2,
+            list(networks),
+            100 - valid[:, None],
+            test=100 - test[:, None],
+            cost=seconds[:, None, None],
+        )
 
 
 def _encode_301(settings: dict) -> list[int]:

@@ -4,16 +4,17 @@ The files are those of the data folder (`METAOPT_DATA`), converted from what the
 from where. An architecture is a row of integers, its encoding. **Outcomes are losses, smaller is better.**
 """
 
+import contextlib
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import base
+from metaopt import _files, base
 from metaopt.nas._genotypes import NONE, Graph, edge_graph, from_nas_bench_201, nas_bench_101_hash, pruned
 from metaopt.nas._nas_bench_101 import genotype_graph, nas_bench_101_graph
 from metaopt.nas._specs import (
@@ -61,6 +62,9 @@ def make_benchmark(
 ) -> Benchmark:
     tasks, dims = tuple(map(str, tasks)), tuple(dims)
     encodings = np.asarray(encodings, np.int64)
+    for what, values in (("valid", valid), ("test", test), ("cost", cost)):
+        if values is not None:
+            _files.check_finite(what, np.asarray(values), missing=True)
     valid = np.asarray(valid, np.float32)
     valid = valid if valid.ndim == 3 else valid[..., None]
     test = valid[..., -1] if test is None else np.asarray(test, np.float32)
@@ -133,14 +137,16 @@ def _genotype(given: Mapping[str, Any]) -> Genotype:
     return genotype
 
 
-def _open(name: str, folder: str | os.PathLike | None):
+@contextlib.contextmanager
+def _open(name: str, folder: str | os.PathLike | None) -> Iterator[_files.Npz]:
     path = Path(os.environ.get("METAOPT_DATA", "") if folder is None else folder) / f"{name}.npz"
     if not path.is_file():
         raise ValueError(
             f"There is no file {path}: give the folder of the tables, or let the environment variable METAOPT_DATA "
             "name it."
         )
-    return np.load(path, allow_pickle=False)
+    with _files.reading(path, "is not the table of this benchmark"), _files.open_npz(path) as data:
+        yield data
 
 
 def nas_bench_201_table(folder: str | os.PathLike | None = None) -> Benchmark:

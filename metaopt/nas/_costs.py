@@ -16,6 +16,7 @@ Source: the expected latency of Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs
 
 import json
 import math
+import operator
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -431,9 +432,18 @@ def cost_table_from_json(text: str) -> CostTable:
       A `CostTable`.
 
     Raises:
-      ValueError: the text is no JSON of this form or of another version.
+      ValueError: if the text is not JSON of this form, or is of another version.
     """
     data = read_json(text, "fixed", "unit", "terms")
-    rows = lambda term: tuple((kind, edge) for kind, edge in term["rows"])
-    terms = tuple(CostTerm(rows(term), np.asarray(term["values"], float)) for term in data["terms"])
-    return CostTable(data["fixed"], terms, data["unit"])
+    try:
+        terms = []
+        for term in data["terms"]:
+            rows = tuple((str(kind), operator.index(edge)) for kind, edge in term["rows"])
+            values = np.asarray(term["values"], float)
+            if values.ndim != len(rows):
+                raise ValueError(f"`values` must have an axis for each of the {len(rows)} rows; got {values.shape}")
+            terms.append(CostTerm(rows, values))
+        return CostTable(float(data["fixed"]), tuple(terms), str(data["unit"]))
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"This is not a table that `cost_table_to_json` wrote ({reason}): {text[:200]!r}.") from error

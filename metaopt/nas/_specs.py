@@ -9,13 +9,15 @@ A discrete network is a network whose edges have one candidate each: the same da
 """
 
 import json
+import operator
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.core import Tracer
 
-from metaopt import base
+from metaopt import _files, base
 
 
 class Edge(NamedTuple):
@@ -209,39 +211,43 @@ def from_json(text: str) -> Space:
       A `Network`, or an `ElasticNetwork`.
 
     Raises:
-      ValueError: the text is no JSON of this form or of another version, or the network does not hold together.
+      ValueError: if the text is not JSON of this form, is of another version, or describes an invalid network.
     """
     data = read_json(text)
     try:
         network = _read_elastic(data) if "elastic" in data else _read_network(data)
+        (check_elastic if isinstance(network, ElasticNetwork) else check_network)(network)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"This is no network as `to_json` writes it ({error!r}): {text[:200]!r}.") from error
-    if isinstance(network, ElasticNetwork):
-        check_elastic(network)
-    else:
-        check_network(network)
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"This is not a network that `to_json` wrote ({reason}): {text[:200]!r}.") from error
     return network
 
 
 def _read_elastic(data: Mapping[str, Any]) -> ElasticNetwork:
     layers = {}
     for name, fields in data["elastic"]:
-        layers[name] = ElasticLayer(**{**fields, **{size: tuple(fields[size]) for size in SIZES}})
+        layers[_text(name)] = ElasticLayer(**{**fields, **{size: tuple(fields[size]) for size in SIZES}})
     return ElasticNetwork(layers, data["num_outputs"])
 
 
 def _read_network(data: Mapping[str, Any]) -> Network:
     cells = {
         kind: Cell(
-            cell["num_inputs"],
-            tuple(Edge(source, target, tuple(ops)) for source, target, ops in cell["edges"]),
-            tuple(cell["output"]),
-            cell["preprocess"],
+            operator.index(cell["num_inputs"]),
+            tuple(Edge(operator.index(s), operator.index(t), tuple(map(_text, ops))) for s, t, ops in cell["edges"]),
+            tuple(map(operator.index, cell["output"])),
+            bool(cell["preprocess"]),
         )
         for kind, cell in data["cells"].items()
     }
-    layers = tuple(Layer(*layer) for layer in data["layers"])
-    return Network(cells, layers, data["num_outputs"], data.get("pooled", True), data.get("keep", 2))
+    layers = tuple(Layer(_text(name), *map(operator.index, sizes)) for name, *sizes in data["layers"])
+    return Network(cells, layers, data["num_outputs"], bool(data.get("pooled", True)), data.get("keep", 2))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"names must be texts; got {reprlib.repr(value)}")
+    return value
 
 
 KINDS = ("conv", "linear", "max_pool", "avg_pool", "flatten")
@@ -304,14 +310,19 @@ def check_single_path(kind: str, weights: Any) -> None:
 
 
 def read_json(text: str, *names: str) -> dict[str, Any]:
-    """What a JSON object of version 1 holds; ValueError where it is something else."""
+    """The fields of a JSON object of version 1; ValueError if `text` is something else.
+
+    Args:
+      text: JSON.
+      *names: fields that it must have.
+    """
     try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"This is no JSON: {text[:200]!r}.") from error
+        data = _files.parse_json(text)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"This is not JSON with finite numbers ({error}): {text[:200]!r}.") from None
     version = data.get("version") if isinstance(data, dict) else None
     if version != 1:
-        raise ValueError(f"The version of this form is 1; got {version!r}.")
+        raise ValueError(f"The version of this form is 1; got {reprlib.repr(version)}.")
     missing = [name for name in names if name not in data]
     if missing:
         raise ValueError(f"This form has {', '.join(names)}; {', '.join(missing)} is missing in {text[:200]!r}.")

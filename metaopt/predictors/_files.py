@@ -1,6 +1,7 @@
 """Predictors on disk: one file with what is needed to predict for a new task, and nothing that runs code."""
 
 import json
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base, spaces
+from metaopt import _files, base, spaces
 from metaopt.predictors import _networks
 
 VERSION = 1
@@ -67,10 +68,7 @@ def save(
     # The format has no bfloat16; every such number is one of float32.
     arrays = {name: x.astype(np.float32) if x.dtype.kind == "V" else x for name, x in arrays.items()}
     encoded = np.frombuffer(json.dumps(header).encode(), np.uint8)  # before there is a file: it may not be serializable
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # others may write there, too
-    with open(temporary, "wb") as file:
-        np.savez(file, header=encoded, **arrays)
-    os.replace(temporary, path)
+    _files.write_npz(path, {"header": encoded, **arrays})
 
 
 def load(path: str | os.PathLike[str]) -> SavedPredictor:
@@ -83,36 +81,36 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
       A `SavedPredictor`.
 
     Raises:
-      ValueError: the file is no predictor, of a newer version, or its weights do not fit its description.
+      ValueError: if the file is not a predictor, is of a newer version, or its weights do not fit its description or
+        are not finite floating-point numbers.
     """
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays.pop("header").tobytes())
+    fault = "is not a predictor that `predictors.save` wrote"
+    with _files.reading(path, fault), _files.open_npz(path) as file:
+        header = file.header()
         format_, version = header["format"], int(header["version"])
-        config, scaling = header.get("config"), header.get("scaling")
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{os.fspath(path)} is no predictor that `predictors.save` wrote: {error}") from error
-    if format_ != "metaopt.predictor" or version > VERSION:
-        raise ValueError(
-            f"{os.fspath(path)} is of format {format_!r} version {version}; this metaopt reads 'metaopt.predictor' up "
-            f"to version {VERSION}. A newer metaopt reads it."
-        )
-    try:
-        predictor, space = _networks.from_config(config), spaces.from_json(config["space"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{os.fspath(path)} does not describe its predictor as it should: {error!r}.") from error
-    template = jax.eval_shape(predictor.init, jax.random.key(0))
-    leaves = []
-    for key, leaf in jax.tree_util.tree_leaves_with_path(template):
-        name = jax.tree_util.keystr(key)
-        if name not in arrays or arrays[name].shape != leaf.shape:
-            found = arrays[name].shape if name in arrays else "nothing"
-            raise ValueError(f"{os.fspath(path)}: the weights {name} should have shape {leaf.shape}; found {found}.")
-        leaves.append(jnp.asarray(arrays.pop(name)))
-    if arrays:
-        raise ValueError(f"{os.fspath(path)} has weights that its predictor does not: {', '.join(sorted(arrays))}.")
-    meta_params = jax.tree.unflatten(jax.tree.structure(template), leaves)
-    return SavedPredictor(predictor, meta_params, space, scaling)
+        if format_ != "metaopt.predictor" or version > VERSION:
+            raise ValueError(
+                f"{os.fspath(path)} is of format {format_!r} version {version}; this metaopt reads 'metaopt.predictor' "
+                f"up to version {VERSION}. A newer metaopt reads it."
+            )
+        config, scaling = header["config"], header.get("scaling")
+        space = spaces.from_json(config["space"])
+        _check_sizes(config, space, file)
+        predictor = _networks.from_config(config)
+        template = jax.eval_shape(predictor.init, jax.random.key(0))
+        named = lambda path: jax.tree_util.keystr(path)
+        shapes = {named(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(template)}
+        arrays = file.floats(shapes)
+        meta_params = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(arrays[named(path)]), template)
+        return SavedPredictor(predictor, meta_params, space, scaling)
+
+
+def _check_sizes(config: Any, space: base.PyTree, file: _files.Npz) -> None:
+    """Raises a ValueError if a predictor, and those that it consists of, would be larger than the file's weights."""
+    num_weights = sum(math.prod(spec.shape) for spec in file.specs.values())
+    if spaces.num_dims(space) > num_weights:
+        raise ValueError(f"its space has {spaces.num_dims(space)} dimensions, and there are only {num_weights} weights")
+    while isinstance(config, dict) and "member" in config:
+        config = config["member"]
+        if spaces.from_json(config["space"]) != space:
+            raise ValueError("the members of its ensemble have other spaces")

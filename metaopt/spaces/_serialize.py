@@ -6,8 +6,11 @@ A document is `{"version": 1, "space": node}`. A node is null, a container `{"ty
 """
 
 import dataclasses
+import math
+import reprlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +18,7 @@ from metaopt import base
 from metaopt.spaces import _leaves
 
 VERSION = 1
+_MAX_VALUES = 2**24  # of λ, in a document: its text may be short, and its default is an array
 
 _FACTORIES = {
     "real": _leaves.real,
@@ -48,7 +52,7 @@ def to_json(space: base.PyTree) -> dict[str, Any]:
 
 
 def from_json(document: dict[str, Any]) -> base.PyTree:
-    """The space that `to_json` wrote; every leaf is checked by its factory again.
+    """The space that `to_json` wrote; the factory of every leaf checks its arguments again.
 
     Args:
       document: what `to_json` returned, or `json.load` of it.
@@ -57,13 +61,24 @@ def from_json(document: dict[str, Any]) -> base.PyTree:
       A tree of leaves.
 
     Raises:
-      ValueError: the version or the type of a node is not known, or an argument of a leaf is not valid.
+      ValueError: if the version or the type of a node is not known, an argument of a leaf is not valid, or λ has more
+        than 2**24 entries.
     """
     if not isinstance(document, dict) or "version" not in document or "space" not in document:
-        raise ValueError(f"`document` must have `version` and `space`, as `to_json` writes; got {document!r}.")
+        got = reprlib.repr(document)
+        raise ValueError(f"`document` must have `version` and `space`, as `to_json` writes; got {got}.")
     if document["version"] != VERSION:
-        raise ValueError(f"`version` must be {VERSION}; got {document['version']!r}, of another metaopt release.")
-    return _from_node(document["space"], "space")
+        got = reprlib.repr(document["version"])
+        raise ValueError(f"`version` must be {VERSION}; got {got}, of another metaopt release.")
+    try:
+        space = _from_node(document["space"], "space")
+    except RecursionError:
+        raise ValueError("`document` is nested too deeply.") from None
+    is_leaf = lambda node: isinstance(node, _leaves.Leaf)
+    num_values = sum(math.prod(leaf.value_shape) for leaf in jax.tree.leaves(space, is_leaf=is_leaf))
+    if num_values > _MAX_VALUES:
+        raise ValueError(f"λ of `document` must have at most {_MAX_VALUES} entries; it has {num_values}.")
+    return space
 
 
 def _to_node(space, path: str):
@@ -102,7 +117,8 @@ def _from_node(node, path: str):
         return None
     kind = node.get("type") if isinstance(node, dict) else None
     if kind not in ("dict", "list", "tuple", "fixed", *_FACTORIES):
-        raise ValueError(f"A node must be a container or a leaf with a known `type`; got {node!r} at `{path}`.")
+        got = reprlib.repr(node)
+        raise ValueError(f"A node must be a container or a leaf with a known `type`; got {got} at `{path}`.")
     arguments = {name: value for name, value in node.items() if name != "type"}
     try:
         if kind == "dict":
@@ -113,13 +129,16 @@ def _from_node(node, path: str):
         condition = arguments.pop("condition", [])
         if kind == "fixed":
             leaf = _leaves.fixed(np.asarray(arguments["value"], jnp.dtype(arguments["dtype"])))
+        elif kind == "simplex" and len(arguments["default"]) == 0:  # its factory makes one of `num` entries
+            raise TypeError("`default` is empty")
         else:
             leaf = _FACTORIES[kind](**arguments)
         for name, values in condition:
             leaf = _leaves.active_if(leaf, name, values)
         return leaf
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"The node of type {kind!r} at `{path}` cannot be read ({error}); got {node!r}.") from None
+    except (AttributeError, KeyError, OverflowError, TypeError, ZeroDivisionError) as error:
+        got = reprlib.repr(node)
+        raise ValueError(f"The node of type {kind!r} at `{path}` cannot be read ({error}); got {got}.") from None
 
 
 def _lists(value):

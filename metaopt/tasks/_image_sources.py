@@ -5,15 +5,18 @@ Nothing is downloaded.
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from metaopt import _files
 from metaopt.tasks._class_sources import Source, from_arrays
 
 IMAGE_SETS = ("omniglot", "quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist")
+_MAX_PIXELS = 2**26  # of one image
 _EXTRA = 'install it with `pip install "metaopt-jax[episodes]"`.'
 
 
@@ -40,8 +43,9 @@ def from_image_folder(
       A `Source` of uint8 images, in the order of their paths. Files whose suffix Pillow does not know are passed over.
 
     Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: there is no image, or an argument is out of range.
+      FileNotFoundError: if there is no such folder.
+      ValueError: if there is no image, one cannot be read or has more than 2**26 pixels, or an argument is out of
+        range.
       ImportError: Pillow is not installed.
     """
     if levels not in (1, 2) or channels not in (1, 3) or size < 1:
@@ -57,8 +61,12 @@ def from_image_folder(
         raise ValueError(f"there is no image in {folder}: images lie in {'/'.join(['*'] * levels)}/ below it.")
     labels = ["/".join(file.relative_to(folder).parts[:levels]) for file in files]
     names = sorted(set(labels))
+    pixels = []
+    for file in files:
+        with _files.reading(file, "is not an image that Pillow can read"):
+            pixels.append(_pixels(image, file, size, channels))
     return from_arrays(
-        np.stack([_pixels(image.open(file), size, channels) for file in files]),
+        np.stack(pixels),
         labels,
         name=folder.name if name is None else name,
         group=None if group_fn is None else [str(group_fn(file)) for file in files],
@@ -74,7 +82,20 @@ def _pillow(caller: str) -> Any:
     return Image
 
 
-def _pixels(image: Any, size: int | None, channels: int) -> np.ndarray:
+def _pixels(pillow: Any, file: Any, size: int | None, channels: int) -> np.ndarray:
+    """The pixels of an image file, by Pillow's module; [size, size], or [size, size, 3]."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # the limit here is lower
+        try:
+            image = pillow.open(file)
+        except pillow.DecompressionBombError as error:
+            raise ValueError(str(error)) from None
+    if image.width * image.height > _MAX_PIXELS:
+        raise ValueError(f"the image has {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read")
+    return _resized(image, size, channels)
+
+
+def _resized(image: Any, size: int | None, channels: int) -> np.ndarray:
     image = image.convert("L" if channels == 1 else "RGB")
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), resample=4)  # box: the mean over the area
@@ -136,7 +157,7 @@ def from_tfds(
     x = [np.asarray(row[image]) for row in examples]
     if size is not None:
         pillow = _pillow("from_tfds")
-        x = [_pixels(pillow.fromarray(one.squeeze()), size, channels) for one in x]
+        x = [_resized(pillow.fromarray(one.squeeze()), size, channels) for one in x]
     shapes = {one.shape for one in x}
     if len(shapes) > 1:
         raise ValueError(f"The images of {name!r} have {len(shapes)} shapes; give `size`, to which they are resized.")
@@ -185,34 +206,36 @@ def from_image_sets(
       Name -> `Source`.
 
     Raises:
-      FileNotFoundError: there is no such folder or file.
-      ValueError: a name is not in the table.
+      FileNotFoundError: if there is no such folder or file.
+      ValueError: if a name is not in the table, or a file is damaged.
     """
     unknown = sorted(set(names) - set(IMAGE_SETS))
     if unknown:
         raise ValueError(f"`names` must be among {', '.join(IMAGE_SETS)}; got {', '.join(map(repr, unknown))}.")
-    found = {}
+    sources = {}
     for name in names:
-        with np.load(data_file("fashion_mnist_sub.npz" if name == "fashion_mnist" else f"{name}.npz", path)) as data:
-            if name == "omniglot":
-                first = np.unique(data["character"], return_index=True)[1]
-                found[name] = from_arrays(
-                    data["images"],
-                    data["character"],
-                    name=name,
-                    group=data["drawer"],
-                    class_names=list(data["character_names"]),
-                    superclass=data["alphabet"][first],
-                )
-            elif name in ("fashion_mnist", "mnist"):
-                parts = ("train", "val", "test")
-                x, y = (np.concatenate([data[f"{what}_{part}"] for part in parts]) for what in "xy")
-                found[name] = from_arrays(x, y, name=name)
-            else:
-                found[name] = from_arrays(
-                    data["images"], data["label"], name=name, group=data["group"], class_names=list(data["class_names"])
-                )
-    return found
+        file = data_file("fashion_mnist_sub.npz" if name == "fashion_mnist" else f"{name}.npz", path)
+        with _files.reading(file, "is not an image set of the data folder"), _files.open_npz(file) as data:
+            sources[name] = _image_set(name, data)
+    return sources
+
+
+def _image_set(name: str, data: _files.Npz) -> Source:
+    if name in ("fashion_mnist", "mnist"):
+        x, y = (np.concatenate([data[f"{what}_{part}"] for part in ("train", "val", "test")]) for what in "xy")
+        return from_arrays(x, y, name=name)
+    if name == "omniglot":
+        characters = data["character"]
+        return from_arrays(
+            data["images"],
+            characters,
+            name=name,
+            group=data["drawer"],
+            class_names=list(data["character_names"]),
+            superclass=data["alphabet"][np.unique(characters, return_index=True)[1]],
+        )
+    names = list(data["class_names"])
+    return from_arrays(data["images"], data["label"], name=name, group=data["group"], class_names=names)
 
 
 def data_file(name: str, path: str | os.PathLike[str] | None = None) -> Path:
@@ -247,14 +270,16 @@ def omniglot_split(path: str | os.PathLike[str] | None = None) -> dict[str, dict
       A split with the parts "train" and "test", as `select` takes it.
 
     Raises:
-      FileNotFoundError: there is no such folder or file.
+      FileNotFoundError: if there is no such folder or file.
+      ValueError: if the file is damaged.
 
     Source: Lake, Salakhutdinov & Tenenbaum, Science 2015.
     """
-    with np.load(data_file("omniglot.npz", path)) as data:
+    file = data_file("omniglot.npz", path)
+    with _files.reading(file, "is not the Omniglot of the data folder"), _files.open_npz(file) as data:
         characters, first = np.unique(data["character"], return_index=True)
         part, names = data["split"][first], data["character_names"]
-    return {
-        word: {"omniglot": {"classes": [str(names[c]) for c in characters[part == number]]}}
-        for number, word in enumerate(("train", "test"))
-    }
+        return {
+            word: {"omniglot": {"classes": [str(names[c]) for c in characters[part == number]]}}
+            for number, word in enumerate(("train", "test"))
+        }

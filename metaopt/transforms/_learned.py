@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base
+from metaopt import _files, base
 
 FORMAT, VERSION = "metaopt.learned", 1
 SHIPPED = ("small",)  # names of files beside this one
@@ -291,10 +291,7 @@ def save_learned(path: str | os.PathLike[str], weights: base.PyTree) -> None:
         "/".join(key.key for key in keys): np.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
         for keys, leaf in jax.tree_util.tree_leaves_with_path(weights)
     }
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # others may write there, too
-    with open(temporary, "wb") as file:
-        np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
-    os.replace(temporary, path)
+    _files.write_npz(path, {"header": np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays})
 
 
 def load_learned(path: str | os.PathLike[str]) -> base.PyTree:
@@ -307,34 +304,36 @@ def load_learned(path: str | os.PathLike[str]) -> base.PyTree:
       φ, of NumPy arrays, for `learned`.
 
     Raises:
-      ValueError: the file is broken, no learned optimizer, or of a newer version.
+      ValueError: if the file is damaged, is not a learned optimizer, is of a newer version, or has weights that are not
+        finite floating-point numbers.
     """
     if path in SHIPPED:
         file = importlib.resources.files("metaopt.transforms") / f"learned_{path}.npz"
     else:
         file = pathlib.Path(path)
-    with file.open("rb") as opened:
-        return _read(opened, str(path))
+    fault = "is not a learned optimizer that `save_learned` wrote"
+    with _files.reading(path, fault), file.open("rb") as opened, _files.open_npz(opened) as archive:
+        return _read(archive, os.fspath(path))
 
 
-def _read(opened: Any, name: str) -> base.PyTree:
-    try:
-        with np.load(opened, allow_pickle=False) as file:
-            arrays = {entry: file[entry] for entry in file.files}
-        header = json.loads(arrays.pop("header").tobytes())
-        format_, version = header["format"], int(header["version"])
-        weights: dict[str, Any] = {}
-        for entry, array in arrays.items():
-            *parents, last = entry.split("/")
-            functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, weights)[last] = array
-    except Exception as error:
-        raise ValueError(f"{name} is no learned optimizer that `save_learned` wrote: {error}") from error
+def _read(file: _files.Npz, path: str) -> base.PyTree:
+    header = file.header()
+    format_, version = header["format"], int(header["version"])
     if format_ != FORMAT or version > VERSION:
         raise ValueError(
-            f"{name} is of format {format_!r} version {version}; this metaopt reads {FORMAT!r} up to version "
+            f"{path} is of format {format_!r} version {version}; this metaopt reads {FORMAT!r} up to version "
             f"{VERSION}. A newer metaopt reads it."
         )
-    fault = _fault(weights)
+    fault = _fault(_tree({name: jax.ShapeDtypeStruct(*spec) for name, spec in file.specs.items()}))
     if fault:
-        raise ValueError(f"{name} holds no weights of a learned optimizer: {fault}.")
-    return weights
+        raise ValueError(f"it has no weights of a learned optimizer: {fault}")
+    return _tree(file.floats({name: spec.shape for name, spec in file.specs.items()}))
+
+
+def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of leaves with names such as "layers/0/w"."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/", 3)  # no deeper tree than that of φ, and one level more
+        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
+    return tree

@@ -375,7 +375,7 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
         ({"version": 3}, "reads 'metaopt.cell_searcher' up to version 2"),
         (
             {"version": 1},
-            "version 1, and lacks what 'metaopt.cell_searcher' has since version 2: train and save it anew",
+            "version 1, and lacks what 'metaopt.cell_searcher' has since version 2: train and save it again",
         ),
         (
             {"format": "metaopt.meta_optimizer"},
@@ -386,20 +386,20 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
         ({"encoder": {"num_ops": 5}}, "does not describe .* 'num_vertices'"),
         ({"ops": ["a"]}, "does not describe .* reads 5 ops; there are 1"),
         ({"candidates": header["candidates"][1:]}, "does not describe .* have shapes"),
-        ({"candidates": []}, "its candidates are no configurations"),
+        ({"candidates": []}, "its candidates are not configurations"),
         ({"center": None}, "does not describe .* have shapes"),
         ({"prior.mean": None}, "does not describe .* have shapes"),
         ({"prior.spread": None}, "does not describe .* 'prior.spread'"),
         ({"prior.spread": np.array(1.0)}, "does not describe a `CellSearcher`"),
         ({"weights['out']": None}, "does not describe .* have shapes"),
-        ({"weights['out']": arrays["weights['out']"].astype(str)}, "should be numbers"),
+        ({"weights['out']": arrays["weights['out']"].astype(str)}, "is not floating-point"),
     ):
         with pytest.raises(ValueError, match=message):
             change(**changed)
     (tmp_path / "text.npz").write_bytes(b"no archive")
     np.savez(tmp_path / "pickled.npz", header=np.array([Runs(tmp_path / "ran")], object))
     for name in ("text", "pickled"):
-        with pytest.raises(ValueError, match="is nothing that `save_cell_searcher` wrote"):
+        with pytest.raises(ValueError, match="is not a file that `save_cell_searcher` wrote"):
             methods.load_cell_searcher(tmp_path / f"{name}.npz")
     assert not (tmp_path / "ran").exists()
     with pytest.raises(FileNotFoundError):

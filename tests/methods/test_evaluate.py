@@ -444,7 +444,7 @@ def test_an_evaluation_on_disk(tmp_path):
             "`save_evaluation` writes .*: `methods.load_cell_searcher` reads it",
         ),
         ({"version": 9}, None, "is of version 9; this metaopt reads 'metaopt.evaluation' up to version 1"),
-        ({}, "scores 1 0", "does not describe an `Evaluation` as it should: 'scores 1 0'"),
+        ({}, "scores 1 0", "does not describe an `Evaluation` as it should: it lacks 'scores 1 0'"),
         ({"transductive": [True]}, None, "does not describe an `Evaluation` as it should"),
     ):
         kept = {k: v for k, v in arrays.items() if k != drop}
@@ -455,7 +455,7 @@ def test_an_evaluation_on_disk(tmp_path):
     with pytest.raises(ValueError, match="the arrays of source 'u' are not all of 3 episodes"):
         methods.load_evaluation(file)
     file.write_bytes(b"text")
-    with pytest.raises(ValueError, match="is nothing that `save_evaluation` wrote"):
+    with pytest.raises(ValueError, match="is not a file that `save_evaluation` wrote"):
         methods.load_evaluation(file)
 
 

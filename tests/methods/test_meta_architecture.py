@@ -187,7 +187,7 @@ def test_what_was_learned_goes_to_disk_with_its_start(learned, tmp_path):
     alone = methods.meta_architecture_search(search_of(), predictors.mlp(SPACE, 2, num_hidden=2))
     other = methods.meta_architecture_search(search_of(learn_init=True), predictors.mlp(SPACE, 2, num_hidden=3))
     for read, message in (
-        (lambda: methods.load_meta_architecture(path, alone), "h.npz has arrays of shapes"),
+        (lambda: methods.load_meta_architecture(path, alone), "h.npz does not have λ of this search"),
         (lambda: methods.load_meta_architecture(path, other), "is of another `h` than this search"),
         (lambda: methods.save_meta_architecture(path, META, learned["h"]), "λ of this search has the shapes"),
         # h's predictor alone is saved alone.

@@ -705,7 +705,7 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
         old = change(version=version, **added)
         assert old.surrogate.max_shown == 32 and old.suggest(tried, [1, 2, 3]) == g.suggest(tried, [1, 2, 3])
     (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(ValueError, match="is nothing that `save_meta_optimizer` wrote"):
+    with pytest.raises(ValueError, match="is not a file that `save_meta_optimizer` wrote"):
         methods.load_meta_optimizer(tmp_path / "text.npz")
     with pytest.raises(FileNotFoundError):
         methods.load_meta_optimizer(tmp_path / "none.npz")

@@ -155,9 +155,9 @@ def test_files_that_do_not_fit_are_rejected(tmp_path):
     own = {**nas.BLOCKS, "norm_relu": nas.BLOCKS["skip_connect"]}
     for change, ops, message in [
         (lambda: {}, {}, "`ops` is empty, without 'linear'"),
-        (lambda: {}, own, r"do not fit its network with these `ops`.*statistics\[1\]"),
+        (lambda: {}, own, r"network with these `ops`.*statistics\[1\]"),
         (lambda: {head: np.ones((3, 2))}, nas.BLOCKS, re.escape(f"{head} (3, 2) instead of (4, 2)")),
-        (lambda: {head: np.ones((4, 2), int)}, nas.BLOCKS, "not floating-point"),
+        (lambda: {head: np.ones((4, 2), int)}, nas.BLOCKS, "is not floating-point"),
         (lambda: {head: np.full((4, 2), np.inf)}, nas.BLOCKS, "non-finite"),
         (lambda: {"statistics[0].variance": -np.ones(4)}, nas.BLOCKS, "negative"),
         (lambda: {"statistics[0].mean": None}, nas.BLOCKS, r"statistics\[0\].mean None instead of \(4,\)"),

@@ -105,7 +105,7 @@ def test_nas_bench_101(tmp_path):
     with pytest.raises(ValueError, match="it lacks cost, dims"):
         nas.load_benchmark(kept)
     kept.write_bytes(kept.read_bytes()[:-30])
-    with pytest.raises(ValueError, match="or is damaged: File is not a zip file"):
+    with pytest.raises(ValueError, match="or is damaged: .*File is not a zip file"):
         nas.load_benchmark(kept)
 
 
@@ -118,13 +118,13 @@ def test_nas_bench_101_that_is_damaged(tmp_path):
         with pytest.raises(ValueError, match=message):
             nas.read_nas_bench_101(file, **options)
 
-    refused(whole[:-7], "cut off in its last record")
-    refused(whole + b"abc", "is no TFRecord file, or is damaged at byte")
-    refused(b"[1, 2]" * 10, "is no TFRecord file, or is damaged at byte 0")
+    refused(whole[:-7], "truncated in its last record")
+    refused(whole + b"abc", "is not a TFRecord file, or is damaged at byte")
+    refused(b"[1, 2]" * 10, "is not a TFRecord file, or is damaged at byte 0")
     at = whole.index(b'"a"')
     refused(whole[:at] + b'"A' + whole[at + 2 :], "does not match its checksum", verify=True)
-    refused(framed(b"{}"), "holds no rows of NAS-Bench-101")
-    refused(framed(json.dumps(["a", 12, "0100", "input,output", "AAA"]).encode()), "holds no rows")
+    refused(framed(b"{}"), "has a record that is not of NAS-Bench-101")
+    refused(framed(json.dumps(["a", 12, "0100", "input,output", "AAA"]).encode()), "has a record that is not of")
     refused(b"", "is empty")
     refused(framed(row("a", 12, "010001000", ["conv5x5"], 1.0, 1.0, 1.0)), "not in the space of NAS-Bench-101")
     refused(framed(row("a", 12, "0100", [POOL], 1.0, 1.0, 1.0)), "not in the space of NAS-Bench-101")
@@ -226,7 +226,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
         file = tmp_path / f"{number}.pth"
         file.write_bytes(pickle.dumps(bad))
         with pytest.raises(
-            ValueError, match=r"The file asks for (posix|nt|builtins|io|_io)\.\w+, which is no container"
+            ValueError, match=r"The file asks for (posix|nt|builtins|io|_io)\.\w+, which is not a container"
         ):
             nas.read_nas_bench_201(file)
     assert not (tmp_path / "evil").exists()
@@ -235,18 +235,18 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
     (tmp_path / "pointer.pth").write_bytes(
         pickle.dumps(Reduced(np._core.multiarray.scalar, (Reduced(*pointer), b"\x01" * 8)))
     )
-    with pytest.raises(ValueError, match="none of numpy's integers and floats"):
+    with pytest.raises(ValueError, match="not one of NumPy's integers and floats"):
         nas.read_nas_bench_201(tmp_path / "pointer.pth")
     written = Reduced(np._core.multiarray.scalar, (np.dtype("f8"), b"\x00" * 8))
     (tmp_path / "number.pth").write_bytes(pickle.dumps(written))
-    with pytest.raises(ValueError, match="holds no results"):
+    with pytest.raises(ValueError, match="has no results"):
         nas.read_nas_bench_201(tmp_path / "number.pth")
-    for data, message in [(b"abc", "can be read, or is damaged"), (pickle.dumps([1]), "holds no results")]:
+    for data, message in [(b"abc", "can be read, or is damaged"), (pickle.dumps([1]), "has no results")]:
         (tmp_path / "x.pth").write_bytes(data)
         with pytest.raises(ValueError, match=message):
             nas.read_nas_bench_201(tmp_path / "x.pth")
     (tmp_path / "x.pth").write_bytes(pickle.dumps({"arch2infos": {0: {"less": {}}}}))
-    with pytest.raises(ValueError, match=r"holds no results of NAS-Bench-201 \(KeyError"):
+    with pytest.raises(ValueError, match=r"has no results of NAS-Bench-201: it lacks"):
         nas.read_nas_bench_201(tmp_path / "x.pth")
     whole = io.BytesIO()
     with zipfile.ZipFile(whole, "w") as archive:
@@ -254,7 +254,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
     cut = bytearray(whole.getvalue())
     cut[60:80] = bytes(20)  # inside the member: its checksum is another
     for data, message in [
-        (bytes(cut), "or is damaged: Bad CRC-32"),
+        (bytes(cut), "or is damaged: .*Bad CRC-32"),
         (b"PK\x05\x06" + bytes(18), "without one data.pkl"),
     ]:
         (tmp_path / "x.pth").write_bytes(data)
@@ -313,5 +313,5 @@ def test_nas_bench_301(tmp_path):
     with pytest.raises(ValueError, match="no files results_"):
         nas.read_nas_bench_301(tmp_path / "nowhere")
     (tmp_path / "results_9.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"results_9.json is no log of NAS-Bench-301 \(KeyError"):
+    with pytest.raises(ValueError, match=r"results_9.json is not a log of NAS-Bench-301: it lacks"):
         nas.read_nas_bench_301(tmp_path)

@@ -136,7 +136,7 @@ def test_darts():
 
 
 BAD_JSON = [
-    ("no JSON", "This is no JSON"),
+    ("no JSON", "This is not JSON"),
     ("[1]", "version of this form is 1; got None"),
     ('{"version": 2, "genotype": {}}', "version of this form is 1; got 2"),
     ('{"version": 1}', "genotype is missing"),

@@ -74,12 +74,12 @@ def test_json(net):
         nas.from_json(nas.to_json(net).replace('"version": 1', '"version": 2'))
     text = nas.to_json(net)
     for bad, message in [
-        (text[:-1], "This is no JSON"),
+        (text[:-1], "This is not JSON"),
         ("3", "version of this form is 1; got None"),
-        (text.replace('"layers"', '"other"'), r"KeyError\('layers'\)"),
-        (text.replace('"num_inputs"', '"other"'), "This is no network"),
-        (text.replace('"edges": [[0, ', '"edges": [['), "This is no network"),
-        (text.replace('"cells": {', '"cells": [], "x": {'), "This is no network"),
+        (text.replace('"layers"', '"other"'), "it lacks 'layers'"),
+        (text.replace('"num_inputs"', '"other"'), "This is not a network"),
+        (text.replace('"edges": [[0, ', '"edges": [['), "This is not a network"),
+        (text.replace('"cells": {', '"cells": [], "x": {'), "This is not a network"),
     ]:
         with pytest.raises(ValueError, match=message):
             nas.from_json(bad)

@@ -229,6 +229,15 @@ def test_what_was_tried_is_not_tried_again_where_one_says_so():
     assert [trial.configuration["x"] for trial in queue.ask(state, 2)[0]] == [0.5]
 
 
+def test_an_objective_that_sigterm_ended_ends_the_collection():
+    """`training.fit` raises SystemExit(143); other exits are failed trials."""
+    kwargs = {"on": {"t": 0.0}, "num_trials": 1}
+    with pytest.raises(SystemExit) as error:
+        collect(lambda trial, task: sys.exit(143), **kwargs)
+    assert error.value.code == 143
+    assert collect(lambda trial, task: sys.exit(1), **kwargs)[0].status == "FAIL"
+
+
 def test_one_collection_of_a_study_at_a_time(tmp_path):
     store, link, refused = tmp_path / "records.db", tmp_path / "link.db", []
     link.symlink_to(store)

@@ -69,7 +69,7 @@ def test_an_example_is_read():
     unpacked = field(1, field(1, field(1, b"n") + field(2, field(3, varint(1 << 3) + varint(7)))))
     assert tasks.read_example(unpacked) == {"n": [7]}
     for damaged in (data[:-3], b"\x0b\x00", b"\xff"):
-        with pytest.raises(ValueError, match="no `Example`"):
+        with pytest.raises(ValueError, match="not an `Example`"):
             tasks.read_example(damaged)
 
 
@@ -81,9 +81,9 @@ def test_records_and_their_checksums(tmp_path):
     changed = whole.replace(b"first", b"furst")
     for content, check, message in (
         (changed, True, "a record does not match"),
-        (whole[:-2], False, "cut off"),
+        (whole[:-2], False, "truncated"),
         (b"\x07" + whole[1:], False, "a length does not match"),
-        (whole + b"abc", False, "no TFRecord file"),
+        (whole + b"abc", False, "not a TFRecord file"),
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -116,7 +116,7 @@ def test_a_flat_data_set(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no dataset_spec.json"):
         tasks.from_meta_dataset(tmp_path / "..", part="test", size=2)
     write(tmp_path, {"classes_per_split": {"TRAIN": 3, "TEST": 3}}, 6)
-    with pytest.raises(ValueError, match="lacks 'class_names'"):
+    with pytest.raises(ValueError, match="it lacks 'class_names'"):
         tasks.from_meta_dataset(tmp_path, part="test", size=2)
     write(tmp_path, {"classes_per_split": {"TRAIN": 6}, "class_names": names}, 6)
     with pytest.raises(ValueError, match="'test' has no classes"):
@@ -174,7 +174,7 @@ def test_the_files_of_its_builder_for_tfds(tmp_path):
     np.testing.assert_array_equal(read("valid").x[:, 0, 0, 0], [10, 11, 12])
     np.testing.assert_array_equal(read("train", version="v2").x[:, 0, 0, 0], [0, 1, 10, 11, 12, 20])
     np.testing.assert_array_equal(read("train", version="v2").y, [0, 0, 1, 1, 1, 2])
-    with pytest.raises(ValueError, match="metadata.json lacks 'v3'"):
+    with pytest.raises(ValueError, match="metadata.json is not a specification of Meta-Dataset: it lacks 'v3'"):
         read("test", version="v3")
     (tmp_path / "meta_dataset-all_classes.tfrecord-00002-of-00003").unlink()
     with pytest.raises(ValueError, match="records 5 to 6 were expected"):

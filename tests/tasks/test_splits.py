@@ -54,9 +54,9 @@ def test_splits_are_json_and_merge(tmp_path):
     assert tasks.select(DIGITS, tasks.split_sources({"all": ["digits"]}), "all")[0].num_classes == 2  # one alone
     for other in ("[1]", '{"train": [1]}', '{"train": {"digits": [1]}}'):
         (tmp_path / "other.json").write_text(other)
-        with pytest.raises(ValueError, match="is no split"):
+        with pytest.raises(ValueError, match="is not a split"):
             tasks.load_split(tmp_path / "other.json")
-        with pytest.raises(ValueError, match="`split` is no split"):
+        with pytest.raises(ValueError, match="`split` is not a split"):
             tasks.select([DIGITS], json.loads(other), "train")
     (tmp_path / "other.json").write_text('{"train":\n {"digits": ')
     with pytest.raises(ValueError, match="other.json is not JSON: .*line 2"):

@@ -189,6 +189,22 @@ def test_leaves_the_arrays_of_the_caller_intact():
     assert not KEY.is_deleted()
 
 
+def test_runs_without_compilation_where_it_is_switched_off():
+    seen = []
+    estimator = small.quadratic()
+
+    def estimate(*args):
+        out, state = estimator.estimate(*args)
+        seen.append(isinstance(out.value, jax.core.Tracer))
+        return out, state
+
+    learner = training.learner(estimator._replace(estimate=estimate), optax.sgd(0.1))
+    with jax.disable_jit():
+        result = fit(learner, num_steps=2)
+    assert seen == [True, False, False]  # `init` asks for the types
+    np.testing.assert_allclose(result.hyperparams, fit(num_steps=2).hyperparams, rtol=1e-12)
+
+
 def test_compiles_once_for_each_shape_of_tasks():
     estimator, traces = small.quadratic(), []
 

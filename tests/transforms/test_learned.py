@@ -208,7 +208,7 @@ def test_broken_files_say_what_is_wrong(tmp_path):
     load = functools.partial(transforms.load_learned, path)
     written(path)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match="no learned optimizer that `save_learned` wrote"):
+    with pytest.raises(ValueError, match="is not a learned optimizer that `save_learned` wrote"):
         load()
     written(path, {"format": "metaopt.learned", "version": 2})
     with pytest.raises(ValueError, match=r"version 2; this metaopt reads 'metaopt.learned' up to version 1"):
@@ -217,12 +217,12 @@ def test_broken_files_say_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="of format 'metaopt.predictor'"):
         load()
     for changes, match in {
-        "layers/1/w": (np.zeros((5, 4)), r"holds no weights.*\['layers'\]\['1'\]\['w'\] should be .*\(4, 4\)"),
-        "layers/2/b": (None, "holds no weights of a learned optimizer"),
-        "layers/0/w": (None, "holds no weights of a learned optimizer"),
+        "layers/1/w": (np.zeros((5, 4)), r"has no weights.*\['layers'\]\['1'\]\['w'\] should be .*\(4, 4\)"),
+        "layers/2/b": (None, "has no weights of a learned optimizer"),
+        "layers/0/w": (None, "has no weights of a learned optimizer"),
         "decays/second": (np.zeros(1, int), r"\['decays'\]\['second'\] should be floating-point"),
         "decays/momentum": (np.array(["a", "b", "c"]), r"\['decays'\]\['momentum'\] should be floating-point"),
-        "more": (np.zeros(1), "holds no weights of a learned optimizer"),
+        "more": (np.zeros(1), "has no weights of a learned optimizer"),
     }.items():
         written(path, **{changes: match[0]})
         with pytest.raises(ValueError, match=match[1]):

@@ -1,0 +1,274 @@
+"""Files that anybody may have written: arrays, JSON and compressed data, checked before they take memory.
+
+A reader opens its file inside `reading`: what a damaged file makes Python raise becomes one `ValueError` with the path.
+Nothing is unpickled or executed. Files are written as a whole, or not at all.
+"""
+
+import bz2
+import contextlib
+import gzip
+import json
+import math
+import os
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+# Compressed data may unpack to this many bytes, plus this many for each byte on disk. Among the published tables that
+# metaopt reads, none unpacks to more than 30 bytes for each byte.
+_FREE = 2**24
+_RATIO = 100
+_CHUNK = 2**20
+
+_MAX_HEADER = 10_000  # bytes of the header of an array
+_MAX_MESSAGE = 1_000  # characters that may come from the file
+_HEADER = re.compile(
+    rb"\{'descr': ?'([<>|=]?[biufcSU]\d{1,9})', ?'fortran_order': ?(?:True|False), ?"
+    rb"'shape': ?\(((?:\d{1,18},? ?)*)\),? ?\}\s*"
+)
+
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,  # RecursionError, NotImplementedError
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str], fault: str) -> Iterator[None]:
+    """Turns whatever a damaged file makes its reader raise into a `ValueError` that names the file.
+
+    Args:
+      path: of the file.
+      fault: what is then true of the file, such as "is not a predictor that `predictors.save` wrote".
+
+    Raises:
+      ValueError: "{path} {fault}: {reason}".
+      OSError: if the operating system cannot open or read the file. (It names the file; errors of compressed data,
+        which are an `OSError` as well, do not.) Errors whose message begins with the path pass as they are, too.
+    """
+    name = os.fspath(path)
+    try:
+        yield
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, ValueError | OSError) and (
+            str(error).startswith(name) or getattr(error, "filename", None) is not None
+        ):
+            if isinstance(error, ValueError) and len(str(error)) > _MAX_MESSAGE:
+                raise ValueError(f"{str(error)[:_MAX_MESSAGE]} ...") from error
+            raise
+        reason = str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else reason
+        reason = reason if len(reason) < _MAX_MESSAGE else f"{reason[:_MAX_MESSAGE]} ..."
+        raise ValueError(f"{name} {fault}: {reason.rstrip('.')}.") from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of the one at `path` at the end; after an error the old one is left as it was.
+
+    Args:
+      path: of the file.
+    """
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # another process may write to the same path
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Any], *, compress: bool = False) -> None:
+    """Writes arrays as one `.npz` file, atomically, by the name that is given.
+
+    Args:
+      path: of the file.
+      arrays: by name. JSON is written as its bytes, uint8.
+      compress: whether the arrays are compressed.
+    """
+    with replacing(path) as file:
+        (np.savez_compressed if compress else np.savez)(file, **arrays)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, whose numbers must all be finite.
+
+    Args:
+      text: as text, or in UTF-8.
+
+    Raises:
+      ValueError: if it is not JSON, or has NaN, an infinity, or a number beyond the range of float64.
+      RecursionError: if it is nested too deeply.
+    """
+
+    def finite(number):
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"The JSON has the number {number[:50]}, which is not finite.")
+        return value
+
+    return json.loads(text if isinstance(text, str) else text.decode(), parse_float=finite, parse_constant=finite)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value of a JSON file, as `parse_json` reads it."""
+    return parse_json(Path(path).read_bytes())
+
+
+def read_compressed(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file; unpacked if its name ends in .gz, .bz2 or .pbz2.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      ValueError: if it unpacks to far more than real data do.
+      OSError, EOFError, zlib.error: if it is damaged.
+    """
+    end = Path(path).suffix.lower()
+    if end not in (".gz", ".bz2", ".pbz2"):
+        return Path(path).read_bytes()
+    limit = unpacked_limit(os.path.getsize(path))
+    parts, size = [], 0
+    with (gzip.open if end == ".gz" else bz2.open)(path, "rb") as file:
+        while part := file.read(_CHUNK):
+            size += len(part)
+            if size > limit:
+                raise ValueError(f"{os.fspath(path)} unpacks to more than {limit} bytes, which real data do not.")
+            parts.append(part)
+    return b"".join(parts)
+
+
+def unpacked_limit(packed: int) -> int:
+    """The number of bytes that a file of `packed` bytes may unpack to."""
+    return _FREE + _RATIO * packed
+
+
+class Spec(NamedTuple):
+    """What the header of an array says."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Npz:
+    """The arrays of an open `.npz` file, of which only names, types and shapes have been read.
+
+    Attributes:
+      specs: type and shape by name; the shape agrees with the number of bytes, and the sum of these is within limits.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, size: int):
+        self._archive = archive
+        self.specs: dict[str, Spec] = {}
+        total = 0
+        for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            if name == info.filename or name in self.specs:
+                raise ValueError(f"its member {info.filename!r} is not an array, or is there twice")
+            spec = self.specs[name] = self._spec(info)
+            # Axes of length 0 count as 1: a list of 1e9 empty rows is large, too.
+            total += math.prod(max(n, 1) for n in spec.shape) * max(spec.dtype.itemsize, 1)
+        if total > unpacked_limit(size):
+            raise ValueError(f"its arrays would take {total} bytes in memory, and the file has only {size}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.specs:
+            raise ValueError(f"it has no array {name!r}; it has {', '.join(self.specs)}")
+        with self._archive.open(f"{name}.npy") as stream:
+            array = np.lib.format.read_array(stream, allow_pickle=False)
+        return array.astype(array.dtype.newbyteorder("="), copy=False)  # JAX has no other byte order
+
+    def header(self) -> dict[str, Any]:
+        """The JSON object that is in the array "header"; the array is no longer among `specs`."""
+        header = parse_json(self["header"].tobytes())
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is not a JSON object, but a {type(header).__name__}")
+        del self.specs["header"]
+        return header
+
+    def floats(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        """All arrays, which must have these names and shapes; floating-point, and finite in float32.
+
+        Args:
+          shapes: by name.
+
+        Raises:
+          ValueError: if an array is missing, not expected, or not as it should be.
+        """
+        if more := sorted(self.specs.keys() - shapes.keys()):
+            raise ValueError(f"it has arrays that do not belong there: {', '.join(more)}")
+        for name, shape in shapes.items():
+            spec = self.specs.get(name)
+            if spec is None or spec.shape != shape or not is_float(spec):
+                there = "there is none" if spec is None else f"it is {spec.dtype} of shape {spec.shape}"
+                raise ValueError(f"the array {name} should be floating-point of shape {shape}, and {there}")
+        arrays = {name: self[name] for name in shapes}
+        for name, array in arrays.items():
+            check_finite(name, array)
+        return arrays
+
+    def _spec(self, info: zipfile.ZipInfo) -> Spec:
+        with self._archive.open(info) as stream:
+            version = np.lib.format.read_magic(stream)
+            length = int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little")
+            header = stream.read(min(length, _MAX_HEADER))
+            match = _HEADER.fullmatch(header)
+            if match is None:
+                raise ValueError(f"the array {info.filename} is not of numbers or texts: {header[:100]!r}")
+            shape = tuple(int(n) for n in match[2].replace(b",", b" ").split())
+            spec = Spec(shape, np.dtype(match[1].decode()))
+            if stream.tell() + math.prod(shape) * spec.dtype.itemsize != info.file_size:
+                raise ValueError(f"the array {info.filename} has {info.file_size} bytes, which do not fit {spec}")
+        return spec
+
+
+@contextlib.contextmanager
+def open_npz(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[Npz]:
+    """Opens an `.npz` file and reads what its arrays are. Nothing of it is unpickled.
+
+    Args:
+      file: its path, or the open file.
+    """
+    with contextlib.ExitStack() as stack:
+        stream: Any = file if hasattr(file, "read") else stack.enter_context(open(file, "rb"))  # type: ignore[arg-type]
+        size = stream.seek(0, os.SEEK_END)
+        yield Npz(stack.enter_context(zipfile.ZipFile(stream)), size)
+
+
+def is_float(spec: Any) -> bool:
+    """Whether an array has a floating-point type that JAX has, too."""
+    return spec.dtype.kind == "f" and spec.dtype.itemsize <= 8
+
+
+def check_finite(name: str, array: np.ndarray, *, missing: bool = False) -> None:
+    """Raises a ValueError if an array has entries that float32 does not hold.
+
+    Args:
+      name: of the array.
+      array: of numbers.
+      missing: whether NaN is allowed: it then says that there is no value.
+    """
+    with np.errstate(invalid="ignore"):
+        fine = np.abs(array) <= np.finfo(np.float32).max
+    if not (fine | np.isnan(array) if missing else fine).all():
+        raise ValueError(f"the array {name} has entries that are not finite in float32")
