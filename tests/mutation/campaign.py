@@ -7,7 +7,7 @@
 `draw` parses every file of `metaopt`, lists all places where an operator applies, and draws from them: rooms take
 turns, and within a room operators take turns, so that neither a large room nor a frequent operator dominates. `run`
 applies one mutant at a time to a copy of the repository and runs the tests of its file, then those of its room, then,
-with `--everything`, the whole suite. A mutant is detected if a test fails or the tests run ten minutes.
+with `--everything`, the whole suite. A mutant is detected if a test fails or the tests run 25 minutes.
 
 A mutant that survives is either equivalent (no input gives another result; `equivalent.json` says why) or shows a
 missing test.
@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
 HERE = pathlib.Path(__file__).parent
-TIMEOUT = 600  # seconds of one stage of tests
+TIMEOUT = 1500  # seconds of one stage of tests
 
 
 class Mutant(NamedTuple):
