@@ -366,9 +366,35 @@ def test_what_ends_a_trial_alone_is_a_record(tmp_path, task, status, outcome, re
     assert record.configuration == {"x": 0.0, "size": 6, "kind": "a"}  # whatever the objective does with its own
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork")  # JAX and Python 3.12 warn of threads
+@pytest.mark.parametrize(
+    ("ending", "code"), [(None, 0), (KeyError("fork"), 1), (Killed(), 1), (SystemExit(3), 3), (SystemExit("text"), 1)]
+)
+def test_a_fork_made_by_the_objective_ends_where_the_objective_ends(ending, code, capfd):
+    process, codes = os.getpid(), []
+
+    def forks(trial, task):
+        if child := os.fork():
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            return 0.25
+        print("printed by the fork")
+        if ending is not None:
+            raise ending
+        return 1.0
+
+    try:
+        records = collect(forks, on={"t": 0.0}, num_trials=2, num_workers=1)
+    finally:
+        if os.getpid() != process:
+            os._exit(99)  # the fork came back to the collector
+    assert codes == [code, code] and [record.outcome for record in records] == [0.25, 0.25]
+    assert capfd.readouterr().out == "printed by the fork\n" * 2
+
+
 @pytest.mark.once
 def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
-    on = {name: name for name in ("good", "hang", "crash", "raise", "good again")} | {"good again": "good"}
+    on = {name: name for name in ("good", "hang", "crash", "raise", "fork", "good again")} | {"good again": "good"}
     start, store = time.monotonic(), tmp_path / "records.db"
     kwargs = {"isolated": True, "time_limit": 1.0, "num_trials": 1, "store": store}
     records = collect(black_boxes.misbehave, on=on, **kwargs)
@@ -379,11 +405,13 @@ def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
         ("FAIL", "signal SIGSEGV"),
         ("FAIL", "KeyError: 'no such column'"),
         ("COMPLETE", ""),
+        ("COMPLETE", ""),
     ]
+    assert [record.outcome for record in records[4:]] == [0.5, 0.25]  # not those of the fork
     assert 1.0 <= records[1].cost < 5.0 and time.monotonic() - start < 300
     # Failures are kept, and not tried again.
     assert without_cost(collect(black_boxes.misbehave, on=on, **kwargs)) == without_cost(records)
-    assert len(tasks.read_records(store, history=True)) == 10
+    assert len(tasks.read_records(store, history=True)) == 12
 
 
 def test_a_child_that_ends_is_noticed_though_what_it_has_started_holds_its_pipe():
