@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -472,6 +473,9 @@ def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
     ("kwargs", "message"),
     [
         ({"num_trials": 0}, "`num_trials` must be positive; got 0"),
+        ({"num_trials": math.inf}, "`num_trials` must be finite; got inf"),
+        ({"budget": math.nan}, "`budget` must be positive, or None; got nan"),
+        ({"budget": -1.0}, "`budget` must be positive, or None; got -1"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, or None; got 0"),
         ({"time_limit": 0, "isolated": True}, "`time_limit` must be positive, or None; got 0"),
         ({"time_limit": 1}, "A limit needs `isolated=True`"),
@@ -541,6 +545,46 @@ def test_the_budget_ends_a_collection_and_the_next_one_goes_on(tmp_path):
     took = time.monotonic() - start
     assert 1 <= len(records) == len(calls) <= 3 and took >= 0.25
     assert len(collect(objective, on={"t": 0}, num_trials=4, store=store)) == 4 == len(calls)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("by_default", [True, False])
+def test_trials_are_asked_for_shortly_before_they_run(monkeypatch, num_workers, by_default):
+    inner, asked, begun, most = tasks.random_search(), [], [], []
+
+    def ask(state, num):
+        trials, state = inner.ask(state, num)
+        asked.extend(trials)
+        return trials, state
+
+    def objective(trial, task):
+        begun.append(trial)
+        most.append(len(asked) - len(begun))
+        time.sleep(0.02)
+        return 0.0
+
+    counting = base.Searcher(inner.init, ask, inner.tell)
+    monkeypatch.setattr(_collect, "random_search", lambda: counting)
+    on = TASKS if by_default else {str(task): 0.0 for task in range(200)}
+    kwargs = {"num_trials": 20_000, "searcher": None if by_default else counting, "num_workers": num_workers}
+    records = collect(objective, on=on, budget=0.3, **kwargs)
+    assert 1 <= len(records) == len(begun) < 100 and max(most) <= 6 * num_workers
+    assert collect(objective, on=on, budget=1e-9, **kwargs) == []
+
+
+def test_random_search_by_default_runs_the_trials_of_a_plain_loop_within_any_budget(tmp_path):
+    expected, inner = [], tasks.random_search()
+    for name in TASKS:
+        state = inner.init(jax.random.fold_in(KEY, zlib.crc32(name.encode())), black_boxes.SPACE)
+        expected += [(name, trial.seed, trial.configuration) for trial in inner.ask(state, 7)[0]]
+    found = lambda records: [(record.task, record.seed, record.configuration) for record in records]
+    for kwargs in ({}, {"num_workers": 3}, {"budget": math.inf}):
+        assert found(collect(black_boxes.uneven, num_trials=7, **kwargs)) == expected
+    # The records that a store has are returned after the budget is spent, too: here all but one.
+    store = tmp_path / "records.db"
+    collect(lambda trial, task: {0.5: 1.0}[task] if trial.trial == 2 else 0.0, num_trials=7, store=store)
+    records = collect(num_trials=9, store=store, budget=1e-9, retry_failed=True)
+    assert found(records) == expected[:2] + expected[3:]
 
 
 def test_a_budget_is_overrun_by_less_than_a_trial():
