@@ -54,11 +54,11 @@ def collect(
 ) -> list[base.Record]:
     """Runs trials of an objective on tasks, and records them.
 
-    By default every trial runs in a spawned child process, whose end is a record and no more: one that raises, returns
-    no finite number, crashes or exceeds a limit has status "FAIL" and a reason. The children belong to the workers, not
-    to joblib: a pool that kills one of its own processes takes the pool's other trials along, and cannot say which
-    limit it was. So joblib's workers only wait, in threads by default; under `joblib.parallel_config(backend=...)`
-    they are threads or processes of loky, Dask (`pip install "dask[distributed]"`) or Ray (`pip install ray`), each
+    By default every trial runs in a spawned child process. If a trial raises, returns a non-finite number, crashes or
+    exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. The children belong to
+    the workers, not to joblib: a process pool that ends one of its own processes loses the other trials of the pool.
+    joblib's workers only wait for the children. They are threads by default. `joblib.parallel_config(backend=...)`
+    makes them threads or processes of loky, Dask (`pip install "dask[distributed]"`) or Ray (`pip install ray`), each
     with children on its own machine:
 
         client = distributed.Client("scheduler:8786")         # "dask"; it registers itself
@@ -66,60 +66,62 @@ def collect(
         with joblib.parallel_config(backend="dask", n_jobs=64):
             records = tasks.collect(objective, space, named, num_trials=100, key=key, store="records.db")
 
-    The store is written by this process alone, as trials end (with Ray, whenever as many as run at a time have
-    ended). Where a backend's workers are processes, it must be able to send the objective and the tasks to them.
+    Only this process writes to the store, as soon as a trial ends. With Ray it writes after as many trials as run at a
+    time. If the workers of a backend are processes, it must be able to send the objective and the tasks to them.
 
     Args:
-      objective: `(trial, task) -> outcome`, a number, smaller is better. `trial` is a `Record`: it should obey
-        `trial.configuration`, plain values by name, use `trial.seed` for all that is random, and `trial.fidelity` if
-        the searcher asks for less than the full budget. It may raise `tasks.Pruned(outcome)`.
+      objective: `(trial, task) -> outcome`, a number; smaller is better. `trial` is a `Record`. The objective should
+        use `trial.configuration` (plain values by name), `trial.seed` for all random numbers, and `trial.fidelity` if
+        the searcher proposes fractions of the full budget. It may raise `tasks.Pruned(outcome)`. If it forks its
+        process, the fork ends where the objective returns or raises, and its answer is ignored.
       space: a tree of leaves.
-      tasks: what the objective is given, by name; or a list of what has a `name`, as `Table`s do.
-      num_trials: how many full budgets to spend on each task: a trial at fidelity 1/9 counts 1/9.
-      key: of the search; each task's is folded from it and the task's name.
-      searcher: by default `random_search()`: the space's default first, then random configurations. `enqueue` has
-        configurations of one's own before those of any searcher, or after so many of them.
-      batch_size: how many trials a task's searcher is asked for at a time, before it hears of them. By default 1.
-        Random search by default (`searcher=None`) does not listen, so its trials run without waiting for one another,
-        and are asked for as workers become free.
-      same_trials: give every task's searcher the same key. Random search then tries the same configurations with the
-        same seeds everywhere, which makes the records a matrix.
-      resumes: whether the objective continues a trial that it has run at a lower fidelity (from a checkpoint of its
-        own), so that only the difference of the two is spent.
-      store: a file of records (`append_records`), made where there is none; by default, none. A trial of which it has
-        the end is not run again, a failed one neither: where the objective has been corrected since, `retry_failed`.
-        An empty file beside it, which ends in `.lock`, is there while a collection is; what a killed one leaves of it
-        is harmless, and may be deleted.
-      study: the collection's name in the store. One is continued by calling again with the same space, searcher,
-        `batch_size`, `same_trials`, `resumes` and key; `num_trials` may be larger, tasks may come and go, and
-        configurations be enqueued `after` what has been run. One collection of a study at a time: several studies may
-        share a store.
-      retry_failed: run trials that have failed once more, in every call that says so. The new record is what counts
-        from then on; the old one stays in the store (`read_records(history=True)`). A searcher that listens has heard
-        of the failure, and goes on from it: it is not asked for other trials than it was.
+      tasks: the second arguments of the objective: a dict by name, or a list of objects with a `name`, such as
+        `Table`s.
+      num_trials: how many full budgets to spend on each task; a trial at fidelity 1/9 counts as 1/9.
+      key: of the search. The key of each task is folded from it and the name of the task.
+      searcher: by default `random_search()`: the space's default first, then random configurations. `enqueue` places
+        your own configurations before or among those of any searcher.
+      batch_size: how many trials a task's searcher is asked for at a time. It is told their records before it is asked
+        again. By default 1. Random search by default (`searcher=None`) needs no records, so its trials do not wait for
+        one another, and it is asked as workers become free.
+      same_trials: give the searcher of every task the same key. Random search then tries the same configurations with
+        the same seeds on every task, and the records form a matrix.
+      resumes: whether the objective continues a trial from its own checkpoint of a lower fidelity. Then only the
+        difference of the two fidelities counts as spent.
+      store: a file of records (`append_records`), created if it does not exist; by default, none. A trial that has
+        ended in the store is not run again, even if it failed (see `retry_failed`). During a collection an empty lock
+        file lies next to the store, with a name that ends in `.lock`. A killed collection may leave this file behind;
+        it is harmless.
+      study: the collection's name in the store. To continue a collection, call again with the same space, searcher,
+        `batch_size`, `same_trials`, `resumes` and key. `num_trials` may be larger, tasks may be added or left out, and
+        configurations may be enqueued `after` the trials that have run. Only one collection of a study runs at a time.
+        Several studies may share a store.
+      retry_failed: run failed trials once more, in every call with this argument. The new record replaces the old one,
+        which stays in the store (`read_records(history=True)`). A searcher that learns from records is still told of
+        the failure, so that it proposes the same trials as before.
       num_workers: how many trials run at a time, on one core each: joblib's `n_jobs`. If `batch_size` or `searcher` is
         given, at most `batch_size` of each task.
-      isolated: whether trials run in children, on POSIX systems. Otherwise they run in joblib's workers: faster where
-        a trial takes less than milliseconds, without limits, and no protection against what ends the process.
-      time_limit: seconds a trial; by default none, and a trial that hangs holds up the collection for good.
-      memory_limit: MiB of a trial's process and what that starts; read 20 times a second, on Linux. Python with metaopt
-        and JAX takes 200 to 300 of them.
-      budget: seconds for the whole collection; None or `inf` is no limit. Later no trial begins. Those that already run
+      isolated: whether trials run in children, on POSIX systems. Otherwise they run in joblib's workers. This is faster
+        for trials of less than milliseconds, but there are no limits, and a crash ends the collection.
+      time_limit: seconds for each trial; by default none, and then a trial that hangs stops the collection.
+      memory_limit: MiB for the process of a trial and the processes that it starts, read 20 times a second, on Linux.
+        Python with metaopt and JAX takes 200 to 300 MiB.
+      budget: seconds for the whole collection; None or `inf` is no limit. No trial begins later. Those that already run
         continue to their end, or their limit, so a collection takes less than one trial's limit longer. Workers on
         other machines should have the same clock. Trials that were about to begin stay "RUNNING" in the store until
         the next call.
-      progress: a bar on the terminal; None shows it in a terminal or a notebook.
+      progress: whether to show a bar; None shows it in a terminal or a notebook.
 
     Returns:
-      The records of these tasks, each "COMPLETE", "PRUNED" or "FAIL", task by task in the order of the trials; without
-      what the budget did not allow.
+      The records of these tasks, each "COMPLETE", "PRUNED" or "FAIL", ordered by task and then by trial. Trials that
+      did not begin within the budget have no record.
 
     Raises:
       ValueError: if an argument is invalid, the store has this study from another space, searcher or key, or another
-        collection of it is under way.
-      FileNotFoundError: the folder of the store does not exist.
-      RuntimeError: a child cannot start, or cannot read the objective or a task.
-      ImportError: joblib or, for isolated trials, cloudpickle is not installed.
+        collection of the study is running.
+      FileNotFoundError: if the folder of the store does not exist.
+      RuntimeError: if a child cannot start, or cannot read the objective or a task.
+      ImportError: if joblib or, for isolated trials, cloudpickle is not installed.
 
     >>> import jax
     >>> from metaopt import spaces, tasks
@@ -265,11 +267,10 @@ def _check_same(known: base.Record, trial: base.Record, store: Any, study: str) 
     """Raises `ValueError` if the store has another trial under this number."""
     if (known.configuration, known.seed) != (trial.configuration, trial.seed):
         raise ValueError(
-            f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed "
-            f"than is asked for now: it comes from another space, searcher, key or `batch_size`, or "
-            "other configurations were enqueued (to try some in the middle of a collection, `enqueue` "
-            "takes `after`, the number of trials that it has). "
-            f"Give this collection another `study` than {study!r}."
+            f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed than the searcher "
+            "proposes now: the store comes from another space, searcher, key or `batch_size`, or other configurations "
+            "were enqueued (to add some in the middle of a collection, `enqueue` takes `after`, the number of trials "
+            f"that it has). Give this collection another `study` than {study!r}."
         )
 
 
@@ -329,10 +330,10 @@ def _identity(record: base.Record) -> tuple:
 
 @contextlib.contextmanager
 def _alone(store, study: str) -> Iterator[None]:
-    """Refuses a second collection of a study: it would run the same trials, and hear of other outcomes.
+    """Raises `ValueError` if another collection of the study is running: it would run the same trials.
 
-    The lock is the system's, on an empty file beside the store: it ends with the process, however that ends, and with
-    what the process has forked (joblib's "multiprocessing"; not its threads, loky, or the children of trials).
+    The operating system locks an empty file next to the store. The lock ends when this process and its forks (joblib's
+    "multiprocessing" workers, or forks made by the objective) have ended. The children of trials do not hold it.
     """
     path = "" if store is None else os.path.realpath(store)  # through every link, it is the same file
     if store is not None and not os.path.isdir(os.path.dirname(path)):
@@ -364,7 +365,7 @@ def _alone(store, study: str) -> Iterator[None]:
 
 
 def _read_ended(store, study, named, retry_failed) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:
-    """How the trials of the study in the store ended at last, and at first; one without an end is queued again."""
+    """The last and the first record with which each trial of the study ended; a trial without one runs again."""
     if store is None or not os.path.exists(store):
         return {}, {}
     rows = read_records(store, study=study, status=_ENDED, history=True)
@@ -423,7 +424,7 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
 
 @contextlib.contextmanager
 def _progress_bar(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
-    """Yields what is called with every record that there is."""
+    """Yields a function to call with every record that has ended."""
     text, counts = "{task.fields[failed]} failed  {task.fields[pruned]} pruned", {"failed": 0, "pruned": 0}
     with progress_bar(total, show, text, **counts) as draw:
         done = 0.0

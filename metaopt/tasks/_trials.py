@@ -91,13 +91,12 @@ def _call_without_forks(objective: ObjectiveFn, trial: Record, task: Any) -> flo
     try:
         return objective(trial, task)
     except BaseException as error:
-        if os.getpid() == process:
-            raise
         code = 1
         if isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        else:
+        elif os.getpid() != process:
             traceback.print_exc()
+        raise
     finally:
         if os.getpid() != process:
             _flush()

@@ -560,16 +560,20 @@ def test_trials_are_asked_for_shortly_before_they_run(monkeypatch, num_workers, 
     def objective(trial, task):
         begun.append(trial)
         most.append(len(asked) - len(begun))
-        time.sleep(0.02)
+        time.sleep(0.01)
+        if len(begun) >= 10:
+            raise Killed
         return 0.0
 
     counting = base.Searcher(inner.init, ask, inner.tell)
     monkeypatch.setattr(_collect, "random_search", lambda: counting)
-    on = TASKS if by_default else {str(task): 0.0 for task in range(200)}
+    on = TASKS if by_default else {str(task): 0.0 for task in range(100)}
     kwargs = {"num_trials": 20_000, "searcher": None if by_default else counting, "num_workers": num_workers}
-    records = collect(objective, on=on, budget=0.3, **kwargs)
-    assert 1 <= len(records) == len(begun) < 100 and max(most) <= 6 * num_workers
-    assert collect(objective, on=on, budget=1e-9, **kwargs) == []
+    with pytest.raises(Killed):
+        collect(objective, on=on, **kwargs)
+    assert max(most) <= 6 * num_workers
+    num_asked = len(asked)
+    assert collect(objective, on=on, budget=1e-9, **kwargs) == [] and len(asked) == num_asked
 
 
 def test_random_search_by_default_runs_the_trials_of_a_plain_loop_within_any_budget(tmp_path):
