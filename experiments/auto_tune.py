@@ -825,7 +825,7 @@ def main(argv=None) -> list[dict]:
         ):
             apply = jax.jit(jax.vmap(lambda w, f, g=which: g.apply(w, base.Task(None, None, f)), in_axes=(None, 0)))
             kept[fold] = apply(weights, jnp.asarray(features))
-        predictors.save(out / f"auto_tune_fold{fold}.npz", g, phi, scaling=scaling_to_json(scaling))
+        predictors.save(out / f"auto_tune_fold{fold}.npz", g, phi, scaling=scaling)
         tail = max(1, config.meta_steps // 5)
         one_history, g_history = histories[fold]
         say(
@@ -1025,10 +1025,6 @@ def train_and_validate(problem, space, config, z, task):
     train = inner.run(problem.loop, config.num_steps, trace_fn=lambda state: ())
     state, _ = train(jax.random.key(0), hyperparams, task.train)
     return problem.outer_loss(problem.loop.params(state), hyperparams, task.valid, problem.loop.context(state))
-
-
-def scaling_to_json(scaling) -> dict:
-    return {name: np.asarray(v).tolist() for name, v in scaling._asdict().items()}
 
 
 if __name__ == "__main__":
