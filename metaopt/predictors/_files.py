@@ -125,6 +125,8 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
         )
     try:
         predictor, space = _networks.from_config(config), spaces.from_json(config["space"])
+        if isinstance(scaling, list):  # earlier versions wrote the fields of a `FeatureScaling` without their names
+            scaling = dict(zip(tasks.FeatureScaling._fields, scaling, strict=True))
         scaling = None if scaling is None else _feature_scaling(scaling)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{os.fspath(path)} does not describe its predictor as it should: {error!r}.") from error

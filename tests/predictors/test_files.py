@@ -72,6 +72,13 @@ def test_bfloat16_comes_back_as_float32(tmp_path):
     chex.assert_trees_all_equal(found, jax.tree.map(lambda x: x.astype(jax.numpy.float32), phi))
 
 
+def test_a_scaling_without_names_of_its_fields_as_earlier_versions_wrote_it(tmp_path):
+    arrays, header = saved(tmp_path / "g.npz")
+    scaling = tasks.FeatureScaling(("n", "m"), (0.5, 1.0), (1.0, 2.0), (False, True))
+    rewrite(tmp_path / "g.npz", arrays, {**header, "scaling": scaling})
+    assert predictors.load(tmp_path / "g.npz").scaling == scaling
+
+
 def test_nothing_in_the_file_is_pickled(tmp_path):
     path = tmp_path / "g.npz"
     arrays, header = saved(path)
