@@ -56,6 +56,7 @@ def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimi
     """
     space, candidates = spaces.to_json(meta_optimizer.space), meta_optimizer.candidates
     header = {"format": _FORMAT, "version": VERSION, "space": space, "candidates": candidates}
+    header |= {name: getattr(meta_optimizer.evidence, name) for name in ("num_records", "effective_tasks")}
     arrays: dict[str, Any] = _arrays("outcome", meta_optimizer.surrogate)
     if meta_optimizer.cost_surrogate is not None:
         arrays |= _arrays("cost", meta_optimizer.cost_surrogate)
@@ -82,7 +83,10 @@ def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
         surrogate = _surrogate("outcome", arrays, num_dims, version)
         has_costs = any(name.startswith("cost") for name in arrays)
         costs = _surrogate("cost", arrays, num_dims, version) if has_costs else None
-        return meta_optimizer(surrogate, costs, space, candidates)
+        counts = {name: header.get(name) for name in ("num_records", "effective_tasks")}  # absent before 2026-12
+        for name, count in counts.items():
+            base.check_positive(name, count, optional=True)
+        return meta_optimizer(surrogate, costs, space, candidates, **counts)
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} does not describe a `MetaOptimizer` as it should: {error}.") from error
 
