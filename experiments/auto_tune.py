@@ -822,7 +822,7 @@ def main(argv=None) -> list[dict]:
         ):
             predict = lambda w, f, g=which: spaces.to_constrained(space, g.apply(w, base.Task(None, None, f)))
             kept[fold] = jax.jit(jax.vmap(predict, in_axes=(None, 0)))(weights, jnp.asarray(features))
-        predictors.save(out / f"auto_tune_fold{fold}.npz", g, phi, scaling=scaling_to_json(scaling))
+        predictors.save(out / f"auto_tune_fold{fold}.npz", g, phi, scaling=scaling)
         tail = max(1, config.meta_steps // 5)
         one_history, g_history = histories[fold]
         say(
@@ -1021,10 +1021,6 @@ def train_and_validate(problem, config, hyperparams, task):
     train = inner.run(problem.loop, config.num_steps, trace_fn=lambda state: ())
     state, _ = train(jax.random.key(0), hyperparams, task.train)
     return problem.outer_loss(problem.loop.params(state), hyperparams, task.valid, problem.loop.context(state))
-
-
-def scaling_to_json(scaling) -> dict:
-    return {name: np.asarray(v).tolist() for name, v in scaling._asdict().items()}
 
 
 if __name__ == "__main__":

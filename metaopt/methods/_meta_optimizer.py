@@ -1,6 +1,7 @@
 """g and h from records of earlier trials: `train_meta_optimizer`, `train_meta_searcher`."""
 
 import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,17 @@ from metaopt.methods._earlier_trials import (
     stands_for_nothing,
     warn_of_foreign,
 )
-from metaopt.methods._meta_search import ROWS, MetaOptimizer, check_rows, encoder, meta_optimizer
+from metaopt.methods._meta_search import (
+    ROWS,
+    MetaOptimizer,
+    check_rows,
+    effective_tasks,
+    encoder,
+    meta_optimizer,
+)
 from metaopt.methods._new_trials import as_configurations
+
+_log = logging.getLogger(__name__)
 
 
 def train_meta_optimizer(
@@ -44,31 +54,46 @@ def train_meta_optimizer(
 ) -> MetaOptimizer:
     """Learns from the records of earlier tasks to predict λ for a new one, and to spend trials on it.
 
-    Three things are learned, each by `training.fit` over `hypergrad.direct` or in closed form: a kernel between
-    configurations, by the marginal likelihood of the tasks' outcomes; what every earlier task says about every
-    configuration, with mean and covariance over tasks (`predictors.surrogate`); and how a task's features weigh
-    earlier tasks, by the regret of what would have been chosen for each task had its family been unknown
-    (`predictors.attention_loss`), as an ensemble of bootstrapped members. With `deep_kernels`, Gaussian processes whose
-    mean and kernel see configurations and the task's features through a network stand beside them: meta-learned by the
-    marginal likelihood of the tasks' outcomes (`predictors.deep_kernel_loss`), and adapted to a new task's trials by a
-    few steps (FSBO). With `transformers`, networks that read the trials of a task as a set, and say what another one
-    will give (`predictors.transformer_loss`), are trained on the outcomes of some trials of earlier tasks given others,
-    and need no adaptation (a prior-fitted network, or transformer neural process). What is expected, and what a trial
-    promises, is then the weighted mean of both; Thompson sampling draws one of the two.
+    It learns three things, each by `training.fit` over `hypergrad.direct` or in closed form:
 
-    `predict` minimizes the weighted mean outcome by gradient descent over the relaxed space from several starts, or
-    over the candidates. The searcher's first trial is the space's default, or with `first=()`, and where candidates do
-    not hold the default, what `predict` says; afterwards it maximizes an acquisition function under
-    `predictors.posterior`, in the same way (without candidates every fourth trial is a random one, with them every
-    eighth is the one that is farthest from all before: what is held for no better might never be tried); for a batch,
-    and while trials run, what a trial adds to those that run (`predictors.batch_expected_improvement`). Records of
-    unrelated tasks lose their weight after a few trials (in the mixture: the share of transformers stays). Outcomes of
-    earlier tasks are normalized one task at a time; a new task's are expected on the scales of theirs, and on the scale
-    that fits its own trials best, should its units be others. A task whose trials all have one outcome, such as a task
-    with one trial, says nothing of what is better, and is left out. A trial of the new task that failed is expected to
-    have given what is no better than the worst one that did not (`predictors.censored_mean`); transformers read, and
-    predict, that trials fail. Of many trials they look at the best, the latest failures and the latest, as many as they
-    were trained with (at most `predictors.MAX_SHOWN`), and at what runs as if it had given what the mixture expects.
+    - a kernel between configurations, by the marginal likelihood of the tasks' outcomes;
+    - the outcomes of every configuration on every earlier task, with mean and covariance over tasks
+      (`predictors.surrogate`);
+    - how a task's features weigh earlier tasks, by the regret of the configuration that would have been chosen for each
+      task with its family left out (`predictors.attention_loss`), as an ensemble of bootstrapped members.
+
+    `deep_kernels` adds Gaussian processes whose mean and kernel see configurations and the task's features through a
+    network. They are meta-learned by the marginal likelihood of the tasks' outcomes (`predictors.deep_kernel_loss`) and
+    adapted to a new task's trials by a few steps (FSBO). `transformers` adds networks that read the trials of a task as
+    a set and predict the outcome of another trial (`predictors.transformer_loss`). They need no adaptation (a
+    prior-fitted network, or transformer neural process). Expected outcomes and acquisition values are then weighted
+    means of both; Thompson sampling draws one of the two.
+
+    `predict` minimizes, by gradient descent over the relaxed space from several starts, or over the candidates,
+
+        w m(c) + (1 − w) √v (1 − k(c, c₀)),    w = E / (E + 7),
+
+    where m is the weighted mean outcome, c₀ the space's default, k the kernel, v the variance of outcomes within a
+    task, and E the number of earlier tasks, in which a task with few trials counts as a part of one. So the records of
+    one or two tasks give the default or a configuration near it, and with many tasks `predict` returns the minimum of
+    m. `MetaOptimizer.evidence` has the numbers, and the log warns if w < 0.5. If candidates do not hold the default,
+    w is 1.
+
+    The searcher's first trial is the space's default. With `first=()`, or if candidates do not hold the default, it is
+    the configuration of `predict`. Later trials maximize an acquisition function under `predictors.posterior` in the
+    same way. Without candidates every fourth trial is random; with them every eighth is the one farthest from all
+    earlier trials. Both try configurations that the surrogate underrates. In a batch, and while trials run, the
+    acquisition is the improvement in addition to that of the running trials
+    (`predictors.batch_expected_improvement`).
+
+    Records of unrelated tasks lose their weight after a few trials, except in the share of transformers. Outcomes of
+    earlier tasks are normalized one task at a time. Outcomes of a new task are expected on the scales of earlier tasks,
+    and on the scale that fits its own trials best, in case its units differ. A task whose trials all have one outcome,
+    such as a task with one trial, does not say which configuration is better, and is left out. A failed trial of the
+    new task is treated as censored: its expected outcome is no better than the worst finite one
+    (`predictors.censored_mean`). Transformers read and predict failures. They read the best trials, the latest failures
+    and the latest trials, as many as they were trained with (at most `predictors.MAX_SHOWN`), and running trials with
+    the outcomes that the mixture expects.
 
     Args:
       records: trials of earlier tasks, or a data frame of them (`tasks.records_to_frame`): complete ones at full
@@ -123,12 +148,14 @@ def train_meta_optimizer(
     >>> import jax
     >>> from metaopt import Record, methods, spaces
     >>> space = {"x": spaces.interval(0.0, 1.0)}
-    >>> bests = {f"task {i}": i / 7 for i in range(8)}  # here a task's feature says where its best is
+    >>> bests = {f"task {i}": i / 29 for i in range(30)}  # here a task's feature says where its best is
     >>> loss = lambda configuration, best: (configuration["x"] - best) ** 2
     >>> tried = [{"x": i / 10} for i in range(11)]
     >>> records = [Record(name, c, loss(c, best)) for name, best in bests.items() for c in tried]
     >>> features = {name: [best] for name, best in bests.items()}
     >>> g = methods.train_meta_optimizer(records, space=space, features=features, num_members=2, num_steps=60)
+    >>> g.evidence.num_tasks, g.evidence.num_records, round(g.evidence.weight, 1)
+    (30, 330, 0.8)
     >>> new_task = [0.8]  # its features, or `base.Task(train, valid, features)`
     >>> configuration = g.predict(new_task)
     >>> abs(configuration["x"] - 0.8) < 0.1
@@ -169,6 +196,7 @@ def train_meta_optimizer(
         # What a configuration has for itself can be found out in a finite set alone: in a continuum every new point
         # would promise it, next to the best one too.
         kernel = kernel._replace(logit_smooth=jnp.maximum(kernel.logit_smooth, 5.0))
+    num_records, num_effective = sum(len(task.y) for task in trials), effective_tasks(trials, kernel, space, candidates)
     known = features_by_task(names, features)
     if families is not None and not any(name in families for name in names):
         raise ValueError(f"`families` has none of the records' tasks, {some(names)}; its keys are {some(families)}.")
@@ -196,7 +224,16 @@ def train_meta_optimizer(
         kernel = _fit_kernel(jax.random.fold_in(key, 5), trials, num_steps)
         kernel = kernel._replace(logit_smooth=jnp.maximum(kernel.logit_smooth, 5.0))
         cost_surrogate = predictors.surrogate(trials, kernel, _reference(reference_key, trials, max_reference))
-    return meta_optimizer(surrogate, cost_surrogate, space, candidates)
+    counts = {"num_records": num_records, "effective_tasks": num_effective}
+    g = meta_optimizer(surrogate, cost_surrogate, space, candidates, **counts)
+    if g.evidence.weight < 0.5:
+        _log.warning(
+            "g has learned from %d tasks with %d records, worth %.1f tasks on which every configuration was tried. "
+            "`predict` returns the default or a configuration near it: the records have a weight of %.2f "
+            "(`MetaOptimizer.evidence`).",
+            *g.evidence,
+        )
+    return g
 
 
 def train_meta_searcher(
