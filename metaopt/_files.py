@@ -196,7 +196,12 @@ class Npz:
             raise ValueError(f"it has no array {name!r}; it has {', '.join(self.specs)}")
         with self._archive.open(f"{name}.npy") as stream:
             array = np.lib.format.read_array(stream, allow_pickle=False)
-        return array.astype(array.dtype.newbyteorder("="), copy=False)  # JAX has no other byte order
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)  # JAX has no other byte order
+        if array.dtype.kind == "U":
+            codes = np.frombuffer(array.tobytes(), np.uint32)
+            if ((codes > 0x10FFFF) | (codes >> 11 == 0xD800 >> 11)).any():
+                raise ValueError(f"the array {name} has texts that are not Unicode")
+        return array
 
     def header(self) -> dict[str, Any]:
         """The JSON object that is in the array "header"; the array is no longer among `specs`."""

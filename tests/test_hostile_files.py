@@ -2,6 +2,7 @@
 
 import base64
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import math
 import pickle
 import random
 import re
+import sqlite3
 import struct
 import time
 import tracemalloc
@@ -908,6 +910,19 @@ def test_a_table_of_nas_bench_101_has_few_numbers_of_epochs(tmp_path):
     (tmp_path / "nasbench.tfrecord").write_bytes(b"".join(framed(line.encode()) for line in lines))
     with pytest.raises(ValueError, match="more than 10 different numbers of epochs"):
         nas.read_nas_bench_101(tmp_path / "nasbench.tfrecord")
+
+
+def test_a_store_has_a_table_and_no_view_without_end(tmp_path):
+    file = tmp_path / "trials.db"
+    write_store(tmp_path)
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        columns = ", ".join(row[1] for row in connection.execute("PRAGMA table_info(records)"))
+        connection.execute("DROP TABLE records")
+        numbers = "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers)"
+        row = "n, '', 't', '{}', 0.0, 1.0, 0.0, 0, 'COMPLETE', n, ''"
+        connection.execute(f"CREATE VIEW records({columns}) AS {numbers} SELECT {row} FROM numbers")
+    with pytest.raises(ValueError, match="trials.db is not a file of records: `records` is a view"):
+        tasks.read_records(file)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
