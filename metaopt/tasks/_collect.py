@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import _locks, base
-from metaopt.progress import progress_bar
+from metaopt.progress import report_progress
 from metaopt.tasks._random_search import random_search
 from metaopt.tasks._records import append_records, read_records
 from metaopt.tasks._trials import ObjectiveFn, end_children, memory_is_known, run_here, run_isolated
@@ -104,7 +104,8 @@ def collect(
       budget: seconds in all, after which no trial begins; those that run then go on to their end, or their limit: a
         collection takes less than one trial's limit more (by this machine's clock, which workers on others should
         share). Trials that were about to begin stay "RUNNING" in the store, until the next call.
-      progress: a bar on the terminal; None shows it in a terminal or a notebook.
+      progress: None reports trials on standard error: by a bar in a terminal or notebook, and elsewhere by a line every
+        10 s. True prints also a line at the end of a short collection; False reports nothing.
 
     Returns:
       The records of these tasks, each "COMPLETE", "PRUNED" or "FAIL", task by task in the order of the trials; without
@@ -163,7 +164,7 @@ def collect(
     asking, spent = set(named), dict.fromkeys(named, 0.0)
     paid: dict[tuple[str, int], float] = {}  # the highest fidelity of each trial, where it resumes
     try:
-        with _alone(store, study), _progress_bar(num_trials * len(named), progress) as show:
+        with _alone(store, study), _progress(num_trials * len(named), progress) as show:
             # What its searcher heard of a trial is how it ended at first.
             ended, heard = _read_ended(store, study, named, retry_failed)
             while asking:
@@ -346,17 +347,17 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
 
 
 @contextlib.contextmanager
-def _progress_bar(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
-    """Yields what is called with every record that there is."""
-    text, counts = "{task.fields[failed]} failed  {task.fields[pruned]} pruned", {"failed": 0, "pruned": 0}
-    with progress_bar(total, show, text, **counts) as draw:
+def _progress(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
+    """Yields a function that counts a record, one that the store already had included."""
+    counts = {"failed": 0, "pruned": 0}
+    with report_progress(total, show, "{failed} failed, {pruned} pruned", unit="trial", **counts) as report:
         done = 0.0
 
-        def update(record):
+        def count(record):
             nonlocal done
             done += record.fidelity
             counts["failed"] += record.status == "FAIL"
             counts["pruned"] += record.status == "PRUNED"
-            draw(done, **counts)
+            report(done, **counts)
 
-        yield update
+        yield count
