@@ -33,6 +33,8 @@ def run(main: Callable[[], Any]) -> Any:
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
     """Prints a line every 10 s if standard error is not a terminal: the place in the script, and the step of `fit`."""
+    if not sys.stderr.isatty():
+        print(f"{Path(sys.argv[0]).name} begins", file=sys.stderr, flush=True)
     with report_progress(None, False if sys.stderr.isatty() else None, "{place}", place=_Place()):
         yield
 
@@ -45,7 +47,7 @@ class _Place:
         place, compiling = "", False
         while frame is not None:
             path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
-            if path.parts[-3:-1] == ("jax", "_src") and path.stem in ("compiler", "mlir", "partial_eval"):
+            if path.stem in ("compiler", "mlir", "partial_eval") and {"jax", "_src"} <= set(path.parts):
                 place, compiling = "", True  # frames inside are of functions that JAX traces
             elif not place and path.parent == Path(__file__).parent and path != Path(__file__) and name[0] != "<":
                 place = f"{name} ({path.name}:{frame.f_lineno})"

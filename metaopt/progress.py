@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-EVERY = 9.0  # seconds between two lines; a tick later these are 10
+EVERY = 8.0  # seconds between two lines, and up to 10 until the next tick on a busy machine
 SOON = 2.0  # seconds after which a compilation has its first line
 HINT_AFTER = 5.0  # seconds of a compilation after which JAX's cache is mentioned
 HINT = (
@@ -84,7 +84,7 @@ class Display:
     def add(self, report: Report) -> None:
         with self.lock:
             if not self.reports:
-                self.last_line, self.bars = self.clock(), _bars()
+                self.last_line, self.bars = report.began, _bars()
                 self.stop.enter_context(_ticking(self.tick, self.tick_every) if self.bars is None else self.bars)
             self.reports.append(report)
             if self.bars is not None and report.total is not None:
