@@ -1,4 +1,4 @@
-"""Reports what a long call does: bars in a terminal or notebook, and lines on standard error elsewhere."""
+"""Progress reports of long calls: bars in a terminal or notebook, and lines on standard error elsewhere."""
 
 import contextlib
 import math
@@ -36,7 +36,7 @@ class Report:
 
     @contextlib.contextmanager
     def during(self, name: str, *, compiles: bool = False) -> Iterator[None]:
-        """Names what is done inside the context besides steps, such as "evaluating"."""
+        """Names a phase of the call besides its steps, such as "evaluating"."""
         outer, self.phase = self.phase, (name, self.display.clock(), compiles)
         try:
             yield
@@ -52,13 +52,13 @@ class Report:
         self.display.compiled(self, program, began)
 
     def __str__(self) -> str:
-        """The text beside a bar."""
+        """The phase and its time, or the values of the last step."""
         if self.phase is None:
             return self.text.format(**self.fields)
         return f"{self.phase[0]}, {_duration(self.display.clock() - self.phase[1])}"
 
     def line(self) -> str:
-        """The text in a log."""
+        """The line in a log: steps, values, time, and time left."""
         now, parts = self.display.clock(), [str(self)]
         if self.total is not None and (self.phase is None or self.completed > 0):
             parts.insert(0, f"{self.unit} {self.completed:.6g}/{self.total:.6g}")
@@ -99,7 +99,7 @@ class Display:
             bar = self.bar_of.pop(report, None)
             if not self.reports:
                 self.stop.close()
-            elif bar is not None:
+            elif self.bars is not None and bar is not None:
                 self.bars.remove_task(bar)
 
     def update(self, report: Report) -> None:
@@ -153,12 +153,12 @@ def report_progress(
     if there was one before. Calls may be nested.
 
     Args:
-      total: the number of steps; None if they are not counted, and there is no bar.
+      total: the number of steps. None if the call has no steps to count; then it has no bar either.
       show: False reports nothing; True has a line at the end in any case; None is the default.
       text: the values of the last step, with places such as "value {value:.3g}".
-      unit: what is counted.
-      start: the steps that an earlier, interrupted run has done.
-      display: where it is shown.
+      unit: the name of a step, such as "trial".
+      start: the steps of an earlier, interrupted run.
+      display: tests have their own; all reports of a process share one.
       **fields: the first values for these places.
 
     Returns:

@@ -1,5 +1,6 @@
 """Lines in a log and bars in a terminal: the clock is set by hand, and no test waits."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -135,6 +136,10 @@ def test_nested_reports_share_a_line(log):
     assert log.lines()[0] == "learning the kernel, 8 s: trial 0/20, value nan, 3 s"
 
 
+def no_state(key, hyperparams, task):
+    return ()
+
+
 def test_the_thread_ends_also_if_a_compilation_raises(capsys):
     threads = lambda: [thread for thread in threading.enumerate() if thread.name == "progress"]
     running = []
@@ -143,7 +148,7 @@ def test_the_thread_ends_also_if_a_compilation_raises(capsys):
         running.extend(threads())
         raise ArithmeticError("at trace time")
 
-    learner = training.learner(base.Estimator(lambda *args: (), estimate, kind="exact"), optax.sgd(0.1))
+    learner = training.learner(base.Estimator(no_state, estimate, kind="exact"), optax.sgd(0.1))
     with pytest.raises(ArithmeticError):
         training.fit(learner, lambda key: 1.0, hyperparams=1.0, num_steps=1, key=KEY)
     assert len(set(running)) == 1 and threads() == []
@@ -166,7 +171,7 @@ def fit(tick=lambda: None, **kwargs):
         tick()
         return base.Estimate(hyperparams**2, 2 * hyperparams, jnp.array(True), {}), state
 
-    learner = training.learner(base.Estimator(lambda *args: (), estimate, kind="exact"), optax.sgd(0.0))
+    learner = training.learner(base.Estimator(no_state, estimate, kind="exact"), optax.sgd(0.0))
     options = {"hyperparams": 2.0, "num_steps": 5, "key": KEY}
     return training.fit(learner, lambda key: 1.0, **options | kwargs)
 
@@ -285,8 +290,7 @@ def main(tick):
 def test_a_script_reports_its_place_in_a_log(capsys, always, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     monkeypatch.setattr(sys, "argv", ["job.py"])
-    import script
-
+    script = importlib.import_module("script")
     job = {}
     exec(compile(JOB, str(ROOT / "experiments" / "job.py"), "exec"), job)
     script.run(lambda: job["main"](always))

@@ -349,9 +349,8 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
 @contextlib.contextmanager
 def _progress(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
     """Yields a function that counts a record, one that the store already had included."""
-    counts = {"failed": 0, "pruned": 0}
-    with report_progress(total, show, "{failed} failed, {pruned} pruned", unit="trial", **counts) as report:
-        done = 0.0
+    done, counts = 0.0, {"failed": 0, "pruned": 0}
+    with report_progress(total, show, "{failed} failed, {pruned} pruned", unit="trial", failed=0, pruned=0) as report:
 
         def count(record):
             nonlocal done
