@@ -30,6 +30,7 @@ from metaopt.methods._meta_search import (
     meta_optimizer,
 )
 from metaopt.methods._new_trials import as_configurations
+from metaopt.progress import report_progress
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def train_meta_optimizer(
     transformers: int = 0,
     transformer_share: float = 0.5,
     costs: bool = False,
+    progress: bool | None = None,
     key: jax.Array | None = None,
 ) -> MetaOptimizer:
     """Learns from the records of earlier tasks to predict λ for a new one, and to spend trials on it.
@@ -128,6 +130,7 @@ def train_meta_optimizer(
         says what failed and running trials are taken to give.
       costs: also learn what trials cost, as the logarithm of a record's `cost` up to a factor for each task, for
         `searcher(acquisition="ei_per_cost")`: expected improvement per predicted cost (Snoek et al., 2012).
+      progress: as for `training.fit`, of each part.
       key: what everything random follows from; `jax.random.key(0)` by default.
 
     Returns:
@@ -191,7 +194,7 @@ def train_meta_optimizer(
     warn_of_foreign(space, records)
     encode = encoder(space)
     names, trials = by_task(records, encode)
-    kernel = _fit_kernel(kernel_key, trials, num_steps)
+    kernel = _fit_kernel(kernel_key, trials, num_steps, progress)
     if candidates is None:
         # What a configuration has for itself can be found out in a finite set alone: in a continuum every new point
         # would promise it, next to the best one too.
@@ -204,24 +207,28 @@ def train_meta_optimizer(
     family = [name if families is None else families.get(name, name) for name in names]
     if datasets is not None:
         rows = _stacked_rows(names, datasets)
-        surrogate = _fit_embedding(attention_key, surrogate, rows, family, num_members, num_steps)
+        surrogate = _fit_embedding(attention_key, surrogate, rows, family, num_members, num_steps, progress)
     elif known is not None:
-        attention = _fit_attention(attention_key, surrogate, family, num_members, num_steps)
+        attention = _fit_attention(attention_key, surrogate, family, num_members, num_steps, progress)
         surrogate = surrogate._replace(attention=attention)
     if deep_kernels:
-        deep = _fit_deep_kernels(jax.random.fold_in(key, 3), trials, surrogate.features, deep_kernels, 4 * num_steps)
+        deep = _fit_deep_kernels(
+            jax.random.fold_in(key, 3), trials, surrogate.features, deep_kernels, 4 * num_steps, progress
+        )
         if candidates is None:
             deep = deep._replace(logit_smooth=jnp.maximum(deep.logit_smooth, 5.0))
         surrogate = surrogate._replace(deep=deep, deep_share=float(deep_share))
     if transformers:
         networks_key = jax.random.fold_in(key, 4)
-        networks, num_shown = _fit_transformers(networks_key, trials, surrogate, family, transformers, 4 * num_steps)
+        networks, num_shown = _fit_transformers(
+            networks_key, trials, surrogate, family, transformers, 4 * num_steps, progress
+        )
         share = float(transformer_share)
         surrogate = surrogate._replace(transformers=networks, transformer_share=share, max_shown=num_shown)
     cost_surrogate = None
     if costs:
         trials = costs_by_task(records, encode)
-        kernel = _fit_kernel(jax.random.fold_in(key, 5), trials, num_steps)
+        kernel = _fit_kernel(jax.random.fold_in(key, 5), trials, num_steps, progress)
         kernel = kernel._replace(logit_smooth=jnp.maximum(kernel.logit_smooth, 5.0))
         cost_surrogate = predictors.surrogate(trials, kernel, _reference(reference_key, trials, max_reference))
     counts = {"num_records": num_records, "effective_tasks": num_effective}
@@ -299,7 +306,7 @@ def _reference(key, trials, max_reference: int) -> np.ndarray:
     return tried
 
 
-def _fit_kernel(key, trials, num_steps: int) -> predictors.Kernel:
+def _fit_kernel(key, trials, num_steps: int, progress: bool | None) -> predictors.Kernel:
     """By the marginal likelihood of some trials of some tasks at every step."""
     num_dims = trials[0].x.shape[1]
     start = predictors.Kernel(jnp.full(num_dims, -0.5), jnp.array(2.0), jnp.log(jnp.array(0.1)))
@@ -311,7 +318,7 @@ def _fit_kernel(key, trials, num_steps: int) -> predictors.Kernel:
         return x, (y - (y * mask).sum() / mask.sum()) * mask, mask
 
     sample_tasks = _sample_trials(usable, 64, center)
-    return _fit(_kernel_learner, sample_tasks, start, num_steps, key)
+    return _fit("the kernel", _kernel_learner, sample_tasks, start, num_steps, key, progress)
 
 
 # Learners are kept for the next training of as many tasks and configurations, from another key or of other records:
@@ -365,15 +372,19 @@ def _embedding_learner(shapes) -> training.Learner:
     return training.learner(hypergrad.direct(loss), rates)
 
 
-def _fit(make_learner, sample_tasks, start, num_steps: int, key, *settings):
-    """What the learner makes of `start`."""
+def _fit(part: str, make_learner, sample_tasks, start, num_steps: int, key, progress: bool | None, *settings):
+    """The parameters after training from `start`; `part` is their name in a log."""
     leaves, structure = jax.tree.flatten((start, sample_tasks(key)))
     learner = make_learner((structure, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)), *settings)
-    fitted = training.fit(learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=key, progress=False)
+    options = {"hyperparams": start, "num_steps": num_steps, "key": key, "progress": progress}
+    with report_progress(None, progress, f"learned {part}") as report, report.during(f"learning {part}"):
+        fitted = training.fit(learner, sample_tasks, **options)
     return fitted.hyperparams
 
 
-def _fit_deep_kernels(key, trials, features, num_members: int, num_steps: int) -> predictors.DeepKernel:
+def _fit_deep_kernels(
+    key, trials, features, num_members: int, num_steps: int, progress: bool | None
+) -> predictors.DeepKernel:
     """By the same likelihood, of few trials as of many, and with the task's features or without."""
     init_key, fit_key = jax.random.split(key)
     usable = np.array([s for s, task in enumerate(trials) if np.isfinite(task.y).sum() > 1])
@@ -389,10 +400,10 @@ def _fit_deep_kernels(key, trials, features, num_members: int, num_steps: int) -
         return (x, y, mask * few), features[usable[s]] * (rng.random() < 0.8)
 
     sample_tasks = _sample_trials([trials[s] for s in usable], 32, with_features)
-    return _fit(_deep_kernel_learner, sample_tasks, start, num_steps, fit_key, num_steps)
+    return _fit("deep kernels", _deep_kernel_learner, sample_tasks, start, num_steps, fit_key, progress, num_steps)
 
 
-def _fit_transformers(key, trials, surrogate, family, num_members: int, num_steps: int):
+def _fit_transformers(key, trials, surrogate, family, num_members: int, num_steps: int, progress: bool | None):
     """On outcomes of some trials of a task, given others: none, a few or many, and good ones more often. Also returns
     how many trials they have seen of a task at most."""
     init_key, start_key, fit_key = jax.random.split(key, 3)
@@ -437,7 +448,9 @@ def _fit_transformers(key, trials, surrogate, family, num_members: int, num_step
         counts += np.bincount(at[np.asarray(asked[2]) > 0], minlength=len(counts))
     start = start._replace(head_bias=start.head_bias + jnp.log(jnp.asarray(counts / counts.sum()))[None])
 
-    return _fit(_transformer_learner, sample_tasks, start, num_steps, fit_key, num_steps), num_shown
+    return _fit(
+        "transformers", _transformer_learner, sample_tasks, start, num_steps, fit_key, progress, num_steps
+    ), num_shown
 
 
 def mean_of_others(functions: np.ndarray, left_out: np.ndarray) -> np.ndarray:
@@ -464,14 +477,14 @@ def _sample_trials(trials, num_trials: int, make, *, num_tasks: int = 16):
     return sample_tasks
 
 
-def _fit_attention(key, surrogate, family, num_members: int, num_steps: int):
+def _fit_attention(key, surrogate, family, num_members: int, num_steps: int, progress: bool | None):
     """An ensemble whose members see the families with weights of their own."""
     init_key, boot_key, fit_key = jax.random.split(key, 3)
     data = _attention_data(boot_key, surrogate, family, num_members)
     if data is None:
         return predictors.init_attention(init_key, 0, surrogate.features.shape[1])
     start = predictors.init_attention(init_key, num_members, surrogate.features.shape[1])
-    return _fit(_attention_learner, lambda key: data, start, num_steps, fit_key)
+    return _fit("the weights of tasks", _attention_learner, lambda key: data, start, num_steps, fit_key, progress)
 
 
 def _attention_data(key, surrogate, family, num_members: int):
@@ -489,7 +502,9 @@ def _attention_data(key, surrogate, family, num_members: int):
     }
 
 
-def _fit_embedding(key, surrogate, rows, family, num_members: int, num_steps: int, *, num_tasks: int = 32):
+def _fit_embedding(
+    key, surrogate, rows, family, num_members: int, num_steps: int, progress: bool | None, *, num_tasks: int = 32
+):
     """The embedding of rows and what weighs tasks by it, together: each step sees some tasks, whose families are left
     out among themselves."""
     init_key, boot_key, fit_key, embedding_key = jax.random.split(key, 4)
@@ -512,7 +527,9 @@ def _fit_embedding(key, surrogate, rows, family, num_members: int, num_steps: in
             some |= {"weights": weights / weights.sum(1, keepdims=True)}
             return some, jax.tree.map(lambda leaf: leaf[at], rows)
 
-        attention, params = _fit(_embedding_learner, sample_tasks, (attention, params), num_steps, fit_key)
+        attention, params = _fit(
+            "the embedding of rows", _embedding_learner, sample_tasks, (attention, params), num_steps, fit_key, progress
+        )
     found, center, scale = _embed_all(params, rows)
     return surrogate._replace(
         attention=attention,

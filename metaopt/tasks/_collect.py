@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import _locks, base
-from metaopt.progress import progress_bar
+from metaopt.progress import report_progress
 from metaopt.tasks._random_search import random_search
 from metaopt.tasks._records import append_records, read_records
 from metaopt.tasks._trials import ObjectiveFn, end_children, memory_is_known, run_here, run_isolated
@@ -110,7 +110,8 @@ def collect(
         continue to their end, or their limit, so a collection takes less than one trial's limit longer. Workers on
         other machines should have the same clock. Trials that were about to begin stay "RUNNING" in the store until
         the next call.
-      progress: whether to show a bar; None shows it in a terminal or a notebook.
+      progress: None reports trials on standard error: by a bar in a terminal or notebook, and elsewhere by a line every
+        10 s. True prints also a line at the end of a short collection; False reports nothing.
 
     Returns:
       The records of these tasks, each "COMPLETE", "PRUNED" or "FAIL", ordered by task and then by trial. Trials that
@@ -168,7 +169,7 @@ def collect(
         _TaskSearch(name, searcher, searcher.init(task_key(name), space), num_trials, resumes) for name in named
     ]
     try:
-        with _alone(store, study), _progress_bar(num_trials * len(named), progress) as show:
+        with _alone(store, study), _progress(num_trials * len(named), progress) as show:
 
             def read(known, trial):
                 _check_same(known, trial, store, study)
@@ -413,17 +414,16 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
 
 
 @contextlib.contextmanager
-def _progress_bar(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
-    """Yields a function to call with every record that has ended."""
-    text, counts = "{task.fields[failed]} failed  {task.fields[pruned]} pruned", {"failed": 0, "pruned": 0}
-    with progress_bar(total, show, text, **counts) as draw:
-        done = 0.0
+def _progress(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
+    """Yields a function that counts a record, one that the store already had included."""
+    done, counts = 0.0, {"failed": 0, "pruned": 0}
+    with report_progress(total, show, "{failed} failed, {pruned} pruned", unit="trial", failed=0, pruned=0) as report:
 
-        def update(record):
+        def count(record):
             nonlocal done
             done += record.fidelity
             counts["failed"] += record.status == "FAIL"
             counts["pruned"] += record.status == "PRUNED"
-            draw(done, **counts)
+            report(done, **counts)
 
-        yield update
+        yield count

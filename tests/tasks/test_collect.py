@@ -328,10 +328,10 @@ def test_a_trial_at_a_fraction_of_the_budget_counts_as_much():
     assert [record.trial for record in records] == [0, 0, 1, 1, 2, 2]
 
 
-def test_the_bar_counts_trials_and_what_became_of_them(capsys):
+def test_progress_counts_trials_and_failures(capsys):
     fails = lambda trial, task: math.nan if trial.trial else 1.0
     collect(fails, num_trials=3, progress=True)
-    assert "6/6" in (shown := capsys.readouterr().err) and "4 failed  0 pruned" in shown
+    assert "trial 6/6, 4 failed, 0 pruned" in capsys.readouterr().err
     collect(fails, num_trials=3)
     assert capsys.readouterr().err == ""  # no terminal
 
