@@ -79,7 +79,7 @@ FEW = {"space": {"x": SPACE["x"]}, "num_members": 1, "num_steps": 0}
 
 def test_few_records_give_the_default_or_a_configuration_near_it_and_many_their_best(caplog):
     predicted = []
-    for num_tasks, num_trials in ((1, 3), (3, 3), (3, 8), (12, 8), (300, 8)):
+    for num_tasks, num_trials in ((1, 3), (3, 8), (300, 8)):
         caplog.clear()
         g = methods.train_meta_optimizer(few_records(num_tasks, num_trials), **FEW)
         evidence = g.evidence
