@@ -46,10 +46,10 @@ class _Place:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         place, compiling = "", False
         while frame is not None:
-            path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+            path, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname.replace(".<locals>", "")
             if path.stem in ("compiler", "mlir", "partial_eval") and {"jax", "_src"} <= set(path.parts):
                 place, compiling = "", True  # frames inside are of functions that JAX traces
-            elif not place and path.parent == Path(__file__).parent and path != Path(__file__) and name[0] != "<":
+            elif not place and path.parent == Path(__file__).parent and path != Path(__file__) and "<" not in name:
                 place = f"{name} ({path.name}:{frame.f_lineno})"
             frame = frame.f_back
         return f"compiling in {place}" if compiling else place or Path(sys.argv[0]).name
