@@ -1,7 +1,7 @@
 """Files that anybody may have written: arrays, JSON and compressed data, checked before they take memory.
 
-A reader opens its file inside `reading`: what a damaged file makes Python raise becomes one `ValueError` with the path.
-Nothing is unpickled or executed. Files are written as a whole, or not at all.
+A reader opens its file inside `reading`, which turns the exceptions of a damaged file into one `ValueError` with the
+path. Nothing is unpickled or executed. A write either replaces the whole file or leaves the old one.
 """
 
 import bz2
@@ -50,11 +50,11 @@ _DAMAGE = (
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str], fault: str) -> Iterator[None]:
-    """Turns whatever a damaged file makes its reader raise into a `ValueError` that names the file.
+    """Turns the exceptions that a damaged file causes into a `ValueError` that names the file.
 
     Args:
       path: of the file.
-      fault: what is then true of the file, such as "is not a predictor that `predictors.save` wrote".
+      fault: the predicate of the message, such as "is not a predictor that `predictors.save` wrote".
 
     Raises:
       ValueError: "{path} {fault}: {reason}".
@@ -79,7 +79,7 @@ def reading(path: str | os.PathLike[str], fault: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of the one at `path` at the end; after an error the old one is left as it was.
+    """Opens a new file that replaces the one at `path` at the end. After an error the old file is unchanged.
 
     Args:
       path: of the file.
@@ -161,7 +161,7 @@ def unpacked_limit(packed: int) -> int:
 
 
 class Spec(NamedTuple):
-    """What the header of an array says."""
+    """Shape and type of an array, from its header."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -196,7 +196,12 @@ class Npz:
             raise ValueError(f"it has no array {name!r}; it has {', '.join(self.specs)}")
         with self._archive.open(f"{name}.npy") as stream:
             array = np.lib.format.read_array(stream, allow_pickle=False)
-        return array.astype(array.dtype.newbyteorder("="), copy=False)  # JAX has no other byte order
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)  # JAX has no other byte order
+        if array.dtype.kind == "U":
+            codes = np.frombuffer(array.tobytes(), np.uint32)
+            if ((codes > 0x10FFFF) | (codes >> 11 == 0xD800 >> 11)).any():
+                raise ValueError(f"the array {name} has texts that are not Unicode")
+        return array
 
     def header(self) -> dict[str, Any]:
         """The JSON object that is in the array "header"; the array is no longer among `specs`."""
@@ -266,7 +271,7 @@ def check_finite(name: str, array: np.ndarray, *, missing: bool = False) -> None
     Args:
       name: of the array.
       array: of numbers.
-      missing: whether NaN is allowed: it then says that there is no value.
+      missing: whether NaN is allowed, as the mark of a missing value.
     """
     with np.errstate(invalid="ignore"):
         fine = np.abs(array) <= np.finfo(np.float32).max

@@ -54,7 +54,7 @@ def test_auto_tune_smoke(tmp_path):
     assert "the committed table of the full run, which this run did not compute" in printed
 
     saved = predictors.load(tmp_path / "auto_tune_fold0.npz")
-    features = np.zeros(len(saved.scaling["names"]), np.float32)
+    features = np.zeros(len(saved.scaling.names), np.float32)
     z = saved.predictor.apply(saved.meta_params, base.Task(None, None, features))
     hyperparams = spaces.to_constrained(saved.space, z)
     assert set(hyperparams) == set(saved.space) and 3e-4 < hyperparams["rate"] < 1e-1

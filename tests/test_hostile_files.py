@@ -2,6 +2,7 @@
 
 import base64
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import math
 import pickle
 import random
 import re
+import sqlite3
 import struct
 import time
 import tracemalloc
@@ -29,7 +31,7 @@ KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 SPACE = {"rate": spaces.interval(1e-3, 1.0, log=True), "op": spaces.choice(["a", "b"]), "rest": [spaces.fixed(0.5)]}
 NUM_FILES = 1000
-SECONDS, MEGABYTES = 5.0, 150  # for one file of some kilobytes
+SECONDS, MEGABYTES = 5.0, 60  # of the processor, and of memory, for one file of some kilobytes
 
 
 class Case(NamedTuple):
@@ -39,14 +41,14 @@ class Case(NamedTuple):
       write: `(folder) -> None`.
       read: `(folder) -> object`.
       kind: the type of the object, or of the items of a list.
-      finite: whether all floats of the object must be finite.
+      numbers: of the object: "finite", "missing" if they may be NaN, or "any".
       share: of the files, in comparison with the other readers.
     """
 
     write: Any
     read: Any
     kind: Any
-    finite: bool = True
+    numbers: str = "finite"
     share: float = 1.0
 
 
@@ -165,18 +167,18 @@ def write_predictor(folder):
 
 
 def write_meta_optimizer(folder):
-    kernel = predictors.Kernel(np.zeros(3), np.zeros(()), np.zeros(()))
+    kernel = predictors.Kernel(*map(jax.numpy.zeros, (3, (), ())))
     trials = [predictors.TaskTrials(RNG.uniform(size=(4, 3)), RNG.uniform(size=4)) for _ in range(2)]
     surrogate = predictors.surrogate(trials, kernel, trials[0].x, features=RNG.normal(size=(2, 2)))
-    save = SimpleNamespace(space=SPACE, candidates=None, surrogate=surrogate, cost_surrogate=None)
-    methods.save_meta_optimizer(folder / "g.npz", save)
+    learned: Any = SimpleNamespace(space=SPACE, candidates=None, surrogate=surrogate, cost_surrogate=None)
+    methods.save_meta_optimizer(folder / "g.npz", learned)
 
 
 def write_cell_searcher(folder):
     candidates, encoder = [{"e": "a"}, {"e": "b"}, {"e": "c"}], predictors.cell_encoder(3, 2, width=4, num_layers=1)
     scores = predictors.score_prior([(np.eye(3), (1.0,))], RNG.normal(size=(3, 4)))
     prior = scores._replace(own=np.ones(3 + 4))  # three entries, and the width of the encoder
-    searcher = SimpleNamespace(encoder=encoder, ops=("a", "b", "c"), candidates=candidates, prior=prior)
+    searcher: Any = SimpleNamespace(encoder=encoder, ops=("a", "b", "c"), candidates=candidates, prior=prior)
     searcher.encoded, searcher.units = RNG.normal(size=(1, 3, 4)), np.ones(2)
     searcher.center = searcher.scale = np.ones(0)
     searcher.meta_params = jax.vmap(encoder.init)(jax.random.split(KEY, 1))
@@ -335,7 +337,7 @@ CASES = {
         dict,
     ),
     "evaluation": Case(
-        write_evaluation, lambda f: methods.load_evaluation(f / "scores.npz"), methods.Evaluation, finite=False
+        write_evaluation, lambda f: methods.load_evaluation(f / "scores.npz"), methods.Evaluation, numbers="any"
     ),
     "trained network": Case(
         write_network,
@@ -347,7 +349,7 @@ CASES = {
         lambda f: transforms.load_learned(f / "w.npz"),
         dict,
     ),
-    "benchmark": Case(write_benchmark, lambda f: nas.load_benchmark(f / "b.npz"), BENCHMARK, finite=False),
+    "benchmark": Case(write_benchmark, lambda f: nas.load_benchmark(f / "b.npz"), BENCHMARK, numbers="missing"),
     "checkpoint": Case(write_checkpoint, read_checkpoint, (dict, type(None)), share=0.8),
     "space": Case(text_file("space.json", json.dumps(spaces.to_json(SPACE))), read_space, list, share=2),
     "network": Case(
@@ -372,18 +374,18 @@ CASES = {
         text_file("hpob.json", json.dumps(HPOB)),
         lambda f: tasks.from_hpob(f / "hpob.json", "5860"),
         base.Record,
-        finite=False,  # costs are not known
+        numbers="missing",  # costs are not known
     ),
-    "CSV": Case(write_csv, lambda f: tasks.from_csv_folder(f, "y", min_rows=2), tasks.Table, finite=False),
+    "CSV": Case(write_csv, lambda f: tasks.from_csv_folder(f, "y", min_rows=2), tasks.Table, numbers="missing"),
     "CSV.gz": Case(
         lambda f: write_csv(f, compress=True),
         lambda f: tasks.from_csv_folder(f, "y", min_rows=2),
         tasks.Table,
-        finite=False,
+        numbers="missing",
     ),
-    "store": Case(write_store, lambda f: tasks.read_records(f / "trials.db"), base.Record, finite=False, share=2),
+    "store": Case(write_store, lambda f: tasks.read_records(f / "trials.db"), base.Record, numbers="missing", share=2),
     "parquet": Case(
-        write_parquet, lambda f: tasks.from_pmlb_results(f, algorithms=["SVC"]), TABLE, finite=False, share=0.5
+        write_parquet, lambda f: tasks.from_pmlb_results(f, algorithms=["SVC"]), TABLE, numbers="missing", share=0.5
     ),
     "Meta-Dataset": Case(
         write_meta_dataset, lambda f: tasks.from_meta_dataset(f, part="train", size=2), SOURCE, share=2
@@ -396,35 +398,37 @@ CASES = {
     "digits": Case(
         arrays("signdigits", **DIGITS), lambda f: list(tasks.from_image_sets(["signdigits"], path=f).values()), SOURCE
     ),
-    "OBOE": Case(arrays("oboe_error_matrix", **OBOE), lambda f: tasks.from_oboe(f), TABLE, finite=False),
-    "TaskSet": Case(arrays("taskset_rnn_curves", **TASKSET), lambda f: tasks.from_taskset(f), TABLE, finite=False),
-    "LCDB": Case(arrays("lcdb_accuracy_curves", **LCDB), lambda f: tasks.from_lcdb(f), TABLE, finite=False),
-    "HPOBench": Case(arrays("hpobench_mlp_table", **MLP), lambda f: tasks.from_hpobench_mlp(f), TABLE, finite=False),
+    "OBOE": Case(arrays("oboe_error_matrix", **OBOE), lambda f: tasks.from_oboe(f), TABLE, numbers="missing"),
+    "TaskSet": Case(arrays("taskset_rnn_curves", **TASKSET), lambda f: tasks.from_taskset(f), TABLE, numbers="missing"),
+    "LCDB": Case(arrays("lcdb_accuracy_curves", **LCDB), lambda f: tasks.from_lcdb(f), TABLE, numbers="missing"),
+    "HPOBench": Case(
+        arrays("hpobench_mlp_table", **MLP), lambda f: tasks.from_hpobench_mlp(f), TABLE, numbers="missing"
+    ),
     "HPO-B's curves": Case(
         arrays("hpob_baseline_curves", **CURVES),
         lambda f: tasks.from_hpob_curves(f),
         tasks.PublishedCurves,
-        finite=False,
+        numbers="missing",
     ),
-    "tables": Case(write_tables, lambda f: tasks.from_data_folder(f), tasks.Table, finite=False),
+    "tables": Case(write_tables, lambda f: tasks.from_data_folder(f), tasks.Table, numbers="missing"),
     "NAS-Bench-Macro": Case(
-        arrays("nasbenchmacro", **MACRO), lambda f: nas.nas_bench_macro_table(f), BENCHMARK, finite=False
+        arrays("nasbenchmacro", **MACRO), lambda f: nas.nas_bench_macro_table(f), BENCHMARK, numbers="missing"
     ),
     "NAS-Bench-101": Case(
-        write_101, lambda f: nas.read_nas_bench_101(f / "nasbench.tfrecord"), BENCHMARK, finite=False, share=2
+        write_101, lambda f: nas.read_nas_bench_101(f / "nasbench.tfrecord"), BENCHMARK, numbers="missing", share=2
     ),
     "NAS-Bench-201": Case(
-        lambda f: write_pickles(f, "folder"), lambda f: nas.read_nas_bench_201(f), BENCHMARK, finite=False, share=2
+        lambda f: write_pickles(f, "folder"), lambda f: nas.read_nas_bench_201(f), BENCHMARK, numbers="missing", share=2
     ),
     "NAS-Bench-201, old": Case(
-        lambda f: write_pickles(f, "old"), lambda f: nas.read_nas_bench_201(f / "nas.pth"), BENCHMARK, finite=False
+        lambda f: write_pickles(f, "old"), lambda f: nas.read_nas_bench_201(f / "nas.pth"), BENCHMARK, numbers="missing"
     ),
     "NAS-Bench-201, new": Case(
-        lambda f: write_pickles(f, "new"), lambda f: nas.read_nas_bench_201(f / "nas.pth"), BENCHMARK, finite=False
+        lambda f: write_pickles(f, "new"), lambda f: nas.read_nas_bench_201(f / "nas.pth"), BENCHMARK, numbers="missing"
     ),
-    "NAS-Bench-301": Case(write_301, lambda f: nas.read_nas_bench_301(f), BENCHMARK, finite=False),
+    "NAS-Bench-301": Case(write_301, lambda f: nas.read_nas_bench_301(f), BENCHMARK, numbers="missing"),
 }
-PATHLESS = ("space", "network", "genotype", "costs")  # what is read from text, or from values
+PATHLESS = ("space", "network", "genotype", "costs")  # their readers take text or values, and no path
 
 
 # ---- Mutations ------------------------------------------------------------------------------------------------------
@@ -596,22 +600,21 @@ def mutate(path, rng):
     path.write_bytes(inside(data, rng) if inside is not None and rng.random() < 0.7 else raw(data, rng))
 
 
-# ---- What is expected -----------------------------------------------------------------------------------------------
+# ---- Valid objects and clear errors ---------------------------------------------------------------------------------
 
 
-def check_valid(value, finite, depth=0):
-    assert depth < 50
+def check_valid(value, numbers):
     if isinstance(value, np.ndarray | jax.Array):
         assert value.dtype != object
         if jax.numpy.issubdtype(value.dtype, np.floating):
-            numbers = np.asarray(value, np.float64)
-            assert np.isfinite(numbers).all() if finite else not np.isinf(numbers).any()
-    elif isinstance(value, dict):
-        [check_valid(child, finite, depth + 1) for child in value.values()]
-    elif isinstance(value, list | tuple):
-        [check_valid(child, finite, depth + 1) for child in value]
-    elif isinstance(value, float) and finite:
-        assert math.isfinite(value)
+            array = np.asarray(value, np.float64)
+            assert numbers == "any" or not np.isinf(array).any()
+            assert numbers != "finite" or not np.isnan(array).any()
+    elif isinstance(value, float):
+        check_valid(np.array(value), numbers)
+    elif isinstance(value, dict | list | tuple):
+        for child in value.values() if isinstance(value, dict) else value:
+            check_valid(child, numbers)
 
 
 @pytest.fixture(scope="module")
@@ -644,7 +647,7 @@ def outcome(name, folder):
         return error
     items = value if isinstance(value, list) and case.kind is not list else [value]
     assert all(isinstance(item, case.kind) for item in items), value
-    check_valid(value, case.finite)
+    check_valid(value, case.numbers)
     return None
 
 
@@ -662,13 +665,13 @@ def test_damaged_files_give_a_clear_error_or_a_valid_object(name, valid_files, t
             files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.endswith(".lock"))
             mutate(rng.choice(files), rng)
             tracemalloc.reset_peak()
-            before, start = tracemalloc.get_traced_memory()[0], time.perf_counter()
+            before, start = tracemalloc.get_traced_memory()[0], time.process_time()
             try:
                 errors += outcome(name, folder) is not None
             except BaseException as error:
                 error.add_note(f"{name}, file {i}")
                 raise
-            assert time.perf_counter() - start < SECONDS, i
+            assert time.process_time() - start < SECONDS, i
             assert tracemalloc.get_traced_memory()[1] - before < MEGABYTES * 2**20, i
     finally:
         tracemalloc.stop()
@@ -679,13 +682,13 @@ def test_damaged_files_give_a_clear_error_or_a_valid_object(name, valid_files, t
 
 
 def cost(call):
-    """The error of a call, its seconds, and the megabytes that it took at most."""
+    """The error of a call, the seconds of the processor, and the megabytes that it took at most."""
     tracemalloc.start(1)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with pytest.raises(ValueError) as caught:
             call()
-        return str(caught.value), time.perf_counter() - start, tracemalloc.get_traced_memory()[1] / 2**20
+        return str(caught.value), time.process_time() - start, tracemalloc.get_traced_memory()[1] / 2**20
     finally:
         tracemalloc.stop()
 
@@ -907,6 +910,19 @@ def test_a_table_of_nas_bench_101_has_few_numbers_of_epochs(tmp_path):
     (tmp_path / "nasbench.tfrecord").write_bytes(b"".join(framed(line.encode()) for line in lines))
     with pytest.raises(ValueError, match="more than 10 different numbers of epochs"):
         nas.read_nas_bench_101(tmp_path / "nasbench.tfrecord")
+
+
+def test_a_store_has_a_table_and_no_view_without_end(tmp_path):
+    file = tmp_path / "trials.db"
+    write_store(tmp_path)
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        columns = ", ".join(row[1] for row in connection.execute("PRAGMA table_info(records)"))
+        connection.execute("DROP TABLE records")
+        numbers = "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers)"
+        row = "n, '', 't', '{}', 0.0, 1.0, 0.0, 0, 'COMPLETE', n, ''"
+        connection.execute(f"CREATE VIEW records({columns}) AS {numbers} SELECT {row} FROM numbers")
+    with pytest.raises(ValueError, match="trials.db is not a file of records: `records` is a view"):
+        tasks.read_records(file)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

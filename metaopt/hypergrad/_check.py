@@ -18,6 +18,7 @@ _ROUNDED_ZERO = 1e-6  # smaller entries are zeros up to float32 rounding, such a
 # The relative rounding error of F, and the smallest `epsilon` and `rtol` that go with it.
 _NOISE_FLOAT64, _NOISE_FLOAT32 = 1e-14, 1e-6
 _EPSILON_FLOAT32, _RTOL_FLOAT32 = 1e-2, 1e-2
+_FLAT = 1e-8  # F is flat if one unit changes it by less than this fraction, and nothing more precise is known
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
@@ -294,9 +295,8 @@ def _check_leaf(point: _Point, rng: np.random.Generator, index: int, path: str) 
         error = max(0.0, abs(claimed - slope.value) - slope.uncertainty) / size
         status, note = _judge(point, norm, claimed, standard_error, slope, tried)
         if leaf is None or status != "inconclusive":
-            leaf = LeafCheck(
-                path, norm, claimed, slope.value, slope.uncertainty, error, standard_error, status, note
-            )  # fmt: skip
+            numbers = (norm, claimed, slope.value, slope.uncertainty, error, standard_error)
+            leaf = LeafCheck(path, *numbers, status, note)
         if status != "inconclusive":
             break
     assert leaf is not None
@@ -308,15 +308,18 @@ def _judge(
 ) -> tuple[str, str]:
     """The status of a leaf, and a note on it."""
     size, gap = max(abs(claimed), abs(slope.value)), abs(claimed - slope.value) - slope.uncertainty
+    known = slope.uncertainty <= max(point.rtol * size, standard_error)
+    # A slope of rounding errors is zero too: a bias before batch normalization has one.
+    flat = (point.rtol if norm == 0 else _FLAT) * max(abs(point.value), 1e-300)
     if not np.isfinite(slope.value):
         return "inconclusive", "F is not finite next to λ"
     if norm == 0 and abs(slope.value) > 2 * slope.uncertainty:
         return "dead", ""
-    if norm == 0 and slope.uncertainty <= point.rtol * max(abs(point.value), 1e-300):
+    if (norm == 0 or not known) and size + slope.uncertainty <= flat:
         return "zero", ""
     if norm != 0 and gap > max(point.rtol * size, 3 * standard_error):
         return "wrong", ""
-    if norm == 0 or slope.uncertainty > max(point.rtol * size, standard_error):
+    if norm == 0 or not known:
         return "inconclusive", _cause(point, size, slope, tried)
     if 3 * standard_error > size:
         return "inconclusive", "three standard errors exceed the slope"

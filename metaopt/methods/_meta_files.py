@@ -1,4 +1,4 @@
-"""What was learned over tasks, and evaluations, on disk: one file of arrays and JSON, nothing that runs code."""
+"""Learned optimizers, searchers and architectures, and evaluations, on disk: arrays and JSON, and no code."""
 
 import json
 import os
@@ -31,9 +31,9 @@ _READERS = {
     "metaopt.predictor": "`predictors.load`",
     "metaopt.trained_network": "`methods.load_trained_network`",
 }
-# What arrays of a surrogate were added: since which version, and what they are in files of before.
+# Arrays that a version added to a surrogate: the version, and the value in older files.
 _ADDED = {"deep_share": (2, 0.0), "transformer_share": (3, 0.0), "max_shown": (4, predictors.MAX_SHOWN)}
-# What the arrays of a surrogate are called, and how many axes they have.
+# The names of a surrogate's arrays, and the number of their axes.
 _AXES: Any = {"reference": 2, "curves": 2, "coefficients": 2, "log_scales": 1, "kernel": (1, 0, 0)}
 _AXES |= {"attention": {"log_rates": 2, "logit_share": 1}, "sorted_features": 2, "features": 2}
 _AXES |= {"closeness": 0, "residual": 0, "deep_share": 0, "transformer_share": 0, "max_shown": 0}
@@ -47,17 +47,18 @@ _EMBEDDING = predictors.Embedding(*_EMBEDDING_AXES)
 
 
 def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimizer) -> None:
-    """Writes what `train_meta_optimizer` or `train_meta_searcher` learned as one `.npz` file, atomically.
+    """Writes the result of `train_meta_optimizer` or `train_meta_searcher` as one `.npz` file, atomically.
 
     Args:
       path: the file.
-      meta_optimizer: what was learned, with its space and its candidates.
+      meta_optimizer: the learned optimizer, with its space and its candidates.
 
     Raises:
-      ValueError: the space, or a candidate, holds what JSON cannot say.
+      ValueError: if the space, or a candidate, cannot be written as JSON.
     """
     space, candidates = spaces.to_json(meta_optimizer.space), meta_optimizer.candidates
     header = {"format": _FORMAT, "version": VERSION, "space": space, "candidates": candidates}
+    header |= {name: getattr(meta_optimizer.evidence, name) for name in ("num_records", "effective_tasks")}
     arrays: dict[str, Any] = _arrays("outcome", meta_optimizer.surrogate)
     if meta_optimizer.cost_surrogate is not None:
         arrays |= _arrays("cost", meta_optimizer.cost_surrogate)
@@ -93,18 +94,21 @@ def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
                 _files.check_finite(name, array, missing=name.endswith("sorted_features"))
         surrogates = {kind: _surrogate(kind, arrays, int(header["version"])) for kind in _kinds(arrays)}
         space, candidates = spaces.from_json(header["space"]), header["candidates"]
-        return meta_optimizer(surrogates["outcome"], surrogates.get("cost"), space, candidates)
+        counts = {name: header.get(name) for name in ("num_records", "effective_tasks")}  # absent before 2026-12
+        for name, count in counts.items():
+            base.check_positive(name, count, optional=True)
+        return meta_optimizer(surrogates["outcome"], surrogates.get("cost"), space, candidates, **counts)
 
 
 def save_cell_searcher(path: str | os.PathLike[str], searcher: CellSearcher) -> None:
-    """Writes what `train_cell_searcher` learned as one `.npz` file, atomically.
+    """Writes the result of `train_cell_searcher` as one `.npz` file, atomically.
 
     Args:
       path: the file.
-      searcher: what was learned, with its candidates.
+      searcher: the learned searcher, with its candidates.
 
     Raises:
-      ValueError: a candidate holds what JSON cannot say or gives back as something else, such as a tuple.
+      ValueError: if a candidate cannot be written as JSON, or would be read as another value, such as a tuple.
     """
     header = {
         "format": _CELL_FORMAT,

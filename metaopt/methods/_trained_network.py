@@ -177,7 +177,10 @@ def save_trained_network(path: str | os.PathLike[str], network: TrainedNetwork) 
     leaves |= _arrays("weights", network.weights)
     # The format has no bfloat16; every such number is one of float32.
     arrays = {k: np.asarray(x, np.float32 if x.dtype == jnp.bfloat16 else None) for k, x in leaves.items()}
-    _check_finite(arrays, "`network` cannot be saved")
+    try:
+        _check_finite(arrays)
+    except ValueError as error:
+        raise ValueError(f"`network` cannot be saved: {error}.") from None
     _write(path, _encode(header, "The network"), arrays)
 
 
@@ -203,7 +206,8 @@ def load_trained_network(path: str | os.PathLike[str], *, ops: Mapping[str, nas.
 
     _, arrays = _read(path, _FORMAT, _VERSION, "save_trained_network", check=check)
     supernet, templates = built
-    _check_finite(arrays, os.fspath(path))
+    with _files.reading(path, "does not have the weights of a trained network"):
+        _check_finite(arrays)
     read = lambda kind: jax.tree_util.tree_map_with_path(
         lambda path, _: jnp.asarray(arrays[kind + jax.tree_util.keystr(path)]), templates[kind]
     )
@@ -262,9 +266,9 @@ def _check_independent(network: TrainedNetwork, x: np.ndarray) -> None:
         )
 
 
-def _check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
+def _check_finite(arrays: Mapping[str, np.ndarray]) -> None:
     """ValueError if a weight is not finite or a variance negative. NaN statistics are those of ops that never run."""
     for name, array in arrays.items():
-        of_training = name.startswith("statistics")
-        if not (of_training or np.isfinite(array).all()) or (name.endswith("variance") and (array < 0).any()):
-            raise ValueError(f"{what}: the array {name} has {'negative' if of_training else 'non-finite'} entries.")
+        _files.check_finite(name, array, missing=name.startswith("statistics"))
+        if name.endswith("variance") and (array < 0).any():
+            raise ValueError(f"the array {name} has negative entries")

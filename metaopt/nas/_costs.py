@@ -443,7 +443,10 @@ def cost_table_from_json(text: str) -> CostTable:
             if values.ndim != len(rows):
                 raise ValueError(f"`values` must have an axis for each of the {len(rows)} rows; got {values.shape}")
             terms.append(CostTerm(rows, values))
-        return CostTable(float(data["fixed"]), tuple(terms), str(data["unit"]))
+        table = CostTable(float(data["fixed"]), tuple(terms), str(data["unit"]))
+        if not all(np.isfinite(costs).all() for costs in (table.fixed, *(term.values for term in terms))):
+            raise ValueError("costs must be finite")
+        return table
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"This is not a table that `cost_table_to_json` wrote ({reason}): {text[:200]!r}.") from error

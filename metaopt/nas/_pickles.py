@@ -1,9 +1,11 @@
 """Reads the containers, texts and numbers of a pickle. Nothing of it is imported, called or executed.
 
 A pickle is a program for a stack machine. This machine knows the instructions of protocols 2 to 5 that build plain
-values, NumPy's scalars, and PyTorch's tensors, which become None. It rejects every other instruction and name. Time and
-memory are proportional to the length of the data: the memo is a dict, a text ends with the data, an integer has at most
-16 bytes, and the keys of dicts are plain values (hashing nested tuples can take exponential time).
+values, NumPy's scalars, and PyTorch's tensors, which become None. It rejects every other instruction and name.
+
+Time and memory are proportional to the length of the data. The memo is a dict. A text ends before the data do. An
+integer has at most 16 bytes. Keys of dicts are plain values, because the hash of nested tuples can take exponential
+time.
 """
 
 import re
@@ -166,7 +168,7 @@ def _call(stack, args):
     """The value of a call that the file asks for."""
     name = stack.pop()
     if not isinstance(name, _Name) or not isinstance(args, tuple):
-        raise ValueError("The file calls what is not a name.")
+        raise ValueError("The file calls a value that is not a class or a function.")
     stack.append(_CALLS.get(name, lambda *args: None)(*args))
 
 

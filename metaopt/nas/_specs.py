@@ -216,7 +216,10 @@ def from_json(text: str) -> Space:
     data = read_json(text)
     try:
         network = _read_elastic(data) if "elastic" in data else _read_network(data)
-        (check_elastic if isinstance(network, ElasticNetwork) else check_network)(network)
+        if isinstance(network, ElasticNetwork):
+            check_elastic(network)
+        else:
+            check_network(network)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"This is not a network that `to_json` wrote ({reason}): {text[:200]!r}.") from error

@@ -128,7 +128,7 @@ def _from_node(node, path: str):
             return items if kind == "list" else tuple(items)
         condition = arguments.pop("condition", [])
         if kind == "fixed":
-            leaf = _leaves.fixed(np.asarray(arguments["value"], jnp.dtype(arguments["dtype"])))
+            leaf = _fixed(arguments["value"], jnp.dtype(arguments["dtype"]))
         elif kind == "simplex" and len(arguments["default"]) == 0:  # its factory makes one of `num` entries
             raise TypeError("`default` is empty")
         else:
@@ -139,6 +139,14 @@ def _from_node(node, path: str):
     except (AttributeError, KeyError, OverflowError, TypeError, ZeroDivisionError) as error:
         got = reprlib.repr(node)
         raise ValueError(f"The node of type {kind!r} at `{path}` cannot be read ({error}); got {got}.") from None
+
+
+def _fixed(value, dtype):
+    with np.errstate(over="ignore"):
+        array = np.asarray(value, dtype)
+    if array.dtype.kind == "f" and (np.isinf(array) & np.isfinite(np.asarray(value, np.float64))).any():
+        raise TypeError(f"`value` is beyond {dtype}")
+    return _leaves.fixed(array)
 
 
 def _lists(value):

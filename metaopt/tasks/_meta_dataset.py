@@ -130,7 +130,7 @@ def from_meta_dataset(
 
 
 class _Described(NamedTuple):
-    """What a specification states about the classes of a part."""
+    """The classes of a part, from a specification."""
 
     numbers: range
     names: list[str]

@@ -201,7 +201,10 @@ def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqli
     with contextlib.ExitStack() as stack:
         try:
             yield _connect(path, create, stack)
-        except sqlite3.DatabaseError as error:
+        except (
+            sqlite3.DatabaseError,
+            UnicodeDecodeError,
+        ) as error:  # the latter if SQLite's message has bytes of the file
             raise _explained(error, path, create, recover) from error
 
 
@@ -230,7 +233,7 @@ def _connect(path: Path, create: bool, stack: contextlib.ExitStack) -> sqlite3.C
     return connect(folder / path.name)
 
 
-def _explained(error: sqlite3.DatabaseError, path: Path, create: bool, recover: bool) -> Exception:
+def _explained(error: Exception, path: Path, create: bool, recover: bool) -> Exception:
     name, text = _error_name(error), str(error)
     if name.startswith(_NOT_WRITABLE):
         if create:
@@ -253,7 +256,7 @@ def _explained(error: sqlite3.DatabaseError, path: Path, create: bool, recover: 
     return ValueError(f"{path} is damaged, or is no file of records: {error}.{hint}")
 
 
-def _error_name(error: sqlite3.Error) -> str:
+def _error_name(error: Exception) -> str:
     return getattr(error, "sqlite_errorname", None) or ""  # Python's own errors have none
 
 
@@ -266,6 +269,9 @@ def _check(connection, file, create):
     application, version = _header_of_made(connection, create)
     if application != _APPLICATION:
         raise ValueError(f"{file} is an SQLite file, but none of records.")
+    # A view can run without end.
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'records' AND type = 'view'").fetchone():
+        raise ValueError(f"{file} is not a file of records: `records` is a view, and not a table.")
     if version > VERSION:
         raise ValueError(f"{file} has version {version}; this metaopt reads version {VERSION}. Use a later metaopt.")
 

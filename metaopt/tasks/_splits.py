@@ -184,7 +184,7 @@ def _check_split(split: Any, name: str) -> None:
 
 def _is_selection(selection: Any) -> bool:
     """Whether it has names of classes and numbers of rows."""
-    if not isinstance(selection, Mapping):
+    if not isinstance(selection, Mapping) or not set(selection) <= {"classes", "rows"}:
         return False
     classes, rows = selection.get("classes"), selection.get("rows")
     if isinstance(classes, str) or isinstance(rows, str):

@@ -390,6 +390,7 @@ def from_hpob_curves(path: str | os.PathLike[str] | None = None) -> PublishedCur
     with _open(path, "hpob_baseline_curves.npz") as data:
         best = data["best_so_far"].astype(np.float64)
         names = tuple(f"{s}/{d}" for s, d in zip(data["search_space_id"], data["dataset_id"], strict=True))
+        _files.check_finite("best_so_far", best, missing=True)
         best = np.maximum.accumulate(best, axis=-1)  # NaN stays NaN from there on
         if best.ndim != 4 or best.shape[:2] != (len(data["methods"]), len(names)):
             raise ValueError(

@@ -204,6 +204,12 @@ def test_a_leaf_near_zero_moves_by_a_step_that_shows(lam, unit):
     assert wrong.verdict == "failed" and wrong.leaves[0].status == "wrong"
 
 
+def test_a_slope_of_rounding_errors_is_zero():
+    rows = jnp.array([0.3, 1.7, 2.9])
+    report = CHECK(of_function(lambda h: jnp.var(rows + h), lambda h: 1e-17 * h), jnp.array(0.7), problems.TASK)
+    assert report.passed and report.leaves[0].status == "zero"
+
+
 def test_a_kink_near_lambda_is_avoided_and_reported():
     report = CHECK(of_function(lambda h: h + 5 * jax.nn.relu(h - 1.00001)), jnp.array(1.0), problems.TASK)
     assert report.passed and "kink or a sharp bend within 0.0001" in report.leaves[0].note and "kink" in report.message

@@ -144,7 +144,7 @@ def test_files_that_do_not_fit_are_rejected(tmp_path):
     path = tmp_path / "network.npz"
     trained = methods.trained_network(SUPERNET, PARAMS, {"x": X})
     save, load = (lambda: methods.save_trained_network(path, trained)), methods.load_trained_network
-    with pytest.raises(ValueError, match="cannot be saved: the array params.*non-finite"):
+    with pytest.raises(ValueError, match="cannot be saved: the array params.*not finite"):
         bad = jax.tree.map(lambda leaf: leaf * jnp.nan, PARAMS)
         methods.save_trained_network(path, trained._replace(params=bad))
     assert not path.exists()
@@ -158,7 +158,7 @@ def test_files_that_do_not_fit_are_rejected(tmp_path):
         (lambda: {}, own, r"network with these `ops`.*statistics\[1\]"),
         (lambda: {head: np.ones((3, 2))}, nas.BLOCKS, re.escape(f"{head} (3, 2) instead of (4, 2)")),
         (lambda: {head: np.ones((4, 2), int)}, nas.BLOCKS, "is not floating-point"),
-        (lambda: {head: np.full((4, 2), np.inf)}, nas.BLOCKS, "non-finite"),
+        (lambda: {head: np.full((4, 2), np.inf)}, nas.BLOCKS, "not finite"),
         (lambda: {"statistics[0].variance": -np.ones(4)}, nas.BLOCKS, "negative"),
         (lambda: {"statistics[0].mean": None}, nas.BLOCKS, r"statistics\[0\].mean None instead of \(4,\)"),
         (lambda: {"header": header(network={"version": 1})}, nas.BLOCKS, "does not describe a network"),

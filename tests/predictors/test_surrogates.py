@@ -56,6 +56,18 @@ def test_the_kernel_is_its_formula_with_its_gradients(num):
         )
 
 
+def test_the_explained_share_is_that_of_a_plain_gaussian_process():
+    rng = np.random.default_rng(2)
+    seen, x, variance = rng.uniform(size=(3, 2)), rng.uniform(size=(4, 2)), np.exp(-2.0)
+    smooth = 0.99 / (1 + np.exp(-1.5))
+    distance = lambda a, b: (((a[:, None] - b[None]) / np.exp([-0.5, -1.0])) ** 2).sum(-1)
+    k = lambda a, b: variance * (smooth * np.exp(-distance(a, b) / 2) + (1 - smooth) * (distance(a, b) == 0))
+    left = k(x, x) - k(x, seen) @ np.linalg.inv(k(seen, seen) + 1e-3 * np.eye(3)) @ k(seen, x)
+    found = predictors.explained_share(KERNEL, seen, x)
+    np.testing.assert_allclose(found, 1 - np.diag(left) / variance, rtol=1e-9)
+    assert (found > 0).all() and (predictors.explained_share(KERNEL, x, x) > 0.98).all()
+
+
 def test_functions_of_fully_seen_tasks_are_their_normalized_outcomes():
     found = surrogate()
     y = curve(0.4, 0.0)

@@ -59,7 +59,7 @@ def test_splits_are_json_and_merge(tmp_path):
         with pytest.raises(ValueError, match="`split` is not a split"):
             tasks.select([DIGITS], json.loads(other), "train")
     (tmp_path / "other.json").write_text('{"train":\n {"digits": ')
-    with pytest.raises(ValueError, match="other.json is not JSON: .*line 2"):
+    with pytest.raises(ValueError, match="other.json is not JSON that .*line 2"):
         tasks.load_split(tmp_path / "other.json")
 
 

@@ -365,7 +365,7 @@ def test_is_quiet_where_there_is_no_terminal(capfd):
     assert capfd.readouterr() == ("", "")
     fit(progress=True)
     out, err = capfd.readouterr()
-    assert out == "" and "5/5" in err and f"value {16 * 0.8**8 + TASKS.var():.4g}" in err
+    assert out == "" and f"step 5/5, value {16 * 0.8**8 + TASKS.var():.4g}, " in err
 
 
 @pytest.fixture
