@@ -80,7 +80,9 @@ PROBLEM = inner.problem(LOOP, outer_loss, outer_batch=outer_batch, with_context=
 TASK = base.Task(jnp.zeros(2), jnp.ones(2), jnp.array([0.3, -0.2]))
 UNROLLED = hypergrad.unrolled(PROBLEM, num_steps=NUM_STEPS)
 LOOKAHEAD = hypergrad.lookahead(PROBLEM)
-PREDICTOR = predictors.mlp({"pull": spaces.real(0.4)}, 2)
+SPACE = {"pull": spaces.real(0.4)}
+PREDICTOR = predictors.mlp(SPACE, 2)
+IN_COORDINATES = hypergrad.unrolled(spaces.constrain(PROBLEM, SPACE), num_steps=NUM_STEPS)
 
 
 class Case(NamedTuple):
@@ -114,7 +116,7 @@ CASES = {
     "forward": Case(hypergrad.forward(PROBLEM, **WHOLE), "pull rate start", fresh=True),
     "reptile": Case(hypergrad.reptile(PROBLEM, **WHOLE), "start", fresh=True),
     "direct": Case(hypergrad.direct(reported_direct), runs=0),
-    "amortize": Case(predictors.amortize(UNROLLED, PREDICTOR), "", fresh=True),
+    "amortize": Case(predictors.amortize(IN_COORDINATES, PREDICTOR), "", fresh=True),
     "over_seeds": Case(hypergrad.over_seeds(UNROLLED, 3), runs=3, fresh=True, outer=3),
     "over_tasks": Case(hypergrad.over_tasks(UNROLLED), runs=3, fresh=True, outer=3),
     "partition": Case(  # rules that train from one key see one F

@@ -459,7 +459,8 @@ def _warned_of_rest(run: Run, num: int, num_steps: int) -> bool:
     """
     if run.step // 100 == (run.step - num) // 100 and run.step < num_steps:
         return False
-    recent = {name: float(np.mean(column[-20:])) for name, column in run.history.items()}
+    with np.errstate(over="ignore"):  # a diverging loss
+        recent = {name: float(np.mean(column[-20:])) for name, column in run.history.items()}
     message = hypergrad.rest_warning(recent)
     if message:
         _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, message)
