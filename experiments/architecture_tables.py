@@ -152,7 +152,6 @@ def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], feature
         features=features,
         tests=nas.benchmark_records(table, names, test=True),
         key=jax.random.key(seed),
-        progress=False,
         **sizes,
     )
 
@@ -519,4 +518,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.run(main))

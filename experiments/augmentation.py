@@ -194,7 +194,6 @@ def run_seed(data: str, seed: int, config, judge, rules, say) -> tuple[dict, dic
             space=SPACE,
             num_steps=times * runs,
             key=learn_key,
-            progress=False,
             callback=lambda step, metrics, clock=clock: clock.append(time.process_time()),
         )
         chosen[name] = result.hyperparams
@@ -296,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -718,11 +718,17 @@ def one_shape(name: str, core: int, compiled: str, arguments: tuple, kept: tuple
     run_shape(name, *arguments, say, Kept(*kept))
 
 
+def one_shape_reported(*args) -> None:
+    """The same in a process of its own, which reports by itself."""
+    with script.reporting():
+        one_shape(*args)
+
+
 def side_by_side(names: tuple[str, ...], cores: list[int], compiled: str, arguments: tuple, kept: tuple) -> None:
     """Each shape in a process of its own. Where one fails, the others go on to their end: nothing else is lost."""
     context = multiprocessing.get_context("spawn")
     running = {
-        name: context.Process(target=one_shape, args=(name, core, compiled, arguments, kept), daemon=True)
+        name: context.Process(target=one_shape_reported, args=(name, core, compiled, arguments, kept), daemon=True)
         for name, core in zip(names, itertools.cycle(cores), strict=False)
     }
     for process in running.values():
@@ -831,4 +837,4 @@ def main(argv=None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

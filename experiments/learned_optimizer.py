@@ -424,4 +424,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import script
+
+    script.run(main)

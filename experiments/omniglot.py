@@ -265,7 +265,6 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
         eval_every=every,
         steps_per_call=min(20, every),
         callback=None if options.smoke else say,
-        progress=False,
         checkpoint_dir=None if options.smoke else folder.absolute(),
         checkpoint_every=every,
         settings={"inner_steps": scale.inner_steps, "shots": trained_shots, "head": row.head, "context": row.context},
@@ -570,4 +569,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -1,13 +1,15 @@
 """What every script here begins and ends with: its options, its data, its tables, and what made a result."""
 
 import argparse
+import contextlib
 import hashlib
 import os
 import platform
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,38 @@ import numpy as np
 import optax
 
 import metaopt
+from metaopt.progress import report_progress
+
+
+def run(main: Callable[[], Any]) -> Any:
+    """Runs the `main` of a script, and reports what it does in a log file."""
+    with reporting():
+        return main()
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """Prints a line every 10 s if standard error is not a terminal: the place in the script, and the step of `fit`."""
+    if not sys.stderr.isatty():
+        print(f"{Path(sys.argv[0]).name} begins", file=sys.stderr, flush=True)
+    with report_progress(None, False if sys.stderr.isatty() else None, "{place}", place=_Place()):
+        yield
+
+
+class _Place:
+    """As a string: the function of a script that the main thread is in, such as "random_search (auto_tune.py:395)"."""
+
+    def __str__(self) -> str:
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        place, compiling = "", False
+        while frame is not None:
+            path, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname.replace(".<locals>", "")
+            if path.stem in ("compiler", "mlir", "partial_eval") and {"jax", "_src"} <= set(path.parts):
+                place, compiling = "", True  # frames inside are of functions that JAX traces
+            elif not place and path.parent == Path(__file__).parent and path != Path(__file__) and "<" not in name:
+                place = f"{name} ({path.name}:{frame.f_lineno})"
+            frame = frame.f_back
+        return f"compiling in {place}" if compiling else place or Path(sys.argv[0]).name
 
 
 def parser(doc: str | None, *, num_seeds: int = 3) -> argparse.ArgumentParser:

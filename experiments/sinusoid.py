@@ -131,7 +131,6 @@ def train(row: Row, seed: int, config) -> tuple[methods.Adaptation, dict]:
         num_steps=steps_of(row, config),
         key=fit_key,
         steps_per_call=config.steps_per_call,
-        progress=False,
     )
     return adaptation, result.hyperparams
 
@@ -280,4 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -12,10 +12,11 @@ Everything here is a plain `NamedTuple` of functions, or of arrays; there are no
 meta-parameters where they are a network's weights) is any pytree of floating-point arrays.
 """
 
+import contextlib
 import math
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -91,6 +92,35 @@ def check_transform(name: str, value: Any) -> None:
     if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
         uncalled = ", a function: call it, as in `optax.adam(1e-3)`" if callable(value) else ""
         raise ValueError(f"`{name}` must be an optax transform; got {value!r}{uncalled}.")
+
+
+@contextlib.contextmanager
+def explained_schedules(name: str) -> Iterator[None]:
+    """Explains JAX's error where an optimizer asks a traced hyperparameter for its value, as schedules of optax do.
+
+    Args:
+      name: the argument that makes the optimizer, for the message.
+
+    Returns:
+      A context manager for the calls of the optimizer and of its factory.
+
+    Raises:
+      ValueError: if the calls need the value of a traced array.
+    """
+    try:
+        yield
+    except (
+        jax.errors.ConcretizationTypeError,  # `if`, `float`
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ) as error:
+        raise ValueError(
+            f"`{name}` asks a hyperparameter for its value, by `if`, `float`, `int` or NumPy, and it has none while "
+            "JAX traces it. Schedules of optax do this to some arguments, such as `peak_value` of "
+            "`optax.warmup_cosine_decay_schedule`: use `transforms.cosine_schedule` (or `wsd_schedule`, "
+            "`polynomial_schedule`, `knot_schedule`), which is differentiable in all of its numbers. In your own code "
+            f"use `jnp.where` instead of `if`. JAX: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def check_hyperparams(hyperparams: HyperParams) -> None:

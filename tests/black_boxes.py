@@ -77,6 +77,11 @@ def misbehave(trial, task):
         raise tasks.Pruned(Speechless())
     if task == "change":
         return trial.configuration.pop("x") + 0.25
+    if task == "fork":
+        if not (child := os.fork()):
+            return 1.0
+        os.waitpid(child, 0)
+        return 0.5
     if task == "memory":
         allocate(trial, task)
     if task == "memory below":

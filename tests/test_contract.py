@@ -68,6 +68,21 @@ def test_estimators(name):
     assert names(estimator.estimate) == stated(base.EstimateFn)
 
 
+WRAPPERS = {
+    "amortize": lambda estimator: predictors.amortize(estimator, MLP),
+    "over_seeds": lambda estimator: hypergrad.over_seeds(estimator, 2),
+    "over_tasks": hypergrad.over_tasks,
+    "stopped_by_curvature": lambda estimator: nas.stopped_by_curvature(estimator, problems.RIDGE, every=1),
+    "stopped_by_skips": lambda estimator: nas.stopped_by_skips(estimator, lambda λ: jnp.zeros([]), every=1),
+}
+
+
+@pytest.mark.parametrize("kind", base.ESTIMATOR_KINDS)
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_keep_the_kind(name, kind):
+    assert WRAPPERS[name](UNROLLED._replace(kind=kind)).kind == kind
+
+
 def test_every_estimator_of_the_room_is_in_the_battery():
     factories = {
         name

@@ -174,3 +174,92 @@ def test_a_value_inside_of_a_while_loop_cannot_be_exchanged():
     loop = lambda x: jax.lax.while_loop(lambda x: x[0] < 1, lambda x: marked(x), x)
     with pytest.raises(ValueError, match="inside of 'while', in which it cannot be replaced"):
         of_marked(loop, np.ones(2))
+
+
+# Programs in float32, evaluated in float64, against NumPy.
+
+
+@jax.custom_jvp
+def squared(x):
+    return x * x
+
+
+squared.defjvp(lambda x, t: (x[0] * x[0], 2 * x[0] * t[0]))
+
+MATRIX = np.array([[2.0, 0.3], [0.3, 1.0]])
+NARROW = {  # a program of a vector in float32, and its value in NumPy
+    "casts": (lambda x: x.astype(jnp.bfloat16).astype(jnp.float32) / 3, lambda x: x / 3),
+    "a captured array": (lambda x: x * jnp.float32(0.1), lambda x: x * np.float32(0.1).astype(float)),
+    "a loop": (
+        lambda x: jax.lax.scan(lambda c, a: (c / 3 + a, c), x, jnp.stack([x, x]))[0],
+        lambda x: x * (1 / 9 + 4 / 3),
+    ),
+    "a while loop": (lambda x: jax.lax.while_loop(lambda c: c[0] > 0.15, lambda c: c / 3, x), lambda x: x / 3),
+    "a branch": (lambda x: jax.lax.cond(x[0] > 0, lambda: x / 3, lambda: x), lambda x: x / 3),
+    "a checkpoint": (
+        jax.grad(lambda x: jax.checkpoint(lambda x: jnp.sin(x / 3))(x).sum()),
+        lambda x: np.cos(x / 3) / 3,
+    ),
+    "a derivative of its own": (lambda x: squared(x / 3), lambda x: x * x / 9),
+    "a linear solve": (
+        lambda x: jax.scipy.sparse.linalg.cg(lambda v: jnp.asarray(MATRIX, x.dtype) @ v, x, tol=0.0, maxiter=9)[0],
+        lambda x: np.linalg.solve(MATRIX.astype(np.float32).astype(float), x),
+    ),
+    "a scatter": (
+        lambda x: jnp.zeros(2, x.dtype).at[jnp.array([1, 1])].add(x / 3),
+        lambda x: np.array([0, x.sum() / 3]),
+    ),
+    "a convolution": (lambda x: jax.lax.conv(x[None, None], x[None, None, :1], (1,), "SAME")[0, 0], lambda x: x * x[0]),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_program_in_float32_runs_in_float64(name):
+    function, expected = NARROW[name]
+    with jax.enable_x64(False):
+        x = jnp.array([0.3, 0.7])
+        wide, narrow = rewrite.in_float64(function, x)
+        own = function(x)
+    out = jax.jit(wide)(x)
+    assert narrow == set() and out.dtype == jnp.float64 and own.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected(np.asarray(x, float)), rtol=1e-13)
+    np.testing.assert_allclose(own, out, rtol=1e-2 if name == "casts" else 1e-5)
+
+
+def test_random_bits_and_integers_are_those_of_the_own_types():
+    def draw(key, x):
+        return jax.random.normal(key, x.shape) + x, jax.random.permutation(key, 5), jnp.arange(3) + x.astype(int)[0]
+
+    with jax.enable_x64(False):
+        args = (jax.random.key(3), jnp.ones(4))
+        wide, narrow = rewrite.in_float64(draw, *args)
+        own = draw(*args)
+    out = jax.jit(wide)(*args)
+    assert narrow == set() and [x.dtype for x in out] == [jnp.float64, own[1].dtype, own[2].dtype]
+    chex.assert_trees_all_close(out, own, rtol=1e-6)
+
+
+def test_checkpoint_policies_do_not_round_to_float32():
+    def function(x):
+        kept = lambda x: jax.ad_checkpoint.checkpoint_name(jnp.sin(x / 3), "kept")
+        policy = jax.checkpoint_policies.save_only_these_names("kept")
+        return jax.grad(lambda x: (jax.checkpoint(lambda x: kept(x) ** 2, policy=policy)(x)).sum())(x)
+
+    x = np.array([0.3, 0.7], np.float32)
+    out = jax.jit(rewrite.in_float64(function, x)[0])(x)
+    third = x.astype(float) / 3
+    np.testing.assert_allclose(out, 2 * np.sin(third) * np.cos(third) / 3, rtol=1e-14)
+
+
+def test_operations_that_stay_narrow_are_named():
+    def function(x):
+        shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+        return jax.pure_callback(np.sin, shape, x) + bits, jnp.exp(x)
+
+    x = np.array([0.3, 0.7], np.float32)
+    wide, narrow = rewrite.in_float64(function, x)
+    (sine, exponential) = jax.jit(wide)(x)
+    assert sorted(name.split(",")[0] for name in narrow) == ["bitcast_convert_type", "pure_callback"]
+    assert sine.dtype == exponential.dtype == jnp.float64
+    np.testing.assert_allclose(exponential, np.exp(x.astype(float)), rtol=1e-14)

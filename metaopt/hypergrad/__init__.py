@@ -14,6 +14,7 @@ from metaopt.hypergrad._implicit import (
     ImplicitState,
     implicit,
     implicit_solve,
+    rest_warning,
     used_leaves,
     warm_implicit,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "persistent_es",
     "recommend",
     "reptile",
+    "rest_warning",
     "sama",
     "t1t2",
     "trace",

@@ -1,19 +1,24 @@
-"""Is a hypergradient right? Finite differences in float64, on the user's own problem.
+"""Is a hypergradient right? Finite differences of F in float64, on the user's own problem.
 
-Nothing here trusts a derivative: F is only evaluated, at λ + ε d and λ − ε d, with the estimator's own randomness held
-fixed, and compared with the hypergradient along d.
+Nothing here trusts a derivative: F is only evaluated, at λ + t d for several t, with the estimator's own randomness
+held fixed, and its slope is compared with the hypergradient along d.
 """
 
-import functools
-import types
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from metaopt import base
+from metaopt import base, rewrite
+from metaopt.hypergrad import _slopes
+
+_ROUNDED_ZERO = 1e-6  # smaller entries are zeros up to float32 rounding, such as 2.4e-7
+# The relative rounding error of F, and the smallest `epsilon` and `rtol` that go with it.
+_NOISE_FLOAT64, _NOISE_FLOAT32 = 1e-14, 1e-6
+_EPSILON_FLOAT32, _RTOL_FLOAT32 = 1e-2, 1e-2
+_FLAT = 1e-8  # F is flat if one unit changes it by less than this fraction, and nothing more precise is known
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
@@ -27,137 +32,70 @@ class LeafCheck(NamedTuple):
     """One leaf of λ.
 
     Attributes:
-      path: where it is in λ.
-      norm: of the hypergradient's leaf.
-      hypergrad: its slope along a random direction within the leaf.
-      finite_difference: the same, by finite differences.
-      relative_error: |difference| / max of the two, above what the finite difference itself is uncertain by.
-      standard_error: of a stochastic rule's mean slope; 0 for others.
-      status: "right", "wrong", "zero" (both are), "dead" (the hypergradient is zero, F is not flat), "uncertain" (F is
-        too rough at ε for finite differences to tell), "not finite".
+      path: the leaf's place in λ.
+      norm: the norm of the hypergradient's leaf.
+      hypergrad: the hypergradient's slope along a direction within the leaf.
+      finite_difference: the slope of F along the same direction.
+      uncertainty: how far `finite_difference` may be from the true slope: truncation, rounding and kinks.
+      relative_error: the part of |hypergrad − finite_difference| above `uncertainty`, divided by the larger slope.
+      standard_error: of a stochastic rule's mean slope; 0 for other rules.
+      status: "right", "wrong", "zero" (the hypergradient is zero, and F is flat), "dead" (the hypergradient is zero,
+        and F is not flat), "inconclusive" (finite differences cannot decide) or "not finite".
+      note: why the leaf is inconclusive, or that a kink of F was avoided; else "".
     """
 
     path: str
     norm: float
     hypergrad: float
     finite_difference: float
+    uncertainty: float
     relative_error: float
     standard_error: float
     status: str
+    note: str
 
 
 class Check(NamedTuple):
-    """What `check` returns; printed, it is a table.
+    """The result of `check`; `print` shows it as a table.
 
     Attributes:
-      kind: the estimator's.
-      passed: whether the hypergradient is what its kind promises.
+      kind: the estimator's kind.
+      verdict: "passed" (the hypergradient keeps the promise of its kind), "failed" (it does not), or "inconclusive"
+        (nothing is wrong, and finite differences could not decide everything). `message` says how to decide it.
       value: F(λ).
-      leaves: one `LeafCheck` per leaf.
+      leaves: one `LeafCheck` per leaf of λ.
       cosine: between hypergradient and finite differences over random directions in the whole of λ, in [−1, 1].
-      metasmoothness: in [−1, 1]; near 1 the slope of F keeps its sign at a distance of `radius`, near 0 it tells
+      metasmoothness: in [−1, 1]; near 1 the slope of F keeps its sign at a distance of `radius`; near 0 the slope says
         nothing about a step of that size.
-      float32_constants: arrays that the loss holds in float32: these bound the accuracy that can be seen.
-      message: what to make of it.
+      float32_operations: the operations that could not run in float64, such as callbacks. They limit the accuracy.
+      message: what follows from the numbers.
     """
 
     kind: str
-    passed: bool
+    verdict: str
     value: float
     leaves: list[LeafCheck]
     cosine: float
     metasmoothness: float
-    float32_constants: list[str]
+    float32_operations: list[str]
     message: str
 
+    @property
+    def passed(self) -> bool:
+        """Whether the verdict is "passed"; false if the check is inconclusive."""
+        return self.verdict == "passed"
+
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("leaf", "|hypergradient|", "slope", "finite difference", "relative error", "")]
+        rows: list[tuple[str, ...]] = [
+            ("leaf", "|hypergradient|", "slope", "finite difference", "uncertainty", "relative error", "")
+        ]
         for leaf in self.leaves:
-            numbers = (leaf.norm, leaf.hypergrad, leaf.finite_difference, leaf.relative_error)
+            numbers = (leaf.norm, leaf.hypergrad, leaf.finite_difference, leaf.uncertainty, leaf.relative_error)
             rows.append((leaf.path, *(f"{x:.3e}" for x in numbers), leaf.status))
-        head = f"{'passed' if self.passed else 'FAILED'}: {self.kind} estimator at F = {self.value:.6g}"
+        verdict = self.verdict if self.passed else self.verdict.upper()
+        head = f"{verdict}: {self.kind} estimator at F = {self.value:.6g}"
         tail = f"cosine {self.cosine:.4f}, metasmoothness {self.metasmoothness:.3f}. {self.message}"
         return "\n".join([head, aligned(rows), tail])
-
-
-def _widen(tree: Any) -> Any:
-    """Floating-point leaves as float64; keys, integers and masks as they are."""
-
-    def leaf(x):
-        x = x if isinstance(x, jax.Array) else np.asarray(x)
-        return jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x)
-
-    return jax.tree.map(leaf, tree)
-
-
-def _held_arrays(thing: Any, name: str, seen: set[int]) -> list[tuple[str, np.ndarray]]:
-    """(name, array) of what a function holds: through closures, partials, containers and its module's globals."""
-    if id(thing) in seen:
-        return []
-    seen.add(id(thing))
-    if isinstance(thing, (jax.Array, np.ndarray)):
-        is_key = jnp.issubdtype(thing.dtype, jax.dtypes.prng_key)
-        return [] if is_key or isinstance(thing, Tracer) else [(name, np.asarray(thing))]
-    parts: list[tuple[str, Any]] = []
-    if isinstance(thing, functools.partial):
-        parts = [(name, part) for part in (thing.func, *thing.args, *thing.keywords.values())]
-    elif isinstance(thing, dict):
-        parts = [(f"{name}[{key!r}]", part) for key, part in thing.items()]
-    elif isinstance(thing, (list, tuple)):
-        parts = [(f"{name}[{i}]", part) for i, part in enumerate(thing)]
-    elif hasattr(thing, "__wrapped__"):
-        parts = [(name, thing.__wrapped__)]
-    elif hasattr(thing, "__func__"):  # a method
-        parts = [(name, thing.__self__), (name, thing.__func__)]
-    elif hasattr(thing, "__code__"):
-        code, scope = thing.__code__, thing.__globals__
-        for variable, cell in zip(code.co_freevars, thing.__closure__ or (), strict=False):
-            try:
-                parts.append((variable, cell.cell_contents))
-            except ValueError:  # not assigned yet
-                continue
-        defaults = thing.__defaults__ or ()
-        parts += zip(code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount], defaults, strict=True)
-        parts += [(variable, scope[variable]) for variable in code.co_names if variable in scope]
-        # The globals that are followed are data and the user's functions, not whole libraries.
-        libraries = ("jax", "optax", "numpy", "flax", "chex")
-        parts = [p for p in parts if not (getattr(p[1], "__module__", None) or "").startswith(libraries)]
-    elif hasattr(thing, "__dict__") and not isinstance(thing, (type, types.ModuleType)):  # an object
-        parts = [(f"{name}.{field}", part) for field, part in vars(thing).items()]
-    return [found for label, part in parts for found in _held_arrays(part, label, seen)]
-
-
-def _narrow(closed: Any) -> tuple[list[np.ndarray], int]:
-    """The float32 constants of a program and of all its parts, and how often it casts float64 to float32."""
-    constants = [np.asarray(c) for c in getattr(closed, "consts", []) if getattr(c, "dtype", None) == np.float32]
-    casts = 0
-    for equation in getattr(closed, "jaxpr", closed).eqns:
-        if equation.primitive.name == "convert_element_type" and equation.params["new_dtype"] == np.float32:
-            casts += equation.invars[0].aval.dtype == np.float64
-        for value in equation.params.values():
-            for part in value if isinstance(value, (list, tuple)) else [value]:
-                if hasattr(getattr(part, "jaxpr", part), "eqns"):
-                    more, count = _narrow(part)
-                    constants, casts = constants + more, casts + count
-    return constants, casts
-
-
-def _float32(estimator: base.Estimator, hyperparams: Any, task: Any, state: Any) -> list[str]:
-    """What stays in float32 although everything given is in float64, by name."""
-    narrow, casts = _narrow(jax.make_jaxpr(estimator.estimate)(hyperparams, task, state))
-    names = {}
-    if narrow:
-        held = _held_arrays(estimator.estimate, "", set())
-        names = {(a.shape, a.tobytes()): name for name, a in held if a.dtype == np.float32}
-    out = [
-        f"{names.get((c.shape, c.tobytes()), 'an array')}, float32{list(c.shape)}, held by a function" for c in narrow
-    ]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if getattr(leaf, "dtype", None) == np.float32:
-            out.append(f"state{jax.tree_util.keystr(path)}, made in float32 by `init`")
-    if casts and not out:
-        out.append("a cast of float64 to float32 inside the problem")
-    return sorted(set(out))
 
 
 def check(
@@ -175,25 +113,39 @@ def check(
 ) -> Check:
     """Compares an estimator with finite differences of F in float64, on the problem at hand.
 
-    Slopes along d are (4 D(ε/2) − D(ε)) / 3 with D(ε) = [F(λ + ε d) − F(λ − ε d)] / 2ε; their own uncertainty,
-    |D(ε/2) − D(ε)| and rounding, is not held against the estimator. What is compared depends on the estimator's kind:
+    The whole estimate runs in float64, whatever types the problem uses: its program is traced as it is, and every
+    narrower floating-point type is replaced. Operations for which that is impossible (callbacks, foreign kernels) are
+    listed in `float32_operations`; then ε and `rtol` are at least 1e-2.
 
-    * "exact": F is the estimate's value from the state after `init`; passes where every leaf's slope agrees to `rtol`.
+    Slopes of F along d come from differences at the distances ε, ε/2 and ε/4, combined so that their error is O(ε⁴).
+    Their uncertainty is how much the three disagree, and how much the slopes to the left and to the right of λ differ.
+    If it is too large, smaller steps (down to 1e-5 ε, since F may have a kink nearby), larger ones (up to 1e3 ε, since
+    rounding may hide the slope) and another direction are tried. A leaf is
+
+    * "right" if its slope is known to `rtol` and the hypergradient agrees to `rtol`;
+    * "wrong" if they disagree by more than `rtol` and the uncertainty together;
+    * "inconclusive" if neither holds.
+
+    What F is, and what passes, depends on the estimator's kind:
+
+    * "exact": F is the estimate's value from the state after `init`; every leaf must be right.
     * "biased": F(λ) is the value of the last estimate of a run that stays at λ until it is `done`, or for
-      `num_estimates`, which is what a user means by it; passes where the hypergradient points uphill (cosine > 0) and
-      no leaf is dead. The errors say how large the bias is.
-    * "unbiased": the mean over the estimates of such a run, and over `num_samples` runs with different keys, against
-      the mean of the values with the same keys; passes where the slopes agree within 3 standard errors (or `rtol`).
-    * "pseudo": passes where it is finite; the cosine is reported.
+      `num_estimates`. The hypergradient must point uphill (cosine > 0), and no leaf may be dead. The errors of the
+      leaves say how large the bias is. If the rule is exact in a limit, check it there as an exact one:
+      `check(estimator._replace(kind="exact"), ...)`.
+    * "unbiased": the mean over the estimates of such a run, and over `num_samples` runs with different keys, is
+      compared with the mean of the values with the same keys. Slopes must agree within 3 standard errors (or `rtol`);
+      a leaf whose 3 standard errors exceed its slope is inconclusive.
+    * "pseudo": the hypergradient must be finite; the cosine is reported.
 
     Args:
       estimator: any; wrappers included.
       hyperparams: λ, where to check.
-      task: a task, or what the estimator takes for one.
+      task: a task, or whatever the estimator takes as one.
       key: a fixed one by default.
       num_directions: random directions in the whole of λ, for cosine and metasmoothness; at least 1.
-      epsilon: in units of each leaf's largest entry (1 where the leaf is zero).
-      radius: likewise; the distance for metasmoothness, about one outer step.
+      epsilon: the first step, in units of each leaf's largest entry (in units of 1 if that is below 1e-6).
+      radius: the distance for metasmoothness, in the same units; about one outer step.
       rtol: the relative error that passes.
       num_estimates: the most estimates of one run of a "biased" or "unbiased" rule; at least 1.
       num_samples: see "unbiased"; at least 2.
@@ -202,166 +154,263 @@ def check(
       A `Check`; print it.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: if an argument is out of range.
 
     Source: metasmoothness after Engstrom et al., 2025, https://arxiv.org/abs/2503.13751.
     """
-    counts = {
-        "num_directions": (num_directions, 1),
-        "num_estimates": (num_estimates, 1),
-        "num_samples": (num_samples, 2),
-    }
-    for name, (count, least) in counts.items():
-        base.check_integer(name, count, least)
+    base.check_integer("num_directions", num_directions, 1)
+    base.check_integer("num_estimates", num_estimates, 1)
+    base.check_integer("num_samples", num_samples, 2)
     base.check_positive("epsilon", epsilon)
     base.check_positive("radius", radius)
+    base.check_positive("rtol", rtol)
     key = jax.random.key(0) if key is None else key
-    with jax.enable_x64(True):
-        hyperparams, task = _widen(hyperparams), _widen(task)
-        state = estimator.init(key, hyperparams, task)
-        narrow = _float32(estimator, hyperparams, task, state)
-        if narrow:
-            epsilon, rtol = max(epsilon, 1e-2), max(rtol, 3e-2)
-        return _check(
-            estimator, hyperparams, task, state, key, narrow, num_directions, epsilon, radius, rtol, num_estimates,
-            num_samples,
-        )  # fmt: skip
+    keys = jax.random.split(key, num_samples if estimator.kind == "unbiased" else 1)
+    args = (hyperparams, task, estimator.init(key, hyperparams, task), keys)
+    program, narrow = rewrite.in_float64(_samples(estimator, num_estimates), *args)
+    with jax.enable_x64(True), np.errstate(invalid="ignore", over="ignore"):
+        run = jax.jit(program)
+        leaves, structure = jax.tree.flatten(hyperparams)
+        center = [np.asarray(leaf, np.float64) for leaf in leaves]
+        values = lambda leaves: run(structure.unflatten(leaves), *args[1:])
+        point = _point(values, center, narrow, epsilon, rtol)
+        paths = [jax.tree_util.keystr(path) or "λ" for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
+        rng = np.random.default_rng(0)
+        checks = [_check_leaf(point, rng, i, path) for i, path in enumerate(paths)]
+        cosine, uphill, metasmoothness = _check_directions(point, rng, num_directions, radius)
+    verdict = _verdict(estimator.kind, checks, uphill)
+    message = _advice(estimator.kind, checks, uphill, metasmoothness, sorted(narrow), point.rtol)
+    return Check(estimator.kind, verdict, point.value, checks, cosine, metasmoothness, sorted(narrow), message)
 
 
-def _check(
-    estimator, hyperparams, task, state, key, narrow, num_directions, epsilon, radius, rtol, num_estimates, num_samples
-) -> Check:
-    kind = estimator.kind
-    keys = jax.random.split(key, num_samples if kind == "unbiased" else 1)
+def _samples(estimator: base.Estimator, num_estimates: int) -> Callable:
+    """`(λ, task, state, keys [K]) -> (F [K], hypergradients [K, ...])`, one entry for each key."""
 
-    def run(hyperparams, key):
-        """(F, hypergradient) of one run at λ."""
-        if kind == "exact":
-            estimate, _ = estimator.estimate(hyperparams, task, state)
-            return estimate.value, estimate.hypergrad
-
-        def again(carry, _):
+    def whole_run(hyperparams, task, key):
+        def step(carry, _):
             state, ended = carry
             estimate, state = estimator.estimate(hyperparams, task, state)
             done = jnp.all(jnp.stack([jnp.all(d) for d in jax.tree.leaves(estimate.done)]))
             return (state, ended | done), (estimate.value, estimate.hypergrad, ~ended)
 
         start = (estimator.init(key, hyperparams, task), jnp.array(False))
-        _, (values, grads, counted) = jax.lax.scan(again, start, length=num_estimates)
-        if kind == "unbiased":
+        _, (values, grads, counted) = jax.lax.scan(step, start, length=num_estimates)
+        if estimator.kind == "unbiased":
             weights = counted / counted.sum()
-        else:  # the last one before the end
+        else:  # the last estimate before the end
             weights = jnp.arange(num_estimates) == counted.sum() - 1
 
         def mean(x):
-            counts = (weights > 0).reshape(-1, *[1] * (x.ndim - 1))
-            return jnp.tensordot(weights.astype(x.dtype), jnp.where(counts, x, 0), 1)  # after the end, anything may be
+            used = (weights > 0).reshape(-1, *[1] * (x.ndim - 1))
+            return jnp.tensordot(weights.astype(x.dtype), jnp.where(used, x, 0), 1)  # later entries may be NaN
 
         return jax.tree.map(mean, (values, grads))
 
-    run = jax.jit(run)
+    def samples(hyperparams, task, state, keys):
+        if estimator.kind == "exact":
+            estimate, _ = estimator.estimate(hyperparams, task, state)
+            return jax.tree.map(lambda x: jnp.asarray(x)[None], (estimate.value, estimate.hypergrad))
+        return jax.lax.map(lambda key: whole_run(hyperparams, task, key), keys)
 
-    def mean_value(hyperparams):
-        return float(np.mean([run(hyperparams, k)[0] for k in keys]))
+    return samples
 
-    samples = [run(hyperparams, k) for k in keys]
-    value = float(np.mean([s[0] for s in samples]))
-    grads = [jax.tree.map(np.asarray, s[1]) for s in samples]
-    scales = jax.tree.map(lambda x: float(np.max(np.abs(x), initial=0)) or 1.0, hyperparams)
 
-    def moved(center, direction, distance):
-        return jax.tree.map(lambda x, d: x + distance * d, center, direction)
+class _Point(NamedTuple):
+    """F around λ.
 
-    def slope(direction, center=hyperparams):
-        """The slope of F, and how uncertain it is."""
-        wide, half = (
-            (mean_value(moved(center, direction, e)) - mean_value(moved(center, direction, -e))) / (2 * e)
-            for e in (epsilon, epsilon / 2)
-        )
-        rounding = (1e-6 if narrow else 1e-14) * max(abs(value), 1e-300) / epsilon
-        return (4 * half - wide) / 3, abs(half - wide) + rounding
+    Attributes:
+      mean_value: leaves of λ -> F, the mean over the keys.
+      center: the leaves of λ.
+      units: the unit of each leaf's steps.
+      value: F(λ).
+      grads: the leaves of the hypergradients, [K, ...], one for each key.
+      noise: the relative rounding error of F.
+      epsilon: the first step, in units.
+      rtol: the relative error that passes.
+    """
 
-    def along(direction):
-        """The mean slope that the estimator gives, and its standard error."""
-        dots = [
-            sum(float(np.vdot(g, d)) for g, d in zip(jax.tree.leaves(grad), jax.tree.leaves(direction), strict=True))
-            for grad in grads
-        ]
-        error = float(np.std(dots, ddof=1) / len(dots) ** 0.5) if len(dots) > 1 else 0.0
-        return float(np.mean(dots)), error
+    mean_value: Callable[[list[np.ndarray]], float]
+    center: list[np.ndarray]
+    units: list[float]
+    value: float
+    grads: list[np.ndarray]
+    noise: float
+    epsilon: float
+    rtol: float
 
-    rng = np.random.default_rng(0)
-    leaves, structure = jax.tree.flatten(hyperparams)
-    paths = [jax.tree_util.keystr(p) or "λ" for p, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
-    flat_scales = jax.tree.leaves(scales)
-    rows = []
-    for i, path in enumerate(paths):
-        direction = structure.unflatten(
-            [
-                flat_scales[i] * rng.choice([-1.0, 1.0], np.shape(x)) if i == j else np.zeros(np.shape(x))
-                for j, x in enumerate(leaves)
-            ]
-        )
-        (found, standard_error), (expected, uncertain) = along(direction), slope(direction)
-        norm = float(np.linalg.norm(np.mean([np.ravel(jax.tree.leaves(g)[i]) for g in grads], axis=0)))
-        gap = max(0.0, abs(found - expected) - uncertain)
-        error = gap / max(abs(found), abs(expected), 1e-300)
-        if not np.isfinite([found, expected, norm]).all():
-            status = "not finite"
-        elif norm == 0:
-            status = "zero" if abs(expected) <= 2 * uncertain else "dead"
-        elif gap == 0 and standard_error == 0 and uncertain > rtol * max(abs(found), abs(expected)):
-            status = "uncertain"
-        else:
-            status = "right" if error <= rtol or gap <= 3 * standard_error else "wrong"
-        rows.append(LeafCheck(path, norm, found, expected, error, standard_error, status))
 
-    ours, theirs, there = [], [], []
+def _point(run: Callable, center: list[np.ndarray], narrow: set[str], epsilon: float, rtol: float) -> _Point:
+    """Evaluates F and its hypergradients at λ; the first run says which operations stay in float32."""
+    values, grads = run(center)
+    noise = _NOISE_FLOAT64
+    if narrow:
+        noise, epsilon, rtol = _NOISE_FLOAT32, max(epsilon, _EPSILON_FLOAT32), max(rtol, _RTOL_FLOAT32)
+    mean_value = lambda leaves: float(np.mean(run(leaves)[0]))
+    grads = [np.asarray(leaf) for leaf in jax.tree.leaves(grads)]
+    return _Point(mean_value, center, [_unit(x) for x in center], float(np.mean(values)), grads, noise, epsilon, rtol)
+
+
+def _unit(leaf: np.ndarray) -> float:
+    """The scale of a leaf's steps: its largest entry, or 1 if that is a rounded zero."""
+    largest = float(np.max(np.abs(leaf), initial=0.0))
+    return largest if largest > _ROUNDED_ZERO else 1.0
+
+
+def _moved(center: list[np.ndarray], direction: list[np.ndarray], distance: float) -> list[np.ndarray]:
+    return [x + distance * d for x, d in zip(center, direction, strict=True)]
+
+
+def _hypergrad_slope(point: _Point, direction: list[np.ndarray]) -> tuple[float, float]:
+    """The mean slope that the estimator claims along a direction, and its standard error."""
+    dots = sum(g.reshape(len(g), -1) @ d.ravel() for g, d in zip(point.grads, direction, strict=True))
+    dots = np.asarray(dots)
+    return float(dots.mean()), float(dots.std(ddof=1) / len(dots) ** 0.5) if len(dots) > 1 else 0.0
+
+
+def _leaf_directions(point: _Point, rng: np.random.Generator, index: int) -> list[list[np.ndarray]]:
+    """Two random sign vectors in one leaf.
+
+    They are those out of 16 along which the claimed slope cancels least, unless the slope is random: then such a choice
+    would pick its largest errors.
+    """
+    grads, unit = point.grads[index], point.units[index]
+    signs = unit * rng.choice([-1.0, 1.0], (16, *grads.shape[1:]))
+    slopes = np.abs(signs.reshape(16, -1) @ grads[0].ravel())
+    best = np.argsort(-slopes, kind="stable")[:2] if len(grads) == 1 else (0, 1)
+    zeros = [np.zeros(x.shape) for x in point.center]
+    return [[*zeros[:index], signs[i], *zeros[index + 1 :]] for i in best]
+
+
+def _check_leaf(point: _Point, rng: np.random.Generator, index: int, path: str) -> LeafCheck:
+    """Compares slopes within one leaf, along a second direction if the first does not decide."""
+    norm = float(np.linalg.norm(point.grads[index].mean(0)))
+    if not np.isfinite([norm, point.value]).all():
+        return LeafCheck(path, norm, np.nan, np.nan, np.nan, np.nan, 0.0, "not finite", "")
+    leaf = None
+    for direction in _leaf_directions(point, rng, index):
+        claimed, standard_error = _hypergrad_slope(point, direction)
+        function = lambda t, direction=direction: point.mean_value(_moved(point.center, direction, t))
+        slope, tried = _slopes.at_best_step(function, point.value, point.epsilon, point.noise, claimed, point.rtol)
+        size = max(abs(claimed), abs(slope.value), 1e-300)
+        error = max(0.0, abs(claimed - slope.value) - slope.uncertainty) / size
+        status, note = _judge(point, norm, claimed, standard_error, slope, tried)
+        if leaf is None or status != "inconclusive":
+            numbers = (norm, claimed, slope.value, slope.uncertainty, error, standard_error)
+            leaf = LeafCheck(path, *numbers, status, note)
+        if status != "inconclusive":
+            break
+    assert leaf is not None
+    return leaf
+
+
+def _judge(
+    point: _Point, norm: float, claimed: float, standard_error: float, slope: _slopes.Slope, tried: list[_slopes.Slope]
+) -> tuple[str, str]:
+    """The status of a leaf, and a note on it."""
+    size, gap = max(abs(claimed), abs(slope.value)), abs(claimed - slope.value) - slope.uncertainty
+    known = slope.uncertainty <= max(point.rtol * size, standard_error)
+    # A slope of rounding errors is zero too: a bias before batch normalization has one.
+    flat = (point.rtol if norm == 0 else _FLAT) * max(abs(point.value), 1e-300)
+    if not np.isfinite(slope.value):
+        return "inconclusive", "F is not finite next to λ"
+    if norm == 0 and abs(slope.value) > 2 * slope.uncertainty:
+        return "dead", ""
+    if (norm == 0 or not known) and size + slope.uncertainty <= flat:
+        return "zero", ""
+    if norm != 0 and gap > max(point.rtol * size, 3 * standard_error):
+        return "wrong", ""
+    if norm == 0 or not known:
+        return "inconclusive", _cause(point, size, slope, tried)
+    if 3 * standard_error > size:
+        return "inconclusive", "three standard errors exceed the slope"
+    if slope.step < tried[0].step:
+        return "right", f"F has a kink or a sharp bend within {tried[0].step:.1g}; the step is {slope.step:.1g}"
+    return "right", ""
+
+
+def _cause(point: _Point, size: float, slope: _slopes.Slope, tried: list[_slopes.Slope]) -> str:
+    """Why finite differences do not decide."""
+    value = max(abs(point.value), 1e-300)
+    if slope.rounding > slope.uncertainty / 2:
+        return f"rounding hides a slope that is {size / value:.1g} of F"
+    noise = _slopes.noise(tried)
+    if noise > 0:
+        return f"F has noise of {noise / value:.1g} of its value, since something amplifies rounding errors"
+    if slope.kinked:
+        return f"F has a kink at λ: its slope is {slope.left:.3g} on the left and {slope.right:.3g} on the right"
+    return "F is too rough at every step"
+
+
+def _check_directions(
+    point: _Point, rng: np.random.Generator, num_directions: int, radius: float
+) -> tuple[float, str, float]:
+    """The cosine, whether the hypergradient points uphill ("yes", "no", "unknown"), and the metasmoothness."""
+    claims, slopes, errors, far_slopes = [], [], [], []
     for _ in range(num_directions):
-        direction = jax.tree.map(lambda x, s: s * rng.normal(size=np.shape(x)), hyperparams, scales)
-        ours.append(along(direction)[0])
-        theirs.append(slope(direction)[0])
-        there.append(slope(direction, moved(hyperparams, direction, radius))[0])
-    ours, theirs, there = map(np.array, (ours, theirs, there))
-    cosine = float(ours @ theirs / max(np.linalg.norm(ours) * np.linalg.norm(theirs), 1e-300))
-    weight = max(np.abs(theirs).sum(), 1e-300)
-    metasmoothness = float((np.abs(theirs) * np.sign(theirs) * np.sign(there)).sum() / weight)
-
-    bad = [f"{r.path} ({r.status})" for r in rows if r.status not in ("right", "zero")]
-    broken = [r.path for r in rows if r.status in ("not finite", "dead")]
-    if kind in ("exact", "unbiased"):
-        passed = not bad
-    elif kind == "pseudo":
-        passed = all(r.status != "not finite" for r in rows)
-    else:
-        passed = not broken and cosine > 0
-    return Check(
-        kind, passed, value, rows, cosine, metasmoothness, narrow, _advice(kind, rows, bad, metasmoothness, narrow)
-    )
+        direction = [unit * rng.normal(size=x.shape) for x, unit in zip(point.center, point.units, strict=True)]
+        claim = _hypergrad_slope(point, direction)[0]
+        function = lambda t, direction=direction: point.mean_value(_moved(point.center, direction, t))
+        slope, _ = _slopes.at_best_step(function, point.value, point.epsilon, point.noise, claim, 10 * point.rtol)
+        far = [function(radius + sign * point.epsilon) for sign in (1, -1)]
+        claims.append(claim)
+        slopes.append(slope.value)
+        errors.append(slope.uncertainty)
+        far_slopes.append(far[0] - far[1])
+    claims, slopes, errors, far_slopes = map(np.array, (claims, slopes, errors, far_slopes))
+    cosine = float(claims @ slopes / max(np.linalg.norm(claims) * np.linalg.norm(slopes), 1e-300))
+    margin = float(np.abs(claims) @ errors)
+    uphill = "yes" if claims @ slopes > margin else "no" if claims @ slopes <= -margin else "unknown"
+    weight = max(np.abs(slopes).sum(), 1e-300)
+    return cosine, uphill, float((slopes * np.sign(far_slopes)).sum() / weight)
 
 
-def _advice(kind, rows, bad, metasmoothness, narrow) -> str:
+def _verdict(kind: str, leaves: list[LeafCheck], uphill: str) -> str:
+    """Whether the hypergradient keeps the promise of its kind."""
+    statuses = {leaf.status for leaf in leaves}
+    if kind == "pseudo":
+        return "failed" if "not finite" in statuses else "passed"
+    if statuses & {"not finite", "dead"}:
+        return "failed"
+    if kind == "biased":
+        flat = statuses == {"zero"}
+        return "passed" if uphill == "yes" or flat else "failed" if uphill == "no" else "inconclusive"
+    return "failed" if "wrong" in statuses else "inconclusive" if "inconclusive" in statuses else "passed"
+
+
+def _advice(
+    kind: str, leaves: list[LeafCheck], uphill: str, metasmoothness: float, narrow: list[str], rtol: float
+) -> str:
     words = []
-    if any(r.status == "not finite" for r in rows):
-        words.append("A hypergradient is not finite: run `hypergrad.diagnose` for where training diverges.")
-    dead = [r.path for r in rows if r.status == "dead"]
-    if dead:
+    paths = {s: ", ".join(x.path for x in leaves if x.status == s) for s in {leaf.status for leaf in leaves}}
+    if "not finite" in paths:
+        words.append(f"The hypergradient of {paths['not finite']}, or F, is not finite: `hypergrad.diagnose` says why.")
+    if "dead" in paths:
         words.append(
-            f"F depends on {', '.join(dead)}, and the hypergradient does not: a stop_gradient, a cast to integers, or "
-            "a rule that cannot see it."
+            f"F depends on {paths['dead']}, and the hypergradient does not: look for a stop_gradient, a cast to "
+            "integers, or a rule that cannot see the leaf."
         )
-    zero = [r.path for r in rows if r.status == "zero"]
-    if zero:
-        words.append(f"F does not depend on {', '.join(zero)} here.")
-    rough = [r.path for r in rows if r.status == "uncertain"]
-    if rough:
+    if "zero" in paths:
+        words.append(f"F does not depend on {paths['zero']} here.")
+    if "wrong" in paths and kind in ("exact", "unbiased"):
+        words.append(f"It is not the derivative of F: {paths['wrong']}.")
+    if kind == "biased" and uphill != "yes" and set(paths) != {"zero"}:
         words.append(
-            f"F is too rough for finite differences along {', '.join(rough)}: another `epsilon`, or see `diagnose`."
+            "It does not point uphill." if uphill == "no" else "F is too rough to say whether it points uphill."
         )
-    if kind in ("exact", "unbiased") and any(r.status == "wrong" for r in rows):
-        words.append(f"It is not the derivative of F: {', '.join(bad)}.")
+    words += [_inconclusive(leaf) for leaf in leaves if leaf.status == "inconclusive"]
+    words += [f"{leaf.path}: {leaf.note}." for leaf in leaves if leaf.status == "right" and leaf.note]
     if metasmoothness < 0.5:
         words.append("F is rough at this radius: smaller outer steps, a smaller inner rate, fewer inner steps, or ES.")
     if narrow:
-        words.append("In float32, which bounds what can be seen (ε ≥ 1e-2, rtol ≥ 3e-2): " + "; ".join(narrow) + ".")
+        words.append(f"Computed in float32, so that `rtol` is {rtol:g}: {'; '.join(narrow)}.")
     return " ".join(words) or "Nothing to remark."
+
+
+def _inconclusive(leaf: LeafCheck) -> str:
+    """One sentence on a leaf that was not decided, and how to decide it."""
+    size = max(abs(leaf.hypergrad), abs(leaf.finite_difference), 1e-300)
+    hidden = (leaf.uncertainty + 3 * leaf.standard_error) / size
+    way_out = "check at another λ" if "kink" in leaf.note else "give a larger `rtol`, or another `epsilon`"
+    if "standard errors" in leaf.note:
+        way_out = "give a larger `num_samples`"
+    return f"{leaf.path} is inconclusive: {leaf.note}; relative errors up to {hidden:.2g} are hidden, so {way_out}."

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from metaopt import base, inner, spaces
+from metaopt.hypergrad import _implicit
 
 
 class Finding(NamedTuple):
@@ -173,7 +174,10 @@ def diagnose(
                     "The rate is too small or too large for this many steps.",
                 )
             )
-        elif num_steps >= 20 and before - after > 0.05 * (first - after):
+        # Smaller differences of the loss are rounding, and their shares mean nothing.
+        elif num_steps >= 20 and before - after > max(
+            0.05 * (first - after), 100 * np.finfo(loss.dtype).eps * abs(first)
+        ):
             findings.append(
                 Finding(
                     "The inner loop has not converged: the last tenth of the steps still lowered g by "
@@ -220,18 +224,22 @@ def _of_estimator(estimator, key, hyperparams, task, num_estimates) -> list[Find
             findings.append(
                 Finding(
                     f"The hypergradient of {name} is zero in {num_estimates} estimates.",
-                    "Is it used? `hypergrad.check` tells whether the outer loss depends on it.",
+                    "Is it used? `hypergrad.check` reports whether the outer loss depends on it.",
                 )
             )
+    last = {name: values[-1] for name, values in estimates.metrics.items() if values.ndim == 1}
+    findings += [Finding(sentence, _implicit.REST_ADVICE) for sentence in _implicit.far_from_rest(last)]
     for name, values in estimates.metrics.items():
         if not name.endswith("residual"):
             continue
-        scale = float(estimates.metrics.get("outer_grad_norm", np.ones(1))[-1])
-        if not float(values[-1]) < 0.1 * scale:
+        # `partition` puts a label before the names of its rules' metrics. Without the norm there is no scale.
+        prefix, residual = name[: name.rfind("/") + 1], float(values[-1])
+        scale = float(estimates.metrics.get(f"{prefix}outer_grad_norm", [np.inf])[-1])
+        if not residual <= 0.1 * scale:
             findings.append(
                 Finding(
-                    f"The linear solve is not done: {name} = {float(values[-1]):.3g} of {scale:.3g} after "
-                    f"{num_estimates} estimates.",
+                    f"The linear solve is not done: {name} = {residual:.3g} of {scale:.3g} after {num_estimates} "
+                    "estimates.",
                     "More solver steps, a warm start, damping, or (Neumann, adjoint steps) a rate below 2 / λmax.",
                 )
             )

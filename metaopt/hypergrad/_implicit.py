@@ -6,7 +6,8 @@ The implicit function theorem then gives, whatever way led there,
     dF/dλ = ∂f/∂λ − (∂R/∂λ)ᵀ v,    (∂R/∂θ)ᵀ v = ∂f/∂θ.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -168,7 +169,8 @@ def implicit(
 
     Exact at a strict minimum (a fixed point), with δ = 0 and v solved for. What is biased otherwise:
 
-    - θ not at rest, by the order of ‖R‖, `metrics["inner_grad_norm"]` (`"inner_step_norm"`);
+    - θ not at rest, by the order of ‖R‖, `metrics["inner_grad_norm"]` (`"inner_step_norm"`); `training.fit` logs a
+      warning once if it is large (`rest_warning`);
     - v not solved for, by −(∂R/∂λ)ᵀ A⁻¹ (Av − ∂f/∂θ), `metrics["adjoint_residual"]` = ‖(A + δI) v − ∂f/∂θ‖;
     - damping, by δ (∂R/∂λ)ᵀ (A + δI)⁻¹ A⁻¹ ∂f/∂θ: it hides what flat directions contribute. It serves where A is nearly
       singular, or where θ is not at rest and A has negative eigenvalues above −δ;
@@ -270,6 +272,46 @@ def implicit(
         return base.Estimate(f, hypergrad, done, metrics), ImplicitState(*carried, key)
 
     return base.Estimator(init, estimate, kind="biased")
+
+
+_REST_TOLERANCE = 0.3  # of ‖∇θ g‖ / ‖∂f/∂θ‖
+REST_ADVICE = (
+    "Take more inner steps per estimate (`num_steps`) or a better inner optimizer, or use `hypergrad.unrolled`, which "
+    "needs no stationary point. The noise of a minibatch counts too: an implicit rule with `batch='full'` leaves it "
+    "out."
+)
+
+
+def far_from_rest(metrics: Mapping[str, Any]) -> list[str]:
+    """One sentence for each implicit rule in the metrics that ran far from a stationary point; see `rest_warning`."""
+    sentences = []
+    for name in metrics:
+        prefix = name.removesuffix("inner_grad_norm")
+        inner_norm, outer_norm = float(metrics[name]), float(metrics.get(f"{prefix}outer_grad_norm", math.nan))
+        if prefix != name and inner_norm > _REST_TOLERANCE * outer_norm:
+            sentences.append(
+                f"An implicit rule runs far from a stationary point of the inner loss, so that its hypergradient is "
+                f"biased: `{name}` is {inner_norm:.3g} and `{prefix}outer_grad_norm` is {outer_norm:.3g}."
+            )
+    return sentences
+
+
+def rest_warning(metrics: Mapping[str, Any]) -> str:
+    """Warns if an implicit rule ran far from a stationary point of the inner loss g, where its hypergradient is biased.
+
+    θ is about A⁻¹ ∇θ g away from rest, with A the Hessian of g. This changes ∂f/∂θ, the right-hand side of the linear
+    system, by (∂²f/∂θ²) A⁻¹ ∇θ g, which is ∇θ g if f and g have about the same curvature (one loss on two data sets).
+    So ‖∇θ g‖ / ‖∂f/∂θ‖ estimates the relative error of the hypergradient, in any unit of the loss. The limit is 0.3.
+
+    Args:
+      metrics: scalars by name: the metrics of an estimate, or their means over some steps. The function compares
+        "inner_grad_norm" with "outer_grad_norm", also under the prefixes of `partition`. Other rules have no such pair.
+
+    Returns:
+      What is wrong and how to change it, or "".
+    """
+    sentences = far_from_rest(metrics)
+    return " ".join([*sentences, REST_ADVICE]) if sentences else ""
 
 
 def _default(solver: _solvers.Solver | None, condition: str) -> _solvers.Solver:

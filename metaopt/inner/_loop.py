@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base, transforms
+from metaopt import base, rewrite, transforms
 from metaopt.inner import _im2col, _samplers
 
 _FACTORY = (
@@ -127,31 +127,33 @@ def loop(
     zero: str = "drop",
     im2col: bool | None = None,
 ) -> base.InnerLoop:
-    """Lifts a loss and an optax factory into an `InnerLoop`.
+    """Makes an `InnerLoop` of a loss and an optax factory.
 
-    One step is u, s = optimizer(λ).update(∇θ g(θ, λ), s, θ); θ ← θ + u, differentiable in everything, with finite
+    One step is u, s = optimizer(λ).update(∇θ ℓ(θ, λ), s, θ); θ ← θ + u. It is differentiable in everything, with finite
     derivatives where gradients are exactly zero (`transforms.differentiable`).
 
     Args:
-      loss: g, `(params, hyperparams, batch) -> []`. With `with_context`, `(params, hyperparams, batch, context) -> []`
-        or `-> ([], model_state)`: `base.Context` has a fresh key, the step's number and the model state.
+      loss: ℓ, `(params, hyperparams, batch) -> []`. With `with_context`, `(params, hyperparams, batch, context) -> []`
+        or `-> ([], model_state)`: `base.Context` has a fresh key, the number of the step and the model state.
       optimizer: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["lr"])`. Its state
-        must keep its structure, whatever λ. (`optax.inject_hyperparams` freezes λ into the state: not here.)
-      init: `(key, hyperparams, data) -> params`; may take θ out of λ (MAML), or ignore its arguments. With
+        must keep its structure for every λ. It must not ask λ for its value, as some schedules of optax do; those of
+        `transforms`, such as `cosine_schedule`, do not. (`optax.inject_hyperparams` freezes λ into the state; do not
+        use it here.)
+      init: `(key, hyperparams, data) -> params`. It may take θ from λ (MAML), and may ignore its arguments. With
         `with_context`, `-> (params, model_state)`.
-      sampler: which rows a step sees: `inner.full_batch()` (default), `inner.minibatch(64)`.
-      with_context: the loss and `init` are in their full form.
+      sampler: which rows a step sees: `inner.full_batch()` (default) or `inner.minibatch(64)`.
+      with_context: whether the loss and `init` have their full form.
       zero: the derivative of the optimizer at zero gradients, "drop" or "exact" (see `transforms.differentiable`).
-      im2col: whether the convolutions and the pooling of the loss become matrix products and slices (`inner.im2col`);
-        by default where the default backend is a CPU, whose convolutions in loops are slow.
+      im2col: whether the convolutions and the pooling of the loss become matrix products and slices (`inner.im2col`).
+        None does so if the default backend is a CPU, whose convolutions in loops are slow.
 
     Returns:
       An `InnerLoop`.
 
     Raises:
-      ValueError: `loss` is no function, or `optimizer` no factory; at trace time: the loss is no scalar, `init` gives
-        no pair where it should, the parameters are not floating-point, the optimizer or the model changes its state's
-        structure.
+      ValueError: if `loss` is not a function, or `optimizer` not a factory; at trace time, if the loss is not a scalar,
+        `init` does not return the pair that `with_context` needs, the parameters are not floating-point, the optimizer
+        asks a traced hyperparameter for its value, or the optimizer or the model changes the structure of its state.
 
     >>> import jax, optax
     >>> from metaopt import inner
@@ -174,7 +176,8 @@ def loop(
 
     def transform(hyperparams):
         try:
-            optimizer_ = optimizer(hyperparams)
+            with base.explained_schedules("optimizer"):
+                optimizer_ = optimizer(hyperparams)
         except TypeError as error:
             raise ValueError(f"{_FACTORY}; called with λ it raised: {error}") from error
         if not (hasattr(optimizer_, "init") and hasattr(optimizer_, "update")):
@@ -193,7 +196,8 @@ def loop(
             params, model_state = params
         params, model_state = _check_floating(params), jax.tree.map(_strong, model_state)
         params = jax.tree.map(_strong, params)
-        opt_state = jax.tree.map(_strong, transform(hyperparams).init(params))
+        with base.explained_schedules("optimizer"):
+            opt_state = jax.tree.map(_strong, transform(hyperparams).init(params))
         return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
 
     def context(state):
@@ -216,7 +220,8 @@ def loop(
         return value, model_state
 
     def update(state, grads, model_state, hyperparams):
-        updates, opt_state = transform(hyperparams).update(grads, state.opt_state, state.params)
+        with base.explained_schedules("optimizer"):
+            updates, opt_state = transform(hyperparams).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         opt_state, model_state = _like(opt_state, state.opt_state), _like(model_state, state.model_state)
         _check_same_structure(opt_state, state.opt_state, "optimizer's state")
@@ -254,22 +259,32 @@ def step(
     return loop.update(state, grads, model_state, hyperparams)
 
 
+_NO_DERIVATIVE = (
+    "`inner.run` has no derivative: it trains without storing what a derivative needs, so that the gradient of what it "
+    "trained would be 0 and wrong. Use `hypergrad.unroll(loop, num_steps=...)` to differentiate through training. If "
+    "the result is a constant here, pass `jax.lax.stop_gradient` of the hyperparameters and of the data to it."
+)
+
+
 def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callable | None = None) -> Callable:
-    """Training without differentiation through it: for evaluation, other lengths, baselines.
+    """Trains without differentiation: for evaluation, other lengths, baselines.
+
+    The result has no derivative. Asked for one, it raises instead of returning 0; `hypergrad.unroll` has it. Within a
+    differentiated function the result may go into metrics or through `jax.lax.stop_gradient`. (Forward mode cannot see
+    a later `stop_gradient`; stop the gradient of the arguments there.) Memory does not depend on the number of steps.
 
     Args:
       loop: the inner loop.
-      num_steps: the steps to take, at least 0; None to give them with each call, where they may be traced.
+      num_steps: the number of steps, at least 0. None if each call gives it; it may then be traced.
       trace_fn: `(state) -> PyTree`, evaluated after every step; needs a static `num_steps`.
 
     Returns:
       `(key, hyperparams, data) -> InnerState`, or, with `trace_fn`, `-> (InnerState, trace)` whose leaves have a
-      leading axis of `num_steps`. With `num_steps=None`, `(key, hyperparams, data, num_steps)`. It passes no
-      derivative on: a gradient through it is zero; use `hypergrad.unroll` for that. Memory does not depend on the
-      number of steps.
+      leading axis of `num_steps`. With `num_steps=None`, `(key, hyperparams, data, num_steps)`.
 
     Raises:
-      ValueError: `num_steps` is negative, or not static where a trace is asked for.
+      ValueError: if `num_steps` is negative, or not static where `trace_fn` is given; at trace time, if the result is
+        differentiated.
     """
     base.check_integer("num_steps", num_steps, 0, optional=True)
     if num_steps is None and trace_fn is not None:
@@ -278,21 +293,26 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
     def train(key, hyperparams, data, num_steps=num_steps):
         if num_steps is None:
             raise ValueError("`num_steps` must be given, to `run` or with the call; got None.")
-        hyperparams, data = jax.lax.stop_gradient((hyperparams, data))
-        state = jax.lax.stop_gradient(loop.init(key, hyperparams, data))
+        inputs = key, hyperparams, data
+        # Constants from here on, so that a differentiated caller neither computes nor stores the tangents of the loop.
+        key, hyperparams, data = jax.lax.stop_gradient(inputs)
+        start = loop.init(key, hyperparams, data)  # `init` may close over what the caller differentiates
+        state = jax.lax.stop_gradient(start)
 
         def next_state(state):
             return step(loop, state, hyperparams, data)
 
         if trace_fn is None:
-            return jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, lambda _, s: next_state(s), state))
-        look = trace_fn  # not None
+            result = jax.lax.fori_loop(0, num_steps, lambda _, s: next_state(s), state)
+        else:
+            look = trace_fn  # not None
 
-        def traced(state, _):
-            state = next_state(state)
-            return state, look(state)
+            def traced(state, _):
+                state = next_state(state)
+                return state, look(state)
 
-        return jax.lax.stop_gradient(jax.lax.scan(traced, state, length=num_steps))
+            result = jax.lax.scan(traced, state, length=num_steps)
+        return rewrite.refuse_derivative(result, (inputs, start), _NO_DERIVATIVE)
 
     return train
 

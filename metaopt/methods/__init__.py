@@ -60,7 +60,7 @@ from metaopt.methods._meta_files import (
 )
 from metaopt.methods._meta_optimizer import train_meta_optimizer, train_meta_searcher
 from metaopt.methods._meta_outcomes import Outcomes
-from metaopt.methods._meta_search import ACQUISITIONS, MetaOptimizer, MetaSearcherState
+from metaopt.methods._meta_search import ACQUISITIONS, Evidence, MetaOptimizer, MetaSearcherState
 from metaopt.methods._new_trials import TriedConfiguration
 from metaopt.methods._one_shot import OneShot, single_path_one_shot
 from metaopt.methods._optuna import bohb, tpe
@@ -90,6 +90,7 @@ __all__ = [
     "CellSearcher",
     "CurveSearcher",
     "Evaluation",
+    "Evidence",
     "EvolutionState",
     "FineTuned",
     "FineTunedArchitecture",

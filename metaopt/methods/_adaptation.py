@@ -440,6 +440,13 @@ def adaptation(
     )
 
 
+_NO_DERIVATIVE = (
+    "The outputs of `methods.adapted` have no derivative: it adapts without storing what a derivative needs, so that "
+    "the gradient would be 0 and wrong. Use `hypergrad.unroll(adaptation.unrolling.loop, num_steps=...)` to "
+    "differentiate through the steps, or `adaptation.estimator` for the hypergradient."
+)
+
+
 def adapted(
     adaptation: Adaptation,
     hyperparams: base.HyperParams,
@@ -463,35 +470,38 @@ def adapted(
       with_context: whether `predict` is in its full form.
 
     Returns:
-      `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps; it passes no derivative on.
+      `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps; to differentiate through the steps, use
+      `hypergrad.unroll(adaptation.unrolling.loop, num_steps=T)`.
 
     Raises:
-      ValueError: if `num_steps` is not an integer or is negative.
+      ValueError: if `num_steps` is not an integer or is negative; at trace time, if the outputs are differentiated.
     """
     loop = adaptation.unrolling.loop
     base.check_integer("num_steps", num_steps, 0, optional=True)
     steps = adaptation.test_steps if num_steps is None else operator.index(num_steps)
 
     def method(key, support, query):
+        inputs = hyperparams, support, query
+        fixed, support, query = jax.lax.stop_gradient(inputs)
+
         def outputs(state):
             context = loop.context(state)
             context = context._replace(model_state=context.model_state.own)
             with _traced_after_steps(True):
-                return predict(adaptation.params(state, hyperparams), query, *([context] if with_context else []))
+                return predict(adaptation.params(state, fixed), query, *([context] if with_context else []))
 
         def moves(path, _):
             return not _path(path).startswith(("model_state/made", "model_state/support"))
 
-        state, cut = loop.init(key, hyperparams, support), None
+        state, cut = loop.init(key, fixed, support), None
         with contextlib.suppress(Exception):  # as for g: of the query set, too, what no step changes is computed once
             cut = rewrite.split(outputs, (state,), (jax.tree_util.tree_map_with_path(moves, state),))
         kept = () if cut is None else inner.im2col(cut.once, only_on_cpu=True)((state,))
         predictions = outputs if cut is None else lambda state: cut.rest((state,), kept)
         predictions = inner.im2col(predictions, only_on_cpu=True)
-        _, after = inner.run(loop._replace(init=lambda *_: state), steps, trace_fn=predictions)(
-            key, hyperparams, support
-        )
-        return jax.lax.stop_gradient(jnp.concatenate([predictions(state)[None], after]))
+        _, after = inner.run(loop._replace(init=lambda *_: state), steps, trace_fn=predictions)(key, fixed, support)
+        visited = jnp.concatenate([predictions(state)[None], after])
+        return rewrite.refuse_derivative(visited, inputs, _NO_DERIVATIVE)
 
     return method
 

@@ -14,7 +14,7 @@ axis of one. With `inner.run` and `trace_fn` that is
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jax.tree_util import Partial
 
 from metaopt import base, tasks
 from metaopt.methods._evaluations import Evaluation
-from metaopt.progress import progress_bar
+from metaopt.progress import Report, report_progress
 
 
 class AdaptFn(Protocol):
@@ -138,7 +138,9 @@ def evaluate_episodes(
       score_fn: `(outputs after one step [Q, ...], query) -> []`.
       higher_is_better: False where the score is an error; known for `accuracy`, `mean_squared_error` and
         `mean_absolute_error`, and asked for with any other.
-      progress: draw a progress bar; None draws one in a terminal or notebook only.
+      progress: None reports episodes and compilations on standard error: by a bar in a terminal or notebook, and
+        elsewhere by a line every 10 s and for compilations that take 2 s or more. True prints also a line at the end of
+        a short evaluation; False reports nothing.
 
     Returns:
       An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
@@ -180,18 +182,22 @@ def evaluate_episodes(
     transductive = dict.fromkeys(methods, False)
     scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in methods}
     ways, shots, marks = ({} for _ in range(3))
-    total, text = num_episodes * len(samplers), "{task.fields[source]}: {task.fields[method]}"
-    with progress_bar(total, progress, text, source="", method="") as show:
+    total, text = num_episodes * len(samplers), "{source}: {method}"
+    compiled: set = set()
+    with report_progress(total, progress, text, unit="episode", source="", method="") as report:
         for number, (source, sample) in enumerate(samplers.items()):
 
             def judged(name, num, number=number, source=source):
-                show(num_episodes * number + num, source=source, method=name)
+                report(num_episodes * number + num, source=source, method=name)
+
+            def compile_once(name, *args):
+                _compile_once(jitted[name], name, args, compiled, report)
 
             # By its name: another source in front changes nothing.
             source_key = jax.random.fold_in(key, zlib.crc32(str(source).encode()))
             asked = [name for name in methods if not transductive[name]]  # in one source it may not show
             of_source, numbers, found = _of_source(
-                jitted, sample, source_key, num_episodes, chunk_size, each is not None, asked, judged
+                jitted, sample, source_key, num_episodes, chunk_size, each is not None, asked, judged, compile_once
             )
             ways[source], shots[source], marks[source] = (numbers[name] for name in ("ways", "shots", "marks"))
             num_users = len(np.unique(numbers["users"]))
@@ -204,6 +210,15 @@ def evaluate_episodes(
             for name in methods:
                 scores[name][source] = of_source[name]
     return Evaluation(scores, ways, shots, transductive, higher_is_better, marks, _name(score_fn))
+
+
+def _compile_once(method: Any, name: str, args: tuple, compiled: set, report: Report) -> None:
+    """Compiles a jitted method for arguments of new shapes. JAX keeps the result for the call that follows."""
+    kind = name, str(jax.eval_shape(lambda *args: args, *args))
+    if kind not in compiled:
+        with report.compiling(name):
+            method.trace(*args).lower().compile()
+        compiled.add(kind)
 
 
 def _name(function: Callable) -> str:
@@ -222,10 +237,12 @@ def _of_source(
     by_number: bool,
     asked: Sequence[str],
     judged: Callable[[str, float], None],
+    compile_once: Callable[..., None],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, bool]]:
     """Scores of all methods [E, T + 1]; numbers [E] of the episodes; whether the methods of `asked` are transductive.
 
-    `judged` hears after each method how many episodes are done, those of other methods' turn in part.
+    `judged` is called after each method with the number of episodes that are done, those of other methods' turn in
+    part; `compile_once` is called before, with the arguments of the method.
     """
     # What draws an episode, what a method may use and what puts query examples in order know nothing of each other.
     draw_keys, method_keys, order_keys = (jax.random.split(k, num_episodes) for k in jax.random.split(key, 3))
@@ -242,6 +259,7 @@ def _of_source(
         support, query, told = draw(sample, draw_keys[chunk], order_keys[chunk], jnp.arange(num_episodes)[chunk])
         base.check_task_labels("episode", {"support": support, "query": query})
         for place, (name, run) in enumerate(jitted.items()):
+            compile_once(name, method_keys[chunk], support, query)
             score, outputs = run(method_keys[chunk], support, query)
             scores[name].append(np.asarray(score)[new])
             if start == 0 and name in asked:

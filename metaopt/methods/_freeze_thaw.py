@@ -69,6 +69,7 @@ def train_curve_searcher(
     *,
     space: base.PyTree,
     num_steps: int = 100,
+    progress: bool | None = None,
     key: jax.Array | None = None,
 ) -> CurveSearcher:
     """Learns from curves of earlier tasks how trials go on, and spends fidelity on a new task accordingly.
@@ -102,6 +103,7 @@ def train_curve_searcher(
       space: of λ. The candidates are the configurations of the records: each should have been run at each fidelity on
         some task.
       num_steps: outer steps that learn the process's scales.
+      progress: as for `training.fit`.
       key: what everything random follows from; `jax.random.key(0)` by default.
 
     Returns:
@@ -134,12 +136,14 @@ def train_curve_searcher(
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *hyperparams)
     x = np.asarray(jax.jit(jax.vmap(lambda hp: spaces.encode(space, hp)))(stacked))
     surrogate = predictors.curve_surrogate(table.outcomes, x, table.fidelities)
-    surrogate = surrogate._replace(noise=_fit_noise(fit_key, surrogate, table.outcomes, num_steps))
+    surrogate = surrogate._replace(noise=_fit_noise(fit_key, surrogate, table.outcomes, num_steps, progress))
     surrogate = predictors.calibrate(surrogate, calibrate_key)
     return _curve_searcher(surrogate, space, [dict(c) for c in table.configurations])
 
 
-def _fit_noise(key, surrogate, curves, num_steps: int, *, num_tasks: int = 4, num_candidates: int = 16):
+def _fit_noise(
+    key, surrogate, curves, num_steps: int, progress: bool | None, *, num_tasks: int = 4, num_candidates: int = 16
+):
     """By the likelihood of a few candidates' beginnings, and some of their ends, on a task that is left out."""
     num_fidelities = curves.shape[2]
 
@@ -169,7 +173,7 @@ def _fit_noise(key, surrogate, curves, num_steps: int, *, num_tasks: int = 4, nu
         hyperparams=surrogate.noise,
         num_steps=num_steps,
         key=key,
-        progress=False,
+        progress=progress,
     )
     return fitted.hyperparams
 

@@ -58,6 +58,7 @@ def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimi
     """
     space, candidates = spaces.to_json(meta_optimizer.space), meta_optimizer.candidates
     header = {"format": _FORMAT, "version": VERSION, "space": space, "candidates": candidates}
+    header |= {name: getattr(meta_optimizer.evidence, name) for name in ("num_records", "effective_tasks")}
     arrays: dict[str, Any] = _arrays("outcome", meta_optimizer.surrogate)
     if meta_optimizer.cost_surrogate is not None:
         arrays |= _arrays("cost", meta_optimizer.cost_surrogate)
@@ -93,7 +94,10 @@ def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
                 _files.check_finite(name, array, missing=name.endswith("sorted_features"))
         surrogates = {kind: _surrogate(kind, arrays, int(header["version"])) for kind in _kinds(arrays)}
         space, candidates = spaces.from_json(header["space"]), header["candidates"]
-        return meta_optimizer(surrogates["outcome"], surrogates.get("cost"), space, candidates)
+        counts = {name: header.get(name) for name in ("num_records", "effective_tasks")}  # absent before 2026-12
+        for name, count in counts.items():
+            base.check_positive(name, count, optional=True)
+        return meta_optimizer(surrogates["outcome"], surrogates.get("cost"), space, candidates, **counts)
 
 
 def save_cell_searcher(path: str | os.PathLike[str], searcher: CellSearcher) -> None:

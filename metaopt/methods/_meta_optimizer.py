@@ -1,6 +1,7 @@
 """g and h from records of earlier trials: `train_meta_optimizer`, `train_meta_searcher`."""
 
 import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,18 @@ from metaopt.methods._earlier_trials import (
     stands_for_nothing,
     warn_of_foreign,
 )
-from metaopt.methods._meta_search import ROWS, MetaOptimizer, check_rows, encoder, meta_optimizer
+from metaopt.methods._meta_search import (
+    ROWS,
+    MetaOptimizer,
+    check_rows,
+    effective_tasks,
+    encoder,
+    meta_optimizer,
+)
 from metaopt.methods._new_trials import as_configurations
+from metaopt.progress import report_progress
+
+_log = logging.getLogger(__name__)
 
 
 def train_meta_optimizer(
@@ -40,35 +51,51 @@ def train_meta_optimizer(
     transformers: int = 0,
     transformer_share: float = 0.5,
     costs: bool = False,
+    progress: bool | None = None,
     key: jax.Array | None = None,
 ) -> MetaOptimizer:
     """Learns from the records of earlier tasks to predict λ for a new one, and to spend trials on it.
 
-    Three things are learned, each by `training.fit` over `hypergrad.direct` or in closed form: a kernel between
-    configurations, by the marginal likelihood of the tasks' outcomes; what every earlier task says about every
-    configuration, with mean and covariance over tasks (`predictors.surrogate`); and how a task's features weigh
-    earlier tasks, by the regret of what would have been chosen for each task had its family been unknown
-    (`predictors.attention_loss`), as an ensemble of bootstrapped members. With `deep_kernels`, Gaussian processes whose
-    mean and kernel see configurations and the task's features through a network stand beside them: meta-learned by the
-    marginal likelihood of the tasks' outcomes (`predictors.deep_kernel_loss`), and adapted to a new task's trials by a
-    few steps (FSBO). With `transformers`, networks that read the trials of a task as a set, and say what another one
-    will give (`predictors.transformer_loss`), are trained on the outcomes of some trials of earlier tasks given others,
-    and need no adaptation (a prior-fitted network, or transformer neural process). What is expected, and what a trial
-    promises, is then the weighted mean of both; Thompson sampling draws one of the two.
+    It learns three things, each by `training.fit` over `hypergrad.direct` or in closed form:
 
-    `predict` minimizes the weighted mean outcome by gradient descent over the relaxed space from several starts, or
-    over the candidates. The searcher's first trial is the space's default, or with `first=()`, and where candidates do
-    not hold the default, what `predict` says; afterwards it maximizes an acquisition function under
-    `predictors.posterior`, in the same way (without candidates every fourth trial is a random one, with them every
-    eighth is the one that is farthest from all before: what is held for no better might never be tried); for a batch,
-    and while trials run, what a trial adds to those that run (`predictors.batch_expected_improvement`). Records of
-    unrelated tasks lose their weight after a few trials (in the mixture: the share of transformers stays). Outcomes of
-    earlier tasks are normalized one task at a time; a new task's are expected on the scales of theirs, and on the scale
-    that fits its own trials best, should its units be others. A task whose trials all have one outcome, such as a task
-    with one trial, says nothing of what is better, and is left out. A trial of the new task that failed is expected to
-    have given what is no better than the worst one that did not (`predictors.censored_mean`); transformers read, and
-    predict, that trials fail. Of many trials they look at the best, the latest failures and the latest, as many as they
-    were trained with (at most `predictors.MAX_SHOWN`), and at what runs as if it had given what the mixture expects.
+    - a kernel between configurations, by the marginal likelihood of the tasks' outcomes;
+    - the outcomes of every configuration on every earlier task, with mean and covariance over tasks
+      (`predictors.surrogate`);
+    - how a task's features weigh earlier tasks, by the regret of the configuration that would have been chosen for each
+      task with its family left out (`predictors.attention_loss`), as an ensemble of bootstrapped members.
+
+    `deep_kernels` adds Gaussian processes whose mean and kernel see configurations and the task's features through a
+    network. They are meta-learned by the marginal likelihood of the tasks' outcomes (`predictors.deep_kernel_loss`) and
+    adapted to a new task's trials by a few steps (FSBO). `transformers` adds networks that read the trials of a task as
+    a set and predict the outcome of another trial (`predictors.transformer_loss`). They need no adaptation (a
+    prior-fitted network, or transformer neural process). Expected outcomes and acquisition values are then weighted
+    means of both; Thompson sampling draws one of the two.
+
+    `predict` minimizes, by gradient descent over the relaxed space from several starts, or over the candidates,
+
+        w m(c) + (1 − w) √v (1 − k(c, c₀)),    w = E / (E + 7),
+
+    where m is the weighted mean outcome, c₀ the space's default, k the kernel, v the variance of outcomes within a
+    task, and E the number of earlier tasks, in which a task with few trials counts as a part of one. So the records of
+    one or two tasks give the default or a configuration near it, and with many tasks `predict` returns the minimum of
+    m. `MetaOptimizer.evidence` has the numbers, and the log warns if w < 0.5. If candidates do not hold the default,
+    w is 1.
+
+    The searcher's first trial is the space's default. With `first=()`, or if candidates do not hold the default, it is
+    the configuration of `predict`. Later trials maximize an acquisition function under `predictors.posterior` in the
+    same way. Without candidates every fourth trial is random; with them every eighth is the one farthest from all
+    earlier trials. Both try configurations that the surrogate underrates. In a batch, and while trials run, the
+    acquisition is the improvement in addition to that of the running trials
+    (`predictors.batch_expected_improvement`).
+
+    Records of unrelated tasks lose their weight after a few trials, except in the share of transformers. Outcomes of
+    earlier tasks are normalized one task at a time. Outcomes of a new task are expected on the scales of earlier tasks,
+    and on the scale that fits its own trials best, in case its units differ. A task whose trials all have one outcome,
+    such as a task with one trial, does not say which configuration is better, and is left out. A failed trial of the
+    new task is treated as censored: its expected outcome is no better than the worst finite one
+    (`predictors.censored_mean`). Transformers read and predict failures. They read the best trials, the latest failures
+    and the latest trials, as many as they were trained with (at most `predictors.MAX_SHOWN`), and running trials with
+    the outcomes that the mixture expects.
 
     Args:
       records: trials of earlier tasks, or a data frame of them (`tasks.records_to_frame`): complete ones at full
@@ -103,6 +130,7 @@ def train_meta_optimizer(
         says what failed and running trials are taken to give.
       costs: also learn what trials cost, as the logarithm of a record's `cost` up to a factor for each task, for
         `searcher(acquisition="ei_per_cost")`: expected improvement per predicted cost (Snoek et al., 2012).
+      progress: as for `training.fit`, of each part.
       key: what everything random follows from; `jax.random.key(0)` by default.
 
     Returns:
@@ -123,12 +151,14 @@ def train_meta_optimizer(
     >>> import jax
     >>> from metaopt import Record, methods, spaces
     >>> space = {"x": spaces.interval(0.0, 1.0)}
-    >>> bests = {f"task {i}": i / 7 for i in range(8)}  # here a task's feature says where its best is
+    >>> bests = {f"task {i}": i / 29 for i in range(30)}  # here a task's feature says where its best is
     >>> loss = lambda configuration, best: (configuration["x"] - best) ** 2
     >>> tried = [{"x": i / 10} for i in range(11)]
     >>> records = [Record(name, c, loss(c, best)) for name, best in bests.items() for c in tried]
     >>> features = {name: [best] for name, best in bests.items()}
     >>> g = methods.train_meta_optimizer(records, space=space, features=features, num_members=2, num_steps=60)
+    >>> g.evidence.num_tasks, g.evidence.num_records, round(g.evidence.weight, 1)
+    (30, 330, 0.8)
     >>> new_task = [0.8]  # its features, or `base.Task(train, valid, features)`
     >>> configuration = g.predict(new_task)
     >>> abs(configuration["x"] - 0.8) < 0.1
@@ -164,11 +194,12 @@ def train_meta_optimizer(
     warn_of_foreign(space, records)
     encode = encoder(space)
     names, trials = by_task(records, encode)
-    kernel = _fit_kernel(kernel_key, trials, num_steps)
+    kernel = _fit_kernel(kernel_key, trials, num_steps, progress)
     if candidates is None:
         # What a configuration has for itself can be found out in a finite set alone: in a continuum every new point
         # would promise it, next to the best one too.
         kernel = kernel._replace(logit_smooth=jnp.maximum(kernel.logit_smooth, 5.0))
+    num_records, num_effective = sum(len(task.y) for task in trials), effective_tasks(trials, kernel, space, candidates)
     known = features_by_task(names, features)
     if families is not None and not any(name in families for name in names):
         raise ValueError(f"`families` has none of the records' tasks, {some(names)}; its keys are {some(families)}.")
@@ -176,27 +207,40 @@ def train_meta_optimizer(
     family = [name if families is None else families.get(name, name) for name in names]
     if datasets is not None:
         rows = _stacked_rows(names, datasets)
-        surrogate = _fit_embedding(attention_key, surrogate, rows, family, num_members, num_steps)
+        surrogate = _fit_embedding(attention_key, surrogate, rows, family, num_members, num_steps, progress)
     elif known is not None:
-        attention = _fit_attention(attention_key, surrogate, family, num_members, num_steps)
+        attention = _fit_attention(attention_key, surrogate, family, num_members, num_steps, progress)
         surrogate = surrogate._replace(attention=attention)
     if deep_kernels:
-        deep = _fit_deep_kernels(jax.random.fold_in(key, 3), trials, surrogate.features, deep_kernels, 4 * num_steps)
+        deep = _fit_deep_kernels(
+            jax.random.fold_in(key, 3), trials, surrogate.features, deep_kernels, 4 * num_steps, progress
+        )
         if candidates is None:
             deep = deep._replace(logit_smooth=jnp.maximum(deep.logit_smooth, 5.0))
         surrogate = surrogate._replace(deep=deep, deep_share=float(deep_share))
     if transformers:
         networks_key = jax.random.fold_in(key, 4)
-        networks, num_shown = _fit_transformers(networks_key, trials, surrogate, family, transformers, 4 * num_steps)
+        networks, num_shown = _fit_transformers(
+            networks_key, trials, surrogate, family, transformers, 4 * num_steps, progress
+        )
         share = float(transformer_share)
         surrogate = surrogate._replace(transformers=networks, transformer_share=share, max_shown=num_shown)
     cost_surrogate = None
     if costs:
         trials = costs_by_task(records, encode)
-        kernel = _fit_kernel(jax.random.fold_in(key, 5), trials, num_steps)
+        kernel = _fit_kernel(jax.random.fold_in(key, 5), trials, num_steps, progress)
         kernel = kernel._replace(logit_smooth=jnp.maximum(kernel.logit_smooth, 5.0))
         cost_surrogate = predictors.surrogate(trials, kernel, _reference(reference_key, trials, max_reference))
-    return meta_optimizer(surrogate, cost_surrogate, space, candidates)
+    counts = {"num_records": num_records, "effective_tasks": num_effective}
+    g = meta_optimizer(surrogate, cost_surrogate, space, candidates, **counts)
+    if g.evidence.weight < 0.5:
+        _log.warning(
+            "g has learned from %d tasks with %d records, worth %.1f tasks on which every configuration was tried. "
+            "`predict` returns the default or a configuration near it: the records have a weight of %.2f "
+            "(`MetaOptimizer.evidence`).",
+            *g.evidence,
+        )
+    return g
 
 
 def train_meta_searcher(
@@ -262,7 +306,7 @@ def _reference(key, trials, max_reference: int) -> np.ndarray:
     return tried
 
 
-def _fit_kernel(key, trials, num_steps: int) -> predictors.Kernel:
+def _fit_kernel(key, trials, num_steps: int, progress: bool | None) -> predictors.Kernel:
     """By the marginal likelihood of some trials of some tasks at every step."""
     num_dims = trials[0].x.shape[1]
     start = predictors.Kernel(jnp.full(num_dims, -0.5), jnp.array(2.0), jnp.log(jnp.array(0.1)))
@@ -274,7 +318,7 @@ def _fit_kernel(key, trials, num_steps: int) -> predictors.Kernel:
         return x, (y - (y * mask).sum() / mask.sum()) * mask, mask
 
     sample_tasks = _sample_trials(usable, 64, center)
-    return _fit(_kernel_learner, sample_tasks, start, num_steps, key)
+    return _fit("the kernel", _kernel_learner, sample_tasks, start, num_steps, key, progress)
 
 
 # Learners are kept for the next training of as many tasks and configurations, from another key or of other records:
@@ -328,15 +372,19 @@ def _embedding_learner(shapes) -> training.Learner:
     return training.learner(hypergrad.direct(loss), rates)
 
 
-def _fit(make_learner, sample_tasks, start, num_steps: int, key, *settings):
-    """What the learner makes of `start`."""
+def _fit(part: str, make_learner, sample_tasks, start, num_steps: int, key, progress: bool | None, *settings):
+    """The parameters after training from `start`; `part` is their name in a log."""
     leaves, structure = jax.tree.flatten((start, sample_tasks(key)))
     learner = make_learner((structure, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)), *settings)
-    fitted = training.fit(learner, sample_tasks, hyperparams=start, num_steps=num_steps, key=key, progress=False)
+    options = {"hyperparams": start, "num_steps": num_steps, "key": key, "progress": progress}
+    with report_progress(None, progress, f"learned {part}") as report, report.during(f"learning {part}"):
+        fitted = training.fit(learner, sample_tasks, **options)
     return fitted.hyperparams
 
 
-def _fit_deep_kernels(key, trials, features, num_members: int, num_steps: int) -> predictors.DeepKernel:
+def _fit_deep_kernels(
+    key, trials, features, num_members: int, num_steps: int, progress: bool | None
+) -> predictors.DeepKernel:
     """By the same likelihood, of few trials as of many, and with the task's features or without."""
     init_key, fit_key = jax.random.split(key)
     usable = np.array([s for s, task in enumerate(trials) if np.isfinite(task.y).sum() > 1])
@@ -352,10 +400,10 @@ def _fit_deep_kernels(key, trials, features, num_members: int, num_steps: int) -
         return (x, y, mask * few), features[usable[s]] * (rng.random() < 0.8)
 
     sample_tasks = _sample_trials([trials[s] for s in usable], 32, with_features)
-    return _fit(_deep_kernel_learner, sample_tasks, start, num_steps, fit_key, num_steps)
+    return _fit("deep kernels", _deep_kernel_learner, sample_tasks, start, num_steps, fit_key, progress, num_steps)
 
 
-def _fit_transformers(key, trials, surrogate, family, num_members: int, num_steps: int):
+def _fit_transformers(key, trials, surrogate, family, num_members: int, num_steps: int, progress: bool | None):
     """On outcomes of some trials of a task, given others: none, a few or many, and good ones more often. Also returns
     how many trials they have seen of a task at most."""
     init_key, start_key, fit_key = jax.random.split(key, 3)
@@ -400,7 +448,9 @@ def _fit_transformers(key, trials, surrogate, family, num_members: int, num_step
         counts += np.bincount(at[np.asarray(asked[2]) > 0], minlength=len(counts))
     start = start._replace(head_bias=start.head_bias + jnp.log(jnp.asarray(counts / counts.sum()))[None])
 
-    return _fit(_transformer_learner, sample_tasks, start, num_steps, fit_key, num_steps), num_shown
+    return _fit(
+        "transformers", _transformer_learner, sample_tasks, start, num_steps, fit_key, progress, num_steps
+    ), num_shown
 
 
 def mean_of_others(functions: np.ndarray, left_out: np.ndarray) -> np.ndarray:
@@ -427,14 +477,14 @@ def _sample_trials(trials, num_trials: int, make, *, num_tasks: int = 16):
     return sample_tasks
 
 
-def _fit_attention(key, surrogate, family, num_members: int, num_steps: int):
+def _fit_attention(key, surrogate, family, num_members: int, num_steps: int, progress: bool | None):
     """An ensemble whose members see the families with weights of their own."""
     init_key, boot_key, fit_key = jax.random.split(key, 3)
     data = _attention_data(boot_key, surrogate, family, num_members)
     if data is None:
         return predictors.init_attention(init_key, 0, surrogate.features.shape[1])
     start = predictors.init_attention(init_key, num_members, surrogate.features.shape[1])
-    return _fit(_attention_learner, lambda key: data, start, num_steps, fit_key)
+    return _fit("the weights of tasks", _attention_learner, lambda key: data, start, num_steps, fit_key, progress)
 
 
 def _attention_data(key, surrogate, family, num_members: int):
@@ -452,7 +502,9 @@ def _attention_data(key, surrogate, family, num_members: int):
     }
 
 
-def _fit_embedding(key, surrogate, rows, family, num_members: int, num_steps: int, *, num_tasks: int = 32):
+def _fit_embedding(
+    key, surrogate, rows, family, num_members: int, num_steps: int, progress: bool | None, *, num_tasks: int = 32
+):
     """The embedding of rows and what weighs tasks by it, together: each step sees some tasks, whose families are left
     out among themselves."""
     init_key, boot_key, fit_key, embedding_key = jax.random.split(key, 4)
@@ -475,7 +527,9 @@ def _fit_embedding(key, surrogate, rows, family, num_members: int, num_steps: in
             some |= {"weights": weights / weights.sum(1, keepdims=True)}
             return some, jax.tree.map(lambda leaf: leaf[at], rows)
 
-        attention, params = _fit(_embedding_learner, sample_tasks, (attention, params), num_steps, fit_key)
+        attention, params = _fit(
+            "the embedding of rows", _embedding_learner, sample_tasks, (attention, params), num_steps, fit_key, progress
+        )
     found, center, scale = _embed_all(params, rows)
     return surrogate._replace(
         attention=attention,

@@ -34,13 +34,32 @@ from metaopt.methods._new_trials import (
 ACQUISITIONS = ("ei", "ei_per_cost", "ucb", "thompson")
 _RANDOM_EVERY = 4  # trials of a search without candidates
 _FARTHEST_EVERY = 8  # trials of one with candidates
+_DEFAULT_TASKS = 7.0  # earlier tasks whose outcomes the prior in favor of the default is worth
 _MAX_COSTS = 64  # of which the costs are looked at
 _NUM_RANDOM, _NUM_RESTARTS, _NUM_ASCENTS = 256, 8, 20
 
 
+class Evidence(NamedTuple):
+    """How much earlier tasks say, and how far `MetaOptimizer.predict` follows them.
+
+    Attributes:
+      num_tasks: S, the earlier tasks with different outcomes.
+      num_records: their trials, failed ones included; None if a file of an earlier version does not state it.
+      effective_tasks: E, the sum over tasks of the share of the variance over the space, or over the candidates, that
+        the task's trials explain (`predictors.explained_share`): at most S. Few trials of a task count as a part of it.
+      weight: w = E / (E + 7), the share of earlier tasks in what `predict` minimizes. The rest belongs to a prior in
+        favor of the space's default. 1 if `candidates` do not hold the default, since there is no default to return.
+    """
+
+    num_tasks: int
+    num_records: int | None
+    effective_tasks: float
+    weight: float
+
+
 class PredictFn(Protocol):
     def __call__(self, new_task: Any = None) -> dict[str, Any]:
-        """The configuration to use on a new task without a trial."""
+        """The configuration to use on a new task without a trial; near the default if `evidence.weight` is small."""
         ...
 
 
@@ -110,6 +129,7 @@ class MetaOptimizer(NamedTuple):
       cost_surrogate: the same of the logarithm of trials' costs, or None.
       space: of λ.
       candidates: the configurations that it chooses from, or None.
+      evidence: the numbers of earlier tasks and records, and their weight in `predict`.
     """
 
     predict: PredictFn
@@ -121,6 +141,7 @@ class MetaOptimizer(NamedTuple):
     cost_surrogate: predictors.Surrogate | None
     space: base.PyTree
     candidates: list[dict[str, Any]] | None
+    evidence: Evidence
 
 
 class MetaSearcherState(NamedTuple):
@@ -263,13 +284,32 @@ def _repeat_of(repeats: dict[tuple, int], name: tuple[bytes, float], outcome: fl
     return repeats[*name, outcome]
 
 
+def effective_tasks(
+    trials: Sequence[predictors.TaskTrials],
+    kernel: predictors.Kernel,
+    space: base.PyTree,
+    candidates: Sequence[Mapping[str, Any]] | None,
+) -> float:
+    """E of `Evidence`: the mean over candidates, or over random configurations, of `predictors.explained_share`."""
+    if candidates:
+        encode = encoder(space)
+        x = np.stack([encode(candidate, True) for candidate in candidates])
+    else:
+        sample = jax.jit(jax.vmap(lambda key: _encode_fn(space)(spaces.sample(key, space))))
+        x = np.asarray(sample(jax.random.split(jax.random.key(2), _NUM_RANDOM)))
+    return float(sum(predictors.explained_share(kernel, task.x, x).mean() for task in trials))
+
+
 def meta_optimizer(
     surrogate: predictors.Surrogate,
     cost_surrogate: predictors.Surrogate | None,
     space: base.PyTree,
     candidates: Sequence[Mapping[str, Any]] | None,
+    *,
+    num_records: int | None = None,
+    effective_tasks: float | None = None,
 ) -> MetaOptimizer:
-    """The functions over what was learned."""
+    """The functions over a surrogate of earlier tasks; each counts as a whole one if `effective_tasks` is None."""
     encode, encode_relaxed = encoder(space), _encode_fn(space)
     in_precision = functools.partial(_in_precision, bool(jax.config.jax_enable_x64))
     pool = [dict(candidate) for candidate in candidates or ()]
@@ -326,6 +366,21 @@ def meta_optimizer(
     def expected(weights, networks, x):
         found, weights = outcomes_of(weights, networks, x)
         return -(found @ weights)
+
+    default = encode({})
+    num_tasks = len(surrogate.curves)
+    num_effective = float(num_tasks if effective_tasks is None else effective_tasks)
+    holds_default = finite is None or bool((finite == default).all(1).any())
+    weight = num_effective / (num_effective + _DEFAULT_TASKS) if holds_default else 1.0
+    evidence = Evidence(num_tasks, num_records, num_effective, weight)
+
+    def shrunk(weights, networks, x):
+        """−(w m(x) + (1 − w) √v (1 − k(x, default))), with m the expected outcomes: the score of `predict`."""
+        score = weight * expected(weights, networks, x)
+        if not holds_default:
+            return score
+        near = predictors.kernel_matrix(surrogate.kernel, x, jnp.asarray(default, x.dtype)[None])[:, 0]
+        return score - (1 - weight) * jnp.exp(surrogate.kernel.log_amplitude / 2) * (1 - near)
 
     def after_failures(weights, networks, failed, shown, x):
         found = -predictors.expected_after_failures(at(networks), weights, failed, x)
@@ -388,7 +443,7 @@ def meta_optimizer(
 
     @jax.jit
     def best_expected(key, weights, networks):
-        return search(key, lambda x: expected(weights, networks, x))
+        return search(key, lambda x: shrunk(weights, networks, x))
 
     @jax.jit
     def best_after_failures(key, weights, networks, failed, shown):
@@ -426,7 +481,7 @@ def meta_optimizer(
     functions_at = jax.jit(predictors.functions_at)
     at_finite = lambda of: None if finite is None or of is None else functions_at(of, jnp.asarray(finite))
     of_finite = at_finite(surrogate), at_finite(cost_surrogate)
-    expected_finite = jax.jit(expected)
+    expected_finite, shrunk_finite = jax.jit(expected), jax.jit(shrunk)
     possible = jax.jit(outcomes_of)
     to_configuration = lambda z: spaces.configuration(space, spaces.to_constrained(space, unravel(z)))
 
@@ -459,7 +514,7 @@ def meta_optimizer(
 
     def best_for(task) -> dict[str, Any]:
         if finite is not None:
-            return dict(pool[int(jnp.argmax(expected_finite(*task, jnp.asarray(finite))))])
+            return dict(pool[int(jnp.argmax(shrunk_finite(*task, jnp.asarray(finite))))])
         return to_configuration(best_expected(jax.random.key(0), *task))
 
     def complementary(num: int, task) -> list[dict[str, Any]]:
@@ -574,7 +629,6 @@ def meta_optimizer(
     def searcher(new_task: Any = None, *, acquisition: str = "ei", first: Sequence[Mapping[str, Any]] | None = None):
         choose, own_space = chooser(new_task, acquisition), space
         if first is None:
-            default = encode({})
             first = (
                 [{}] if finite is None else [c for i, c in enumerate(pool) if np.array_equal(finite[i], default)][:1]
             )
@@ -682,4 +736,5 @@ def meta_optimizer(
         cost_surrogate=cost_surrogate,
         space=space,
         candidates=pool or None,
+        evidence=evidence,
     )

@@ -173,6 +173,9 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
         # Another search numbers its trials from 0, too: by its configuration a record is known as one's own.
         own = lambda r: r.trial in trials and _same(r.configuration, spaces.suggest(trials[r.trial], state.space))
         ended = [record for record in records if record.status in ("COMPLETE", "PRUNED", "FAIL")]  # others go on
+        # Optuna refuses NaN with a warning, and takes −∞ for the best outcome.
+        lost = lambda record: record.status == "COMPLETE" and not math.isfinite(record.outcome)
+        ended = [record._replace(status="FAIL") if lost(record) else record for record in ended]
         for record in ended:
             if len(fidelities) > 1 and record.status != "FAIL" and own(record):  # before the study changes
                 base.rung_of(fidelities, record, own=record.seed == seed_of(state, record.trial))

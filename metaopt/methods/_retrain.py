@@ -172,6 +172,7 @@ def train(
     checkpoint_dir: str | os.PathLike | None = None,
     checkpoint_every: int = 1_000,
     settings: Mapping[str, Any] | None = None,
+    compilation_cache: str | os.PathLike | None = None,
 ) -> tuple[base.InnerState, np.ndarray]:
     """Trains an inner loop step by step on the host: `inner.run` for runs of hours, which are stopped and continued.
 
@@ -188,10 +189,11 @@ def train(
       hyperparams: λ, constant, a tree of arrays; None if the loop has none.
       callback: `(step, metrics) -> stop`, with the metric "loss", the training loss. Training goes on if it is not
         finite, as in `inner.run`: stop it here.
-      progress: draw a bar; None draws one only in a terminal or notebook.
+      progress: as for `training.fit`: None reports by a bar in a terminal, and by lines elsewhere.
       checkpoint_dir: the folder for checkpoints, one for each training; None keeps none.
       checkpoint_every: steps between checkpoints. They hold no data.
       settings: as for `training.fit`, such as `{"genotype": nas.genotype_to_json(genotype)}`.
+      compilation_cache: as for `training.fit`: a folder in which JAX keeps compiled programs.
 
     Returns:
       The inner state, and [steps] training losses: fewer than `num_steps` if `callback` stopped it.
@@ -234,6 +236,7 @@ def train(
         checkpoint_dir=checkpoint_dir,
         checkpoint_every=checkpoint_every,
         settings=settings,
+        compilation_cache=compilation_cache,
     )
     return result.state.estimator_state, result.history.get("loss", np.zeros(0))
 

@@ -3,13 +3,14 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _files, base, spaces
+from metaopt import _files, base, spaces, tasks
 from metaopt.predictors import _networks
 
 VERSION = 1
@@ -22,13 +23,13 @@ class SavedPredictor(NamedTuple):
       predictor: g or h.
       meta_params: φ.
       space: of λ: `spaces.to_constrained(space, predictor.apply(meta_params, task))` is λ.
-      scaling: how raw meta-features become `task.features` (`tasks.FeatureScaling`), as plain values, or None.
+      scaling: for `tasks.apply_scaling`, which makes `task.features` of raw meta-features; None if none was saved.
     """
 
     predictor: base.Predictor
     meta_params: base.PyTree
     space: base.PyTree
-    scaling: dict[str, Any] | None
+    scaling: tasks.FeatureScaling | None
 
 
 def save(
@@ -36,25 +37,27 @@ def save(
     predictor: base.Predictor,
     meta_params: base.PyTree,
     *,
-    scaling: dict[str, Any] | None = None,
+    scaling: tasks.FeatureScaling | Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a predictor with its weights, its space and its feature scaling as one `.npz` file, atomically.
 
     Args:
       path: the file.
       predictor: made by a factory of this room.
-      meta_params: φ, as `predictor.init` makes it; bfloat16 comes back as float32. (Of what `meta_architecture_search`
-        learns, {"h", "init"}, this is "h"; `methods.save_meta_architecture` writes both.)
-      scaling: a JSON-serializable dict, such as `_asdict()` of a `tasks.FeatureScaling`.
+      meta_params: φ, as `predictor.init` makes it; bfloat16 becomes float32. (If `meta_architecture_search` learned
+        {"h", "init"}, this is "h"; `methods.save_meta_architecture` writes both.)
+      scaling: from `tasks.fit_scaling`, or its `_asdict()`.
 
     Raises:
-      ValueError: the predictor carries no `config`, so that it could not be built again; `meta_params` are not its.
+      ValueError: if the predictor has no `config` to build it again from, `meta_params` do not have the shapes of
+        `predictor.init`, or `scaling` is not a `tasks.FeatureScaling`.
     """
     if not predictor.config:
         raise ValueError(
             "This predictor carries no `config` and could not be built again from a file: give `Predictor` the "
             "options that it was made with, or save its weights yourself."
         )
+    scaling = None if scaling is None else _feature_scaling(scaling)
     shapes = lambda tree: {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
     given, own = shapes(jax.eval_shape(lambda: meta_params)), shapes(jax.eval_shape(predictor.init, jax.random.key(0)))
     if given != own:
@@ -62,13 +65,32 @@ def save(
             f"`meta_params` must be what `predictor.init` makes, with the shapes {own}; got {given}, which `load` "
             "could not read."
         )
-    header = {"format": "metaopt.predictor", "version": VERSION, "config": predictor.config, "scaling": scaling}
+    plain = None if scaling is None else scaling._asdict()
+    header = {"format": "metaopt.predictor", "version": VERSION, "config": predictor.config, "scaling": plain}
     leaves = jax.tree_util.tree_leaves_with_path(meta_params)
     arrays: dict[str, Any] = {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}
     # The format has no bfloat16; every such number is one of float32.
     arrays = {name: x.astype(np.float32) if x.dtype.kind == "V" else x for name, x in arrays.items()}
     encoded = np.frombuffer(json.dumps(header).encode(), np.uint8)  # before there is a file: it may not be serializable
     _files.write_npz(path, {"header": encoded, **arrays})
+
+
+def _feature_scaling(scaling: Any) -> tasks.FeatureScaling:
+    """A `FeatureScaling` of plain values, from one or from its fields by name."""
+    try:
+        fields = scaling._asdict() if isinstance(scaling, tasks.FeatureScaling) else dict(scaling)
+        types = {"names": str, "center": float, "scale": float, "log": bool}
+        if fields.keys() != types.keys():
+            raise ValueError(f"its fields are {', '.join(map(str, fields))}")
+        found = tasks.FeatureScaling(**{name: tuple(map(types[name], fields[name])) for name in types})
+        if len({len(values) for values in found}) > 1:
+            raise ValueError(f"its fields have the lengths {[len(values) for values in found]}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`scaling` must be a `tasks.FeatureScaling`, with `names`, `center`, `scale` and `log` of one length; got "
+            f"{type(scaling).__name__} ({error})."
+        ) from error
+    return found
 
 
 def load(path: str | os.PathLike[str]) -> SavedPredictor:
@@ -82,7 +104,7 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
 
     Raises:
       ValueError: if the file is not a predictor, is of a newer version, or its weights do not fit its description or
-        are not finite floating-point numbers.
+        are not finite floating-point numbers; if its scaling is not a `tasks.FeatureScaling`.
     """
     fault = "is not a predictor that `predictors.save` wrote"
     with _files.reading(path, fault), _files.open_npz(path) as file:
@@ -94,6 +116,9 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
                 f"up to version {VERSION}. A newer metaopt reads it."
             )
         config, scaling = header["config"], header.get("scaling")
+        if isinstance(scaling, list):  # earlier versions wrote the fields of a `FeatureScaling` without their names
+            scaling = dict(zip(tasks.FeatureScaling._fields, scaling, strict=True))
+        scaling = None if scaling is None else _feature_scaling(scaling)
         space = spaces.from_json(config["space"])
         _check_sizes(config, space, file)
         predictor = _networks.from_config(config)

@@ -256,6 +256,25 @@ def _gram(kernel: Kernel, x: np.ndarray, z: np.ndarray) -> np.ndarray:
     return smooth * np.exp(-square(a, b) / 2) + (1 - smooth) * (square(x, z) < 1e-8)
 
 
+def explained_share(kernel: Kernel, seen: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The share of the prior variance at x that outcomes at other configurations explain.
+
+        r(c) = 1 − var[f(c) | y(seen)] / var[f(c)] = k(c, seen) (k(seen, seen) + σ²/v I)⁻¹ k(seen, c)
+
+    Args:
+      kernel: k and v; σ² is the variance of a repeated outcome, 0.001 in normalized units.
+      seen: [N, D] encoded configurations with an outcome.
+      x: [P, D].
+
+    Returns:
+      [P] in [0, 1).
+    """
+    noise = _processes.NOISE / float(np.exp(kernel.log_amplitude))
+    seen, x = np.asarray(seen, np.float64), np.asarray(x, np.float64)
+    cross = _gram(kernel, x, seen)
+    return (cross * np.linalg.solve(_gram(kernel, seen, seen) + noise * np.eye(len(seen)), cross.T).T).sum(1)
+
+
 def _posterior(mean, covariance, a, y, rest):
     """The posterior mean of f ~ N(mean, covariance), given y = a f + noise of variance `rest`, and a little."""
     cross = a @ covariance

@@ -1,13 +1,15 @@
 """Collects records: any searcher, any Python callable, many tasks at a time; interrupted and continued at any point.
 
-There is one loop. In each round the searcher of every task is asked for a batch of trials; they run, through joblib,
-wherever there is room; then every searcher is told what came of its own, in the order in which it had asked. A trial
-depends on its own seed alone. So what is found depends on the size of a batch, and not on how many workers there are.
+There is one loop. In each round the searcher of every task is asked for a batch of trials, shortly before a worker is
+free for them; joblib runs them; then every searcher is told the records of its own trials, in the order in which it
+proposed them. A trial depends only on its own seed. So the records depend on the size of a batch, and not on the number
+of workers.
 
-A collection is continued by doing it again: the searchers are asked again from the start, which gives the same trials,
-and those of which the store has the end are told without being run. Nothing of a searcher is ever saved.
+A collection is continued by a second call: the searchers are asked again from the start, which gives the same trials.
+Those that have ended in the store are told without being run. The state of a searcher is never saved.
 """
 
+import collections
 import contextlib
 import itertools
 import os
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import _locks, base
-from metaopt.progress import progress_bar
+from metaopt.progress import report_progress
 from metaopt.tasks._random_search import random_search
 from metaopt.tasks._records import append_records, read_records
 from metaopt.tasks._trials import ObjectiveFn, end_children, memory_is_known, run_here, run_isolated
@@ -52,11 +54,11 @@ def collect(
 ) -> list[base.Record]:
     """Runs trials of an objective on tasks, and records them.
 
-    By default every trial runs in a spawned child process, whose end is a record and no more: one that raises, returns
-    no finite number, crashes or exceeds a limit has status "FAIL" and a reason. The children belong to the workers, not
-    to joblib: a pool that kills one of its own processes takes the pool's other trials along, and cannot say which
-    limit it was. So joblib's workers only wait, in threads by default; under `joblib.parallel_config(backend=...)`
-    they are threads or processes of loky, Dask (`pip install "dask[distributed]"`) or Ray (`pip install ray`), each
+    By default every trial runs in a spawned child process. If a trial raises, returns a non-finite number, crashes or
+    exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. The children belong to
+    the workers, not to joblib: a process pool that ends one of its own processes loses the other trials of the pool.
+    joblib's workers only wait for the children. They are threads by default. `joblib.parallel_config(backend=...)`
+    makes them threads or processes of loky, Dask (`pip install "dask[distributed]"`) or Ray (`pip install ray`), each
     with children on its own machine:
 
         client = distributed.Client("scheduler:8786")         # "dask"; it registers itself
@@ -64,58 +66,63 @@ def collect(
         with joblib.parallel_config(backend="dask", n_jobs=64):
             records = tasks.collect(objective, space, named, num_trials=100, key=key, store="records.db")
 
-    The store is written by this process alone, as trials end (with Ray, whenever as many as run at a time have
-    ended). Where a backend's workers are processes, it must be able to send the objective and the tasks to them.
+    Only this process writes to the store, as soon as a trial ends. With Ray it writes after as many trials as run at a
+    time. If the workers of a backend are processes, it must be able to send the objective and the tasks to them.
 
     Args:
-      objective: `(trial, task) -> outcome`, a number, smaller is better. `trial` is a `Record`: it should obey
-        `trial.configuration`, plain values by name, use `trial.seed` for all that is random, and `trial.fidelity` if
-        the searcher asks for less than the full budget. It may raise `tasks.Pruned(outcome)`.
+      objective: `(trial, task) -> outcome`, a number; smaller is better. `trial` is a `Record`. The objective should
+        use `trial.configuration` (plain values by name), `trial.seed` for all random numbers, and `trial.fidelity` if
+        the searcher proposes fractions of the full budget. It may raise `tasks.Pruned(outcome)`. If it forks its
+        process, the fork ends where the objective returns or raises, and its answer is ignored.
       space: a tree of leaves.
-      tasks: what the objective is given, by name; or a list of what has a `name`, as `Table`s do.
-      num_trials: how many full budgets to spend on each task: a trial at fidelity 1/9 counts 1/9.
-      key: of the search; each task's is folded from it and the task's name.
-      searcher: by default `random_search()`: the space's default first, then random configurations. `enqueue` has
-        configurations of one's own before those of any searcher, or after so many of them.
-      batch_size: how many trials a task's searcher is asked for at a time, before it hears of them. By default 1, and
-        for random search, which does not listen, all.
-      same_trials: give every task's searcher the same key. Random search then tries the same configurations with the
-        same seeds everywhere, which makes the records a matrix.
-      resumes: whether the objective continues a trial that it has run at a lower fidelity (from a checkpoint of its
-        own), so that only the difference of the two is spent.
-      store: a file of records (`append_records`), made where there is none; by default, none. A trial of which it has
-        the end is not run again, a failed one neither: where the objective has been corrected since, `retry_failed`.
-        While a collection runs, a small file next to it, which ends in `.lock`, holds the process id. A killed
-        collection leaves that file behind, which is harmless.
-      study: the collection's name in the store. One is continued by calling again with the same space, searcher,
-        `batch_size`, `same_trials`, `resumes` and key; `num_trials` may be larger, tasks may come and go, and
-        configurations be enqueued `after` what has been run. One collection of a study at a time: several studies may
-        share a store.
-      retry_failed: run trials that have failed once more, in every call that says so. The new record is what counts
-        from then on; the old one stays in the store (`read_records(history=True)`). A searcher that listens has heard
-        of the failure, and goes on from it: it is not asked for other trials than it was.
-      num_workers: how many trials run at a time, on one core each: joblib's `n_jobs`. Of every task, at most
-        `batch_size` of them.
-      isolated: whether trials run in children, on POSIX systems. Otherwise they run in joblib's workers: faster where
-        a trial takes less than milliseconds, without limits, and no protection against what ends the process.
-      time_limit: seconds a trial; by default none, and a trial that hangs holds up the collection for good.
-      memory_limit: MiB of a trial's process and what that starts; read 20 times a second, on Linux. Python with metaopt
-        and JAX takes 200 to 300 of them.
-      budget: seconds in all, after which no trial begins; those that run then go on to their end, or their limit: a
-        collection takes less than one trial's limit more (by this machine's clock, which workers on others should
-        share). Trials that were about to begin stay "RUNNING" in the store, until the next call.
-      progress: a bar on the terminal; None shows it in a terminal or a notebook.
+      tasks: the second arguments of the objective: a dict by name, or a list of objects with a `name`, such as
+        `Table`s.
+      num_trials: how many full budgets to spend on each task; a trial at fidelity 1/9 counts as 1/9.
+      key: of the search. The key of each task is folded from it and the name of the task.
+      searcher: by default `random_search()`: the space's default first, then random configurations. `enqueue` places
+        your own configurations before or among those of any searcher.
+      batch_size: how many trials a task's searcher is asked for at a time. It is told their records before it is asked
+        again. By default 1. Random search by default (`searcher=None`) needs no records, so its trials do not wait for
+        one another, and it is asked as workers become free.
+      same_trials: give the searcher of every task the same key. Random search then tries the same configurations with
+        the same seeds on every task, and the records form a matrix.
+      resumes: whether the objective continues a trial from its own checkpoint of a lower fidelity. Then only the
+        difference of the two fidelities counts as spent.
+      store: a file of records (`append_records`), created if it does not exist; by default, none. A trial that has
+        ended in the store is not run again, even if it failed (see `retry_failed`). During a collection a lock
+        file lies next to the store, with a name that ends in `.lock`. A killed collection may leave this file behind;
+        it is harmless.
+      study: the collection's name in the store. To continue a collection, call again with the same space, searcher,
+        `batch_size`, `same_trials`, `resumes` and key. `num_trials` may be larger, tasks may be added or left out, and
+        configurations may be enqueued `after` the trials that have run. Only one collection of a study runs at a time.
+        Several studies may share a store.
+      retry_failed: run failed trials once more, in every call with this argument. The new record replaces the old one,
+        which stays in the store (`read_records(history=True)`). A searcher that learns from records is still told of
+        the failure, so that it proposes the same trials as before.
+      num_workers: how many trials run at a time, on one core each: joblib's `n_jobs`. If `batch_size` or `searcher` is
+        given, at most `batch_size` of each task.
+      isolated: whether trials run in children, on POSIX systems. Otherwise they run in joblib's workers. This is faster
+        for trials of less than milliseconds, but there are no limits, and a crash ends the collection.
+      time_limit: seconds for each trial; by default none, and then a trial that hangs stops the collection.
+      memory_limit: MiB for the process of a trial and the processes that it starts, read 20 times a second, on Linux.
+        Python with metaopt and JAX takes 200 to 300 MiB.
+      budget: seconds for the whole collection; None or `inf` is no limit. No trial begins later. Those that already run
+        continue to their end, or their limit, so a collection takes less than one trial's limit longer. Workers on
+        other machines should have the same clock. Trials that were about to begin stay "RUNNING" in the store until
+        the next call.
+      progress: None reports trials on standard error: by a bar in a terminal or notebook, and elsewhere by a line every
+        10 s. True prints also a line at the end of a short collection; False reports nothing.
 
     Returns:
-      The records of these tasks, each "COMPLETE", "PRUNED" or "FAIL", task by task in the order of the trials; without
-      what the budget did not allow.
+      The records of these tasks, each "COMPLETE", "PRUNED" or "FAIL", ordered by task and then by trial. Trials that
+      did not begin within the budget have no record.
 
     Raises:
-      ValueError: an argument is not valid, the store has this study from another space, searcher or key, or another
-        collection of it is under way.
-      FileNotFoundError: the folder of the store does not exist.
-      RuntimeError: a child cannot start, or cannot read the objective or a task.
-      ImportError: joblib or, for isolated trials, cloudpickle is not installed.
+      ValueError: if an argument is invalid, the store has this study from another space, searcher or key, or another
+        collection of the study is running.
+      FileNotFoundError: if the folder of the store does not exist.
+      RuntimeError: if a child cannot start, or cannot read the objective or a task.
+      ImportError: if joblib or, for isolated trials, cloudpickle is not installed.
 
     >>> import jax
     >>> from metaopt import spaces, tasks
@@ -135,6 +142,8 @@ def collect(
             f"{type(objective).__name__}."
         )
     base.check_positive("num_trials", num_trials)
+    if num_trials == float("inf"):
+        raise ValueError("`num_trials` must be finite; got inf. Give a large number, and a `budget` in seconds.")
     _check_key(key)
     if searcher is not None:
         base.check_searcher(searcher)
@@ -148,68 +157,122 @@ def collect(
     if memory_limit is not None and not memory_is_known():
         raise ValueError("`memory_limit` needs Linux, whose /proc says what a process holds; leave it out.")
     named = _by_name(tasks)
-    if batch_size is None:
-        batch_size = 1 if searcher is not None else max(1, round(num_trials))
+    # Random search proposes the same trials whether it is asked for one at a time or for all.
+    all_at_once = batch_size is None and searcher is None
     searcher = random_search() if searcher is None else searcher
 
     owner = uuid.uuid4().hex
     run = _run_here if not isolated else _Isolated(time_limit, memory_limit, owner)
     deadline = float("inf") if budget is None else time.monotonic() + budget
-    states = {
-        name: searcher.init(key if same_trials else jax.random.fold_in(key, zlib.crc32(name.encode())), space)
-        for name in named
-    }
-    told: dict[str, list[base.Record]] = {name: [] for name in named}
-    asking, spent = set(named), dict.fromkeys(named, 0.0)
-    paid: dict[tuple[str, int], float] = {}  # the highest fidelity of each trial, where it resumes
+    task_key = lambda name: key if same_trials else jax.random.fold_in(key, zlib.crc32(name.encode()))
+    searches = [
+        _TaskSearch(name, searcher, searcher.init(task_key(name), space), num_trials, resumes) for name in named
+    ]
     try:
-        with _alone(store, study), _progress_bar(num_trials * len(named), progress) as show:
-            # What its searcher heard of a trial is how it ended at first.
-            ended, heard = _read_ended(store, study, named, retry_failed)
-            while asking:
-                batches: dict[str, list[base.Record]] = {}
-                for name in [name for name in named if name in asking]:
-                    # A whole batch is asked for, even where less is left to spend, so that more can be spent later.
-                    asked, states[name] = searcher.ask(states[name], batch_size)
-                    batches[name] = []
-                    for trial in asked:
-                        if spent[name] < num_trials - 1e-6:  # a sum of thirds is no whole number
-                            spent[name] += trial.fidelity - paid.get((name, trial.trial), 0.0)
-                            if resumes:
-                                paid[name, trial.trial] = trial.fidelity
-                            batches[name].append(trial._replace(task=name))
-                    if not asked or spent[name] >= num_trials - 1e-6:
-                        asking.discard(name)
-                waiting = []
-                for trial in (trial for batch in batches.values() for trial in batch):
-                    known = ended.get(_identity(trial))
-                    if known is None:
-                        waiting.append(trial)
-                    elif (known.configuration, known.seed) != (trial.configuration, trial.seed):
-                        raise ValueError(
-                            f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed "
-                            f"than is asked for now: it comes from another space, searcher, key or `batch_size`, or "
-                            "other configurations were enqueued (to try some in the middle of a collection, `enqueue` "
-                            "takes `after`, the number of trials that it has). "
-                            f"Give this collection another `study` than {study!r}."
-                        )
-                    else:
-                        show(known)
-                for record in _run_all(run, objective, named, waiting, store, study, num_workers, deadline):
-                    ended[_identity(record)] = record
+        with _alone(store, study), _progress(num_trials * len(named), progress) as show:
+
+            def read(known, trial):
+                _check_same(known, trial, store, study)
+                show(known)
+
+            # A searcher hears how a trial ended the first time, even if a failed trial was run again.
+            last, first = _read_ended(store, study, named, retry_failed)
+            while searching := [search for search in searches if not search.ended]:
+                trials = _ask_round(searching, batch_size or 1, all_at_once, last, deadline, read)
+                for record in _run_all(run, objective, named, trials, store, study, num_workers, deadline):
+                    last[_identity(record)] = record
                     show(record)
-                for name, batch in batches.items():
-                    done = [ended[_identity(trial)] for trial in batch if _identity(trial) in ended]
-                    told[name] += done
-                    if len(done) < len(batch):
-                        asking.clear()  # the budget is spent
-                    else:
-                        of_first = [heard.get(_identity(record), record) for record in done]
-                        states[name] = searcher.tell(states[name], of_first)
+                for _ in trials:  # those that the store does not have need time, and the budget is spent
+                    pass
+                if not all([search.tell(last, first) for search in searching]):
+                    break
     finally:
         if isolated:
             end_children(owner)
-    return [record for records in told.values() for record in records]
+    return [record for search in searches for record in search.records]
+
+
+class _TaskSearch:
+    """The search on one task.
+
+    Attributes:
+      name: of the task.
+      records: of the trials that have ended, in the order of the trials.
+      batch: the trials of this round.
+      whole: whether the searcher was asked for the whole round.
+      ended: whether the searcher will not be asked again.
+    """
+
+    def __init__(self, name: str, searcher: base.Searcher, state: Any, num_trials: float, resumes: bool):
+        self.name, self.records, self.batch, self.whole, self.ended = name, [], [], False, False
+        self._searcher, self._state, self._num_trials = searcher, state, num_trials
+        self._spent = 0.0  # in full budgets
+        self._paid: dict[int, float] | None = {} if resumes else None  # the highest fidelity of each trial
+
+    def ask(self, num: int) -> list[base.Record]:
+        """Asks for a whole batch even if `num_trials` allows fewer, so that a later call may raise `num_trials`."""
+        asked, self._state = self._searcher.ask(self._state, num)
+        trials = []
+        for trial in asked:
+            if self._spent < self._num_trials - 1e-6:  # a sum of thirds is not exactly an integer
+                self._spent += trial.fidelity
+                if self._paid is not None:
+                    self._spent -= self._paid.get(trial.trial, 0.0)
+                    self._paid[trial.trial] = trial.fidelity
+                trials.append(trial._replace(task=self.name))
+        self.ended = not asked or self._spent >= self._num_trials - 1e-6
+        self.batch += trials
+        return trials
+
+    def tell(self, last: dict[tuple, base.Record], first: dict[tuple, base.Record]) -> bool:
+        """Ends a round. If trials of it have not ended, it returns False and tells the searcher nothing."""
+        done = [last[_identity(trial)] for trial in self.batch if _identity(trial) in last]
+        self.records += done
+        complete = self.whole and len(done) == len(self.batch)
+        if complete:
+            heard = [first.get(_identity(record), record) for record in done]
+            self._state = self._searcher.tell(self._state, heard)
+        return complete
+
+
+def _ask_round(
+    searches: list[_TaskSearch],
+    batch_size: int,
+    all_at_once: bool,
+    ended: Mapping[tuple, base.Record],
+    deadline: float,
+    read: Callable[[base.Record, base.Record], None],
+) -> Iterator[base.Record]:
+    """Asks the searchers for one batch after the other, and yields the trials that have to run.
+
+    `all_at_once` makes all trials of a search one round. `read(known, trial)` is called for each trial that has ended.
+    After the deadline a searcher is only asked if the store has more of its trials.
+    """
+    num_known = collections.Counter(task for task, *_ in ended)
+    for search in searches:
+        num_known[search.name] -= len(search.records)
+        search.batch, search.whole = [], False
+    for search in searches:
+        while not search.whole and (num_known[search.name] > 0 or time.monotonic() < deadline):
+            for trial in search.ask(batch_size):
+                known = ended.get(_identity(trial))
+                if known is None:
+                    yield trial
+                else:
+                    num_known[search.name] -= 1
+                    read(known, trial)
+            search.whole = search.ended or not all_at_once
+
+
+def _check_same(known: base.Record, trial: base.Record, store: Any, study: str) -> None:
+    """Raises `ValueError` if the store has another trial under this number."""
+    if (known.configuration, known.seed) != (trial.configuration, trial.seed):
+        raise ValueError(
+            f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed than the searcher "
+            "proposes now: the store comes from another space, searcher, key or `batch_size`, or other configurations "
+            "were enqueued (to add some in the middle of a collection, `enqueue` takes `after`, the number of trials "
+            f"that it has). Give this collection another `study` than {study!r}."
+        )
 
 
 def _check_key(key: Any) -> None:
@@ -268,10 +331,10 @@ def _identity(record: base.Record) -> tuple:
 
 @contextlib.contextmanager
 def _alone(store, study: str) -> Iterator[None]:
-    """Raises ValueError if another collection of the study is running: both would run the same trials.
+    """Raises `ValueError` if another collection of the study is running: it would run the same trials.
 
-    The lock file lies next to the store. Forked workers (joblib's "multiprocessing") hold the lock too; threads, loky
-    and the processes of trials do not.
+    The operating system locks a file next to the store. The lock ends when this process and its forks (joblib's
+    "multiprocessing" workers, or forks made by the objective) have ended. The children of trials do not hold it.
     """
     path = "" if store is None else os.path.realpath(store)  # through every link, it is the same file
     if store is not None and not os.path.isdir(os.path.dirname(path)):
@@ -293,7 +356,7 @@ def _alone(store, study: str) -> Iterator[None]:
 
 
 def _read_ended(store, study, named, retry_failed) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:
-    """How the trials of the study in the store ended at last, and at first; one without an end is queued again."""
+    """The last and the first record with which each trial of the study ended; a trial without one runs again."""
     if store is None or not os.path.exists(store):
         return {}, {}
     rows = read_records(store, study=study, status=_ENDED, history=True)
@@ -305,8 +368,12 @@ def _read_ended(store, study, named, retry_failed) -> tuple[dict[tuple, base.Rec
 
 
 def _run_all(run, objective, named, trials, store, study, num_workers, deadline) -> Iterator[base.Record]:
-    """The records of trials as they end, each appended to the store at once."""
-    if not trials:
+    """Runs trials and yields their records as they end, each appended to the store at once.
+
+    `trials` is an iterator, of which this thread takes a few more than can run at a time: asking a searcher takes time.
+    """
+    queue = collections.deque(itertools.islice(trials, 1))
+    if not queue:
         return
     try:
         import joblib
@@ -315,10 +382,11 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
     stopped = False
 
     def jobs():
-        for trial in trials:  # taken by joblib when a worker is free
+        while queue:  # joblib, in any of its threads, takes the next one when a worker is free
             left = deadline - time.monotonic()
             if stopped or left <= 0:
                 return
+            trial = queue.popleft()
             if store is not None:
                 append_records(store, [trial._replace(status="RUNNING")], study=study)
             begins_before = time.time() + left if left < float("inf") else None
@@ -329,34 +397,33 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
     streams = backend.supports_return_generator  # Ray's does not
     kwargs: dict[str, Any] = {"batch_size": 1} | (as_they_end if streams else {})
     parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", **kwargs)
-    at_once = None if streams else joblib.effective_n_jobs(parallel.n_jobs)
-    waiting = jobs()
+    at_once = joblib.effective_n_jobs(parallel.n_jobs)
+    # joblib takes as many at a time as run at a time: with four times as many, the queue does not run empty.
+    refill = lambda: queue.extend(itertools.islice(trials, 4 * at_once - len(queue)))
+    refill()
     try:
-        while some := list(itertools.islice(waiting, at_once)) if at_once else waiting:
-            for record in parallel(some):
-                if record is None:  # it had no time to begin
-                    continue
-                if store is not None:
-                    append_records(store, [record], study=study)
-                yield record
-            if not at_once:
-                break
+        while queue and time.monotonic() < deadline:
+            for record in parallel(jobs() if streams else list(itertools.islice(jobs(), at_once))):
+                if record is not None:  # it had time to begin
+                    if store is not None:
+                        append_records(store, [record], study=study)
+                    yield record
+                refill()
     finally:
         stopped = True
 
 
 @contextlib.contextmanager
-def _progress_bar(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
-    """Yields what is called with every record that there is."""
-    text, counts = "{task.fields[failed]} failed  {task.fields[pruned]} pruned", {"failed": 0, "pruned": 0}
-    with progress_bar(total, show, text, **counts) as draw:
-        done = 0.0
+def _progress(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
+    """Yields a function that counts a record, one that the store already had included."""
+    done, counts = 0.0, {"failed": 0, "pruned": 0}
+    with report_progress(total, show, "{failed} failed, {pruned} pruned", unit="trial", failed=0, pruned=0) as report:
 
-        def update(record):
+        def count(record):
             nonlocal done
             done += record.fidelity
             counts["failed"] += record.status == "FAIL"
             counts["pruned"] += record.status == "PRUNED"
-            draw(done, **counts)
+            report(done, **counts)
 
-        yield update
+        yield count

@@ -12,6 +12,7 @@ Objective, task and trial travel by cloudpickle: functions of a notebook and of 
 """
 
 import atexit
+import contextlib
 import math
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -50,21 +52,24 @@ class Pruned(Exception):
 
 
 def run_here(objective: ObjectiveFn, task: Any, trial: Record) -> Record:
-    """Runs a trial in this process: an exception is a record, and there are no limits.
+    """Runs a trial in this process: an exception becomes a record, and there are no limits.
+
+    If the objective forks the process, only the original process returns. A fork that leaves the objective ends at
+    once, with exit code 0, or the code of its `SystemExit`, or a traceback and 1.
 
     Args:
       objective: `(trial, task) -> outcome`, a number, smaller is better.
-      task: whatever the objective takes.
-      trial: what is to be tried.
+      task: the argument of the objective.
+      trial: the trial to run.
 
     Returns:
       The trial with its outcome, cost, status and reason.
     """
     start, outcome, reason = time.perf_counter(), math.nan, ""
-    # A copy, since `kwargs.pop("kind")` is common: the record, the searcher and the store keep what was tried.
+    # A copy, since `kwargs.pop("kind")` is common: the record, the searcher and the store keep the configuration.
     running = trial._replace(status="RUNNING", configuration=dict(trial.configuration))
     try:
-        outcome = float(objective(running, task))
+        outcome = float(_call_without_forks(objective, running, task))
         status = "COMPLETE"
     except Pruned as pruned:
         status, reason = "PRUNED", "by the objective"
@@ -79,6 +84,31 @@ def run_here(objective: ObjectiveFn, task: Any, trial: Record) -> Record:
     if status == "COMPLETE" and not math.isfinite(outcome):
         outcome, status, reason = math.nan, "FAIL", f"the outcome is {outcome}"
     return trial._replace(outcome=outcome, cost=time.perf_counter() - start, status=status, reason=reason)
+
+
+def _call_without_forks(objective: ObjectiveFn, trial: Record, task: Any) -> float:
+    """Calls the objective. A fork made by the objective ends here: it must not store, report or clean up."""
+    process, code = os.getpid(), 0
+    _flush()  # so that a fork does not write again what this process has buffered
+    try:
+        return objective(trial, task)
+    except BaseException as error:
+        code = 1
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        elif os.getpid() != process:
+            traceback.print_exc()
+        raise
+    finally:
+        if os.getpid() != process:
+            _flush()
+            os._exit(code & 0xFF)  # runs no `finally` and no exit handler: those belong to the original process
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a stream may be None, closed or full
+            stream.flush()
 
 
 def _text(value: Any) -> str:

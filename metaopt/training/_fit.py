@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import base, spaces
-from metaopt.progress import progress_bar
-from metaopt.training import _learner, _program, _run, _stopping
+from metaopt import base, hypergrad, spaces
+from metaopt.progress import Report, report_progress
+from metaopt.training import _cache, _learner, _program, _run, _stopping
 from metaopt.training._checkpoints import Checkpoints, Saved
 from metaopt.training._learner import Learner, LearnerState
 from metaopt.training._run import Run, owned
@@ -72,6 +72,7 @@ def fit(
     checkpoint_every: int = 100,
     settings: Mapping[str, Any] | None = None,
     allow_changed_program: bool = False,
+    compilation_cache: str | os.PathLike | None = None,
 ) -> FitResult:
     """Takes `num_steps` outer steps from `hyperparams`, or continues from the newest checkpoint.
 
@@ -119,12 +120,18 @@ def fit(
         arrays. If it returns something true, the run ends (after the call, with `steps_per_call`). An error that it
         raises ends the run, after it was called for the other steps of the same call. After a resume, steps since the
         checkpoint are reported again.
-      progress: draw a progress bar; None draws one only in a terminal or notebook.
+      progress: None reports steps, evaluations and compilations on standard error: by a bar in a terminal or
+        notebook, and elsewhere by a line every 10 s and for compilations that take 2 s or more. True prints also a line
+        at the end of a short run; False reports nothing.
       checkpoint_dir: the folder for the newest two checkpoints, one for each run, which is locked during the run; None
         keeps none.
       checkpoint_every: steps between checkpoints; the end of the run leaves one too.
       settings: more values that identify the run, as JSON has them, such as the text of an architecture or a rate.
       allow_changed_program: continue from a checkpoint although the program of the outer step differs.
+      compilation_cache: the folder of JAX's persistent compilation cache during this call, so that a later process
+        reads a compiled program (of 1 s or more, `jax_persistent_cache_min_compile_time_secs`) instead of compiling it
+        again. The setting belongs to the process: other threads that compile meanwhile use the folder too. JAX runs
+        the programs in it, so that nobody else may have write access. None leaves JAX's own setting.
 
     Returns:
       A `FitResult`.
@@ -160,6 +167,7 @@ def fit(
     init_key, sample_key, eval_key = jax.random.split(key, 3)
     steps = _Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_cache.compilation_cache(compilation_cache))
         received = stack.enter_context(_stopping.signals())
         checkpoints = saved = None
         if checkpoint_dir is not None:
@@ -167,37 +175,42 @@ def fit(
             checkpoints = Checkpoints(checkpoint_dir, identity)
             stack.callback(checkpoints.close)
             saved = checkpoints.restore()
-        run = steps.first() if saved is None else _resumed(saved, steps, num_steps, allow_changed_program)
+        report = stack.enter_context(_progress(0 if saved is None else saved.step, num_steps, progress))
+        if saved is None:
+            run = steps.first(report)
+        else:
+            run = _resumed(saved, steps, num_steps, allow_changed_program, report)
         if checkpoints is not None:
-            steps.describe(run.state)  # traces the step: a step that cannot be traced leaves no checkpoint
-        show = stack.enter_context(_progress(run.step, num_steps, progress))
+            steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
         every = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
-        first_step, ended_by_callback = run.step, False
+        first_step, ended_by_callback, warned = run.step, False, False
         try:
             while True:
                 if evaluate is not None and run.step == len(run.evaluations) * eval_every:
-                    run = _evaluated(run, evaluate, eval_key)
+                    with report.during("evaluating"):
+                        run = _evaluated(run, evaluate, eval_key)
                 if run.step > 0 and run.step % checkpoint_every == 0:
-                    _save(checkpoints, run, steps)
+                    _save(checkpoints, run, steps, report)
                 moved = run.step > first_step
                 stopped = _why_stop(run, num_steps, patience, ended=ended_by_callback, moved=moved)
                 if stopped or received:
                     break
                 num = min(steps_per_call, *(n - run.step % n for n in [num_steps, *every]))
                 program, args, drawn = steps.next_call(run, num)
-                if steps.compile(program, args, num, received):
+                if steps.compile(program, args, num, received, report):
                     continue  # a signal may have arrived meanwhile
                 state, metrics = program(*args)
                 metrics = _each(jax.device_get(metrics), num)
                 run = _advanced(run, state, metrics, drawn)
-                show(run.step, value=metrics[-1]["value"], norm=metrics[-1]["hypergrad_norm"])
+                report(run.step, value=metrics[-1]["value"], norm=metrics[-1]["hypergrad_norm"])
+                warned = warned or _warned_of_rest(run, num, num_steps)
                 if callback is not None:
                     ended_by_callback = _report(callback, run.step - num + 1, metrics)
         except (_stopping.Interrupted, _stopping.Terminated) as error:
             received.append(error.number)  # in a `fit` that `evaluate` or `callback` called
             stopped = ""
         finally:
-            _save(checkpoints, run, steps)
+            _save(checkpoints, run, steps, report)
     result = _result(run, evaluate, space, stopped or "interrupted")
     if received:
         raise _stopping.signal_error(received[0], _ended(received[0], run, num_steps, checkpoints), result)
@@ -233,10 +246,12 @@ class _Steps:
             self.drawn, self.types = step, _types(self.tasks)
         return self.tasks
 
-    def first(self) -> Run:
+    def first(self, report: Report) -> Run:
         """The run before its first step."""
-        args = (*self.start, self.draw(0))
-        _compile(self.init, args, [])
+        with report.during("drawing tasks"):
+            args = (*self.start, self.draw(0))
+        with report.compiling("the initial state"):
+            _compile(self.init, args, [])
         state = owned(self.init(*args))
         return Run(state, self.start[1], {}, [], step=0, drawn=0, any_done=_any(state.done))
 
@@ -252,21 +267,26 @@ class _Steps:
                 state = owned(_learner.restart(self.init, state, tasks))
         return self.step, (state, self.tasks), drawn
 
-    def compile(self, program: Callable, args: tuple, num: int, received: Sequence[int]) -> bool:
+    def compile(self, program: Callable, args: tuple, num: int, received: Sequence[int], report: Report) -> bool:
         """Compiles a program for arguments of new shapes; returns False if it is compiled already."""
         kind = (num, self.types)
         if kind in self.compiled:
             return False
-        _compile(program, args, received)
+        with report.compiling("one step" if num == 1 else f"{num} steps"):
+            _compile(program, args, received)
         self.compiled.add(kind)
         return True
 
-    def describe(self, state: LearnerState) -> dict[str, Any]:
+    def describe(self, state: LearnerState, report: Report) -> dict[str, Any]:
         """Describes the programs for tasks of the shapes that the state carries. JAX traces them only once."""
         types = _types(state.tasks)
         if types not in self.descriptions:
-            traced = {"init": self.init.trace(*self.start, state.tasks), "step": self.step.trace(state, state.tasks)}
-            programs = {name: _program.describe(program.jaxpr) for name, program in traced.items()}
+            with report.during("tracing one step", compiles=True):
+                traced = {
+                    "init": self.init.trace(*self.start, state.tasks),
+                    "step": self.step.trace(state, state.tasks),
+                }
+                programs = {name: _program.describe(program.jaxpr) for name, program in traced.items()}
             self.descriptions[types] = {"environment": _program.environment(), **programs}
         return self.descriptions[types]
 
@@ -294,12 +314,14 @@ def _several_steps(learner: Learner, sample_key: jax.Array, steps_per_call: int)
 
 def _compile(program: Any, args: tuple, received: Sequence[int]) -> None:
     """Traces and compiles, unless a signal arrives in between. JAX keeps the result for the call that follows."""
+    if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+        return
     traced = program.trace(*args)
     if not received:
         traced.lower().compile()
 
 
-def _resumed(saved: Saved, steps: _Steps, num_steps: int, allow_changed_program: bool) -> Run:
+def _resumed(saved: Saved, steps: _Steps, num_steps: int, allow_changed_program: bool, report: Report) -> Run:
     """The run of a checkpoint, after all comparisons."""
     if saved.step > num_steps:
         raise ValueError(
@@ -307,13 +329,14 @@ def _resumed(saved: Saved, steps: _Steps, num_steps: int, allow_changed_program:
             "many, or give this run another directory."
         )
     # The tasks drawn last have the shapes of the carried tasks.
-    tasks = steps.draw(saved.extra["drawn"])
+    with report.during("drawing tasks"):
+        tasks = steps.draw(saved.extra["drawn"])
     run = _run.resumed(saved, jax.eval_shape(steps.init, *steps.start, tasks), steps.start[1], tasks)
-    _run.check_program(saved, steps.describe(run.state), allow_changed=allow_changed_program)
+    _run.check_program(saved, steps.describe(run.state, report), allow_changed=allow_changed_program)
     return run
 
 
-def _save(checkpoints: Checkpoints | None, run: Run, steps: _Steps) -> None:
+def _save(checkpoints: Checkpoints | None, run: Run, steps: _Steps, report: Report) -> None:
     """Writes a checkpoint of a run, unless there is one of this step."""
     # An error inside the compiled step leaves nothing to save: the state was donated to it.
     if checkpoints is None or run.step == checkpoints.newest or not _intact(run.state):
@@ -321,7 +344,7 @@ def _save(checkpoints: Checkpoints | None, run: Run, steps: _Steps) -> None:
     tasks = None
     with contextlib.suppress(Exception):  # an error of the sampler has ended the run
         tasks = steps.draw(run.drawn)
-    _run.save(checkpoints, run, tasks, steps.describe(run.state))
+    _run.save(checkpoints, run, tasks, steps.describe(run.state, report))
 
 
 def _initial(hyperparams: base.HyperParams) -> base.HyperParams:
@@ -334,8 +357,8 @@ def _initial(hyperparams: base.HyperParams) -> base.HyperParams:
 
 
 def _progress(start: int, num_steps: int, show: bool | None) -> contextlib.AbstractContextManager:
-    text = "value {task.fields[value]:.4g}  hypergrad norm {task.fields[norm]:.3g}"
-    return progress_bar(num_steps, show, text, start=start, value=math.nan, norm=math.nan)
+    text = "value {value:.4g}, hypergrad norm {norm:.3g}"
+    return report_progress(num_steps, show, text, start=start, value=math.nan, norm=math.nan)
 
 
 def _advanced(run: Run, state: LearnerState, metrics: Sequence[dict[str, Any]], drawn: int) -> Run:
@@ -426,6 +449,22 @@ def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, An
     if errors:
         raise errors[0]
     return ended
+
+
+def _warned_of_rest(run: Run, num: int, num_steps: int) -> bool:
+    """Logs a warning if an implicit rule runs far from rest; looks every 100 steps, and at the end.
+
+    Returns:
+      Whether it logged the warning.
+    """
+    if run.step // 100 == (run.step - num) // 100 and run.step < num_steps:
+        return False
+    with np.errstate(over="ignore"):  # a diverging loss
+        recent = {name: float(np.mean(column[-20:])) for name, column in run.history.items()}
+    message = hypergrad.rest_warning(recent)
+    if message:
+        _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, message)
+    return bool(message)
 
 
 @contextlib.contextmanager

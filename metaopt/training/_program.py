@@ -23,7 +23,8 @@ from jax.extend import core
 
 from metaopt import rewrite
 
-_NAMES = ("name", "debug_info")  # parameters of operations that do not change a result
+# Parameters of operations that do not change a result. Where an array lies is one: a restored state is on one device.
+_NAMES = ("name", "debug_info", "sharding", "out_sharding", "in_shardings", "out_shardings", "dst_sharding")
 _KINDS = {"loops": "a loop of", "numbers": "the number", "constants": "the constant", "operations": "the operation"}
 _MOST = 3  # differences of one kind that a message lists
 

@@ -141,11 +141,11 @@ def check_program(saved: Saved, program: dict[str, Any], *, allow_changed: bool)
             stacklevel=3,
         )
         return
-    found = {part: _program.differences(there[part], program[part]) for part in ("step", "init")}
-    if not any(found.values()):
+    parts = {"outer step": "step", "initial state": "init"}
+    texts = {which: _program.differences(there[part], program[part]) for which, part in parts.items()}
+    if not any(texts.values()):
         return
-    part, difference = next((part, text) for part, text in found.items() if text)
-    which = "outer step" if part == "step" else "initial state"
+    which, difference = next((which, text) for which, text in texts.items() if text)
     if allow_changed:
         _log.warning(f"The program of the {which} changed after step {saved.step}: {difference}.")
         return

@@ -221,7 +221,8 @@ def self_tuning(
 
     def optimizer(hyperparams):
         try:
-            made = factory(hyperparams)
+            with base.explained_schedules("factory"):
+                made = factory(hyperparams)
         except TypeError as error:
             error.add_note("`factory` is called with the whole of λ: for a dict, `lambda hp: optax.adamw(**hp)`.")
             raise
@@ -230,7 +231,8 @@ def self_tuning(
 
     def run(hyperparams, updates, inner, params, extra_args):
         """u and the optimizer's state after it, as arrays: some states hold a number of Python's."""
-        return jax.tree.map(jnp.asarray, optimizer(hyperparams).update(updates, inner, params, **extra_args))
+        with base.explained_schedules("factory"):
+            return jax.tree.map(jnp.asarray, optimizer(hyperparams).update(updates, inner, params, **extra_args))
 
     def projected(hyperparams):
         if projection_fn is None:

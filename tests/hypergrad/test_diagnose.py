@@ -7,7 +7,7 @@ import optax
 import problems
 import pytest
 
-from metaopt import hypergrad, inner, spaces
+from metaopt import base, hypergrad, inner, spaces
 
 
 def quadratic(rate, curvature=1.0):
@@ -85,7 +85,50 @@ def test_an_unfinished_solve_and_a_dead_leaf():
     assert "The hypergradient of λ['log_penalty'] is zero" in words(found)
 
 
+def test_a_residual_is_judged_by_the_gradient_that_it_belongs_to():
+    def reporting(metrics):
+        def estimate(hyperparams, task, state):
+            return base.Estimate(jnp.array(1.0), jnp.ones_like(hyperparams), jnp.array(True), metrics), state
+
+        return base.Estimator(lambda key, hyperparams, task: key, estimate, "biased")
+
+    metrics = {
+        "large/adjoint_residual": 1e-3,
+        "large/outer_grad_norm": 1e-6,
+        "small/adjoint_residual": 20.0,  # of a large gradient
+        "small/outer_grad_norm": 1e3,
+        "adjoint_residual": 0.0,  # nothing to solve
+        "outer_grad_norm": 0.0,
+        "unknown/residual": 5.0,  # without a scale
+        "broken/residual": np.nan,
+    }
+    estimator = reporting(jax.tree.map(jnp.asarray, metrics))
+    report = hypergrad.diagnose(quadratic(0.2), jnp.array(0.0), problems.TASK, num_steps=30, estimator=estimator)
+    unsolved = [f.what.split(": ")[1].split(" =")[0] for f in report.findings if "linear solve" in f.what]
+    assert sorted(unsolved) == ["broken/residual", "large/adjoint_residual"]
+
+
+def test_a_loss_that_changes_by_rounding_alone_has_converged():
+    loop = inner.loop(
+        lambda params, hp, batch: 1e6 + (params**2).sum() / 2 * jnp.exp(hp),
+        lambda hp: optax.sgd(1e-6),
+        init=lambda key, hp, data: jnp.full(3, 1e-3),
+    )
+    problem = inner.problem(loop, lambda params, hp, batch: (params**2).sum())
+    report = hypergrad.diagnose(problem, jnp.array(0.0), problems.TASK, num_steps=40)
+    assert "has not converged" not in words(report)
+
+
 @pytest.mark.once
+def test_an_implicit_rule_that_does_not_reach_rest():
+    def found(num_steps):
+        estimator = hypergrad.implicit(problems.RIDGE, num_steps=num_steps, warm_start=False)
+        options = {"num_steps": 200, "estimator": estimator, "num_estimates": 1}
+        return words(hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, **options))
+
+    assert "far from a stationary point" in found(2) and "far from a stationary point" not in found(50)
+
+
 def test_optimizer_states_and_noise_are_carried():
     diagnosis = hypergrad.diagnose(problems.EVERYTHING, problems.EVERYTHING_LAM, problems.TASK, num_steps=12)
     assert np.isfinite(diagnosis.growth) and diagnosis.inner_loss.shape == (12,)

@@ -459,3 +459,38 @@ def test_float32_stays_float32(x64):
         estimate, after = jax.jit(estimator.estimate)(lam, task, state)
         assert isinstance(estimate, base.Estimate)
         assert {leaf.dtype for leaf in jax.tree.leaves((estimate.hypergrad, after.adjoint))} == {np.dtype(np.float32)}
+
+
+# Far from rest.
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])  # the unit of both losses
+@pytest.mark.once
+def test_warns_where_the_hypergradient_is_far_from_that_at_rest(scale):
+    loop = inner.loop(
+        lambda params, lam, batch: scale * problems.RIDGE_LOOP.loss(params, lam, batch, CONTEXT)[0],
+        lambda lam: optax.sgd(0.4 / scale),
+        init=problems.zeros,
+    )
+    ridge = inner.problem(loop, lambda params, lam, batch: scale * problems.mean_squares(params, batch))
+    exact = scale * np.asarray(jax.grad(problems.closed_form)(problems.LAM)["log_penalty"])
+    solver = hypergrad.dense()
+    errors, warned = [], []
+    for num_steps in (1, 2, 3, 30):
+        estimator = hypergrad.implicit(ridge, num_steps=num_steps, solver=solver, warm_start=False)
+        estimate = estimated(estimator, problems.LAM, problems.TASK)
+        errors.append(np.linalg.norm(estimate.hypergrad["log_penalty"] - exact) / np.linalg.norm(exact))
+        message = hypergrad.rest_warning(estimate.metrics)
+        warned.append("`hypergrad.unrolled`" in message)
+        assert warned[-1] or message == ""
+    assert warned == [error > 0.3 for error in errors] == [True, True, True, False]
+
+
+CONTEXT = base.Context(KEY, jnp.array(0))
+
+
+def test_the_warning_names_the_rule_of_a_partition_and_ignores_other_rules():
+    norms = {"a/inner_grad_norm": 1.0, "a/outer_grad_norm": 2.0, "b/inner_grad_norm": 1.0, "b/outer_grad_norm": 9.0}
+    message = hypergrad.rest_warning({**norms, "inner_grad_norm": 5.0, "value": 0.0})
+    assert "`a/inner_grad_norm` is 1 and `a/outer_grad_norm` is 2" in message and message.count("_grad_norm` is") == 2
+    assert hypergrad.rest_warning({"inner_grad_norm": np.nan, "outer_grad_norm": 1.0}) == ""

@@ -163,6 +163,26 @@ def test_nystrom():
     np.testing.assert_allclose(v, np.linalg.solve(u @ u.T + rho * np.eye(SIZE), B), rtol=1e-8)
 
 
+@pytest.mark.once
+def test_nystrom_leaves_out_the_eigenvalues_that_rounding_makes_and_no_others():
+    # In float64 an eigenvalue of 1e-8 of the largest one is exact to eight digits, and decides the answer.
+    rng = np.random.default_rng(0)
+    q = np.linalg.qr(rng.normal(size=(SIZE, SIZE)))[0]
+    a, rho = q * np.logspace(-8, 0, SIZE) @ q.T, 1e-9
+    v, _ = solve(hypergrad.nystrom(rank=SIZE, damping=rho), a)
+    np.testing.assert_allclose(v, np.linalg.solve(a + rho * np.eye(SIZE), B), rtol=1e-5)
+
+    # In float32 the zeros of a matrix of rank 1 are about 1e-8: their inverses would be noise.
+    rho, eps = 1e-3, np.finfo(np.float32).eps
+    solver = jax.jit(lambda a, b: hypergrad.nystrom(rank=20, damping=rho)(lambda v: a @ v, b, b, key=KEY)[0])
+    for _ in range(20):
+        u, b = rng.normal(size=20), rng.normal(size=20)
+        a = np.outer(u, u).astype(np.float32)
+        exact = np.linalg.solve(a.astype(float) + rho * np.eye(20), b)
+        error = np.linalg.norm(solver(jnp.asarray(a), jnp.asarray(b, jnp.float32)) - exact) / np.linalg.norm(exact)
+        assert error < 0.3 * eps * (u @ u) / rho
+
+
 @pytest.mark.parametrize("name", ["cg", "normal_cg", "gmres", "bicgstab", "neumann", "lineax_cg"])
 @pytest.mark.once
 def test_starts_from_the_guess(name):

@@ -120,21 +120,110 @@ def test_run_traces_every_step():
     chex.assert_trees_all_equal(trace["params"][-1], state.params)
 
 
-@pytest.mark.parametrize("kind", ["static", "traced", "trace_fn"])
-def test_no_derivative_passes_through_run(kind):
+def mean_of_run(hyperparams, data=DATA, **options):
+    """A scalar of a short training run, where λ is the start too."""
     loop = make(init=lambda key, hyperparams, data: hyperparams["penalty"])
+    return inner.run(loop, num_steps=2, **options)(KEY, hyperparams, data).params.mean()
 
-    def objective(hyperparams, data):
-        if kind == "trace_fn":
-            state, trace = inner.run(loop, num_steps=3, trace_fn=lambda s: s.params)(KEY, hyperparams, data)
-            return state.params.sum() + trace.sum()
-        train = inner.run(loop, num_steps=3) if kind == "static" else partial(inner.run(loop), num_steps=jnp.int32(3))
-        return train(KEY, hyperparams, data).params.sum()
 
-    grads = jax.grad(objective, argnums=(0, 1))(LAM, DATA)
-    chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, (LAM, DATA)))
-    tangents = jax.tree.map(jnp.ones_like, (LAM, DATA))
-    assert jax.jvp(objective, (LAM, DATA), tangents)[1] == 0
+def mean_of_trace(hyperparams):
+    return inner.run(make(), num_steps=2, trace_fn=lambda s: s.params)(KEY, hyperparams, DATA)[1].mean()
+
+
+def mean_of_traced_length(hyperparams):
+    return inner.run(make())(KEY, hyperparams, DATA, jnp.int32(2)).params.mean()
+
+
+def mean_of_closures(hyperparams, init=lambda hp: jnp.ones(4), penalty=lambda hp: 0.1, look=lambda hp: 1.0):
+    """λ enters what the functions close over, and not the arguments."""
+    loop = make(
+        lambda params, _, batch: penalty(hyperparams) * (params**2).sum(),
+        lambda _: optax.sgd(0.1),
+        lambda key, _, data: init(hyperparams),
+    )
+    run = inner.run(loop, num_steps=2, trace_fn=lambda state: look(hyperparams) * state.params)
+    return run(KEY, None, DATA)[1].mean()
+
+
+def scanned(function):
+    return lambda lam: jax.lax.scan(lambda lam, _: (lam, function(lam)), lam, length=2)[1].sum()
+
+
+def batched(function):
+    return lambda lam: jax.vmap(lambda scale: function(jax.tree.map(lambda x: scale * x, lam)))(jnp.ones(2)).sum()
+
+
+TANGENT = jax.tree.map(jnp.ones_like, LAM)
+DIFFERENTIATED = {
+    "reverse": lambda: jax.grad(mean_of_run)(LAM),
+    "reverse_data": lambda: jax.grad(mean_of_run, argnums=1)(LAM, DATA),
+    "reverse_of_jit": lambda: jax.grad(jax.jit(mean_of_run))(LAM),
+    "jit_of_reverse": lambda: jax.eval_shape(jax.grad(mean_of_run), LAM),  # at trace time
+    "reverse_of_vmap": lambda: jax.grad(batched(mean_of_run))(LAM),
+    "vmap_of_reverse": lambda: jax.vmap(jax.grad(mean_of_run))(jax.tree.map(lambda x: x[None], LAM)),
+    "reverse_of_scan": lambda: jax.grad(scanned(mean_of_run))(LAM),
+    "reverse_of_checkpoint": lambda: jax.grad(jax.checkpoint(mean_of_run))(LAM),
+    "forward": lambda: jax.jvp(mean_of_run, (LAM,), (TANGENT,)),
+    "forward_of_jit": lambda: jax.jvp(jax.jit(mean_of_run), (LAM,), (TANGENT,)),
+    "forward_of_vmap": lambda: jax.jvp(batched(mean_of_run), (LAM,), (TANGENT,)),
+    "forward_of_scan": lambda: jax.jvp(scanned(mean_of_run), (LAM,), (TANGENT,)),
+    "second_order": lambda: jax.hessian(mean_of_run)(LAM),
+    "trace": lambda: jax.grad(mean_of_trace)(LAM),
+    "traced_length": lambda: jax.grad(mean_of_traced_length)(LAM),
+    "closure_of_init": lambda: jax.grad(lambda x: mean_of_closures(x, init=lambda x: x * jnp.ones(4)))(1.0),
+    "closure_of_loss": lambda: jax.grad(lambda x: mean_of_closures(x, penalty=lambda x: x))(1.0),
+    "closure_of_trace_fn": lambda: jax.grad(lambda x: mean_of_closures(x, look=lambda x: x))(1.0),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_the_derivative_of_run_raises_and_names_unroll(name):
+    with pytest.raises(ValueError, match=r"`inner\.run` has no derivative.*Use `hypergrad\.unroll\(loop, num_steps"):
+        DIFFERENTIATED[name]()
+
+
+stop = jax.lax.stop_gradient
+
+
+def beside(lam):
+    return (lam["rate"] ** 2).sum()
+
+
+CONSTANT = {  # functions of λ with the slope of `beside`, in which `run` is a constant
+    "arguments": lambda lam: beside(lam) + mean_of_run(stop(lam)),
+    "result": lambda lam: beside(lam) + stop(mean_of_run(lam)),
+    "result_of_jit": lambda lam: beside(lam) + stop(jax.jit(mean_of_run)(lam)),
+    "result_in_vmap": batched(lambda lam: (beside(lam) + stop(mean_of_run(lam))) / 2),
+    "result_in_scan": scanned(lambda lam: (beside(lam) + stop(mean_of_run(lam))) / 2),
+    "result_of_scan": lambda lam: beside(lam) + stop(scanned(mean_of_run)(lam)),
+    "comparison": lambda lam: jnp.where(mean_of_run(lam) < jnp.inf, beside(lam), jnp.nan),
+    "other_arguments": lambda lam: beside(lam) + mean_of_run(LAM),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_run_is_a_constant_within_a_differentiated_function_where_the_caller_says_so(name):
+    slope = jax.jit(jax.grad(CONSTANT[name]))(LAM)
+    np.testing.assert_allclose(slope["rate"], 2 * LAM["rate"], rtol=1e-12)
+    assert not slope["penalty"].any()
+
+
+def test_run_may_end_in_an_auxiliary_output_of_a_differentiated_function():
+    value_and_slope = jax.value_and_grad(lambda lam: (beside(lam), mean_of_run(lam)), has_aux=True)
+    (_, trained), slope = value_and_slope(LAM)
+    assert trained == mean_of_run(LAM)
+    np.testing.assert_allclose(slope["rate"], 2 * LAM["rate"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("init", [problems.zeros, lambda key, lam, data: lam["penalty"]])
+@pytest.mark.parametrize("closes_over", [False, True])
+def test_run_does_not_store_its_steps_within_a_differentiated_function(init, closes_over):
+    def function(lam):
+        own = (lambda key, _, data: init(key, lam, data)) if closes_over else init
+        return beside(lam) + stop(inner.run(make(init=own), 137)(KEY, LAM if closes_over else lam, DATA).params.sum())
+
+    assert "137" in str(jax.make_jaxpr(function)(LAM))  # the length of the loop
+    assert "[137" not in str(jax.make_jaxpr(jax.grad(function))(LAM))  # the shape of what a loop keeps
 
 
 @pytest.mark.once
@@ -302,6 +391,22 @@ def test_messages(name, run):
     options, message = BAD_LOOPS[name]
     with pytest.raises(ValueError, match=message):
         run(make(**options))
+
+
+ASKS_FOR_A_VALUE = {
+    "optax": lambda hp: optax.sgd(optax.warmup_cosine_decay_schedule(0.0, hp["rate"], 3, 10)),
+    "if": lambda hp: optax.sgd(hp["rate"] if hp["rate"] > 0 else 0.0),
+    "float": lambda hp: optax.sgd(float(hp["rate"])),
+    "numpy": lambda hp: optax.sgd(np.asarray(hp["rate"])),
+    "length": lambda hp: optax.sgd(lambda step: jnp.linspace(0, 1, hp["rate"])[step]),
+    "at_the_step": lambda hp: optax.sgd(lambda step: float(hp["rate"])),
+}
+
+
+@pytest.mark.parametrize("name", ASKS_FOR_A_VALUE)
+def test_an_optimizer_that_asks_for_the_value_of_a_traced_hyperparameter(name):
+    with pytest.raises(ValueError, match=r"`optimizer` asks a hyperparameter for its value.*`transforms.cosine_sched"):
+        run_jitted(make(optimizer=ASKS_FOR_A_VALUE[name]))
 
 
 def test_an_optimizer_instead_of_a_factory():

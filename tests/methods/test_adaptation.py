@@ -705,7 +705,7 @@ def test_predictions_that_cannot_be_computed_once_raise_what_is_wrong(monkeypatc
         method(KEY, side, side)
 
 
-def test_at_test_init_is_called_once_and_no_derivative_is_passed_on():
+def test_at_test_init_is_called_once_and_a_derivative_raises():
     calls = []
 
     def init(key, hyperparams, data):
@@ -719,8 +719,10 @@ def test_at_test_init_is_called_once_and_no_derivative_is_passed_on():
     alone, method = len(calls), lambda hp: methods.adapted(a, hp, lambda p, q: network(p, q["x"]))(KEY, support, query)
     calls.clear()
     assert method(hyperparams).shape == (2, 5, 1) and len(calls) == alone
-    slopes = jax.grad(lambda hp: method(hp).sum())(hyperparams)
-    assert all(not leaf.any() for leaf in jax.tree.leaves(slopes))
+    for differentiated in (jax.grad, jax.jacfwd):
+        with pytest.raises(ValueError, match=r"`methods\.adapted` have no derivative.*`hypergrad\.unroll\("):
+            differentiated(lambda hp: method(hp).sum())(hyperparams)
+    assert not jax.grad(lambda x: jax.lax.stop_gradient(method({**hyperparams, "init": x})).sum())(META)["out"]["b"]
 
 
 @pytest.mark.once

@@ -286,12 +286,12 @@ def test_a_score_may_have_no_hash():
     assert found.score == "Unhashable"
 
 
-def test_the_bar_counts_episodes(capsys):
+def test_progress_counts_episodes(capsys):
     """And methods may be called as what is noted of episodes."""
     named, samplers = {"marks": pixels, "MAML [/bn]": pixels}, {"one": one_episode, "two": one_episode}
     run = lambda **shown: methods.evaluate_episodes(named, samplers, KEY, num_episodes=5, chunk_size=2, **shown)
     scores = run(progress=True).scores
-    assert "10/10" in (shown := capsys.readouterr().err) and "two: MAML [/bn]" in shown
+    assert "episode 10/10, two: MAML [/bn]" in capsys.readouterr().err
     assert {x.shape for of in scores.values() for x in of.values()} == {(5, 1)}
     run()
     assert capsys.readouterr().err == ""  # no terminal

@@ -14,6 +14,7 @@ from metaopt import base, methods, predictors, spaces, tasks
 from metaopt.methods import _earlier_trials, _meta_search, _new_trials
 
 slow = pytest.mark.slow
+MANY = 30  # copies of each earlier task, so that its best counts for more than the default
 SPACE = {"x": spaces.interval(0.0, 1.0), "kind": spaces.choice(["a", "b"])}
 
 
@@ -65,6 +66,64 @@ def test_it_predicts_from_features_and_adapts_to_trials(g):
         regrets = search(g.searcher(first=()), best, 6)
         assert regrets[0] == outcome(best, g.predict()) - 5
         assert regrets[-1] < 0.01
+
+
+def few_records(num_tasks, num_trials, best=1.0):
+    """Tasks that are all best at one bound, where no trial was."""
+    x = np.linspace(0.1, 0.8, num_trials)
+    return [base.Record(f"t{t}", {"x": float(v)}, float((v - best) ** 2)) for t in range(num_tasks) for v in x]
+
+
+FEW = {"space": {"x": SPACE["x"]}, "num_members": 1, "num_steps": 0}
+
+
+def test_few_records_give_the_default_or_a_configuration_near_it_and_many_their_best(caplog):
+    predicted = []
+    for num_tasks, num_trials in ((1, 3), (3, 8), (300, 8)):
+        caplog.clear()
+        g = methods.train_meta_optimizer(few_records(num_tasks, num_trials), **FEW)
+        evidence = g.evidence
+        assert (evidence.num_tasks, evidence.num_records) == (num_tasks, num_tasks * num_trials)
+        assert num_tasks / 2 < evidence.effective_tasks < num_tasks
+        np.testing.assert_allclose(evidence.weight, evidence.effective_tasks / (evidence.effective_tasks + 7))
+        assert len(caplog.records) == (evidence.weight < 0.5)
+        if caplog.records:
+            assert f"{num_tasks} tasks with {num_tasks * num_trials} records" in caplog.text
+        predicted.append(g.predict()["x"])
+        assert g.portfolio(1) == [g.predict()] == g.suggest([], [])
+    assert 0.5 <= predicted[0] < 0.75 and predicted == sorted(predicted) and predicted[-1] > 0.99
+
+
+@pytest.mark.parametrize("num_tasks", [1, 4, 40])
+def test_a_prediction_minimizes_the_mean_outcome_and_a_prior_in_favor_of_the_default(num_tasks):
+    """Against the formula over a grid, with the posterior variance of a plain Gaussian process."""
+    grid = np.linspace(0, 1, 101)
+    pool = [{"x": float(v)} for v in grid]
+    options = FEW | {"candidates": pool}
+    g = methods.train_meta_optimizer(few_records(num_tasks, 5, best=0.9), **options)
+    kernel = g.surrogate.kernel
+    length, smooth = np.exp(float(kernel.log_lengths[0])), 0.99 / (1 + np.exp(-float(kernel.logit_smooth)))
+    k = lambda a, b: (
+        smooth * np.exp(-(((a[:, None] - b[None]) / length) ** 2) / 2)
+        + (1 - smooth) * (abs(a[:, None] - b[None]) < 1e-9)
+    )
+    variance = np.exp(float(kernel.log_amplitude))
+    seen = np.linspace(0.1, 0.8, 5)
+    left = variance * k(grid, grid) - variance**2 * k(grid, seen) @ np.linalg.inv(
+        variance * k(seen, seen) + 1e-3 * np.eye(5)
+    ) @ k(seen, grid)
+    explained = num_tasks * (1 - np.diag(left) / variance).mean()
+    np.testing.assert_allclose(g.evidence.effective_tasks, explained, rtol=1e-6)
+    weight = explained / (explained + 7)
+    mean = g.outcomes(pool).mean
+    prior = np.sqrt(variance) * (1 - k(grid, np.array([0.5]))[:, 0])
+    assert g.predict() == pool[int((weight * mean + (1 - weight) * prior).argmin())]
+    # Without the default there is nothing to shrink to.
+    without = methods.train_meta_optimizer(few_records(num_tasks, 5, best=0.9), **options | {"candidates": pool[51:]})
+    assert (
+        without.evidence.weight == 1.0
+        and without.predict() == pool[51:][int(without.outcomes(pool[51:]).mean.argmin())]
+    )
 
 
 @slow
@@ -333,7 +392,7 @@ def test_a_prediction_in_many_dimensions_is_better_than_any_point_that_its_ascen
     best = np.array([0.2, 0.7, 0.35, 0.8, 0.6])
     loss = lambda c: float(((np.array([c[name] for name in names]) - best) ** 2).sum())
     tried = [dict(zip(names, x, strict=True)) for x in rng.uniform(size=(60, 5)).tolist()]
-    records = [base.Record(f"t{t}", c, (1 + t) * loss(c)) for t in range(3) for c in tried]
+    records = [base.Record(f"t{t}", c, (1 + t % 3) * loss(c)) for t in range(150) for c in tried]
     g = methods.train_meta_optimizer(records, space=space, num_steps=20)
     # The random ones that `predict` has; 20 of its starts would be as good a test.
     drawn = jax.vmap(lambda key: spaces.sample(key, space))(jax.random.split(jax.random.key(0), 256))
@@ -377,14 +436,16 @@ def test_records_of_another_space_say_where_the_best_is(others):
     cost = {"a": 0.4, "b": 0.0, "c": 1.0}
     own = [
         base.Record(f"own{t}", {"x": x, "kind": kind}, cost[kind] + 0.1 * (x - 0.2) ** 2)
-        for t in range(2)
+        for t in range(2 * MANY)
         for kind in labels
         for x in line
     ]
     with_labels = {"kind": "a"}, {"kind": "b"}
     more = [
-        base.Record(f"other{t}", {"x": x, "old": 3.0} | given, cost[given.get("kind", "b")] + (x - 0.8 - t / 50) ** 2)
-        for t in (-1, 0, 1)
+        base.Record(
+            f"other{t}", {"x": x, "old": 3.0} | given, cost[given.get("kind", "b")] + (x - 0.79 - t % 3 / 50) ** 2
+        )
+        for t in range(3 * MANY)
         for given in (with_labels if others == "lack a label" else ({},))
         for x in line
     ]

@@ -144,7 +144,7 @@ def test_the_default_is_tried_first_unless_candidates_do_not_hold_it(g):
         searcher = g.searcher(**kwargs)
         return [record.configuration for record in searcher.ask(searcher.init(jax.random.key(0), None), 2)[0]]
 
-    everywhere = _meta_search.meta_optimizer(g.surrogate, None, SPACE, None)
+    everywhere = _meta_search.meta_optimizer(g.surrogate, None, SPACE, None, effective_tasks=1e3)
     default = spaces.configuration(SPACE, spaces.default(SPACE))
     assert first(everywhere) == [default, everywhere.predict()]
     assert first(everywhere, first=())[0] == everywhere.predict() == everywhere.suggest([], [])[0] != default
@@ -183,7 +183,8 @@ def test_what_was_enqueued_is_not_tried_again_as_the_default(g, name):
 def test_a_region_that_fails_is_left_at_once(monkeypatch):
     """Earlier tasks say that x = 0.8 is best; here all beyond 0.55 fails."""
     space, line = {"x": spaces.interval(0.0, 1.0)}, [{"x": float(x)} for x in np.linspace(0, 1, 21)]
-    records = [Record(f"t{b}", c, (c["x"] - b) ** 2) for b in (0.7, 0.75, 0.8, 0.85, 0.9) for c in line]
+    bests = 20 * (0.7, 0.75, 0.8, 0.85, 0.9)
+    records = [Record(f"t{t}", c, (c["x"] - best) ** 2) for t, best in enumerate(bests) for c in line]
 
     def failures(num, first=()):
         g = methods.train_meta_optimizer(records, space=space, candidates=line, num_steps=10)
@@ -264,7 +265,7 @@ def test_what_failed_teaches_no_cost():
 def test_the_weights_of_a_simplex_are_searched_and_not_its_corners():
     space = {"mix": spaces.simplex(2)}
     mixes = [{"mix[0]": float(a), "mix[1]": float(1 - a)} for a in np.linspace(0.05, 0.95, 19)]
-    records = [Record(f"t{t}", c, (c["mix[0]"] - 0.7 - t / 50) ** 2) for t in range(3) for c in mixes]
+    records = [Record(f"t{t}", c, (c["mix[0]"] - 0.7 - t % 3 / 50) ** 2) for t in range(90) for c in mixes]
     g = methods.train_meta_optimizer(records, space=space, num_steps=0)
     assert abs(g.predict()["mix[0]"] - 0.72) < 0.1
 
@@ -703,7 +704,15 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
     for version, name in ((3, "max_shown"), (2, "transformer_share"), (1, "deep_share")):
         added |= {f"{kind}.{name}": None for kind in ("outcome", "cost")}
         old = change(version=version, **added)
+        assert old.evidence == g.evidence
         assert old.surrogate.max_shown == 32 and old.suggest(tried, [1, 2, 3]) == g.suggest(tried, [1, 2, 3])
+    # Files from before the evidence was counted: every task counts as a whole one.
+    counts = {name: header.pop(name) for name in ("num_records", "effective_tasks")}
+    assert change().evidence == methods.Evidence(4, None, 4.0, g.evidence.weight)
+    header |= counts
+    for name, wrong in (("num_records", -1), ("effective_tasks", "many")):
+        with pytest.raises(ValueError, match=f"does not describe .* `{name}` must be positive"):
+            change(**{name: wrong})
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(ValueError, match="is not a file that `save_meta_optimizer` wrote"):
         methods.load_meta_optimizer(tmp_path / "text.npz")

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt import base, predictors, spaces
+from metaopt import base, predictors, spaces, tasks
 
 KEY = jax.random.key(0)
 SPACE = {"rate": spaces.interval(1e-3, 1.0, log=True), "nested": [spaces.simplex(3), spaces.fixed(0.5)]}
@@ -31,13 +31,19 @@ def weights(predictor):
 def test_a_round_trip_returns_the_same_bits(name, x64, tmp_path):
     with jax.enable_x64(x64):
         predictor = MAKE[name]()
-        phi, scaling = weights(predictor), {"mean": [0.1, -2.5], "names": ["log_n", "entropy"]}
+        phi = weights(predictor)
+        described = [{"log_n": 0.1, "entropy": -2.5}, {"log_n": 1.7, "entropy": 3e4}]
+        scaling = tasks.fit_scaling(described)
         predictors.save(tmp_path / "g.npz", predictor, phi, scaling=scaling)
         loaded = predictors.load(tmp_path / "g.npz")
     chex.assert_trees_all_equal(loaded.meta_params, phi)
     assert [x.dtype for x in jax.tree.leaves(loaded.meta_params)] == [x.dtype for x in jax.tree.leaves(phi)]
     assert loaded.space == SPACE
-    assert loaded.scaling == scaling
+    assert loaded.scaling == scaling and type(loaded.scaling) is tasks.FeatureScaling
+    for features in described:
+        np.testing.assert_array_equal(
+            tasks.apply_scaling(loaded.scaling, features), tasks.apply_scaling(scaling, features)
+        )
     assert loaded.predictor.config == predictor.config
     data = {"x": np.ones((5, 2)), "y": np.arange(5) % 2, "mask": np.ones(5)}
     task = base.Task({**data, "feature_mask": np.ones(2), "class_mask": np.ones(2)}, None, np.array([0.3, 0.1]))
@@ -64,6 +70,13 @@ def test_bfloat16_comes_back_as_float32(tmp_path):
     predictors.save(tmp_path / "g.npz", predictor, phi)
     found = predictors.load(tmp_path / "g.npz").meta_params
     chex.assert_trees_all_equal(found, jax.tree.map(lambda x: x.astype(jax.numpy.float32), phi))
+
+
+def test_a_scaling_without_names_of_its_fields_as_earlier_versions_wrote_it(tmp_path):
+    arrays, header = saved(tmp_path / "g.npz")
+    scaling = tasks.FeatureScaling(("n", "m"), (0.5, 1.0), (1.0, 2.0), (False, True))
+    rewrite(tmp_path / "g.npz", arrays, {**header, "scaling": scaling})
+    assert predictors.load(tmp_path / "g.npz").scaling == scaling
 
 
 def test_nothing_in_the_file_is_pickled(tmp_path):
@@ -105,6 +118,10 @@ def test_garbage(tmp_path):
         ({"config": None}, "is not a predictor that .*: TypeError"),
         ({"config": {"kind": "mlp"}}, "is not a predictor that .*: it lacks 'space'"),
         ({"config": {"kind": "forest", "space": spaces.to_json(SPACE)}}, "Unknown kind of predictor 'forest'"),
+        (
+            {"scaling": {"names": ["n", "m"], "center": [0.0], "scale": [1.0], "log": [False]}},
+            r"`scaling` must be a `tasks.FeatureScaling`, .*; got dict \(its fields have the lengths \[2, 1, 1, 1\]\)",
+        ),
     ],
 )
 def test_other_headers(change, message, tmp_path):
@@ -138,8 +155,9 @@ def test_what_cannot_be_saved_leaves_the_old_file(tmp_path):
     saved(path)
     before = path.read_bytes()
     predictor = MAKE["mlp"]()
-    with pytest.raises(TypeError):
-        predictors.save(path, predictor, weights(predictor), scaling={"mean": object()})
+    for scaling in ({"mean": [0.1]}, dict(names=["n"], center=[object()], scale=[1.0], log=[False]), 3):
+        with pytest.raises(ValueError, match="`scaling` must be a `tasks.FeatureScaling`, with"):
+            predictors.save(path, predictor, weights(predictor), scaling=scaling)
     with pytest.raises(ValueError, match="carries no `config`"):
         predictors.save(path, predictor._replace(config={}), weights(predictor))
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

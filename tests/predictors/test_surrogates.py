@@ -56,6 +56,18 @@ def test_the_kernel_is_its_formula_with_its_gradients(num):
         )
 
 
+def test_the_explained_share_is_that_of_a_plain_gaussian_process():
+    rng = np.random.default_rng(2)
+    seen, x, variance = rng.uniform(size=(3, 2)), rng.uniform(size=(4, 2)), np.exp(-2.0)
+    smooth = 0.99 / (1 + np.exp(-1.5))
+    distance = lambda a, b: (((a[:, None] - b[None]) / np.exp([-0.5, -1.0])) ** 2).sum(-1)
+    k = lambda a, b: variance * (smooth * np.exp(-distance(a, b) / 2) + (1 - smooth) * (distance(a, b) == 0))
+    left = k(x, x) - k(x, seen) @ np.linalg.inv(k(seen, seen) + 1e-3 * np.eye(3)) @ k(seen, x)
+    found = predictors.explained_share(KERNEL, seen, x)
+    np.testing.assert_allclose(found, 1 - np.diag(left) / variance, rtol=1e-9)
+    assert (found > 0).all() and (predictors.explained_share(KERNEL, x, x) > 0.98).all()
+
+
 def test_functions_of_fully_seen_tasks_are_their_normalized_outcomes():
     found = surrogate()
     y = curve(0.4, 0.0)
@@ -215,6 +227,23 @@ def test_attention_leaves_the_family_out_and_learns_what_matters():
     weights = predictors.attention_weights(jax.tree.map(lambda a: a[0], attention), ranked, ranked, data["same_family"])
     np.testing.assert_allclose(weights.sum(1), 1)
     assert (np.asarray(weights)[same] == 0).all()
+
+
+def test_the_attention_loss_is_the_regret_of_choosing_by_tasks_of_other_families():
+    rng = np.random.default_rng(4)
+    features, curves, family = rng.normal(size=(5, 2)), rng.uniform(size=(5, 3)), np.array([0, 0, 1, 1, 2])
+    rates, share, weights = np.array([0.7, 1.5]), 0.6, np.array([0.1, 0.3, 0.2, 0.1, 0.3])
+    expected = 0.2 * rates.sum()
+    for t in range(5):
+        others = [s for s in range(5) if family[s] != family[t]]
+        near = np.exp([-(((features[t] - features[s]) * rates) ** 2).sum() / 2 for s in others])
+        mixed = (share * near / near.sum() + (1 - share) / len(others)) @ curves[others]
+        chosen = np.exp(-mixed / 0.5)
+        expected += weights[t] * (chosen / chosen.sum()) @ curves[t] / curves.std()
+    attention = {"log_rates": jnp.log(rates)[None], "logit_share": jnp.log(jnp.array([share / (1 - share)]))}
+    data = {"features": features, "curves": curves, "same_family": family[:, None] == family, "weights": weights[None]}
+    loss = predictors.attention_loss(attention, jax.tree.map(jnp.asarray, data), temperature=0.5, penalty=0.2)
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
 
 
 def test_features_become_ranks_whatever_their_units():

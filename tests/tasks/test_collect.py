@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,15 @@ def test_what_was_tried_is_not_tried_again_where_one_says_so():
     assert [trial.configuration["x"] for trial in queue.ask(state, 2)[0]] == [0.5]
 
 
+def test_an_objective_that_sigterm_ended_ends_the_collection():
+    """`training.fit` raises SystemExit(143); other exits are failed trials."""
+    kwargs = {"on": {"t": 0.0}, "num_trials": 1}
+    with pytest.raises(SystemExit) as error:
+        collect(lambda trial, task: sys.exit(143), **kwargs)
+    assert error.value.code == 143
+    assert collect(lambda trial, task: sys.exit(1), **kwargs)[0].status == "FAIL"
+
+
 def test_one_collection_of_a_study_at_a_time(tmp_path):
     store, link, refused = tmp_path / "records.db", tmp_path / "link.db", []
     link.symlink_to(store)
@@ -318,10 +328,10 @@ def test_a_trial_at_a_fraction_of_the_budget_counts_as_much():
     assert [record.trial for record in records] == [0, 0, 1, 1, 2, 2]
 
 
-def test_the_bar_counts_trials_and_what_became_of_them(capsys):
+def test_progress_counts_trials_and_failures(capsys):
     fails = lambda trial, task: math.nan if trial.trial else 1.0
     collect(fails, num_trials=3, progress=True)
-    assert "6/6" in (shown := capsys.readouterr().err) and "4 failed  0 pruned" in shown
+    assert "trial 6/6, 4 failed, 0 pruned" in capsys.readouterr().err
     collect(fails, num_trials=3)
     assert capsys.readouterr().err == ""  # no terminal
 
@@ -366,9 +376,35 @@ def test_what_ends_a_trial_alone_is_a_record(tmp_path, task, status, outcome, re
     assert record.configuration == {"x": 0.0, "size": 6, "kind": "a"}  # whatever the objective does with its own
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork")  # JAX and Python 3.12 warn of threads
+@pytest.mark.parametrize(
+    ("ending", "code"), [(None, 0), (KeyError("fork"), 1), (Killed(), 1), (SystemExit(3), 3), (SystemExit("text"), 1)]
+)
+def test_a_fork_made_by_the_objective_ends_where_the_objective_ends(ending, code, capfd):
+    process, codes = os.getpid(), []
+
+    def forks(trial, task):
+        if child := os.fork():
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            return 0.25
+        print("printed by the fork")
+        if ending is not None:
+            raise ending
+        return 1.0
+
+    try:
+        records = collect(forks, on={"t": 0.0}, num_trials=2, num_workers=1)
+    finally:
+        if os.getpid() != process:
+            os._exit(99)  # the fork came back to the collector
+    assert codes == [code, code] and [record.outcome for record in records] == [0.25, 0.25]
+    assert capfd.readouterr().out == "printed by the fork\n" * 2
+
+
 @pytest.mark.once
 def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
-    on = {name: name for name in ("good", "hang", "crash", "raise", "good again")} | {"good again": "good"}
+    on = {name: name for name in ("good", "hang", "crash", "raise", "fork", "good again")} | {"good again": "good"}
     start, store = time.monotonic(), tmp_path / "records.db"
     kwargs = {"isolated": True, "time_limit": 1.0, "num_trials": 1, "store": store}
     records = collect(black_boxes.misbehave, on=on, **kwargs)
@@ -379,11 +415,13 @@ def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
         ("FAIL", "signal SIGSEGV"),
         ("FAIL", "KeyError: 'no such column'"),
         ("COMPLETE", ""),
+        ("COMPLETE", ""),
     ]
+    assert [record.outcome for record in records[4:]] == [0.5, 0.25]  # not those of the fork
     assert 1.0 <= records[1].cost < 5.0 and time.monotonic() - start < 300
     # Failures are kept, and not tried again.
     assert without_cost(collect(black_boxes.misbehave, on=on, **kwargs)) == without_cost(records)
-    assert len(tasks.read_records(store, history=True)) == 10
+    assert len(tasks.read_records(store, history=True)) == 12
 
 
 def test_a_child_that_ends_is_noticed_though_what_it_has_started_holds_its_pipe():
@@ -444,6 +482,9 @@ def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
     ("kwargs", "message"),
     [
         ({"num_trials": 0}, "`num_trials` must be positive; got 0"),
+        ({"num_trials": math.inf}, "`num_trials` must be finite; got inf"),
+        ({"budget": math.nan}, "`budget` must be positive, or None; got nan"),
+        ({"budget": -1.0}, "`budget` must be positive, or None; got -1"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, or None; got 0"),
         ({"time_limit": 0, "isolated": True}, "`time_limit` must be positive, or None; got 0"),
         ({"time_limit": 1}, "A limit needs `isolated=True`"),
@@ -513,6 +554,50 @@ def test_the_budget_ends_a_collection_and_the_next_one_goes_on(tmp_path):
     took = time.monotonic() - start
     assert 1 <= len(records) == len(calls) <= 3 and took >= 0.25
     assert len(collect(objective, on={"t": 0}, num_trials=4, store=store)) == 4 == len(calls)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("by_default", [True, False])
+def test_trials_are_asked_for_shortly_before_they_run(monkeypatch, num_workers, by_default):
+    inner, asked, begun, most = tasks.random_search(), [], [], []
+
+    def ask(state, num):
+        trials, state = inner.ask(state, num)
+        asked.extend(trials)
+        return trials, state
+
+    def objective(trial, task):
+        begun.append(trial)
+        most.append(len(asked) - len(begun))
+        time.sleep(0.01)
+        if len(begun) >= 10:
+            raise Killed
+        return 0.0
+
+    counting = base.Searcher(inner.init, ask, inner.tell)
+    monkeypatch.setattr(_collect, "random_search", lambda: counting)
+    on = TASKS if by_default else {str(task): 0.0 for task in range(100)}
+    kwargs = {"num_trials": 20_000, "searcher": None if by_default else counting, "num_workers": num_workers}
+    with pytest.raises(Killed):
+        collect(objective, on=on, **kwargs)
+    assert max(most) <= 6 * num_workers
+    num_asked = len(asked)
+    assert collect(objective, on=on, budget=1e-9, **kwargs) == [] and len(asked) == num_asked
+
+
+def test_random_search_by_default_runs_the_trials_of_a_plain_loop_within_any_budget(tmp_path):
+    expected, inner = [], tasks.random_search()
+    for name in TASKS:
+        state = inner.init(jax.random.fold_in(KEY, zlib.crc32(name.encode())), black_boxes.SPACE)
+        expected += [(name, trial.seed, trial.configuration) for trial in inner.ask(state, 7)[0]]
+    found = lambda records: [(record.task, record.seed, record.configuration) for record in records]
+    for kwargs in ({}, {"num_workers": 3}, {"budget": math.inf}):
+        assert found(collect(black_boxes.uneven, num_trials=7, **kwargs)) == expected
+    # The records that a store has are returned after the budget is spent, too: here all but one.
+    store = tmp_path / "records.db"
+    collect(lambda trial, task: {0.5: 1.0}[task] if trial.trial == 2 else 0.0, num_trials=7, store=store)
+    records = collect(num_trials=9, store=store, budget=1e-9, retry_failed=True)
+    assert found(records) == expected[:2] + expected[3:]
 
 
 def test_a_budget_is_overrun_by_less_than_a_trial():

@@ -55,6 +55,18 @@ def test_nothing_but_training_rows_is_fitted(scaling):
     assert np.isfinite(after.test.x).all() and np.abs(after.test.x).max() <= 3
 
 
+@pytest.mark.parametrize("scaling", ["quantile", "standard"])
+def test_a_column_that_is_constant_on_the_training_rows_is_left_out_whatever_other_rows_hold(scaling):
+    table = mixed()
+    before = tasks.prepare(table, scaling=scaling)
+    x = table.x.copy()
+    x[np.concatenate([before.valid.index, before.test.index]), 5] = 8.0  # it was 7 in all rows
+    after = tasks.prepare(table._replace(x=x), scaling=scaling)
+    assert after.num_features == before.num_features
+    for part, same in zip(parts(after), parts(before), strict=True):
+        np.testing.assert_array_equal(part.x, same.x)
+
+
 def test_encoding_column_by_column():
     table = mixed()
     prepared = tasks.prepare(table, max_levels=6)

@@ -10,7 +10,7 @@ import optax
 import pytest
 import small_estimators as small
 
-from metaopt import hypergrad, training
+from metaopt import base, hypergrad, training
 
 KEY = jax.random.key(0)
 QUADRATIC = training.learner(small.quadratic(), optax.sgd(0.1))
@@ -189,6 +189,22 @@ def test_leaves_the_arrays_of_the_caller_intact():
     assert not KEY.is_deleted()
 
 
+def test_runs_without_compilation_where_it_is_switched_off():
+    seen = []
+    estimator = small.quadratic()
+
+    def estimate(*args):
+        out, state = estimator.estimate(*args)
+        seen.append(isinstance(out.value, jax.core.Tracer))
+        return out, state
+
+    learner = training.learner(estimator._replace(estimate=estimate), optax.sgd(0.1))
+    with jax.disable_jit():
+        result = fit(learner, num_steps=2)
+    assert seen == [True, False, False]  # `init` asks for the types
+    np.testing.assert_allclose(result.hyperparams, fit(num_steps=2).hyperparams, rtol=1e-12)
+
+
 def test_compiles_once_for_each_shape_of_tasks():
     estimator, traces = small.quadratic(), []
 
@@ -246,6 +262,27 @@ def test_refuses_bad_arguments(kwargs, message):
 def test_refuses_an_estimator_for_a_learner():
     with pytest.raises(ValueError, match="`learner` must be made by `training.learner`; got Estimator"):
         fit(small.quadratic())
+
+
+def test_an_implicit_rule_far_from_a_stationary_point_is_reported_once(caplog):
+    norms = {"far": (1.0, 2.0), "at rest": (0.1, 2.0), "another rule": (1.0, None)}
+
+    def estimator(inner_norm, outer_norm):
+        metrics = {"inner_grad_norm": jnp.array(inner_norm)}
+        metrics |= {} if outer_norm is None else {"outer_grad_norm": jnp.array(outer_norm)}
+
+        def estimate(hyperparams, task, state):
+            return base.Estimate(hyperparams, hyperparams, jnp.array(False), metrics), state
+
+        return base.Estimator(lambda key, hyperparams, task: jnp.zeros(1), estimate, kind="biased")
+
+    for name, pair in norms.items():
+        for num_steps in (3, 250):
+            caplog.clear()
+            rule = training.learner(estimator(*pair), optax.sgd(0.1))
+            training.fit(rule, lambda key: 1.0, hyperparams=3.0, num_steps=num_steps, key=jax.random.key(0))
+            times = caplog.text.count("far from a stationary point")
+            assert times == (1 if name == "far" else 0), (name, num_steps)
 
 
 def test_a_short_run_without_a_finite_hypergradient_says_so(caplog):
@@ -328,7 +365,7 @@ def test_is_quiet_where_there_is_no_terminal(capfd):
     assert capfd.readouterr() == ("", "")
     fit(progress=True)
     out, err = capfd.readouterr()
-    assert out == "" and "5/5" in err and f"value {16 * 0.8**8 + TASKS.var():.4g}" in err
+    assert out == "" and f"step 5/5, value {16 * 0.8**8 + TASKS.var():.4g}, " in err
 
 
 @pytest.fixture

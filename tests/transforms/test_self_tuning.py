@@ -60,6 +60,28 @@ def test_the_rate_of_sgd_is_hypergradient_descent(rule, mode):
     assert len(set(expected)) == NUM_STEPS
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", ["additive", "multiplicative", "normalized"])
+def test_the_tuner_sees_what_it_moves(rule, mode):
+    """λ with the additive rule, log λ with the others: its weight decay shrinks that."""
+    decay = 3.0
+    lams, _ = train(rate_sgd(optax.chain(optax.add_decayed_weights(decay), optax.sgd(BETA)), rule, mode=mode))
+    theta, rate, last, expected = START, RATE, None, []
+    for _ in range(NUM_STEPS):
+        g = CURVATURE * theta
+        h = 0.0 if last is None else -g @ last
+        if rule == "normalized" and last is not None:
+            h = h / (np.linalg.norm(g) * np.linalg.norm(last))
+        if rule == "additive":
+            rate = rate - BETA * (h + decay * rate)
+        else:
+            scale = rate if rule == "multiplicative" else 1.0
+            rate = rate * np.exp(-BETA * (scale * h + decay * np.log(rate)))
+        theta, last = theta - rate * g, g
+        expected.append(rate)
+    np.testing.assert_allclose(lams["rate"], expected, rtol=1e-10)
+
+
 def stacked(values, top):
     """SGD whose rate is tuned by an SGD whose rate is tuned by one ...; on top a tuner of the last rate."""
     tuner = top
@@ -432,6 +454,13 @@ def test_it_is_made_in_a_jitted_function_too():
         return optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2))[0]
 
     np.testing.assert_allclose(jax.jit(updates)(0.1), -0.1, rtol=1e-6)
+
+
+def test_a_schedule_that_asks_for_the_value_of_a_traced_hyperparameter():
+    scheduled = lambda peak: optax.sgd(optax.warmup_cosine_decay_schedule(0.0, peak, 3, 10))
+    optimizer = transforms.self_tuning(scheduled, 0.1, optax.sgd(0.1))
+    with pytest.raises(ValueError, match="`factory` asks a hyperparameter for its value.*`transforms.cosine_schedule`"):
+        jax.jit(optimizer.update)(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2))
 
 
 def test_bad_arguments():

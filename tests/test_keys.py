@@ -1,0 +1,394 @@
+"""Keys: every use has its own, every step has new ones, and all of them follow from the seed.
+
+The functions of a problem report the keys that they get: `init`, the sampler ("batch"), the two losses ("context") and
+`outer_batch` ("outer"). The battery runs every estimator, and compares the bits. It also derives keys from each of
+them, as the functions of users do, since a key that another use derives is a key that it shares.
+"""
+
+import collections
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import test_contract
+
+from metaopt import base, hypergrad, inner, methods, nas, predictors, spaces, tasks, training
+
+KEY = jax.random.key(7)
+REPORTED = collections.defaultdict(list)  # use -> what its functions got, as bits
+
+
+def report(use, key, *numbers):
+    """Adds the bits of a key, and some numbers, once for each member of a vmap."""
+    append = lambda bits, *numbers: REPORTED[use].append((tuple(np.ravel(bits).tolist()), *map(float, numbers)))
+    jax.debug.callback(append, jax.random.key_data(key), *numbers)
+
+
+def reports(function, *args):
+    """The outputs of a function, and what was reported meanwhile: use -> the set of it."""
+    jax.effects_barrier()
+    REPORTED.clear()
+    outputs = jax.block_until_ready(function(*args))
+    jax.effects_barrier()
+    return outputs, {use: set(found) for use, found in REPORTED.items()}
+
+
+# ---- The problem: θ ← θ − rate (θ − pull), from `start`; λ has those that the rule answers for -----------------------
+
+DEFAULTS = {"pull": 0.4, "rate": 0.3, "start": -0.5}
+NUM_STEPS = 2
+
+
+def hyperparam(hyperparams, name):
+    return hyperparams.get(name, DEFAULTS[name])
+
+
+def init(key, hyperparams, data):
+    report("init", key)
+    return hyperparam(hyperparams, "start") * jnp.ones(2), None
+
+
+def sampler(key, step, data):
+    report("batch", key)
+    return data
+
+
+def loss(params, hyperparams, batch, context):
+    report("context", context.key, context.step)
+    return ((params - hyperparam(hyperparams, "pull") - batch) ** 2).sum() / 2
+
+
+def outer_loss(params, hyperparams, batch, context):
+    report("context", context.key, context.step)
+    report("λ", context.key, *(hyperparam(hyperparams, name) for name in DEFAULTS))
+    return ((params - batch) ** 2).sum() / 2
+
+
+def outer_batch(key, task):
+    report("outer", key)
+    return task.valid
+
+
+LOOP = inner.loop(
+    loss, lambda hp: optax.sgd(hyperparam(hp, "rate")), init=init, sampler=sampler, with_context=True, im2col=False
+)
+PROBLEM = inner.problem(LOOP, outer_loss, outer_batch=outer_batch, with_context=True, im2col=False)
+TASK = base.Task(jnp.zeros(2), jnp.ones(2), jnp.array([0.3, -0.2]))
+UNROLLED = hypergrad.unrolled(PROBLEM, num_steps=NUM_STEPS)
+LOOKAHEAD = hypergrad.lookahead(PROBLEM)
+SPACE = {"pull": spaces.real(0.4)}
+PREDICTOR = predictors.mlp(SPACE, 2)
+IN_COORDINATES = hypergrad.unrolled(spaces.constrain(PROBLEM, SPACE), num_steps=NUM_STEPS)
+
+
+class Case(NamedTuple):
+    """How an estimator uses keys.
+
+    Attributes:
+      estimator: of `PROBLEM`.
+      names: the leaves of λ.
+      runs: training runs with keys of their own, at a time.
+      fresh: whether each estimate starts new ones.
+      outer: outer batches with keys of their own, in an estimate.
+    """
+
+    estimator: base.Estimator
+    names: str = "pull"
+    runs: int = 1
+    fresh: bool = False
+    outer: int = 1
+
+
+def reported_direct(hyperparams, task, key):
+    report("outer", key)
+    return (hyperparams["pull"] ** 2).sum()
+
+
+WHOLE = {"num_steps": NUM_STEPS}
+WINDOWS = {"num_steps": 6, "truncation_length": 2}
+PAIRS = {"sigma": 0.1, "num_pairs": 3}
+CASES = {
+    "unrolled": Case(UNROLLED, "pull rate start", fresh=True),
+    "forward": Case(hypergrad.forward(PROBLEM, **WHOLE), "pull rate start", fresh=True),
+    "reptile": Case(hypergrad.reptile(PROBLEM, **WHOLE), "start", fresh=True),
+    "direct": Case(hypergrad.direct(reported_direct), runs=0),
+    "amortize": Case(predictors.amortize(IN_COORDINATES, PREDICTOR), "", fresh=True),
+    "over_seeds": Case(hypergrad.over_seeds(UNROLLED, 3), runs=3, fresh=True, outer=3),
+    "over_tasks": Case(hypergrad.over_tasks(UNROLLED), runs=3, fresh=True, outer=3),
+    "partition": Case(  # rules that train from one key see one F
+        hypergrad.partition(
+            PROBLEM,
+            {name: lambda problem: hypergrad.unrolled(problem, **WHOLE) for name in ("a", "b")},
+            {"pull": "a", "rate": "b"},
+        ),
+        "pull rate",
+        fresh=True,
+    ),
+    "evolution": Case(hypergrad.evolution(PROBLEM, **WHOLE, **PAIRS), "pull rate start", 3, fresh=True, outer=3),
+    "mix_with_es": Case(hypergrad.mix_with_es(UNROLLED, **PAIRS), "pull rate start", 3, fresh=True, outer=3),
+    "persistent_es": Case(hypergrad.persistent_es(PROBLEM, **WINDOWS, **PAIRS), "pull rate", 3, outer=3),
+    "es_single": Case(hypergrad.es_single(PROBLEM, **WINDOWS, **PAIRS), "pull rate", 3, outer=3),
+    "truncated_es": Case(hypergrad.truncated_es(PROBLEM, **WINDOWS, **PAIRS), "pull rate", 3, outer=3),
+    "truncated": Case(hypergrad.truncated(PROBLEM, **WINDOWS), "pull rate start"),
+    "t1t2": Case(hypergrad.t1t2(PROBLEM, num_steps=6), "pull rate"),
+    "lookahead": Case(LOOKAHEAD, "pull rate"),
+    "darts_fd": Case(hypergrad.darts_fd(PROBLEM), "pull rate"),
+    "sama": Case(hypergrad.sama(PROBLEM), "pull rate"),
+    "implicit": Case(hypergrad.implicit(PROBLEM, **WHOLE)),
+    "warm_implicit": Case(hypergrad.warm_implicit(PROBLEM, **WHOLE, adjoint_rate=0.1)),
+    "f2sa": Case(hypergrad.f2sa(PROBLEM, **WHOLE, multiplier=1.0), outer=NUM_STEPS + 1),
+    "bome": Case(hypergrad.bome(PROBLEM, **WHOLE)),
+    "hypergradient_descent": Case(hypergrad.hypergradient_descent(PROBLEM), "rate", outer=0),  # has no outer loss
+    "stopped_by_curvature": Case(nas.stopped_by_curvature(LOOKAHEAD, PROBLEM, every=1), outer=2),
+    "stopped_by_skips": Case(nas.stopped_by_skips(LOOKAHEAD, lambda hp: jnp.zeros([]), every=2)),
+}
+
+
+def test_every_estimator_is_in_the_battery():
+    assert set(CASES) == set(test_contract.ESTIMATORS)
+
+
+def reports_of(case, name, seed, num_estimates=3):
+    """What `init` and each estimate reported, for one seed and for another."""
+    hyperparams = {leaf: jnp.array(DEFAULTS[leaf]) for leaf in case.names.split()}
+    hyperparams = PREDICTOR.init(KEY) if name == "amortize" else hyperparams
+    task = jax.tree.map(lambda x: jnp.stack([x] * 3), TASK) if name == "over_tasks" else TASK
+    start, estimate = jax.jit(case.estimator.init), jax.jit(case.estimator.estimate)
+    found = []
+    for own_seed in (seed, seed, seed + 1):
+        state, at_start = reports(start, jax.random.key(own_seed), hyperparams, task)
+        found.append([at_start])
+        for _ in range(num_estimates):
+            (_, state), in_estimate = reports(estimate, hyperparams, task, state)
+            found[-1].append(in_estimate)
+    return found
+
+
+def bits(found, use):
+    """The distinct keys among what was reported."""
+    return {key for key, *_ in found.get(use, ())}
+
+
+@jax.jit
+def children(data):
+    """[..., 11, 2] the keys that are first derived from keys: by `split` into 2 and 3, and by `fold_in` of 0 to 5."""
+    key = jax.random.wrap_key_data(data)
+    split = [jax.random.split(key, num) for num in (2, 3)]
+    folded = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(6))
+    return jax.random.key_data(jnp.concatenate([*split, folded]))
+
+
+def derived(keys):
+    """What is derived from keys in one step or two."""
+    if not keys:
+        return set()
+    once = jax.vmap(children)(jnp.array(sorted(keys), jnp.uint32))
+    twice = jax.vmap(jax.vmap(children))(once)
+    return {tuple(row) for level in (once, twice) for row in np.reshape(level, (-1, 2)).tolist()}
+
+
+def assert_unrelated(found, uses):
+    """No two uses share a key, and no key is derived from another one."""
+    keys = {use: bits(found, use) for use in uses}
+    everything = set().union(*keys.values())
+    assert len(everything) == sum(map(len, keys.values())), "two uses share a key"
+    for use, own in keys.items():
+        assert not derived(own) & everything, f"a key is derived from one of {use!r}"
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.once
+def test_estimators(name):
+    case = CASES[name]
+    found, again, other = reports_of(case, name, seed=3)
+    assert found == again, "keys follow from the seed"
+    total = {
+        use: set().union(*(part.get(use, set()) for part in found)) for use in ("init", "batch", "context", "outer")
+    }
+    for use in total:
+        assert not bits(total, use) & set().union(*(bits(part, use) for part in other)), f"{use}: one key, two seeds"
+
+    # Training runs: one key each for `init` and for the sampler, and for the losses one at each step.
+    num_runs = case.runs * (len(found) - 1 if case.fresh else 1)
+    assert len(bits(total, "init")) == len(bits(total, "batch")) == num_runs
+    steps = {step for _, step in total["context"]}
+    assert len(total["context"]) == len(bits(total, "context")) == num_runs * len(steps)
+    assert not case.runs or len(steps) >= NUM_STEPS
+
+    # Outer batches: new ones in every estimate.
+    assert [len(bits(part, "outer")) for part in found[1:]] == [case.outer] * (len(found) - 1)
+    assert len(bits(total, "outer")) == case.outer * (len(found) - 1)
+
+    assert_unrelated(total, total)
+
+
+ES = [name for name in CASES if name in ("evolution", "mix_with_es", "persistent_es", "es_single", "truncated_es")]
+
+
+@pytest.mark.parametrize("name", ES)
+@pytest.mark.once
+def test_perturbations(name):
+    found, _, other = reports_of(CASES[name], name, seed=5)
+    number = lambda lam: np.array([lam[list(DEFAULTS).index(leaf)] for leaf in CASES[name].names.split()])
+    means = number(list(DEFAULTS.values()))
+    estimates = [{tuple((number(lam) - means).round(9)) for _, *lam in part["λ"]} for part in (*found[1:], *other[1:])]
+    for perturbations in estimates:
+        # 3 pairs, both members of each, and another number for each leaf.
+        assert len(perturbations) == 6
+        assert len({abs(x) for perturbation in perturbations for x in perturbation}) == 3 * len(means)
+        assert {tuple(-x for x in perturbation) for perturbation in perturbations} == perturbations
+    # New ones in every estimate, or (`es_single`) in every training run, and with every seed.
+    num_draws = 2 if name == "es_single" else len(estimates)
+    assert len(set().union(*estimates)) == 6 * num_draws
+    assert len({frozenset(perturbations) for perturbations in estimates}) == num_draws
+
+
+def test_both_members_of_a_pair_share_their_keys():
+    found, *_ = reports_of(CASES["evolution"], "evolution", seed=5)
+    for part in found[1:]:
+        pairs = collections.Counter(key for key, *_ in part["λ"])
+        assert set(pairs.values()) == {2} and len(pairs) == 3
+
+
+# ---- Keys that functions outside of a problem get --------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_the_functions_of_an_implicit_rule():
+    def batch(key, data):
+        report("rows", key)
+        return data
+
+    def solver(matvec, b, initial, *, key):
+        report("solver", key)
+        return hypergrad.cg()(matvec, b, initial, key=key)
+
+    case = Case(hypergrad.implicit(PROBLEM, **WHOLE, batch=batch, solver=solver))
+    found, again, _ = reports_of(case, "implicit", seed=3)
+    assert found == again
+    uses = ("init", "batch", "context", "outer", "rows", "solver")
+    total = {use: set().union(*(part.get(use, set()) for part in found)) for use in uses}
+    assert len(bits(total, "rows")) == len(bits(total, "solver")) == 3  # one an estimate
+    assert_unrelated(total, uses)
+
+
+@pytest.mark.once
+def test_fit_and_the_slots_of_a_learner():
+    def sample_tasks(key):
+        report("tasks", key)
+        return np.array([1.0, 2.0, 3.0])
+
+    def evaluate(key, hyperparams):
+        report("evaluate", key)
+        return jnp.zeros([])
+
+    def start(key, hyperparams, task):
+        report("slot", key)
+        return key
+
+    def estimate(hyperparams, task, state):
+        loss_key, key = jax.random.split(state)
+        report("estimate", loss_key)
+        return base.Estimate(hyperparams, 0 * hyperparams, jnp.array(True), {}), key
+
+    learner = training.learner(hypergrad.over_tasks(base.Estimator(start, estimate, kind="exact")), optax.sgd(0.1))
+
+    def fit(seed):
+        options = {"hyperparams": 1.0, "num_steps": 4, "evaluate": evaluate, "eval_every": 1}
+        return reports(lambda: training.fit(learner, sample_tasks, key=jax.random.key(seed), **options).hyperparams)[1]
+
+    found, again, other = fit(0), fit(0), fit(1)
+    assert found == again
+    # The first step has the slots of `init`; the tasks of step 0 are drawn twice, for `init` and for it.
+    assert {use: len(keys) for use, keys in found.items()} == {"tasks": 4, "evaluate": 1, "slot": 12, "estimate": 12}
+    assert_unrelated(found, ("tasks", "evaluate", "slot"))
+    assert all(not found[use] & other[use] for use in found)
+
+
+@pytest.mark.once
+def test_episodes_and_the_methods_that_are_judged_on_them():
+    sinusoids = tasks.sinusoids(num_shots=2, num_query=2)
+
+    def sample(key):
+        report("episode", key)
+        return sinusoids(key)
+
+    def method(key, support, query):
+        report("method", key)
+        return jnp.zeros((1, *query["x"].shape))
+
+    def judge(seed):
+        score = {"score_fn": methods.mean_squared_error, "num_episodes": 5}
+        run = lambda: methods.evaluate_episodes({"m": method}, {"s": sample}, jax.random.key(seed), **score).scores
+        return reports(run)[1]
+
+    found, again, other = judge(0), judge(0), judge(1)
+    assert found == again
+    assert {use: len(keys) for use, keys in found.items()} == {"episode": 5, "method": 5}
+    assert_unrelated(found, found)
+    assert all(not found[use] & other[use] for use in found)
+
+
+# ---- Samplers --------------------------------------------------------------------------------------------------------
+
+ROWS = {"x": jnp.arange(20.0)}
+BATCHES = {
+    "without replacement": inner.minibatch(5),
+    "with replacement": inner.minibatch(5, replace=True),
+    "across epochs": inner.minibatch(13),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_samplers_of_rows(name):
+    loop = inner.loop(
+        lambda params, hp, batch: params.sum(), lambda hp: optax.sgd(0.1), init=init_of_zeros, sampler=BATCHES[name]
+    )
+
+    @jax.jit
+    def batches(seed):
+        state = loop.init(jax.random.key(seed), None, ROWS)
+        return jax.vmap(lambda step: loop.batch(state._replace(step=step), ROWS)["x"])(jnp.arange(8))
+
+    drawn = [np.asarray(batches(seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    rows = [tuple(batch) for draw in (drawn[0], drawn[2]) for batch in draw.tolist()]
+    assert len(set(rows)) == 16  # another batch in every step, and with every key
+
+
+def init_of_zeros(key, hyperparams, data):
+    return jnp.zeros(2)
+
+
+SOURCE = tasks.from_arrays(np.arange(60, dtype=np.float32)[:, None], np.repeat(np.arange(6), 10), name="a")
+TASK_SAMPLERS: dict[str, Callable] = {
+    "sinusoids": tasks.sinusoids(noise=0.1),
+    "mixed_functions": tasks.mixed_functions(noise=0.1),
+    "episodes": tasks.episodes(SOURCE, num_ways=2, num_shots=2, num_query=2),
+    "meta_dataset_episodes": tasks.meta_dataset_episodes([SOURCE]),
+    "labelled_batches": tasks.labelled_batches([SOURCE, SOURCE._replace(name="b")], 6),
+}
+
+
+@pytest.mark.parametrize("name", TASK_SAMPLERS)
+@pytest.mark.once
+def test_samplers_of_tasks(name):
+    numbers = lambda drawn: tuple(float(x) for leaf in jax.tree.leaves(drawn) for x in np.ravel(leaf))
+    sample = jax.jit(TASK_SAMPLERS[name])
+    with jax.debug_key_reuse(True):  # raises where two draws have one key
+        drawn = [numbers(sample(jax.random.key(seed))) for seed in (0, 0, 1, 2, 3)]
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 4
+
+
+def test_batches_of_tasks_have_a_key_for_each_task():
+    def sample(key):
+        report("task", key)
+        return TASK
+
+    batch = tasks.episode_batches(sample, 3)
+    found = [reports(batch, jax.random.key(seed))[1]["task"] for seed in (0, 0, 1)]
+    assert found[0] == found[1] and len(found[0] | found[2]) == 6

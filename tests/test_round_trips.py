@@ -1,0 +1,189 @@
+"""Whatever is saved is loaded with equal types and equal values in every field."""
+
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from metaopt import base, hypergrad, methods, nas, predictors, spaces, tasks, training, transforms
+
+KEY = jax.random.key(0)
+SPACE = {
+    "rate": spaces.interval(1e-3, 1.0, log=True),
+    "nested": [spaces.simplex(3), spaces.fixed(0.5)],
+    "gain": (spaces.real(1.0, shape=(2,)), spaces.positive(0.1)),
+    "depth": spaces.integer(1, 9, default=3),
+    "kind": spaces.choice(["a", None, 2, 0.5, True]),
+    "only_a": spaces.active_if(spaces.interval(0.0, 1.0), "kind", ["a"]),
+}
+RECORDS = [
+    base.Record(
+        "t", {"x": 0.1, "n": 3, "flag": True, "text": "é", "none": None}, 0.25, 1 / 3, 2.0, 7, "PRUNED", 1, "r"
+    ),
+    base.Record("t", {"x": 1.0, "n": 1}, 1.0, cost=2.0, seed=2**31 - 2, trial=2),
+    base.Record("u", {"nested": [1, 2.0]}, math.nan, status="FAIL", trial=1, seed=3),
+]
+
+
+def assert_same(found, expected, where="it"):
+    """Equal types and values, field by field; functions are made again and are not compared."""
+    if callable(expected) and not isinstance(expected, type):
+        assert callable(found), where
+        return
+    arrays = isinstance(expected, jax.Array) and isinstance(found, jax.Array)
+    assert arrays or type(found) is type(expected), f"{where}: {type(found)} for {type(expected)}"
+    if isinstance(expected, (np.ndarray, jax.Array)):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), where
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected), where)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name, value in expected.items():
+            assert_same(found[name], value, f"{where}[{name!r}]")
+    elif hasattr(expected, "_fields"):
+        for name in expected._fields:
+            assert_same(getattr(found, name), getattr(expected, name), f"{where}.{name}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same(one, other, f"{where}[{i}]")
+    elif dataclasses.is_dataclass(expected):
+        for field in dataclasses.fields(expected):
+            assert_same(getattr(found, field.name), getattr(expected, field.name), f"{where}.{field.name}")
+    else:
+        assert found == expected or (found != found and expected != expected), f"{where}: {found!r} for {expected!r}"
+
+
+def predictor(path):
+    g = predictors.mlp(SPACE, 2, num_hidden=3)
+    scaling = tasks.fit_scaling([{"n": 1.0, "m": 2.0}, {"n": 3.0, "m": 1e6}, {"n": 5.0, "m": 7.0}])
+    saved = predictors.SavedPredictor(g, g.init(KEY), SPACE, scaling)
+    predictors.save(path, g, saved.meta_params, scaling=scaling)
+    return predictors.load(path), saved
+
+
+def meta_optimizer(path):
+    space = {"x": spaces.interval(0.0, 1.0), "kind": spaces.choice(["a", "b"])}
+    pool = [{"x": x, "kind": kind} for x in (0.0, 0.5, 1.0) for kind in ("a", "b")]
+    records = [
+        base.Record(f"t{t}", c, (c["x"] - t / 3) ** 2 + (c["kind"] == "b"), cost=1 + c["x"], trial=i)
+        for t in range(4)
+        for i, c in enumerate(pool)
+    ]
+    features = {f"t{t}": [float(t), -1.0] for t in range(4)}
+    options = {"num_members": 2, "num_steps": 0, "deep_kernels": 1, "transformers": 1, "costs": True}
+    g = methods.train_meta_optimizer(records, space=space, candidates=pool, features=features, **options)
+    methods.save_meta_optimizer(path, g)
+    return methods.load_meta_optimizer(path), g
+
+
+def cell_searcher(path):
+    ops = ("none", "a", "b")
+    cells = [{"e0": x, "e1": y} for x, y in itertools.product(ops, repeat=2)]
+    records = [base.Record(f"t{t}", c, float(i * t % 5)) for t in range(3) for i, c in enumerate(cells)]
+    graph = lambda cell: nas.edge_graph([(0, 1, cell["e0"]), (1, 2, cell["e1"])], output=(2,))
+    sizes = {"width": 4, "num_layers": 1, "num_members": 2, "batch_size": 9, "num_steps": 0}
+    h = methods.train_cell_searcher(records, graph, features={f"t{t}": [float(t)] for t in range(3)}, **sizes)
+    methods.save_cell_searcher(path, h)
+    return methods.load_cell_searcher(path), h
+
+
+def meta_architecture(path):
+    cell = nas.complete_cell(1, ("none", "skip_connect"), preprocess=False)
+    network = nas.Network({"cell": cell}, (nas.Layer("mlp", 2), nas.Layer("cell", 2)), 2)
+    rule = lambda problem: hypergrad.unrolled(problem, num_steps=1)
+    options = {"ops": nas.BLOCKS, "optimizer": lambda hyperparams: optax.sgd(0.5), "learn_init": True}
+    search = methods.architecture_search(network, (3,), rule, **options)
+    meta = methods.meta_architecture_search(search, predictors.mlp({"cell": spaces.real(shape=(1, 2))}, 2))
+    hyperparams = meta.hyperparams(KEY)
+    methods.save_meta_architecture(path, meta, hyperparams)
+    return methods.load_meta_architecture(path, meta), hyperparams
+
+
+def evaluation(path):
+    of = lambda *values: {"one": np.array(values, np.float32), "two": np.array(values)}
+    scores = {"a": of([0.0, 0.5], [0.25, 1.0]), "b": of([0.5], [math.nan])}
+    flags = {"a": True, "b": False}
+    saved = methods.Evaluation(scores, of(5, 5), of(1.0, 2.5), flags, False, of(0.1, 0.2), "accuracy")
+    methods.save_evaluation(path, saved)
+    return methods.load_evaluation(path), saved
+
+
+def benchmark(path):
+    valid = np.array([[[0.5, 0.25]], [[np.nan, 0.75]]], np.float32)
+    table = (("a", "b"), (2, 1), np.array([[0, 0], [1, 0]]), (0.5, 1.0), valid, valid[..., -1], 2 * valid)
+    saved = nas.Benchmark("mine", ("t",), *table, query=lambda *_: (0.0, 0.0))
+    nas.save_benchmark(saved, path)
+    return nas.load_benchmark(path), saved
+
+
+def split(path):
+    saved = {"train": {"letters": {"classes": ["a", "é"]}}, "test": {"letters": {"rows": [0, 3]}, "digits": {}}}
+    tasks.save_split(path, saved)
+    return tasks.load_split(path), saved
+
+
+def learned_transform(path):
+    weights = jax.tree.map(np.asarray, transforms.init_learned(KEY))  # `load_learned` reads NumPy's arrays
+    transforms.save_learned(path, weights)
+    return transforms.load_learned(path), weights
+
+
+def store(path):
+    tasks.append_records(path, RECORDS)
+    return tasks.read_records(path), RECORDS
+
+
+def frame(path):
+    pytest.importorskip("pandas")
+    return tasks.records_from_frame(tasks.records_to_frame(RECORDS)), RECORDS
+
+
+def space(path):
+    return spaces.from_json(json.loads(json.dumps(spaces.to_json(SPACE)))), SPACE
+
+
+def network(path):
+    saved = (nas.nas_bench_201_space(), nas.darts_space(7), nas.mlp_space(3))
+    return tuple(nas.from_json(nas.to_json(network)) for network in saved), saved
+
+
+MEMBERS = {
+    "predictors.save": predictor,
+    "methods.save_meta_optimizer": meta_optimizer,
+    "methods.save_cell_searcher": cell_searcher,
+    "methods.save_meta_architecture": meta_architecture,
+    "methods.save_evaluation": evaluation,
+    "nas.save_benchmark": benchmark,
+    "tasks.save_split": split,
+    "transforms.save_learned": learned_transform,
+    "tasks.append_records": store,
+    "tasks.records_to_frame": frame,
+    "spaces.to_json": space,
+    "nas.to_json": network,
+}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_what_is_loaded_has_the_types_and_values_of_what_was_saved(name, tmp_path):
+    assert_same(*MEMBERS[name](tmp_path / "file"))
+
+
+def test_every_public_pair_is_a_member():
+    rooms = (methods, nas, predictors, spaces, tasks, training, transforms)
+    public = {f"{room.__name__.split('.')[-1]}.{name}" for room in rooms for name in room.__all__}
+    pairs = {name for name in public if name.split(".")[1].split("_")[0] == "save" or name.endswith(".to_json")}
+    assert pairs <= MEMBERS.keys() <= public and all(inspect.isfunction(member) for member in MEMBERS.values())
+
+
+def test_a_loaded_scaling_is_what_apply_scaling_takes(tmp_path):
+    found, saved = predictor(tmp_path / "file")
+    features = {"n": 4.0, "m": 100.0}
+    np.testing.assert_array_equal(
+        tasks.apply_scaling(found.scaling, features), tasks.apply_scaling(saved.scaling, features)
+    )
