@@ -285,8 +285,8 @@ def es_single(
         ĝ_w = 1/N Σ_i ε_i (L_w⁺ − L_w⁻)_i / 2σ
 
     This is `persistent_es`, except that a particle keeps its perturbation for all windows of an episode. It is unbiased
-    for the same L_w and F, but smoothed as in `evolution`: F_σ(λ) = E F(λ + σε). This too holds only if λ is constant. The
-    variance does not grow with the number of windows. The errors of the windows are correlated within an episode.
+    for the same L_w and F, but smoothed as in `evolution`: F_σ(λ) = E F(λ + σε). This too holds only if λ is constant.
+    The variance does not grow with the number of windows. The errors of the windows are correlated within an episode.
 
     Args:
       problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-# The number of nested checkpointed loops that are being traced. Each loop keeps the gradients of its own level.
+# The number of nested checkpointed loops that are being traced. Each loop keeps only the gradients of its level.
 _depth: ContextVar[int] = ContextVar("depth", default=0)
 
 
@@ -46,8 +46,8 @@ def _is_float(leaf) -> bool:
 def mixed_grad(loss: Callable, has_aux: bool = False) -> Callable:
     """∇_θ ℓ, like `jax.grad(loss)`, with a cheaper reverse derivative.
 
-    The value is that of `jax.grad`. Let v and w be cotangents of the gradient and of the auxiliary output a. Their
-    pullback is
+    The value is that of `jax.grad`. Let v and w be cotangents of the gradient and of the auxiliary output a. The
+    pullback of (v, w) is
 
         d/dε [∇_(θ, λ, ...) (ℓ + ε wᵀa)](θ + ε v, λ, ...)  at ε = 0,
 

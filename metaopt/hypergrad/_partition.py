@@ -46,7 +46,7 @@ def partition(
       restarts on the same task. Metrics: those of each estimator as "label/name", and "label/value".
 
     Raises:
-      ValueError: if there are no estimators; at trace time, if a label has no estimator, or an estimator has no leaf.
+      ValueError: if `estimators` is empty. At trace time, if a label has no estimator, or an estimator has no leaf.
 
     >>> import jax, optax
     >>> from metaopt import base, hypergrad, inner
