@@ -369,7 +369,7 @@ def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float)
 def _shield(function: Callable) -> Any:
     """Evaluates `function()` without a derivative, also for the variables that it closes over, and without its cost.
 
-    If only the result was wrapped in `stop_gradient`, JAX would still compute or store the tangents of all its steps.
+    If only the result were wrapped in `stop_gradient`, JAX would still compute or store the tangents of all its steps.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)()
     leaves = core.jaxpr_as_fun(closed.replace(consts=jax.lax.stop_gradient(closed.consts)))()

@@ -139,7 +139,7 @@ def recommend(
       rules: name -> estimator. By default, the rules of `metaopt.hypergrad` for one task, except `partition`, `direct`
         and `reptile`; `forward` only up to 100 hyperparameters. Rules that are exact in a limit come before
         short-sighted ones.
-      max_memory: MiB of temporary memory that one estimate may take; by default there is no limit.
+      max_memory: the limit on the temporary memory of one estimate, in MiB; unlimited by default.
 
     Returns:
       A `Recommendation`; print it.

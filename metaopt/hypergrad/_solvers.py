@@ -237,7 +237,7 @@ def nystrom(*, rank: int, damping: float) -> Solver:
         (B Bᵀ + ρI)⁻¹ b = (b − B (ρI + BᵀB)⁻¹ Bᵀ b) / ρ.
 
     It needs no iterations and no rate. At full rank A_k = A, and only the bias from ρ remains:
-    v − A⁻¹b = −ρ (A + ρI)⁻¹ A⁻¹b. At a lower rank, directions that A_k misses are treated as if their curvature was ρ.
+    v − A⁻¹b = −ρ (A + ρI)⁻¹ A⁻¹b. At a lower rank, directions that A_k misses are treated as if their curvature were ρ.
     Negative eigenvalues of W are treated as 0.
 
     Args:

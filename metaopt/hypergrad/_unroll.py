@@ -88,7 +88,7 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
 def _stretched(
     step: Callable, carry: Any, xs: Any, *, length: int, branches: int, levels: int, policy: Callable | None
 ) -> tuple[Any, Any]:
-    """A scan in checkpointed stretches of branches^(levels - 1) steps, each in shorter ones; the rest is one more."""
+    """A scan in checkpointed stretches of branches^(levels - 1) steps, split recursively; the rest forms one more."""
     while levels > 1 and length <= branches ** (levels - 1):
         levels -= 1
     if levels == 1:
