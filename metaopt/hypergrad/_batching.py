@@ -150,8 +150,8 @@ def over_tasks(
       normalize: scales each task's hypergradient to norm 1, before the mean.
 
     Returns:
-      An `Estimator` of the same kind, except that clipping or normalizing makes an "exact" one "biased". It takes a
-      batch of B tasks: in `init` and `estimate`, the leaves of the task have a leading axis of B. A tuple of such
+      An `Estimator` of the same kind, except that clipping or normalizing makes "exact" and "unbiased" ones "biased".
+      It takes a batch of B tasks: in `init` and `estimate`, the leaves of the task have a leading axis of B. A tuple of such
       batches is also allowed. They may differ in padded shape, and count as one batch. `done` is [B], or a tuple of
       such arrays. Metrics: the means of the inner estimator's metrics, "num_tasks", "num_finite", "num_nonfinite", and
       "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
@@ -255,4 +255,5 @@ def over_tasks(
         return base.Estimate(sums["value"] / count, hypergrad, done, metrics), state
 
     changed = normalize or max_norm is not None
-    return base.Estimator(init, estimate, "biased" if changed and estimator.kind == "exact" else estimator.kind)
+    biased = changed and estimator.kind in ("exact", "unbiased")
+    return base.Estimator(init, estimate, "biased" if biased else estimator.kind)
