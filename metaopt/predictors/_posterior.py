@@ -265,7 +265,7 @@ def _typical_scales(surrogate: Surrogate) -> jax.Array:
 
 
 def _weigh(given: _processes.Given, prior: jax.Array, own: float = _OWN_UNITS) -> jax.Array:
-    """[K·B] log prior plus log likelihood; the task's own scale has the prior `own`, the other scales share the rest."""
+    """[K·B] log prior plus log likelihood; the task's own scale has the prior `own`, the others share the rest."""
     num = given.scales.shape[1] - 1
     scales = np.log(np.append(np.full(num, (1 - own) / num), own)).astype(given.scales.dtype)
     return (prior + scales[None] + given.log_likelihood).ravel()
