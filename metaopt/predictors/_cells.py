@@ -210,7 +210,7 @@ def _encode(meta_params, cell: Cells) -> jax.Array:
         return x + jax.nn.relu(norm(x) @ layer["up"]) @ layer["down"], None
 
     x, _ = jax.lax.scan(step, x, meta_params["layers"])
-    # A sum, because the number of ops matters: two convolutions are more than one. Attention averages, and loses it.
+    # A sum, because the number of ops matters: attention averages and does not keep it.
     total = jnp.where(cell.mask[:, None], x, 0).sum(0) / np.sqrt(len(x))
     return jax.nn.relu(total @ meta_params["out"] + meta_params["bias"])
 

@@ -104,9 +104,7 @@ def given(
     """
     y, mask = trials
     num = mask.sum()
-    middle = (
-        jnp.where(mask > 0, y, 0.0).sum() / num
-    )  # subtracted here and added back later, because float32 has few digits
+    middle = jnp.where(mask > 0, y, 0.0).sum() / num  # added back later: float32 has few digits
     y = jnp.where(mask > 0, y - middle, 0.0)
     chol = jnp.linalg.cholesky(covariance * mask[:, None] * mask[None] + jnp.diag(jnp.where(mask > 0, NOISE, 1.0)))
     whitening = jax.scipy.linalg.solve_triangular(chol, jnp.eye(len(y), dtype=chol.dtype), lower=True)
