@@ -437,7 +437,9 @@ def task_weights(surrogate: Surrogate, features: Any = None, data: Any = None) -
 
 
 def at_task(surrogate: Surrogate, features: Any = None, data: Any = None) -> Surrogate:
-    """The surrogate for one task: deep kernels and transformers get the task's features, and otherwise none.
+    """The surrogate for one task: its deep kernels and transformers get the task's features.
+
+    Without this call they predict as if the features were unknown.
 
     Args:
       surrogate: the model of the earlier tasks.
