@@ -86,7 +86,7 @@ def self_tuning(
     further from zero than it was. If P(λ) = λ, the projection changes nothing.
 
     Start too small rather than too large, at a hundredth of a guess. With a rate that is too large, a network may be
-    damaged, or overfit, before λ has come down. From below, λ rises by five decades in about 50 steps. The training
+    damaged, or may overfit, before λ has come down. From below, λ rises by five decades in about 50 steps. The training
     loss does not show overfitting: if it goes to zero, following it keeps the rate too large. The best variant
     (`experiments/results/self_tuning.md`) follows a validation loss, with the weight decay in λ and `rule="cosine"`.
     Networks overfit on three problems. On two of them, this variant ended with a lower loss than the best constant
@@ -136,8 +136,8 @@ def self_tuning(
         ts = ts.replace(step=ts.step + 1, params=optax.apply_updates(ts.params, updates), opt_state=opt_state)
 
     Args:
-      factory: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["rate"])`; or `lambda
-        hp: optax.adamw(**hp)`, if λ has the names of its arguments.
+      factory: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["rate"])`; or
+        `lambda hp: optax.adamw(**hp)`, if λ has the names of its arguments.
       hyperparams: the initial λ, any tree of numbers; positive except for "additive".
       tuner: the optimizer of λ.
       rule: "additive", "multiplicative", "normalized" or "cosine"; the last needs `mode="forward"`.
