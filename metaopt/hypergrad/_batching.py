@@ -151,10 +151,10 @@ def over_tasks(
 
     Returns:
       An `Estimator` of the same kind, except that clipping or normalizing makes "exact" and "unbiased" ones "biased".
-      It takes a batch of B tasks: in `init` and `estimate`, the leaves of the task have a leading axis of B. A tuple of such
-      batches is also allowed. They may differ in padded shape, and count as one batch. `done` is [B], or a tuple of
-      such arrays. Metrics: the means of the inner estimator's metrics, "num_tasks", "num_finite", "num_nonfinite", and
-      "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
+      It takes a batch of B tasks: in `init` and `estimate`, the leaves of the task have a leading axis of B. A tuple
+      of such batches is also allowed. They may differ in padded shape, and count as one batch. `done` is [B], or a
+      tuple of such arrays. Metrics: the means of the inner estimator's metrics, "num_tasks", "num_finite",
+      "num_nonfinite", and "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
 
     Raises:
       ValueError: if `estimator` is not an estimator, if an argument is out of range, or if `normalize` and `max_norm`
