@@ -54,9 +54,7 @@ class Search(NamedTuple):
 
 
 def check_data(loss: Callable, network: nas.Space, *parts: Any) -> None:
-    """Raises ValueError if `loss` is the default and labels that are not traced are not classes. Other losses may use
-    other labels.
-    """
+    """Raises ValueError if `loss` is the default and untraced labels are not classes. Other losses may differ."""
     if loss is nas.cross_entropy:
         for part in parts:
             nas.check_labels(part, network.num_outputs)
