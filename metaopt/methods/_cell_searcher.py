@@ -54,7 +54,7 @@ class CellSearcher(NamedTuple):
         failed are excluded, unless all failed.
       suggest: `(new_task, trials) -> configuration` to try next: the candidate with the largest expected improvement.
       searcher: `(new_task) -> Searcher` that asks for the suggestions of `suggest`; the space of its `init` may be
-        None. When told about others' trials, it ignores configurations that are not candidates. `predict`, `suggest`
+        None. It ignores reported trials of configurations that are not candidates. `predict`, `suggest`
         and `posterior` reject them.
       posterior: `(new_task, trials) -> (mean, variance)` of the candidates' scores (`predictors.score_posterior`).
         Without trials and without knowledge of the task, the mean averages two predictions. One comes from the
@@ -96,7 +96,7 @@ class CellSearcherState(NamedTuple):
 
     Attributes:
       seed: the seed of the search, from which the trials' seeds are derived.
-      trials: all trials that were told, and trials that have been asked for and not yet told.
+      trials: the reported trials, and trials that have been asked for and not yet reported.
       num_asked: number of trials that have been asked for.
     """
 
