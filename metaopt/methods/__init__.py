@@ -1,4 +1,4 @@
-"""Methods by their papers' names, composed of the rooms below; what they adapt and search with; how they are judged."""
+"""Methods under their papers' names, built from the packages below this one; their components and their evaluation."""
 
 from metaopt.methods._adaptation import Adaptation, adaptation, adapted
 from metaopt.methods._architecture import (
