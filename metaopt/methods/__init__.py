@@ -1,4 +1,4 @@
-"""Methods under their papers' names, built from the packages below this one; their components and their evaluation."""
+"""Methods under their papers' names, built from metaopt's other packages; their components and evaluation."""
 
 from metaopt.methods._adaptation import Adaptation, adaptation, adapted
 from metaopt.methods._architecture import (

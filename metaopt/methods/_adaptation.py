@@ -136,8 +136,8 @@ def adaptation(
       rates_per_step: a learned rate has a value for each of the T steps, as its leading axis (LSLR: with "leaf"). Later
         steps use the last value.
       leaves_per_step: paths of leaves in λ["init"] that do not adapt and have a value for each of the T steps, as their
-        leading axis, such as scales and shifts of a normalization. The loss sees the value of the current step, and f
-        the value of the last step.
+        leading axis. Scales and shifts of a normalization are an example. The loss sees the value of the current step,
+        and f the value of the last step.
       num_steps: T, in training; at least 0. With 0, λ["init"] is trained on the query sets without adaptation.
       test_steps: steps at test, T by default.
       order: "second"; "first" (∇ℓ is held constant: no second derivatives); or a number n, for "first" in the first n
@@ -145,7 +145,7 @@ def adaptation(
       outer: the weights w_1..w_T, as for `hypergrad.unrolled`, or a schedule of them, `step -> [T]` of the outer step.
       proximal: μ ≥ 0 adds μ |θ − λ["init"]|²/2, over the leaves that adapt, to ℓ.
       rule: `problem -> Estimator` instead of `hypergrad.unrolled`, such as `hypergrad.implicit` (iMAML) or `reptile`.
-        It excludes `order`, `outer` and `remat`, which are options of unrolling.
+        Do not combine it with `order`, `outer` and `remat`, which are options of unrolling.
       remat: as for `hypergrad.unrolled`.
       sampler: the rows of the support set that a step sees; all rows by default.
       keep_support: f and predictions find the support set's "x" and "mask" in `params["support"]` (`params` must then
@@ -160,9 +160,9 @@ def adaptation(
     Raises:
       ValueError: if an argument is out of range. At trace time: if `adapt` or `leaves_per_step` finds no leaf; if a
         leaf adapts and has a value per step; or if a leaf with a value per step has a leading axis other than T. Also
-        if `init` makes leaves that do not adapt and there is a `rule`, or that adapt and there is a `proximal`; if λ is
-        not a dict with "init" (and "rate" if it is learned); or if the task is an episode, or its "mask" has an axis of
-        tasks.
+        if `init` makes leaves that do not adapt and there is a `rule`, or that adapt and there is a `proximal`. Also if
+        λ is not a dict with "init" (and "rate" if it is learned). Also if the task is an episode, or its "mask" has an
+        axis of tasks.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import base, methods
@@ -249,7 +249,7 @@ def adaptation(
             raise ValueError(f"Leaves with a value for each step cannot adapt: {both}. Leave them out of `adapt`.")
         given = _by_path(hyperparams["init"])
         alone = [_path(path) for path in _by_path(params) if re.search(adapt, _path(path)) and path not in given]
-        # A leaf of λ["init"] is identified by its keys, so `init` must not pass it on in other containers.
+        # A leaf of λ["init"] is identified by its keys, so `init` must not pass it on under other keys.
         known = {id(x) for x in given.values()}
         rekeyed = [path for path, x in _by_path(params).items() if path not in given and id(x) in known]
         moved = (

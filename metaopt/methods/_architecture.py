@@ -152,12 +152,12 @@ def architecture_search(
       A `Search`.
 
     Raises:
-      ValueError: if the spec and the shapes do not fit; if `single_path` is set and the relaxation gives weight to
-        several ops; if `relaxation` or `decode` is not a relaxation; if `penalty` is not a function; if `keep` is
-        neither None nor a number of edges of at least 1; or if `keep` is given for NAS-Bench-101's space.
-        `weights` and `genotype` raise it if α has other kinds of cells or other shapes. The estimator's `init` raises
-        it if `loss` is the default and labels of the task that are not traced are not classes. (Traced labels make
-        the loss NaN instead: see `Search.found`.)
+      ValueError: if the spec and the shapes do not fit, or if `single_path` is set and the relaxation gives weight to
+        several ops. Also if `relaxation` or `decode` is not a relaxation, or if `penalty` is not a function. Also if
+        `keep` is neither None nor an integer of at least 1, or if it is given for NAS-Bench-101's space. `weights` and
+        `genotype` raise it if α has other kinds of cells or other shapes. The estimator's `init` raises it if `loss` is
+        the default and untraced labels of the task are not classes. (With such labels, a traced loss is NaN instead:
+        see `Search.found`.)
 
     >>> import jax
     >>> from metaopt import methods, nas

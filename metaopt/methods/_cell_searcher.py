@@ -43,23 +43,23 @@ class CellSearcher(NamedTuple):
 
     A new task is given as for `MetaOptimizer`; None means that nothing is known about it.
 
-    Trials of the new task are records of candidates, or a data frame of them. Only failed trials and complete trials at
-    full fidelity inform about scores. A complete trial without a finite outcome counts as failed. A warning is given if
-    there are outcomes, but none from a complete trial at full fidelity, and no failure. A failure counts only if no
-    other trial of the same candidate ended. A candidate with a trial of any status and fidelity is not proposed again
-    while there are others. `save_cell_searcher` and `load_cell_searcher` store it on disk.
+    Trials of the new task are records of candidates, or a data frame of them. Only failed trials, and complete trials
+    at full fidelity, are evidence about scores. A complete trial without a finite outcome counts as failed. If the
+    trials have outcomes, but all at lower fidelities and without a failure, a warning says so. A failure counts only if
+    no other trial of the same candidate ended. A candidate with a trial of any status and fidelity is not proposed
+    again while there are others. `save_cell_searcher` writes the searcher to disk, and `load_cell_searcher` reads it.
 
     Attributes:
       predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score. Candidates that
         failed are excluded, unless all failed.
       suggest: `(new_task, trials) -> configuration` to try next: the candidate with the largest expected improvement.
       searcher: `(new_task) -> Searcher` that asks for the suggestions of `suggest`; the space of its `init` may be
-        None. It ignores reported trials of configurations that are not candidates. `predict`, `suggest`
-        and `posterior` reject them.
+        None. It ignores reported trials of configurations that are not candidates. `predict`, `suggest` and
+        `posterior` reject them.
       posterior: `(new_task, trials) -> (mean, variance)` of the candidates' scores (`predictors.score_posterior`).
         Without trials and without knowledge of the task, the mean averages two predictions. One comes from the
         encoder's `scores`, in units of the earlier tasks' scores. The other comes from the entries of configurations
-        and their pairs. For a task with features, the change of the encoder's prediction due to them is added.
+        and their pairs. For a task with features, the change that they cause in the encoder's prediction is added.
       scores: `(new_task) -> [members, candidates]` from the encoder only, larger is better. The scores of each member
         have mean 0 and variance 1 over the candidates. Their spread shows how far members agree.
       prior: the prior from the earlier tasks. Its `mean` uses only the entries of configurations and their pairs.
@@ -165,10 +165,10 @@ def train_cell_searcher(
 
     Raises:
       ValueError: if a size is out of range; if a record is invalid (unknown status, fidelity outside (0, 1], or
-        non-numeric outcome); if no record has an outcome, or all outcomes of every task are equal; if `candidates` is
-        empty; or if a configuration has a list or array among its values. Also if the features of a task are a
-        mapping, have different lengths, or belong to none of the records' tasks; or if no trial of `records` is in
-        `tests`.
+        non-numeric outcome). Also if no record has an outcome, or all outcomes of every task are equal. Also if
+        `candidates` is empty, or if a configuration has a list or array among its values. Also if the features of a
+        task are a mapping, if features have different lengths, or if all belong to other tasks than the records.
+        Also if no trial of `records` is in `tests`.
 
     Example: a table of nine cells on three tasks, which agree that a path of two MLPs is best:
 

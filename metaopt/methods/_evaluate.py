@@ -147,9 +147,9 @@ def evaluate_episodes(
       An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
 
     Raises:
-      ValueError: if `methods` is not a dict, or if there is no method or no source; if a method is not a function; if a
-        number is below 1; if `higher_is_better` is missing and the score is unknown; if a sampler draws users with
-        replacement or has fewer than `each`; or if a label is not one of its episode's classes. At trace time, if a
+      ValueError: if `methods` is not a dict of functions, if there is no method or no source, or if a number is below
+        1. Also if `higher_is_better` is missing and the score is unknown. Also if a sampler draws users with
+        replacement or has fewer than `each`, or if a label is not one of its episode's classes. At trace time, if a
         sampler does not return an episode, or if outputs have no axis of steps or a shape that the score does not
         take. Also if there are Q classes and a leaf could belong to either examples or classes.
     """

@@ -29,8 +29,9 @@ class EvolutionState(NamedTuple):
 def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) -> base.Searcher:
     """Regularized (aging) evolution: the best of a few members of the population has a child, and the oldest dies.
 
-    The first `population_size` trials are random. Later trials are children: the best of `sample_size` members, drawn
-    with replacement, with one entry changed. Entries and their other values are equally likely; fixed entries stay.
+    The first `population_size` trials are random, and so are later trials while the population is empty. All others are
+    children: the best of `sample_size` members, drawn with replacement, with one entry changed. All entries that are
+    not fixed, and all their other values, are equally likely.
     Trials without a finite outcome, and others' trials outside the space, do not enter the population.
 
     Each fidelity has its own population, because losses at different fidelities are not comparable. Parents come from

@@ -59,8 +59,8 @@ def fomaml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options:
 
     It is backpropagation truncated to one step (`hypergrad.truncated`) in the coordinates δ = θ − λ, with ∇ℓ held
     constant. In these coordinates every step depends on λ, by θ = λ + δ, so a cut between steps, at δ, loses nothing.
-    In θ itself, λ is only the start, so a cut would lose everything. Without holding ∇ℓ constant, truncation to one
-    step keeps the last step's curvature: (I − α ∂²ℓ/∂θ²) ∇f(θ_T).
+    In θ itself, λ is only the start, so a cut would lose everything. If ∇ℓ is not held constant, truncation to one step
+    keeps the last step's curvature: (I − α ∂²ℓ/∂θ²) ∇f(θ_T).
 
     Args:
       loss: as for `maml`.
@@ -195,9 +195,9 @@ def maml_plus_plus(
 
     Per-step normalization belongs to the model. A scale and a shift with a leading axis of T are `leaves_per_step`
     (`conv4(num_steps=T)`), and a loss with `with_context` receives the step. Each step is normalized by the statistics
-    of its own batch. The paper also gathers running statistics for each step. The authors' code never reads them: in
-    training and at test it normalizes by the batch (`F.batch_norm(..., training=True)`). They change no prediction, so
-    this function does not keep them.
+    of its batch. The paper also gathers running statistics for each step. The authors' code never reads them: in
+    training and at test it normalizes by the batch (`F.batch_norm(..., training=True)`). Running statistics change no
+    prediction, so metaopt does not keep them.
 
     Args:
       loss: as for `maml`.
@@ -255,8 +255,8 @@ def imaml(
       An `Adaptation` whose estimator is `hypergrad.implicit`; it is "biased" if θ has not reached θ*.
 
     Raises:
-      ValueError: if `proximal` is not positive; if an option is given that this method sets itself, or that belongs to
-        unrolling (`order`, `outer`, `remat`).
+      ValueError: if `proximal` is not positive, or if an option is given that this method sets itself or that belongs
+        to unrolling (`order`, `outer`, `remat`).
 
     Source: Rajeswaran et al., NeurIPS 2019, https://arxiv.org/abs/1909.04630
     """

@@ -1,13 +1,13 @@
-"""Trains the result of a search from scratch, and compares the search's own scores with that training.
+"""Trains the result of a search from scratch, and compares its accuracy with the search's own accuracies.
 
     α --`Search.genotype`--> genotype --`nas.discrete`--> network --`retraining`--> a loop --`train`--> a state
       --`Retraining.finish`--> a `TrainedNetwork`, which predicts
 
 Every searched architecture has three accuracies, which `search_report` compares:
 
-- the supernet with the mixing weights that the architecture was decoded from,
-- the architecture with the supernet's weights (one-hot mixing weights),
-- the architecture trained from scratch.
+- of the supernet with the mixing weights that the architecture was decoded from,
+- of the architecture with the supernet's weights (one-hot mixing weights),
+- of the architecture trained from scratch.
 """
 
 import math
@@ -93,10 +93,9 @@ def retraining(
       A `Retraining`. The example of `search_report` shows all steps from the search to predictions.
 
     Raises:
-      ValueError: if the network still has mixing weights, or is a network of sizes (`nas.conv_net_space`); if no layer
-        has a stride for the auxiliary head; if a number is out of range; or if a cell has only one edge and
-        `drop_path` is not 0. The loop raises it if `loss` is the default and labels that are not traced are not
-        classes.
+      ValueError: if the network still has mixing weights, or is a network of sizes (`nas.conv_net_space`). Also if no
+        layer has a stride for the auxiliary head, if a number is out of range, or if a cell has only one edge and
+        `drop_path` is not 0. The loop raises it if `loss` is the default and untraced labels are not classes.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, and its code
     """
@@ -205,10 +204,10 @@ def train(
     Raises:
       KeyboardInterrupt: if SIGINT arrived; with `checkpoint_dir`, the same call continues. The exception's `result` is
         the partial `FitResult`, whose `state.estimator_state` is the inner state.
-      SystemExit: likewise for SIGTERM, with status 143.
+      SystemExit: the same for SIGTERM, with status 143.
       ValueError: if a count is out of range; if the loop's `init` rejects the data, such as labels that are not classes
-        of a `retraining`; if `checkpoint_dir` is in use or cannot be written to; or if it holds another run: another
-        key, other data, another λ, another program or other `settings`.
+        of a `retraining`. Also if `checkpoint_dir` is in use, cannot be written to, or holds another run: another key,
+        other data, another λ, another program or other `settings`.
     """
     init_key, fit_key = jax.random.split(key)
     # `fit` traces the data, and the values of traced labels cannot be checked. So let `init` see the arrays once.

@@ -80,8 +80,8 @@ class TrainedNetwork(NamedTuple):
           In [0, 1]. A row with a NaN among its outputs counts as wrong.
 
         Raises:
-          ValueError: if x and y have different numbers of rows, y has another type or shape, "mask" is not [N] or has
-            no real row, "class_mask" is not [C], or a label is not a class.
+          ValueError: if x and y have different numbers of rows, or if y has another type or shape. Also if "mask" is
+            not [N] or has no real row, if "class_mask" is not [C], or if a label is not a class.
         """
         rows = _real_rows(data)
         x, y = np.asarray(data["x"]), np.asarray(data["y"])
@@ -126,8 +126,8 @@ def trained_network(
       A `TrainedNetwork`.
 
     Raises:
-      ValueError: if `data` is not a dict with "x"; if there are fewer than two real rows; if `num_rows < 2`; if the
-        supernet is `single_path` and `weights` are not one-hot; or if an op computes over the batch without
+      ValueError: if `data` is not a dict with "x", if there are fewer than two real rows, or if `num_rows < 2`. Also if
+        the supernet is `single_path` and `weights` are not one-hot. Also if an op computes over the batch without
         `nas.normalized`, so that the output for a row still depends on the other rows.
 
     Sources: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420 (statistics of each architecture in a supernet);
@@ -198,7 +198,7 @@ def load_trained_network(path: str | os.PathLike[str], *, ops: Mapping[str, nas.
 
     Raises:
       ValueError: if the file is of another kind or a newer version, if `ops` lacks an op of the network, or if the
-        arrays do not fit the network and these ops.
+        arrays do not fit.
     """
     built: list[Any] = []
 
