@@ -305,7 +305,7 @@ def unrolled_darts(
     remat: str | int = "step",
     **options: Any,
 ) -> Search:
-    """DARTS without its approximation: dF/dα through the whole training, which every estimate starts again.
+    """DARTS without its approximation: dF/dα through the whole training, which every estimate repeats from the start.
 
     Args:
       network: the spec of the network to search.
@@ -498,7 +498,7 @@ def under_budget(
     exceeds the cost of the decoded cell.
 
     Args:
-      search: a search whose rule differentiates the outer loss, and for whose α `relaxation` gives the costs.
+      search: a search whose rule differentiates the outer loss. `relaxation` must convert its α to weights of choices.
       table: cost table of the search space.
       budget: in the table's unit. It may be traced, so that one program can search within many budgets.
       multiplier: the initial m; softplus(−3) = .049.

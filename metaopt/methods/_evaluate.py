@@ -224,7 +224,7 @@ def _compile_once(method: Any, name: str, args: tuple, compiled: set, report: Re
 
 
 def _name(function: Callable) -> str:
-    if isinstance(function, functools.partial):  # the arguments are part of the name: with others it is another score
+    if isinstance(function, functools.partial):  # its arguments are in the name, because they change the score
         given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
         return f"{_name(function.func)}({', '.join(given)})" if given else _name(function.func)
     return str(getattr(function, "__name__", type(function).__name__))

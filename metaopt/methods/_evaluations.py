@@ -43,8 +43,8 @@ def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
     Args:
       first: a result of `evaluate_episodes`.
       second: a result with the same key, samplers and numbers, for other methods. Equal `marks` show that the episodes
-        are the same. If an evaluation has no marks, only the numbers of ways and shots are compared. Scores are
-        compared by the names of their functions, which evaluations saved by an earlier version do not have.
+        are the same. If neither evaluation has marks, only the numbers of ways and shots are compared. Scores are
+        compared by the names of their functions. Evaluations saved by an earlier version do not have these names.
 
     Returns:
       An `Evaluation` of both, starting with the first's methods, as if all had been evaluated together.
