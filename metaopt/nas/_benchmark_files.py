@@ -187,7 +187,7 @@ def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benc
 
 
 def _encode_101(bits: str, ops: list[str], name: str) -> list[int]:
-    """The 21 entries above the diagonal of a 7 × 7 matrix, and five ops. The output stays the last vertex of the cell."""
+    """The 21 entries above the diagonal of a 7 × 7 matrix, and five ops; the output is the last vertex of a cell."""
     size = len(ops)
     known = size <= 7 and len(bits) == size**2 and set(bits) <= {"0", "1"}
     known = known and set(ops[1:-1]) <= set(NAS_BENCH_101_PRIMITIVES)
@@ -233,8 +233,7 @@ _SETS_201 = {
 
 
 def read_nas_bench_201(path: str | os.PathLike) -> Benchmark:
-    """Reads NAS-Bench-201 from its own files: a .pth file (which takes 30 GB of memory), or NATS-Bench's topology
-    space.
+    """Reads NAS-Bench-201 from its own files: a .pth file (30 GB of memory) or NATS-Bench's topology space.
 
     Prefer NATS-Bench's directory "…-simple", which has a small file for each architecture and takes little memory.
     Results are means over the available runs. Errors are in %. Validation errors are from the end of the schedules of
