@@ -472,8 +472,9 @@ def canonical(
 
 
 def nas_bench_201_string(genotype: Genotype) -> str:
-    """The canonical form that NAS-Bench-201 defines, which has 6,466 distinct cells; it keeps zeros ("#") as terms of
-    sums.
+    """The canonical form of NAS-Bench-201, by which it has 6,466 distinct cells.
+
+    It keeps zeros ("#") as terms of sums.
 
     Args:
       genotype: of the single kind "cell".

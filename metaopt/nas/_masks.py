@@ -24,7 +24,7 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
     Args:
       outputs: [N, C] logits; [N, positions..., C] for a network that is not pooled.
       batch: a dict with labels "y" [N, positions...], integers in 0..C-1 (or booleans). With padding it also has
-        "mask", shaped [N] or like y, and with classes that a task lacks, "class_mask" [C].
+        "mask", shaped [N] or like y. If a task lacks some of the C classes, it also has "class_mask" [C].
 
     Returns:
       [], in nats. It and its gradient are NaN if the label of a real row is below 0 or above C - 1, or if no row is
