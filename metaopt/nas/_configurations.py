@@ -38,7 +38,6 @@ def configuration_space(
     (['normal.inputs3', 'normal.op0', 'normal.op1', 'normal.op2', 'normal.op3'], 2, 6)
     >>> nas.from_configuration(network, {**dict.fromkeys(space, 0), "normal.inputs3": 2})["normal"][3]
     (2, 3, 'max_pool_3x3')
-
     """
     if (keep := edges_kept(network, keep)) is None:
         sizes = {name: len(edge.ops) for name, (_, edge) in _choices(network).items()}

@@ -101,7 +101,6 @@ def cost_table(
     >>> wide = {"linear.width": ((0, 1, "8"),), "linear.depth": ((0, 1, "2"),)}
     >>> nas.cost_of(table, space, wide)  # (3 + 1)8 + (8 + 1)8 + (8 + 1)2
     122.0
-
     """
     base.check_integer("batch_size", batch_size, 1)
     if not callable(measure):

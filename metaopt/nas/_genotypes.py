@@ -160,7 +160,6 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
     >>> alpha = nas.op_scores(network, [{"cell": ((0, 1, "mlp"),)}, {"cell": ()}], [3.0, 1.0])
     >>> alpha["cell"].tolist()
     [[-1.0, 1.0]]
-
     """
     scores = np.asarray(scores, np.float64)
     if not len(genotypes) or scores.shape != (len(genotypes),):

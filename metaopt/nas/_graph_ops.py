@@ -53,7 +53,6 @@ def graph_ops(adjacency: Any) -> dict[str, Op]:
     >>> net = nas.Network({"cell": cell}, (nas.Layer("gcn", 4), nas.Layer("cell", 4)), num_outputs=2)
     >>> nas.supernet(net, (3, 5), ops=ops).in_shape
     (3, 5)
-
     """
     adjacency = jnp.asarray(adjacency)
     if adjacency.ndim != 2 or adjacency.shape[0] != adjacency.shape[1]:

@@ -339,7 +339,6 @@ def genotype_graph(genotype: Genotype) -> Graph:
     >>> graph = nas.Graph(((0, 1, 1), (0, 0, 1), (0, 0, 0)), ("input", "maxpool3x3", "output"))
     >>> nas.genotype_graph(nas.graph_genotype(nas.nas_bench_101_space(), graph)) == graph
     True
-
     """
     edges = [(int(s), int(t), op) for s, t, op in genotype.get("cell", ())]
     ops = {s: op for s, t, op in edges if s % 2 and t == s + 1 and op in NAS_BENCH_101_PRIMITIVES}
