@@ -333,7 +333,7 @@ def read_nas_bench_301(path: str | os.PathLike) -> Benchmark:
       more digits state the ops of the edges, in their order. `nas_bench_301_genotype` decodes them.
 
     Raises:
-      ValueError: if there are no such files, or if a file holds something else.
+      ValueError: if no such file exists, or if a file holds something else.
 
     Source: Siems et al., ICLR 2022, https://arxiv.org/abs/2008.09777
     """

@@ -183,9 +183,9 @@ def trans_nas_bench_101_table(folder: str | os.PathLike | None = None, *, space:
 
     Args:
       folder: folder of transnasbench101.npz; by default the folder that METAOPT_DATA names.
-      space: "micro" or "macro". The digits of "micro" are none, skip, 1×1 and 3×3 convolution on six edges. The digits
-        of "macro" state the type of each of up to six blocks (0: no block; plain, more channels, stride 2, both). Micro
-        cells are the cells of `trans_nas_bench_101_space`. Macro networks exist only as a table.
+      space: "micro" or "macro". The digits of "micro" stand for none, skip, 1×1 and 3×3 convolution on six edges. The
+        digits of "macro" state the type of each of up to six blocks (0: no block; plain, more channels, stride 2,
+        both). Micro cells are the cells of `trans_nas_bench_101_space`. Macro networks exist only as a table.
 
     Returns:
       A `Benchmark`; losses are the negative metric.

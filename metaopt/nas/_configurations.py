@@ -20,7 +20,7 @@ def configuration_space(
       keep: edges into each node, as for `random_genotype`; "space" uses the rule of the network.
 
     Returns:
-      name -> the range of an index. If `keep` is None, "kind.source-target" is the index of an edge's op.
+      name -> the range of an index. With `keep=None`, "kind.source-target" is the index of an edge's op.
       If `keep` is a number, "kind.inputs<node>" is the index of a set of that many edges into a node. The sets have the
       order of `itertools.combinations`. The entry is absent if only one set is possible. Then "kind.op<i>" is the index
       of the op of the i-th of these edges, among its ops other than "none". `darts_space` has 11 entries per kind, the

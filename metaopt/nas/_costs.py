@@ -82,8 +82,8 @@ def cost_table(
       network: the spec of a supernet.
       in_shape: shape of one input, without the batch axis.
       measure: `(apply, params, x) -> cost`. It gets a function `apply(params, x)` and the shapes of its arguments. Use
-        `hypergrad.flops`, `nas.num_params`, `nas.latency()` or your own function. `functools.partial(hypergrad.flops,
-        products_only=True)` gives twice the count that is usual in the literature.
+        `hypergrad.flops`, `nas.num_params`, `nas.latency()` or your own function. With
+        `functools.partial(hypergrad.flops, products_only=True)` the cost is twice the usual count of the literature.
       ops: as for `supernet`.
       partial: as for `supernet`.
       batch_size: number of rows of the input that is measured.

@@ -521,7 +521,7 @@ def edge_graph(edges: Iterable[tuple[int, int, str]], *, num_inputs: int = 1, ou
       A `Graph`. With several inputs, the first vertices are "input 0", "input 1" ...
 
     Raises:
-      ValueError: if there is no input, or if an edge leads backwards or to an input.
+      ValueError: if `num_inputs < 1`, or if an edge leads backwards or to an input.
     """
     base.check_integer("num_inputs", num_inputs, 1)
     edges = list(edges)

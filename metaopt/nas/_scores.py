@@ -1,11 +1,11 @@
 """Training-free scores: predictions of how well a network will train, from its initialization; larger is better.
 
-All scores have the form `(supernet, params, weights, batch) -> []`. `weights` is None for a discrete network. For a
-supernet with `single_path` it is the one-hot mixing weights of a genotype; one program then serves all genotypes of a
-space. A score costs one backward pass on one batch (`nwot`: a forward pass), and holds for one draw of the parameters.
-Rows that the "mask" [N] of the batch marks as padding do not count: a score equals the score of the real rows only, up
-to rounding. If nothing arrives at the output, `synflow` and `jacob_cov` are −inf, and the scores from the gradient of
-the loss are small.
+All scores have the form `(supernet, params, weights, batch) -> []`. A discrete network has `weights=None`. For a
+supernet with `single_path`, `weights` are the one-hot weights of a genotype; one program then serves all genotypes. A
+score costs one backward pass on one batch (`nwot`: a forward pass), and holds for one draw of the parameters. Rows that
+the "mask" [N] of the batch marks as padding do not count: a score equals the score of the real rows only, up to
+rounding. If nothing arrives at the output, `synflow` and `jacob_cov` are −inf, and the scores from the gradient of the
+loss are small.
 """
 
 from collections.abc import Callable, Mapping

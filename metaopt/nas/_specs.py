@@ -462,8 +462,8 @@ def trans_nas_bench_101_space(num_outputs: int = 10, *, channels: int = 64, cell
 
     Returns:
       A `Network` over `TRANS_NAS_BENCH_101_OPS`, of the single kind "cell" with mixing weights [6, 4]. The edges are as
-      in `nas_bench_201_space`. The table takes its genotypes directly: `trans_nas_bench_101_table().query(genotype,
-      task)`.
+      in `nas_bench_201_space`. The table takes its genotypes directly:
+      `trans_nas_bench_101_table().query(genotype, task)`.
 
     Raises:
       ValueError: if a count is below 1.

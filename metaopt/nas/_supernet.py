@@ -35,9 +35,10 @@ class Supernet(NamedTuple):
 
     Attributes:
       init: `(key) -> params`.
-      apply: `(params, weights, x, drop_path=None, mask=None, statistics=None) -> [N, num_outputs]`, for `x: [N, *in_shape]`. If the spec is not `pooled`, all positions are axes in between. If `weights=None`, every op has weight 1, and all sizes of an `ElasticNetwork` are the largest. Integers in x count as the same numbers in
-        floating point: uint8 images are 0..255. Networks that do not normalize first learn worse from these than from x
-        / 255.
+      apply: `(params, weights, x, drop_path=None, mask=None, statistics=None) -> [N, num_outputs]`, with
+        `x: [N, *in_shape]`. If the spec is not `pooled`, all positions are axes in between. If `weights=None`, every op
+        has weight 1, and all sizes of an `ElasticNetwork` are the largest. Integers in x count as the same numbers in
+        floating point: uint8 images are 0..255. Networks that do not normalize first learn better from x / 255.
         **Without `statistics` it is the network in training and search.** It normalizes by the batch, so the outputs of
         a row depend on the other rows. A single row without positions raises a ValueError. With `statistics` (from
         `statistics` below), the outputs of a row depend only on this row: predict in this way.
