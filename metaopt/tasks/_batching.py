@@ -175,7 +175,9 @@ def bucket(shapes: Sequence[TaskShape], max_buckets: int = 6, *, width: int = 64
 
 
 def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> base.Task:
-    """Stacks tasks into a batch: every leaf gets one more leading axis. It reads values, so it does not work under `jit`.
+    """Stacks tasks into a batch: every leaf gets one more leading axis.
+
+    The function reads the values of the leaves, so it does not work under `jit`.
 
     Args:
       tasks: the tasks, all with the same structure, and with the same shape and type of each leaf.
@@ -185,8 +187,9 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
       A `Task` of JAX arrays [T, ...].
 
     Raises:
-      ValueError: if there is no task; if structures, shapes or types differ; if there are not as many names as tasks;
-        if a leaf has a NaN or infinite value; or if a label is not a class that "class_mask" allows.
+      ValueError: if there is no task, or the number of names is not the number of tasks.
+      ValueError: if structures, shapes or types differ.
+      ValueError: if a leaf has a NaN or infinite value, or a label is not a class that "class_mask" allows.
     """
     if not len(tasks):
         raise ValueError("`tasks` must hold at least one task; it is empty.")

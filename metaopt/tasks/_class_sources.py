@@ -10,7 +10,9 @@ import numpy as np
 
 
 class Source(NamedTuple):
-    """Labeled examples of one kind: `N` examples of `C` classes. Functions such as `from_arrays` make and check sources.
+    """Labeled examples of one kind: `N` examples of `C` classes.
+
+    Functions such as `from_arrays` make sources and check them.
 
     Attributes:
       name: unique among the sources in use.
@@ -68,9 +70,11 @@ def from_arrays(
       A `Source`.
 
     Raises:
-      ValueError: if there is no example; if lengths differ; if there are not as many class names as classes, or two are
-        equal; if `x` is not numeric or not finite; if a label is missing (NaN, None) or is a number that is not whole;
-        or if a group or superclass is missing.
+      ValueError: if there is no example, or lengths differ.
+      ValueError: if the number of class names is not the number of classes, or two names are equal.
+      ValueError: if `x` is not numeric or not finite.
+      ValueError: if a label is missing (NaN, None) or is a number that is not whole, or a group or superclass is
+        missing.
     """
     x, given, y = np.asarray(x), y, exact_array(y)
     y = y.astype(np.float32) if y.dtype.kind == "V" else y  # such as bfloat16
