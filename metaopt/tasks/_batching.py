@@ -139,7 +139,7 @@ def bucket(shapes: Sequence[TaskShape], max_buckets: int = 6, *, width: int = 64
       The bucket of every task, and the padded shape of every bucket, smallest cost first.
 
     Raises:
-      ValueError: if there is no shape, or `max_buckets < 1`.
+      ValueError: if `shapes` is empty, or `max_buckets < 1`.
     """
     if not len(shapes):
         raise ValueError("`shapes` must hold at least one shape; it is empty.")
@@ -187,7 +187,7 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
       A `Task` of JAX arrays [T, ...].
 
     Raises:
-      ValueError: if there is no task, or the number of names is not the number of tasks.
+      ValueError: if `tasks` is empty, or the number of names is not the number of tasks.
       ValueError: if structures, shapes or types differ.
       ValueError: if a leaf has a NaN or infinite value, or a label is not a class that "class_mask" allows.
     """

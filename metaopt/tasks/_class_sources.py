@@ -70,7 +70,7 @@ def from_arrays(
       A `Source`.
 
     Raises:
-      ValueError: if there is no example, or lengths differ.
+      ValueError: if `x` is empty, or lengths differ.
       ValueError: if the number of class names is not the number of classes, or two names are equal.
       ValueError: if `x` is not numeric or not finite.
       ValueError: if a label is missing (NaN, None) or is a number that is not whole, or a group or superclass is
@@ -154,7 +154,7 @@ def exact_array(values: Any) -> np.ndarray:
 
 
 def first_missing(values: Any) -> int | None:
-    """Returns the index of the first value that is None, NaN or NaT, or None if there is no such value.
+    """Returns the index of the first value that is None, NaN or NaT, or None if nothing is missing.
 
     Args:
       values: the original values. After NumPy has converted strings and NaN to an array, NaN is the string "nan".
@@ -253,7 +253,7 @@ def labelled_rows(sources: Source | Sequence[Source]) -> dict[str, np.ndarray]:
       the form that `inner.minibatch` takes.
 
     Raises:
-      ValueError: if there is no source, if shapes or types differ, or if two sources have the same name.
+      ValueError: if `sources` is empty, if shapes or types differ, or if two sources have the same name.
     """
     sources = [sources] if isinstance(sources, Source) else list(sources)
     check_alike(sources)

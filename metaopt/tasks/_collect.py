@@ -1,9 +1,9 @@
-"""Collects records from any searcher and any Python callable, on many tasks at a time. You can interrupt and continue it.
+"""Collects records from any searcher and any Python callable, on many tasks at a time.
 
-There is one loop. In each round, `collect` asks the searcher of every task for a batch of trials, shortly before a
-worker is free for them. joblib runs the trials. Then every searcher receives the records of its own trials, in the
-order in which it proposed them. A trial depends only on its own seed. So the records depend on the batch size, but not
-on the number of workers.
+You can interrupt a collection at any point and continue it later. There is one loop. In each round, `collect` asks the
+searcher of every task for a batch of trials, shortly before a worker is free for them. joblib runs the trials. Then
+every searcher receives the records of its own trials, in the order in which it proposed them. A trial depends only on
+its own seed. So the records depend on the batch size, but not on the number of workers.
 
 To continue a collection, call `collect` again. It asks the searchers from the start, which gives the same trials.
 Trials that have ended in the store are not run again; the searcher receives their stored records. The state of a
@@ -58,7 +58,7 @@ def collect(
     By default every trial runs in a spawned child process. If a trial raises, returns a non-finite number, crashes or
     exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. The children belong to the
     workers, not to joblib, because a process pool loses its other trials when it ends one of its own processes.
-    joblib's workers only wait for the children. By default they are threads. With `joblib.parallel_config(backend=...)`
+    The workers of joblib only wait for the children. By default they are threads. With `joblib.parallel_config(backend=...)`
     they are threads or processes of loky, Dask (`pip install "dask[distributed]"`) or Ray (`pip install ray`). Each
     worker has children on its own machine:
 
@@ -83,9 +83,9 @@ def collect(
       key: of the search. The key of each task is folded from it and the name of the task.
       searcher: by default `random_search()`: first the default of the space, then random configurations. `enqueue`
         places your own configurations before or among those of any searcher.
-      batch_size: the number of trials that a task's searcher is asked for at a time. The searcher receives their
-        records before it is asked again. By default 1. The default random search (`searcher=None`) does not need
-        records. So its trials do not wait for one another, and it is asked as workers become free.
+      batch_size: the number of trials that a task's searcher proposes at a time. The searcher receives their
+        records before the next batch. By default 1. The default random search (`searcher=None`) does not need
+        records. So its trials do not wait for one another, and it proposes trials as workers become free.
       same_trials: give the searcher of every task the same key. Random search then tries the same configurations with
         the same seeds on every task, and the records form a matrix.
       resumes: whether the objective continues a trial from its own checkpoint of a lower fidelity. Then only the
@@ -104,12 +104,12 @@ def collect(
       num_workers: the number of trials that run at a time, on one core each: joblib's `n_jobs`. If `batch_size` or
         `searcher` is given, at most `batch_size` trials of each task run at a time.
       isolated: whether trials run in child processes, on POSIX systems. Otherwise they run in joblib's workers. This is
-        faster for trials that take less than milliseconds. But then there are no limits, and a crash ends the
+        faster for trials that take less than milliseconds. But then limits are impossible, and a crash ends the
         collection.
-      time_limit: seconds for each trial. By default there is no limit, and a trial that hangs stops the collection.
+      time_limit: seconds for each trial. None sets no limit, and a trial that hangs stops the collection.
       memory_limit: MiB for the process of a trial and the processes that it starts, read 20 times a second, on Linux.
         Python with metaopt and JAX takes 200 to 300 MiB.
-      budget: seconds for the whole collection; None or `inf` is no limit. No trial begins later. Running trials
+      budget: seconds for the whole collection; None or `inf` sets no limit. No trial begins later. Running trials
         continue until they end or reach their limit. So a collection exceeds its budget by less than the limit of one
         trial. Workers on other machines should have the same clock. Trials that were about to begin stay "RUNNING" in
         the store until the next call.
@@ -229,7 +229,7 @@ class _TaskSearch:
         return trials
 
     def tell(self, last: dict[tuple, base.Record], first: dict[tuple, base.Record]) -> bool:
-        """Ends a round. If some of its trials have not ended, it returns False and passes no records to the searcher."""
+        """Ends a round. If some of its trials have not ended, returns False and passes no records on."""
         done = [last[_identity(trial)] for trial in self.batch if _identity(trial) in last]
         self.records += done
         complete = self.whole and len(done) == len(self.batch)
@@ -250,7 +250,7 @@ def _ask_round(
     """Asks the searchers for one batch after the other, and yields the trials that have to run.
 
     With `all_at_once`, all trials of a search form one round. `read(known, trial)` is called for each trial that has
-    ended. After the deadline, a searcher is asked only if the store has more of its trials.
+    ended. After the deadline, it asks a searcher only if the store has more of its trials.
     """
     num_known = collections.Counter(task for task, *_ in ended)
     for search in searches:
@@ -361,7 +361,7 @@ def _alone(store, study: str) -> Iterator[None]:
 
 
 def _read_ended(store, study, named, retry_failed) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:
-    """Returns the last and the first record with which each trial of the study ended; a trial without one runs again."""
+    """Returns the last and the first end of each trial of the study; a trial that is not in the first dict runs again."""
     if store is None or not os.path.exists(store):
         return {}, {}
     rows = read_records(store, study=study, status=_ENDED, history=True)

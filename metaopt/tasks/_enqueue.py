@@ -38,11 +38,11 @@ def enqueue(
     after: int = 0,
     skip_if_exists: bool = False,
 ) -> base.Searcher:
-    """Tries your configurations before those of a searcher, at the full budget, and passes their records to the searcher.
+    """Tries your configurations before those of a searcher, at the full budget. The searcher receives their records.
 
     The argument `first=` of a searcher replaces the configurations that the searcher begins with. `enqueue` keeps them,
     works with every searcher, and is not part of the searcher. The searcher receives the records of enqueued trials
-    like records of others, with negative trial numbers, before it is asked for more trials. If an enqueued
+    like records of others, with negative trial numbers, before it proposes more trials. If an enqueued
     configuration is one of those that the searcher begins with, the searcher does not try it again. Therefore a batch
     of enqueued configurations is not filled up with trials of the searcher. Wrap `enqueue` around `methods.asha`, not
     the other way round. Inside `methods.asha`, enqueued configurations begin at a low fidelity and do not count as
@@ -71,7 +71,7 @@ def enqueue(
     Raises:
       ValueError: if `searcher` is not a searcher, `configurations` is a single mapping, or `after` is not an integer of
         at least 0.
-      ValueError: when a search starts, if a configuration does not fit the space, or there is no space.
+      ValueError: when a search starts, if a configuration does not fit the space, or `space` is None.
 
     >>> import jax
     >>> from metaopt import spaces, tasks

@@ -29,7 +29,7 @@ def random_search(*, first: Sequence[Mapping[str, Any]] | None = None) -> base.S
     """Draws every configuration independently, as `spaces.sample` does, after a few given ones.
 
     A drawn configuration depends only on the key and the number of the trial. It does not depend on outcomes, or on the
-    number of trials that are asked for at a time.
+    number of trials per call.
 
     Args:
       first: configurations to try first; parameters that one lacks get their defaults. By default, the default of the
