@@ -57,10 +57,10 @@ def collect(
 
     By default every trial runs in a spawned child process. If a trial raises, returns a non-finite number, crashes or
     exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. The children belong to the
-    workers, not to joblib, because a process pool loses its other trials when it ends one of its own processes.
-    The workers of joblib only wait for the children. By default they are threads. With `joblib.parallel_config(backend=...)`
-    they are threads or processes of loky, Dask (`pip install "dask[distributed]"`) or Ray (`pip install ray`). Each
-    worker has children on its own machine:
+    workers, not to joblib, because a process pool loses its other trials when it ends one of its own processes. The
+    workers of joblib only wait for the children. By default they are threads. With
+    `joblib.parallel_config(backend=...)` they are threads or processes of loky, Dask
+    (`pip install "dask[distributed]"`) or Ray (`pip install ray`). Each worker has children on its own machine:
 
         client = distributed.Client("scheduler:8786")         # "dask"; it registers itself
         ray.util.joblib.register_ray()                        # "ray"
@@ -361,7 +361,7 @@ def _alone(store, study: str) -> Iterator[None]:
 
 
 def _read_ended(store, study, named, retry_failed) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:
-    """Returns the last and the first end of each trial of the study; a trial that is not in the first dict runs again."""
+    """Returns the last and the first end of each trial; a trial that is not in the first dict runs again."""
     if store is None or not os.path.exists(store):
         return {}, {}
     rows = read_records(store, study=study, status=_ENDED, history=True)

@@ -139,7 +139,7 @@ def from_tfds(
       FileNotFoundError: if the data set is not prepared in `data_dir`.
       ImportError: if tensorflow-datasets or array_record is not installed.
       ValueError: if the data set lacks one of these features, or examples of one class are of several superclasses.
-      ValueError: if images differ in shape and `size` is None.
+      ValueError: if images differ in shape and no `size` is given.
     """
     try:
         tfds: Any = importlib.import_module("tensorflow_datasets")
