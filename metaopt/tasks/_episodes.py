@@ -272,8 +272,8 @@ def meta_dataset_episodes(
 
     If a source has groups (the makers of its examples), half of the groups make the support set and the others the
     query set. The halves are drawn at random for each episode. Then n_c − q is the number of examples of class c in the
-    first half, and q is at most the number of examples of any class in the second half. For Omniglot, whose 20 drawers drew
-    every character once, this does not change the counts.
+    first half. The number q is at most the number of examples of any class in the second half. For Omniglot, whose 20
+    drawers drew every character once, this does not change the counts.
 
     Args:
       sources: one or several; their examples have one shape. If a source has an ontology, its superclasses are ignored.

@@ -256,7 +256,7 @@ def _canonical_correlations(centered: np.ndarray, sd: np.ndarray, y: np.ndarray)
 
 
 def _discretize(x: np.ndarray, categorical: np.ndarray) -> list[np.ndarray]:
-    """Codes 0, 1, 2 ... of every column. A numeric one with more values than bins is cut into bins of equal frequency."""
+    """Codes 0, 1, 2 ... of every column. Numeric columns with many values are cut into bins of equal frequency."""
     num_bins = max(2, int(len(x) ** (1 / 3) + 1e-9))
     codes = []
     for column, is_categorical in zip(x.T, categorical, strict=True):

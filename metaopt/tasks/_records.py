@@ -168,18 +168,14 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
                 shutil.copyfile(f"{file}{end}", f"{copy}{end}")
         _pad(copy)
         with _open(copy, recover=True) as connection:
-            connection.execute(
-                f"SELECT study, {_COLUMNS} FROM records LIMIT 0"
-            )  # reads no row, only checks the columns
+            connection.execute(f"SELECT study, {_COLUMNS} FROM records LIMIT 0")  # reads no row; checks the columns
             # A row takes more than 30 bytes, so that there are no more rows than this; the counts may be unreadable.
             for number in range(1, os.path.getsize(copy) // 30 + 1):
                 with contextlib.suppress(sqlite3.DatabaseError, ValueError, TypeError):
                     query = f"SELECT study, {_COLUMNS} FROM records WHERE id = ?"
                     row = connection.execute(query, (number,)).fetchone()
                     if row is not None:
-                        rows.append(
-                            (row[0], *_to_row(_from_row(row[1:]), any_fidelity=True))
-                        )  # fidelities of earlier versions
+                        rows.append((row[0], *_to_row(_from_row(row[1:]), any_fidelity=True)))  # of earlier versions
     _insert(to, rows)
     return len(rows)
 
@@ -391,9 +387,7 @@ def _integer(name: str, value: Any) -> int:
 
 def as_python(value: Any) -> Any:
     """Converts NumPy's scalars to values that JSON can write: for `json.dumps(default=)`."""
-    if isinstance(value, np.generic) and not isinstance(
-        number := value.item(), np.generic
-    ):  # `item` leaves a longdouble unchanged
+    if isinstance(value, np.generic) and not isinstance(number := value.item(), np.generic):  # not a longdouble
         return number
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
 

@@ -405,7 +405,7 @@ def _read_fields(file: Path) -> tuple[list[str], list[list[str]], list[int], str
 
 
 def _class_labels(texts: list[str], lines: list[int], target: str, max_classes: int, decimal_comma: bool) -> list[str]:
-    """Returns the classes as strings: equal numbers are one class, and whole ones are exact. Rejects regression targets."""
+    """The classes as strings: equal numbers are one class, and whole ones are exact. Rejects regression targets."""
     dotted = [text.replace(",", ".") for text in texts] if decimal_comma else texts
     numbers = [number(text) for text in dotted]
     if all(value is not None for value in numbers):
@@ -439,7 +439,7 @@ def _from_columns(
     target: list[str],
     source: str,
 ) -> Table:
-    """Makes a table whose source names the nominal columns; these are coded, except columns with more than 10 numbers."""
+    """A table whose source names the nominal columns; these are coded, except columns with more than 10 numbers."""
     kept = []
     for texts, is_nominal in zip(columns, nominal, strict=True):
         rows = [i for i, text in enumerate(texts) if text not in MISSING]
