@@ -46,7 +46,9 @@ def split_classes(source: Source, sizes: Mapping[str, int], *, seed: int = 0, by
 
 
 def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> Split:
-    """Splits one source into parts with different examples of every class. If it has groups, the parts differ in groups.
+    """Splits one source into parts with different examples of every class.
+
+    If the source has groups, the parts have different groups.
 
     Args:
       source: the source to split.

@@ -1,4 +1,4 @@
-"""Runs one trial at a time in a child process. A trial that crashes this process gives a record, and the search goes on.
+"""Runs one trial at a time in a child process. If a trial crashes it, this is recorded and the search goes on.
 
 A child is started by `exec`, never by a fork of a process in which JAX runs threads. It serves one trial after another,
 because starting Python with JAX takes seconds. So the next trial finds the side effects of earlier ones: caches, the
