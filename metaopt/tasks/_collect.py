@@ -2,8 +2,8 @@
 
 You can interrupt a collection at any point and continue it later. There is one loop. In each round, `collect` asks the
 searcher of every task for a batch of trials, shortly before a worker is free for them. joblib runs the trials. Then
-every searcher receives the records of its own trials, in the order in which it proposed them. A trial depends only on
-its own seed. So the records depend on the batch size, but not on the number of workers.
+every searcher receives the records of the trials that it proposed, in the order of its proposals. A trial depends only
+on its own seed. So the records depend on the batch size, but not on the number of workers.
 
 To continue a collection, call `collect` again. It asks the searchers from the start, which gives the same trials.
 Trials that have ended in the store are not run again; the searcher receives their stored records. The state of a
@@ -57,7 +57,7 @@ def collect(
 
     By default every trial runs in a spawned child process. If a trial raises, returns a non-finite number, crashes or
     exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. The children belong to the
-    workers, not to joblib, because a process pool loses its other trials when it ends one of its own processes. The
+    workers, not to joblib, because a process pool loses its other trials when one of its processes is ended. The
     workers of joblib only wait for the children. By default they are threads. With
     `joblib.parallel_config(backend=...)` they are threads or processes of loky, Dask
     (`pip install "dask[distributed]"`) or Ray (`pip install ray`). Each worker has children on its own machine:
@@ -161,7 +161,7 @@ def collect(
     if memory_limit is not None and not memory_is_known():
         raise ValueError("`memory_limit` needs Linux, whose /proc says what a process holds; leave it out.")
     named = _by_name(tasks)
-    # Random search proposes the same trials whether it is asked for one at a time or for all.
+    # Random search proposes the same trials, one at a time or all at once.
     all_at_once = batch_size is None and searcher is None
     searcher = random_search() if searcher is None else searcher
 
@@ -229,7 +229,7 @@ class _TaskSearch:
         return trials
 
     def tell(self, last: dict[tuple, base.Record], first: dict[tuple, base.Record]) -> bool:
-        """Ends a round. If some of its trials have not ended, returns False and passes no records on."""
+        """Ends a round. Returns False, and passes no records to the searcher, if some of its trials have not ended."""
         done = [last[_identity(trial)] for trial in self.batch if _identity(trial) in last]
         self.records += done
         complete = self.whole and len(done) == len(self.batch)
@@ -295,7 +295,9 @@ def _by_name(tasks: Any) -> dict[str, Any]:
         what = "`tasks` must be a dict of what the objective is given by name, or a list of what has a `name`, as"
         of_one = " `[table]` is a list of one." * hasattr(tasks, "name")
         refusal = ValueError(f"{what} `Table`s do; got {type(tasks).__name__}.{of_one}")
-        if isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields"):  # one, such as a `Table`
+        if (
+            isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields")
+        ):  # a single task, such as a `Table`
             raise refusal
         try:
             given = iter(tasks)
@@ -400,7 +402,7 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
 
     backend: Any = joblib.parallel.get_active_backend(prefer="threads")[0]
     as_they_end = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"}
-    streams = backend.supports_return_generator  # Ray's does not
+    streams = backend.supports_return_generator  # Ray's backend does not
     kwargs: dict[str, Any] = {"batch_size": 1} | (as_they_end if streams else {})
     parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", **kwargs)
     at_once = joblib.effective_n_jobs(parallel.n_jobs)

@@ -257,7 +257,7 @@ def _dates(matches: list[re.Match], orders: tuple[str, ...]) -> Iterator[_Number
         return
     named = {"ymd": "year-month-day", "dmy": "day-month-year", "mdy": "month-day-year"}
     order = next(iter(days))
-    if len(days) > 1 and matches[0][2] != ".":  # as in pandas; with dots the day is first everywhere
+    if len(days) > 1 and matches[0][2] != ".":  # as in pandas; dates with dots always have the day first
         order = "mdy"
     note = f"has dates; they become days since 1970, and {matches[0][0]!r} is read as {named[order]}"
     if len(days) > 1 and days["dmy"] != days["mdy"]:

@@ -42,13 +42,12 @@ def enqueue(
 
     The argument `first=` of a searcher replaces the configurations that the searcher begins with. `enqueue` keeps them,
     works with every searcher, and is not part of the searcher. The searcher receives the records of enqueued trials
-    like records of others, with negative trial numbers, before it proposes more trials. If an enqueued
-    configuration is one of those that the searcher begins with, the searcher does not try it again. Therefore a batch
-    of enqueued configurations is not filled up with trials of the searcher. Wrap `enqueue` around `methods.asha`, not
-    the other way round. Inside `methods.asha`, enqueued configurations begin at a low fidelity and do not count as
-    tried.
+    like records of others, with negative trial numbers, before it proposes more trials. So a batch of enqueued
+    configurations is not filled up with trials of the searcher. And the searcher does not try a configuration that it
+    begins with again if it was enqueued. Wrap `enqueue` around `methods.asha`, not the other way round. Inside
+    `methods.asha`, enqueued configurations begin at a low fidelity and do not count as tried.
 
-    To continue a collection, the enqueued configurations must stay the same. To add configurations in the middle of a
+    To continue a collection, pass the same enqueued configurations again. To add configurations in the middle of a
     collection, place them `after` its existing trials. The searcher receives the same key, so its earlier trials are
     found in the store.
 
@@ -71,7 +70,7 @@ def enqueue(
     Raises:
       ValueError: if `searcher` is not a searcher, `configurations` is a single mapping, or `after` is not an integer of
         at least 0.
-      ValueError: when a search starts, if a configuration does not fit the space, or `space` is None.
+      ValueError: at the start of a search, if a configuration does not fit the space, or `init` receives no space.
 
     >>> import jax
     >>> from metaopt import spaces, tasks

@@ -39,8 +39,8 @@ class Episode(NamedTuple):
     Attributes:
       support: of a classification episode: "x" [S, ...] float32, "y" [S] int32 in 0..W-1, "mask" [S] float32 (1 for a
         real row, 0 for padding), "class_mask" [W] float32 and "num_rows" [] int32. Padding consists of zeros, at the
-        end. If the derivative of a model is not finite at zeros, such as that of x / |x|, it is NaN there. A mask does
-        not remove it (0 · NaN). Write x / √(|x|² + ε) instead.
+        end. A model whose derivative is not finite at zeros, such as x / |x|, gives NaN there, and a mask does not
+        remove it (0 · NaN). Write x / √(|x|² + ε) instead.
       query: the same with Q rows.
       meta: additional information that methods do not see: `EpisodeMeta`, or the coefficients of a function family.
     """

@@ -22,7 +22,7 @@ def ontology_nodes(
 
     Args:
       ontology: node -> its children, which are nodes or classes.
-      class_names: the classes, which have no children.
+      class_names: the classes; they must not have children.
       min_leaves: the smallest number of classes of a node.
       max_leaves: the largest number of classes of a node.
 

@@ -86,7 +86,7 @@ def _pillow(caller: str) -> Any:
 def _pixels(pillow: Any, file: Any, size: int | None, channels: int) -> np.ndarray:
     """Reads the pixels of an image file with the module of Pillow; [size, size], or [size, size, 3]."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # the limit here is lower
+        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # metaopt's own limit is lower
         try:
             image = pillow.open(file)
         except pillow.DecompressionBombError as error:

@@ -115,9 +115,9 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
     Returns:
       A dict of floats. "rows" and "classes" are logarithms of their numbers. "between neighboring pixels" (of a row)
-      and "between opposite halves" (left and mirrored right) are defined above; they are NaN if all images are equal.
-      "ink" is the share of values above 0. "in the class means" is the variance between class means over the variance
-      of the images, each averaged over pixels. `fit_scaling` brings these numbers to one scale.
+      and "between opposite halves" (left and mirrored right) are defined above. They are NaN if all images are equal,
+      or one pixel wide. "ink" is the share of values above 0. "in the class means" is the variance between class means
+      over the variance of the images, each averaged over pixels. `fit_scaling` brings these numbers to one scale.
 
     Raises:
       ValueError: if the shapes do not fit, or a label is negative.
@@ -139,7 +139,7 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     centered = x - x.mean(0)
     power = float((centered**2).mean())
     class_means = np.stack([x[labels == c].mean(0) for c in np.unique(labels)])
-    mean = lambda products: float(products.mean()) if products.size else math.nan  # images of one column have none
+    mean = lambda products: float(products.mean()) if products.size else math.nan  # images of width 1 have no products
     return {
         "rows": math.log(len(x)),
         "classes": math.log(int(np.max(labels)) + 1),
@@ -188,7 +188,7 @@ def _statistical(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     sd = x.std(axis=0, ddof=1)
     sd = np.where(sd > 1e-12 * np.abs(x).max(axis=0, initial=0.0), sd, 0.0)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scaled = centered / sd  # NaN where a column is constant
+        scaled = centered / sd  # NaN if a column is constant
         skewness, kurtosis = (scaled**3).mean(axis=0), (scaled**4).mean(axis=0) - 3.0
         if num_columns:
             q1, median, q3 = np.quantile(x, (0.25, 0.5, 0.75), axis=0)

@@ -121,7 +121,7 @@ def read_records(
 
 def _of_each_trial(file, rows) -> list[Record]:
     """Returns the records that count for each trial, from rows in the order in which they were appended."""
-    names: dict[str, str] = {}  # of configurations, by their text
+    names: dict[str, str] = {}  # JSON text of a configuration -> the same with sorted keys
     trials: dict[tuple, dict[Any, tuple[int, Record]]] = {}  # trial -> end -> (position in the result, record)
     for place, row in enumerate(rows):
         record, study, text = _read_row(file, row), row[1], row[3]
@@ -216,7 +216,7 @@ def _connect(path: Path, create: bool, stack: contextlib.ExitStack) -> sqlite3.C
     """A connection that `stack` closes. To read a file, its folder need not be writable."""
 
     def connect(name, uri=False):
-        connection = sqlite3.connect(name, isolation_level=None, uri=uri)  # transactions are begun by hand
+        connection = sqlite3.connect(name, isolation_level=None, uri=uri)  # transactions are started explicitly
         stack.callback(connection.close)
         connection.text_factory = _decoded
         _check(connection, path, create)
@@ -261,7 +261,7 @@ def _explained(error: Exception, path: Path, create: bool, recover: bool) -> Exc
 
 
 def _error_name(error: Exception) -> str:
-    return getattr(error, "sqlite_errorname", None) or ""  # Python's own errors have none
+    return getattr(error, "sqlite_errorname", None) or ""  # errors of Python lack this attribute
 
 
 def _decoded(text: bytes) -> str:
@@ -273,7 +273,7 @@ def _check(connection, file, create):
     application, version = _header_of_made(connection, create)
     if application != _APPLICATION:
         raise ValueError(f"{file} is an SQLite file, but none of records.")
-    # A view can run without end.
+    # A query of a view may never end.
     if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'records' AND type = 'view'").fetchone():
         raise ValueError(f"{file} is not a file of records: `records` is a view, and not a table.")
     if version > VERSION:
@@ -294,7 +294,7 @@ def _header_of_made(connection, create: bool) -> list[int]:
                         for statement in _SCHEMA.split(";")[:-1]:
                             connection.execute(statement)
             if create:
-                connection.execute("PRAGMA journal_mode = WAL")  # stays with the file
+                connection.execute("PRAGMA journal_mode = WAL")  # SQLite stores this mode in the file
             found = header()
             connection.execute(f"PRAGMA busy_timeout = {1000 * _TIMEOUT}")
             return found

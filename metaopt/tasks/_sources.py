@@ -120,7 +120,7 @@ _PLAIN_FILES = {
     "yeast": ("yeast.data.txt", None, -1, (0,), ()),
 }
 _LABELS_APART = ("ada", "sylva")  # NAME_train.data, NAME_train.labels
-_COPIES = ("australian", "spect_f")  # of crx and spectfheart
+_COPIES = ("australian", "spect_f")  # copies of crx and spectfheart
 
 # Sources with one-against-rest variants in the package: "glass-0-1-5_vs_2", "yeast3", "shuttle-c0-vs-c4".
 _STEMS = (

@@ -137,7 +137,7 @@ def select(sources: Source | Mapping[str, Source] | Sequence[Source], split: Spl
       ValueError: if two parts share an example, or two sources share a name.
     """
     _check_split(split, "`split`")
-    sources = [sources] if isinstance(sources, Source) else sources  # itself a tuple
+    sources = [sources] if isinstance(sources, Source) else sources  # a `Source` is a tuple, too
     sources = list(sources.values() if isinstance(sources, Mapping) else sources)
     by_name = dict(zip(check_names(sources), sources, strict=True))
     if part not in split:

@@ -325,7 +325,7 @@ def to_hpob(
 
     Raises:
       ValueError: if no record is "COMPLETE" at the full budget.
-      ValueError: if `space` is None, and a configuration has other parameters than the first one, or values that are
+      ValueError: without a `space`, if a configuration has other parameters than the first one, or values that are
         not numbers in [0, 1].
     """
     ended = [r for r in records if r.status == "COMPLETE" and is_full_budget(r.fidelity) and math.isfinite(r.outcome)]
@@ -397,7 +397,7 @@ def from_hpob_curves(path: str | os.PathLike[str] | None = None) -> PublishedCur
         best = data["best_so_far"].astype(np.float64)
         names = tuple(f"{s}/{d}" for s, d in zip(data["search_space_id"], data["dataset_id"], strict=True))
         _files.check_finite("best_so_far", best, missing=True)
-        best = np.maximum.accumulate(best, axis=-1)  # NaN stays NaN from there on
+        best = np.maximum.accumulate(best, axis=-1)  # after a NaN, all values are NaN
         if best.ndim != 4 or best.shape[:2] != (len(data["methods"]), len(names)):
             raise ValueError(
                 f"`best_so_far` has shape {best.shape} for {len(data['methods'])} methods and {len(names)} tasks"

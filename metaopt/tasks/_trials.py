@@ -8,9 +8,9 @@ If a trial exceeds a limit, its child is ended, together with the processes that
 (by a segmentation fault, or because the system kills it), this gives a record, too. A child whose parent is gone ends
 itself.
 
-A process with its own session (`setsid`, a daemon) can survive. It survives a child that ends by itself, or whose
-parent is gone. If a limit ends the child, only processes that have lost their own parent survive on Linux. On other
-systems, every process with its own session survives.
+A process that a trial has started in a separate session (`setsid`, a daemon) can survive. It survives if the child ends
+by itself, or if the child's parent is gone. If a limit ends the child, then on Linux only processes that have lost
+their own parent survive. On other systems, every process in a separate session survives.
 
 Objective, task and trial are sent by cloudpickle: functions of a notebook and of `__main__` are sent by value.
 """
@@ -118,7 +118,7 @@ def _flush() -> None:
 
 
 def _text(value: Any) -> str:
-    """Returns the text of a value, in a form that a file accepts: messages may have file names that are not UTF-8."""
+    """Returns the text of a value, in a form that a file accepts: messages may contain file names that are not UTF-8."""
     try:
         return str(value)[:2_000].encode("utf-8", "backslashreplace").decode()
     except Exception as error:
