@@ -154,7 +154,7 @@ def exact_array(values: Any) -> np.ndarray:
 
 
 def first_missing(values: Any) -> int | None:
-    """Returns the index of the first value that is None, NaN or NaT, or None if nothing is missing.
+    """Returns the index of the first missing value (None, NaN or NaT), or None if all values are present.
 
     Args:
       values: the original values. After NumPy has converted strings and NaN to an array, NaN is the string "nan".
@@ -243,7 +243,9 @@ def with_rotations(source: Source) -> Source:
 
 
 def labelled_rows(sources: Source | Sequence[Source]) -> dict[str, np.ndarray]:
-    """Returns the rows of sources without episodes, to train on all classes at once: pre-training and baselines.
+    """Returns the rows of sources without episodes, for training on all classes at once.
+
+    Use them for the pre-training before fine-tuning, and for baselines.
 
     Args:
       sources: one or several, with examples of one shape and type.

@@ -295,9 +295,7 @@ def _by_name(tasks: Any) -> dict[str, Any]:
         what = "`tasks` must be a dict of what the objective is given by name, or a list of what has a `name`, as"
         of_one = " `[table]` is a list of one." * hasattr(tasks, "name")
         refusal = ValueError(f"{what} `Table`s do; got {type(tasks).__name__}.{of_one}")
-        if (
-            isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields")
-        ):  # a single task, such as a `Table`
+        if isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields"):  # one task (a `Table`)
             raise refusal
         try:
             given = iter(tasks)

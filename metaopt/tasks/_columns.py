@@ -222,7 +222,7 @@ def _readings(texts: list[str], decimal_comma: bool) -> Iterator[_Numbers]:
 
 
 def _all_or_none(values: Iterable[_T | None]) -> list[_T] | None:
-    """Returns the values, or None if any value is None."""
+    """Returns the values, or None if they include None."""
     kept = []
     for value in values:
         if value is None:

@@ -271,16 +271,16 @@ def meta_dataset_episodes(
     Superclasses, nodes and classes are drawn uniformly. Classes and examples are drawn without repetition.
 
     If a source has groups (the makers of its examples), half of the groups make the support set and the others the
-    query set. The halves are drawn at random for each episode. Then n_c − q is the number of examples of class c in the
-    first half. The number q is at most the number of examples of any class in the second half. For Omniglot, whose 20
-    drawers drew every character once, this does not change the counts.
+    query set. The halves are drawn at random for each episode. Then n_c − q is replaced by the number of examples of
+    class c in the first half. The number q is at most the number of examples of any class in the second half. For
+    Omniglot, whose 20 drawers drew every character once, this does not change the counts.
 
     Args:
       sources: one or several; their examples have one shape. If a source has an ontology, its superclasses are ignored.
       min_ways: at least 2.
       max_ways: at least `min_ways`.
-      max_query: of one class.
-      max_support: at least `max_ways`.
+      max_query: the largest number of query examples of one class.
+      max_support: the largest number of support examples; at least `max_ways`.
       max_support_per_class: the largest amount that one class adds to S; it may get more of S than that.
       log_weights: the range of α.
       hierarchy: if False, classes are drawn flat.
@@ -291,8 +291,8 @@ def meta_dataset_episodes(
 
     Returns:
       `key -> Episode`, pure, on the device, without a derivative. The shapes fit the largest possible episode. They
-      have at most `max_ways` ways (or as many as there are classes), `max_support` support rows and `max_ways *
-      max_query` query rows.
+      have `max_ways` ways (or as many as there are classes), and at most `max_support` support rows and max_ways ·
+      max_query query rows.
 
     Raises:
       ValueError: if an argument is out of range.

@@ -127,8 +127,7 @@ def from_tfds(
       image: the feature that holds the example.
       label: the feature that holds the class.
       group: the feature that holds the maker of the example; None if the makers are not known.
-      superclass: the feature that holds the superclass of the class, such as "alphabet" of "omniglot"; None if there
-        are no superclasses.
+      superclass: the feature that holds the superclass of the class, such as "alphabet" of "omniglot"; None omits it.
       size: pixels per side; images are resized to a square of this size (needs Pillow). None leaves them unchanged.
       channels: 1 or 3, if images are resized.
 

@@ -33,7 +33,8 @@ def random_search(*, first: Sequence[Mapping[str, Any]] | None = None) -> base.S
 
     Args:
       first: configurations to try first; parameters that one lacks get their defaults. By default, the default of the
-        space. A configuration is not tried again if the search has already received a record of it from someone else.
+        space. A configuration is skipped if someone else has tried it at the full budget, and the search has already
+        received that record.
 
     Returns:
       A searcher.

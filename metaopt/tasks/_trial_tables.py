@@ -425,7 +425,7 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_bett
 
     Raises:
       ValueError: if a value is not a number.
-      ValueError: if `higher_is_better` is None, and a value is above 1 or an error.
+      ValueError: without `higher_is_better`, if a value is above 1 or an error.
       ValueError: if rows are of several functions, which are not comparable.
     """
     if hasattr(rows, "columns"):

@@ -118,7 +118,7 @@ def _flush() -> None:
 
 
 def _text(value: Any) -> str:
-    """Returns the text of a value, in a form that a file accepts: messages may contain file names that are not UTF-8."""
+    """Returns the text of a value in a form that files accept: messages may contain file names that are not UTF-8."""
     try:
         return str(value)[:2_000].encode("utf-8", "backslashreplace").decode()
     except Exception as error:
