@@ -257,7 +257,7 @@ def meta_dataset_episodes(
     weights: Sequence[float] | None = None,
     preprocess: Callable[[jax.Array], jax.Array] | None = None,
 ) -> SampleEpisodeFn:
-    """Samples episodes like Meta-Dataset: ways, shots and the balance of classes vary as they do in the real world.
+    """Makes a sampler of Meta-Dataset's episodes: ways, shots and the balance of classes vary as in the real world.
 
     Let n_c be the number of examples of class c. U{a..b} and U[a, b] are uniform distributions:
 

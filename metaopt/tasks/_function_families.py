@@ -88,7 +88,7 @@ def sinusoids(
     inputs: tuple[float, float] = (-5.0, 5.0),
     noise: float = 0.0,
 ) -> SampleEpisodeFn:
-    """Samples MAML's sinusoids: y = A sin(x − φ), A ~ U[0.1, 5], φ ~ U[0, π], x ~ U[−5, 5].
+    """Makes a sampler of MAML's sinusoids: y = A sin(x − φ), A ~ U[0.1, 5], φ ~ U[0, π], x ~ U[−5, 5].
 
     Args:
       num_shots: support points.
@@ -124,7 +124,7 @@ def sinusoids(
 
 
 def mixed_functions(*, num_shots: int = 10, num_query: int = 10, noise: float = 0.0) -> SampleEpisodeFn:
-    """Samples three families in equal shares, with x ~ U[−5, 5]: one initialization fits them badly.
+    """Makes a sampler of three families in equal shares, with x ~ U[−5, 5]: one initialization fits them badly.
 
         0  sinusoid   A sin(x − φ)      A ~ U[0.1, 5], φ ~ U[0, π]
         1  line       a x + b           a, b ~ U[−3, 3]

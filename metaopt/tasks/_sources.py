@@ -217,7 +217,7 @@ def _read_packaged(folder: Path, max_rows: int, max_columns: int) -> Table:
 
 
 def _read_keel(folder: Path, max_rows: int, rng) -> tuple[list[list[str]], list[str], list[bool]]:
-    """Reads a file in KEEL's format: `@attribute NAME {a, b}` or `@attribute NAME real [0, 1]`, `@data`, rows with commas."""
+    """Reads KEEL's format: `@attribute NAME {a, b}` or `@attribute NAME real [0, 1]`, `@data`, comma-separated rows."""
     wanted = folder.name.replace("_", "-")
     files = [f for f in sorted(folder.iterdir()) if f.name.split(".")[0].replace("_", "-") == wanted]
     files = [f for f in files if f.suffix == ".dat" or ".arff" in f.name or f.suffix == ".arff"]
