@@ -23,8 +23,8 @@ def records_to_frame(records: Sequence[Record], *, wide: bool = False) -> "panda
         rejects columns that mix labels and numbers.
 
     Returns:
-      A frame with a column for each field of a record. "configuration" is JSON, because a column would lose
-      information: whether a number is an integer, and whether None is a value or a gap.
+      A frame with a column for each field of a record. "configuration" is JSON, because a column does not
+      keep whether a number is an integer, and whether None is a value or a gap.
 
     Raises:
       ImportError: if pandas is not installed.
