@@ -9,7 +9,7 @@ An **estimator** estimates dF/dλ. A **task** holds the data of one training run
 if there is no gradient.
 
 Everything here is a plain `NamedTuple` of functions or of arrays; there are no base classes. λ (`hyperparams`, or
-meta-parameters if they are a network's weights) is any pytree of floating-point arrays.
+meta-parameters if a network's weights) is any pytree of floating-point arrays.
 """
 
 import contextlib
@@ -493,7 +493,7 @@ class Record(NamedTuple):
     Attributes:
       task: the task's name.
       configuration: λ as plain values, by path (`spaces.names`).
-      outcome: the loss, smaller is better; NaN if there is none. For a pruned trial, the loss that it had reached.
+      outcome: the loss, smaller is better; NaN if not known. For a pruned trial, the loss that it had reached.
       fidelity: the requested fraction of the full budget, in (0, 1].
       cost: seconds.
       seed: the trial's seed.
@@ -524,8 +524,8 @@ def check_record(record: Any, name: str = "A record") -> None:
       name: the record's name in the error message, such as "`records[3]`".
 
     Raises:
-      ValueError: if it is not a `Record`, its task is not a string, its configuration is not a mapping, or its status
-        is unknown; or if its fidelity is not in (0, 1], or its outcome or cost is not a number.
+      ValueError: if it is not a `Record`, its task is not a string, or its configuration is not a mapping.
+      ValueError: if its status is unknown, its fidelity is not in (0, 1], or its outcome or cost is not a number.
     """
     if not isinstance(record, Record):
         raise ValueError(
@@ -600,7 +600,7 @@ class SearcherInitFn(Protocol):
 
 class AskFn(Protocol):
     def __call__(self, state: PyTree, num: int) -> tuple[list[Record], PyTree]:
-        """Returns at most `num` trials to run next, "WAITING", with fidelity and seed, and the state that includes them."""
+        """Returns at most `num` trials to run next ("WAITING", with fidelity and seed), and the state with them."""
         ...
 
 
