@@ -93,7 +93,7 @@ def _dependencies(jaxpr: Any, sources: Sequence[frozenset], *, cross_stops: bool
 
 
 def _through(equation: Any, inputs: list[frozenset], cross_stops: bool) -> list[frozenset]:
-    """The dependencies of the outputs of one operation, including those inside calls, checkpoints, branches and loops."""
+    """The dependencies of the outputs of one operation, also through calls, checkpoints, branches and loops."""
     name, params = equation.primitive.name, equation.params
     inside = lambda inner, inputs: _dependencies(getattr(inner, "jaxpr", inner), inputs, cross_stops=cross_stops)
     if name == "cond":
