@@ -16,9 +16,9 @@ def weighted(
 
     ℓ_i does not depend on λ, and w does not depend on θ. The mixed product is therefore a Jacobian-vector product of
     the losses' forward pass: (∂²ℓ/∂λ∂θ)ᵀ v = 1/N Σ_i (∂w_i/∂λ)ᵀ (∂ℓ_i/∂θ) v. Automatic differentiation finds this
-    structure by itself. Under jit it takes the operations of 3 forward passes and less memory than a gradient. The condition is
-    that the product with the Hessian is not needed at the same time. This holds in the one-step rules, and in the
-    implicit rules after their solve.
+    structure by itself. Under jit it takes the operations of 3 forward passes and less memory than a gradient. The
+    condition is that the product with the Hessian is not needed at the same time. This holds in the one-step rules, and
+    in the implicit rules after their solve.
 
     Args:
       per_example_loss: ℓ_i, `(params, batch) -> [B]`: one loss per example, or one per term. With `with_context`,
