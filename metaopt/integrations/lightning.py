@@ -200,9 +200,9 @@ def objective(
     `retry_failed` then trains it from the beginning. A trial that was ended from outside, by a limit or a kill,
     continues.
 
-    The docstring of `callback` explains when a checkpoint is used. Here `parts` are the module, `make_module`, `make_data`, and the
-    plain values of `trainer`. If one of them changes, trials are trained again, and `report` receives their epochs
-    again. Old folders that are named only by the trial's number are not used.
+    The docstring of `callback` explains when a checkpoint is used. Here `parts` are the module, `make_module`,
+    `make_data`, and the plain values of `trainer`. If one of them changes, trials are trained again, and `report`
+    receives their epochs again. Old folders that are named only by the trial's number are not used.
 
     Args:
       make_module: `(configuration, task) -> LightningModule`. Before the call, torch is seeded with the trial's seed.

@@ -81,7 +81,7 @@ class Leaf(abc.ABC):
 
     @abc.abstractmethod
     def to_unconstrained(self, value: jax.Array) -> jax.Array:
-        """Unconstrained coordinates from λ; finite for every finite λ, also where `contains` is false."""
+        """Unconstrained coordinates from λ; finite for every finite λ, even if `contains` is false."""
 
     @property
     def range(self) -> str:
