@@ -40,6 +40,7 @@ _DAMAGE = (
     LookupError,
     MemoryError,
     RuntimeError,  # RecursionError, NotImplementedError
+    SyntaxError,  # of Pillow
     TypeError,
     ValueError,
     struct.error,
@@ -63,7 +64,8 @@ def reading(path: str | os.PathLike[str], fault: str) -> Iterator[None]:
     """
     name = os.fspath(path)
     try:
-        yield
+        with np.errstate(all="ignore"):  # readers check what comes out of their arithmetic
+            yield
     except (*_DAMAGE, OSError) as error:
         if isinstance(error, ValueError | OSError) and (
             str(error).startswith(name) or getattr(error, "filename", None) is not None
@@ -274,7 +276,6 @@ def check_finite(name: str, array: np.ndarray, *, missing: bool = False) -> None
       array: an array of numbers.
       missing: whether NaN is allowed, as the mark of a missing value.
     """
-    with np.errstate(invalid="ignore"):
-        fine = np.abs(array) <= np.finfo(np.float32).max
+    fine = np.abs(array) <= np.finfo(np.float32).max
     if not (fine | np.isnan(array) if missing else fine).all():
         raise ValueError(f"the array {name} has entries that are not finite in float32")

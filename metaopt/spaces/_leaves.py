@@ -493,8 +493,9 @@ def interval(low: float, high: float, *, log: bool = False, default: Any = None,
         default = math.exp((math.log(low) + math.log(high)) / 2) if log else low + (high - low) / 2
     numbers_ = _numbers("default", default, shape)
     inside = np.maximum(numbers_, low)
-    fraction = np.log(inside / low) / math.log(high / low) if log else (inside - low) / (high - low)
-    if np.min(fraction) < _FLOAT32_EPS or np.max(fraction) > 1 - _FLOAT32_EPS:
+    with np.errstate(all="ignore"):  # bounds at the ends of float64: the fraction is infinite or NaN
+        fraction = np.log(inside / low) / math.log(high / low) if log else (inside - low) / (high - low)
+    if not (np.min(fraction) >= _FLOAT32_EPS and np.max(fraction) <= 1 - _FLOAT32_EPS):
         raise ValueError(
             f"`default` must lie inside ({low}, {high}), by {_FLOAT32_EPS:.1g} of the range: at a bound z is infinite; "
             f"got {default}."

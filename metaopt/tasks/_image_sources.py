@@ -90,9 +90,10 @@ def _pixels(pillow: Any, file: Any, size: int | None, channels: int) -> np.ndarr
             image = pillow.open(file)
         except pillow.DecompressionBombError as error:
             raise ValueError(str(error)) from None
-    if image.width * image.height > _MAX_PIXELS:
-        raise ValueError(f"the image has {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read")
-    return _resized(image, size, channels)
+    with image:
+        if image.width * image.height > _MAX_PIXELS:
+            raise ValueError(f"the image has {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read")
+        return _resized(image, size, channels)
 
 
 def _resized(image: Any, size: int | None, channels: int) -> np.ndarray:

@@ -527,6 +527,9 @@ def _checked(tasks, configurations, outcomes, costs, fidelities, families) -> Tr
         raise ValueError(f"its fidelities must increase to 1; got {fidelities}")
     if np.isinf(outcomes).any() or np.isinf(costs).any() or not all(isinstance(name, str) for name in tasks):
         raise ValueError("its outcomes and costs must be finite or NaN, and its tasks texts")
+    values = [value for configuration in configurations for value in configuration.values()]
+    if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+        raise ValueError("its configurations must be finite")
     return TrialTable(tasks, configurations, outcomes, costs, fidelities, families)
 
 
