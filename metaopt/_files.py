@@ -40,7 +40,7 @@ _DAMAGE = (
     LookupError,
     MemoryError,
     RuntimeError,  # RecursionError, NotImplementedError
-    SyntaxError,  # of Pillow
+    SyntaxError,  # raised by Pillow
     TypeError,
     ValueError,
     struct.error,
@@ -64,7 +64,7 @@ def reading(path: str | os.PathLike[str], fault: str) -> Iterator[None]:
     """
     name = os.fspath(path)
     try:
-        with np.errstate(all="ignore"):  # readers check what comes out of their arithmetic
+        with np.errstate(all="ignore"):  # readers check the results of their arithmetic
             yield
     except (*_DAMAGE, OSError) as error:
         if isinstance(error, ValueError | OSError) and (

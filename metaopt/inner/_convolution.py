@@ -6,8 +6,8 @@ a loop, the backward pass therefore runs as plain loops, a hundred times slower.
 become groups, which have no fast kernel either.
 
 This primitive is compiled in that layout everywhere. If both images and windows have a leading axis of tasks, it
-computes one task after the other. The derivatives of a strided convolution are different: they have holes in the images
-or in the window. They are matrix products with slices. On conv4 with strides, this saves a twelfth of an outer step of
+computes one task after the other. The derivatives of a strided convolution are an exception: they have holes in the
+images or in the window. They are matrix products with slices instead. On conv4 with strides, this saves a twelfth of an outer step of
 MAML, or an eighth in a scan, for 3 s more of compilation.
 """
 

@@ -493,7 +493,7 @@ def interval(low: float, high: float, *, log: bool = False, default: Any = None,
         default = math.exp((math.log(low) + math.log(high)) / 2) if log else low + (high - low) / 2
     numbers_ = _numbers("default", default, shape)
     inside = np.maximum(numbers_, low)
-    with np.errstate(all="ignore"):  # bounds at the ends of float64: the fraction is infinite or NaN
+    with np.errstate(all="ignore"):  # near the limits of float64, the fraction is infinite or NaN
         fraction = np.log(inside / low) / math.log(high / low) if log else (inside - low) / (high - low)
     if not (np.min(fraction) >= _FLOAT32_EPS and np.max(fraction) <= 1 - _FLOAT32_EPS):
         raise ValueError(

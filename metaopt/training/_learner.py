@@ -129,7 +129,7 @@ def learner(
     base.check_estimator(estimator, or_function=True)
 
     def spread(hyperparams, tasks, estimator_state, done):
-        """Advances the slots by different numbers of estimates. A first start is distinguishable only in `init`."""
+        """Advances each slot by its own number of estimates, at the first start only; renewed slots start at 0."""
 
         def advance(i, carry):
             estimator_state, done = carry
