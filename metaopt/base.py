@@ -6,10 +6,10 @@ The outer loss judges the result:
     F(λ) = Σ_t w_t f(θ_t(λ), λ),    θ_{t+1}(λ) = update(θ_t, ∇θ ℓ(θ_t, λ), λ).
 
 An **estimator** estimates dF/dλ. A **task** holds the data of one training run. A **searcher** proposes values of λ
-if there is no gradient.
+without a gradient.
 
-Everything here is a plain `NamedTuple` of functions or of arrays; there are no base classes. λ (`hyperparams`, or
-meta-parameters if a network's weights) is any pytree of floating-point arrays.
+Everything here is a plain `NamedTuple` of functions or of arrays; there are no base classes. λ is any pytree
+of floating-point arrays. It is called `hyperparams`, or meta-parameters if it consists of a network's weights.
 """
 
 import contextlib
@@ -130,7 +130,7 @@ def check_hyperparams(hyperparams: HyperParams) -> None:
       hyperparams: λ.
 
     Raises:
-      ValueError: if there is no leaf, or a leaf is not floating-point.
+      ValueError: if λ has no leaves, or a leaf is not floating-point.
     """
     leaves = jax.tree_util.tree_leaves_with_path(hyperparams)
     if not leaves:
@@ -513,7 +513,7 @@ class Record(NamedTuple):
     reason: str = ""
 
 
-STATUSES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")  # of a record
+STATUSES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")  # the valid statuses of a record
 
 
 def check_record(record: Any, name: str = "A record") -> None:
@@ -611,7 +611,7 @@ class TellFn(Protocol):
 
 
 class Searcher(NamedTuple):
-    """Proposes λ if there is no gradient, for example for a random forest or a remote training run."""
+    """Proposes λ without a gradient, for example for a random forest or a remote training run."""
 
     init: SearcherInitFn
     ask: AskFn

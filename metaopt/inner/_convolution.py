@@ -3,12 +3,12 @@
 The kernels (Eigen's: they pack patches into the cache piece by piece, and multiply them) take images [N, ..., C] with
 windows [..., C, D]. XLA converts other layouts into this one only in the entry computation of a program. In the body of
 a loop, the backward pass therefore runs as plain loops, a hundred times slower. Windows that differ between tasks
-become groups, which have no fast kernel either.
+become groups, for which XLA lacks a fast kernel, too.
 
 This primitive is compiled in that layout everywhere. If both images and windows have a leading axis of tasks, it
 computes one task after the other. The derivatives of a strided convolution are an exception: they have holes in the
-images or in the window. They are matrix products with slices instead. On conv4 with strides, this saves a twelfth of an outer step of
-MAML, or an eighth in a scan, for 3 s more of compilation.
+images or in the window, and become matrix products with slices. On conv4 with strides, this saves a twelfth of an outer
+step of MAML, or an eighth in a scan, for 3 s more of compilation.
 """
 
 import functools

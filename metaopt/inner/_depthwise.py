@@ -139,7 +139,7 @@ def _batch(args: Any, dims: Any, **params: Any) -> tuple[jax.Array, int]:
         return jnp.moveaxis(arg, dim, 0) if isinstance(dim, int) else jnp.broadcast_to(arg, (size, *arg.shape))
 
     a, b = map(batched, args, dims)
-    number = size * a.shape[1]  # the number of tasks; -1 would fail if there are none
+    number = size * a.shape[1]  # the number of tasks; -1 would fail for zero tasks
     y = _depthwise_p.bind(*(part.reshape(number, *part.shape[2:]) for part in (a, b)), **params)
     return y.reshape(a.shape[:2] + y.shape[1:]), 0
 

@@ -2,7 +2,7 @@
 
 XLA's fast CPU kernels need one layout. XLA converts the convolutions of a backward pass into this layout only in the
 entry computation of a program. In the body of a loop they run a hundred times slower, and training is a loop. Kernels
-that differ between tasks become grouped convolutions under `vmap`, which have no fast kernel on CPU either. Slices,
+that differ between tasks become grouped convolutions under `vmap`, which lack a fast kernel on CPU, too. Slices,
 pads and matrix products are fast everywhere, batched or not, and so are all their derivatives.
 """
 

@@ -287,7 +287,7 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
       leading axis of `num_steps`. With `num_steps=None`, `(key, hyperparams, data, num_steps)`.
 
     Raises:
-      ValueError: if `num_steps` is negative, or is None although `trace_fn` is given.
+      ValueError: if `num_steps < 0`, or `trace_fn` is given without `num_steps`.
       ValueError: at trace time, if the result is differentiated.
     """
     base.check_integer("num_steps", num_steps, 0, optional=True)

@@ -16,7 +16,7 @@ from metaopt.spaces._configuration import _conditions, _entry
 from metaopt.spaces._leaves import Leaf
 from metaopt.spaces._tree import _flatten, _name
 
-_MOST_VALUES = 1_000  # of an integer in a condition that is an inequality
+_MOST_VALUES = 1_000  # limit for an integer in an inequality condition
 
 
 def to_optuna(space: base.PyTree) -> dict[str, Any]:

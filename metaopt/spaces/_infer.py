@@ -40,7 +40,7 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
       A flat dict of leaves.
 
     Raises:
-      ValueError: if there is no parameter, or a value is not a number, text, boolean or None.
+      ValueError: if no configuration has a parameter, or a value is not a number, text, boolean or None.
       ValueError: if labels are equal (1, 1.0 and True), or there are more than a hundred.
 
     >>> from metaopt import spaces

@@ -617,7 +617,7 @@ def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] =
       None is a label.
 
     Raises:
-      ValueError: if there are no labels or a single number, or a label has another type.
+      ValueError: if `labels` is empty or a single number, or a label has another type.
       ValueError: if two labels are equal (1, 1.0 and True are equal), or `default` is not a label.
 
     >>> import jax

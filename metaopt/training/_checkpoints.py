@@ -124,7 +124,7 @@ class Checkpoints:
         self.newest = step
 
     def restore(self) -> Saved | None:
-        """Returns the newest readable checkpoint, or None if there are no checkpoints.
+        """Returns the newest readable checkpoint, or None without checkpoints.
 
         Unreadable checkpoints are moved aside, with a warning.
 
