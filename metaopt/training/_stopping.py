@@ -1,4 +1,4 @@
-"""How a run ends before its last step: by a signal, or because no hypergradient is finite."""
+"""Ends of a run before its last step: by a signal, or because no hypergradient is finite."""
 
 import contextlib
 import logging
@@ -54,7 +54,7 @@ class NonFiniteError(FloatingPointError):
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of acting on them; a second SIGINT raises KeyboardInterrupt.
+    """Collects SIGINT and SIGTERM instead of acting on them. A second SIGINT raises KeyboardInterrupt.
 
     Python handles signals only in the main thread: in other threads the list stays empty.
     """
@@ -83,7 +83,7 @@ def signals() -> Iterator[list[int]]:
 
 
 def signal_error(number: int, message: str, result: Any) -> Interrupted | Terminated:
-    """The exception to raise for a signal that ended a run."""
+    """Returns the exception to raise for a signal that ended a run."""
     if number == signal.SIGINT:
         return Interrupted(message, result)
     _log.warning(message)  # Python prints no message for a SystemExit that has a status
@@ -91,7 +91,7 @@ def signal_error(number: int, message: str, result: Any) -> Interrupted | Termin
 
 
 def num_non_finite(values: Sequence[float], skipped: Sequence[float]) -> int:
-    """How many steps at the end of a history had no finite outer loss or no finite hypergradient."""
+    """Returns how many steps at the end of a history had no finite outer loss or no finite hypergradient."""
     num = 0
     for value, skip in zip(reversed(values), reversed(skipped), strict=False):
         if math.isfinite(value) and not skip:
@@ -101,7 +101,7 @@ def num_non_finite(values: Sequence[float], skipped: Sequence[float]) -> int:
 
 
 def likely_cause(tasks: base.PyTree) -> str:
-    """What in the tasks may have made an outer loss or a hypergradient infinite or NaN."""
+    """Returns a likely cause, found in the tasks, of an infinite or NaN outer loss or hypergradient."""
     non_finite, integers = [], []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or not leaf.is_fully_addressable or not leaf.size:
