@@ -100,9 +100,7 @@ def outcomes_fn(
         if share:
             read = predictors.read_trials(networks[1], shown, 1.0 if trials is None else typical_scale)
             binned = predictors.predict_binned(networks[1], read, x)
-            total = jnp.maximum(
-                binned.probs.sum(1, keepdims=True), 1e-30
-            )  # the sum is 0 if failure is certain up to rounding
+            total = jnp.maximum(binned.probs.sum(1, keepdims=True), 1e-30)  # 0 if failure is certain up to rounding
             binned = binned._replace(probs=binned.probs / total, failure=0 * binned.failure)
             mean = share * predictors.binned_moments(binned, 0.0)[0] + (1 - share) * mean
             low, high = jnp.minimum(low, binned.edges[0]), jnp.maximum(high, binned.edges[-1])
