@@ -1,4 +1,4 @@
-"""Optuna: records as its studies, for its dashboard and its plots, and back; and what was learned as its sampler."""
+"""Optuna: converts records to studies, for its dashboard and plots, and back; and a sampler from a `MetaOptimizer`."""
 
 import collections
 import itertools
@@ -14,34 +14,35 @@ import numpy as np
 
 from metaopt import base, methods, spaces
 
-_OURS = "metaopt:"  # before the names of user attributes: a person's own may be called "cost" or "seed", too
-_FINEST = 10**9  # steps of the full budget, as 32 bits hold
+_OURS = "metaopt:"  # prefix of user attributes: a user may have attributes "cost" or "seed" as well
+_FINEST = 10**9  # maximum number of steps of the full budget, which must fit into 32 bits
 _KEPT = ("task", "trial", "cost", "seed", "reason", "fidelity")
 
 
 def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs: Any) -> Any:
-    """An Optuna study of the records of one task.
+    """Converts the records of one task to an Optuna study.
 
     Args:
-      records: of one task. Those of one trial (one number, seed and configuration) at several fidelities become its
-        intermediate values, at steps of thousandths of the full budget, or of as much finer parts (ten thousandths and
-        so on, down to billionths) as tell all fidelities of each trial apart. Fidelities that differ by at most a
-        millionth of the larger are the same but for rounding (float32 keeps 1/3 to 3e-8); a second record at the same
-        fidelity is another trial, as of another study.
-      space: that they come from.
-      **kwargs: of `optuna.create_study`, such as `storage="sqlite:///study.db"`, for its dashboard, and `study_name`;
-        not its `direction`, since outcomes are minimized.
+      records: records of one task. Records with the same trial number, seed and configuration belong to one trial, and
+        their outcomes become its intermediate values. A step is a thousandth of the full budget. If this does not
+        separate all fidelities of each trial, steps are smaller: ten thousandths and so on, down to billionths.
+        Fidelities that differ by at most a millionth of the larger are equal up to rounding (float32 has 1/3 to 3e-8).
+        A second record at the same fidelity counts as another trial, for example of another study.
+      space: the search space of the records.
+      **kwargs: arguments of `optuna.create_study`, such as `study_name`, or `storage="sqlite:///study.db"` for the
+        dashboard. `direction` is not allowed, since outcomes are minimized.
 
     Returns:
-      A study whose trials have the records' parameters, values and states, and task, cost, seed, reason and metaopt's
-      trial number as user attributes, "metaopt:trial" and so on. A trial that never reached the full budget is pruned;
-      one whose outcome is NaN has failed.
+      A study whose trials have the records' parameters, values and states. User attributes "metaopt:task" and so on
+      hold the task, metaopt's trial number, cost, seed, reason and fidelity. A complete trial that did not reach the
+      full budget is pruned. A complete trial whose outcome is NaN has failed.
 
     Raises:
-      ValueError: the records are of several tasks, one is no record (an unknown status, a fidelity out of (0, 1], an
-        outcome that is no number), a fidelity is less than a billionth of the full budget, or two of a trial are
-        within one, a configuration does not fit the space, or a direction is given.
-      ImportError: Optuna is not installed.
+      ValueError: if the records belong to several tasks.
+      ValueError: if a record is invalid (unknown status, fidelity outside (0, 1], or non-numeric outcome).
+      ValueError: if a fidelity, or the difference of two fidelities of a trial, is too small for steps of a billionth.
+      ValueError: if a configuration does not fit the space, or if a direction is given.
+      ImportError: if Optuna is not installed.
     """
     import optuna
 
@@ -63,10 +64,10 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
         if last.status != "COMPLETE" or base.is_full_budget(last.fidelity):
             state = optuna.trial.TrialState[last.status]
         if last.status == "COMPLETE" and math.isnan(last.outcome):
-            state = optuna.trial.TrialState.FAIL  # Optuna has no trial that is complete without a value
+            state = optuna.trial.TrialState.FAIL  # in Optuna, a complete trial must have a value
         complete = [record for record in several if record.outcome == record.outcome]
         attributes = {name: getattr(last, name) for name in _KEPT}
-        attributes = {n: v.item() if isinstance(v, np.generic) else v for n, v in attributes.items()}  # Optuna's JSON
+        attributes = {n: v.item() if isinstance(v, np.generic) else v for n, v in attributes.items()}  # for JSON
         values = {}
         for name, value in last.configuration.items():
             if name not in distributions:
@@ -91,7 +92,7 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
 
 
 def _levels(fidelities: Iterable[float]) -> dict[float, float]:
-    """Of each fidelity, the largest that it equals but for rounding."""
+    """Fidelity -> the largest fidelity that equals it up to rounding."""
     levels, level = {}, math.inf
     for fidelity in sorted(set(fidelities), reverse=True):
         level = levels[fidelity] = level if math.isclose(fidelity, level, rel_tol=1e-6) else fidelity
@@ -99,9 +100,9 @@ def _levels(fidelities: Iterable[float]) -> dict[float, float]:
 
 
 def _by_trial(records: Sequence[base.Record], levels: dict[float, float]) -> list[list[base.Record]]:
-    """The records of each trial, in the order of the first ones.
+    """The records of each trial, in the order of their first records.
 
-    A number alone is no trial: every study, and every task's searcher, counts from 0.
+    The number does not identify a trial, since every study, and every task's searcher, counts from 0.
     """
     trials: dict[tuple, list[base.Record]] = {}
     counts = collections.Counter()
@@ -115,7 +116,7 @@ def _by_trial(records: Sequence[base.Record], levels: dict[float, float]) -> lis
 
 
 def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
-    """How many steps the full budget has, so that no two fidelities of a trial have the same one, and none has 0."""
+    """The number of steps of the full budget, so that fidelities of a trial have different steps, and none has 0."""
     parts = 1000
     while True:
         within = [(0.0, *sorted(float(record.fidelity) for record in several)) for several in trials]
@@ -133,28 +134,30 @@ def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
 
 
 def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Record]:
-    """The trials of an Optuna study of one objective as records, the last value of each.
+    """Converts the trials of an Optuna study with one objective to records, with the last value of each trial.
 
-    What `to_optuna_study` wrote comes back under its task, trial number, cost and seed.
+    Trials of `to_optuna_study` get back their task, trial number, cost, seed, reason and fidelity.
 
     Args:
-      study: Optuna's; where it maximizes, outcomes are the negative values.
-      task: a name; by default that of `to_optuna_study`, or the study's.
+      study: an Optuna study. If it maximizes, outcomes are the negative values.
+      task: name of the task; by default the name given to `to_optuna_study`, or else the study's name.
 
     Returns:
-      A record for each trial. A pruned one has its last intermediate value and, as Optuna does not know how many steps
-      a whole trial has, that step's part of the largest step of the study as fidelity. Records of number 0 and seed 0
-      are taken for trials without a number: to correct that trial in records of one's own, count them from 1, or give
-      seeds; several without numbers and with one seed are corrections of one trial, and no repeats.
+      A record for each trial. A pruned trial has its last intermediate value. Its fidelity is its last step divided by
+      the largest step of the study, since Optuna does not know the number of steps of a whole trial.
+
+      A searcher treats a record with number 0 and seed 0 as a trial without a number: another outcome of it is a
+      repeat. If you want to correct such outcomes in your own records, count trials from 1, or give seeds. Several
+      records with number 0 and one nonzero seed are corrections of one trial, not repeats.
 
     Raises:
-      ValueError: the study has several objectives.
+      ValueError: if the study has several objectives.
     """
     if len(study.directions) > 1:
         raise ValueError("Records have one outcome; the study has several objectives.")
     sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
     trials = study.get_trials()
-    # Steps are counted from 0 or from 1: what the first one reported was seen after one.
+    # Objectives count steps from 0 or from 1. If a step 0 exists, we shift all steps by 1, so that it has a budget.
     first = int(any(0 in trial.intermediate_values for trial in trials))
     steps = max((trial.last_step for trial in trials if trial.last_step is not None), default=0) + first
     records = []
@@ -188,46 +191,45 @@ def optuna_sampler(
     seed: int | None = None,
     independent_sampler: Any = None,
 ) -> Any:
-    """What was learned from earlier tasks as a sampler of Optuna: the study, its storage and its dashboard stay.
+    """An Optuna sampler that uses the earlier tasks of a `MetaOptimizer`, in your own study, storage and dashboard.
 
-    The first trial is what `meta_optimizer.predict` says; the following ones are those of its searcher, given all
-    trials of the study, whoever made them. It obeys `study.enqueue_trial`, `directions`, pruners and `n_jobs`:
+    The first trial is the configuration of `meta_optimizer.predict`. Later trials come from its searcher, given all
+    trials of the study, whoever created them. The sampler supports `study.enqueue_trial`, `directions`, pruners and
+    `n_jobs`:
 
-    - The parameters of `meta_optimizer.space` are drawn together, those whose conditions do not hold are left out. An
-      objective asks for them as in `spaces.to_optuna`, or, what it need not, in one line: `spaces.suggest(trial,
-      space)`. Where it asks for another range, scale or other labels (some may have been added since), it is given what
-      was drawn where that is among them. What is not, and names that the space does not have, are drawn by
-      `independent_sampler`.
-    - Trials that still run, in any thread or process, count by what they may add (`batch_expected_improvement`).
-    - A pruned trial counts with its last intermediate value, moved by the mean difference between that step and the end
-      in the trials that have both; one that has none counts as failed. Steps of one trial that are the same to six
-      digits (there are some beyond a million) are one, with the last value.
-    - A trial that ends or fails before it has asked for all of its parameters counts with those that it would have been
-      given, as far as this sampler has drawn them for it, else at their defaults; one that has asked for none does not
-      count, however it ended. A conditional parameter that it asks for without its parent counts where
-      the parent that was drawn makes it active.
-    - Of a finite set (`candidates`), a trial that takes a label or number of its own instead of what was drawn counts
-      as what it took: what was drawn is then untried, and may be drawn again. Ask for the labels and
+    - The parameters of `meta_optimizer.space` are drawn together, without those whose conditions do not hold. An
+      objective asks for them as in `spaces.to_optuna`, or in one line with `spaces.suggest(trial, space)`. It may also
+      ask for another range, scale or other labels, for example labels that were added later. It gets the drawn value if
+      this is among them. Otherwise, and for names that the space does not have, `independent_sampler` draws the value.
+    - The acquisition accounts for running trials, in any thread or process (`batch_expected_improvement`).
+    - A pruned trial counts with its last intermediate value. This is shifted by the mean difference between that step
+      and the end, over trials that have both. A pruned trial without intermediate values counts as failed. Steps of one
+      trial that are equal to six digits (only possible beyond a million) count as one step, with the last value.
+    - A trial may end or fail before it has asked for all of its parameters. It then counts with the values that this
+      sampler has drawn for it, and with defaults otherwise. A trial that asked for no parameter does not count,
+      however it ended. A conditional parameter without its parent counts if the drawn parent makes it active.
+    - With a finite set (`candidates`), a trial may take another label or number than the drawn one. It then counts with
+      the value that it took. The drawn candidate stays untried, and may be drawn again. So ask for the labels and
       numbers of the set.
-    - What a trial draws depends on `seed`, its number, and the trials that have ended, or run, when it begins (where an
-      objective does not ask for all, on which of them this sampler has drawn, too). Each process of a distributed study
-      makes a sampler of its own: this one is not pickled.
+    - The drawn values of a trial depend on `seed`, its number, and the trials that have ended or run when it starts. If
+      an objective does not ask for all parameters, they also depend on which trials this sampler has drawn. Each
+      process of a distributed study makes its own sampler: a sampler cannot be pickled.
 
     Args:
-      meta_optimizer: by `methods.train_meta_optimizer`; its records may come from earlier studies
-        (`from_optuna_study`), its space from their trials (`spaces.from_optuna`).
+      meta_optimizer: a result of `methods.train_meta_optimizer`. Its records may come from earlier studies
+        (`from_optuna_study`), and its space from their trials (`spaces.from_optuna`).
       new_task: as for `meta_optimizer.predict`.
       acquisition: as for `meta_optimizer.searcher`.
-      seed: of everything random; by default, a fresh one.
-      independent_sampler: for parameters that the space does not have; by default `optuna.samplers.RandomSampler`.
+      seed: the random seed; by default, a fresh one.
+      independent_sampler: draws parameters that the space does not have; by default `optuna.samplers.RandomSampler`.
 
     Returns:
-      An `optuna.samplers.BaseSampler`, for studies of one objective.
+      An `optuna.samplers.BaseSampler`, for studies with one objective.
 
     Raises:
-      ValueError: the space has a simplex, which Optuna does not have, or `acquisition` is unknown; when a trial
-        begins, the study has several objectives.
-      ImportError: Optuna is not installed.
+      ValueError: if the space has a simplex, which Optuna does not support, or if `acquisition` is unknown.
+      ValueError: (when a trial starts) if the study has several objectives.
+      ImportError: if Optuna is not installed.
 
     >>> import optuna
     >>> from metaopt import base, integrations, methods, spaces
@@ -244,13 +246,13 @@ def optuna_sampler(
         import optuna
     except ImportError as error:
         raise ImportError('This sampler needs Optuna; install it with `pip install "metaopt-jax[optuna]"`.') from error
-    spaces.to_optuna(meta_optimizer.space)  # raises where it cannot
+    spaces.to_optuna(meta_optimizer.space)  # raises an error if Optuna does not support the space
     searcher = meta_optimizer.searcher(new_task, acquisition=acquisition, first=())
     number = int.from_bytes(os.urandom(4)) if seed is None else seed
     key = jax.random.key(number % 2**32)
     independent = optuna.samplers.RandomSampler(number % 2**32) if independent_sampler is None else independent_sampler
     running_state, single = optuna.trial.TrialState.RUNNING, threading.Lock()
-    # By storage and number of a study: Optuna may make an object of it for every trial.
+    # Keyed by storage and number of a study, since Optuna may create a new study object for every trial.
     studies: Any = weakref.WeakKeyDictionary()
 
     def known_of(study) -> _KnownOfStudy:
@@ -258,11 +260,11 @@ def optuna_sampler(
         return of_storage.setdefault(study._study_id, _KnownOfStudy(searcher.init(key, None), set(), {}))
 
     def draw(study, number: int) -> dict[str, Any]:
-        """The configuration of a trial, after all that has ended."""
+        """The configuration of a trial, given all ended and running trials."""
         known = known_of(study)
         sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
-        # In one read: a trial that ends between two would be neither among those that ended nor among those that run.
-        # And from the storage: with a pruner of brackets, `study.get_trials` has those of one bracket alone.
+        # Read all trials at once: with two reads, a trial that ends in between would be neither ended nor running. Read
+        # the storage: with a pruner that has brackets, `study.get_trials` returns only the trials of one bracket.
         trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
         new = [trial for trial in trials if trial.state.is_finished() and trial.number not in known.heard]
         told = [record for trial in new for record in _as_told(trial, sign, known.drawn.get(trial.number, {}))]
@@ -270,7 +272,7 @@ def optuna_sampler(
         known.heard |= {trial.number for trial in new}
         known.drawn = {other: drawn for other, drawn in known.drawn.items() if other not in known.heard}
         others = [trial for trial in trials if trial.state == running_state and trial.number != number]
-        # What a trial was given holds until it says what it took: it may have been enqueued.
+        # The drawn values are replaced by the trial's own parameters, which differ if it was enqueued.
         took = [(trial.number, known.drawn.get(trial.number, {}) | trial.params) for trial in others]
         running = [base.Record("", c, trial=other, status="RUNNING") for other, c in took if c]
         (record,), _ = searcher.ask(searcher.tell(known.state, running)._replace(num_asked=number), 1)
@@ -281,12 +283,12 @@ def optuna_sampler(
         """`integrations.optuna_sampler`."""
 
         def reseed_rng(self):
-            independent.reseed_rng()  # ours is folded from a trial's number
+            independent.reseed_rng()  # our keys are folded from the trial's number
 
         def infer_relative_search_space(self, study, trial):
             if len(study.directions) > 1:
                 raise ValueError("This sampler is for studies of one objective; use another for several.")
-            return {}  # a parameter is given when it is known how the objective asks for it
+            return {}  # `sample_independent` returns each parameter, since only there we know its distribution
 
         def sample_relative(self, study, trial, search_space):
             with single:
@@ -310,15 +312,18 @@ def optuna_sampler(
 
 
 class _KnownOfStudy:
-    """What a sampler remembers of a study: a searcher's state, the numbers of the trials that it has heard of, and what
-    running trials were given before they ask for it, by number."""
+    """The memory of a sampler for one study.
+
+    It has a searcher's state, the numbers of the ended trials that the searcher received, and the drawn configurations
+    of running trials by number.
+    """
 
     def __init__(self, state: Any, heard: set[int], drawn: dict[int, dict[str, Any]]):
         self.state, self.heard, self.drawn = state, heard, drawn
 
 
 def _fitting(value: Any, distribution: Any) -> list[Any]:
-    """[the value as a distribution has it], or [] where it does not have it. Float32 may lie next to a bound."""
+    """[the value as the distribution has it], or [] if the value is not in it; float32 may be slightly off a bound."""
     if hasattr(distribution, "choices"):
         return [choice for choice in distribution.choices if choice == value][:1]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -331,14 +336,15 @@ def _fitting(value: Any, distribution: Any) -> list[Any]:
 
 
 def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
-    """A trial of Optuna as a searcher hears of it: its value, and those of its steps, each at a fidelity below 1.
+    """Converts an ended trial of Optuna to records: its value, and the values of its steps at fidelities below 1.
 
-    One that failed may not have asked yet for all that was drawn, and one that ended may never do so. Either is what
-    was drawn: by what it asked for alone it would be another one, and the same would be drawn again and again.
+    A trial that failed or ended may not have asked for all drawn parameters. The records have the drawn values of the
+    others. Without them the trial would count as another configuration, and the same one would be drawn again and
+    again.
     """
     if not trial.params:
-        return []  # it asked for nothing: whatever came of it says nothing of any configuration
-    record = base.Record("", drawn | trial.params, seed=1, trial=trial.number)  # trial 0 is numbered, too
+        return []  # the trial asked for no parameter, so its outcome belongs to no configuration
+    record = base.Record("", drawn | trial.params, seed=1, trial=trial.number)  # the seed makes trial 0 numbered
     told = [
         record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1, to six digits
         for step, value in sorted(trial.intermediate_values.items())

@@ -1,4 +1,4 @@
-"""Any scikit-learn classifier, regressor or clusterer as an objective, and default spaces of eight families."""
+"""Objectives from scikit-learn classifiers, regressors and clusterers, and search spaces of eight model families."""
 
 import importlib
 import math
@@ -15,9 +15,10 @@ class SklearnModel(NamedTuple):
     """A family of models.
 
     Attributes:
-      estimator: scikit-learn's, unfitted.
-      space: of its parameters, under their own names; the default is scikit-learn's, as far as one space can say it.
-      scoring: what `sklearn_objective` judges it by.
+      estimator: an unfitted scikit-learn estimator.
+      space: the search space of its parameters, by their scikit-learn names. Defaults are those of scikit-learn, as far
+        as a space can express them.
+      scoring: the `scoring` argument for `sklearn_objective`.
     """
 
     estimator: Any
@@ -25,7 +26,7 @@ class SklearnModel(NamedTuple):
     scoring: str
 
 
-# What judges a clustering without labels, from the rows and the labels of clusters; and whether larger is better.
+# Scores of a clustering without true labels, from the rows and the cluster labels; and whether larger is better.
 _INTERNAL = {
     "silhouette": ("silhouette_score", True),
     "davies_bouldin": ("davies_bouldin_score", False),
@@ -36,45 +37,49 @@ _INTERNAL = {
 def sklearn_objective(
     estimator: Any, *, scoring: str | None = None, num_folds: int = 5, split_seed: int = 0, preparation: Any = None
 ) -> ObjectiveFn:
-    """An objective for `tasks.collect`: a scikit-learn estimator with a trial's parameters, cross-validated.
+    """An objective for `tasks.collect`: cross-validates a scikit-learn estimator with a trial's parameters.
 
-    Gaps are filled with the column's median (where the table says that a column is categorical, they are a category),
-    categories are one-hot, other columns are standardized: fitted on the training rows of each fold. The folds are the
-    same in all trials, stratified by class; every `random_state` of the estimator, and of those within it, is the
-    trial's seed. At fidelity s < 1 it is fitted on a stratified part s of the training rows, nested in those of larger
-    fidelities.
+    By default, missing values are filled with the column's median, and columns are standardized. In columns that the
+    table marks as categorical, a missing value is a category, and categories are one-hot encoded. All of this is fitted
+    on the training rows of each fold. The folds are the same in all trials, and stratified by class for classifiers.
+    Every `random_state` of the estimator, and of estimators within it, is the trial's seed. At fidelity s < 1, the
+    estimator is fitted on a fraction s of the training rows, stratified in the same way. These rows are nested in those
+    of larger fidelities.
 
-    All of scikit-learn's classifiers, regressors and clusterers are objectives so, as a test says of each, with these
-    exceptions: what predicts several labels a row (`ClassifierChain`, `MultiOutputClassifier`) has no classes by which
-    folds are stratified, and `FeatureAgglomeration` clusters columns. Some need more than their default: what is made
-    of other estimators (`VotingClassifier`, `OneVsRestClassifier`) those; what takes no negative values
-    (`MultinomialNB`, `ComplementNB`, and `CategoricalNB`, which also needs `min_categories` where a fold may lack one)
-    another `preparation`; regressors of several targets (`MultiTaskLasso`, `RegressorChain`) a y of as many columns;
-    `CCA` and `PLSCanonical` no more components than targets; `IsotonicRegression` one column, and
-    `out_of_bounds="clip"`; `GammaRegressor` and its like targets that their distributions have; and clusterers that
-    find their number of clusters, rows where that is at least 2.
+    scikit-learn's classifiers, regressors and clusterers are supported, and a test checks each of them. There are
+    exceptions: `ClassifierChain` and `MultiOutputClassifier` predict several labels per row, so that folds cannot be
+    stratified by class. `FeatureAgglomeration` clusters columns. Some estimators need more than their defaults:
+
+    - Estimators that consist of other estimators (`VotingClassifier`, `OneVsRestClassifier`) need these.
+    - Estimators that accept no negative values (`MultinomialNB`, `ComplementNB`, `CategoricalNB`) need another
+      `preparation`. `CategoricalNB` also needs `min_categories` if a fold may lack a category.
+    - Regressors of several targets (`MultiTaskLasso`, `RegressorChain`) need a y with several columns.
+    - `CCA` and `PLSCanonical` need at most as many components as targets.
+    - `IsotonicRegression` needs one column and `out_of_bounds="clip"`.
+    - `GammaRegressor` and similar regressors need targets in the range of their distributions.
+    - Clusterers that find the number of clusters themselves need rows for which this number is at least 2.
 
     Args:
-      estimator: unfitted; a trial sets its parameters by their names (`"svc__C"` in a pipeline).
-      scoring: a scorer's name (`sklearn.metrics.get_scorer_names()`), or for clusterers "silhouette", "davies_bouldin"
-        or "calinski_harabasz", of all rows without folds. "log_likelihood" is a density's per held-out row. By default
-        "balanced_accuracy" for classifiers, "r2" for regressors, "silhouette" for clusterers, "log_likelihood" for
-        densities.
+      estimator: an unfitted estimator; a trial sets its parameters by their names (`"svc__C"` in a pipeline).
+      scoring: a scorer's name (`sklearn.metrics.get_scorer_names()`), "log_likelihood" for densities (the mean over
+        held-out rows), or a score for clusterers. Scores for clusterers are "silhouette", "davies_bouldin" and
+        "calinski_harabasz", and use all rows without folds. The default is "balanced_accuracy" for classifiers, "r2"
+        for regressors, "silhouette" for clusterers, and "log_likelihood" for densities.
       num_folds: K of K-fold cross-validation, at least 2.
-      split_seed: of the folds.
-      preparation: a transformer of the rows in the place of the above, such as `preprocessing.MinMaxScaler()` where
-        values must not be negative (`MultinomialNB`), or "passthrough" for none.
+      split_seed: random seed of the folds.
+      preparation: a transformer of the rows that replaces the default preparation, or "passthrough" for none. For
+        example, use `preprocessing.MinMaxScaler()` if values must not be negative (`MultinomialNB`).
 
     Returns:
-      `(trial, task) -> outcome`, for tasks that are a `Table` or a pair (x, y), where y may be None for clusterers. The
-      outcome is 1 − the mean score; without "1" where the scorer's name starts with "neg_", for internal scores other
-      than the silhouette, which are not at most 1 (and a score that is better the smaller is the outcome itself), and
-      for the log-likelihood.
+      `(trial, task) -> outcome`, for tasks that are a `Table` or a pair (x, y), where y may be None for clusterers and
+      densities. The outcome is 1 − the mean score, with these exceptions. It is −score if the scorer's name starts with
+      "neg_", and for "log_likelihood" and "calinski_harabasz", which may exceed 1. It is the score itself for
+      "davies_bouldin", where smaller is better.
 
     Raises:
-      ValueError: `num_folds` is no integer of at least 2, `preparation` is no transformer, or the estimator is of no
-        kind that has a default `scoring`.
-      ImportError: scikit-learn is not installed.
+      ValueError: if `num_folds` is not an integer of at least 2, or if `preparation` is not a transformer.
+      ValueError: if `scoring` is None and the estimator's type has no default.
+      ImportError: if scikit-learn is not installed.
     """
     base.check_integer("num_folds", num_folds, 2)
     import sklearn.base
@@ -107,7 +112,7 @@ def sklearn_objective(
         model: Any = sklearn.base.clone(estimator)
         model.set_params(**parameters)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of models that have not converged, of classes that a fold lacks
+            warnings.simplefilter("ignore")  # models that have not converged, or classes missing in a fold
             if scoring in _INTERNAL:
                 rows = _part(np.random.default_rng(split_seed), np.zeros(len(x)), trial.fidelity)
                 filled = pipeline.make_pipeline(_preparation(categorical, preparation)).fit_transform(x[rows])
@@ -131,7 +136,7 @@ def _score(fitted, scoring, x, y: Any, train, test) -> float:
 
     if scoring == "log_likelihood":
         fitted.fit(x[train])
-        # A density's `score` is a sum over rows, a mixture's the mean.
+        # We take the mean of `score_samples`: `score` is a sum over rows for a density, but a mean for a mixture.
         return float(np.mean(fitted.score_samples(x[test])))
     return metrics.get_scorer(scoring)(fitted.fit(x[train], y[train]), x[test], y[test])
 
@@ -146,13 +151,13 @@ def _folds(x, y, estimator, num_folds, seed):
 
 
 def _subset(train, y: Any, fidelity, seed):
-    """The rows of a fold's training part that a fidelity allows."""
+    """The training rows of a fold that are used at a fidelity."""
     labels = np.zeros(len(train)) if y is None else y[train]
     return train[_part(np.random.default_rng(seed), labels, fidelity)]
 
 
 def _part(rng, labels, fidelity) -> np.ndarray:
-    """Rows: a part of each class, at least one, contained in those of every larger fidelity."""
+    """Indices of rows: a fraction of each class, at least one row, contained in those of every larger fidelity."""
     order = rng.permutation(len(labels))
     kept = [order[labels[order] == label] for label in np.unique(labels)]
     return np.sort(np.concatenate([rows[: max(1, math.ceil(fidelity * len(rows) - 1e-9))] for rows in kept]))
@@ -182,17 +187,17 @@ def _preparation(categorical, given):
 
 
 def sklearn_model(name: str) -> SklearnModel:
-    """A family of scikit-learn's models with a space of what is worth tuning.
+    """A family of scikit-learn models, with a search space of the parameters that are worth tuning.
 
     Args:
       name: one of `SKLEARN_MODELS`, such as "random_forest_classifier".
 
     Returns:
-      Its estimator, space and scoring.
+      The estimator, space and scoring of the family.
 
     Raises:
-      ValueError: there is no such family.
-      ImportError: scikit-learn is not installed.
+      ValueError: if `name` is not in `SKLEARN_MODELS`.
+      ImportError: if scikit-learn is not installed.
     """
     if name not in _MODELS:
         raise ValueError(f"`name` must be one of {', '.join(SKLEARN_MODELS)}; got {name!r}.")
@@ -213,7 +218,7 @@ def _forest(criteria, features, bootstrap):
     return {
         "n_estimators": _count(10, 500, 100),
         "criterion": spaces.choice(criteria),
-        "max_depth": _count(1, 64, 64),  # scikit-learn's own default has no limit
+        "max_depth": _count(1, 64, 64),  # scikit-learn's default is no limit
         "max_features": spaces.choice(
             [features, *(f for f in ("sqrt", "log2", 0.25, 0.5, 0.75, 1.0) if f != features)]
         ),
@@ -238,7 +243,7 @@ def _svm(**more):
     return {
         "C": spaces.interval(1e-3, 1e3, log=True, default=1.0),
         "kernel": spaces.choice(["rbf", "linear", "poly", "sigmoid"]),
-        # scikit-learn's own default depends on the number of columns.
+        # scikit-learn's default depends on the number of columns.
         "gamma": spaces.active_if(
             spaces.interval(1e-4, 10.0, log=True, default=0.1), "kernel", ["rbf", "poly", "sigmoid"]
         ),

@@ -118,8 +118,7 @@ class MakeSearcherFn(Protocol):
 
         1. The configurations of `first`, with missing values at their defaults. By default this is the space's
            default, as in other searchers, or nothing if candidates do not hold the default. A configuration of `first`
-           is skipped if a record of another search shows it at the full budget, and `tell` receives this record before
-           the configuration is asked for.
+           is skipped if `tell` has received a full-budget record of it from another search.
         2. Until there is an outcome: the configuration of `predict`, then configurations that complement it. If trials
            have failed, the best expected configuration given these failures. `first=()` starts here.
         3. Maxima of the acquisition function. Without candidates every fourth trial is random. With candidates every

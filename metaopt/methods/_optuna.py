@@ -41,9 +41,9 @@ def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 1
 
     Args:
       first: configurations to try first, with missing values at their defaults. By default, the space's default. A
-        configuration is skipped if a record of another search shows it at the full budget, and `tell` receives this
-        record before the configuration is asked for. `first=g.portfolio(3, new_task)` of a `MetaOptimizer` starts with configurations that were good on
-        earlier tasks.
+        configuration is skipped if `tell` has received a full-budget record of it from another search.
+        `first=g.portfolio(3, new_task)` of a `MetaOptimizer` starts with configurations that were good on earlier
+        tasks.
       num_random: number of random trials before the first model.
 
     Returns:
