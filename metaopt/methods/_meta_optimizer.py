@@ -299,7 +299,7 @@ def train_meta_searcher(
         space = inferred_space(records, candidates)
     if candidates is None:
         tried = [record.configuration for record in records if not spaces.foreign(space, record.configuration)]
-        if inferred:  # the meaning of None instead of a number is unknown, so it is not a tried candidate
+        if inferred:  # None instead of a number has an unknown meaning, so it is not a candidate
             tried = [c for c in tried if not any(stands_for_nothing(leaf, c, name) for name, leaf in space.items())]
         whole = [spaces.complete(space, configuration, strict=False) for configuration in tried]
         candidates = list({tuple(sorted(c.items(), key=lambda i: i[0])): c for c in whole}.values())

@@ -47,8 +47,8 @@ class OutcomesFn(Protocol):
         """Returns means and quantiles of outcomes of configurations, given tried ones and assuming no failure.
 
         An outcome of NaN means that the trial failed. A failed trial is treated as censored: its expected outcome is
-        no better than the worst outcome, or than 1 if there is none. This also makes the predictions of similar
-        configurations worse.
+        at least as bad as the worst observed one, or as 1 without an observed one. This also makes the predictions of
+        similar configurations worse.
 
         Configurations are dicts or the rows of a data frame. A gap in a data frame is a missing value, or None if None
         is a label. Missing values are at their defaults. Names and values that the space does not have raise

@@ -591,10 +591,10 @@ def meta_optimizer(
         if acquisition == "ei_per_cost" and cost_surrogate is None:
             raise ValueError("'ei_per_cost' needs `train_meta_optimizer(..., costs=True)`, and records with costs.")
         task = seen_from(new_task, stacklevel=5)
-        plan: list[dict[str, Any]] = []  # configurations to try while there is no outcome
+        plan: list[dict[str, Any]] = []  # configurations to try before the first outcome
 
         def planned(key, told, pending):
-            """Returns the next configuration while there is no outcome.
+            """Returns the next configuration before the first outcome.
 
             It is the next one of the portfolio. If trials have failed, it is the one with the best expected outcome,
             where configurations similar to failed or running trials are expected to be bad.

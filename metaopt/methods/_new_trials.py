@@ -52,7 +52,7 @@ def _without_gaps(rows: list[dict[str, Any]], space: base.PyTree) -> list[dict[s
     leaves = jax.tree_util.tree_leaves_with_path(space)
     nones = [(path, leaf) for path, leaf in leaves if None in getattr(leaf, "labels", ())]
     conditional = {jax.tree_util.keystr(p, simple=True, separator=".") or "hyperparams": x.condition for p, x in nones}
-    leaf_name = lambda name: name if name in conditional else str(name).rpartition("[")[0]  # "w[0]" is of leaf "w"
+    leaf_name = lambda name: name if name in conditional else str(name).rpartition("[")[0]  # "w[0]" of leaf "w"
 
     def given(row):
         found = {name: value for name, value in row.items() if value == value}

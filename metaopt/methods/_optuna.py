@@ -131,7 +131,7 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = optuna.samplers.TPESampler(**kwargs)
-        # Optuna assigns trials to brackets by the study's name.
+        # Optuna assigns a trial to a bracket by the study's name, among other things.
         kwargs = {"study_name": "metaopt", "sampler": sampler, "pruner": pruner_fn(optuna)}
         study = _quietly(optuna, lambda: optuna.create_study(**kwargs))
         whole = tuple(spaces.complete(space, c) for c in ([{}] if first is None else first))
