@@ -235,7 +235,10 @@ class Records(NamedTuple):
 
 
 def pack(file: Path, splits: list[Split], config: Config, store: Path) -> None:
-    """Packs records into one small file: as many configurations as most tables have, and the tables that have all of them."""
+    """Packs records into one small file.
+
+    It has as many configurations as most tables have, and the tables that have all of them.
+    """
     read = lambda part: tasks.read_records(store, study=f"{study(config)} {part}", status="COMPLETE")
     # In the order of trials, the default first: workers append records in the order in which trials end.
     ordered = lambda part: sorted(read(part), key=lambda record: record.trial)
@@ -553,7 +556,10 @@ def interval(records: Records, difference: np.ndarray) -> np.ndarray:
 
 
 def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[str], list[list[str]], dict]:
-    """Returns rows of the table: means, ranks, differences with intervals by drawing families with replacement, and tests."""
+    """Returns rows of the table: means, ranks, differences, and tests.
+
+    The intervals of differences are from drawing families with replacement.
+    """
     names = list(chosen)
     mean = lambda values: np.array([[values[t, c].mean() for t, c in enumerate(chosen[n])] for n in names])
     losses, errors, regrets = mean(records.test_loss), mean(records.test_error), mean(records.regret)

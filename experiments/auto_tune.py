@@ -76,7 +76,10 @@ FEATURES = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes of an experiment. The network and one training run have the same sizes in all presets except `smoke`."""
+    """The sizes of an experiment.
+
+    The network and one training run have the same sizes in all presets except `smoke`.
+    """
 
     num_steps: int = 100  # of one training run
     batch_size: int = 64
@@ -392,7 +395,7 @@ class Trials:
             outputs.append(np.stack(self._batch(keys, part, b.task, b.test), axis=1))
             start += n
         out = np.concatenate(outputs)
-        # A run that diverged counts as a failed trial: it is never chosen, and its test error is 1.
+        # A run that diverged counts as a failed trial: it is never chosen, and its test scores are poor guesses.
         return np.where(np.isfinite(out), out, np.array([np.inf, np.log(100.0), 1.0]))
 
 
@@ -408,7 +411,10 @@ def random_search(key, trials: Trials, space, num: int, report) -> np.ndarray:
 
 
 def tpe_search(key, trials: Trials, space, num: int, report) -> np.ndarray:
-    """Does the same by Optuna's TPE, with one study per unit. All studies advance together, so that runs are batched."""
+    """Does the same by Optuna's TPE, with one study per unit.
+
+    All studies advance together, so that runs are batched.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
