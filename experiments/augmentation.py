@@ -25,7 +25,7 @@ https://arxiv.org/abs/1911.02590.
 Needs mnist.npz in the folder that the environment variable METAOPT_DATA names (with `--data`, fashion_mnist_sub.npz).
 
 Main observations in the committed results: `unrolled` and windows of a quarter of the training beat random search at
-the same cost in every mean, and their geometric strengths agree over seeds. One step ahead is short-sighted. Twice the
+the same cost in every mean. Their geometric strengths agree over seeds. One step ahead is short-sighted. Twice the
 images help as much as learned strengths. In so short a training, the strengths add little to them, except those of the
 online rules.
 """

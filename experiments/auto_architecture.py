@@ -22,9 +22,10 @@ the same task, or of tasks of other families. The test rows of a task are read o
     python experiments/auto_architecture.py --smoke    a few tasks and steps (for the tests)
     python experiments/auto_architecture.py --full     all folds, longer meta-training, rates tuned, 50 random networks
 
-Finished parts (random networks and folds) are saved next to the result and do not run again. For example, after `--full
---folds 0`, `--full` continues, and its table includes all finished parts. `--full --report` only makes the tables.
-Parts of earlier code are only used with --any-code or --report, and the result states how many there are.
+Finished parts (random networks and folds) are saved next to the result and do not run again. For example, a run with
+`--full` continues after an earlier run with `--full --folds 0`. Its table includes all finished parts. `--full
+--report` only makes the tables. Parts of earlier code are only used with --any-code or --report, and the result states
+how many there are.
 
 The images are scikit-learn's digits: the two halves of its classes stand for two families. The environment variable
 METAOPT_DATA names a folder, and adds its image sources and tables. Then a family of images is a whole source. Tasks and

@@ -87,8 +87,8 @@ class Darts:
 
         Returns:
           "rates" tried. By reading: "losses" (validation, of each rate on the tuning tasks), "rate" (the best),
-          "scores" [n, 2] (test loss and error), "supernets" [n, 2, 2] (also test loss and error, of `Shape.gaps`), and
-          "architectures".
+          "scores" [n, 2] (test loss and error), and "architectures". Also by reading: "supernets" [n, 2, 2] (test loss
+          and error, of `Shape.gaps`).
         """
         shape, rates = self.shape, list(self.shape.config.darts_rates)
         search_keys, check_keys, some, some_test = tuning

@@ -7,8 +7,8 @@ features of text messages (spam or not), and the outer loss is its log loss on v
 
 The task is from hypertorch (Grazzi et al., ICML 2020, https://arxiv.org/abs/2006.16218), which uses 20 newsgroups. That
 data set would have to be downloaded. Here, the text is the SMS Spam Collection, so accuracies cannot be compared with
-the paper's. But rules can be compared as in the paper: `implicit` with K conjugate gradients, with conjugate gradients
-on the normal equations, with K steps of the fixed point (`condition="step"`), and `unrolled`.
+the paper's. But rules can be compared as in the paper. They are `unrolled`, and `implicit` with K conjugate gradients,
+with conjugate gradients on the normal equations, or with K steps of the fixed point (`condition="step"`).
 
 hypertorch's published settings are T = 5 warm-started heavy-ball steps and K = 10. Here T = 50, since with T = 10, θ
 lags so far behind λ that some penalties look good during the search but are bad once training converges. The baselines

@@ -166,9 +166,9 @@ def no_skill(data):
 
 
 def outer_loss(params, hyperparams, batch):
-    """Weights equal factors equally, down to a tenth of the loss without skill.
+    """Returns a logarithm of the loss, so that equal factors count equally.
 
-    A divergence counts only a little more.
+    This holds down to a tenth of the loss without skill. A divergence counts only a little more.
     """
     return jnp.log(0.1 + loss(params, hyperparams, batch) / batch["no skill"])
 

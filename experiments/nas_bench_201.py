@@ -10,8 +10,9 @@ eigenvalue in α of its validation loss is measured at the end of every epoch. S
 searches they are `methods.robust_darts` and `methods.darts_plus`, which choose the same epoch.)
 
 Other rows use the table's validation accuracies after 12 epochs (its only true validation): random search, regularized
-evolution, and the best architecture of the other two tasks. The last rows are the constant cell 9930, which is nearly
-the best on every task, and the best of 100 random cells by training-free scores at initialization, or by their FLOPs.
+evolution, and the best architecture of the other two tasks. The next row is the constant cell 9930, which is nearly the
+best on every task. The last rows are the best of 100 random cells by training-free scores at initialization, or by
+their FLOPs.
 
     python experiments/nas_bench_201.py            forty minutes on a core: 16x16 images, C = 8, N = 1, 300 steps
     python experiments/nas_bench_201.py --full     the benchmark's scale: 32x32, C = 16, N = 5, batch 64, 19,500 steps
@@ -106,7 +107,7 @@ def augmented(key: jax.Array, batch: dict) -> dict:
 
 
 def searches(config: Config) -> dict[str, tuple[methods.Search, optax.GradientTransformation, int]]:
-    """Returns name -> search, optimizer of α, and the number of weight steps per estimate."""
+    """Returns name -> search, optimizer of α, and the number of other searches' steps that count as one estimate."""
     steps, rows = config.num_steps, inner.minibatch(config.batch)
 
     def sampler(key, step, data):

@@ -1,10 +1,10 @@
 """Three tables of real records: how much earlier tasks help on a new one, after 1, 5 and 20 trials.
 
-A table holds the outcome of every configuration on every task (balanced error, one run each). The three tables are a
-random forest on 164 tables of PMLB × 56 configurations, six algorithms on the same × 381, and 418 tables of OpenML ×
-219 pipelines (OBOE). All near-duplicates of a table are in the same one of five folds. Each fold is left out in turn,
-and methods learn only on the other four. The normalized regret of a task is 0 at its best and 1 at its worst
-configuration.
+A table holds the outcome of every configuration on every task (balanced error, one run each). The first two tables are
+a random forest on 164 tables of PMLB × 56 configurations, and six algorithms on the same × 381. The third one is 418
+tables of OpenML × 219 pipelines (OBOE). All near-duplicates of a table are in the same one of five folds. Each fold is
+left out in turn, and methods learn only on the other four. The normalized regret of a task is 0 at its best and 1 at
+its worst configuration.
 
 `metaopt` is `methods.train_meta_searcher`, with a task's features. Its searcher begins with its prediction and
 continues by expected improvement. Every eighth trial is instead the configuration farthest from all earlier ones. The
@@ -245,7 +245,10 @@ def plain_search(grams, error, starts):
 
 
 def encode(space: dict, plain: list[dict]) -> jax.Array:
-    """Returns the encoding [C, D] that g uses. Missing values are defaults; a missing label is a separate label."""
+    """Returns the encoding [C, D] that g uses.
+
+    Missing values are at their defaults, and a missing label is one of the other labels.
+    """
     whole = [spaces.from_configuration(space, spaces.complete(space, c)) for c in plain]
     return jnp.stack([spaces.encode(space, hyperparams) for hyperparams in whole])
 

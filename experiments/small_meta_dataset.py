@@ -51,7 +51,7 @@ SMOKE = Settings(filters=2, tasks=1, steps=2, plain_steps=2, test_steps=2, rows=
 MOST_WAYS = 8
 EPISODES: dict[str, Any] = {"min_ways": 5, "max_ways": MOST_WAYS, "max_query": 5, "max_support": 40}
 BATCH = 64  # rows of a step of pre-training
-GAINS = (4.0, 5.0)  # Of the network's features and of the image, at the start: distances in both have a similar size.
+GAINS = (4.0, 5.0)  # of the network's features and of the image, at the start: distances in both have a similar size
 RATES = (1e-3, 5e-3, 2e-2)  # of fine-tuning, chosen on episodes of the training sources
 CHECKED = 60  # such episodes
 UNTRAINED = "prototypical networks, untrained"
@@ -143,8 +143,8 @@ def pixels(key, support, query):
 def beside_the_image(network: methods.Network) -> methods.Network:
     """Concatenates the network's features and the image, each times a learned gain.
 
-    The image has length 1, minus the mean of the support set. Without this, the common part of all images would make up
-    most of the curvature for a head that starts from zeros.
+    The image has length 1, minus the mean of the support set. Without this subtraction, the common part of all images
+    would make up most of the curvature for a head that starts from zeros.
     """
 
     def init(key):

@@ -500,7 +500,7 @@ def published_rows(options: argparse.Namespace) -> tuple[str, list]:
 def hypertorch(
     name: str, setting: published.Setting, num_outer: int, options: argparse.Namespace
 ) -> tuple[dict, dict[str, np.ndarray], str]:
-    """Returns hypertorch's times and hypergradients, and the reason if it fails."""
+    """Returns the times and hypergradients of hypertorch, and the reason if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "example.npz"
         saved: dict = {**setting.steps, **setting.arrays}
