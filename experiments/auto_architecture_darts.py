@@ -82,7 +82,7 @@ class Darts:
         Args:
           order: one of the orders of the config.
           tuning: keys of the searches [m], keys of the trainings that evaluate the resulting architectures, tasks,
-              test.
+            test.
           held: keys of the searches [n], the key that all networks are trained with, tasks, test.
 
         Returns:

@@ -152,7 +152,7 @@ def darts_text(results: list[dict[str, Any]]) -> str:
 
 
 def gaps_text(results: list[dict[str, Any]]) -> str:
-    """Tabulates test scores: of supernets, of discrete architectures with their weights, and after separate training."""
+    """Tabulates test scores of supernets, of discrete architectures with their weights, and of separate training."""
     lines = [
         "| search | measure | supernet, mixed | its weights, discrete | trained alone | discretization gap (discrete − "
         "mixed) [95 %] | trained alone − mixed [95 %] |",

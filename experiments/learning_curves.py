@@ -189,7 +189,7 @@ class Snap:
         self.data = data
 
     def __call__(self, configuration: dict) -> int:
-        if len(self.data.space) == 1:  # a label has no other nearest label
+        if len(self.data.space) == 1:  # a label maps to itself, or to -1 if it is not open
             at = self.data.configurations.index(configuration)
             return at if self.open_[at] else -1
         values = []

@@ -184,7 +184,7 @@ def search(surrogate, x, functions, weights, error, start, distances, adaptation
         best = jnp.where(mask > 0, y, jnp.inf).min()
         score = predictors.expected_improvement(mixture, best)
         if surrogate.transformers is not None:
-            # As in the searcher: outcomes far above three in four of the trials are cut off.
+            # As in the searcher: outcomes far above the upper quartile of the trials are cut off.
             upper = jnp.sort(jnp.where(mask > 0, y, jnp.inf))[(3 * (i - 1)) // 4] - best
             shown = jnp.where((i >= 4) & (upper > 0), jnp.minimum(y, best + 4 * upper), y)
             read = predictors.read_trials(surrogate.transformers, (x[seen], shown, mask), typical_scale)
@@ -578,7 +578,7 @@ class Found(NamedTuple):
       by_key: name -> [keys, T, NUM_TRIALS] of learned methods.
       judged: the evaluated tasks.
       seconds: of training: metaopt by itself, with deep kernels, with transformers; then milliseconds of an `ask`:
-          metaopt by itself and with transformers.
+        metaopt by itself and with transformers.
     """
 
     curves: dict[str, np.ndarray]
@@ -593,7 +593,7 @@ def run(data: Records, options: argparse.Namespace, baselines: dict[str, np.ndar
     regret, seconds, judged = data.regret, [], []
     few = options.transformer_seeds or options.train_seeds
     of_key = lambda fold, seed, wait: learn(data, options, with_transformers and seed < few, fold, seed, wait)
-    for fold in options.folds:  # Skips work of other processes. All keys of a fold share its compiled programs.
+    for fold in options.folds:  # skips work of other processes; all keys of a fold share its compiled programs
         for seed in range(options.train_seeds):
             of_key(fold, seed, wait=False)
 

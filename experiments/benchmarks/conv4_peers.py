@@ -25,7 +25,10 @@ def load(file: str):
 
 
 def by_hand(x, scale, shift):
-    """Batch normalization in elementary operations: the fused one's second derivative is inaccurate under torch.func."""
+    """Batch normalization in elementary operations.
+
+    Under torch.func, the second derivative of the fused one is inaccurate.
+    """
     mean = x.mean((0, 2, 3), keepdim=True)
     variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
     return (x - mean) * torch.rsqrt(variance + 1e-5) * scale[None, :, None, None] + shift[None, :, None, None]

@@ -250,7 +250,10 @@ def text(smoke: bool) -> Setting:
 
 
 def messages(num_features: int, num: int | None) -> dict[str, dict]:
-    """Returns training ("x") and validation ("q") messages, half each, as the nonzero entries of their TF-IDF features."""
+    """Returns training ("x") and validation ("q") messages, half each.
+
+    They are given by the nonzero entries of their TF-IDF features.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     with gzip.open(data_file("sms_spam.tsv.gz"), "rt", encoding="utf-8") as file:

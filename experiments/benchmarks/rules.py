@@ -457,7 +457,10 @@ def side_by_side(
 
 
 def published_rows(options: argparse.Namespace) -> tuple[str, list]:
-    """Returns the table of hypertorch's examples, with the first example's run to its end, and the rows that disagree."""
+    """Returns the table of hypertorch's examples, and the rows that disagree.
+
+    The table also reports the first example's run to its end.
+    """
     printed, wrong, end = [], [], ""
     for name, (make, file) in published.SETTINGS.items():
         if options.smoke and not options.problems and name != "logistic":
