@@ -52,8 +52,8 @@ STRENGTHS = {
     "scale": (0.005, 0.6, 0.03, 0.15),  # log, each axis
     "shear": (0.005, 0.8, 0.03, 0.15),  # columns per row
     "contrast": (0.005, 1.0, 0.03, 0.1),  # log
-    "brightness": (0.005, 0.6, 0.03, 0.1),  # of the range of intensities
-    "noise": (0.005, 0.6, 0.03, 0.05),  # of the range of intensities
+    "brightness": (0.005, 0.6, 0.03, 0.1),  # as a share of the range of intensities
+    "noise": (0.005, 0.6, 0.03, 0.05),  # as a share of the range of intensities
     "erase": (0.005, 0.99, 0.03, 0.3),  # how far a square fades; its side is a third of the image's
 }
 SPACE = {name: spaces.interval(low, high, log=True, default=start) for name, (low, high, start, _) in STRENGTHS.items()}

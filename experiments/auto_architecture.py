@@ -105,7 +105,7 @@ class Config:
     meta_rate: float = 0.05
     init_rate: float = 3e-3
     meta_decay: float = 0.1
-    temperature: float = 0.5  # of the architectures in the training of h
+    temperature: float = 0.5  # for the architectures in the training of h
     num_hidden: int = 8
     fine_tune_steps: int = 8
     darts_steps: int = 60
@@ -549,7 +549,8 @@ def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: j
     train_rows, _, _, held = rows_of_fold(p, f, seed)
     found = effects(codes[:, train_rows], losses[:, train_rows], sizes)
     by_records = np.repeat(np.array([e.argmin() for e in found])[None], len(held), 0)
-    # Mixing weights [tasks, edges, ops] of each kind, as logits; both in units of their own spread within an edge.
+    # Mixing weights [tasks, edges, ops] of each kind, as logits. Logits and effects are in units of their spread within
+    # an edge.
     weights = [np.array(fold["weights"][kind]) for kind in shape.network.cells]  # in the order of the codes
     logits = [np.log(w[:, e]) for w in weights for e in range(w.shape[1])]
     spread = lambda rows: np.sqrt(np.mean([x.var(-1).mean() for x in rows])) + 1e-9

@@ -55,7 +55,7 @@ from scipy import stats
 from metaopt import base, integrations, methods, predictors, spaces, tasks
 
 RECORDS = Path(__file__).parent / "results" / "auto_random_forest.npz"
-FIDELITIES = (1 / 9, 1 / 3, 1.0)  # of the trees
+FIDELITIES = (1 / 9, 1 / 3, 1.0)  # shares of the trees
 OURS = "g(t')"
 OF_ROWS = (f"{OURS} of features and rows", f"{OURS} of rows alone")
 OF_NOTHING = "g of no features"
@@ -67,10 +67,10 @@ class Config(NamedTuple):
     max_trees: int = 64
     num_folds: int = 5  # of cross-validation
     num_configurations: int = 100
-    num_splits: int = 5  # of the families
+    num_splits: int = 5  # number of parts of the families
     trials: tuple[int, ...] = (1, 5, 10, 30)  # on a new table
     more_trials: tuple[int, ...] = (100,)  # only for random search
-    num_steps: int = 150  # of the training of g
+    num_steps: int = 150  # steps that train g
     max_tables: int | None = None
 
 

@@ -158,8 +158,8 @@ def make_space() -> dict[str, spaces.Leaf]:
         "class_weighting": log(1e-2, 1.0, 2e-2),  # the weight of a class is proportional to share^−p
         "hidden_scale": log(0.1, 5.0, 1.0),
         "output_scale": log(0.1, 10.0, 1.0),
-        "linear_scale": log(1e-2, 3.0, 0.3),  # of the linear part, which is added to the hidden layer's logits
-        "hinge_scale": log(1e-2, 3.0, 0.3),  # of the hinges max(0, x − c) that are added to each column x
+        "linear_scale": log(1e-2, 3.0, 0.3),  # scales the linear part, which is added to the hidden layer's logits
+        "hinge_scale": log(1e-2, 3.0, 0.3),  # scales the hinges max(0, x − c) that are added to each column x
     }
 
 

@@ -42,15 +42,15 @@ from metaopt import base, inner, methods, nas, tasks, training
 
 class Scale(NamedTuple):
     size: int  # pixels per side
-    # Of the search.
+    # The search.
     channels: int
     cells: int
     batch: int
     steps: int
-    rate: float  # of the weights at the start, a cosine to `last_rate`
+    rate: float  # initial rate of the weights, with a cosine decay to `last_rate`
     last_rate: float
     alpha_rate: float
-    # Of separate training.
+    # Separate training.
     channels_alone: int
     cells_alone: int
     batch_alone: int

@@ -31,7 +31,7 @@ from metaopt import base, methods, plots, predictors, spaces, tasks
 
 AT = (5, 25, 50, 100)
 SEEDS = ("test0", "test1", "test2", "test3", "test4")
-MAX_CONFIGURATIONS = 200  # of an earlier data set
+MAX_CONFIGURATIONS = 200  # per earlier data set
 NAME = "metaopt"
 
 # (seen x, their accuracies in [0, 1], open x) -> index of an open row

@@ -57,7 +57,7 @@ class Scale(NamedTuple):
     steps: int = 20_000  # of prototypical networks; other methods take a share of it
     tasks: int = 16  # per step, of five ways; a quarter as many of twenty
     episodes: int = 600
-    checks: int = 10  # of a training, by validation
+    checks: int = 10  # validations per training
     inner_steps: int = 1  # of MAML and of the methods with MAML's T
     test_steps: int = 5  # at most; the number is chosen by validation
     over_steps: int = 10  # inner steps in the curves
@@ -71,13 +71,13 @@ class Trained(NamedTuple):
     methods: dict[int, Callable]  # shots at test -> (key, support, query) -> outputs
     curve: dict[int, float]  # outer step -> validation accuracy
     test_steps: dict[int, int]  # shots at test -> inner steps
-    over_steps: Callable | None  # the same, with all inner steps of the curves; None if there are none
+    over_steps: Callable | None  # the same, with all inner steps of the curves; None without inner steps
     name: str  # of its folder, unique to this training
 
 
 class Row(NamedTuple):
     make: Callable  # (features, loss, T of MAML) -> Adaptation
-    share: float  # of the steps
+    share: float  # share of the outer steps
     ways: bool = True  # whether it needs a separate head for each number of ways
     normalization: str = "support"
     shots: int | None = None  # in training, for any requested number

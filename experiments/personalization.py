@@ -44,20 +44,20 @@ from metaopt import hypergrad, methods, tasks, training
 
 BARS = {5: 3.19, 10: 3.03, 20: 2.68}  # the last value
 HOSPITAL_BARS = {"cleveland": 0.857, "hungarian": 0.881, "switzerland": 0.715, "va": 0.714}  # logistic regression
-SCALE = 5.0  # of the motor score
+SCALE = 5.0  # scale of the motor score
 TIME = 2  # the column of the time
 CODES = {"cp": (1, 2, 3, 4), "restecg": (0, 1, 2), "slope": (1, 2, 3), "thal": (3, 6, 7)}
-DECAYS = (1e-2, 1.0, 10.0)  # of the weights; hospitals choose among them
+DECAYS = (1e-2, 1.0, 10.0)  # weight decays, among which hospitals choose
 CHUNK = 12  # runs at the same time
 
 
 class Settings(NamedTuple):
     width: int = 32
     batch: int = 8  # tasks per step
-    rows: int = 32  # of the query set, in training
+    rows: int = 32  # query rows, in training
     steps: int = 200
     every: int = 20  # steps between evaluations on the patients that are held back
-    draws: int = 20  # of the support set of a new hospital
+    draws: int = 20  # draws of the support set of a new hospital
 
 
 SMOKE = Settings(width=4, batch=2, rows=4, steps=2, every=1, draws=2)

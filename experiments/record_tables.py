@@ -60,7 +60,7 @@ from metaopt import base, methods, predictors, spaces
 
 NUM_TRIALS = 20
 FARTHEST_EVERY = 8  # the same as in the searcher
-CURVES = Path(__file__).parent / "results" / "record_tables.npz"  # of the baselines that run separately
+CURVES = Path(__file__).parent / "results" / "record_tables.npz"  # curves of the baselines that run separately
 AT = (1, 5, 20)
 NUM_DEEP = 2  # deep kernels
 DEEP = {"metaopt with deep kernels": 0.5, "deep kernels alone (FSBO)": 1.0}  # their share of the mixture
@@ -69,7 +69,7 @@ TRANSFORMERS = {"metaopt with transformers": 0.5, "transformers alone": 1.0}  # 
 NOT_ADAPTED = "deep kernels alone, not adapted"
 LEARNED = ("metaopt", *DEEP, *TRANSFORMERS)
 PLAIN = "GP, no other task"
-PLAIN_LENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # of the Gaussian process without other tasks, in units of the encoding
+PLAIN_LENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # for the Gaussian process without other tasks, in units of the encoding
 ABLATED = ("metaopt, no features", NOT_ADAPTED)  # with --ablate
 
 

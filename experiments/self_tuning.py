@@ -60,11 +60,11 @@ SIGNALS = {
     "validation and gap": Signal(1.0, gap=1.0),
     "validation signal, decay too": Signal(0.5, decay=True),
 }
-START = 0.01  # of the given rate
-# The starts of λ, in units of the best rate of the grid. The last two are not a recommendation: they show what a bad
-# start by itself costs.
+START = 0.01  # as a share of the given rate
+# The starts of λ, in units of the best rate of the grid. The last two are not recommended. They show the cost of a bad
+# start by itself.
 STARTS = {"rate / 100": START / 100, "rate × 10": START * 10, "λ from best / 100": 1 / 100, "λ from best × 10": 10.0}
-OF_ALL, OF_SOME = list(STARTS)[:2], list(STARTS)[2:]  # of all signals, and of the two in the documentation
+OF_ALL, OF_SOME = list(STARTS)[:2], list(STARTS)[2:]  # for all signals, and for the two in the documentation
 TRUE_STARTS = ("training signal", "validation signal, decay too")
 DECAY_START = 0.01
 TUNER = optax.sgd(0.5)

@@ -65,7 +65,7 @@ class Row(NamedTuple):
     shots: int
     judged: int  # number of gradient steps for the reported error of each seed
     bars: dict = {}  # gradient steps -> the error to reach
-    share: float = 1.0  # of the outer steps
+    share: float = 1.0  # share of the outer steps
     tasks: int = 25  # per step
     hold: float = 0.0  # the share of its steps at the first rate, before the cosine
     context: int = 0  # number of extra inputs of the network; only they adapt

@@ -42,7 +42,7 @@ class Settings(NamedTuple):
     steps: int = 400
     plain_steps: int = 1500  # of fine-tuning's pre-training; a step costs a tenth
     test_steps: int | None = None  # at most, for all; the number is chosen on episodes of the training sources
-    rows: int = 2000  # of a source, at most; Omniglot's are all used
+    rows: int = 2000  # at most, per source; Omniglot's are all used
     episodes: int = 600
     sources: int = len(LEFT_OUT)
 
@@ -51,7 +51,8 @@ SMOKE = Settings(filters=2, tasks=1, steps=2, plain_steps=2, test_steps=2, rows=
 MOST_WAYS = 8
 EPISODES: dict[str, Any] = {"min_ways": 5, "max_ways": MOST_WAYS, "max_query": 5, "max_support": 40}
 BATCH = 64  # rows of a step of pre-training
-GAINS = (4.0, 5.0)  # of the network's features and of the image, at the start: distances in both have a similar size
+# gains of the network's features and of the image, at the start: distances in both have a similar size
+GAINS = (4.0, 5.0)
 RATES = (1e-3, 5e-3, 2e-2)  # of fine-tuning, chosen on episodes of the training sources
 CHECKED = 60  # such episodes
 UNTRAINED = "prototypical networks, untrained"

@@ -161,7 +161,7 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
     pair = medians(calls, repetitions, clock=time.process_time, twice=True)
     ratio = pair["one"] / pair["dense"]
     last = row("single path, a step of the weights, over a plain one", ratio, None, sampled)
-    # Of the ops on an edge, the most expensive one counts.
+    # Only the most expensive op on an edge counts.
     return [*rows, [*last, f"{sampled.flops / dense.flops:.2f}", f"{sampled.mib:.0f}"]]
 
 

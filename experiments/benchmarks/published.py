@@ -22,7 +22,7 @@ import optax
 
 from metaopt import base, hypergrad, inner
 
-NUM_OUTER = 1000  # of the logistic regression
+NUM_OUTER = 1000  # outer steps of the logistic regression
 IMAML_PRODUCTS = 5
 ROUGH = ("imaml", "text")  # float32 is too rough to decide whether two libraries agree
 

@@ -6,7 +6,7 @@ gradient ascent over the relaxed space from 8 starts. With candidates, it evalua
 Optuna, the timed trials do not include random ones, or ones that are the farthest from all earlier trials.
 
 "running" is the number of trials that have been asked for and have not ended (`predictors.batch_expected_improvement`).
-Most rows use g's searcher, which is told each trial once. The rows of `suggest(X, y)` get all trials again at every
+Most rows use g's searcher, which receives each trial once. The rows of `suggest(X, y)` get all trials again at every
 call. In the rows "under Optuna", g is the sampler of a study (`integrations.optuna_sampler`).
 
     python experiments/benchmarks/suggest.py           # writes experiments/results/suggest.md
