@@ -12,6 +12,7 @@ import math
 import os
 import re
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -86,7 +87,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Args:
       path: the path of the file.
     """
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # another process may write to the same path
+    # Another process or thread may write to the same path.
+    temporary = f"{os.fspath(path)}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -152,7 +152,7 @@ def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class
 
     Args:
       name: the name of the labels in the error message.
-      y: [..., N, ...] labels, integers in 0..C-1 or booleans.
+      y: [..., N, ...] labels, whole numbers in 0..C-1 or booleans.
       num_classes: C.
       mask: [..., N], where the axes are the first axes of y or all of them. Positive entries mark real rows. None: all
         rows are real.
@@ -160,7 +160,8 @@ def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class
         task. None: the task has every class.
 
     Raises:
-      ValueError: if a label of a real row is below 0 or above C - 1, or `class_mask` excludes its class.
+      ValueError: if a label of a real row is below 0, above C - 1 or not a whole number, or `class_mask` excludes its
+        class.
     """
     if any(isinstance(x, Tracer) for x in (y, mask, class_mask)):
         return
@@ -170,7 +171,7 @@ def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class
     if mask is not None:
         mask = np.asarray(mask)
         real = np.broadcast_to((mask > 0).reshape(mask.shape + (1,) * (y.ndim - mask.ndim)), y.shape)
-    inside = (y >= 0) & (y < num_classes)
+    inside = (y >= 0) & (y < num_classes) & (y == np.floor(y))
     if (real & ~inside).any():
         raise ValueError(
             f"{name} must be in 0..{num_classes - 1}; got labels from {y[real].min()} to {y[real].max()}, "
@@ -190,12 +191,13 @@ def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class
 
 
 def check_task_labels(name: str, tasks: PyTree) -> None:
-    """Raises ValueError if a part of a task has integer labels "y" that its "class_mask" does not allow.
+    """Raises ValueError if a part of a task has labels "y" that its "class_mask" does not allow.
 
     Args:
       name: the name of the tasks in the error message.
       tasks: a task, an episode or a batch of them. The check covers each mapping inside it that has "y" [..., N] and
-        "class_mask" [..., C]. Only rows with a positive "mask" [..., N] are checked.
+        "class_mask" [..., C]. Only rows with a positive "mask" [..., N] are checked. Floating-point labels are checked
+        if they have the shape of "mask"; others may be targets of another kind, such as probabilities.
 
     Raises:
       ValueError: under the conditions of `check_labels`.
@@ -211,7 +213,10 @@ def check_task_labels(name: str, tasks: PyTree) -> None:
         fits = classes and shape[: len(classes) - 1] == classes[:-1] and len(shape) >= len(classes)
         mask = part.get("mask")
         dtype = getattr(part["y"], "dtype", None) or np.asarray(part["y"]).dtype
-        if not fits or not jnp.issubdtype(dtype, jnp.integer):
+        is_label = jnp.issubdtype(dtype, jnp.integer) or (
+            jnp.issubdtype(dtype, jnp.floating) and np.shape(mask) == shape
+        )
+        if not fits or not is_label:
             continue
         if mask is not None and np.shape(mask) != shape[: np.ndim(mask)]:
             continue  # the mask does not mark rows

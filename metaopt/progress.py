@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import sys
 import threading
 import time
@@ -53,9 +54,10 @@ class Report:
 
     def __str__(self) -> str:
         """The phase and its duration, or the values of the last step."""
-        if self.phase is None:
+        phase = self.phase  # another thread may change it
+        if phase is None:
             return self.text.format(**self.fields)
-        return f"{self.phase[0]}, {_duration(self.display.clock() - self.phase[1])}"
+        return f"{phase[0]}, {_duration(self.display.clock() - phase[1])}"
 
     def line(self) -> str:
         """The line in a log: steps, values, time, and time left."""
@@ -109,7 +111,8 @@ class Display:
     def tick(self) -> None:
         """Prints a line if one is due."""
         now, reports = self.clock(), list(self.reports)
-        compilations = [report.phase[1] for report in reports if report.phase is not None and report.phase[2]]
+        phases = [report.phase for report in reports]  # another thread may change them
+        compilations = [phase[1] for phase in phases if phase is not None and phase[2]]
         soon = any(self.last_line <= began and now - began >= SOON for began in compilations)
         if reports and (soon or now - self.last_line >= EVERY):
             self.print(": ".join(report.line() for report in reports))
@@ -134,6 +137,8 @@ class Display:
 
 
 DISPLAY = Display()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=DISPLAY.__init__)  # a fork has none of the reports and threads of its parent
 
 
 @contextlib.contextmanager

@@ -188,7 +188,7 @@ def fit(
         first_step, ended_by_callback, warned = run.step, False, False
         try:
             while True:
-                if evaluate is not None and run.step == len(run.evaluations) * eval_every:
+                if evaluate is not None and not received and run.step == len(run.evaluations) * eval_every:
                     with report.during("evaluating"):
                         run = _evaluated(run, evaluate, eval_key)
                 if run.step > 0 and run.step % checkpoint_every == 0:
@@ -198,7 +198,7 @@ def fit(
                 if stopped or received:
                     break
                 num = min(steps_per_call, *(n - run.step % n for n in [num_steps, *every]))
-                program, args, drawn = steps.next_call(run, num)
+                program, args, drawn = steps.next_call(run, num, report)
                 if steps.compile(program, args, num, received, report):
                     continue  # a signal may have arrived meanwhile
                 state, metrics = program(*args)
@@ -257,7 +257,7 @@ class _Steps:
         state = owned(self.init(*args))
         return Run(state, self.start[1], {}, [], step=0, drawn=0, any_done=_any(state.done))
 
-    def next_call(self, run: Run, num: int) -> tuple[Callable, tuple, int]:
+    def next_call(self, run: Run, num: int, report: Report) -> tuple[Callable, tuple, int]:
         """The program for the next `num` steps, its arguments, and the last step for which tasks were drawn."""
         state, drawn = run.state, run.drawn
         if num > 1:
@@ -266,7 +266,8 @@ class _Steps:
             tasks, drawn = self.draw(run.step), run.step
             if not _learner.same_types(tasks, state.tasks):
                 _check_all_done(state, tasks)
-                state = owned(_learner.restart(self.init, state, tasks))
+                with report.compiling("the initial state"):
+                    state = owned(_learner.restart(self.init, state, tasks))
         return self.step, (state, self.tasks), drawn
 
     def compile(self, program: Callable, args: tuple, num: int, received: Sequence[int], report: Report) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -25,9 +26,12 @@ class Interrupted(KeyboardInterrupt):
 
     number = signal.SIGINT
 
-    def __init__(self, message: str, result: Any):
+    def __init__(self, message: str, result: Any = None):
         super().__init__(message)
         self.result = result
+
+    def __reduce__(self):
+        return type(self), (str(self),)  # to another process without the result, whose arrays may lie on a device
 
 
 class Terminated(SystemExit):
@@ -35,7 +39,7 @@ class Terminated(SystemExit):
 
     number = signal.SIGTERM
 
-    def __init__(self, message: str, result: Any):
+    def __init__(self, message: str, result: Any = None):
         super().__init__(128 + signal.SIGTERM)
         self.message = message
         self.result = result
@@ -43,13 +47,19 @@ class Terminated(SystemExit):
     def __str__(self) -> str:
         return self.message
 
+    def __reduce__(self):
+        return type(self), (self.message,)
+
 
 class NonFiniteError(FloatingPointError):
     """No hypergradient was finite in many consecutive steps; `result` is the partial `FitResult`."""
 
-    def __init__(self, message: str, result: Any):
+    def __init__(self, message: str, result: Any = None):
         super().__init__(message)
         self.result = result
+
+    def __reduce__(self):
+        return type(self), (str(self),)
 
 
 @contextlib.contextmanager
@@ -62,8 +72,13 @@ def signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
+    process = os.getpid()
 
     def receive(number, frame):
+        if os.getpid() != process:  # a fork: it has no run to end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
